@@ -1,0 +1,30 @@
+# make demo   the whole job on real text, then one table        make test   lint and every test this machine can run
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test lint format clean venv
+venv: .venv/.installed
+.venv/.installed: requirements.txt requirements-dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -r requirements.txt -r requirements-dev.txt
+	touch $@
+
+demo: venv
+	$(BIN)/python -m pipeline demo
+
+lint: venv
+	ruff check .
+	ruff format --check .
+	mypy
+	shellcheck slurm/*.sh .ci/run
+
+format: venv
+	ruff check --fix .
+	ruff format .
+
+test: venv lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf artifacts runs

@@ -1,0 +1,1 @@
+"""Text to memory-mapped token shards. Knows nothing of torch, DeepSpeed or training."""

@@ -1,0 +1,1 @@
+"""Shards to student: MiniLMv2 distillation of multilingual encoders."""

@@ -1,0 +1,1 @@
+"""Sample numbers to batches of token ids."""

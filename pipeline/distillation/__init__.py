@@ -1,0 +1,1 @@
+"""The paper: relation loss, taps, teacher, student. torch and transformers only."""

@@ -1,0 +1,34 @@
+"""Exit codes and the two exceptions behind them; every command line of `pipeline` ends in `exit_code_of`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from data_prep.shards import DataError
+
+EXIT_DONE = 0
+EXIT_USER = 2
+EXIT_SICK = 3
+EXIT_HUNG = 4
+
+
+class UserError(ValueError):
+    """Something that the user can mend. The message says what is wrong, where, and how to mend it."""
+
+
+class SickRunError(RuntimeError):
+    """The run itself is ill (non-finite loss, crash loop): starting it again unchanged will not help."""
+
+
+def exit_code_of(main: Callable[[], object]) -> int:
+    """Run `main`; print what a user can mend as one paragraph, without a traceback, and give the exit code."""
+    try:
+        main()
+    except (UserError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER
+    except SickRunError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_SICK
+    return EXIT_DONE

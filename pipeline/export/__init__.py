@@ -1,0 +1,1 @@
+"""Run directory to a Hugging Face checkpoint."""

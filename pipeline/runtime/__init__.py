@@ -1,0 +1,1 @@
+"""Engine, checkpoints, metrics: what turns the method into a run."""
