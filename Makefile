@@ -11,7 +11,7 @@ venv: .venv/.installed
 	touch $@
 
 demo: venv
-	$(BIN)/python -m pipeline demo
+	$(BIN)/python -m demo
 
 lint: venv
 	ruff check .

