@@ -1,0 +1,127 @@
+"""Reads Q, K and V of chosen layers, and runs nothing above the last one.
+
+`tap(hf_model, layer)` is a copy of the model's skeleton that shares every parameter: the layer list ends at `layer`,
+which is replaced by its Q, K, V projections (and the norm in front of them). The architecture's own forward does the
+rest, so masks, positions and rotary embeddings are Hugging Face's, and packed rows without padding need no mask at
+all.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from pipeline.distillation.families import Family, family_of
+from pipeline.errors import UserError
+
+Projections = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def tap(hf_model: PreTrainedModel, layer: int | Sequence[int], with_output: bool = False) -> TappedEncoder:
+    """Module `(input_ids, attention_mask=None) -> (q_BLD, k_BLD, v_BLD)` of layer `layer`, counted from 1.
+
+    A list of layers gives a list of such triples, in the list's order. With `with_output` all layers run and the last
+    hidden state comes after the projections: `(projections, hidden_BLD)`.
+    """
+    return TappedEncoder(hf_model, layer, with_output)
+
+
+class TappedEncoder(nn.Module):
+    """See `tap`. `model` is the cut skeleton; its parameters are those of the model that was tapped."""
+
+    def __init__(self, hf_model: PreTrainedModel, layer: int | Sequence[int], with_output: bool) -> None:
+        super().__init__()
+        family = family_of(hf_model.config)
+        self.single = isinstance(layer, int)
+        self.layers = [layer] if isinstance(layer, int) else list(layer)
+        self.with_output = with_output
+        num_layers = len(cast(nn.ModuleList, hf_model.get_submodule(family.layers)))
+        for number in self.layers:
+            if not 1 <= number <= num_layers:
+                raise UserError(f"layer {number} of a {hf_model.config.model_type} model with layers 1 to {num_layers}")
+        self.model = _cut(hf_model, family, set(self.layers), with_output)
+        self._taps = {n: cast(TapLayer, self.model.get_submodule(f"{family.layers}.{n - 1}")) for n in self.layers}
+
+    def forward(self, input_ids_BL: torch.Tensor, attention_mask_BL: torch.Tensor | None = None):
+        hidden_BLD = self.model(input_ids=input_ids_BL, attention_mask=attention_mask_BL)[0]
+        projections = [self._taps[layer].take() for layer in self.layers]
+        result = projections[0] if self.single else projections
+        return (result, hidden_BLD) if self.with_output else result
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of Q (K and V have as many) for each tapped layer."""
+        return [self._taps[layer].width for layer in self.layers]
+
+
+class TapLayer(nn.Module):
+    """Stands in a layer's place and keeps the Q, K, V that this layer computes from its input until they are taken.
+
+    With `goes_on` the layer itself runs as well (a tap below the last one); without, nothing but the projections does.
+    """
+
+    def __init__(self, layer: nn.Module, family: Family, goes_on: bool) -> None:
+        super().__init__()
+        self.norm = layer.get_submodule(family.norm_before) if family.norm_before else nn.Identity()
+        self.projections = nn.ModuleList(layer.get_submodule(name) for name in family.projections)
+        self.layer = layer if goes_on else None
+        self.returns = family.layer_returns
+        self.width = sum(cast(nn.Linear, projection).out_features for projection in self.projections) // 3
+        self._kept: Projections | None = None
+
+    def forward(self, hidden_BLD: torch.Tensor, *arguments, **keywords):
+        normed_BLD = self.norm(hidden_BLD)
+        query_BLD, key_BLD, value_BLD = (projection(normed_BLD) for projection in self.projections)
+        self._kept = (query_BLD, key_BLD, value_BLD)
+        if self.layer is not None:
+            return self.layer(hidden_BLD, *arguments, **keywords)
+        return (hidden_BLD, None)[: self.returns] if self.returns else hidden_BLD
+
+    def take(self) -> Projections:
+        """The last forward's Q, K and V; they are let go, so that no graph lives longer than its step."""
+        kept, self._kept = self._kept, None
+        assert kept is not None, "the encoder ran past a tapped layer"
+        return kept
+
+
+def _cut(hf_model: PreTrainedModel, family: Family, layers: set[int], with_output: bool) -> PreTrainedModel:
+    """The model's skeleton with taps in place, sharing all parameters, and nothing that runs above the last tap."""
+    model = _shallow_copy(hf_model)
+    model.config = copy.deepcopy(hf_model.config)
+    model.config.output_hidden_states = model.config.output_attentions = False
+    model._modules.pop("pooler", None)
+    model.pooler = None
+    old_layers = cast(nn.ModuleList, hf_model.get_submodule(family.layers))
+    last = len(old_layers) if with_output else max(layers)
+    new_layers = nn.ModuleList(
+        TapLayer(layer, family, goes_on=with_output or number < last) if number in layers else layer
+        for number, layer in enumerate(old_layers[:last], start=1)
+    )
+    _replace(model, family.layers, new_layers)
+    if not with_output:
+        for name in family.after_layers:
+            _replace(model, name, nn.Identity())
+    return model
+
+
+def _shallow_copy(module: nn.Module):
+    """A module with its own dictionary of children, and the same children and parameters."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin
+
+
+def _replace(model: nn.Module, dotted_name: str, new_child: nn.Module) -> None:
+    """Put a child at a dotted name, copying the modules on the way so that the original model keeps its own."""
+    *parents, last = dotted_name.split(".")
+    owner = model
+    for name in parents:
+        twin = _shallow_copy(getattr(owner, name))
+        owner._modules[name] = twin
+        owner = twin
+    owner._modules[last] = new_child
