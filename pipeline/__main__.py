@@ -1,0 +1,45 @@
+"""`python -m pipeline VERB ...`: everything but training. Each verb is one module with `add_arguments` and `run`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from types import ModuleType
+
+from pipeline.errors import EXIT_USER, exit_code_of
+
+VERBS = {
+    "export": "pipeline.export.command",
+    "evaluate": "pipeline.evaluation.command",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        print(f"error: {message}\n{self.format_usage()}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_USER)
+
+
+def main(arguments: list[str]) -> None:
+    """Import the verb's module alone: `--help` of one verb must not cost the imports of all."""
+    parser = Parser(prog="python -m pipeline", description=__doc__)
+    parser.add_argument("verb", choices=VERBS)
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help="see `python -m pipeline VERB --help`")
+    chosen = parser.parse_args(arguments)
+    run_verb(chosen.verb, importlib.import_module(VERBS[chosen.verb]), chosen.rest)
+
+
+def run_verb(name: str, module: ModuleType, arguments: list[str]) -> None:
+    """Parse the verb's own arguments and run it."""
+    parser = Parser(
+        prog=f"python -m pipeline {name}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    module.run(parser.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(lambda: main(sys.argv[1:])))

@@ -1,0 +1,105 @@
+"""Any Hugging Face encoder as a source of sentence vectors: load it, run it over texts, pool three ways.
+
+In: a directory or hub name, texts. Out: one vector per text from the model's output, from the input of its last layer,
+and from the attention values of the distilled layer. Used by every evaluation task that compares sentences.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModel, AutoTokenizer
+
+from pipeline.distillation.tap import tap
+from pipeline.errors import UserError
+
+POOLINGS = ("output", "last_input", "values")
+_LAYER_SUFFIX = re.compile(r"(.+)@(\d+)")
+
+
+@dataclass
+class Encoder:
+    """A loaded model with its tokenizer and the 1-based layer whose values are pooled."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    values_layer: int
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def load_encoder(name: str, values_layer: int | None = None) -> Encoder:
+    """Load `DIR_OR_HUB_NAME` or `DIR_OR_HUB_NAME@LAYER`; without a layer, values are those of the last one."""
+    path, layer_text = name, None
+    if not Path(name).exists() and (match := _LAYER_SUFFIX.fullmatch(name)):
+        path, layer_text = match[1], match[2]
+    try:
+        model = AutoModel.from_pretrained(path, use_safetensors=True, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no encoder can be loaded from {path!r}: {_one_line(error)}") from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} has a model but no tokenizer that loads ({_one_line(error)}). "
+            "Copy the tokenizer files of the model that it was distilled from beside it."
+        ) from None
+    if len(tokenizer) > model.config.vocab_size:
+        raise UserError(
+            f"{path}: the tokenizer has {len(tokenizer)} pieces, the model only {model.config.vocab_size} embeddings: "
+            "they do not belong together. Put the model's own tokenizer files there."
+        )
+    num_layers = model.config.num_hidden_layers
+    layer = values_layer or int(layer_text or num_layers)
+    if not 1 <= layer <= num_layers:
+        raise UserError(f"{path} has layers 1 to {num_layers}; there is no layer {layer} to take values from.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Encoder(path, model.eval().to(device), tokenizer, layer)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+@torch.inference_mode()
+def sentence_vectors(
+    encoder: Encoder, texts: list[str], max_length: int, batch_size: int
+) -> tuple[dict[str, torch.Tensor], int]:
+    """Unit vectors [text, width] per pooling, in the order of `texts`, and how many tokens went through the model."""
+    ids = encoder.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # alike lengths side by side: little padding
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    vectors: dict[str, list[torch.Tensor]] = {pooling: [] for pooling in POOLINGS}
+    values_model = tap(encoder.model, layer=encoder.values_layer)
+    for batch in tqdm(batches, desc=f"encoding with {encoder.name}", unit="batch", disable=None):
+        input_ids_BL, mask_BL = _pad([ids[i] for i in batch], encoder.tokenizer.pad_token_id, encoder.device)
+        hidden_states = encoder.model(
+            input_ids=input_ids_BL, attention_mask=mask_BL, output_hidden_states=True
+        ).hidden_states
+        _, _, values_BLD = values_model(input_ids_BL, mask_BL)
+        for pooling, states_BLD in zip(POOLINGS, (hidden_states[-1], hidden_states[-2], values_BLD), strict=True):
+            vectors[pooling].append(_mean_over_tokens(states_BLD, mask_BL).cpu())
+    back = torch.empty(len(order), dtype=torch.long)
+    back[torch.tensor(order)] = torch.arange(len(order))
+    return {pooling: torch.cat(parts)[back] for pooling, parts in vectors.items()}, sum(map(len, ids))
+
+
+def _pad(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(map(len, rows))
+    input_ids = torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
+    return input_ids, mask
+
+
+def _mean_over_tokens(states_BLD: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+    mask_BL1 = mask_BL.unsqueeze(-1)
+    mean_BD = (states_BLD * mask_BL1).sum(dim=1) / mask_BL1.sum(dim=1)
+    return torch.nn.functional.normalize(mean_BD, dim=-1)

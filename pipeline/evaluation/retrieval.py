@@ -1,0 +1,106 @@
+"""Cross-lingual retrieval: does a sentence's nearest neighbour in the other language mean the same?
+
+In: an encoder and a directory of `en-XX.tsv` files with columns English, XX, source, key. Out: accuracy in both
+directions per language pair and their mean, for each way of pooling. Used by `pipeline evaluate` and by the demo.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.errors import UserError
+from pipeline.evaluation.encoder import POOLINGS, Encoder, sentence_vectors
+
+Pairs = list[tuple[str, str]]
+
+
+@dataclass
+class RetrievalConfig:
+    """Which sentence pairs are compared, and how they are encoded."""
+
+    pairs: str = "samples/parallel"  # directory with en-XX.tsv files
+    languages: list[str] | None = None  # None: every file of the directory
+    max_pairs: int = 120  # the first so many pairs of each file
+    max_length: int = 128  # tokens; longer sentences are cut
+    batch_size: int = 32
+    prefix: str = ""  # put before every sentence, for encoders that were trained with one
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_pairs", 2), ("max_length", 3), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"retrieval.{name} is {getattr(self, name)}; it must be at least {least}")
+
+
+def read_pairs(config: RetrievalConfig) -> dict[str, Pairs]:
+    """Language -> (English, other) sentences."""
+    directory = Path(config.pairs)
+    files = {path.stem.removeprefix("en-"): path for path in sorted(directory.glob("en-*.tsv"))}
+    if not files:
+        raise UserError(f"{directory} has no en-XX.tsv files. Name a directory that has: --set retrieval.pairs=DIR")
+    languages = config.languages or list(files)
+    missing = [language for language in languages if language not in files]
+    if missing:
+        raise UserError(
+            f"{directory} has no pairs for {', '.join(missing)}; it has {', '.join(files)}. "
+            "Choose among these with --set retrieval.languages=[...]"
+        )
+    return {language: read_pairs_file(files[language], config.max_pairs) for language in languages}
+
+
+def read_pairs_file(path: Path, max_pairs: int) -> Pairs:
+    """The first `max_pairs` pairs of one file."""
+    pairs: Pairs = []
+    try:
+        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}). Convert it first.") from None
+    for number, line in enumerate(lines[:max_pairs], start=1):
+        columns = [column.strip() for column in line.split("\t")]
+        if len(columns) < 2 or not columns[0] or not columns[1]:
+            raise UserError(
+                f"{path}, line {number}: expected an English sentence, a tab and its translation, "
+                f"got {len(columns)} column(s): {line[:60]!r}. Mend or delete that line."
+            )
+        pairs.append((columns[0], columns[1]))
+    if len(pairs) < 2:
+        raise UserError(f"{path} holds {len(pairs)} pair(s); retrieval needs at least 2 to choose between.")
+    return pairs
+
+
+def evaluate_retrieval(encoder: Encoder, config: RetrievalConfig) -> dict[str, Any]:
+    """Accuracy per pair and pooling (`to_english`, `from_english`, `mean`), and the mean over all pairs per pooling."""
+    started = time.perf_counter()
+    pairs_of = read_pairs(config)
+    texts = sorted({text for pairs in pairs_of.values() for pair in pairs for text in pair})
+    row_of = {text: row for row, text in enumerate(texts)}
+    vectors, num_tokens = sentence_vectors(
+        encoder, [config.prefix + text for text in texts], config.max_length, config.batch_size
+    )
+    per_pair: dict[str, dict[str, dict[str, float]]] = {}
+    for language, pairs in pairs_of.items():
+        english = [row_of[text] for text, _ in pairs]
+        other = [row_of[text] for _, text in pairs]
+        per_pair[language] = {pooling: both_directions(vectors[pooling], english, other) for pooling in POOLINGS}
+    seconds = time.perf_counter() - started
+    return {
+        "mean": {p: sum(pair[p]["mean"] for pair in per_pair.values()) / len(per_pair) for p in POOLINGS},
+        "per_pair": per_pair,
+        "values_layer": encoder.values_layer,
+        "num_pairs": {language: len(pairs) for language, pairs in pairs_of.items()},
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(num_tokens / seconds, 1),
+    }
+
+
+def both_directions(vectors: torch.Tensor, english: list[int], other: list[int]) -> dict[str, float]:
+    """Share of sentences whose nearest neighbour is their translation. Rows may repeat: equal text is equally right."""
+    cosine = vectors[english] @ vectors[other].T
+    english_rows, other_rows = torch.tensor(english), torch.tensor(other)
+    from_english = (other_rows[cosine.argmax(dim=1)] == other_rows).float().mean().item()
+    to_english = (english_rows[cosine.argmax(dim=0)] == english_rows).float().mean().item()
+    return {"to_english": to_english, "from_english": from_english, "mean": (to_english + from_english) / 2}
