@@ -1,7 +1,246 @@
-"""The on-disk shard format, in one place. (The error type comes first: `pipeline` builds on it too.)"""
+"""Reading shards: `ShardSet` maps a finished output directory of `python -m data_prep prepare`.
+
+The manifest is checked when it is read (names, sizes, format), each shard's header when it is first touched, every
+hash by `python -m data_prep verify`. A language is one endless token stream across its shards; a row is `<s>`, the next
+`seq_len - 2` stream tokens, `</s>`, so row numbers are addresses. Training (`pipeline/data`) builds on this file alone.
+"""
 
 from __future__ import annotations
+
+import json
+import mmap
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from data_prep.layout import FORMAT_NAME, FORMAT_VERSION, HEADER_BYTES, TOKEN_DTYPE, Identity, header, sections
+
+BOS_ID, PAD_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
+MANIFEST_NAME = "manifest.json"
+LANGUAGE_PATTERN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,62}[A-Za-z0-9])?")
+_SHARD_FILE = re.compile(r"(?P<language>[^/]+)/(?P<number>[0-9]{5})\.tok")
+PREPARE_HINT = "python -m data_prep prepare --input TEXT --tokenizer SENTENCEPIECE_MODEL --output {path}"
 
 
 class DataError(ValueError):
     """Something about text, tokenizer or shards that the user can mend: what is wrong, where, how to mend it."""
+
+
+class Shard:
+    """One shard file as the manifest describes it; mapped on first use."""
+
+    def __init__(self, root: Path, language: str, number: int, record: dict[str, Any], identity: Identity) -> None:
+        self.path = root / record["file"]
+        self.language, self.number, self.identity = language, number, identity
+        self.num_tokens: int = record["tokens"]
+        self.num_documents: int = record["documents"]
+        self.num_bytes: int = record["bytes"]
+        self.xxh3_128: str = record["xxh3_128"]
+
+    def expected_header(self) -> bytes:
+        return header(self.identity, self.language, self.number, self.num_tokens, self.num_documents)
+
+    @cached_property
+    def _mapped(self) -> mmap.mmap:
+        try:
+            with open(self.path, "rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"Cannot map shard {self.path}: {error}. Many shards need `ulimit -n` above 1024."
+            ) from error
+        if mapped[:HEADER_BYTES] != self.expected_header():
+            raise DataError(
+                f"The header of shard {self.path} is not the one its manifest describes: the file is damaged or was "
+                f"swapped. `python -m data_prep verify {self.path.parent.parent}` finds what is wrong."
+            )
+        return mapped
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """The token stream: uint32, read-only, backed by the file."""
+        return np.frombuffer(self._mapped, TOKEN_DTYPE, self.num_tokens, HEADER_BYTES)
+
+    @cached_property
+    def document_offsets(self) -> np.ndarray:
+        """Where documents start in `tokens`, and the end: uint64 [documents + 1]."""
+        where = sections(self.num_tokens, self.num_documents)
+        return np.frombuffer(self._mapped, "<u8", self.num_documents + 1, where.documents)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of an output directory, checked for format version and for names that stay inside it."""
+    file = path / MANIFEST_NAME
+    if not file.is_file():
+        raise DataError(f"No shards at {path}: {file} is missing. Make them with `{PREPARE_HINT.format(path=path)}`.")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT_NAME or manifest["version"] != FORMAT_VERSION:
+            raise DataError(
+                f"{file} is of format {manifest['format']!r} version {manifest['version']!r}; this program reads "
+                f"{FORMAT_NAME!r} version {FORMAT_VERSION}. Prepare the shards again."
+            )
+        check_manifest(path, manifest)
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{file} is damaged ({type(error).__name__}: {error}). Prepare the shards again.") from error
+    return manifest
+
+
+def check_manifest(root: Path, manifest: dict[str, Any]) -> None:
+    """Refuse language and file names that lead anywhere but `root/LANG/NNNNN.tok`, and counts that cannot be."""
+    file = root / MANIFEST_NAME
+    for language, entry in manifest["languages"].items():
+        if not LANGUAGE_PATTERN.fullmatch(language):
+            raise DataError(f"{file} names a language {language!r}: not a plain name. Do not use this manifest.")
+        for number, record in enumerate(entry["shards"]):
+            name = record["file"]
+            match = _SHARD_FILE.fullmatch(name)
+            if match is None or match["language"] != language or int(match["number"]) != number:
+                raise DataError(f"{file} names a shard {name!r}; expected {language}/{number:05d}.tok. Do not use it.")
+            if not (root / name).resolve().is_relative_to(root.resolve()):
+                raise DataError(f"{root / name} leads out of {root} by a symbolic link: refused. Copy the shard in.")
+            counts = (record["tokens"], record["documents"], record["bytes"])
+            if not all(type(count) is int and count >= 0 for count in counts):
+                raise DataError(f"{file} is damaged: impossible counts {counts} for {name}. Prepare the shards again.")
+            if sections(record["tokens"], record["documents"]).end != record["bytes"]:
+                raise DataError(f"{file} is damaged: the size of {name} does not follow from its counts.")
+
+
+class ShardSet:
+    """All languages of one output directory. Opening reads the manifest and checks the size of every file."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.manifest = read_manifest(self.path)
+        tokenizer = self.manifest["tokenizer"]
+        self.vocab_size: int = tokenizer["vocab_size"]
+        self.tokenizer_sha256: str = tokenizer["sha256"]
+        self.languages: list[str] = sorted(self.manifest["languages"])
+        identity = Identity(self.tokenizer_sha256, self.vocab_size, self.manifest["options_xxh3_128"])
+        self._shards = {
+            language: [
+                Shard(self.path, language, number, record, identity)
+                for number, record in enumerate(self.manifest["languages"][language]["shards"])
+            ]
+            for language in self.languages
+        }
+        self._check_sizes()
+        self._row_views: dict[tuple[str, int], tuple[np.ndarray, np.ndarray, list[np.ndarray]]] = {}
+
+    def _check_sizes(self) -> None:
+        for shard in self.all_shards():
+            try:
+                found = shard.path.stat().st_size
+            except OSError as error:
+                raise DataError(f"Shard {shard.path} cannot be read: {error.strerror}. Prepare it again.") from error
+            if found != shard.num_bytes:
+                raise DataError(
+                    f"Shard {shard.path} holds {found} bytes, its manifest says {shard.num_bytes}: truncated or "
+                    f"overwritten. Copy it again from where it is whole, or delete {shard.path.parent} and prepare "
+                    "that language again."
+                )
+
+    def all_shards(self) -> list[Shard]:
+        return [shard for language in self.languages for shard in self._shards[language]]
+
+    def shards(self, language: str) -> list[Shard]:
+        if language not in self._shards:
+            raise DataError(f"No language {language!r} in {self.path}; it holds: {', '.join(self.languages)}.")
+        return self._shards[language]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What the content is: tokenizer and the hash of every shard. Paths and dates are not part of it."""
+        content = {
+            "version": FORMAT_VERSION,
+            "tokenizer": self.tokenizer_sha256,
+            "vocab_size": self.vocab_size,
+            "shards": {language: [shard.xxh3_128 for shard in self._shards[language]] for language in self.languages},
+        }
+        return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+    def num_tokens(self, language: str) -> int:
+        return sum(shard.num_tokens for shard in self.shards(language))
+
+    def num_documents(self, language: str) -> int:
+        return sum(shard.num_documents for shard in self.shards(language))
+
+    def num_bytes(self, language: str) -> int:
+        """Bytes of UTF-8 text that the language's shards were made from."""
+        self.shards(language)
+        return self.manifest["languages"][language]["text_bytes"]
+
+    def num_rows(self, language: str, seq_len: int) -> int:
+        return self.num_tokens(language) // _stream_tokens(seq_len)
+
+    def rows(self, language: str, row_numbers: Any, seq_len: int) -> np.ndarray:
+        """Packed rows `<s> ... </s>` as int64 [n, seq_len]."""
+        numbers = np.asarray(row_numbers, dtype=np.int64).reshape(-1)
+        out = np.empty((len(numbers), seq_len), dtype=np.int64)
+        self.rows_into(out, language, numbers, seq_len)
+        return out
+
+    def rows_into(self, out: np.ndarray, language: str, numbers: np.ndarray, seq_len: int) -> None:
+        """Like `rows`, written into `out` (any integer array [n, seq_len])."""
+        num_rows = self.num_rows(language, seq_len)
+        if len(numbers) and not (int(numbers.min()) >= 0 and int(numbers.max()) < num_rows):
+            raise DataError(
+                f"Row {int(numbers.max())} of {language} asked for; at sequence length {seq_len} it has {num_rows} rows."
+            )
+        _, last_rows, views = self._views(language, seq_len)
+        out[:, 0], out[:, -1] = BOS_ID, EOS_ID
+        if len(views) == 1 and last_rows[0] == num_rows:
+            out[:, 1:-1] = views[0].take(numbers, axis=0)
+        else:
+            self._rows_of_many(out, language, numbers, seq_len)
+        if len(numbers) and int(out.max()) >= self.vocab_size:
+            bad = int(numbers[int(out.max(axis=1).argmax())])
+            raise DataError(
+                f"Token id {int(out.max())} in row {bad} of {language} ({self.path}) is beyond the vocabulary of "
+                f"{self.vocab_size}: the shard is damaged. `python -m data_prep verify {self.path}` finds where."
+            )
+
+    def _rows_of_many(self, out: np.ndarray, language: str, numbers: np.ndarray, seq_len: int) -> None:
+        first_rows, last_rows, views = self._views(language, seq_len)
+        owner = np.searchsorted(first_rows, numbers, side="right") - 1
+        for index in np.unique(owner):
+            mine = np.flatnonzero((owner == index) & (numbers < last_rows[index]))
+            out[mine, 1:-1] = views[index].take(numbers[mine] - first_rows[index], axis=0)
+        for position in np.flatnonzero(numbers >= last_rows[owner]):
+            start = int(numbers[position]) * _stream_tokens(seq_len)
+            out[position, 1:-1] = self.stream(language, start, start + _stream_tokens(seq_len))
+
+    def _views(self, language: str, seq_len: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+        """Per shard: its first whole row, the row after its last whole one, and those rows as a 2-D view."""
+        key = (language, seq_len)
+        if key not in self._row_views:
+            width, start = _stream_tokens(seq_len), 0
+            first_rows, last_rows, views = [], [], []
+            for shard in self.shards(language):
+                first, last = -(-start // width), (start + shard.num_tokens) // width
+                first_rows.append(first)
+                last_rows.append(max(first, last))
+                inside = shard.tokens[first * width - start : max(first, last) * width - start]
+                views.append(inside.reshape(-1, width))
+                start += shard.num_tokens
+            self._row_views[key] = (np.array(first_rows), np.array(last_rows), views)
+        return self._row_views[key]
+
+    def stream(self, language: str, start: int, end: int) -> np.ndarray:
+        """Tokens [start, end) of a language's stream, across shards."""
+        pieces, offset = [], 0
+        for shard in self.shards(language):
+            if offset < end and offset + shard.num_tokens > start:
+                pieces.append(shard.tokens[max(0, start - offset) : end - offset])
+            offset += shard.num_tokens
+        return np.concatenate(pieces) if pieces else np.empty(0, TOKEN_DTYPE)
+
+
+def _stream_tokens(seq_len: int) -> int:
+    if seq_len < 3:
+        raise DataError(f"A sequence length of {seq_len} leaves no room between <s> and </s>; use at least 3.")
+    return seq_len - 2

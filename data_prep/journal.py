@@ -1,0 +1,101 @@
+"""What a language's preparation has safely done: `LANG/journal.jsonl`, one fsynced line per finished shard.
+
+A line stands for everything up to the end of its shard, so a run that was killed continues after the last whole line. The
+manifest is made from these journals alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_prep.shards import DataError
+
+JOURNAL_NAME = "journal.jsonl"
+
+
+@dataclass
+class Entry:
+    """State of a language after one shard. `shard` is None where a last line has only the end to report."""
+
+    shard: dict[str, Any] | None
+    source: int  # index of the source being read
+    text_end: int  # how far its text has been read, in bytes of text
+    text_xxh3_128: str  # of that text
+    finished: list[dict[str, Any]]  # every source read to its end: name, stamp, text bytes, hash
+    counts: dict[str, int]
+    complete: bool = False
+
+
+@dataclass
+class Journal:
+    """The entries on disk, and appending to them."""
+
+    directory: Path
+    entries: list[Entry] = field(default_factory=list)
+
+    @property
+    def path(self) -> Path:
+        return self.directory / JOURNAL_NAME
+
+    @property
+    def last(self) -> Entry | None:
+        return self.entries[-1] if self.entries else None
+
+    @property
+    def complete(self) -> bool:
+        return self.last is not None and self.last.complete
+
+    @property
+    def shards(self) -> list[dict[str, Any]]:
+        return [entry.shard for entry in self.entries if entry.shard is not None]
+
+    @classmethod
+    def read(cls, directory: Path) -> Journal:
+        """Entries that are whole and whose shard is there in full size; what comes after them is to be done again."""
+        journal = cls(directory)
+        if not journal.path.is_file():
+            return journal
+        for number, line in enumerate(journal.path.read_bytes().splitlines(keepends=True), start=1):
+            if not line.endswith(b"\n"):
+                break  # torn by a kill or a power cut while it was written
+            try:
+                entry = Entry(**json.loads(line))
+            except (TypeError, ValueError) as error:
+                raise DataError(
+                    f"{journal.path} is damaged in line {number} ({error}). Delete {directory} and prepare that "
+                    "language again."
+                ) from error
+            if entry.shard is not None and not _is_whole(directory, entry.shard):
+                break
+            journal.entries.append(entry)
+        return journal
+
+    def rewind(self) -> None:
+        """Drop from the disk whatever is not covered by `entries`: torn lines, shards in flight, their successors."""
+        known = {Path(shard["file"]).name for shard in self.shards}
+        for path in self.directory.iterdir():
+            if path.name.endswith((".tok", ".tmp")) and path.name not in known:
+                path.unlink()
+        text = "".join(_line(entry) for entry in self.entries).encode()
+        if self.path.is_file() and self.path.read_bytes() != text:
+            os.truncate(self.path, len(text))
+
+    def append(self, entry: Entry) -> None:
+        with open(self.path, "ab") as file:
+            file.write(_line(entry).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self.entries.append(entry)
+
+
+def _line(entry: Entry) -> str:
+    return json.dumps(asdict(entry), ensure_ascii=False) + "\n"
+
+
+def _is_whole(directory: Path, shard: dict[str, Any]) -> bool:
+    path = directory / Path(shard["file"]).name
+    return path.is_file() and path.stat().st_size == shard["bytes"]

@@ -1,0 +1,15 @@
+"""Names of languages as CC-100 spells them, and how a file or folder name is read as one."""
+
+from __future__ import annotations
+
+CC100 = frozenset(
+    """af am ar as az be bg bn bn_rom br bs ca cs cy da de el en eo es et eu fa ff fi fr fy ga gd gl gn gu ha he hi hi_rom
+    hr ht hu hy id ig is it ja jv ka kk km kn ko ku ky la lg li ln lo lt lv mg mk ml mn mr ms my my_zaw ne nl no ns om
+    or pa pl ps pt qu rm ro ru sa sc sd si sk sl so sq sr ss su sv sw ta ta_rom te te_rom th tl tn tr ug uk ur ur_rom uz
+    vi wo xh yi yo zh-Hans zh-Hant zu""".split()
+)
+
+
+def language_of_name(name: str) -> str | None:
+    """`name` if CC-100 has a language of this name, else None."""
+    return name if name in CC100 else None
