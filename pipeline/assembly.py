@@ -1,0 +1,134 @@
+"""From a recipe to the objects of a run, each checked against the others before anything is written or trained.
+
+In: a `Recipe`, a DeepSpeed JSON and this process's `Launch`. Out: `Parts`. Used by trainer.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import cached_file
+
+from data_prep.shards import ShardSet
+from pipeline.config import Recipe
+from pipeline.data.batches import BatchSource
+from pipeline.distillation.distiller import DistillModule
+from pipeline.distillation.student import Student, build_student
+from pipeline.distillation.teacher import check_vocabulary, load_encoder, load_teacher
+from pipeline.errors import UserError
+from pipeline.runtime import ds_config
+from pipeline.runtime.dist import Launch
+from pipeline.runtime.ds_config import BatchShape, Precisions
+from pipeline.runtime.engine import StudentEngine, device_precisions
+
+SENTENCEPIECE_FILE = "sentencepiece.bpe.model"  # its name on the hub, in every XLM-R descendant
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Parts:
+    """Everything a run is made of."""
+
+    source: BatchSource
+    student: Student
+    distiller: DistillModule
+    engine: StudentEngine
+    batch: BatchShape
+    ds_config: dict[str, Any]
+    precision: str
+    teacher_precision: str
+    warnings: list[str]
+
+
+def assemble(recipe: Recipe, recipe_path: Path, ds_path: Path, launch: Launch) -> Parts:
+    """Build and cross-check all parts. Cheap checks come first; `UserError` or `DataError` says what does not fit."""
+    batch = ds_config.split_batch(recipe.global_batch, recipe.micro_batch_per_gpu, launch.world_size)
+    can = device_precisions(launch.device)
+    config, warnings = ds_config.resolve(ds_path, str(recipe_path), recipe.optimizer, batch, launch.world_size, can)
+    precision = ds_config.precision_of(config)
+    source = open_data(recipe)
+    teacher_precision = _teacher_precision(recipe, precision, can, launch.device)
+
+    teacher_model = load_encoder(recipe.teacher)
+    check_fit(recipe, source.shards, teacher_model)
+    relations = recipe.relations
+    student = build_student(
+        teacher_model, recipe.student, recipe.seed, relations.student_layer, relations.teacher_layer
+    )
+    teacher = load_teacher(teacher_model, relations.teacher_layer, DTYPES[teacher_precision], launch.device)
+    del teacher_model  # what lies above the distilled layer is freed here
+    distiller = DistillModule(teacher, student.tapped, relations)
+    engine = StudentEngine(distiller, student.trained, recipe.optimizer, config)
+    return Parts(source, student, distiller, engine, batch, config, precision, teacher_precision, warnings)
+
+
+def open_data(recipe: Recipe) -> BatchSource:
+    """The shards and the order in which they are read; a missing directory names the command that makes it."""
+    path = Path(recipe.data)
+    if not path.is_dir():
+        raise UserError(
+            f"there are no shards at {path}. Make them: python -m data_prep prepare --input samples/cc100 "
+            f"--tokenizer {recipe.teacher} --output {path}   (or set `data` to where they are)"
+        )
+    return BatchSource(
+        ShardSet(path),
+        seq_len=recipe.seq_len,
+        alpha=recipe.alpha,
+        seed=recipe.seed,
+        heldout_rows_per_language=recipe.heldout_rows,
+        max_epochs=recipe.max_epochs,
+        languages=recipe.languages,
+    )
+
+
+def check_fit(recipe: Recipe, shards: ShardSet, teacher_model: Any) -> None:
+    """Teacher, tokenizer, shards and sequence length must belong together."""
+    check_vocabulary(teacher_model, shards.vocab_size, recipe.data)
+    sha256 = tokenizer_sha256(recipe.teacher)
+    if sha256 != shards.tokenizer_sha256:
+        raise UserError(
+            f"the shards in {recipe.data} were made with another tokenizer (sha256 {shards.tokenizer_sha256[:12]}) than "
+            f"the teacher's (sha256 {sha256[:12]} in {recipe.teacher}). Prepare them again: python -m data_prep prepare "
+            f"--input TEXT --tokenizer {recipe.teacher} --output NEW_DIRECTORY"
+        )
+    longest = usable_positions(teacher_model.config)
+    if recipe.seq_len > longest:
+        raise UserError(
+            f"seq_len is {recipe.seq_len}, but {recipe.teacher} has positions for {longest} tokens; "
+            f"set seq_len to {longest} or less"
+        )
+
+
+def tokenizer_sha256(teacher: str) -> str:
+    """sha256 of the teacher's SentencePiece model, from its directory or (once, then cached) from the hub."""
+    directory = Path(teacher).expanduser()
+    models = sorted(directory.glob("*.model"))
+    if directory.is_dir() and not models:
+        raise UserError(
+            f"{teacher} has no SentencePiece model (*.model), so it cannot be checked against the shards; copy the one "
+            "that the shards were made with into it"
+        )
+    path = models[0] if models else Path(str(cached_file(teacher, SENTENCEPIECE_FILE)))
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def usable_positions(config: Any) -> int:
+    """Longest row a model takes. RoBERTa's kin start counting positions after the padding id (XLM-R: 514 rows, 512)."""
+    positions = int(config.max_position_embeddings)
+    offset = config.model_type in ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
+    return positions - (config.pad_token_id + 1) if offset else positions
+
+
+def _teacher_precision(recipe: Recipe, student_precision: str, can: Precisions, device: torch.device) -> str:
+    wanted = recipe.teacher_options.dtype
+    if wanted == "fp16" and not can.fp16:
+        raise UserError(f"teacher_options.dtype is fp16, which {can.device} does not have; write auto, bf16 or fp32")
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return student_precision if student_precision != "fp32" else ("bf16" if can.bf16 else "fp16")
+    return "bf16" if can.bf16_fast else "fp32"

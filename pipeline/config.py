@@ -1,0 +1,191 @@
+"""Recipe YAML to dataclasses, strictly: defaults < recipe file < `--set a.b=c`.
+
+Every section's dataclass stands beside the code that it configures; this file composes them. An unknown key, a wrong
+type or an impossible value is a `UserError` that names file, key and the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.distillation.distiller import RelationsConfig
+from pipeline.distillation.student import StudentConfig
+from pipeline.distillation.teacher import TeacherConfig
+from pipeline.errors import UserError
+from pipeline.evaluation.retrieval import RetrievalConfig
+from pipeline.runtime.checkpoint import CheckpointConfig
+from pipeline.runtime.guard import GuardConfig
+from pipeline.runtime.metrics import MetricsConfig
+from pipeline.runtime.schedule import OptimizerConfig
+
+
+@dataclass
+class Recipe:
+    """One distillation run. Top-level keys are what people change most; sections belong to one module each."""
+
+    teacher: str = "artifacts/teacher"  # HF directory or hub name
+    teacher_options: TeacherConfig = field(default_factory=TeacherConfig)
+    data: str = "artifacts/shards"  # output directory of `python -m data_prep prepare`
+    steps: int = 100  # optimizer steps, each over one global batch
+    global_batch: int = 256  # rows per optimizer step, over all ranks and micro-batches
+    micro_batch_per_gpu: int = 32  # rows per forward and backward on one rank
+    seq_len: int = 512  # tokens per row, <s> and </s> included
+    alpha: float = 0.3  # language share ~ (share of rows) ** alpha
+    max_epochs: float | None = None  # cap on how often a language's rows are seen
+    languages: list[str] | None = None  # None: every language of the shards
+    heldout_rows: int = 16  # rows per language that are never trained on (at most a tenth of the language)
+    seed: int = 0
+    relations: RelationsConfig = field(default_factory=RelationsConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    save_every: int = 1000  # steps between checkpoints; the last step is always saved
+    eval_every: int = 1000  # steps between held-out evaluations; the last step is always evaluated
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch", "micro_batch_per_gpu", "save_every", "eval_every", "heldout_rows"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.seq_len < 3:
+            raise UserError(f"seq_len is {self.seq_len}; a row is <s>, at least one token and </s>, so at least 3")
+        if not 0 <= self.alpha <= 1:
+            raise UserError(f"alpha is {self.alpha}; it must lie between 0 (equal shares) and 1 (natural shares)")
+
+
+def load_recipe(path: Path, overrides: list[str]) -> Recipe:
+    """Read a recipe and apply `--set key=value` overrides in order. Raises `UserError` with file and key."""
+    tree = read_yaml(path)
+    for override in overrides:
+        apply_override(tree, override)
+    try:
+        recipe = build_section(Recipe, tree, "")
+    except UserError as error:
+        where = f"{path}" + (f" with --set {' '.join(overrides)}" if overrides else "")
+        raise UserError(f"{where}: {error}") from None
+    return recipe
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping from a file; a missing file or anything but a mapping is a `UserError`."""
+    if not path.is_file():
+        known = ", ".join(sorted(str(p) for p in Path("recipes").glob("*.yaml"))) or "none"
+        raise UserError(f"there is no recipe at {path}. Recipes here: {known}")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold `key: value` pairs, not {type(tree).__name__}")
+    return tree
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Put `a.b=c` into a nested mapping; `c` is read as YAML, so `null`, `[1, 2]` and `5e-4` work."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"--set {override}: write it as --set key=value or --set section.key=value")
+    *sections, last = key.split(".")
+    for section in sections:
+        child = tree.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise UserError(f"--set {override}: `{section}` is a value, not a section")
+        tree = child
+    try:
+        tree[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: the value is not readable YAML: {' '.join(str(error).split())}") from None
+
+
+def build_section(cls: type, tree: Any, where: str) -> Any:
+    """A dataclass from a mapping; `where` is the dotted path so far, for messages."""
+    if not isinstance(tree, dict):
+        raise UserError(f"`{where}` must be a section with keys, not {tree!r}")
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key in tree:
+        if key not in names:
+            nearest = difflib.get_close_matches(str(key), names, n=1, cutoff=0.4)
+            hint = f"did you mean `{nearest[0]}`?" if nearest else f"known keys here: {', '.join(names)}"
+            raise UserError(f"unknown key `{_join(where, str(key))}`; {hint}")
+    hints = typing.get_type_hints(cls)
+    values = {key: convert(hints[key], value, _join(where, key)) for key, value in tree.items()}
+    return cls(**values)
+
+
+def convert(hint: Any, value: Any, where: str) -> Any:
+    """Check a YAML value against a type hint; the only conversions are int -> float and text like `5e-4` -> float."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert_union([a for a in arguments if a is not type(None)], value, where)
+    if dataclasses.is_dataclass(hint):
+        return build_section(typing.cast(type, hint), value, where)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise UserError(f"`{where}` is {value!r}; it must be one of {', '.join(map(str, arguments))}")
+        return value
+    if origin in (list, tuple):
+        if not isinstance(value, list):
+            raise UserError(f"`{where}` must be a list like [a, b], not {value!r}")
+        return origin(convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"`{where}` must be `key: value` pairs, not {value!r}")
+        return {convert(arguments[0], k, where): convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+    return _convert_scalar(hint, value, where)
+
+
+def _convert_union(hints: list[Any], value: Any, where: str) -> Any:
+    errors = []
+    for hint in hints:
+        try:
+            return convert(hint, value, where)
+        except UserError as error:
+            errors.append(str(error))
+    raise UserError(errors[0])
+
+
+def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
+    if hint is Any:
+        return value
+    if hint is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise UserError(f"`{where}` must be a number, not {value!r}") from None
+    if isinstance(value, bool) != (hint is bool) or not isinstance(value, hint):
+        raise UserError(f"`{where}` must be {hint.__name__}, not {value!r}")
+    return value
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe, every default spelled out, as YAML that `load_recipe` reads back to an equal recipe."""
+    return yaml.safe_dump(as_tree(recipe), sort_keys=False, allow_unicode=True)
+
+
+def as_tree(section: Any) -> dict[str, Any]:
+    """Nested plain dictionaries and lists of a dataclass."""
+    return _plain(dataclasses.asdict(section))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key

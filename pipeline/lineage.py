@@ -1,0 +1,75 @@
+"""Where a run comes from: versions, commit, machine, data and recipe, written to `run.json` before step 1.
+
+Used by trainer.py, the model card and the report, so that a student can always be traced to what made it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import socket
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Recipe, as_tree
+
+PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "sentencepiece", "safetensors", "numpy")
+# What may change between two lives of one run: it decides how long, how often and how cut, not what is computed.
+MAY_CHANGE = (
+    "steps",
+    "save_every",
+    "eval_every",
+    "micro_batch_per_gpu",
+    "checkpoint",
+    "guard",
+    "metrics",
+    "retrieval",
+)
+
+
+def mathematics(recipe: Recipe) -> dict[str, Any]:
+    """The part of a recipe that must not change within one run, flattened to dotted keys."""
+    tree = {key: value for key, value in as_tree(recipe).items() if key not in MAY_CHANGE}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update({f"{key}.{inner}": item for inner, item in value.items()})
+        else:
+            flat[key] = value
+    return flat
+
+
+def fingerprint(value: Any) -> str:
+    """Short hash of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def describe_run(recipe: Recipe, **facts: Any) -> dict[str, Any]:
+    """The content of `run.json`; `facts` are added as given. Nothing of the environment's variables is recorded."""
+    return {
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "host": socket.gethostname(),
+        "machine": platform.machine(),
+        "recipe_fingerprint": fingerprint(mathematics(recipe)),
+        **facts,
+    }
+
+
+def git_commit() -> str:
+    """Commit of the code, with `+changes` when the tree differs from it; "unknown" outside a checkout."""
+    repo = Path(__file__).resolve().parent.parent
+    try:
+        commit = _git(repo, "rev-parse", "--short=12", "HEAD")
+        return commit + ("+changes" if _git(repo, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError, subprocess.TimeoutExpired):
+        return "unknown"
+
+
+def _git(repo: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(repo), *arguments], capture_output=True, text=True, check=True, timeout=20)
+    return done.stdout.strip()

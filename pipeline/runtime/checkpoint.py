@@ -1,0 +1,293 @@
+"""Checkpoints by parameter name: written whole or not at all, verified before use, loadable at any ZeRO stage and rank count.
+
+`checkpoints/step-00000100/` holds, from every rank, the fragments that it owned of the fp32 weights and of both Adam
+moments (safetensors, key `parameter:start`), the carried-along weights, `state.json`, and `manifest.json` with the
+size and sha256 of all of them. Commit: write into `step-N.tmp`, fsync, hash, barrier, manifest, rename, fsync the
+parent. Nothing is pickled, and DeepSpeed's own `latest` plays no part. Format and promises: docs/reliability.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from pipeline.errors import UserError
+from pipeline.runtime import dist
+from pipeline.runtime.schedule import MOMENTS
+
+if TYPE_CHECKING:  # reading a checkpoint must not cost an import of DeepSpeed
+    from pipeline.runtime.engine import StudentEngine
+
+FORMAT_VERSION = 1
+KINDS = ("weight", *MOMENTS)
+CARRIED_FILE = "carried.safetensors"
+_STEP_NAME = re.compile(r"step-(\d{8,})")
+_FILE_NAME = re.compile(r"state\.json|carried\.safetensors|(weight|exp_avg|exp_avg_sq)-\d{5}-of-\d{5}\.safetensors")
+
+
+@dataclass
+class CheckpointConfig:
+    """How many checkpoints stay on disk."""
+
+    keep: int = 2  # the newest ones
+    keep_every: int | None = None  # and every checkpoint whose step divides by this
+
+    def __post_init__(self) -> None:
+        if self.keep < 1 or (self.keep_every is not None and self.keep_every < 1):
+            raise UserError("checkpoint.keep and checkpoint.keep_every must be at least 1")
+
+
+# -- write
+
+
+def save(
+    directory: Path, engine: StudentEngine, carried: Mapping[str, torch.Tensor], state: Mapping[str, Any], rank: int
+) -> str | None:
+    """Commit a checkpoint of `state["step"]`; all ranks call it together. Returns None, or why it failed.
+
+    A failure on any rank (disk full, say) leaves no trace of this checkpoint and every older one as it was.
+    """
+    final = directory / f"step-{state['step']:08d}"
+    partial = final.with_suffix(".tmp")
+    problem = _attempt(lambda: _start(partial)) if rank == 0 else None
+    world_size = torch.distributed.get_world_size()
+    first = dist.broadcast_json(problem, engine.device)
+    written: dict[str, Any] = {}
+    if first is None:
+        problem = _attempt(lambda: written.update(_write_rank(partial, engine, carried, state, rank, world_size)))
+    reports = dist.gather_json([first or problem, written], engine.device)
+    problems = [f"rank {r}: {report[0]}" for r, report in enumerate(reports) if report[0]]
+    if not problems and rank == 0:
+        files = {name: entry for _, entries in reports for name, entry in entries.items()}
+        problem = _attempt(lambda: _commit(partial, final, files))
+        problems = [f"rank 0: {problem}"] if problem else []
+    outcome = dist.broadcast_json(problems, engine.device)
+    if outcome and rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+    return "; ".join(outcome) if outcome else None
+
+
+def _attempt(action: Any) -> str | None:
+    try:
+        action()
+    except (OSError, SafetensorError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _start(partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def _write_rank(
+    partial: Path,
+    engine: StudentEngine,
+    carried: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any],
+    rank: int,
+    world_size: int,
+) -> dict[str, Any]:
+    """This rank's files, fsynced; name -> size and sha256."""
+    names = []
+    for kind in KINDS:
+        tensors = {
+            f"{f.name}:{f.start}": (f.view(f.buffer) if kind == "weight" else engine.moment(f, kind)).cpu().clone()
+            for f in engine.fragments()
+        }
+        names.append(f"{kind}-{rank:05d}-of-{world_size:05d}.safetensors")
+        save_file(tensors, partial / names[-1])
+    if rank == 0:
+        save_file(dict(carried), partial / CARRIED_FILE)
+        (partial / "state.json").write_text(json.dumps(dict(state), indent=1), encoding="utf-8")
+        names += [CARRIED_FILE, "state.json"]
+    return {name: _seal(partial / name) for name in names}
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    """Flush a file to disk and describe it."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"size_bytes": file.tell(), "sha256": digest}
+
+
+def _commit(partial: Path, final: Path, files: Mapping[str, Any]) -> None:
+    manifest = partial / "manifest.json"
+    manifest.write_text(json.dumps({"format": FORMAT_VERSION, "files": files}, indent=1), encoding="utf-8")
+    _sync(manifest)
+    _sync(partial)
+    if final.exists():  # the same step again, after a fall-back to an older checkpoint
+        _discard(final)
+    partial.rename(final)
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _discard(checkpoint: Path) -> None:
+    """Delete so that a kill in the middle leaves a `.tmp`, never half a checkpoint under its real name."""
+    doomed = checkpoint.with_suffix(".old.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def prune(directory: Path, config: CheckpointConfig) -> None:
+    """Delete what `config` does not keep, and what interrupted saves left; the newest stay. Rank 0 alone calls it."""
+    for leftover in directory.glob("*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    steps = sorted(committed_steps(directory), reverse=True)
+    for step in steps[config.keep :]:
+        if not (config.keep_every and step % config.keep_every == 0):
+            _discard(directory / f"step-{step:08d}")
+
+
+# -- find and verify
+
+
+def committed_steps(directory: Path) -> list[int]:
+    """Steps that have a checkpoint directory under its final name, ascending."""
+    matches = (_STEP_NAME.fullmatch(path.name) for path in directory.glob("step-*") if path.is_dir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """None when every file is there with its size and sha256; else which file is wrong and how."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+        files = manifest["files"]
+        if manifest["format"] != FORMAT_VERSION:
+            return f"format {manifest['format']}, this code reads {FORMAT_VERSION}"
+        for name, entry in files.items():
+            if not _FILE_NAME.fullmatch(name):
+                return f"the manifest names {name!r}, which no checkpoint has"
+            path = checkpoint / name
+            if path.is_symlink() or not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != entry["size_bytes"]:
+                return f"{name} has {path.stat().st_size} bytes, the manifest says {entry['size_bytes']}"
+            with open(path, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                    return f"{name} does not have the sha256 of the manifest"
+        if json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"] != _step_of(checkpoint):
+            return "state.json belongs to another step"
+        if CARRIED_FILE not in files or not any(name.startswith("weight-") for name in files):
+            return "the manifest lists no weights"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"manifest.json or state.json cannot be read ({type(error).__name__}: {error})"
+    return None
+
+
+def _step_of(checkpoint: Path) -> int:
+    match = _STEP_NAME.fullmatch(checkpoint.name)
+    return int(match[1]) if match else -1
+
+
+def newest_whole(directory: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, and what was wrong with newer ones.
+
+    None when there is no checkpoint at all. Checkpoints that exist but are all damaged are a `UserError`: starting
+    afresh over them would bury weeks of work.
+    """
+    problems: list[str] = []
+    for step in sorted(committed_steps(directory), reverse=True):
+        checkpoint = directory / f"step-{step:08d}"
+        problem = damage(checkpoint)
+        if problem is None:
+            return checkpoint, problems
+        problems.append(f"{checkpoint}: {problem}")
+    if problems:
+        raise UserError(
+            "no checkpoint here is whole: " + "; ".join(problems) + ". Restore one from a backup, or start afresh "
+            "with another --run-dir"
+        )
+    return None, []
+
+
+# -- read
+
+
+class CheckpointReader:
+    """Fragments of a verified checkpoint, put together again for any other partition of the parameters."""
+
+    def __init__(self, checkpoint: Path):
+        self.state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        self._path = checkpoint
+        self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
+        self._files: list[Any] = []
+        for kind in KINDS:
+            for path in sorted(checkpoint.glob(f"{kind}-*.safetensors")):
+                self._index(kind, path)
+        for pieces in self._pieces.values():
+            pieces.sort(key=lambda piece: piece[0])
+
+    def _index(self, kind: str, path: Path) -> None:
+        file = safe_open(path, framework="pt")
+        self._files.append(file)
+        for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+            name, _, start = key.rpartition(":")
+            numel = file.get_slice(key).get_shape()[0]
+            self._pieces.setdefault((kind, name), []).append((int(start), numel, file, key))
+
+    def read(self, kind: str, name: str, start: int, numel: int) -> torch.Tensor:
+        """fp32 elements [start, start + numel) of a flattened parameter; `UserError` when some are not there."""
+        parts, position = [], start
+        for piece_start, piece_numel, file, key in self._pieces.get((kind, name), []):
+            low, high = max(position, piece_start), min(start + numel, piece_start + piece_numel)
+            if low == position and low < high:
+                parts.append(file.get_slice(key)[low - piece_start : high - piece_start])
+                position = high
+        if position != start + numel:
+            raise UserError(
+                f"{self._path} has no {kind} of {name} from element {position}: it was written by a run with another "
+                "student or other frozen parts. Take another --run-dir"
+            )
+        return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """The student of this run and the one of the checkpoint must train the same parameters."""
+        saved, wanted = {name for kind, name in self._pieces if kind == "weight"}, set(names)
+        if saved != wanted:
+            differing = ", ".join(sorted(saved ^ wanted)[:3])
+            raise UserError(
+                f"{self._path} was written by a run that trains other parameters (for example {differing}). "
+                "Take another --run-dir, or set the recipe's student section back"
+            )
+
+    def carried(self) -> dict[str, torch.Tensor]:
+        with safe_open(self._path / CARRIED_FILE, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def read_model_weights(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """All fp32 weights of the newest whole checkpoint by HF name, trained and carried along, and its `state.json`."""
+    checkpoint, _ = newest_whole(run_dir / "checkpoints")
+    if checkpoint is None:
+        raise UserError(
+            f"{run_dir} has no checkpoint. Train first: "
+            "deepspeed pipeline/train.py --deepspeed ds_configs/zero2.json --run-dir " + str(run_dir)
+        )
+    reader = CheckpointReader(checkpoint)
+    weights = reader.carried()
+    for name, shape in reader.state["parameters"].items():
+        numel = int(torch.Size(shape).numel())
+        weights[name] = reader.read("weight", name, 0, numel).reshape(shape)
+    return weights, reader.state

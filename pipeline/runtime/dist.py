@@ -1,0 +1,136 @@
+"""Where this process stands among the ranks, whoever launched it, and the few collectives a run needs.
+
+In: the environment that `deepspeed`, `torchrun`, `srun` or nobody left. Out: `Launch`, and helpers that pass plain
+numbers and JSON between ranks. Nothing here pickles, so a rank never executes what another rank sent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Rank and device of this process."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def read_launch() -> Launch:
+    """Fill in what the launcher left out (plain `python` sets nothing, `srun` sets SLURM_*), then read it."""
+    environment = os.environ
+    if "RANK" not in environment and "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
+        _map_slurm(environment)
+    environment.setdefault("RANK", "0")
+    environment.setdefault("WORLD_SIZE", "1")
+    environment.setdefault("LOCAL_RANK", "0")
+    environment.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in environment:
+        if environment["WORLD_SIZE"] != "1":
+            raise UserError("WORLD_SIZE is set but MASTER_PORT is not: start with deepspeed, torchrun or srun")
+        environment["MASTER_PORT"] = str(free_port())
+    local_rank = int(environment["LOCAL_RANK"])
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local_rank} has no GPU of its own: this node shows {torch.cuda.device_count()}. "
+                "Start at most one process per GPU"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    return Launch(int(environment["RANK"]), int(environment["WORLD_SIZE"]), local_rank, device)
+
+
+def _map_slurm(environment: Any) -> None:
+    """One srun task per rank: Slurm's names for what torch.distributed wants to know."""
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    if "MASTER_ADDR" not in environment:
+        nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", ""))
+        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        environment["MASTER_ADDR"] = listed.stdout.split()[0]
+    # every task must compute the same port without talking: derive it from the job and step number
+    step = int(environment.get("SLURM_JOB_ID", "0")) * 7 + int(environment.get("SLURM_STEP_ID", "0"))
+    environment.setdefault("MASTER_PORT", str(20000 + step % 20000))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def init_process_group(launch: Launch, timeout_s: float) -> None:
+    """Join the other ranks: NCCL beside GPUs, gloo otherwise. `timeout_s` bounds every later collective."""
+    if torch_dist.is_initialized():
+        return
+    backend = "nccl" if launch.device.type == "cuda" else "gloo"
+    torch_dist.init_process_group(
+        backend, rank=launch.rank, world_size=launch.world_size, timeout=timedelta(seconds=timeout_s)
+    )
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Element-wise sum over ranks, in place. Shape and dtype must agree on all ranks."""
+    torch_dist.all_reduce(values)
+    return values
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """True on every rank when it is true on one: how ranks agree to stop or to skip."""
+    return max_over_ranks(float(flag), device) > 0
+
+
+def max_over_ranks(value: float, device: torch.device) -> float:
+    tensor = torch.tensor([value], dtype=torch.float64, device=device)
+    torch_dist.all_reduce(tensor, op=torch_dist.ReduceOp.MAX)
+    return float(tensor.item())
+
+
+def barrier() -> None:
+    torch_dist.barrier()
+
+
+def gather_json(value: Any, device: torch.device) -> list[Any]:
+    """Every rank's JSON value, in rank order, on every rank."""
+    payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+    world_size = torch_dist.get_world_size()
+    size = torch.tensor([payload.numel()], dtype=torch.int64, device=device)
+    sizes = [torch.zeros_like(size) for _ in range(world_size)]
+    torch_dist.all_gather(sizes, size)
+    lengths = [int(s.item()) for s in sizes]
+    padded = torch.zeros(max(lengths), dtype=torch.uint8, device=device)
+    padded[: payload.numel()] = payload
+    parts = [torch.zeros_like(padded) for _ in range(world_size)]
+    torch_dist.all_gather(parts, padded)
+    return [json.loads(bytes(p[:n].cpu().numpy())) for p, n in zip(parts, lengths, strict=True)]
+
+
+def broadcast_json(value: Any, device: torch.device) -> Any:
+    """Rank 0's JSON value on every rank."""
+    return gather_json(value if torch_dist.get_rank() == 0 else None, device)[0]
+
+
+def shut_down() -> None:
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()

@@ -1,0 +1,183 @@
+"""The DeepSpeed JSON: read, checked against the recipe, and resolved to what this machine can run.
+
+The recipe owns batch, learning rate and clipping; the JSON owns ZeRO stage, precision, communication, offload and the
+optimizer's implementation. DeepSpeed itself ignores unknown keys in silence and turns `"auto"` fp16 off in silence, so
+nothing reaches it unresolved. No DeepSpeed import here: engine.py hands the result over.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.runtime.schedule import OptimizerConfig
+
+KNOWN_KEYS = (
+    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping optimizer fp16 bf16 "
+    "zero_optimization zero_force_ds_cpu_optimizer communication_data_type prescale_gradients "
+    "gradient_predivide_factor data_types activation_checkpointing wall_clock_breakdown steps_per_print comms_logger "
+    "flops_profiler memory_breakdown dump_state aio checkpoint disable_allgather seq_parallel_communication_data_type"
+).split()
+OWNED_BY_RECIPE = {
+    "scheduler": "the recipe's `optimizer.warmup_steps` and `optimizer.decay` are the schedule",
+    "tensorboard": "TensorBoard is always written, to the run directory",
+    "wandb": "metrics go to TensorBoard and metrics.jsonl in the run directory",
+    "csv_monitor": "metrics go to TensorBoard and metrics.jsonl in the run directory",
+    "torch_autocast": "it leaves state behind that breaks later engines of the process; use fp16 or bf16",
+    "amp": "DeepSpeed removed it; use fp16 or bf16",
+    "elasticity": "DeepSpeed removed it; checkpoints here load at any number of ranks",
+}
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How the global batch is cut: rows per rank and micro-step, and micro-steps per optimizer step."""
+
+    micro_batch: int
+    accumulation: int
+
+
+@dataclass(frozen=True)
+class Precisions:
+    """What the device can do. `bf16_fast`: has instructions for it, rather than emulating it."""
+
+    fp16: bool
+    bf16: bool
+    bf16_fast: bool
+    device: str
+
+
+def split_batch(global_batch: int, micro_batch: int, world_size: int) -> BatchShape:
+    """Rows per rank and micro-step, and accumulation. Raises `UserError` that names values which do divide."""
+    if global_batch % world_size:
+        near = world_size * max(1, round(global_batch / world_size))
+        raise UserError(
+            f"global_batch {global_batch} does not divide by {world_size} ranks; "
+            f"take --set global_batch={near}, or another number of GPUs"
+        )
+    per_rank = global_batch // world_size
+    micro_batch = min(micro_batch, per_rank)
+    if per_rank % micro_batch:
+        fits = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
+        raise UserError(
+            f"global_batch {global_batch} over {world_size} ranks is {per_rank} rows a rank, which does not divide into "
+            f"micro-batches of {micro_batch}; micro_batch_per_gpu could be {', '.join(map(str, fits))}"
+        )
+    return BatchShape(micro_batch, per_rank // micro_batch)
+
+
+def read_ds_json(path: Path) -> dict[str, Any]:
+    """The JSON as written. Unknown keys and keys that the recipe owns are refused by name."""
+    if not path.is_file():
+        known = ", ".join(sorted(str(p) for p in Path("ds_configs").glob("*.json"))) or "none"
+        raise UserError(f"there is no DeepSpeed config at {path}. Configs here: {known}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    for key in config:
+        if key in OWNED_BY_RECIPE:
+            raise UserError(f"{path}: remove `{key}`; {OWNED_BY_RECIPE[key]}")
+        if key not in KNOWN_KEYS:
+            nearest = difflib.get_close_matches(key, KNOWN_KEYS, n=1, cutoff=0.4)
+            hint = f"did you mean `{nearest[0]}`?" if nearest else f"known: {', '.join(KNOWN_KEYS)}"
+            raise UserError(f"{path}: unknown key `{key}` (DeepSpeed would ignore it in silence); {hint}")
+    return config
+
+
+def resolve(
+    path: Path, recipe_path: str, optimizer: OptimizerConfig, batch: BatchShape, world_size: int, can: Precisions
+) -> tuple[dict[str, Any], list[str]]:
+    """The effective DeepSpeed config, and warnings to print once.
+
+    Values that JSON and recipe both give must agree; `"auto"` takes the recipe's value.
+    """
+    config = read_ds_json(path)
+    owned: dict[str, Any] = {
+        "train_batch_size": batch.micro_batch * batch.accumulation * world_size,
+        "train_micro_batch_size_per_gpu": batch.micro_batch,
+        "gradient_accumulation_steps": batch.accumulation,
+        "gradient_clipping": optimizer.gradient_clipping,
+    }
+    _take(config, owned, f"{path}", recipe_path)
+    _resolve_optimizer(config, optimizer, path, recipe_path)
+    config.setdefault("zero_optimization", {})
+    config.setdefault("steps_per_print", 2**62)  # the pipeline's own console line says more
+    warnings = _resolve_precision(config, path, can)
+    _check_stage(config, path)
+    return config, warnings
+
+
+def _take(config: dict[str, Any], owned: dict[str, Any], where: str, recipe_path: str) -> None:
+    for key, value in owned.items():
+        given = config.get(key, "auto")
+        if given not in ("auto", value):
+            raise UserError(
+                f"{where} sets `{key}` to {given}, but {recipe_path} makes it {value}; "
+                f'the recipe owns it: remove it from {where} or write "auto"'
+            )
+        config[key] = value
+
+
+def _resolve_optimizer(config: dict[str, Any], optimizer: OptimizerConfig, path: Path, recipe_path: str) -> None:
+    section = copy.deepcopy(config.get("optimizer", {"type": "AdamW", "params": {}}))
+    if section.get("type") != "AdamW":
+        raise UserError(f"{path}: optimizer.type is {section.get('type')!r}; the recipe's optimizer is AdamW")
+    parameters = section.setdefault("params", {})
+    if not parameters.setdefault("torch_adam", True):
+        raise UserError(
+            f"{path}: optimizer.params.torch_adam must be true: DeepSpeed's own Adam compiles at start and keeps its "
+            "step count where a checkpoint by parameter name cannot restore it exactly"
+        )
+    owned = {"lr": optimizer.lr, "betas": list(optimizer.betas), "eps": optimizer.eps}
+    _take(parameters, {**owned, "weight_decay": optimizer.weight_decay}, f"{path} optimizer.params", recipe_path)
+    config["optimizer"] = section
+
+
+def _resolve_precision(config: dict[str, Any], path: Path, can: Precisions) -> list[str]:
+    """fp16 where the device has it; else bf16 where that is fast, else fp32. Says so, naming file and reason."""
+    fp16 = config.setdefault("fp16", {"enabled": False})
+    bf16 = config.setdefault("bf16", {"enabled": False})
+    for name, section in (("fp16", fp16), ("bf16", bf16)):
+        if section.get("enabled") == "auto":
+            section["enabled"] = name == "fp16" and bf16.get("enabled") is not True
+    if fp16.get("enabled") and bf16.get("enabled"):
+        raise UserError(f"{path} enables both fp16 and bf16; keep one")
+    if fp16.get("enabled") and not can.fp16:
+        config["fp16"] = {"enabled": False}
+        config["bf16"] = {"enabled": can.bf16_fast}
+        instead = "bf16" if can.bf16_fast else "fp32"
+        return [f"{path} asks for fp16, which {can.device} does not have: this run computes in {instead} instead"]
+    if bf16.get("enabled") and not can.bf16:
+        raise UserError(f"{path} asks for bf16, which {can.device} does not have; use ds_configs/zero2.json (fp16)")
+    return []
+
+
+def _check_stage(config: dict[str, Any], path: Path) -> None:
+    zero = config["zero_optimization"]
+    stage = zero.setdefault("stage", 1)
+    if stage not in (1, 2, 3):
+        raise UserError(
+            f"{path}: zero_optimization.stage is {stage}; use 1, 2 or 3. (Stage 0 with fp16 is broken in DeepSpeed 0.19: "
+            "updates come out far too small; stage 1 on one GPU costs the same)"
+        )
+    offload = zero.get("offload_optimizer", {}).get("device", "none")
+    if offload == "nvme" or zero.get("offload_param", {}).get("device", "none") == "nvme":
+        raise UserError(f"{path}: offload to nvme is not supported by this pipeline's checkpoints; use cpu")
+    if offload != "none":
+        config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW runs on the offloaded partition, uncompiled
+
+
+def precision_of(config: dict[str, Any]) -> str:
+    """`fp16`, `bf16` or `fp32` of an effective config."""
+    for name in ("fp16", "bf16"):
+        if config[name].get("enabled"):
+            return name
+    return "fp32"

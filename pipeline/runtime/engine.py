@@ -1,0 +1,205 @@
+"""The DeepSpeed engine around the student: the only file that imports deepspeed.
+
+In: a module, its trained parameters and an effective config. Out: forward, backward, step, and the engine's state as
+`Fragment`s - the flat pieces of fp32 master weights and Adam moments that this rank owns - so that checkpoint.py can
+save and load them by parameter name, at any ZeRO stage and any number of ranks, without DeepSpeed's own files.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+import deepspeed  # noqa: E402  (the accelerator is chosen, and the chatter turned down, before this import)
+from deepspeed.accelerator import get_accelerator  # noqa: E402
+
+from pipeline.runtime.ds_config import Precisions  # noqa: E402
+from pipeline.runtime.schedule import MOMENTS, OptimizerConfig, parameter_groups  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The part of one parameter that this rank owns, as views into flat fp32 buffers.
+
+    `start` and `numel` address the flattened parameter; `offset` addresses the buffer. Every element of every trained
+    parameter is owned by exactly one rank, so fragments of all ranks tile the model.
+    """
+
+    name: str
+    start: int
+    numel: int
+    buffer: torch.Tensor
+    offset: int
+
+    def view(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This fragment's slice of `tensor`, which is laid out like `buffer` (the buffer itself or a moment)."""
+        return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did. `skipped`: a gradient was not finite, so no rank changed a parameter."""
+
+    gradient_norm: float
+    skipped: bool
+    loss_scale: float
+
+
+def device_precisions(device: torch.device) -> Precisions:
+    """What this device computes natively, as DeepSpeed and torch report it."""
+    accelerator = get_accelerator()
+    if device.type == "cuda":
+        bf16 = bool(accelerator.is_bf16_supported())
+        return Precisions(bool(accelerator.is_fp16_supported()), bf16, bf16, torch.cuda.get_device_name(device))
+    has = torch.cpu.get_capabilities()
+    fast = bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+    return Precisions(bool(accelerator.is_fp16_supported()), True, fast, "this CPU")
+
+
+class StudentEngine:
+    """A DeepSpeed engine with its state opened up by parameter name."""
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        trained: Mapping[str, torch.nn.Parameter],
+        optimizer: OptimizerConfig,
+        config: dict[str, Any],
+    ):
+        self.shapes = {name: list(parameter.shape) for name, parameter in trained.items()}
+        self._names = {id(parameter): name for name, parameter in trained.items()}
+        self.stage: int = config["zero_optimization"]["stage"]
+        _forbid_compilation_at_start()
+        self._engine, *_ = deepspeed.initialize(
+            model=module,
+            model_parameters=parameter_groups(trained, optimizer.weight_decay),
+            config=config,
+            dist_init_required=False,
+        )
+        self._zero = self._engine.optimizer
+        self._adam = self._zero.optimizer
+        # DeepSpeed looks for non-finite gradients in half precision only; a run is as lost in fp32
+        self._zero.check_grad_overflow = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    @property
+    def module(self) -> torch.nn.Module:
+        return self._engine.module
+
+    @property
+    def device(self) -> torch.device:
+        return self._engine.device
+
+    def train(self, mode: bool = True) -> None:
+        self._engine.train(mode)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate gradients of one micro-batch; DeepSpeed divides by the number of micro-batches."""
+        self._engine.backward(loss)
+
+    def step(self, learning_rate: float) -> StepResult | None:
+        """After each micro-batch; None until the last of an optimizer step, then what the step did."""
+        boundary = self._engine.is_gradient_accumulation_boundary()
+        if boundary:
+            for group in self._adam.param_groups:
+                group["lr"] = learning_rate
+        self._engine.step()
+        if not boundary:
+            return None
+        skipped = bool(self._zero.overflow)
+        norm = float("nan") if skipped else float(self._engine.get_global_grad_norm())
+        return StepResult(norm, skipped, self.loss_scale)
+
+    @property
+    def loss_scale(self) -> float:
+        return float(self._zero.loss_scale)
+
+    # -- state, by parameter name
+
+    def fragments(self) -> Iterator[Fragment]:
+        """The fragments that this rank owns, in a fixed order."""
+        return self._fragments_of_partitioned_parameters() if self.stage == 3 else self._fragments_of_flat_groups()
+
+    def _fragments_of_flat_groups(self) -> Iterator[Fragment]:
+        for parameters, buffer in zip(self._zero.bit16_groups, self._zero.single_partition_of_fp32_groups, strict=True):
+            for parameter in parameters:
+                mapping = parameter._hp_mapping
+                if mapping is not None:
+                    where, place = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
+                    yield Fragment(self._names[id(parameter)], where.start, where.numel, buffer, place.start)
+
+    def _fragments_of_partitioned_parameters(self) -> Iterator[Fragment]:
+        rank = torch.distributed.get_rank()
+        for parameters in self._zero.fp16_groups:
+            for parameter in parameters:
+                group, offset, padded = self._zero.grad_position[self._zero.get_param_id(parameter)]
+                start = rank * padded
+                numel = min(padded, parameter.ds_numel - start)
+                if numel > 0:
+                    buffer = self._zero.fp32_partitioned_groups_flat[group]
+                    yield Fragment(self._names[id(parameter)], start, numel, buffer, offset)
+
+    def moment(self, fragment: Fragment, name: str) -> torch.Tensor:
+        """`exp_avg` or `exp_avg_sq` of a fragment, fp32; zeros before the first step, when Adam has none."""
+        state = self._adam.state.get(fragment.buffer, {})
+        if name not in state:
+            return torch.zeros(fragment.numel, dtype=torch.float32)
+        return fragment.view(state[name])
+
+    def adam_step(self) -> int:
+        """Updates that Adam has made (skipped steps are not among them)."""
+        steps = [int(state["step"]) for state in self._adam.state.values() if "step" in state]
+        return max(steps, default=0)
+
+    def scaler_state(self) -> dict[str, float]:
+        """The dynamic loss scaler's numbers; empty where the scale is fixed."""
+        scaler = self._zero.loss_scaler
+        return {name: float(getattr(scaler, name)) for name in _SCALER_NUMBERS if hasattr(scaler, name)}
+
+    @torch.no_grad()
+    def load(self, read: Any, adam_step: int, scaler: Mapping[str, float]) -> None:
+        """Fill every fragment from `read(kind, name, start, numel) -> fp32 tensor`, kind "weight" or a moment's name.
+
+        Adam's state is laid out here, before its first step, in the form that torch's AdamW continues from. The low-
+        precision copies are refreshed last: without it the next forward would run on the weights of before the load.
+        """
+        for fragment in self.fragments():
+            state = self._adam.state[fragment.buffer]
+            if not state:
+                state["step"] = torch.tensor(float(adam_step), dtype=torch.float32)
+                for name in MOMENTS:
+                    state[name] = torch.zeros_like(fragment.buffer, requires_grad=False)
+            fragment.view(fragment.buffer).copy_(read("weight", fragment.name, fragment.start, fragment.numel))
+            for name in MOMENTS:
+                fragment.view(state[name]).copy_(read(name, fragment.name, fragment.start, fragment.numel))
+        for name, value in scaler.items():
+            if name in _SCALER_NUMBERS and hasattr(self._zero.loss_scaler, name):
+                setattr(self._zero.loss_scaler, name, type(getattr(self._zero.loss_scaler, name))(value))
+        self._refresh_low_precision()
+
+    def _refresh_low_precision(self) -> None:
+        if self.stage != 3:
+            self._zero.update_lp_params()
+            return
+        for group in range(len(self._zero.fp32_partitioned_groups_flat)):
+            self._zero._reassign_or_swap_out_partitioned_parameters(group)
+        if self._zero.persistent_parameters:  # small parameters that ZeRO-3 keeps whole on every rank
+            self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
+
+
+_SCALER_NUMBERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def _forbid_compilation_at_start() -> None:
+    """DeepSpeed would compile a shared-memory op at start on CPU: minutes, and a stale lock if killed meanwhile."""
+    if get_accelerator().device_name() == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

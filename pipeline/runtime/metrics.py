@@ -1,0 +1,103 @@
+"""What a run shows: TensorBoard, `metrics.jsonl`, one console line per interval and a progress bar.
+
+In: numbers per step from trainer.py. Out: files under the run directory, written by rank 0 alone; the other ranks hold
+a `Metrics` that does nothing. `metrics.jsonl` has one object per line, `{"step": .., "samples": .., "time_s": .., tags}`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from pipeline.errors import UserError
+
+
+@dataclass
+class MetricsConfig:
+    """How often a run reports."""
+
+    log_every: int = 10  # steps between console lines and points of a curve
+    images: bool = True  # relation maps of a fixed row, teacher beside student, at every evaluation
+
+    def __post_init__(self) -> None:
+        if self.log_every < 1:
+            raise UserError("metrics.log_every must be at least 1")
+
+
+class Metrics:
+    """Writers of one run; with `active=False` every call is a no-op."""
+
+    def __init__(self, run_dir: Path, active: bool, first_step: int, steps: int):
+        self.active = active
+        if not active:
+            return
+        # purge_step drops what a killed life wrote past the checkpoint that this life resumes from
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step, flush_secs=30)
+        path = run_dir / "metrics.jsonl"
+        _truncate_after(path, first_step)
+        self._lines = open(path, "a", encoding="utf-8")
+        self._bar = tqdm(
+            total=steps, initial=first_step, unit="step", desc="distil", disable=not sys.stderr.isatty(), leave=False
+        )
+
+    def describe(self, recipe_yaml: str, deepspeed_json: str, hyper_parameters: Mapping[str, Any]) -> None:
+        if self.active:
+            self._board.add_text("recipe", f"```yaml\n{recipe_yaml}\n```")
+            self._board.add_text("deepspeed", f"```json\n{deepspeed_json}\n```")
+            table = "\n".join(f"| {key} | {value} |" for key, value in hyper_parameters.items())
+            self._board.add_text("hyper-parameters", f"| key | value |\n|---|---|\n{table}")
+
+    def write(self, step: int, samples: int, values: Mapping[str, float]) -> None:
+        """One point on every curve. `step` counts finished optimizer steps."""
+        if not self.active:
+            return
+        for tag, value in values.items():
+            self._board.add_scalar(tag, value, step)
+        row = {"step": step, "samples": samples, "time_s": round(time.time(), 3), **values}
+        self._lines.write(json.dumps(row) + "\n")
+        self._lines.flush()
+
+    def image(self, tag: str, step: int, image_CHW: torch.Tensor) -> None:
+        if self.active:
+            self._board.add_image(tag, image_CHW, step)
+
+    def advance(self) -> None:
+        if self.active:
+            self._bar.update(1)
+
+    def say(self, line: str) -> None:
+        """One console line, above the progress bar where there is one."""
+        if self.active:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        if self.active:
+            self._bar.close()
+            self._board.close()
+            self._lines.close()
+
+
+def _truncate_after(path: Path, first_step: int) -> None:
+    """Drop lines of steps that will be done again, and a line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= first_step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            continue
+    partial = path.with_suffix(".tmp")
+    partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,61 @@
+"""Distil a student. The same command on a laptop and on a cluster:
+
+deepspeed pipeline/train.py --deepspeed ds_configs/zero2.json                      (recipes/quickstart.yaml)
+deepspeed pipeline/train.py --deepspeed ds_configs/zero2.json --recipe recipes/xlmr_large_l12_h384.yaml
+torchrun --nproc_per_node 8 pipeline/train.py --deepspeed ds_configs/zero2.json    or srun, or plain python
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+# Started by path, Python puts pipeline/ itself first on sys.path; the packages live one level up.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from pipeline.errors import EXIT_USER, exit_code_of  # noqa: E402
+
+DEFAULT_RECIPE = Path("recipes/quickstart.yaml")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        print(f"error: {message}\n{self.format_usage()}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_USER)
+
+
+def main() -> None:
+    """Parse the command line and run; the heavy imports wait until the arguments are known to be right."""
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--deepspeed", type=Path, required=True, metavar="JSON", help="for example ds_configs/zero2.json"
+    )
+    parser.add_argument("--recipe", type=Path, help=f"what to distil from what (default: {DEFAULT_RECIPE})")
+    parser.add_argument("--run-dir", type=Path, help="where everything goes (default: runs/NAME_OF_RECIPE)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
+    parser.add_argument("--allow-change", action="store_true", help="resume although the recipe or the data changed")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # launchers add it
+    arguments = parser.parse_args()
+    recipe_path = arguments.recipe or DEFAULT_RECIPE
+
+    from pipeline.trainer import run_from_files
+
+    run_from_files(
+        recipe_path=recipe_path,
+        recipe_is_default=arguments.recipe is None,
+        ds_path=arguments.deepspeed,
+        run_dir=arguments.run_dir or Path("runs") / recipe_path.stem,
+        overrides=arguments.set,
+        allow_change=arguments.allow_change,
+    )
+
+
+if __name__ == "__main__":
+    code = exit_code_of(main)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All work is on disk here. The collective library's threads can abort the interpreter's own shutdown (seen once in
+    # some fifty runs on CPU), which would turn a finished run into exit code 134.
+    os._exit(code)
