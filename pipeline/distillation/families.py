@@ -20,7 +20,10 @@ class Family:
     projections: tuple[str, ...] = ("attention.self.query", "attention.self.key", "attention.self.value")
     norm_before: str | None = None  # the layer's norm in front of its projections (pre-norm architectures)
     after_layers: tuple[str, ...] = ()  # modules that the model applies to the last layer's output
+    after_first_layer: str | None = None  # a module that the model applies to the first layer's output
+    layer_attributes: tuple[str, ...] = ()  # what the model reads off its layers
     layer_returns: int = 0  # 0: a layer returns a tensor; n: a tuple of n
+    rotary_head_dim: str | None = None  # where a layer says how wide its rotary heads are
     has_pooler: bool = True  # the class takes `add_pooling_layer`
     ffn_key: str = "intermediate_size"
     dropout_keys: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
@@ -33,6 +36,32 @@ FAMILIES: dict[str, Family] = {
     "roberta": _BERT,
     "xlm-roberta": _BERT,
     "camembert": _BERT,
+    "xlm-roberta-xl": Family(norm_before="attention.self_attn_layer_norm", after_layers=("encoder.LayerNorm",)),
+    "electra": Family(has_pooler=False),
+    "mpnet": Family(projections=("attention.attn.q", "attention.attn.k", "attention.attn.v"), layer_returns=1),
+    "distilbert": Family(
+        layers="transformer.layer",
+        projections=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+        has_pooler=False,
+        ffn_key="hidden_dim",
+        dropout_keys=("dropout", "attention_dropout"),
+    ),
+    "deberta-v2": Family(  # Q and K of the content; the position terms of its attention are not part of them
+        projections=("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj"),
+        after_first_layer="encoder.conv",
+        layer_returns=2,
+        has_pooler=False,
+    ),
+    "modernbert": Family(  # mmBERT too
+        layers="layers",
+        projections=("attn.Wqkv",),
+        norm_before="attn_norm",
+        after_layers=("final_norm",),
+        layer_attributes=("attention_type",),
+        rotary_head_dim="attn.head_dim",
+        has_pooler=False,
+        dropout_keys=("embedding_dropout", "attention_dropout", "mlp_dropout"),
+    ),
 }
 
 

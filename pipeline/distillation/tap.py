@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
 
 from pipeline.distillation.families import Family, family_of
 from pipeline.errors import UserError
@@ -22,21 +24,30 @@ from pipeline.errors import UserError
 Projections = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def tap(hf_model: PreTrainedModel, layer: int | Sequence[int], with_output: bool = False) -> TappedEncoder:
+def tap(
+    hf_model: PreTrainedModel, layer: int | Sequence[int], with_output: bool = False, after_rotary: bool = False
+) -> TappedEncoder:
     """Module `(input_ids, attention_mask=None) -> (q_BLD, k_BLD, v_BLD)` of layer `layer`, counted from 1.
 
     A list of layers gives a list of such triples, in the list's order. With `with_output` all layers run and the last
-    hidden state comes after the projections: `(projections, hidden_BLD)`.
+    hidden state comes after the projections: `(projections, hidden_BLD)`. `after_rotary` reads Q and K with their
+    rotary position embedding (ModernBERT), otherwise as the projections give them.
     """
-    return TappedEncoder(hf_model, layer, with_output)
+    return TappedEncoder(hf_model, layer, with_output, after_rotary)
 
 
 class TappedEncoder(nn.Module):
     """See `tap`. `model` is the cut skeleton; its parameters are those of the model that was tapped."""
 
-    def __init__(self, hf_model: PreTrainedModel, layer: int | Sequence[int], with_output: bool) -> None:
+    def __init__(
+        self, hf_model: PreTrainedModel, layer: int | Sequence[int], with_output: bool, after_rotary: bool
+    ) -> None:
         super().__init__()
         family = family_of(hf_model.config)
+        if after_rotary and family.rotary_head_dim is None:
+            raise UserError(
+                f"{hf_model.config.model_type} has no rotary embedding; set `relations.after_rotary: false`"
+            )
         self.single = isinstance(layer, int)
         self.layers = [layer] if isinstance(layer, int) else list(layer)
         self.with_output = with_output
@@ -44,12 +55,13 @@ class TappedEncoder(nn.Module):
         for number in self.layers:
             if not 1 <= number <= num_layers:
                 raise UserError(f"layer {number} of a {hf_model.config.model_type} model with layers 1 to {num_layers}")
-        self.model = _cut(hf_model, family, set(self.layers), with_output)
+        self.model = _cut(hf_model, family, set(self.layers), with_output, after_rotary)
         self._taps = {n: cast(TapLayer, self.model.get_submodule(f"{family.layers}.{n - 1}")) for n in self.layers}
 
     def forward(self, input_ids_BL: torch.Tensor, attention_mask_BL: torch.Tensor | None = None):
         hidden_BLD = self.model(input_ids=input_ids_BL, attention_mask=attention_mask_BL)[0]
-        projections = [self._taps[layer].take() for layer in self.layers]
+        taken = {layer: layer_tap.take() for layer, layer_tap in self._taps.items()}
+        projections = [taken[layer] for layer in self.layers]
         result = projections[0] if self.single else projections
         return (result, hidden_BLD) if self.with_output else result
 
@@ -65,22 +77,35 @@ class TapLayer(nn.Module):
     With `goes_on` the layer itself runs as well (a tap below the last one); without, nothing but the projections does.
     """
 
-    def __init__(self, layer: nn.Module, family: Family, goes_on: bool) -> None:
+    def __init__(self, layer: nn.Module, family: Family, goes_on: bool, after_rotary: bool) -> None:
         super().__init__()
+        for name in family.layer_attributes:
+            setattr(self, name, getattr(layer, name))
         self.norm = layer.get_submodule(family.norm_before) if family.norm_before else nn.Identity()
         self.projections = nn.ModuleList(layer.get_submodule(name) for name in family.projections)
         self.layer = layer if goes_on else None
         self.returns = family.layer_returns
+        self.rotary_head_dim: int | None = None
+        if after_rotary and family.rotary_head_dim:
+            self.rotary_head_dim = attrgetter(family.rotary_head_dim)(layer)
         self.width = sum(cast(nn.Linear, projection).out_features for projection in self.projections) // 3
         self._kept: Projections | None = None
 
     def forward(self, hidden_BLD: torch.Tensor, *arguments, **keywords):
         normed_BLD = self.norm(hidden_BLD)
-        query_BLD, key_BLD, value_BLD = (projection(normed_BLD) for projection in self.projections)
+        outputs = [projection(normed_BLD) for projection in self.projections]
+        query_BLD, key_BLD, value_BLD = outputs[0].chunk(3, dim=-1) if len(outputs) == 1 else outputs
+        if self.rotary_head_dim is not None:
+            query_BLD, key_BLD = self._rotate(query_BLD, key_BLD, keywords["position_embeddings"])
         self._kept = (query_BLD, key_BLD, value_BLD)
         if self.layer is not None:
             return self.layer(hidden_BLD, *arguments, **keywords)
         return (hidden_BLD, None)[: self.returns] if self.returns else hidden_BLD
+
+    def _rotate(self, query_BLD: torch.Tensor, key_BLD: torch.Tensor, cos_and_sin) -> list[torch.Tensor]:
+        """Q and K as the attention sees them: each head's channels turned by its position."""
+        heads = [x_BLD.unflatten(-1, (-1, self.rotary_head_dim)).transpose(1, 2) for x_BLD in (query_BLD, key_BLD)]
+        return [x_BHLd.transpose(1, 2).flatten(2) for x_BHLd in apply_rotary_pos_emb(*heads, *cos_and_sin)]
 
     def take(self) -> Projections:
         """The last forward's Q, K and V; they are let go, so that no graph lives longer than its step."""
@@ -89,7 +114,9 @@ class TapLayer(nn.Module):
         return kept
 
 
-def _cut(hf_model: PreTrainedModel, family: Family, layers: set[int], with_output: bool) -> PreTrainedModel:
+def _cut(
+    hf_model: PreTrainedModel, family: Family, layers: set[int], with_output: bool, after_rotary: bool
+) -> PreTrainedModel:
     """The model's skeleton with taps in place, sharing all parameters, and nothing that runs above the last tap."""
     model = _shallow_copy(hf_model)
     model.config = copy.deepcopy(hf_model.config)
@@ -99,13 +126,15 @@ def _cut(hf_model: PreTrainedModel, family: Family, layers: set[int], with_outpu
     old_layers = cast(nn.ModuleList, hf_model.get_submodule(family.layers))
     last = len(old_layers) if with_output else max(layers)
     new_layers = nn.ModuleList(
-        TapLayer(layer, family, goes_on=with_output or number < last) if number in layers else layer
+        TapLayer(layer, family, with_output or number < last, after_rotary) if number in layers else layer
         for number, layer in enumerate(old_layers[:last], start=1)
     )
     _replace(model, family.layers, new_layers)
     if not with_output:
         for name in family.after_layers:
             _replace(model, name, nn.Identity())
+        if last == 1 and family.after_first_layer:
+            _replace(model, family.after_first_layer, None)
     return model
 
 
@@ -116,7 +145,7 @@ def _shallow_copy(module: nn.Module):
     return twin
 
 
-def _replace(model: nn.Module, dotted_name: str, new_child: nn.Module) -> None:
+def _replace(model: nn.Module, dotted_name: str, new_child: nn.Module | None) -> None:
     """Put a child at a dotted name, copying the modules on the way so that the original model keeps its own."""
     *parents, last = dotted_name.split(".")
     owner = model

@@ -1,0 +1,89 @@
+"""Every family's tap against the untouched Hugging Face forward: Q, K and V equal bit for bit, in fp32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from pipeline.distillation.families import FAMILIES, family_of
+from pipeline.distillation.tap import tap
+from tests.tiny_encoders import CONFIGS, padded_rows, random_rows, tiny_encoder
+
+
+def projections_of_whole_forward(model, layer: int, input_ids, mask):
+    """What the projections of layer `layer` (from 1) give while the whole model runs, seen by forward hooks."""
+    family, seen = family_of(model.config), []
+    module = model.get_submodule(f"{family.layers}.{layer - 1}")
+    hooks = [
+        module.get_submodule(name).register_forward_hook(lambda _, __, output: seen.append(output))
+        for name in family.projections
+    ]
+    with torch.no_grad():
+        hidden = model(input_ids=input_ids, attention_mask=mask).last_hidden_state
+    for hook in hooks:
+        hook.remove()
+    if len(seen) == 1:
+        seen = list(seen[0].chunk(3, dim=-1))
+    return seen[:3], hidden
+
+
+def assert_same(ours, theirs):
+    for mine, expected in zip(ours, theirs, strict=True):
+        assert torch.equal(mine, expected)
+
+
+def test_the_zoo_has_every_family():
+    assert set(CONFIGS) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize("layer", [1, 3, 4])
+def test_packed_rows(model_type, layer):
+    model, rows = tiny_encoder(model_type), random_rows(3, 40)
+    expected, _ = projections_of_whole_forward(model, layer, rows, None)
+    with torch.no_grad():
+        assert_same(tap(model, layer)(rows), expected)
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_padded_rows(model_type):
+    model, (rows, mask) = tiny_encoder(model_type), padded_rows([40, 9, 1])
+    expected, _ = projections_of_whole_forward(model, 3, rows, mask)
+    with torch.no_grad():
+        assert_same(tap(model, 3)(rows, mask), expected)
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_several_layers_and_output(model_type):
+    model, rows = tiny_encoder(model_type), random_rows(2, 30)
+    with torch.no_grad():
+        taps, hidden = tap(model, [4, 2, 2], with_output=True)(rows)
+    for layer, ours in zip([4, 2, 2], taps, strict=True):
+        expected, whole = projections_of_whole_forward(model, layer, rows, None)
+        assert_same(ours, expected)
+        assert torch.equal(hidden, whole)
+    with torch.no_grad():
+        lower = tap(model, [1, 3])(rows)
+    assert_same(lower[0], projections_of_whole_forward(model, 1, rows, None)[0])
+    assert_same(lower[1], projections_of_whole_forward(model, 3, rows, None)[0])
+
+
+@pytest.mark.parametrize("layer", [1, 2, 4])
+def test_after_rotary_is_what_the_attention_gets(layer):
+    seen = {}
+
+    def spy(module, query, key, value, attention_mask, **keywords):
+        seen[module.layer_idx + 1] = (query, key, value)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **keywords)
+
+    AttentionInterface.register("spy", spy)
+    AttentionMaskInterface.register("spy", sdpa_mask)
+    model, rows = tiny_encoder("modernbert"), random_rows(2, 30)
+    with torch.no_grad():
+        ours = tap(model, layer, after_rotary=True)(rows)
+        model.set_attn_implementation("spy")
+        model(input_ids=rows)
+    assert_same(ours, [x_BHLd.transpose(1, 2).flatten(2) for x_BHLd in seen[layer]])
