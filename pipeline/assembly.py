@@ -57,9 +57,15 @@ def assemble(recipe: Recipe, recipe_path: Path, ds_path: Path, launch: Launch) -
     check_fit(recipe, source.shards, teacher_model)
     relations = recipe.relations
     student = build_student(
-        teacher_model, recipe.student, recipe.seed, relations.student_layer, relations.teacher_layer
+        teacher_model,
+        recipe.student,
+        recipe.seed,
+        relations.student_taps,
+        relations.teacher_taps,
+        **relations.tap_options,
     )
-    teacher = load_teacher(teacher_model, relations.teacher_layer, DTYPES[teacher_precision], launch.device)
+    dtype = DTYPES[teacher_precision]
+    teacher = load_teacher(teacher_model, relations.teacher_taps, dtype, launch.device, **relations.tap_options)
     del teacher_model  # what lies above the distilled layer is freed here
     distiller = DistillModule(teacher, student.tapped, relations)
     engine = StudentEngine(distiller, student.trained, recipe.optimizer, config)

@@ -6,18 +6,31 @@ parameters, state or checkpoints, and no engine converts or partitions it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from pipeline.distillation.backend_choice import choose_backend
 from pipeline.distillation.relations import BACKENDS, check_heads, relation_kl, relation_kl_by_row
 from pipeline.distillation.tap import Projections, TappedEncoder
 from pipeline.distillation.teacher import FrozenTeacher
 from pipeline.errors import UserError
 
 LETTERS = "qkv"
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LayerPair:
+    """One teacher layer matched by one student layer, both counted from 1."""
+
+    teacher: int
+    student: int
+    weight: float = 1.0
 
 
 @dataclass
@@ -26,9 +39,13 @@ class RelationsConfig:
 
     teacher_layer: int | None = None  # counted from 1; None: the last
     student_layer: int | None = None  # counted from 1; None: the last
+    layers: list[LayerPair] | None = None  # several pairs instead of the two keys above
     heads: int = 48  # relation heads; must divide both widths
     pairs: dict[str, float] = field(default_factory=lambda: {"q-q": 1.0, "k-k": 1.0, "v-v": 1.0})  # pair: weight
-    backend: str = "auto"  # auto: chosen for the device; or a name of relations.BACKENDS
+    after_rotary: bool = False  # ModernBERT: read Q and K behind their rotary embedding
+    tail: Literal["none", "relation", "mse"] = "none"  # a term for the student's output, above the distilled layer
+    tail_weight: float = 1.0
+    backend: str = "auto"  # auto: checked and timed at the first batch; or a name of relations.BACKENDS
 
     def __post_init__(self) -> None:
         known = [f"{a}-{b}" for a in LETTERS for b in LETTERS]
@@ -39,12 +56,40 @@ class RelationsConfig:
             raise UserError("`relations.pairs` needs at least one relation with a positive weight, and none below zero")
         if self.backend != "auto" and self.backend not in BACKENDS:
             raise UserError(f"`relations.backend` is {self.backend!r}; it must be one of auto, {', '.join(BACKENDS)}")
+        if self.layers is not None and (not self.layers or self.teacher_layer or self.student_layer):
+            raise UserError(
+                "`relations.layers` needs at least one pair, and no teacher_layer or student_layer beside it"
+            )
+
+    @property
+    def teacher_taps(self) -> int | list[int] | None:
+        """What `load_teacher` and `build_student` take as the teacher's layer or layers."""
+        return self.teacher_layer if self.layers is None else [pair.teacher for pair in self.layers]
+
+    @property
+    def student_taps(self) -> int | list[int] | None:
+        """What `build_student` takes as the student's layer or layers."""
+        return self.student_layer if self.layers is None else [pair.student for pair in self.layers]
+
+    @property
+    def tap_options(self) -> dict[str, bool]:
+        """The tap's other options, the same for teacher and student."""
+        return {"with_output": self.tail != "none", "after_rotary": self.after_rotary}
+
+
+@dataclass
+class Readings:
+    """What was read from one model: Q, K, V per tapped layer, and its output where a tail term wants it."""
+
+    layers: list[Projections]
+    output_BLD: torch.Tensor | None
 
 
 class DistillModule(nn.Module):
     """`(input_ids_BL, lengths_B=None) -> (loss, parts)`; `parts` are the unweighted losses in `part_names`' order.
 
-    `teacher` is any callable `(input_ids, attention_mask) -> (q, k, v)`; the tapped encoders must tap one layer each.
+    `teacher` is any callable with the tap's call and results. Both must have been tapped as `config` says
+    (`teacher_taps`, `student_taps`, `tap_options`).
     """
 
     def __init__(self, teacher: Callable, student_tapped: TappedEncoder, config: RelationsConfig) -> None:
@@ -52,62 +97,117 @@ class DistillModule(nn.Module):
         self.student = student_tapped
         self.config = config
         self._teacher = (teacher,)  # a tuple hides it from the module tree
-        self.part_names = list(config.pairs)
+        self.backend = config.backend
+        self.backend_report: list[str] = []
+        self.part_weights = _part_weights(config)
+        self.part_names = list(self.part_weights)
         check_heads(student_tapped.widths[0], config.heads, "student")
         if isinstance(teacher, FrozenTeacher):
             check_heads(teacher.widths[0], config.heads, "teacher")
 
     def forward(self, input_ids_BL: torch.Tensor, lengths_B: torch.Tensor | None = None):
-        teacher, student = self._projections(input_ids_BL, lengths_B)
-        losses = [self._relation(relation_kl, pair, teacher, student, lengths_B) for pair in self.part_names]
-        loss = torch.stack([w * part for w, part in zip(self.config.pairs.values(), losses, strict=True)]).sum()
+        teacher, student = self._read(input_ids_BL, lengths_B)
+        self._settle_backend(teacher.layers[0][0], student.layers[0][0])
+        losses = self._relation_losses(relation_kl, teacher, student, lengths_B)
+        if self.config.tail != "none":
+            losses.append(self._tail_loss(teacher.output_BLD, student.output_BLD, lengths_B))
+        loss = torch.stack([w * part for w, part in zip(self.part_weights.values(), losses, strict=True)]).sum()
         return loss, torch.stack(losses).detach()
 
     @torch.no_grad()
     def losses_by_row(self, input_ids_BL: torch.Tensor, lengths_B: torch.Tensor | None = None) -> torch.Tensor:
-        """Weighted relation loss of every row, [B], without gradient and without dropout: for held-out text."""
-        was_training = self.student.training
-        self.student.eval()
-        teacher, student = self._projections(input_ids_BL, lengths_B)
-        self.student.train(was_training)
-        parts = [
-            weight * self._relation(relation_kl_by_row, pair, teacher, student, lengths_B)
-            for pair, weight in self.config.pairs.items()
-        ]
-        return torch.stack(parts).sum(0)
+        """Weighted relation loss of every row, [B], without gradient, dropout or tail term: for held-out text."""
+        teacher, student = self._read_without_dropout(input_ids_BL, lengths_B)
+        losses = self._relation_losses(relation_kl_by_row, teacher, student, lengths_B)
+        return torch.stack([w * part for w, part in zip(self.part_weights.values(), losses, strict=False)]).sum(0)
 
     @torch.no_grad()
     def relation_maps(self, input_ids_BL: torch.Tensor, pair: str = "v-v", num_heads: int = 4) -> torch.Tensor:
-        """Relation matrices of the first row, [2, num_heads, L, L] for teacher and student, as probabilities."""
-        was_training = self.student.training
-        self.student.eval()
-        both = self._projections(input_ids_BL[:1], None)
-        self.student.train(was_training)
+        """Relation matrices of the first row, [2, num_heads, L, L] for teacher and student, as probabilities.
+
+        `pair` may carry a layer pair (a name out of `part_names`), which is dropped: the pictures show the first pair.
+        """
+        first, second = _letters(pair.split("@")[0])
         maps = []
-        for projections in both:
+        for reading in self._read_without_dropout(input_ids_BL[:1], None):
             queries_HLd, keys_HLd = (
-                projections[LETTERS.index(letter)][0].float().unflatten(-1, (self.config.heads, -1)).transpose(0, 1)
-                for letter in pair.split("-")
+                reading.layers[0][letter][0].float().unflatten(-1, (self.config.heads, -1)).transpose(0, 1)[:num_heads]
+                for letter in (first, second)
             )
-            logits_HLL = queries_HLd[:num_heads] @ keys_HLd[:num_heads].mT * queries_HLd.shape[-1] ** -0.5
-            maps.append(logits_HLL.softmax(-1))
+            maps.append((queries_HLd @ keys_HLd.mT * queries_HLd.shape[-1] ** -0.5).softmax(-1))
         return torch.stack(maps)
 
-    def _projections(
-        self, input_ids_BL: torch.Tensor, lengths_B: torch.Tensor | None
-    ) -> tuple[Projections, Projections]:
-        """Q, K, V of teacher and student; a mask only where there is padding."""
-        mask_BL = None
-        if lengths_B is not None:
-            positions_L = torch.arange(input_ids_BL.shape[1], device=input_ids_BL.device)
-            mask_BL = (positions_L < lengths_B[:, None]).long()
+    def _read(self, input_ids_BL: torch.Tensor, lengths_B: torch.Tensor | None) -> tuple[Readings, Readings]:
+        """Both models on one batch; a mask only where there is padding."""
+        mask_BL = None if lengths_B is None else _mask(input_ids_BL, lengths_B)
         with torch.inference_mode():
             teacher = self._teacher[0](input_ids_BL, mask_BL)
-        return teacher, self.student(input_ids_BL, mask_BL)
+        return self._unpack(teacher), self._unpack(self.student(input_ids_BL, mask_BL))
 
-    def _relation(self, loss: Callable, pair: str, teacher: Projections, student: Projections, lengths_B):
-        first, second = (LETTERS.index(letter) for letter in pair.split("-"))
-        keys = {}
-        if first != second:
-            keys = {"teacher_keys_BLD": teacher[second], "student_keys_BLD": student[second]}
-        return loss(teacher[first], student[first], self.config.heads, lengths_B, self.config.backend, **keys)
+    def _read_without_dropout(self, input_ids_BL: torch.Tensor, lengths_B: torch.Tensor | None):
+        was_training = self.student.training
+        self.student.eval()
+        try:
+            return self._read(input_ids_BL, lengths_B)
+        finally:
+            self.student.train(was_training)
+
+    def _unpack(self, result: Any) -> Readings:
+        taps, output_BLD = result if self.config.tail != "none" else (result, None)
+        return Readings([taps] if self.config.layers is None else taps, output_BLD)
+
+    def _relation_losses(self, loss: Callable, teacher: Readings, student: Readings, lengths_B) -> list[torch.Tensor]:
+        """One loss per layer pair and relation, in `part_names`' order."""
+        backend = "auto" if self.backend not in BACKENDS else self.backend
+        losses = []
+        for of_teacher, of_student in zip(teacher.layers, student.layers, strict=True):
+            for first, second in map(_letters, self.config.pairs):
+                keys = {}
+                if first != second:
+                    keys = {"teacher_keys_BLD": of_teacher[second], "student_keys_BLD": of_student[second]}
+                losses.append(loss(of_teacher[first], of_student[first], self.config.heads, lengths_B, backend, **keys))
+        return losses
+
+    def _tail_loss(self, teacher_BLD: Any, student_BLD: Any, lengths_B: torch.Tensor | None) -> torch.Tensor:
+        """The term that gives the layers above the distilled one a signal: outputs' relation, or their distance."""
+        if self.config.tail == "relation":
+            return relation_kl(teacher_BLD, student_BLD, self.config.heads, lengths_B, "auto")
+        if teacher_BLD.shape != student_BLD.shape:
+            raise UserError(
+                f"`relations.tail: mse` needs equal widths, not {teacher_BLD.shape[-1]} (teacher) and "
+                f"{student_BLD.shape[-1]} (student); use `tail: relation`"
+            )
+        distance_BL = (student_BLD.float() - teacher_BLD.float()).square().mean(-1)
+        if lengths_B is None:
+            return distance_BL.mean()
+        return ((distance_BL * _mask(distance_BL, lengths_B)).sum(1) / lengths_B).mean()
+
+    def _settle_backend(self, teacher_BLD: torch.Tensor, student_BLD: torch.Tensor) -> None:
+        """On the first batch, when the shape, the precision and the device are known."""
+        if self.backend == "auto":
+            self.backend, self.backend_report = choose_backend(teacher_BLD, student_BLD, self.config.heads)
+            for line in self.backend_report:
+                logger.info(line)
+
+
+def _part_weights(config: RelationsConfig) -> dict[str, float]:
+    """Name and weight of every part: "q-q", or "q-q@19>6" where several layers are matched; "output" is the tail."""
+    if config.layers is None:
+        weights = dict(config.pairs)
+    else:
+        weights = {
+            f"{name}@{pair.teacher}>{pair.student}": pair.weight * weight
+            for pair in config.layers
+            for name, weight in config.pairs.items()
+        }
+    return weights if config.tail == "none" else {**weights, "output": config.tail_weight}
+
+
+def _letters(pair: str) -> tuple[int, int]:
+    first, second = (LETTERS.index(letter) for letter in pair.split("-"))
+    return first, second
+
+
+def _mask(like_BL: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+    """1 at real tokens, 0 at padding."""
+    return (torch.arange(like_BL.shape[1], device=like_BL.device) < lengths_B[:, None]).long()

@@ -1,6 +1,7 @@
 """The `reference` backend: the paper's equations in float64, every map materialised.
 
-Slow on purpose, and the yardstick. Differentiable by autograd. Used by the tests and by the start-up check of the other backends.
+Slow on purpose, and the yardstick. Differentiable by autograd. Used by the tests and by the start-up check of the
+other backends.
 """
 
 from __future__ import annotations

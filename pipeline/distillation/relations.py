@@ -15,13 +15,14 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from pipeline.distillation.oracle import relation_kl_reference
+from pipeline.distillation.relation_flash import flash_relation
 from pipeline.distillation.relation_tiles import RelationSums, Span, chunked_relation, working_dtype
 from pipeline.errors import UserError
 
 __all__ = ["BACKENDS", "check_heads", "default_backend", "relation_kl", "relation_kl_by_row", "relation_kl_reference"]
 
 Backend = Callable[..., RelationSums]
-BACKENDS: dict[str, Backend] = {"chunked": chunked_relation}
+BACKENDS: dict[str, Backend] = {"chunked": chunked_relation, "flash": flash_relation}
 
 
 def relation_kl(

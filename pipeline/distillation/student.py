@@ -2,24 +2,30 @@
 
 In: the whole teacher in fp32 and a `StudentConfig`. Out: `Student`, with the full Hugging Face model, its tapped part
 (same parameters), the trained parameters by Hugging Face name, and fp32 copies of all weights that training never
-touches.
+touches. How weights start is `student_init.py`.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import nn
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
-from pipeline.distillation.families import Family, family_of
+from pipeline.distillation.families import FAMILIES, family_of
+from pipeline.distillation.student_init import copied_layers, copy_layers, project_embeddings
 from pipeline.distillation.tap import TappedEncoder, tap
 from pipeline.errors import UserError
 
 FREEZABLE = ("embeddings",)
+# What a student of another family than its teacher keeps: whatever belongs to the tokenizer they share.
+TOKENIZER_KEYS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
+# These families count positions from the padding id on, so their tables need that many rows more.
+POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
 
 
 @dataclass
@@ -30,10 +36,12 @@ class StudentConfig:
     hidden: int = 384
     heads: int = 12  # attention heads, not relation heads
     ffn: int | None = None  # None: 4 x hidden
-    init: Literal["random", "layers"] = "random"  # layers: copies of teacher layers (same width)
+    family: str | None = None  # None: the teacher's; another model type needs `init: random`
+    init: Literal["random", "layers", "project"] = "random"  # layers: copied from the teacher; project: embeddings
     init_layers: list[int] | None = None  # teacher layers to copy, counted from 1; None: evenly up to the distilled one
     freeze: list[str] = field(default_factory=list)  # "embeddings": the word embedding matrix gets no gradient
     dropout: float | None = None  # None: the teacher's
+    checkpointing: bool = False  # recompute activations in backward: less memory, a third more work
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "heads"):
@@ -50,8 +58,11 @@ class StudentConfig:
                 raise UserError(f"`student.freeze` names {part!r}; it knows: {', '.join(FREEZABLE)}")
         if self.freeze and self.init == "random":
             raise UserError(
-                "`student.freeze: [embeddings]` with `student.init: random` would never train random embeddings"
+                "`student.freeze: [embeddings]` with `student.init: random` would leave the embeddings random for ever; "
+                "use `init: layers` or `init: project`, or freeze nothing"
             )
+        if self.family is not None and self.family not in FAMILIES:
+            raise UserError(f"`student.family` is {self.family!r}; known: {', '.join(FAMILIES)}")
 
 
 @dataclass
@@ -68,23 +79,31 @@ def build_student(
     teacher: PreTrainedModel,
     config: StudentConfig,
     seed: int,
-    distilled_layer: int | None = None,
-    teacher_layer: int | None = None,
+    distilled_layer: int | Sequence[int] | None = None,
+    teacher_layer: int | Sequence[int] | None = None,
+    with_output: bool = False,
+    after_rotary: bool = False,
 ) -> Student:
-    """Build the student of a whole fp32 teacher. `distilled_layer` is the student's tapped layer, `teacher_layer` the
-    teacher's (None: the last of each). Frozen are the word embeddings if `freeze` says so; position embeddings and the
-    embedding norm are trained in any case."""
+    """Build the student of a whole fp32 teacher. `distilled_layer` is the student's tapped layer (or list of layers),
+    `teacher_layer` the teacher's (None: the last of each); `with_output` and `after_rotary` are `tap`'s.
+
+    Frozen are the word embeddings if `freeze` says so; position embeddings and the embedding norm are always trained.
+    """
     if teacher.dtype != torch.float32:
         raise ValueError(f"the student is built from fp32 weights, the teacher is in {teacher.dtype}: build it first")
-    teacher_layer = teacher_layer or teacher.config.num_hidden_layers
-    chosen = copied_layers(teacher.config.num_hidden_layers, config, teacher_layer)
+    highest = max([teacher_layer] if isinstance(teacher_layer, int) else teacher_layer or [0])
+    num_teacher_layers = teacher.config.num_hidden_layers
+    chosen = copied_layers(num_teacher_layers, config.layers, config.init_layers, highest or num_teacher_layers)
     model = _blank_model(student_hf_config(teacher.config, config, chosen), seed)
     if config.init == "layers":
-        _copy_layers(teacher, model, family_of(teacher.config), chosen)
+        copy_layers(teacher, model, family_of(teacher.config), chosen)
+    elif config.init == "project":
+        project_embeddings(teacher, model)
     if "embeddings" in config.freeze:
         model.get_input_embeddings().weight.requires_grad_(False)
-    tapped = tap(model, distilled_layer or config.layers)
-    return split_student(model, tapped)
+    if config.checkpointing:
+        _recompute_activations(model)
+    return split_student(model, tap(model, distilled_layer or config.layers, with_output, after_rotary))
 
 
 def split_student(model: PreTrainedModel, tapped: TappedEncoder) -> Student:
@@ -97,31 +116,18 @@ def split_student(model: PreTrainedModel, tapped: TappedEncoder) -> Student:
     return Student(model, tapped, trained, carried)
 
 
-def copied_layers(num_teacher_layers: int, config: StudentConfig, teacher_layer: int) -> list[int]:
-    """Teacher layers that the student's layers start from, counted from 1; the last one is the distilled layer."""
-    if config.init_layers is None:
-        if config.init != "random" and config.layers > teacher_layer:
-            raise UserError(
-                f"`student.layers` is {config.layers}, but only {teacher_layer} teacher layers are there to copy "
-                "(up to `relations.teacher_layer`); use fewer layers or `student.init: random`"
-            )
-        return [max(1, round((i + 1) * teacher_layer / config.layers)) for i in range(config.layers)]
-    if len(config.init_layers) != config.layers:
-        raise UserError(
-            f"`student.init_layers` names {len(config.init_layers)} layers for {config.layers} student layers"
-        )
-    for layer in config.init_layers:
-        if not 1 <= layer <= num_teacher_layers:
-            raise UserError(
-                f"`student.init_layers` names layer {layer}; the teacher has layers 1 to {num_teacher_layers}"
-            )
-    return config.init_layers
-
-
 def student_hf_config(teacher: PretrainedConfig, config: StudentConfig, chosen: list[int]) -> PretrainedConfig:
     """The teacher's config, changed: so vocabulary, positions, special ids and norm constants are the teacher's."""
-    family = family_of(teacher)
-    changed = copy.deepcopy(teacher)
+    if config.family is None or config.family == teacher.model_type:
+        changed = copy.deepcopy(teacher)
+        if getattr(teacher, "layer_types", None):  # ModernBERT: which layers see everything, which a window
+            numbers = chosen if config.init == "layers" else range(1, config.layers + 1)
+            changed.layer_types = [teacher.layer_types[(number - 1) % len(teacher.layer_types)] for number in numbers]
+    else:
+        changed = _other_family(teacher, config, config.family)
+    family = family_of(changed)
+    if getattr(changed, "embedding_size", None) == changed.hidden_size:  # ELECTRA, unless it factorises its embedding
+        changed.embedding_size = config.hidden
     changed.num_hidden_layers = config.layers
     changed.num_attention_heads = config.heads
     changed.hidden_size = config.hidden
@@ -133,6 +139,21 @@ def student_hf_config(teacher: PretrainedConfig, config: StudentConfig, chosen: 
     return changed
 
 
+def _other_family(teacher: PretrainedConfig, config: StudentConfig, model_type: str) -> PretrainedConfig:
+    """Another architecture's defaults with the teacher's tokenizer and number of positions."""
+    if config.init != "random":
+        raise UserError(
+            f"a {model_type} student of a {teacher.model_type} teacher cannot start from its weights; "
+            "set `student.init: random`"
+        )
+    shared = {key: getattr(teacher, key) for key in TOKENIZER_KEYS if getattr(teacher, key, None) is not None}
+    offset = shared["pad_token_id"] + 1
+    usable = teacher.max_position_embeddings - offset * (teacher.model_type in POSITIONS_AFTER_PADDING)
+    positions = usable + offset * (model_type in POSITIONS_AFTER_PADDING)
+    widths = {"hidden_size": config.hidden, "num_attention_heads": config.heads, "num_hidden_layers": config.layers}
+    return AutoConfig.for_model(model_type, max_position_embeddings=positions, **shared, **widths)
+
+
 def _blank_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
     """A model with the architecture's own random start; the process's random state is left as it was."""
     pooler = {"add_pooling_layer": False} if family_of(config).has_pooler else {}
@@ -141,21 +162,7 @@ def _blank_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
         return AutoModel.from_config(config, dtype=torch.float32, **pooler)
 
 
-def _copy_layers(teacher: PreTrainedModel, model: PreTrainedModel, family: Family, chosen: list[int]) -> None:
-    """Everything outside the layer list, and the chosen layers in order, from teacher to student."""
-    prefix = family.layers + "."
-    source = {name: tensor for name, tensor in teacher.state_dict().items() if not name.startswith(prefix)}
-    for name, tensor in teacher.state_dict().items():
-        if name.startswith(prefix):
-            number, _, rest = name[len(prefix) :].partition(".")
-            for position in (i for i, layer in enumerate(chosen) if layer == int(number) + 1):
-                source[f"{prefix}{position}.{rest}"] = tensor
-    own = model.state_dict()
-    for name, tensor in own.items():
-        if source[name].shape != tensor.shape:
-            raise UserError(
-                f"`student.init: layers` copies the teacher's weights, but `{name}` is {tuple(source[name].shape)} in "
-                f"the teacher and {tuple(tensor.shape)} in the student; use the teacher's hidden, heads and ffn, or "
-                "another init"
-            )
-    model.load_state_dict({name: source[name] for name in own})
+def _recompute_activations(model: PreTrainedModel) -> None:
+    if not model.supports_gradient_checkpointing:
+        raise UserError(f"{model.config.model_type} cannot recompute activations; set `student.checkpointing: false`")
+    model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -69,11 +69,12 @@ def load_teacher(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     with_output: bool = False,
+    after_rotary: bool = False,
 ) -> FrozenTeacher:
     """The frozen teacher cut above `layer` (None: the last). It takes `model` over: parameters are converted in place,
     so build the student first. Dropping `model` afterwards frees the layers above the cut."""
     last = model.config.num_hidden_layers
-    tapped = tap(model, last if layer is None else layer, with_output)
+    tapped = tap(model, last if layer is None else layer, with_output, after_rotary)
     return FrozenTeacher(tapped.requires_grad_(False).to(device=device, dtype=dtype))
 
 

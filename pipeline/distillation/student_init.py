@@ -1,0 +1,77 @@
+"""Where a student's first weights come from: copies of teacher layers, or the teacher's embeddings, projected.
+
+Used by `student.py`. What is not set here keeps the architecture's random start.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from pipeline.distillation.families import Family
+from pipeline.errors import UserError
+
+
+def copied_layers(num_teacher_layers: int, num_layers: int, named: list[int] | None, teacher_layer: int) -> list[int]:
+    """Teacher layers that the student's layers correspond to, counted from 1; by default the last is the distilled
+    one."""
+    if named is None:
+        return [max(1, round((i + 1) * teacher_layer / num_layers)) for i in range(num_layers)]
+    if len(named) != num_layers:
+        raise UserError(f"`student.init_layers` names {len(named)} layers for {num_layers} student layers")
+    for layer in named:
+        if not 1 <= layer <= num_teacher_layers:
+            raise UserError(
+                f"`student.init_layers` names layer {layer}; the teacher has layers 1 to {num_teacher_layers}"
+            )
+    return named
+
+
+def copy_layers(teacher: PreTrainedModel, student: PreTrainedModel, family: Family, chosen: list[int]) -> None:
+    """Everything outside the layer list, and the chosen layers in order, from teacher to student."""
+    prefix = family.layers + "."
+    source = {name: tensor for name, tensor in teacher.state_dict().items() if not name.startswith(prefix)}
+    for name, tensor in teacher.state_dict().items():
+        if name.startswith(prefix):
+            number, _, rest = name[len(prefix) :].partition(".")
+            for position in (i for i, layer in enumerate(chosen) if layer == int(number) + 1):
+                source[f"{prefix}{position}.{rest}"] = tensor
+    own = student.state_dict()
+    for name, tensor in own.items():
+        # ModernBERT's first layer has no norm in front: copied to a higher place, that norm keeps its own start (ones).
+        copied = source.setdefault(name, tensor)
+        if copied.shape != tensor.shape:
+            raise UserError(
+                f"`student.init: layers` copies the teacher's weights, but `{name}` is {tuple(copied.shape)} in the "
+                f"teacher and {tuple(tensor.shape)} in the student; use the teacher's hidden and ffn, or another init"
+            )
+    student.load_state_dict({name: source[name] for name in own})
+
+
+@torch.no_grad()
+def project_embeddings(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    """Word, position and token-type embeddings on the principal components of the teacher's word embeddings.
+
+    The components are not centred: the mean vector is part of what the norm behind the embeddings expects.
+    """
+    words_VD = _embedding(teacher).weight
+    width, narrow = words_VD.shape[1], _embedding(student).weight.shape[1]
+    if narrow > width:
+        raise UserError(
+            f"`student.init: project` keeps principal components of the teacher's embeddings, of which there are "
+            f"{width}; the student is {narrow} wide. Use a narrower student or `student.init: random`"
+        )
+    _, vectors_DD = torch.linalg.eigh(words_VD.T.double() @ words_VD.double())
+    basis_Dd = vectors_DD[:, -narrow:].flip(1).to(words_VD.dtype)  # eigenvalues come in ascending order
+    own = dict(student.named_modules())
+    for name, module in teacher.named_modules():
+        target = own.get(name)
+        if isinstance(module, nn.Embedding) and isinstance(target, nn.Embedding) and module.embedding_dim == width:
+            target.weight.copy_(module.weight @ basis_Dd)
+
+
+def _embedding(model: PreTrainedModel) -> nn.Embedding:
+    return cast(nn.Embedding, model.get_input_embeddings())
