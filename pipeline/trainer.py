@@ -191,7 +191,8 @@ class Trainer:
         return {"error": None, "path": str(path) if path else None, "problems": problems}
 
     def _refuse_changes(self, state: dict[str, Any], allow_change: bool) -> None:
-        now, then = mathematics(self.recipe), state["recipe"]
+        # A key that a newer version of this code has added counts with its default.
+        now, then = mathematics(self.recipe), {**mathematics(Recipe()), **state["recipe"]}
         changed = [f"{key}: {then.get(key)} -> {now.get(key)}" for key in now if now[key] != then.get(key)]
         if state["data_fingerprint"] != self.data_fingerprint:
             changed.append(f"data: {state['data_fingerprint']} -> {self.data_fingerprint}")

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import json
 import lzma
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import sentencepiece
+
+# Tests look at answers, not at speed, and several ranks share two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 REPO = Path(__file__).resolve().parent.parent
 SAMPLES = REPO / "samples"
@@ -41,3 +48,76 @@ def make_tiny_tokenizer(directory: Path) -> Path:
 def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory with `sentencepiece.bpe.model` (2000 pieces) and `tokenizer_config.json`."""
     return make_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
+    """A randomly initialised XLM-RoBERTa (4 layers of 48, vocabulary of the tiny tokenizer) as a Hugging Face directory."""
+    import torch
+    from transformers import AutoTokenizer, XLMRobertaConfig, XLMRobertaModel
+
+    directory = tmp_path_factory.mktemp("teacher")
+    config = XLMRobertaConfig(
+        vocab_size=TINY_VOCAB,
+        hidden_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=96,
+        max_position_embeddings=66,
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+        initializer_range=0.2,  # random relations far from uniform, so that there is something to learn
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    torch.manual_seed(1)
+    XLMRobertaModel(config, add_pooling_layer=False).save_pretrained(directory)
+    for file in tiny_tokenizer.iterdir():
+        (directory / file.name).write_bytes(file.read_bytes())
+    AutoTokenizer.from_pretrained(directory).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
+    """Shards of four sample languages under the tiny tokenizer, made by the real command."""
+    directory = tmp_path_factory.mktemp("shards") / "shards"
+    inputs = [str(SAMPLES / "cc100" / f"{language}.txt.xz") for language in ("hi", "sw", "he", "tr")]
+    command = [sys.executable, "-m", "data_prep", "prepare", "--input", *inputs, "--tokenizer", str(tiny_tokenizer)]
+    subprocess.run([*command, "--output", str(directory)], cwd=REPO, check=True, capture_output=True)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, tiny_shards: Path) -> Path:
+    """A recipe of twelve fp32 steps that takes seconds; everything else is the product's own."""
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(
+        f"""
+teacher: {tiny_teacher}
+data: {tiny_shards}
+steps: 12
+global_batch: 8
+micro_batch_per_gpu: 4
+seq_len: 32
+heldout_rows: 2
+relations: {{heads: 12, teacher_layer: 3}}
+student: {{layers: 2, hidden: 24, heads: 4, dropout: 0.0}}
+teacher_options: {{dtype: fp32}}
+optimizer: {{lr: 3.0e-3, warmup_steps: 2}}
+save_every: 4
+eval_every: 6
+metrics: {{log_every: 1}}
+"""
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def fp32_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ds_configs/zero2.json without fp16: what losses are compared in."""
+    config = json.loads((REPO / "ds_configs" / "zero2.json").read_text())
+    del config["fp16"]
+    path = tmp_path_factory.mktemp("ds") / "zero2_fp32.json"
+    path.write_text(json.dumps(config))
+    return path

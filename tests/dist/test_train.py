@@ -1,0 +1,131 @@
+"""Whole runs under every launcher: same losses, same curves on disk, resumed without a seam."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pipeline.runtime.checkpoint import read_model_weights
+from tests.dist.runs import curve, end_group, finish, launcher, metrics, start, train, wait_for_line
+
+
+@pytest.fixture(scope="module")
+def arguments(tiny_recipe: Path, fp32_config: Path) -> list[str]:
+    return ["--deepspeed", str(fp32_config), "--recipe", str(tiny_recipe)]
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory: pytest.TempPathFactory, arguments: list[str]) -> Path:
+    """The uninterrupted single-process run that others are compared with; it may compile nothing."""
+    run_dir = tmp_path_factory.mktemp("plain") / "run"
+    extensions = run_dir.parent / "extensions"
+    train("python", 1, run_dir, arguments, TORCH_EXTENSIONS_DIR=str(extensions))
+    assert not extensions.exists() or not list(extensions.rglob("*.so")), "an op was compiled at start"
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def two_rank_run(tmp_path_factory: pytest.TempPathFactory, arguments: list[str]) -> Path:
+    run_dir = tmp_path_factory.mktemp("two") / "run"
+    train("deepspeed", 2, run_dir, arguments)
+    return run_dir
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    (one, _), (two, _) = read_model_weights(a), read_model_weights(b)
+    return one.keys() == two.keys() and all((one[name] == two[name]).all() for name in one)
+
+
+def test_loss_falls(plain_run: Path) -> None:
+    losses = curve(plain_run)
+    assert list(losses) == list(range(1, 13))
+    assert losses[12] < 0.8 * losses[1]
+
+
+@pytest.mark.parametrize("kind", ["deepspeed", "torchrun"])
+def test_launchers_agree_bit_for_bit(kind: str, tmp_path: Path, plain_run: Path, arguments: list[str]) -> None:
+    train(kind, 1, tmp_path / "run", arguments)
+    assert curve(tmp_path / "run") == curve(plain_run)
+    assert same_weights(tmp_path / "run", plain_run)
+
+
+def test_two_ranks_give_the_losses_of_one(two_rank_run: Path, plain_run: Path) -> None:
+    one, two = curve(plain_run), curve(two_rank_run)
+    assert one.keys() == two.keys()
+    assert two == pytest.approx(one, rel=1e-5)
+    assert curve(two_rank_run, "heldout/tr") == pytest.approx(curve(plain_run, "heldout/tr"), rel=1e-5)
+
+
+def test_run_directory_is_complete(plain_run: Path) -> None:
+    assert (plain_run / "DONE").exists()
+    run = json.loads((plain_run / "run.json").read_text())
+    assert run["precision"] == "fp32"
+    assert run["packages"]["deepspeed"] == "0.19.8"
+    assert json.loads((plain_run / "deepspeed.json").read_text())["train_batch_size"] == 8
+    assert not list(plain_run.rglob("latest")), "DeepSpeed's own checkpoint pointer has no place here"
+    assert sorted(p.name for p in (plain_run / "checkpoints").iterdir()) == ["step-00000008", "step-00000012"]
+
+
+def test_tensorboard_and_jsonl_tell_the_same(plain_run: Path) -> None:
+    board = EventAccumulator(str(plain_run / "tensorboard"), size_guidance={"images": 0, "tensors": 0})
+    board.Reload()
+    tags = set(board.Tags()["scalars"])
+    learning = {"loss/total", "loss/q-q", "loss/k-k", "loss/v-v", "heldout/mean", "heldout/hi", "heldout/tr"}
+    health = {"optimizer/learning_rate", "optimizer/gradient_norm", "optimizer/loss_scale", "optimizer/skipped_steps"}
+    assert learning | health | {"speed/tokens_per_second", "speed/data_wait_share"} <= tags
+    for tag in tags:
+        assert {e.step: e.value for e in board.Scalars(tag)} == pytest.approx(curve(plain_run, tag), rel=1e-5)
+    assert {"relations/q-q", "relations/k-k", "relations/v-v"} <= set(board.Tags()["images"])
+    texts = {tag.split("/")[0] for tag in board.Tags()["tensors"]}
+    assert {"recipe", "deepspeed", "hyper-parameters"} <= texts
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_kill_and_resume_repeats_the_losses(
+    num_ranks: int, tmp_path: Path, plain_run: Path, two_rank_run: Path, arguments: list[str]
+) -> None:
+    """SIGKILL to every rank between two checkpoints: the second life repeats losses and weights bit for bit."""
+    run_dir, log = tmp_path / "run", tmp_path / "run.log"
+    command = [*launcher("deepspeed", num_ranks), *arguments, "--run-dir", str(run_dir)]
+    process = start(command, log)
+    try:
+        wait_for_line(log, "step 6/12", process)
+    finally:
+        end_group(process)
+    text = finish(start(command, log), log)
+    assert "resumed from" in text
+    whole = plain_run if num_ranks == 1 else two_rank_run
+    assert curve(run_dir) == curve(whole)
+    assert same_weights(run_dir, whole)
+    assert len(metrics(run_dir)) == len(metrics(whole)), "a step was logged twice"
+
+
+def test_interrupt_saves_and_resumes(tmp_path: Path, plain_run: Path, arguments: list[str]) -> None:
+    """Ctrl-C reaches launcher and ranks: the run saves where it is, says PREEMPTED, and goes on from there."""
+    run_dir, log = tmp_path / "run", tmp_path / "run.log"
+    command = [*launcher("python"), *arguments, "--run-dir", str(run_dir), "--set", "save_every=100"]
+    process = start(command, log)
+    try:
+        wait_for_line(log, "step 3/12", process)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) == 0
+    finally:
+        end_group(process)
+    assert "SIGINT" in (run_dir / "PREEMPTED").read_text()
+    text = finish(start(command, log), log)
+    assert "resumed from" in text
+    assert not (run_dir / "PREEMPTED").exists()
+    assert curve(run_dir) == curve(plain_run)
+    assert same_weights(run_dir, plain_run)
+
+
+def test_finished_run_is_left_alone(plain_run: Path, arguments: list[str]) -> None:
+    before = {p: p.stat().st_mtime_ns for p in plain_run.rglob("*") if p.is_file() and "tensorboard" not in str(p)}
+    assert "nothing to do" in train("python", 1, plain_run, arguments)
+    after = {p: p.stat().st_mtime_ns for p in plain_run.rglob("*") if p.is_file() and "tensorboard" not in str(p)}
+    assert {p.name for p in before if before[p] != after.get(p)} <= {"metrics.jsonl"}
