@@ -11,7 +11,7 @@ venv: .venv/.installed
 	touch $@
 
 demo: venv
-	$(BIN)/python -m demo
+	$(BIN)/python -m demo $(addprefix --set ,$(SET))
 
 lint: venv
 	ruff check .

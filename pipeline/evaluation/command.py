@@ -18,7 +18,7 @@ import transformers
 from pipeline.config import apply_override, build_section
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import POOLINGS, load_encoder
-from pipeline.evaluation.retrieval import RetrievalConfig, evaluate_retrieval
+from pipeline.evaluation.retrieval import RetrievalConfig, evaluate_retrieval, read_pairs
 
 
 @dataclasses.dataclass
@@ -44,8 +44,9 @@ def run(arguments: argparse.Namespace) -> None:
     if unknown or not tasks:
         raise UserError(f"--tasks {arguments.tasks}: unknown {', '.join(unknown)}. Tasks: {', '.join(TASKS)}")
     config = read_overrides(arguments.set)
-    transformers.logging.set_verbosity_error()  # "pooler newly initialized" is no news: nothing here uses the pooler
     transformers.logging.disable_progress_bar()
+    if "retrieval" in tasks:
+        read_pairs(config.retrieval)  # a wrong path should come to light before a model is loaded
     results: dict[str, dict[str, Any]] = {task: {} for task in tasks}
     for name in arguments.models:
         encoder = load_encoder(name)
@@ -80,5 +81,3 @@ def retrieval_table(results: dict[str, dict[str, Any]]) -> str:
             cells = "".join(f"{figure:9.3f}" for figure in [*figures, result["mean"][pooling]])
             lines.append(f"{name:<{width}}  {pooling:<12}{cells}")
     return "\n".join(lines)
-
-

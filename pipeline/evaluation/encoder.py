@@ -9,16 +9,18 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from pipeline.distillation.families import family_of
 from pipeline.distillation.tap import tap
 from pipeline.errors import UserError
 
 POOLINGS = ("output", "last_input", "values")
+VOCABULARY_FILES = ("tokenizer.json", "*.model", "vocab.txt", "vocab.json")
 _LAYER_SUFFIX = re.compile(r"(.+)@(\d+)")
 
 
@@ -42,16 +44,13 @@ def load_encoder(name: str, values_layer: int | None = None) -> Encoder:
     if not Path(name).exists() and (match := _LAYER_SUFFIX.fullmatch(name)):
         path, layer_text = match[1], match[2]
     try:
-        model = AutoModel.from_pretrained(path, use_safetensors=True, dtype=torch.float32)
+        model_config = AutoConfig.from_pretrained(path)
+        pooler = {"add_pooling_layer": False} if family_of(model_config).has_pooler else {}
+        model = AutoModel.from_pretrained(path, use_safetensors=True, dtype=torch.float32, **pooler)
     except (OSError, ValueError) as error:
-        raise UserError(f"no encoder can be loaded from {path!r}: {_one_line(error)}") from None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{path} has a model but no tokenizer that loads ({_one_line(error)}). "
-            "Copy the tokenizer files of the model that it was distilled from beside it."
-        ) from None
+        where = path if Path(path).is_dir() else f"{path} (no such directory, so taken for a hub name)"
+        raise UserError(f"no encoder can be loaded from {where}: {_one_line(error)}") from None
+    tokenizer = _load_tokenizer(path)
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
             f"{path}: the tokenizer has {len(tokenizer)} pieces, the model only {model.config.vocab_size} embeddings: "
@@ -63,6 +62,20 @@ def load_encoder(name: str, values_layer: int | None = None) -> Encoder:
         raise UserError(f"{path} has layers 1 to {num_layers}; there is no layer {layer} to take values from.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Encoder(path, model.eval().to(device), tokenizer, layer)
+
+
+def _load_tokenizer(path: str) -> Any:
+    directory = Path(path)
+    has_files = any(found for pattern in VOCABULARY_FILES for found in directory.glob(pattern))
+    try:
+        if directory.is_dir() and not has_files:  # transformers would quietly make one without vocabulary
+            raise OSError(f"none of {', '.join(VOCABULARY_FILES)}")
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} has a model but no tokenizer that loads ({_one_line(error)}). "
+            "Copy the tokenizer files of the model that it was distilled from beside it."
+        ) from None
 
 
 def _one_line(error: Exception) -> str:
@@ -78,15 +91,16 @@ def sentence_vectors(
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # alike lengths side by side: little padding
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     vectors: dict[str, list[torch.Tensor]] = {pooling: [] for pooling in POOLINGS}
-    values_model = tap(encoder.model, layer=encoder.values_layer)
+    last_inputs: list[torch.Tensor] = []
+    tapped = tap(encoder.model, layer=encoder.values_layer, with_output=True)
+    last_layer = cast(torch.nn.ModuleList, tapped.model.get_submodule(family_of(encoder.model.config).layers))[-1]
+    hook = last_layer.register_forward_pre_hook(lambda module, arguments: last_inputs.append(arguments[0]))
     for batch in tqdm(batches, desc=f"encoding with {encoder.name}", unit="batch", disable=None):
         input_ids_BL, mask_BL = _pad([ids[i] for i in batch], encoder.tokenizer.pad_token_id, encoder.device)
-        hidden_states = encoder.model(
-            input_ids=input_ids_BL, attention_mask=mask_BL, output_hidden_states=True
-        ).hidden_states
-        _, _, values_BLD = values_model(input_ids_BL, mask_BL)
-        for pooling, states_BLD in zip(POOLINGS, (hidden_states[-1], hidden_states[-2], values_BLD), strict=True):
+        (_, _, values_BLD), output_BLD = tapped(input_ids_BL, mask_BL)
+        for pooling, states_BLD in zip(POOLINGS, (output_BLD, last_inputs.pop(), values_BLD), strict=True):
             vectors[pooling].append(_mean_over_tokens(states_BLD, mask_BL).cpu())
+    hook.remove()
     back = torch.empty(len(order), dtype=torch.long)
     back[torch.tensor(order)] = torch.arange(len(order))
     return {pooling: torch.cat(parts)[back] for pooling, parts in vectors.items()}, sum(map(len, ids))

@@ -1,0 +1,118 @@
+"""Teacher, student before training and student after it, side by side: the demo's table and its `demo.json`.
+
+In: the resolved recipe and a run directory with an exported student. Out: the table as text, and `demo.json` with
+`teacher_mean`, `before_mean`, `after_mean` (pooled from the output), the same with `_values`, `per_pair`, `seconds` and
+`tokens_per_second` of the training. Evaluations are kept in `retrieval/` and made again only when their input changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Recipe
+from pipeline.distillation.student import build_student
+from pipeline.distillation.teacher import load_encoder as load_teacher_encoder
+from pipeline.evaluation.command import retrieval_table
+from pipeline.evaluation.encoder import Encoder, load_encoder
+from pipeline.evaluation.retrieval import evaluate_retrieval
+
+STAGES = ("teacher", "before", "after")
+
+
+def compare(recipe: Recipe, run_dir: Path) -> str:
+    """Evaluate the three models, write `demo.json`, return the table."""
+    makers: dict[str, Callable[[], Encoder]] = {
+        "teacher": lambda: load_encoder(recipe.teacher, recipe.relations.teacher_layer),
+        "before": lambda: untrained_student(recipe),
+        "after": lambda: load_encoder(str(run_dir / "student"), recipe.relations.student_layer),
+    }
+    identities = identities_of(recipe, run_dir)
+    results = {
+        stage: kept_or_made(run_dir / "retrieval" / f"{stage}.json", identities[stage], makers[stage], recipe)
+        for stage in STAGES
+    }
+    training = json.loads((run_dir / "demo_training.json").read_text())
+    report = report_of(results, training, training_speed(run_dir))
+    (run_dir / "demo.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return "\n".join([retrieval_table(results), *summary(report, recipe, run_dir)])
+
+
+def untrained_student(recipe: Recipe) -> Encoder:
+    """The student as training starts it, with the teacher's tokenizer."""
+    teacher = load_encoder(recipe.teacher)
+    relations = recipe.relations
+    student = build_student(
+        load_teacher_encoder(recipe.teacher),
+        recipe.student,
+        recipe.seed,
+        relations.student_layer,
+        relations.teacher_layer,
+    )
+    layer = relations.student_layer or recipe.student.layers
+    return Encoder("student before training", student.model.eval().to(teacher.device), teacher.tokenizer, layer)
+
+
+def identities_of(recipe: Recipe, run_dir: Path) -> dict[str, str]:
+    """What each evaluation depends on, as one string: when it changes, the evaluation is made again."""
+    asked = [dataclasses.asdict(recipe.retrieval), recipe.teacher, dataclasses.asdict(recipe.relations)]
+    start = [*asked, dataclasses.asdict(recipe.student), recipe.seed]
+    weights = run_dir / "student" / "model.safetensors"
+    with open(weights, "rb") as file:
+        trained = [*start, hashlib.file_digest(file, "sha256").hexdigest()]
+    return {name: json.dumps(value) for name, value in zip(STAGES, (asked, start, trained), strict=True)}
+
+
+def kept_or_made(path: Path, identity: str, make_encoder: Callable[[], Encoder], recipe: Recipe) -> dict[str, Any]:
+    """The kept evaluation if it was made of the same things, else a new one."""
+    if path.is_file():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["identity"] == identity:
+            return kept["result"]
+    result = evaluate_retrieval(make_encoder(), recipe.retrieval)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"identity": identity, "result": result}, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def training_speed(run_dir: Path) -> float:
+    """Median tokens/s of the training's log intervals."""
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    speeds = [
+        entry["speed/tokens_per_second"] for entry in map(json.loads, lines) if "speed/tokens_per_second" in entry
+    ]
+    return round(statistics.median(speeds), 1)
+
+
+def report_of(results: dict[str, Any], training: dict[str, Any], tokens_per_second: float) -> dict[str, Any]:
+    """The content of `demo.json`."""
+    means: dict[str, Any] = {}
+    for suffix, pooling in (("", "output"), ("_values", "values"), ("_last_input", "last_input")):
+        means |= {f"{stage}_mean{suffix}": round(results[stage]["mean"][pooling], 4) for stage in STAGES}
+    languages = list(results["teacher"]["per_pair"])
+    per_pair = {
+        language: {
+            stage: {pooling: round(both["mean"], 4) for pooling, both in results[stage]["per_pair"][language].items()}
+            for stage in STAGES
+        }
+        for language in languages
+    }
+    return {**means, "per_pair": per_pair, **training, "tokens_per_second": tokens_per_second}
+
+
+def summary(report: dict[str, Any], recipe: Recipe, run_dir: Path) -> list[str]:
+    """What to read under the table."""
+    tokens = recipe.steps * recipe.global_batch * recipe.seq_len
+    return [
+        "",
+        f"gain in accuracy: output {report['after_mean'] - report['before_mean']:+.3f}, "
+        f"values {report['after_mean_values'] - report['before_mean_values']:+.3f}",
+        f"training: {recipe.steps} steps, {tokens:,} tokens, {report['seconds']:.0f} s, "
+        f"{report['tokens_per_second']:,.0f} tokens/s",
+        f"student: {run_dir / 'student'}   figures: {run_dir / 'demo.json'}   curves: tensorboard --logdir runs",
+    ]

@@ -1,0 +1,145 @@
+"""Writes a student as a Hugging Face directory: safetensors, config, the teacher's tokenizer files, model card, lineage.
+
+In: fp32 weights by Hugging Face name, a config, the teacher's directory or hub name. Out: a directory that `AutoModel`
+and `AutoTokenizer` load; it appears whole or not at all. Used by `pipeline export` and by the demo.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig
+from transformers.utils import cached_file
+
+from pipeline.distillation.families import family_of
+from pipeline.errors import UserError
+from pipeline.export.card import lineage_of, model_card
+from pipeline.runtime.checkpoint import read_model_weights
+
+LINEAGE_FILE = "lineage.json"
+TOKENIZER_FILES = (
+    "*.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def export_run(run_dir: Path, output: Path) -> Path:
+    """The newest whole checkpoint of a run directory as a Hugging Face directory."""
+    if not run_dir.is_dir():
+        raise UserError(f"there is no run directory {run_dir}. Train first; its --run-dir is what export reads.")
+    weights, state = read_model_weights(run_dir)
+    run = _read_json(run_dir / "run.json")
+    config = AutoConfig.from_pretrained(_existing(run_dir / "student_config.json"))
+    recipe_text = _existing(run_dir / "recipe.yaml").read_text(encoding="utf-8")
+    return export_student(weights, config, run["teacher"], output, lineage_of(run, state, recipe_text))
+
+
+def export_student(
+    weights: Mapping[str, torch.Tensor],
+    config: PretrainedConfig,
+    teacher: str,
+    output: Path,
+    lineage: dict[str, Any],
+) -> Path:
+    """Write `weights` exactly as given. `teacher` says where the tokenizer files come from."""
+    architecture = check_weights(weights, config)
+    if output.exists() and not (output / LINEAGE_FILE).is_file():
+        raise UserError(f"{output} exists and is no earlier export, so it is left alone. Name another --output.")
+    temporary = output.with_name(output.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        config.architectures, config.dtype = [architecture], torch.float32
+        config.save_pretrained(temporary)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in weights.items()},
+            temporary / "model.safetensors",
+            metadata={"format": "pt"},
+        )
+        (temporary / "model.safetensors").chmod(0o644)  # safetensors writes 0600: nobody else could load it
+        copy_tokenizer(teacher, temporary)
+        (temporary / LINEAGE_FILE).write_text(json.dumps(lineage, indent=2) + "\n", encoding="utf-8")
+        num_parameters = sum(tensor.numel() for tensor in weights.values())
+        (temporary / "README.md").write_text(model_card(lineage, config, num_parameters), encoding="utf-8")
+        _replace_directory(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return output
+
+
+def check_weights(weights: Mapping[str, torch.Tensor], config: PretrainedConfig) -> str:
+    """Name of the model class, after checking that it has exactly these weights in these shapes, all fp32."""
+    pooler = {"add_pooling_layer": False} if family_of(config).has_pooler else {}
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, **pooler)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    differing = sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))
+    if differing:
+        name = differing[0]
+        raise UserError(
+            f"the weights are not those of a {type(model).__name__} of this config: {name} is {given.get(name)} in the "
+            f"checkpoint and {expected.get(name)} in the model ({len(differing)} differ). "
+            "student_config.json and the checkpoint must come from the same run."
+        )
+    other = [name for name, tensor in weights.items() if tensor.dtype != torch.float32]
+    if other:
+        raise UserError(f"{other[0]} is {weights[other[0]].dtype}, not float32: this is no whole checkpoint.")
+    return type(model).__name__
+
+
+def copy_tokenizer(teacher: str, directory: Path) -> None:
+    """The teacher's tokenizer files, byte for byte; from a hub name, what the hub's tokenizer saves."""
+    source = Path(teacher).expanduser()
+    if source.is_dir():
+        files = [path for pattern in TOKENIZER_FILES for path in source.glob(pattern)]
+        if not files:
+            raise UserError(f"{teacher} holds no tokenizer files, and a student without tokenizer cannot be used.")
+        for path in files:
+            shutil.copyfile(path, directory / path.name)
+        return
+    try:
+        AutoTokenizer.from_pretrained(teacher).save_pretrained(directory)
+        model_file = cached_file(teacher, "sentencepiece.bpe.model", _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the tokenizer of the teacher {teacher} is not to be had: {' '.join(str(error).split())[:300]}. If the "
+            "teacher's directory has moved, correct `teacher` in the run directory's run.json."
+        ) from None
+    if model_file is not None:
+        shutil.copyfile(model_file, directory / "sentencepiece.bpe.model")
+
+
+def _replace_directory(new: Path, final: Path) -> None:
+    """Give `new` the name `final`; what was there goes only when the new one is complete."""
+    old = final.with_name(final.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    new.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(f"{path} is missing: {path.parent} is no run directory, or its training never began.")
+    return path
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(_existing(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}). Restore it from a copy of the run.") from None

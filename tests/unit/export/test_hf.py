@@ -1,0 +1,152 @@
+"""Export: what was given comes back byte for byte through AutoModel, the directory appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer, XLMRobertaModel
+
+from pipeline.config import Recipe, recipe_to_yaml
+from pipeline.distillation.student import Student, StudentConfig, build_student
+from pipeline.distillation.teacher import load_encoder
+from pipeline.errors import UserError
+from pipeline.export import hf
+from pipeline.export.command import run as export_command
+
+STATE = {
+    "step": 12,
+    "samples": 96,
+    "data_fingerprint": "data0123",
+    "recipe_fingerprint": "recipe4567",
+    "precision": "fp32",
+}
+LINEAGE = {"teacher": "a/teacher", "steps": 12, "languages": ["de", "sw"], "recipe": {"steps": 12}}
+
+
+@pytest.fixture(scope="module")
+def student(tiny_teacher: Path) -> Student:
+    return build_student(load_encoder(tiny_teacher), StudentConfig(layers=2, hidden=24, heads=4), seed=3)
+
+
+@pytest.fixture(scope="module")
+def weights(student: Student) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in student.model.state_dict().items()}
+
+
+def export(student: Student, weights: dict[str, torch.Tensor], teacher: Path, output: Path) -> Path:
+    return hf.export_student(weights, student.model.config, str(teacher), output, LINEAGE)
+
+
+def test_weights_and_hidden_states_come_back_exactly(student, weights, tiny_teacher: Path, tmp_path: Path) -> None:
+    output = export(student, weights, tiny_teacher, tmp_path / "student")
+    stored = load_file(output / "model.safetensors")
+    assert stored.keys() == weights.keys()
+    assert all(stored[name].numpy().tobytes() == weights[name].numpy().tobytes() for name in weights)
+    model = AutoModel.from_pretrained(output).eval()
+    ids = AutoTokenizer.from_pretrained(output)(["Hello world!"], return_tensors="pt")
+    assert ids["input_ids"].tolist() == AutoTokenizer.from_pretrained(tiny_teacher)(["Hello world!"])["input_ids"]
+    with torch.inference_mode():
+        assert torch.equal(model(**ids).last_hidden_state, student.model.eval()(**ids).last_hidden_state)
+
+
+def test_the_directory_holds_what_users_look_for(student, weights, tiny_teacher: Path, tmp_path: Path) -> None:
+    output = export(student, weights, tiny_teacher, tmp_path / "student")
+    assert {"config.json", "model.safetensors", "README.md", "lineage.json", "tokenizer_config.json"} <= {
+        path.name for path in output.iterdir()
+    }
+    spm = "sentencepiece.bpe.model"
+    assert (output / spm).read_bytes() == (tiny_teacher / spm).read_bytes()
+    assert json.loads((output / "config.json").read_text())["architectures"] == [XLMRobertaModel.__name__]
+    assert json.loads((output / "lineage.json").read_text()) == LINEAGE
+    front_matter = (output / "README.md").read_text().split("---\n")[1]
+    assert yaml.safe_load(front_matter)["library_name"] == "transformers"
+    assert (output / "model.safetensors").stat().st_mode & 0o044 == 0o044
+
+
+def test_an_earlier_export_is_replaced_and_nothing_else(student, weights, tiny_teacher: Path, tmp_path: Path) -> None:
+    output = export(student, weights, tiny_teacher, tmp_path / "student")
+    (output / "left_over.txt").write_text("of the earlier export")
+    export(student, weights, tiny_teacher, output)
+    assert not (output / "left_over.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="no earlier export"):
+        export(student, weights, tiny_teacher, precious)
+    assert (precious / "thesis.tex").read_text() == "x"
+
+
+def test_a_failed_export_leaves_no_trace(student, weights, tmp_path: Path) -> None:
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(UserError, match="tokenizer"):
+        export(student, weights, tmp_path / "bare", tmp_path / "student")
+    assert [path.name for path in tmp_path.iterdir()] == ["bare"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "shape", "precision", "extra"])
+def test_weights_of_another_model_are_refused(
+    student, weights, tiny_teacher: Path, tmp_path: Path, damage: str
+) -> None:
+    name = "encoder.layer.1.output.dense.weight"
+    wrong = dict(weights)
+    if damage == "missing":
+        del wrong[name]
+    elif damage == "shape":
+        wrong[name] = wrong[name].T
+    elif damage == "precision":
+        wrong[name] = wrong[name].half()
+    else:
+        name = "pooler.dense.weight"
+        wrong[name] = torch.zeros(24, 24)
+    with pytest.raises(UserError, match=name):
+        export(student, wrong, tiny_teacher, tmp_path / "student")
+    assert not (tmp_path / "student").exists()
+
+
+# -- from a run directory
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, student, weights, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    directory = tmp_path / "run"
+    directory.mkdir()
+    student.model.config.to_json_file(directory / "student_config.json", use_diff=False)
+    (directory / "recipe.yaml").write_text(recipe_to_yaml(Recipe(teacher=str(tiny_teacher))))
+    run = {"teacher": str(tiny_teacher), "languages": ["de"], "git_commit": "abc123", "packages": {"torch": "2"}}
+    (directory / "run.json").write_text(json.dumps(run))
+    monkeypatch.setattr(hf, "read_model_weights", lambda path: (weights, STATE))
+    return directory
+
+
+def test_lineage_says_where_a_student_comes_from(run_dir: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+    output = hf.export_run(run_dir, tmp_path / "student")
+    lineage = json.loads((output / "lineage.json").read_text())
+    assert lineage["teacher"] == str(tiny_teacher)
+    for key, value in {"steps": 12, "data_fingerprint": "data0123", "git_commit": "abc123"}.items():
+        assert lineage[key] == value
+    card = (output / "README.md").read_text()
+    for fact in (str(tiny_teacher), "data0123", "abc123", "| relation heads | 48 |", "| steps | 12 |", "seq_len: 512"):
+        assert fact in card
+    AutoModel.from_pretrained(output)
+
+
+@pytest.mark.parametrize("name", ["run.json", "student_config.json", "recipe.yaml"])
+def test_a_run_directory_without_its_papers(run_dir: Path, tmp_path: Path, name: str) -> None:
+    (run_dir / name).unlink()
+    with pytest.raises(UserError, match=name):
+        hf.export_run(run_dir, tmp_path / "student")
+
+
+def test_no_run_directory(tmp_path: Path) -> None:
+    class Arguments:
+        run_dir = tmp_path / "nothing"
+        output = tmp_path / "student"
+
+    with pytest.raises(UserError, match="no run directory"):
+        export_command(Arguments())  # type: ignore[arg-type]
