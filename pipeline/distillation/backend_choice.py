@@ -50,7 +50,8 @@ def gradient_error(name: str, teacher_BLD: torch.Tensor, student_BLD: torch.Tens
     """Relative error of the gradient on random input of the tensors' length, head sizes, precision and device."""
     heads = min(NUM_CHECKED_HEADS, num_heads)
     teacher, student = (
-        _random_like(x_BLD[:, :MAX_CHECKED_TOKENS], 1, heads, num_heads) for x_BLD in (teacher_BLD, student_BLD)
+        _random_like(x_BLD[:, :MAX_CHECKED_TOKENS], 1, heads, num_heads, seed)
+        for seed, x_BLD in enumerate((teacher_BLD, student_BLD))
     )
     relation_kl(teacher, student, heads, backend=name).backward()
     exact = student.detach().double().requires_grad_()
@@ -63,7 +64,9 @@ def gradient_error(name: str, teacher_BLD: torch.Tensor, student_BLD: torch.Tens
 def _time(name: str, teacher_BLD: torch.Tensor, student_BLD: torch.Tensor, num_heads: int) -> float:
     """Fastest of a few forward and backward passes, in seconds."""
     rows = min(NUM_TIMED_ROWS, student_BLD.shape[0])
-    teacher, student = (_random_like(x_BLD, rows, num_heads, num_heads) for x_BLD in (teacher_BLD, student_BLD))
+    teacher, student = (
+        _random_like(x_BLD, rows, num_heads, num_heads, seed) for seed, x_BLD in enumerate((teacher_BLD, student_BLD))
+    )
     seconds = []
     for _ in range(NUM_REPEATS):
         torch.cuda.synchronize(student.device)
@@ -74,10 +77,12 @@ def _time(name: str, teacher_BLD: torch.Tensor, student_BLD: torch.Tensor, num_h
     return min(seconds)
 
 
-def _random_like(x_BLD: torch.Tensor, rows: int, heads: int, num_heads: int) -> torch.Tensor:
-    """Unit-variance leaf tensor with the length, head size, precision and device of `x_BLD`; the same at every
-    start."""
+def _random_like(x_BLD: torch.Tensor, rows: int, heads: int, num_heads: int, seed: int) -> torch.Tensor:
+    """Unit-variance leaf tensor with the length, head size, precision and device of `x_BLD`; the same at every start.
+
+    Teacher and student take different seeds: were they equal, as equal widths would make them, the gradient would be 0.
+    """
     width = heads * (x_BLD.shape[-1] // num_heads)
-    generator = torch.Generator().manual_seed(width)
+    generator = torch.Generator().manual_seed(seed)
     values = torch.randn(rows, x_BLD.shape[1], width, generator=generator)
     return values.to(x_BLD.device, x_BLD.dtype).requires_grad_()
