@@ -156,7 +156,7 @@ def _tile_relation(teacher_HdR, teacher_keys_HdN, student_HdR, student_keys_HdN,
 
     # (4): KL = <x_T, P_T y_T> - <x_S, P_T y_S> - lse_T + lse_S, each inner product scaled by its model's 1/sqrt(d).
     products_HdR = torch.cat([teacher_HdR * scale_T, student_HdR * -scale_S], dim=1) * mixed_T
-    log_sums_H1R = (sum_S_H1R / sum_T_H1R).log2() + student_shift - teacher_shift
+    log_sums_H1R = (sum_S_H1R.log2() + student_shift) - (sum_T_H1R.log2() + teacher_shift)
     kl = products_HdR.sum() + log_sums_H1R.sum() / LOG2_E
     if not with_gradient:
         return kl, None, None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
@@ -48,18 +49,24 @@ def load_encoder(name_or_path: str | Path) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         family = family_of(config)
         pooler = {"add_pooling_layer": False} if family.has_pooler else {}
-        model = AutoModel.from_pretrained(
-            source, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **pooler
+        model, loaded = AutoModel.from_pretrained(
+            source,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **pooler,
         )
     except UserError as error:
         raise UserError(f"teacher {name_or_path}: {error}") from None
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
             f"the teacher {name_or_path!r} could not be loaded: {first_line.strip()} A hub name needs the network once "
             "(or `HF_HOME` with a filled cache); a directory needs config.json and *.safetensors"
         ) from None
-    _refuse_not_finite(model, str(name_or_path))
+    _refuse_unsound(model, sorted(loaded["missing_keys"]), str(name_or_path))
     return model.eval()
 
 
@@ -114,7 +121,13 @@ def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.split("/")[0] in ("artifacts", "runs")
 
 
-def _refuse_not_finite(model: PreTrainedModel, name: str) -> None:
+def _refuse_unsound(model: PreTrainedModel, missing: list[str], name: str) -> None:
+    """Weights that are not in the files would be random; NaN and infinity would be the run's from its first step."""
+    if missing:
+        raise UserError(
+            f"the teacher {name} lacks {len(missing)} of its weights ({', '.join(missing[:3])}, ...): its files are not "
+            "complete, or its config.json is another model's"
+        )
     for parameter_name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise UserError(

@@ -1,0 +1,240 @@
+"""Every backend of the relation loss against float64 autograd over materialised maps: values, gradients, memory."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.distillation import relation_tiles
+from pipeline.distillation.oracle import relation_log_probabilities
+from pipeline.distillation.relations import BACKENDS, relation_kl, relation_kl_by_row, relation_kl_reference
+from pipeline.errors import UserError
+
+# Relative gradient error against float64 on the same rounded inputs.
+FAR = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # KL about 1
+NEAR = {torch.float32: 5e-6, torch.float16: 5e-3, torch.bfloat16: 2e-2}  # KL about 0.01
+
+
+def make(batch, length, width_T, width_S, dtype=torch.float32, scale=1.0, distance=None, seed=0):
+    """Teacher and student; with `distance` the student is the teacher plus that much noise."""
+    generator = torch.Generator().manual_seed(seed)
+    teacher = torch.randn(batch, length, width_T, generator=generator) * scale
+    if distance is None:
+        student = torch.randn(batch, length, width_S, generator=generator) * scale
+    else:
+        student = teacher + distance * torch.randn(batch, length, width_T, generator=generator)
+    return teacher.to(dtype), student.to(dtype)
+
+
+def loss_and_gradient(function, teacher, students, heads, lengths=None, **keywords):
+    """Loss and the gradients for the student's queries (and keys, if there are two tensors)."""
+    leaves = [student.detach().clone().requires_grad_() for student in students]
+    if len(leaves) == 2:
+        keywords["student_keys_BLD"] = leaves[1]
+    loss = function(teacher, leaves[0], heads, lengths, **keywords)
+    loss.backward()
+    return loss.item(), torch.cat([leaf.grad.double().flatten() for leaf in leaves])
+
+
+def errors(teacher, students, heads, lengths=None, backend="chunked", **keywords):
+    """Relative error of loss and gradient, and the loss."""
+    exact_loss, exact = loss_and_gradient(
+        relation_kl_reference, teacher, [s.double() for s in students], heads, lengths, **keywords
+    )
+    loss, gradient = loss_and_gradient(relation_kl, teacher, students, heads, lengths, backend=backend, **keywords)
+    return abs(loss - exact_loss) / exact_loss, float((gradient - exact).norm() / exact.norm()), exact_loss
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", FAR, ids=str)
+def test_far_student(backend, dtype):
+    teacher, student = make(2, 150, 32, 24, dtype)
+    _, gradient_error, loss = errors(teacher, [student], 4, backend=backend)
+    assert 0.5 < loss < 2
+    assert gradient_error <= FAR[dtype]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", NEAR, ids=str)
+def test_near_student(backend, dtype):
+    teacher, student = make(2, 150, 32, 32, dtype, distance=0.1)
+    _, gradient_error, loss = errors(teacher, [student], 4, backend=backend)
+    assert 0.005 < loss < 0.02
+    assert gradient_error <= NEAR[dtype]
+
+
+@pytest.mark.parametrize("dtype", NEAR, ids=str)
+def test_near_student_with_peaked_maps(dtype):
+    teacher, student = make(2, 150, 32, 32, dtype, scale=2.5, distance=0.085)
+    peak = relation_log_probabilities(teacher.float(), teacher.float(), 4, None).exp()
+    assert peak.amax(-1).mean() > 0.7
+    _, gradient_error, loss = errors(teacher, [student], 4)
+    assert 0.003 < loss < 0.03
+    assert gradient_error <= NEAR[dtype]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_far_beyond_the_fixed_shift(backend):
+    """Diagonals of several hundred would overflow a fixed shift: the guard must see it."""
+    teacher, student = make(2, 60, 32, 24, scale=12)
+    largest = (teacher.view(2, 60, 4, 8).square().sum(-1) / math.sqrt(8)).max() * relation_tiles.LOG2_E
+    assert largest > 2 * relation_tiles.MAX_DIAGONAL_LOG2
+    loss_error, gradient_error, _ = errors(teacher, [student], 4, backend=backend)
+    assert loss_error < 1e-6
+    assert gradient_error < 2e-5
+
+
+def test_just_below_the_fixed_shifts_limit():
+    teacher, student = make(1, 60, 32, 24)
+    limit = relation_tiles.MAX_DIAGONAL_LOG2 / relation_tiles.LOG2_E * 0.99
+    for x_BLD in (teacher, student):
+        largest = (x_BLD.view(1, 60, 4, -1).square().sum(-1) * (x_BLD.shape[-1] // 4) ** -0.5).max()
+        x_BLD *= (limit / largest).sqrt()
+    loss_error, gradient_error, _ = errors(teacher, [student], 4)
+    assert loss_error < 1e-6
+    assert gradient_error < 2e-5
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    backend=st.sampled_from(list(BACKENDS)),
+    heads=st.sampled_from([1, 2, 3]),
+    head_dims=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    two_tensors=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape_and_padding(backend, heads, head_dims, lengths, two_tensors, seed):
+    """Any head size (6 = 384/64 included), any padding, one tensor with itself or Q with K."""
+    shape = (len(lengths), max(lengths) + seed % 2, heads * head_dims[0], heads * head_dims[1])
+    teacher, student = make(*shape, seed=seed)
+    keywords, students = {}, [student]
+    if two_tensors:
+        keywords["teacher_keys_BLD"], keys = make(*shape, seed=seed + 1)
+        students.append(keys)
+    counts = torch.tensor(lengths)
+    exact_loss, exact = loss_and_gradient(
+        relation_kl_reference, teacher, [s.double() for s in students], heads, counts, **keywords
+    )
+    loss, gradient = loss_and_gradient(relation_kl, teacher, students, heads, counts, backend=backend, **keywords)
+    assert loss == pytest.approx(exact_loss, rel=1e-4, abs=1e-5)
+    assert (gradient - exact).norm() <= 1e-4 * exact.norm() + 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_segments_see_only_themselves(backend):
+    teacher, student = make(2, 50, 32, 24)
+    segments = [[20, 30], [7, 1, 25]]
+    loss_error, gradient_error, loss = errors(teacher, [student], 4, backend=backend, segments=segments)
+    assert loss_error < 1e-5
+    assert gradient_error < 1e-6
+    by_hand = 0.0
+    for row, parts in enumerate(segments):
+        start = 0
+        for size in parts:
+            piece = slice(start, start + size)
+            value = relation_kl_reference(teacher[row : row + 1, piece], student[row : row + 1, piece], 4)
+            by_hand += value.item() * size / sum(parts) / 2
+            start += size
+    assert loss == pytest.approx(by_hand, rel=1e-9)
+
+
+def test_tiles_do_not_show(monkeypatch):
+    """Many small tiles (heads and queries split unevenly) give what one tile gives."""
+    teacher, student = make(2, 50, 35, 25)
+    whole = loss_and_gradient(relation_kl, teacher, [student], 5)
+    monkeypatch.setattr(relation_tiles, "TILE_ENTRIES_CPU", 700)
+    tiled = loss_and_gradient(relation_kl, teacher, [student], 5)
+    assert tiled[0] == pytest.approx(whole[0], rel=1e-5)
+    assert torch.allclose(tiled[1], whole[1], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_is_dropped_exactly(backend):
+    """What stands at padded positions changes neither loss nor gradient, and gets none."""
+    teacher, student = make(2, 30, 32, 24)
+    lengths = torch.tensor([30, 11])
+    first = loss_and_gradient(relation_kl, teacher, [student], 4, lengths, backend=backend)
+    teacher[1, 11:], student[1, 11:] = 50.0, -50.0
+    second = loss_and_gradient(relation_kl, teacher, [student], 4, lengths, backend=backend)
+    assert first[0] == pytest.approx(second[0], rel=1e-6)
+    gradient = second[1].view(2, 30, 24)
+    assert torch.count_nonzero(gradient[1, 11:]) == 0
+    assert torch.allclose(first[1], second[1], rtol=1e-4, atol=1e-9)
+
+
+def test_mean_over_rows_of_any_micro_batch_split():
+    """Rows weigh the same however they are split: what gradient accumulation relies on."""
+    teacher, student = make(5, 30, 32, 24)
+    lengths = torch.tensor([30, 11, 2, 25, 19])
+    by_row = relation_kl_by_row(teacher, student, 4, lengths)
+    assert by_row.shape == (5,)
+    assert relation_kl(teacher, student, 4, lengths).item() == pytest.approx(by_row.mean().item(), rel=1e-6)
+    for row in range(5):
+        alone = relation_kl(teacher[row : row + 1], student[row : row + 1], 4, lengths[row : row + 1])
+        assert alone.item() == pytest.approx(by_row[row].item(), rel=1e-5)
+
+
+def test_zero_for_equal_relations():
+    teacher, _ = make(2, 30, 32, 32)
+    assert abs(relation_kl(teacher, teacher.clone(), 4).item()) < 1e-6
+    turned = torch.linalg.qr(torch.randn(8, 8))[0]  # a rotation inside each head is invisible to the relation
+    rotated = (teacher.view(2, 30, 4, 8) @ turned).flatten(2)
+    assert abs(relation_kl(teacher, rotated, 4).item()) < 1e-5
+
+
+def test_fp16_gradient_survives_a_large_batch_and_a_loss_scale():
+    """1/(A |x| B) alone is 4e-6 here: in fp16 arithmetic most of the gradient would be lost."""
+    teacher, student = make(8, 128, 64, 64, torch.float16)
+    half = student.clone().requires_grad_()
+    (relation_kl(teacher, half, 16) * 65536).backward()
+    exact = student.double().requires_grad_()
+    (relation_kl_reference(teacher, exact, 16) * 65536).backward()
+    assert (half.grad.double() - exact.grad).norm() / exact.grad.norm() < 2e-3
+
+
+def test_twice_the_same_is_bit_for_bit_the_same():
+    teacher, student = make(2, 200, 32, 24)
+    assert all(a == b for a, b in [(loss_and_gradient(relation_kl, teacher, [student], 4)[0],) * 2])
+    first, second = (loss_and_gradient(relation_kl, teacher, [student], 4)[1] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_nothing_of_size_l_by_l_is_kept_for_backward():
+    teacher, student = make(1, 64, 8, 8)
+    student.requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        relation_kl(teacher, student, 2)
+    assert max(kept) <= student.numel()
+
+
+def test_a_teacher_under_inference_mode_will_do():
+    with torch.inference_mode():
+        teacher = torch.randn(2, 20, 16)
+    student = torch.randn(2, 20, 16, requires_grad=True)
+    relation_kl(teacher, student, 2).backward()
+    assert student.grad is not None
+
+
+def test_nan_is_not_hidden():
+    teacher, student = make(1, 20, 16, 16)
+    student[0, 3, 2] = float("nan")
+    assert math.isnan(relation_kl(teacher, student, 2).item())
+
+
+@pytest.mark.parametrize(("widths", "whose"), [((32, 24), "student"), ((24, 32), "teacher")])
+def test_heads_that_do_not_divide_name_those_that_would(widths, whose):
+    teacher, student = make(1, 5, *widths)
+    with pytest.raises(UserError, match=rf"(?s)16 relation heads.*{whose}'s width of 24.*1, 2, 3, 4, 6, 8, 12, 24"):
+        relation_kl(teacher, student, 16)
+
+
+def test_unknown_backend_names_the_known():
+    teacher, student = make(1, 5, 8, 8)
+    with pytest.raises(UserError, match="auto, chunked, flash"):
+        relation_kl(teacher, student, 2, backend="fast")

@@ -1,0 +1,103 @@
+"""The tap shares parameters with the model, runs nothing above the layer, and says clearly what it cannot do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2Model
+
+from pipeline.distillation.families import FAMILIES
+from pipeline.distillation.tap import tap
+from pipeline.errors import UserError
+from tests.tiny_encoders import CONFIGS, random_rows, tiny_encoder
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_parameters_are_shared_and_all_get_a_gradient(model_type):
+    model = tiny_encoder(model_type)
+    tapped = tap(model, 3)
+    own = {id(parameter) for parameter in model.parameters()}
+    assert all(id(parameter) in own for parameter in tapped.parameters())
+    query, key, value = tapped(random_rows(2, 12))
+    (query.square().sum() + key.square().sum() + value.square().sum()).backward()
+    assert [name for name, parameter in tapped.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_nothing_above_the_layer_runs(model_type):
+    model = tiny_encoder(model_type)
+    family = FAMILIES[model_type]
+    tapped = tap(model, 2)
+    for number in (2, 3):
+        model.get_submodule(f"{family.layers}.{number}").forward = None  # calling it would raise
+    layer = model.get_submodule(f"{family.layers}.1")
+    in_use = {id(parameter) for parameter in tapped.parameters()}
+    assert len(tapped.model.get_submodule(family.layers)) == 2
+    assert any(id(parameter) not in in_use for parameter in layer.parameters())  # attention output and FFN
+    tapped(random_rows(2, 12))
+
+
+def test_the_model_itself_is_left_as_it_was():
+    model, rows = tiny_encoder("xlm-roberta"), random_rows(2, 12)
+    names, before = list(model.state_dict()), model(rows).last_hidden_state
+    tap(model, 2)(rows)
+    tap(model, [1, 3], with_output=True)(rows)
+    assert list(model.state_dict()) == names
+    assert torch.equal(model(rows).last_hidden_state, before)
+
+
+def test_training_the_tap_trains_the_model():
+    model = tiny_encoder("bert")
+    tapped = tap(model, 2)
+    with torch.no_grad():
+        for parameter in tapped.parameters():
+            parameter.zero_()
+    assert torch.count_nonzero(model.encoder.layer[0].attention.self.query.weight) == 0
+    assert torch.count_nonzero(model.encoder.layer[1].output.dense.weight) > 0
+
+
+def test_packed_rows_need_no_mask():
+    """No mask reaches attention: an all-ones mask would cost a read of every logit."""
+    model = tiny_encoder("xlm-roberta")
+    masks = []
+    model.encoder.layer[0].attention.self.register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    tap(model, 2)(random_rows(2, 12))
+    assert masks == [None]
+
+
+def test_no_graph_outlives_its_step():
+    tapped = tap(tiny_encoder("bert"), [2, 3])
+    tapped(random_rows(2, 12))
+    assert all(layer_tap._kept is None for layer_tap in tapped._taps.values())
+
+
+@pytest.mark.parametrize("layer", [0, 5, -1])
+def test_layer_out_of_range(layer):
+    with pytest.raises(UserError, match=f"layer {layer} .* 1 to 4"):
+        tap(tiny_encoder("bert"), layer)
+
+
+def test_unknown_family_lists_the_known():
+    model = GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=10))
+    with pytest.raises(UserError, match=r"(?s)'gpt2'.*bert, roberta, xlm-roberta"):
+        tap(model, 1)
+
+
+def test_decoder_is_refused():
+    model = tiny_encoder("bert")
+    model.config.is_decoder = True
+    with pytest.raises(UserError, match="decoder"):
+        tap(model, 1)
+
+
+def test_rotary_only_where_there_is_one():
+    with pytest.raises(UserError, match="no rotary"):
+        tap(tiny_encoder("bert"), 1, after_rotary=True)
+
+
+def test_heads_of_a_whole_model_are_not_in_the_way():
+    tapped = tap(tiny_encoder("bert"), 2)
+    assert not any(isinstance(m, nn.Linear) for name, m in tapped.named_modules() if "pooler" in name)

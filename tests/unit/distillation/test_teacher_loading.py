@@ -1,0 +1,119 @@
+"""Loading a teacher: what is read, what is refused, and with which words."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.distillation.teacher import check_vocabulary, load_encoder, load_teacher
+from pipeline.errors import UserError
+from tests.tiny_encoders import CONFIGS, VOCABULARY, random_rows, tiny_encoder
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("teacher")
+    tiny_encoder("xlm-roberta").save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_every_family_comes_back_the_same(model_type, tmp_path):
+    model, rows = tiny_encoder(model_type), random_rows(2, 12)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(load_encoder(tmp_path)(rows)[0], model(rows)[0])
+
+
+def test_half_precision_files_are_read_as_fp32(tmp_path):
+    tiny_encoder("bert").half().save_pretrained(tmp_path)
+    assert load_encoder(tmp_path).dtype == torch.float32
+
+
+def test_a_sharded_file_set_loads(tmp_path):
+    model, rows = tiny_encoder("bert"), random_rows(2, 12)
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    with torch.no_grad():
+        assert torch.equal(load_encoder(tmp_path)(rows)[0], model(rows)[0])
+
+
+def test_frozen_and_without_a_graph(saved):
+    teacher = load_teacher(load_encoder(saved), 3, torch.bfloat16)
+    teacher.train()
+    assert not teacher.training
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    query, _, _ = teacher(random_rows(2, 12))
+    assert query.dtype == torch.bfloat16
+    assert query.is_inference()
+
+
+def test_dropout_is_off_even_in_training(saved):
+    teacher, rows = load_teacher(load_encoder(saved), 3).train(), random_rows(2, 12)
+    assert torch.equal(teacher(rows)[0], teacher(rows)[0])
+
+
+@pytest.mark.parametrize("name", ["artifacts/no-such-teacher", "./no-such-teacher", "/no/such/teacher"])
+def test_missing_directory_names_the_command(name):
+    with pytest.raises(UserError, match=f"(?s)no teacher at {name}.*python -m demo.teacher --output"):
+        load_encoder(name)
+
+
+def test_hub_name_without_network_is_one_paragraph(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"(?s)'no-such-owner/no-such-model' could not be loaded.*network") as caught:
+        load_encoder("no-such-owner/no-such-model")
+    assert "\n" not in str(caught.value)
+
+
+def test_without_safetensors(copy):
+    (copy / "model.safetensors").unlink()
+    (copy / "pytorch_model.bin").write_bytes(b"never read")
+    with pytest.raises(UserError, match="safetensors"):
+        load_encoder(copy)
+
+
+def test_truncated_safetensors(copy):
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match=f"(?s){copy.name}.*could not be loaded"):
+        load_encoder(copy)
+
+
+def test_unknown_family(copy):
+    (copy / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 1}))
+    with pytest.raises(UserError, match="gpt2"):
+        load_encoder(copy)
+
+
+def test_nan_in_the_weights_is_named(copy):
+    tensors = load_file(copy / "model.safetensors")
+    name = "encoder.layer.2.output.dense.weight"
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=name):
+        load_encoder(copy)
+
+
+def test_missing_weights_are_not_made_up(copy):
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["encoder.layer.2.output.dense.weight"]
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"encoder\.layer\.2\.output\.dense\.weight"):
+        load_encoder(copy)
+
+
+def test_vocabulary_of_the_shards_must_fit(saved):
+    model = load_encoder(saved)
+    check_vocabulary(model, VOCABULARY, "artifacts/shards")
+    with pytest.raises(UserError, match=f"(?s)artifacts/shards.*{VOCABULARY + 1} ids.*{VOCABULARY} rows"):
+        check_vocabulary(model, VOCABULARY + 1, "artifacts/shards")
