@@ -165,4 +165,4 @@ def _blank_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
 def _recompute_activations(model: PreTrainedModel) -> None:
     if not model.supports_gradient_checkpointing:
         raise UserError(f"{model.config.model_type} cannot recompute activations; set `student.checkpointing: false`")
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})

@@ -1,0 +1,212 @@
+"""The object that the engine wraps: its losses against the oracle, its parts, and that the teacher stays outside."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipeline.distillation.distiller import DistillModule, LayerPair, RelationsConfig
+from pipeline.distillation.relations import relation_kl_reference
+from pipeline.distillation.student import StudentConfig, build_student
+from pipeline.distillation.tap import tap
+from pipeline.distillation.teacher import load_teacher
+from pipeline.errors import UserError
+from tests.tiny_encoders import padded_rows, random_rows, tiny_encoder
+
+
+def make(relations=None, teacher_type="xlm-roberta", dtype=torch.float32, **student_changes):
+    """(module, whole teacher in fp32, student), for one seed always the same."""
+    relations = relations or RelationsConfig(heads=12)
+    options = {"layers": 2, "hidden": 24, "heads": 2, "dropout": 0.0, **student_changes}
+    whole = tiny_encoder(teacher_type)
+    student = build_student(
+        whole, StudentConfig(**options), 3, relations.student_taps, relations.teacher_taps, **relations.tap_options
+    )
+    teacher = load_teacher(tiny_encoder(teacher_type), relations.teacher_taps, dtype, "cpu", **relations.tap_options)
+    return DistillModule(teacher, student.tapped, relations), whole, student
+
+
+def oracle(whole, student, rows, mask, lengths, pair, heads, layers=(4, 2)):
+    first, second = ("qkv".index(letter) for letter in pair.split("-"))
+    with torch.no_grad():
+        of_teacher, of_student = tap(whole, layers[0])(rows, mask), tap(student.model, layers[1])(rows, mask)
+    return relation_kl_reference(
+        of_teacher[first],
+        of_student[first],
+        heads,
+        lengths,
+        teacher_keys_BLD=of_teacher[second],
+        student_keys_BLD=of_student[second],
+    ).item()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_losses_are_the_papers(padded):
+    relations = RelationsConfig(heads=12, pairs={"q-k": 0.5, "v-v": 2.0, "k-k": 1.0})
+    module, whole, student = make(relations)
+    lengths = torch.tensor([20, 9, 3]) if padded else None
+    rows, mask = padded_rows([20, 9, 3]) if padded else (random_rows(3, 20), None)
+    loss, parts = module(rows, lengths)
+    expected = [oracle(whole, student, rows, mask, lengths, pair, 12) for pair in relations.pairs]
+    assert module.part_names == ["q-k", "v-v", "k-k"]
+    assert parts.tolist() == pytest.approx(expected, rel=1e-4)
+    assert loss.item() == pytest.approx(0.5 * expected[0] + 2 * expected[1] + expected[2], rel=1e-4)
+    assert parts.dtype == torch.float32
+    assert not parts.requires_grad
+
+
+def test_several_layer_pairs():
+    relations = RelationsConfig(heads=12, pairs={"v-v": 2.0}, layers=[LayerPair(2, 1, 0.5), LayerPair(4, 2)])
+    module, whole, student = make(relations)
+    rows = random_rows(3, 20)
+    loss, parts = module(rows)
+    expected = [oracle(whole, student, rows, None, None, "v-v", 12, layers) for layers in ((2, 1), (4, 2))]
+    assert module.part_names == ["v-v@2>1", "v-v@4>2"]
+    assert parts.tolist() == pytest.approx(expected, rel=1e-4)
+    assert loss.item() == pytest.approx(expected[0] + 2 * expected[1], rel=1e-4)
+    assert module.relation_maps(rows, "v-v@4>2").shape == (2, 4, 20, 20)
+
+
+def test_the_teacher_is_no_part_of_the_module():
+    module, _, student = make()
+    assert {id(p) for p in module.parameters()} == {id(p) for p in student.tapped.parameters()}
+    assert not any("teacher" in name for name, _ in module.named_modules())
+    assert not any("teacher" in name for name in module.state_dict())
+
+
+def test_only_the_student_gets_a_gradient_and_only_the_trained():
+    module, _, student = make(init="project", freeze=["embeddings"])
+    module(random_rows(3, 20))[0].backward()
+    assert all(parameter.grad is not None for parameter in student.trained.values())
+    assert student.model.get_input_embeddings().weight.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_teacher_and_student_in_half_precision(dtype):
+    exact, _, _ = make()
+    half, _, _ = make(dtype=dtype)
+    half.student.to(dtype)
+    rows = random_rows(3, 20)
+    (loss, _), (close, _) = exact(rows), half(rows)
+    assert close.dtype == torch.float32
+    assert close.item() == pytest.approx(loss.item(), rel=0.05)
+    close.backward()
+    assert all(torch.isfinite(p.grad).all() for p in half.parameters() if p.grad is not None)
+
+
+def test_any_callable_will_do_as_teacher():
+    module, whole, student = make()
+    rows = random_rows(3, 20)
+    expected = module(rows)[0].item()
+    tapped = tap(whole, 4)
+    other = DistillModule(lambda ids, mask: tapped(ids, mask), student.tapped, RelationsConfig(heads=12))
+    assert other(rows)[0].item() == expected
+
+
+def test_heldout_losses_have_no_dropout_and_leave_the_mode():
+    module, _, _ = make(dropout=0.5)
+    module.train()
+    rows = random_rows(5, 20)
+    by_row = module.losses_by_row(rows)
+    assert torch.equal(by_row, module.losses_by_row(rows))
+    assert by_row.shape == (5,)
+    assert module.student.training
+    assert not by_row.requires_grad
+    module.eval()
+    assert module(rows)[0].item() == pytest.approx(by_row.mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("tail", ["relation", "mse"])
+def test_the_tail_term_reaches_the_last_layers_ffn(tail):
+    relations = RelationsConfig(heads=12, tail=tail, tail_weight=0.5)
+    module, whole, student = make(relations, hidden=48, heads=4)
+    assert not student.carried
+    rows, _ = padded_rows([20, 9, 3])
+    lengths = torch.tensor([20, 9, 3])
+    loss, parts = module(rows, lengths)
+    assert module.part_names == ["q-q", "k-k", "v-v", "output"]
+    assert loss.item() == pytest.approx((parts[:3].sum() + 0.5 * parts[3]).item(), rel=1e-5)
+    with torch.no_grad():
+        mask = (torch.arange(20) < lengths[:, None]).long()
+        outputs = [model(input_ids=rows, attention_mask=mask)[0] for model in (whole, student.model)]
+    if tail == "relation":
+        expected = relation_kl_reference(*outputs, 12, lengths).item()
+    else:
+        squares = (outputs[0] - outputs[1]).square().mean(-1)
+        expected = sum(squares[row, :n].mean().item() for row, n in enumerate([20, 9, 3])) / 3
+    assert parts[3].item() == pytest.approx(expected, rel=1e-4)
+    loss.backward()
+    assert student.model.encoder.layer[-1].output.dense.weight.grad.norm() > 0
+
+
+def test_students_of_other_families():
+    relations = RelationsConfig(heads=12)
+    module, _, student = make(relations, family="modernbert")
+    assert student.model.config.model_type == "modernbert"
+    module(random_rows(2, 20))[0].backward()
+
+
+def test_rotary_relations():
+    module, whole, student = make(RelationsConfig(heads=12, after_rotary=True), "modernbert")
+    rows = random_rows(2, 20)
+    with torch.no_grad():
+        of_teacher = tap(whole, 4, after_rotary=True)(rows)
+        of_student = tap(student.model, 2, after_rotary=True)(rows)
+    expected = relation_kl_reference(of_teacher[0], of_student[0], 12).item()
+    assert module(rows)[1][0].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_maps_are_probabilities_of_the_asked_relation():
+    module, whole, _ = make()
+    rows = random_rows(2, 20)
+    maps = module.relation_maps(rows, "q-k", num_heads=3)
+    assert maps.shape == (2, 3, 20, 20)
+    assert torch.allclose(maps.sum(-1), torch.ones(2, 3, 20), atol=1e-5)
+    with torch.no_grad():
+        query, key, _ = tap(whole, 4)(rows[:1])
+    expected = (query[0, :, :4] @ key[0, :, :4].T / 2).softmax(-1)
+    assert torch.allclose(maps[0, 0], expected, atol=1e-5)
+
+
+def test_the_backend_is_settled_at_the_first_batch_and_reported():
+    module, _, _ = make()
+    assert module.backend == "auto"
+    module.losses_by_row(random_rows(2, 20))
+    assert module.backend == "auto"
+    with torch.no_grad():
+        module(random_rows(2, 20))
+    assert module.backend == "chunked"
+    assert module.backend_report[-1] == "relation backend chosen: chunked"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"pairs": {"q-x": 1.0}}, "'q-x'.*q-q, q-k"),
+        ({"pairs": {"qq": 1.0}}, "'qq'"),
+        ({"pairs": {}}, "at least one"),
+        ({"pairs": {"q-q": -1.0}}, "below zero"),
+        ({"backend": "fast"}, "auto, chunked, flash"),
+        ({"layers": [LayerPair(1, 1)], "teacher_layer": 3}, "relations.layers"),
+    ],
+)
+def test_impossible_relations_say_why(options, words):
+    with pytest.raises(UserError, match=f"(?s){words}"):
+        RelationsConfig(**options)
+
+
+@pytest.mark.parametrize(("heads", "whose"), [(16, "student's width of 24"), (10, "student's width of 24")])
+def test_heads_are_checked_before_the_first_batch(heads, whose):
+    with pytest.raises(UserError, match=whose):
+        make(RelationsConfig(heads=heads))
+
+
+def test_the_teachers_heads_are_checked_too():
+    with pytest.raises(UserError, match="teacher's width of 48"):
+        make(RelationsConfig(heads=5), hidden=20, heads=2)
+
+
+def test_distance_of_outputs_needs_equal_widths():
+    module, _, _ = make(RelationsConfig(heads=12, tail="mse"))
+    with pytest.raises(UserError, match=r"(?s)equal widths.*tail: relation"):
+        module(random_rows(2, 20))
