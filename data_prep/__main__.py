@@ -1,4 +1,8 @@
-"""The command line: `python -m data_prep prepare | merge | verify | stats` (each with --help)."""
+"""The command line: `python -m data_prep prepare | merge | verify | stats` (each with --help).
+
+python -m data_prep prepare --input cc100/ --tokenizer sentencepiece.bpe.model --output shards/
+python -m data_prep verify shards/
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import os
 import sys
 from pathlib import Path
 
+from data_prep.clean import CleanOptions
 from data_prep.shards import DataError, ShardSet
 
 
@@ -23,62 +28,109 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m data_prep", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    add_prepare(verbs.add_parser("prepare", help="text to shards; run it again after any interruption"))
-    for name, run, help_text in (
-        ("merge", run_merge, "write the manifest of a directory whose languages were prepared one by one"),
-        ("verify", run_verify, "check every byte"),
-        ("stats", run_stats, "what is in it, per language"),
-    ):
-        verb = verbs.add_parser(name, help=help_text)
-        verb.add_argument("shards", type=Path)
-        verb.set_defaults(run=run)
+    add_prepare(verbs.add_parser("prepare", help="text to shards; the same command goes on after any interruption"))
+    add_merge(verbs.add_parser("merge", help="finish a directory whose languages were prepared one by one"))
+    verify = verbs.add_parser("verify", help="check every byte; names the file and place of what is damaged")
+    verify.add_argument("shards", type=Path)
+    verify.set_defaults(run=run_verify)
+    add_stats(verbs.add_parser("stats", help="what is in it per language, and what a run will make of it"))
     return parser
 
 
 def add_prepare(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
-        "--input", nargs="+", type=Path, required=True, help="files or directories; names give the language"
+        "--input", nargs="+", required=True, metavar="PATH", help="files, directories, or hf:NAME[:CONFIG[:SPLIT]]"
     )
     verb.add_argument("--tokenizer", type=Path, required=True, help="SentencePiece .model, or a directory with one")
     verb.add_argument("--output", type=Path, required=True, help="directory of the shards")
     verb.add_argument("--workers", type=int, default=os.cpu_count(), help="tokenising processes (default: all cores)")
-    verb.add_argument("--language", help="prepare this language alone; also names files whose name says no language")
-    verb.add_argument("--redo", nargs="+", default=[], metavar="LANGUAGE", help="throw these away and make them again")
+    verb.add_argument("--language", metavar="xx", help="this language alone; also names a file whose name does not")
+    verb.add_argument("--language-map", type=Path, metavar="FILE", help="lines of: PATTERN LANGUAGE ('-': leave out)")
+    verb.add_argument("--text-field", default="text", help="field of JSON lines and Parquet (default: text)")
+    verb.add_argument("--redo", nargs="+", default=[], metavar="xx", help="throw these languages away and start again")
+    verb.add_argument(
+        "--add", action="store_true", help="take new languages into an output that was begun without them"
+    )
+    verb.add_argument("--shard-tokens", type=int, help="size of a shard (default: 2**28 tokens, 1 GiB)")
+    add_cleaning(verb.add_argument_group("cleaning (by default the text stays as it is; all of it is counted)"))
     verb.set_defaults(run=run_prepare)
 
 
-def run_prepare(parsed: argparse.Namespace) -> int:
-    from data_prep.prepare import PrepareConfig, prepare
+def add_cleaning(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--broken-text", choices=["replace", "skip", "fail"], help="lines that are not UTF-8")
+    group.add_argument("--control-characters", choices=["keep", "remove"])
+    group.add_argument("--script-check", action="store_true", default=None, help="drop lines in a foreign script")
+    group.add_argument("--min-document-chars", type=int, metavar="N", help="drop shorter documents")
+    group.add_argument("--max-document-chars", type=int, metavar="N", help="drop longer documents")
+    group.add_argument("--dedup", choices=["none", "documents", "lines"], help="drop exact repetitions")
+    group.add_argument("--dedup-memory-mb", type=int, metavar="MB", help="per language (default: 256)")
 
-    if parsed.workers < 1:
-        raise DataError(f"--workers {parsed.workers}: at least 1 is needed.")
+
+def add_merge(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("shards", type=Path)
+    verb.add_argument(
+        "--from", dest="others", nargs="+", type=Path, default=[], help="take these directories' languages"
+    )
+    verb.add_argument("--partial", action="store_true", help="do without the languages that are not finished")
+    verb.set_defaults(run=run_merge)
+
+
+def add_stats(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("shards", type=Path)
+    verb.add_argument("--alpha", type=float, default=0.3)
+    verb.add_argument("--seq-len", type=int, default=512)
+    verb.add_argument("--samples", type=int, help="rows that a planned run will read: steps x global batch")
+    verb.add_argument("--plot", type=Path, metavar="PNG", help="draw shares and epochs")
+    verb.set_defaults(run=run_stats)
+
+
+def run_prepare(parsed: argparse.Namespace) -> int:
+    from data_prep.discovery import LanguageRules
+    from data_prep.prepare import DEFAULT_SHARD_TOKENS, PrepareConfig, prepare
+
+    for name in ("workers", "shard_tokens", "dedup_memory_mb"):
+        if getattr(parsed, name) is not None and getattr(parsed, name) < 1:
+            raise DataError(f"--{name.replace('_', '-')} {getattr(parsed, name)}: at least 1 is needed.")
+    names = CleanOptions().as_dict()
+    cleaning = {name: getattr(parsed, name) for name in names if getattr(parsed, name) is not None}
     config = PrepareConfig(
         inputs=parsed.input,
         tokenizer=parsed.tokenizer,
         output=parsed.output,
         num_workers=parsed.workers,
-        language=parsed.language,
+        rules=LanguageRules.read(parsed.language_map, parsed.language),
+        text_field=parsed.text_field,
+        clean=CleanOptions(**cleaning),
+        shard_tokens=parsed.shard_tokens or DEFAULT_SHARD_TOKENS,
         redo=parsed.redo,
+        may_add=parsed.add,
     )
-    print(f"shards ready: {prepare(config).parent}")
+    if missing := prepare(config):
+        print(f"{parsed.language} is done; still to be prepared: {', '.join(missing)} (then: merge {parsed.output})")
+    else:
+        print(f"shards ready: {parsed.output}")
     return 0
 
 
 def run_merge(parsed: argparse.Namespace) -> int:
-    from data_prep.prepare import RUN_NAME, write_manifest
+    from data_prep.manifest import take_in, unfinished, write_manifest
 
-    if not (parsed.shards / RUN_NAME).is_file():
-        raise DataError(f"{parsed.shards} is no output of `python -m data_prep prepare` ({RUN_NAME} is missing).")
-    print(f"shards ready: {write_manifest(parsed.shards).parent}")
+    for other in parsed.others:
+        print(f"{other}: took {', '.join(take_in(parsed.shards, other)) or 'nothing'}")
+    left_out = unfinished(parsed.shards)
+    write_manifest(parsed.shards, allow_partial=parsed.partial)
+    print(f"shards ready: {parsed.shards}" + (f", without {', '.join(left_out)}" if left_out else ""))
     return 0
 
 
 def run_verify(parsed: argparse.Namespace) -> int:
     from data_prep.verify import verify
 
-    problems = verify(parsed.shards)
+    problems = verify(parsed.shards, show_progress=True)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if not problems:
@@ -87,9 +139,13 @@ def run_verify(parsed: argparse.Namespace) -> int:
 
 
 def run_stats(parsed: argparse.Namespace) -> int:
-    from data_prep.stats import table
+    from data_prep.stats import collect, draw, table
 
-    print(table(ShardSet(parsed.shards)))
+    rows = collect(ShardSet(parsed.shards), parsed.alpha, parsed.seq_len, parsed.samples)
+    print(table(rows, parsed.alpha))
+    if parsed.plot:
+        draw(rows, parsed.alpha, parsed.plot)
+        print(f"plot: {parsed.plot}")
     return 0
 
 

@@ -1,38 +1,99 @@
 """What may be done to text before it is encoded. By default nothing: a line stays the line it was.
 
-`split_documents` finds lines and documents of a block, `clean_lines` applies the options; everything left out is counted
-under a name that ends up in the manifest.
+`split_documents` finds lines and documents of a block, `clean` applies the options to it in a worker process. Finding
+duplicates needs memory of what came before and so runs in order, ahead of the workers (`dedup.py`). Whatever is left out or
+changed is counted under a name that ends up in the manifest.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-MAX_LINE_BYTES = 1 << 20
+from data_prep.scripts import shares_in_script
+from data_prep.shards import DataError
+
+_CONTROL = bytes(set(range(32)) - set(b"\t\n\r")) + b"\x7f"
+LEAST_SCRIPT_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class CleanOptions:
-    """Part of what makes the bytes of the shards; recorded in the manifest and never mixed."""
+    """Part of what makes the bytes of the shards: recorded in the manifest and never mixed."""
 
-    broken_text: str = "replace"
+    broken_text: str = "replace"  # invalid UTF-8: replace (by U+FFFD) | skip (the line) | fail
+    control_characters: str = "keep"  # keep | remove
+    script_check: bool = False  # leave out lines with most letters in another script than the language's
+    min_document_chars: int = 0  # shorter documents are left out
+    max_document_chars: int = 0  # longer documents are left out; 0: no limit
+    dedup: str = "none"  # none | documents | lines: leave out exact repetitions within a language
+    dedup_memory_mb: int = 256  # per language; more memory remembers further back
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def split_documents(text: bytes, options: CleanOptions) -> tuple[list[bytes], np.ndarray]:
-    """The non-blank lines of a block, and for each the number of its document."""
+def split_documents(text: bytes) -> tuple[list[bytes], np.ndarray]:
+    """The non-blank lines of a block without surrounding white space, and the number of each one's document."""
     lines = [line.strip() for line in text.split(b"\n")]
     is_text = np.fromiter(map(len, lines), np.int64, len(lines)) > 0
     document = np.cumsum(~is_text)
     return [line for line in lines if line], document[is_text]
 
 
-def clean_lines(
-    lines: list[bytes], document: np.ndarray, options: CleanOptions
-) -> tuple[list[bytes], np.ndarray, dict[str, int]]:
-    return lines, document, {}
+def clean(
+    lines: list[bytes], document: np.ndarray, language: str, options: CleanOptions
+) -> tuple[list[bytes], np.ndarray, Counter[str]]:
+    """Lines and documents that are kept, and counts of what was not."""
+    counts: Counter[str] = Counter()
+    lines, keep = _mend_broken(lines, options.broken_text, counts)
+    if options.control_characters == "remove":
+        cleaned = [line.translate(None, _CONTROL).strip() for line in lines]
+        counts["lines_with_control_characters"] += sum(old != new for old, new in zip(lines, cleaned, strict=True))
+        lines = cleaned
+        keep &= np.fromiter(map(bool, lines), bool, len(lines))
+    if options.script_check and lines:
+        fitting = shares_in_script(lines, language) >= LEAST_SCRIPT_SHARE
+        counts["lines_in_other_script"] += int((keep & ~fitting).sum())
+        keep &= fitting
+    if options.min_document_chars or options.max_document_chars:
+        keep &= _fitting_documents(lines, document, keep, options, counts)
+    if not keep.all():
+        lines = [line for line, kept in zip(lines, keep, strict=True) if kept]
+        document = document[keep]
+    return lines, document, counts
+
+
+def _mend_broken(lines: list[bytes], policy: str, counts: Counter[str]) -> tuple[list[bytes], np.ndarray]:
+    keep = np.ones(len(lines), bool)
+    try:
+        b"\n".join(lines).decode("utf-8")
+        return lines, keep
+    except UnicodeDecodeError:
+        mended = [line.decode("utf-8", "replace").encode() for line in lines]
+    broken = [number for number, (old, new) in enumerate(zip(lines, mended, strict=True)) if old != new]
+    if policy == "fail":
+        raise DataError(
+            f"{len(broken)} lines of a block are not UTF-8, the first is {mended[broken[0]].decode()[:80]!r}. "
+            "Mend the file, or prepare with --broken-text replace or skip."
+        )
+    counts["lines_broken"] += len(broken)
+    if policy == "skip":
+        keep[broken] = False
+    return mended, keep
+
+
+def _fitting_documents(
+    lines: list[bytes], document: np.ndarray, keep: np.ndarray, options: CleanOptions, counts: Counter[str]
+) -> np.ndarray:
+    chars = np.fromiter((len(line.decode("utf-8", "replace")) for line in lines), np.int64, len(lines))
+    per_document = np.bincount(document, weights=chars * keep)
+    short = per_document < options.min_document_chars
+    long = per_document > (options.max_document_chars or np.inf)
+    has_text = np.bincount(document, weights=keep) > 0
+    counts["documents_too_short"] += int((short & has_text).sum())
+    counts["documents_too_long"] += int((long & has_text).sum())
+    return ~(short | long)[document]

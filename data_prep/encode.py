@@ -15,6 +15,7 @@ import signal
 import struct
 import subprocess
 import sys
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +24,13 @@ from typing import Any, BinaryIO
 import numpy as np
 import sentencepiece
 
-from data_prep.clean import CleanOptions, clean_lines, split_documents
+from data_prep.clean import CleanOptions, clean, split_documents
 from data_prep.layout import TOKEN_DTYPE
 from data_prep.shards import BOS_ID, EOS_ID, UNK_ID, DataError
 
 MODEL_NAMES = ("sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
-_FRAME = struct.Struct("<Q")
-_REPLY = struct.Struct("<QQQ")
+_REQUEST = struct.Struct("<QQ")  # bytes of text, bytes of the language's name
+_REPLY = struct.Struct("<QQQ")  # bytes of JSON, of token ids, of document lengths
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Encoded:
 
     tokens: bytes
     document_lengths: np.ndarray
-    counts: dict[str, int]
+    counts: Mapping[str, int]
 
 
 class Tokenizer:
@@ -62,19 +63,19 @@ class Tokenizer:
         self._ids = np.arange(1, self.num_pieces + 1, dtype=TOKEN_DTYPE)
         self._ids[:3] = UNK_ID, BOS_ID, EOS_ID
 
-    def encode_block(self, text: bytes, options: CleanOptions) -> Encoded:
+    def encode_block(self, text: bytes, language: str, options: CleanOptions) -> Encoded:
         """Ids of every line followed by `</s>`; lines and documents without a single piece are left out."""
-        lines, document_of_line = split_documents(text, options)
-        lines, document_of_line, counts = clean_lines(lines, document_of_line, options)
+        lines, document_of_line = split_documents(text)
+        lines, document_of_line, counts = clean(lines, document_of_line, language, options)
         if not lines:
             return Encoded(b"", np.empty(0, np.uint64), counts)
         encoded = self.processor.encode(lines, return_type="numpy", add_eos=True, num_threads=1)
         lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
         if lengths.min() == 1:
-            counts["lines_without_pieces"] = int((lengths == 1).sum())
+            counts["lines_without_pieces"] += int((lengths == 1).sum())
             encoded = [ids for ids in encoded if len(ids) > 1]
             document_of_line, lengths = document_of_line[lengths > 1], lengths[lengths > 1]
-        counts["lines"] = len(encoded)
+        counts["lines"] += len(encoded)
         if not encoded:
             return Encoded(b"", np.empty(0, np.uint64), counts)
         tokens = self._ids.take(np.concatenate(encoded))
@@ -110,20 +111,20 @@ class WorkerPool:
                 self._workers.put(worker)
             self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="encode")
 
-    def submit(self, text: bytes) -> Future[Encoded]:
+    def submit(self, text: bytes, language: str) -> Future[Encoded]:
         if self._threads is not None:
-            return self._threads.submit(self._encode_in_worker, text)
+            return self._threads.submit(self._encode_in_worker, text, language)
         done: Future[Encoded] = Future()
         try:
-            done.set_result(self._tokenizer.encode_block(text, self._options))
+            done.set_result(self._tokenizer.encode_block(text, language, self._options))
         except DataError as error:
             done.set_exception(error)
         return done
 
-    def _encode_in_worker(self, text: bytes) -> Encoded:
+    def _encode_in_worker(self, text: bytes, language: str) -> Encoded:
         worker = self._workers.get()
         try:
-            return worker.encode(text)
+            return worker.encode(text, language)
         finally:
             self._workers.put(worker)
 
@@ -148,12 +149,12 @@ class _Worker:
             bufsize=0,
         )
 
-    def encode(self, text: bytes) -> Encoded:
+    def encode(self, text: bytes, language: str) -> Encoded:
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            _write(process.stdin, _FRAME.pack(len(text)))
+            _write(process.stdin, _REQUEST.pack(len(text), len(language)) + language.encode())
             _write(process.stdin, text)
             sizes = _REPLY.unpack(_read(process.stdout, _REPLY.size))
             about, tokens, lengths = (_read(process.stdout, size) for size in sizes)
@@ -197,13 +198,14 @@ def serve(model: str, options: CleanOptions, requests: BinaryIO, replies: Binary
     tokenizer = Tokenizer(model)
     while True:
         try:
-            (size,) = _FRAME.unpack(_read(requests, _FRAME.size))
-            text = _read(requests, size)
+            text_bytes, name_bytes = _REQUEST.unpack(_read(requests, _REQUEST.size))
+            language = _read(requests, name_bytes).decode()
+            text = _read(requests, text_bytes)
         except EOFError:
             return
         about: dict[str, Any]
         try:
-            encoded = tokenizer.encode_block(text, options)
+            encoded = tokenizer.encode_block(text, language, options)
             about = {"counts": encoded.counts}
         except DataError as error:
             encoded, about = Encoded(b"", np.empty(0, np.uint64), {}), {"error": str(error)}

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
+from data_prep.layout import lock
 from data_prep.shards import DataError
 
 JOURNAL_NAME = "journal.jsonl"
@@ -62,17 +67,24 @@ class Journal:
         for number, line in enumerate(journal.path.read_bytes().splitlines(keepends=True), start=1):
             if not line.endswith(b"\n"):
                 break  # torn by a kill or a power cut while it was written
-            try:
-                entry = Entry(**json.loads(line))
-            except (TypeError, ValueError) as error:
+            digest, _, text = line.rstrip(b"\n").partition(b" ")
+            if xxhash.xxh3_64_hexdigest(text).encode() != digest:
                 raise DataError(
-                    f"{journal.path} is damaged in line {number} ({error}). Delete {directory} and prepare that "
-                    "language again."
-                ) from error
+                    f"{journal.path} is damaged in line {number}. Make the language again: --redo {directory.name}."
+                )
+            entry = Entry(**json.loads(text))
             if entry.shard is not None and not _is_whole(directory, entry.shard):
                 break
             journal.entries.append(entry)
         return journal
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the language against a second run; the lock dies with the process."""
+        with open(self.path, "ab") as file:
+            if not lock(file, wait=False):
+                raise DataError(f"Another run is preparing {self.directory} right now. Wait for it, or stop it first.")
+            yield
 
     def rewind(self) -> None:
         """Drop from the disk whatever is not covered by `entries`: torn lines, shards in flight, their successors."""
@@ -80,20 +92,22 @@ class Journal:
         for path in self.directory.iterdir():
             if path.name.endswith((".tok", ".tmp")) and path.name not in known:
                 path.unlink()
-        text = "".join(_line(entry) for entry in self.entries).encode()
-        if self.path.is_file() and self.path.read_bytes() != text:
+        text = b"".join(_line(entry) for entry in self.entries)
+        if self.path.read_bytes() != text:
             os.truncate(self.path, len(text))
 
     def append(self, entry: Entry) -> None:
         with open(self.path, "ab") as file:
-            file.write(_line(entry).encode())
+            file.write(_line(entry))
             file.flush()
             os.fsync(file.fileno())
         self.entries.append(entry)
 
 
-def _line(entry: Entry) -> str:
-    return json.dumps(asdict(entry), ensure_ascii=False) + "\n"
+def _line(entry: Entry) -> bytes:
+    """Hash of the rest, a space, the entry as JSON."""
+    text = json.dumps(asdict(entry), ensure_ascii=False).encode()
+    return xxhash.xxh3_64_hexdigest(text).encode() + b" " + text + b"\n"
 
 
 def _is_whole(directory: Path, shard: dict[str, Any]) -> bool:

@@ -1,24 +1,28 @@
 """One language from text to shards: read blocks, have them encoded, write them in order, journal every shard.
 
-A lane keeps a window of blocks in flight, so that all workers have work while the results are written in the order of
-the text. It continues after the journal's last entry, and notices when the text before that point is not what it was.
+A lane keeps a window of blocks in flight, so that all workers have work while results are written in the order of the
+text. It continues after the journal's last entry, and notices when the text before that point is not what it was.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.blocks import Block, cut_blocks
+from data_prep.clean import CleanOptions
+from data_prep.dedup import Deduplicator
 from data_prep.encode import Encoded, WorkerPool
 from data_prep.journal import Entry, Journal
-from data_prep.layout import Identity, sync_directory
+from data_prep.layout import TOKEN_DTYPE, Identity, sync_directory
 from data_prep.shards import DataError
-from data_prep.sources import Block, Source, cut_blocks
+from data_prep.sources import DamagedSource, Source
 from data_prep.writer import ShardWriter
 
 
@@ -32,52 +36,55 @@ class LaneSettings:
 
     output: Path
     identity: Identity
+    clean: CleanOptions
     shard_tokens: int
     window: int
-    on_progress: Callable[[str, int, int], None]  # language, bytes of source read, tokens written
+    on_progress: Callable[[str, int, int], None]  # language, bytes of its sources read, new tokens
     stop: threading.Event
 
 
 @dataclass
 class _InFlight:
+    """A block on its way through the workers, and where the source stood after it."""
+
     block: Block
     source: int
-    finished: dict[str, Any] | None  # the source's record when this is its last block
+    finished: dict[str, Any] | None  # the source's record, when this is its last block
+    counts: Counter[str]
     encoded: Future[Encoded]
     position: int
 
 
-@dataclass
 class Lane:
-    language: str
-    sources: list[Source]
-    pool: WorkerPool
-    settings: LaneSettings
-    warnings: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.directory = self.settings.output / self.language
-        self.directory.mkdir(exist_ok=True)
-        self.journal = Journal.read(self.directory)
+    def __init__(self, language: str, sources: list[Source], pool: WorkerPool, settings: LaneSettings) -> None:
+        self.language, self.sources, self._pool, self._settings = language, sources, pool, settings
+        self.directory = settings.output / language
         self._writer: ShardWriter | None = None
-        self._counts: Counter[str] = Counter(self.journal.last.counts if self.journal.last else {})
-        self._finished = list(self.journal.last.finished) if self.journal.last else []
 
     def run(self) -> None:
         """Bring the language to its end, or raise with every finished shard kept."""
-        self.check_sources()
-        if self.journal.complete:
-            return
-        self.journal.rewind()
-        sync_directory(self.settings.output)
+        self.directory.mkdir(exist_ok=True)
+        journal = Journal(self.directory)
+        with journal.locked():
+            self._journal = journal = Journal.read(self.directory)
+            check_sources(self.language, self.sources, journal)
+            if journal.complete:
+                return
+            journal.rewind()
+            sync_directory(self._settings.output)
+            self._continue()
+
+    def _continue(self) -> None:
+        last = self._journal.last
+        self._counts: Counter[str] = Counter(last.counts if last else {})
+        self._finished = list(last.finished) if last else []
+        self._place = (last.source, last.text_end, last.text_xxh3_128) if last else (0, 0, "")
+        self._bytes_before = [0]
+        for source in self.sources:
+            self._bytes_before.append(self._bytes_before[-1] + source.stamp()["bytes"])
         pending: deque[_InFlight] = deque()
         try:
-            for item in self._blocks():
-                pending.append(item)
-                if len(pending) > self.settings.window:
-                    self._write(pending.popleft())
-            while pending:
-                self._write(pending.popleft())
+            self._fill(pending, last)
             self._end()
         finally:
             for item in pending:
@@ -85,108 +92,110 @@ class Lane:
             if self._writer is not None:
                 self._writer.discard()
 
-    def check_sources(self) -> None:
-        """Sources that were read to their end must still be the files they were."""
-        if self.journal.complete and len(self.sources) > len(self._finished):
-            new = [source.name for source in self.sources[len(self._finished) :]]
-            raise DataError(
-                f"{self.language} was finished without {', '.join(new)}. To make it again from all its files: --redo "
-                f"{self.language}."
-            )
-        for position, record in enumerate(self._finished):
-            source = self.sources[position] if position < len(self.sources) else None
-            if source is None or source.name != record["name"]:
-                found = source.name if source else "nothing"
-                raise DataError(
-                    f"{self.language} was begun with {record['name']} as file {position + 1}; the input now has {found} "
-                    f"there. Restore it, or make the language again: --redo {self.language}."
-                )
-            if source.changed_since(record):
-                raise DataError(
-                    f"{source.path} is not the file that {self.directory} was made from ({record['bytes']} bytes then, "
-                    f"{source.stamp()['bytes']} now). Restore it, or make the language again: --redo {self.language}."
-                )
+    def _fill(self, pending: deque[_InFlight], last: Entry | None) -> None:
+        try:
+            for item in self._submitted_blocks(last):
+                pending.append(item)
+                if len(pending) > self._settings.window:
+                    self._write(pending.popleft())
+        except DamagedSource:
+            while pending:  # which shards stand must not depend on how far the workers were
+                self._write(pending.popleft())
+            raise
+        while pending:
+            self._write(pending.popleft())
 
-    def _blocks(self) -> Iterator[_InFlight]:
-        last = self.journal.last
-        first_source = last.source if last else 0
-        for index in range(first_source, len(self.sources)):
-            source = self.sources[index]
-            resume = last if last is not None and index == last.source else None
-            if resume and len(self._finished) > index:
-                continue
+    def _submitted_blocks(self, last: Entry | None) -> Iterator[_InFlight]:
+        """Every block that is still to be written, with its encoding under way; a source's last one carries its record."""
+        deduplicator = Deduplicator(self._settings.clean)
+        for index, source in enumerate(self.sources):
             stamp = source.stamp()
-            held: Block | None = None
-            end, digest = 0, ""
-            for block in self._after(source, resume):
-                if self.settings.stop.is_set():
-                    raise Stopped
-                end, digest = block.end, block.digest
-                if block.was_split:
-                    self._counts["documents_split"] += 1
-                if not block.text:
-                    continue
-                if held is not None:
-                    yield self._submit(held, index, None)
-                held = block
-            record = {
-                "name": source.name,
-                **stamp,
-                "xxh3_128": source.digest,
-                "text_bytes": end,
-                "text_xxh3_128": digest,
-            }
-            yield self._submit(held or Block(b"", end, digest, False), index, record)
-
-    def _after(self, source: Source, resume: Entry | None) -> Iterator[Block]:
-        """Blocks behind the resume point; the text before it must hash to what it did."""
-        skipping = resume is not None and resume.text_end > 0
-        for block in cut_blocks(source.chunks()):
-            if not skipping:
-                yield block
+            done = index < len(self._finished)
+            if done and not deduplicator.is_active:
                 continue
-            assert resume is not None
-            if block.end == resume.text_end and block.digest == resume.text_xxh3_128:
-                skipping = False
-                yield Block(b"", block.end, block.digest, False)
-            elif block.end >= resume.text_end:
-                break
-        if skipping:
+            resume_at = last.text_end if last is not None and index == last.source and not done else 0
+            held = Block(b"", 0, "")
+            for block in cut_blocks(source.chunks()):
+                if self._settings.stop.is_set():
+                    raise Stopped
+                if done or block.end <= resume_at:
+                    deduplicator.filter(block.text)
+                    held = Block(b"", block.end, block.digest)
+                    if last is not None and block.end == resume_at and block.digest != last.text_xxh3_128:
+                        break
+                    continue
+                self._check_resumed(source, resume_at, held, last)
+                if held.text:
+                    yield self._submit(held, index, None, deduplicator)
+                held = block
+            if not done:
+                self._check_resumed(source, resume_at, held, last)
+                record = {"name": source.name, **stamp, "xxh3_128": source.digest}
+                record |= {"text_bytes": held.end, "text_xxh3_128": held.digest}
+                yield self._submit(held, index, record, deduplicator)
+
+    def _check_resumed(self, source: Source, resume_at: int, held: Block, last: Entry | None) -> None:
+        """The text before the resume point must end in a block there and hash to what it did."""
+        if last is None or held.end > resume_at or not resume_at:
+            return
+        if (held.end, held.digest) != (resume_at, last.text_xxh3_128):
             raise DataError(
-                f"The text of {source.path} is not the one that {self.directory} was begun with (its first "
-                f"{resume.text_end if resume else 0} bytes differ). Restore it, or make the language again: --redo {self.language}."
+                f"The first {resume_at} bytes of text of {source} are not those that {self.directory} was begun with. "
+                f"Restore the file, or make the language again: --redo {self.language}."
             )
 
-    def _submit(self, block: Block, source: int, finished: dict[str, Any] | None) -> _InFlight:
-        position = self.sources[source].position
-        return _InFlight(block, source, finished, self.pool.submit(block.text), position)
+    def _submit(self, block: Block, source: int, finished: Any, deduplicator: Deduplicator) -> _InFlight:
+        text, counts = deduplicator.filter(block.text)
+        counts["documents_split"] += block.was_split
+        position = self._bytes_before[source] + self.sources[source].position
+        return _InFlight(block, source, finished, counts, self._pool.submit(text, self.language), position)
 
     def _write(self, item: _InFlight) -> None:
         encoded = item.encoded.result()
+        self._counts.update(item.counts)
         self._counts.update(encoded.counts)
         self._counts["text_bytes"] += len(item.block.text)
         if item.finished:
             self._finished.append(item.finished)
-        self._position = item
+        self._place = (item.source, item.block.end, item.block.digest)
         if encoded.tokens:
             if self._writer is None:
-                number = len(self.journal.shards)
-                self._writer = ShardWriter(self.directory, self.language, number, self.settings.identity)
+                number = len(self._journal.shards)
+                self._writer = ShardWriter(self.directory, self.language, number, self._settings.identity)
             self._writer.append(encoded.tokens, encoded.document_lengths)
-            if self._writer.num_tokens >= self.settings.shard_tokens:
-                self._commit(item, complete=False)
-        self.settings.on_progress(self.language, item.position, len(encoded.tokens) // 4)
+            if self._writer.num_tokens >= self._settings.shard_tokens:
+                self._commit(complete=False)
+        self._settings.on_progress(self.language, item.position, len(encoded.tokens) // TOKEN_DTYPE.itemsize)
 
-    def _commit(self, item: _InFlight, complete: bool) -> None:
+    def _commit(self, complete: bool) -> None:
         shard = self._writer.seal() if self._writer else None
         self._writer = None
-        block = item.block
-        self.journal.append(
-            Entry(shard, item.source, block.end, block.digest, list(self._finished), dict(self._counts), complete)
-        )
+        counts = {name: count for name, count in sorted(self._counts.items()) if count}
+        self._journal.append(Entry(shard, *self._place, list(self._finished), counts, complete))
 
     def _end(self) -> None:
-        if self._writer is None and not self.journal.shards:
-            names = ", ".join(str(source.path) for source in self.sources)
-            raise DataError(f"{self.language}: no text in {names}. Remove it from the input or replace it.")
-        self._commit(self._position, complete=True)
+        if self._writer is None and not self._journal.shards:
+            names = ", ".join(str(source) for source in self.sources)
+            raise DataError(f"there is no text in {names}. Remove it from the input or replace it.")
+        self._commit(complete=True)
+        if split := self._counts["documents_split"]:
+            print(f"warning: {self.language}: {split} times a document was cut for being over 4 MiB", file=sys.stderr)
+
+
+def check_sources(language: str, sources: list[Source], journal: Journal) -> None:
+    """Sources that were read to their end must still be the files they were."""
+    finished = journal.last.finished if journal.last else []
+    mend = f"Restore it, or make the language again: --redo {language}."
+    if journal.complete and len(sources) > len(finished):
+        new = ", ".join(sorted({source.name for source in sources} - {record["name"] for record in finished}))
+        raise DataError(f"it was finished without {new}. To make it again from all files: --redo {language}.")
+    for number, record in enumerate(finished):
+        source = sources[number] if number < len(sources) else None
+        if source is None or source.name != record["name"]:
+            found = source.name if source else "no file"
+            raise DataError(f"file {number + 1} was {record['name']}; the input now has {found} there. {mend}")
+        if source.changed_since(record):
+            raise DataError(
+                f"{source} is not the file that {journal.directory} was made from ({record['bytes']} bytes then, "
+                f"{source.stamp()['bytes']} now). {mend}"
+            )

@@ -1,4 +1,4 @@
-"""Names of languages as CC-100 spells them, and how a file or folder name is read as one."""
+"""Names of languages as CC-100 spells them, and the scripts that each is written in."""
 
 from __future__ import annotations
 
@@ -8,8 +8,3 @@ CC100 = frozenset(
     or pa pl ps pt qu rm ro ru sa sc sd si sk sl so sq sr ss su sv sw ta ta_rom te te_rom th tl tn tr ug uk ur ur_rom uz
     vi wo xh yi yo zh-Hans zh-Hant zu""".split()
 )
-
-
-def language_of_name(name: str) -> str | None:
-    """`name` if CC-100 has a language of this name, else None."""
-    return name if name in CC100 else None

@@ -7,10 +7,13 @@ described for other languages in docs/shard_format.md.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import struct
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import xxhash
@@ -120,12 +123,36 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def lock(file: IO[Any], wait: bool) -> bool:
+    """Take the file's exclusive lock, which dies with the process; False if another process has it (or `wait`)."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        print(f"warning: {file.name} cannot be locked ({error.strerror}); run only one at a time", file=sys.stderr)
+    return True
+
+
 def write_durably(path: Path, text: str) -> None:
-    """Replace `path` as a whole: temporary name, fsync, rename, fsync of the directory."""
+    """Replace `path` as a whole, whoever else is doing the same: temporary name, fsync, rename, fsync of the directory."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    while True:
+        with open(temporary, "a", encoding="utf-8", newline="\n") as file:
+            lock(file, wait=True)
+            if not _is_still(temporary, file):
+                continue  # another process has renamed it meanwhile
+            file.truncate(0)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(path)
+            break
     sync_directory(path.parent)
+
+
+def _is_still(path: Path, file: IO[Any]) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False

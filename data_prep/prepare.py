@@ -1,14 +1,13 @@
 """`prepare`: every language of the input to shards, in parallel, resumable, the same bytes for any number of workers.
 
-    input files --cut_blocks--> blocks --WorkerPool--> ids --ShardWriter--> LANG/NNNNN.tok --Journal--> manifest.json
+    files --Source--> text --cut_blocks--> blocks --WorkerPool--> ids --ShardWriter--> LANG/NNNNN.tok --Journal--> manifest
 
-The output directory remembers what it was begun with (`prepare.json`) and refuses everything else.
+A lane per language reads, and writes in order; the tokenising processes are shared by the lanes.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import sys
@@ -16,193 +15,141 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import sentencepiece
-import xxhash
 from tqdm import tqdm
 
-from data_prep.clean import MAX_LINE_BYTES, CleanOptions
+from data_prep.clean import CleanOptions
+from data_prep.discovery import LanguageRules, discover
+from data_prep.disk import estimated_bytes, refuse_if_full
 from data_prep.encode import Tokenizer, WorkerPool
 from data_prep.journal import Journal
-from data_prep.lane import Lane, LaneSettings, Stopped
-from data_prep.layout import FORMAT_NAME, FORMAT_VERSION, Identity, write_durably
+from data_prep.lane import Lane, LaneSettings, Stopped, check_sources
+from data_prep.layout import Identity
+from data_prep.manifest import begin_output, describe, unfinished, write_manifest
 from data_prep.shards import MANIFEST_NAME, DataError
-from data_prep.sources import BLOCK_BYTES, MAX_DOCUMENT_BYTES, Source, discover
+from data_prep.sources import Source
 
-RUN_NAME = "prepare.json"
-DEFAULT_SHARD_TOKENS = 1 << 28
-CORES_PER_READER = 6  # one .xz stream decompresses as fast as 8 to 10 cores tokenise
+DEFAULT_SHARD_TOKENS = 1 << 28  # 1 GiB
+WORKERS_PER_LANE = 6  # one .xz stream decompresses as fast as 8 to 10 cores tokenise
 
 
 @dataclass
 class PrepareConfig:
-    inputs: list[Path]
+    inputs: list[str]
     tokenizer: Path
     output: Path
     num_workers: int = field(default_factory=lambda: os.cpu_count() or 1)
-    language: str | None = None
-    redo: list[str] = field(default_factory=list)
-    shard_tokens: int = DEFAULT_SHARD_TOKENS
+    rules: LanguageRules = field(default_factory=LanguageRules)
+    text_field: str = "text"
     clean: CleanOptions = field(default_factory=CleanOptions)
+    shard_tokens: int = DEFAULT_SHARD_TOKENS
+    redo: list[str] = field(default_factory=list)
+    may_add: bool = False
     quiet: bool = False
 
 
-def prepare(config: PrepareConfig) -> Path:
-    """Run to the end; the path of the manifest. Raises DataError naming every language that could not be finished."""
-    everything = discover(config.inputs, None if config.language is None else config.language)
+def prepare(config: PrepareConfig) -> list[str]:
+    """Run to the end. Gives the languages still to be prepared; with none, the manifest has been written."""
+    everything = discover(config.inputs, config.rules, config.text_field)
     tokenizer = Tokenizer(config.tokenizer)
-    about = describe(tokenizer, config)
-    begin_output(config.output, about, list(everything))
-    for language in config.redo:
-        shutil.rmtree(config.output / language, ignore_errors=True)
-        (config.output / MANIFEST_NAME).unlink(missing_ok=True)
+    about = describe(tokenizer, config.clean, config.shard_tokens, config.text_field)
+    begin_output(config.output, about, list(everything), config.may_add)
+    throw_away(config, everything)
     identity = Identity(tokenizer.sha256, tokenizer.vocab_size, about["options_xxh3_128"])
-    failures = run_lanes(config, everything, tokenizer, identity)
-    if failures:
-        raise DataError(
-            f"{len(failures)} of {len(everything)} languages could not be finished: " + " | ".join(failures)
-        )
-    return write_manifest(config.output)
-
-
-def describe(tokenizer: Tokenizer, config: PrepareConfig) -> dict[str, Any]:
-    """Everything that decides over the bytes of the shards, beside the text itself."""
-    options = {
-        "shard_tokens": config.shard_tokens,
-        "block_bytes": BLOCK_BYTES,
-        "max_document_bytes": MAX_DOCUMENT_BYTES,
-        "max_line_bytes": MAX_LINE_BYTES,
-        "sentencepiece": sentencepiece.__version__,
-        **config.clean.as_dict(),
-    }
-    return {
-        "format": FORMAT_NAME,
-        "version": FORMAT_VERSION,
-        "tokenizer": {
-            "sha256": tokenizer.sha256,
-            "vocab_size": tokenizer.vocab_size,
-            "pieces": tokenizer.num_pieces,
-            "sentencepiece": sentencepiece.__version__,
-        },
-        "options": options,
-        "options_xxh3_128": xxhash.xxh3_128_hexdigest(json.dumps(options, sort_keys=True).encode()),
-    }
-
-
-def begin_output(output: Path, about: dict[str, Any], languages: list[str]) -> None:
-    """Make the directory, or make sure that it was begun with the same tokenizer and options."""
-    run_file = output / RUN_NAME
+    chosen = {config.rules.language: everything[config.rules.language]} if config.rules.language else everything
     try:
-        if run_file.is_file():
-            begun = json.loads(run_file.read_text(encoding="utf-8"))
-            refuse_differences(output, begun, about)
-            missing = sorted(set(languages) - set(begun["languages"]))
-            if not missing:
-                return
-            languages = sorted({*languages, *begun["languages"]})
-            (output / MANIFEST_NAME).unlink(missing_ok=True)
-        elif output.exists() and any(output.iterdir()):
-            raise DataError(f"{output} exists and is no output of prepare. Give --output a new or empty directory.")
-        output.mkdir(parents=True, exist_ok=True)
-        write_durably(run_file, json.dumps({**about, "languages": languages}, indent=1) + "\n")
+        failures = run_lanes(config, chosen, tokenizer, identity)
     except OSError as error:
-        raise DataError(f"Cannot write to {output}: {error.strerror}. Give --output a writable directory.") from error
+        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
+        raise DataError(
+            f"Stopped writing to {config.output}: {reason}. Every finished shard is kept; mend that and run the same "
+            "command again."
+        ) from error
+    if failures:
+        raise DataError(f"{len(failures)} of {len(chosen)} languages could not be finished. " + " | ".join(failures))
+    missing = unfinished(config.output)
+    if not missing:
+        write_manifest(config.output)
+    return missing
 
 
-def refuse_differences(output: Path, begun: dict[str, Any], about: dict[str, Any]) -> None:
-    for part in ("tokenizer", "options"):
-        differing = [
-            f"{key} {begun[part].get(key)!r} there, {value!r} now"
-            for key, value in about[part].items()
-            if begun[part].get(key) != value
-        ]
-        if differing:
-            raise DataError(
-                f"{output} was begun with another {part} ({'; '.join(differing)}). Nothing was changed. Use the same, "
-                "or give --output a new directory."
-            )
+def throw_away(config: PrepareConfig, everything: dict[str, list[Source]]) -> None:
+    for language in config.redo:
+        if language not in everything:
+            raise DataError(f"--redo {language}: the input has no such language, only {', '.join(everything)}.")
+        (config.output / MANIFEST_NAME).unlink(missing_ok=True)
+        shutil.rmtree(config.output / language, ignore_errors=True)
 
 
 def run_lanes(
     config: PrepareConfig, sources: dict[str, list[Source]], tokenizer: Tokenizer, identity: Identity
 ) -> list[str]:
-    """All languages, the largest first; what went wrong, one sentence per language."""
-    sizes = {name: sum(source.stamp()["bytes"] for source in files) for name, files in sources.items()}
+    """All languages, the largest first; what could not be finished, one sentence per language."""
     failures: list[str] = []
-    progress = Progress(sum(sizes.values()), quiet=config.quiet)
-    settings = LaneSettings(
-        config.output, identity, config.shard_tokens, 2 * config.num_workers + 2, progress.update, threading.Event()
-    )
-    num_lanes = min(len(sources), 1 + config.num_workers // CORES_PER_READER)
+    todo = [name for name in sources if not finished_already(name, sources[name], config.output, failures)]
+    todo.sort(key=lambda name: (-size_of(sources[name]), name))
+    needed = sum(still_needed(config.output / name, sources[name], tokenizer) for name in todo)
+    free = refuse_if_full(config.output, needed)
+    if not todo:
+        return failures
+    progress = Progress(sum(size_of(sources[name]) for name in todo), needed, free, config.quiet)
+    window, stop = 2 * config.num_workers + 2, threading.Event()
+    settings = LaneSettings(config.output, identity, config.clean, config.shard_tokens, window, progress.update, stop)
     pool = WorkerPool(tokenizer, config.clean, config.num_workers)
 
     def run_lane(language: str) -> None:
-        if settings.stop.is_set():
+        if stop.is_set():
             return
         try:
             Lane(language, sources[language], pool, settings).run()
-            progress.finish(language, sizes[language])
         except DataError as error:
             failures.append(f"{language}: {error}")
         except Stopped:
-            pass
+            return
         except BaseException:
-            settings.stop.set()
+            stop.set()
             raise
+        progress.update(language, size_of(sources[language]), 0)
 
+    lanes = ThreadPoolExecutor(min(len(todo), 1 + config.num_workers // WORKERS_PER_LANE), thread_name_prefix="lane")
     try:
-        with ThreadPoolExecutor(num_lanes, thread_name_prefix="lane") as lanes:
-            largest_first = sorted(sources, key=lambda name: (-sizes[name], name))
-            try:
-                for done in [lanes.submit(run_lane, language) for language in largest_first]:
-                    done.result()
-            except BaseException:
-                settings.stop.set()
-                raise
-    except OSError as error:
-        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
-        raise DataError(
-            f"Stopped writing {config.output}: {reason}. Every finished shard is kept; make room and run the same "
-            "command again."
-        ) from error
+        for done in [lanes.submit(run_lane, language) for language in todo]:
+            done.result()
     finally:
+        stop.set()
+        lanes.shutdown()
         pool.close()
         progress.close()
     return sorted(failures)
 
 
-def write_manifest(output: Path) -> Path:
-    """`manifest.json` from the journals, once every language that the directory was begun with is finished."""
-    begun = json.loads((output / RUN_NAME).read_text(encoding="utf-8"))
-    languages: dict[str, Any] = {}
-    for language in begun.pop("languages"):
-        journal = Journal.read(output / language)
-        if not journal.complete:
-            raise DataError(
-                f"{output}: {language} is not finished, so there is no {MANIFEST_NAME} yet. Run prepare for it, then "
-                f"`python -m data_prep merge {output}`."
-            )
-        assert journal.last is not None
-        languages[language] = {
-            "tokens": sum(shard["tokens"] for shard in journal.shards),
-            "documents": sum(shard["documents"] for shard in journal.shards),
-            "text_bytes": journal.last.counts["text_bytes"],
-            "counts": journal.last.counts,
-            "sources": [
-                {key: value for key, value in source.items() if key != "mtime_ns"} for source in journal.last.finished
-            ],
-            "shards": journal.shards,
-        }
-    path = output / MANIFEST_NAME
-    write_durably(path, json.dumps({**begun, "languages": languages}, indent=1, ensure_ascii=False) + "\n")
-    return path
+def size_of(sources: list[Source]) -> int:
+    return sum(source.stamp()["bytes"] for source in sources)
+
+
+def finished_already(language: str, sources: list[Source], output: Path, failures: list[str]) -> bool:
+    """Whether nothing is left to do; a finished language whose input has changed is a failure."""
+    journal = Journal.read(output / language)
+    if not journal.complete:
+        return False
+    try:
+        check_sources(language, sources, journal)
+    except DataError as error:
+        failures.append(f"{language}: {error}")
+    return True
+
+
+def still_needed(directory: Path, sources: list[Source], tokenizer: Tokenizer) -> int:
+    """Disk for what is left of a language."""
+    written = sum(shard["bytes"] for shard in Journal.read(directory).shards)
+    return max(0, estimated_bytes(sources, tokenizer) - written)
 
 
 class Progress:
-    """A bar over the bytes of the input files, with tokens per second."""
+    """A bar over the bytes of the input files: throughput, time left, tokens per second, disk."""
 
-    def __init__(self, total_bytes: int, quiet: bool) -> None:
+    def __init__(self, total_bytes: int, needed_bytes: int, free_bytes: int, quiet: bool) -> None:
+        self._disk = f"disk {needed_bytes / 1e9:.2f} of {free_bytes / 1e9:.0f} GB free"
         self._bar = tqdm(
             total=total_bytes,
             unit="B",
@@ -217,17 +164,15 @@ class Progress:
         self._tokens = 0
 
     def update(self, language: str, position: int, num_tokens: int) -> None:
+        if self._bar.disable:
+            return
         with self._lock:
             self._tokens += num_tokens
-            step = position - self._read.get(language, 0)
-            self._read[language] = position
-            if step > 0:
-                self._bar.update(step)
-            elapsed = max(self._bar.format_dict["elapsed"], 1e-9) if not self._bar.disable else 1.0
-            self._bar.set_postfix_str(f"{language} {self._tokens / elapsed / 1e6:.2f} M tokens/s", refresh=False)
-
-    def finish(self, language: str, size: int) -> None:
-        self.update(language, size, 0)
+            step = max(0, position - self._read.get(language, 0))
+            self._read[language] = max(position, self._read.get(language, 0))
+            rate = self._tokens / max(self._bar.format_dict["elapsed"], 0.1) / 1e6
+            self._bar.set_postfix_str(f"{language}, {rate:.2f} M tokens/s, {self._disk}", refresh=False)
+            self._bar.update(step)
 
     def close(self) -> None:
         self._bar.close()

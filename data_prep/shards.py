@@ -41,6 +41,19 @@ class Shard:
         self.num_bytes: int = record["bytes"]
         self.xxh3_128: str = record["xxh3_128"]
 
+    def size_problem(self) -> str | None:
+        """What is wrong with the file's size, if anything."""
+        mend = f"Copy it again from where it is whole, or prepare {self.language} again with --redo {self.language}."
+        try:
+            found = self.path.stat().st_size
+        except OSError as error:
+            return f"Shard {self.path} cannot be read: {error.strerror}. {mend}"
+        if found != self.num_bytes:
+            return (
+                f"Shard {self.path} holds {found} bytes, its manifest says {self.num_bytes}: cut or overwritten. {mend}"
+            )
+        return None
+
     def expected_header(self) -> bytes:
         return header(self.identity, self.language, self.number, self.num_tokens, self.num_documents)
 
@@ -84,10 +97,22 @@ def read_manifest(path: Path) -> dict[str, Any]:
                 f"{file} is of format {manifest['format']!r} version {manifest['version']!r}; this program reads "
                 f"{FORMAT_NAME!r} version {FORMAT_VERSION}. Prepare the shards again."
             )
+        if manifest["manifest_xxh3_128"] != manifest_digest(manifest):
+            raise DataError(
+                f"{file} is damaged or was edited: its hash does not fit. `python -m data_prep merge {path}` writes it "
+                "again from the journals."
+            )
         check_manifest(path, manifest)
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"{file} is damaged ({type(error).__name__}: {error}). Prepare the shards again.") from error
     return manifest
+
+
+def manifest_digest(manifest: dict[str, Any]) -> str:
+    """xxh3-128 of the manifest without this very field, as JSON with sorted keys and no spaces."""
+    content = {key: value for key, value in manifest.items() if key != "manifest_xxh3_128"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))
 
 
 def check_manifest(root: Path, manifest: dict[str, Any]) -> None:
@@ -113,7 +138,7 @@ def check_manifest(root: Path, manifest: dict[str, Any]) -> None:
 class ShardSet:
     """All languages of one output directory. Opening reads the manifest and checks the size of every file."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, check_sizes: bool = True) -> None:
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
         tokenizer = self.manifest["tokenizer"]
@@ -128,21 +153,11 @@ class ShardSet:
             ]
             for language in self.languages
         }
-        self._check_sizes()
+        if check_sizes:
+            for shard in self.all_shards():
+                if problem := shard.size_problem():
+                    raise DataError(problem)
         self._row_views: dict[tuple[str, int], tuple[np.ndarray, np.ndarray, list[np.ndarray]]] = {}
-
-    def _check_sizes(self) -> None:
-        for shard in self.all_shards():
-            try:
-                found = shard.path.stat().st_size
-            except OSError as error:
-                raise DataError(f"Shard {shard.path} cannot be read: {error.strerror}. Prepare it again.") from error
-            if found != shard.num_bytes:
-                raise DataError(
-                    f"Shard {shard.path} holds {found} bytes, its manifest says {shard.num_bytes}: truncated or "
-                    f"overwritten. Copy it again from where it is whole, or delete {shard.path.parent} and prepare "
-                    "that language again."
-                )
 
     def all_shards(self) -> list[Shard]:
         return [shard for language in self.languages for shard in self._shards[language]]

@@ -1,26 +1,99 @@
-"""`stats`: what a shard directory holds, per language, and the share that training gives to it."""
+"""`stats`: what a shard directory holds per language, and what a planned run will make of it, as table and plot."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
 
-from data_prep.shards import ShardSet
-
-DEFAULT_ALPHA = 0.3
+from data_prep.shards import DataError, ShardSet
 
 
-def table(shards: ShardSet, alpha: float = DEFAULT_ALPHA) -> str:
-    """Markdown: documents, tokens, megabytes of text, share of the tokens and share at temperature `alpha`."""
+@dataclass
+class LanguageStats:
+    language: str
+    documents: int
+    tokens: int
+    text_bytes: int
+    shard_bytes: int
+    raw_share: float
+    share: float  # at the run's temperature
+    epochs: float | None  # passes over the language in the planned run
+
+
+def collect(shards: ShardSet, alpha: float, seq_len: int, num_samples: int | None) -> list[LanguageStats]:
+    """One entry per language. Shares count tokens, as training does; `num_samples` rows are the planned run."""
     tokens = np.array([shards.num_tokens(language) for language in shards.languages], dtype=np.float64)
+    if not tokens.sum():
+        raise DataError(f"{shards.path} holds no tokens.")
     raw = tokens / tokens.sum()
-    smoothed = raw**alpha / (raw**alpha).sum()
-    lines = [
-        f"| language | documents | tokens | text MB | share | share at alpha {alpha:g} |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for index, language in enumerate(shards.languages):
-        lines.append(
-            f"| {language} | {shards.num_documents(language):,} | {shards.num_tokens(language):,} "
-            f"| {shards.num_bytes(language) / 1e6:.2f} | {raw[index]:.2%} | {smoothed[index]:.2%} |"
+    smoothed = np.where(tokens > 0, raw**alpha, 0)
+    smoothed /= smoothed.sum()
+    rows = [shards.num_rows(language, seq_len) for language in shards.languages]
+    return [
+        LanguageStats(
+            language=language,
+            documents=shards.num_documents(language),
+            tokens=shards.num_tokens(language),
+            text_bytes=shards.num_bytes(language),
+            shard_bytes=sum(shard.num_bytes for shard in shards.shards(language)),
+            raw_share=float(raw[index]),
+            share=float(smoothed[index]),
+            epochs=num_samples * float(smoothed[index]) / rows[index] if num_samples and rows[index] else None,
         )
+        for index, language in enumerate(shards.languages)
+    ]
+
+
+def table(rows: list[LanguageStats], alpha: float) -> str:
+    """Markdown, with a last line for all languages together."""
+    lines = [
+        f"| language | documents | tokens | text MB | shards MB | share | share at alpha {alpha:g} | epochs |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        epochs = "" if row.epochs is None else f"{row.epochs:.2f}"
+        lines.append(
+            f"| {row.language} | {row.documents:,} | {row.tokens:,} | {row.text_bytes / 1e6:.2f} "
+            f"| {row.shard_bytes / 1e6:.2f} | {row.raw_share:.2%} | {row.share:.2%} | {epochs} |"
+        )
+    lines.append(
+        f"| all {len(rows)} | {sum(row.documents for row in rows):,} | {sum(row.tokens for row in rows):,} "
+        f"| {sum(row.text_bytes for row in rows) / 1e6:.2f} | {sum(row.shard_bytes for row in rows) / 1e6:.2f} "
+        "| 100% | 100% | |"
+    )
     return "\n".join(lines)
+
+
+def draw(rows: list[LanguageStats], alpha: float, path: Path) -> None:
+    """Bars of the share raw and at alpha per language, largest first; epochs below where a run is planned."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    ordered = sorted(rows, key=lambda row: -row.tokens)
+    names, places = [row.language for row in ordered], np.arange(len(ordered))
+    with_epochs = any(row.epochs is not None for row in ordered)
+    figure, axes = pyplot.subplots(
+        2 if with_epochs else 1, 1, figsize=(max(6.0, 0.32 * len(rows)), 6 if with_epochs else 3.5), squeeze=False
+    )
+    top = axes[0][0]
+    top.bar(places - 0.2, [100 * row.raw_share for row in ordered], 0.4, label="as the text lies")
+    top.bar(places + 0.2, [100 * row.share for row in ordered], 0.4, label=f"alpha {alpha:g}")
+    top.set_ylabel("share of tokens, %")
+    top.legend()
+    if with_epochs:
+        axes[1][0].bar(places, [row.epochs or 0 for row in ordered], 0.6, color="tab:green")
+        axes[1][0].set_yscale("log")
+        axes[1][0].set_ylabel("epochs in the planned run")
+    for axis in axes[:, 0]:
+        axis.set_xticks(places, names, rotation=90)
+    figure.tight_layout()
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise DataError(f"Cannot write the plot {path}: {error}.") from error
+    finally:
+        pyplot.close(figure)

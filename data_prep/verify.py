@@ -1,4 +1,4 @@
-"""`verify`: every byte of a shard directory against its manifest, naming file and offset of what is wrong.
+"""`verify`: every byte of a shard directory against its manifest, naming file and place of what is wrong.
 
 Per shard: the header is made again and compared, all bytes are hashed, every token id must be in the vocabulary, document
 offsets must rise from 0 to the number of tokens. The block hashes stored in the shard narrow damage down to 1 MiB.
@@ -7,38 +7,65 @@ offsets must rise from 0 to the number of tokens. The block hashes stored in the
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import xxhash
+from tqdm import tqdm
 
+from data_prep.journal import JOURNAL_NAME
 from data_prep.layout import HASH_BLOCK_BYTES, HEADER_BYTES, OFFSET_DTYPE, TOKEN_DTYPE, file_digest, sections
-from data_prep.shards import Shard, ShardSet
+from data_prep.manifest import RUN_NAME, make_manifest, read_run
+from data_prep.shards import DataError, Shard, ShardSet
+
+TOKENS_PER_CHECK = 1 << 20
 
 
-def verify(path: Path, on_shard: Callable[[int], None] = lambda size: None) -> list[str]:
-    """What is wrong with the shards at `path`, one sentence each; opening them may raise DataError by itself."""
-    shard_set = ShardSet(path)
+def verify(path: Path, show_progress: bool = False) -> list[str]:
+    """What is wrong with the shards at `path`, one sentence each; sizes are part of it, a bad manifest is a DataError."""
+    shard_set = ShardSet(path, check_sizes=False)
+    shards = shard_set.all_shards()
+    total = sum(shard.num_bytes for shard in shards)
+    with (
+        tqdm(total=total, unit="B", unit_scale=True, desc="verify", file=sys.stderr, disable=not show_progress) as bar,
+        ThreadPoolExecutor(os.cpu_count()) as threads,  # hashing releases the interpreter lock
+    ):
+        problems = []
+        for shard, problem in zip(shards, threads.map(check_shard, shards), strict=True):
+            bar.update(shard.num_bytes)
+            if problem:
+                problems.append(problem)
+    return problems or check_records(path, shard_set)
 
-    def check(shard: Shard) -> str | None:
-        problem = check_shard(shard)
-        on_shard(shard.num_bytes)
-        return problem
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # hashing releases the interpreter lock
-        return [problem for problem in threads.map(check, shard_set.all_shards()) if problem]
+def check_records(path: Path, shard_set: ShardSet) -> list[str]:
+    """Whether `prepare.json` and the journals, where they are, still lead to this manifest."""
+    if not (path / RUN_NAME).is_file():
+        return []  # the shards were copied without them: fine to train on
+    try:
+        made_again = make_manifest(path, {**read_run(path), "languages": list(shard_set.manifest["languages"])})
+    except DataError as error:
+        return [str(error)]
+    if made_again != shard_set.manifest:
+        different = [
+            name for name, entry in made_again["languages"].items() if entry != shard_set.manifest["languages"][name]
+        ]
+        where = ", ".join(f"{path / name / JOURNAL_NAME}" for name in different) or f"{path / RUN_NAME}"
+        return [f"{where}: does not describe the shards that the manifest describes"]
+    return []
 
 
 def check_shard(shard: Shard) -> str | None:
     """The first thing wrong with one shard file."""
+    if problem := shard.size_problem():
+        return problem
     with open(shard.path, "rb", buffering=0) as file:
-        found = file.read(HEADER_BYTES)
-        expected = shard.expected_header()
-        if found != expected:
-            offset = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(found))
-            return f"{shard.path}: byte {offset} of the header differs from what the manifest describes"
+        found, expected = file.read(HEADER_BYTES), shard.expected_header()
+    if found != expected:
+        offset = next(i for i, (one, other) in enumerate(zip(found, expected, strict=True)) if one != other)
+        return f"{shard.path}: byte {offset} of the header is not what the manifest describes (damaged or swapped)"
     if file_digest(shard.path) != shard.xxh3_128:
         return first_bad_block(shard)
     return check_content(shard)
@@ -55,14 +82,14 @@ def first_bad_block(shard: Shard) -> str:
             start = HEADER_BYTES + number * HASH_BLOCK_BYTES
             end = min(start + HASH_BLOCK_BYTES, where.block_hashes)
             if xxhash.xxh3_64_intdigest(file.read(end - start)) != int(expected):
-                return f"{shard.path}: damaged in the block of bytes {start} to {end - 1}"
-    return f"{shard.path}: its blocks are whole, but it is not the file that the manifest describes"
+                return f"{shard.path}: damaged in the block of bytes {start} to {end - 1} (or in its hash)"
+    return f"{shard.path}: whole in itself, but not the file that the manifest describes (swapped?)"
 
 
 def check_content(shard: Shard) -> str | None:
-    """Token ids and document offsets of a shard whose hashes are right (so: was it written right?)."""
-    for start in range(0, shard.num_tokens, HASH_BLOCK_BYTES):
-        block = shard.tokens[start : start + HASH_BLOCK_BYTES]
+    """Token ids and document offsets of a shard whose hashes are right: was it written right?"""
+    for start in range(0, shard.num_tokens, TOKENS_PER_CHECK):
+        block = shard.tokens[start : start + TOKENS_PER_CHECK]
         beyond = np.flatnonzero(block >= shard.identity.vocab_size)
         if len(beyond):
             offset = HEADER_BYTES + (start + int(beyond[0])) * TOKEN_DTYPE.itemsize

@@ -1,0 +1,71 @@
+"""A stream of text cut into blocks of whole documents, the unit of work of a tokenising process.
+
+Where it is cut depends on its bytes alone, never on how a reader happened to deliver them: this is half of why the
+shards come out the same for any number of workers and after any interruption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import xxhash
+
+BLOCK_BYTES = 1 << 20
+MAX_DOCUMENT_BYTES = 1 << 22  # one line of 4 MiB costs SentencePiece 100 MB of memory
+
+
+@dataclass
+class Block:
+    """Whole documents, with their place in the text stream of their source."""
+
+    text: bytes
+    end: int  # where it ends, in bytes from the start of the stream
+    digest: str  # xxh3-128 of the stream up to there
+    was_split: bool = False  # it ends inside a document that is too long for one block
+
+
+def cut_blocks(chunks: Iterator[bytes]) -> Iterator[Block]:
+    """About 1 MiB each, cut at blank lines; a document over 4 MiB is cut at a line, a line over 4 MiB at a space."""
+    buffer, hasher, end = bytearray(), xxhash.xxh3_128(), 0
+    wanted, exhausted = BLOCK_BYTES, False
+    while True:
+        while len(buffer) <= wanted and not exhausted:
+            chunk = next(chunks, b"")
+            exhausted = not chunk
+            buffer += chunk
+        if not buffer:
+            return
+        was_split = False
+        if len(buffer) <= wanted:
+            cut = len(buffer)
+        else:
+            cut = _after_last_blank_line(buffer, wanted)
+            if not cut and wanted < MAX_DOCUMENT_BYTES:
+                wanted = MAX_DOCUMENT_BYTES
+                continue
+            if not cut:
+                cut, was_split = _inside_document(buffer, wanted), True
+        text = bytes(memoryview(buffer)[:cut])
+        del buffer[:cut]
+        hasher.update(text)
+        end += cut
+        yield Block(text, end, hasher.hexdigest(), was_split)
+        wanted = BLOCK_BYTES
+
+
+def _after_last_blank_line(buffer: bytearray, limit: int) -> int:
+    """Where the text after the last blank line before `limit` starts; 0 if there is none."""
+    unix, windows = buffer.rfind(b"\n\n", 0, limit), buffer.rfind(b"\n\r\n", 0, limit)
+    return max(unix + 2 if unix >= 0 else 0, windows + 3 if windows >= 0 else 0)
+
+
+def _inside_document(buffer: bytearray, limit: int) -> int:
+    for separator in (b"\n", b" "):
+        found = buffer.rfind(separator, limit // 2, limit)
+        if found >= 0:
+            return found + 1
+    cut = limit
+    while cut > limit - 4 and buffer[cut] & 0xC0 == 0x80:  # not inside a UTF-8 sequence
+        cut -= 1
+    return cut

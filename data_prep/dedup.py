@@ -1,0 +1,58 @@
+"""Exact repetitions of documents or lines within a language, found in the order of the text with bounded memory.
+
+The memory is a table of 64-bit hashes in which a newer hash takes the place of an older one, so nothing new is ever
+dropped (but for a collision of 64 bits) while repetitions far apart may stay. The table follows from the text alone: a
+run that continues feeds it the text it skips.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import xxhash
+
+from data_prep.clean import CleanOptions
+
+
+class Deduplicator:
+    """Blocks in, the same blocks without repetitions out; in the order of the text."""
+
+    def __init__(self, options: CleanOptions) -> None:
+        self._unit = options.dedup
+        self._table = np.zeros(max(1, options.dedup_memory_mb * 2**20 // 8), np.uint64) if self.is_active else None
+
+    @property
+    def is_active(self) -> bool:
+        return self._unit != "none"
+
+    def filter(self, text: bytes) -> tuple[bytes, Counter[str]]:
+        """The text without units seen before, and how many those were."""
+        counts: Counter[str] = Counter()
+        if not self.is_active:
+            return text, counts
+        lines = [line.strip() for line in text.split(b"\n")]
+        if self._unit == "lines":
+            numbers = [number for number, line in enumerate(lines) if line]
+            repeated = self._seen_before([lines[number] for number in numbers])
+            dropped = {number for number, again in zip(numbers, repeated, strict=True) if again}
+            counts["lines_repeated"] += len(dropped)
+            return b"\n".join(line for number, line in enumerate(lines) if number not in dropped) + b"\n", counts
+        documents = [part for part in b"\n".join(lines).split(b"\n\n") if part.strip()]
+        documents = [b"\n".join(line for line in part.split(b"\n") if line) for part in documents]
+        repeated = self._seen_before(documents)
+        counts["documents_repeated"] += int(repeated.sum())
+        kept = [part for part, again in zip(documents, repeated, strict=True) if not again]
+        return b"\n\n".join(kept) + b"\n\n", counts
+
+    def _seen_before(self, units: list[bytes]) -> np.ndarray:
+        assert self._table is not None
+        hashes = np.fromiter(map(xxhash.xxh3_64_intdigest, units), np.uint64, len(units))
+        hashes = np.maximum(hashes, 1)  # 0 marks a free place
+        _, first = np.unique(hashes, return_index=True)
+        again = np.ones(len(units), bool)
+        again[first] = False
+        places = hashes % np.uint64(len(self._table))
+        again |= self._table[places] == hashes
+        self._table[places] = hashes
+        return again

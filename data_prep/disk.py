@@ -1,0 +1,51 @@
+"""How much disk the shards will take, estimated from the start of every file, before anything is written."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_prep.clean import CleanOptions
+from data_prep.encode import Tokenizer
+from data_prep.shards import DataError
+from data_prep.sources import Source
+
+PROBE_TEXT_BYTES = 1 << 20  # decompressed, for the ratio of text to file
+PROBE_TOKEN_BYTES = 1 << 15  # tokenised, for the ratio of tokens to text
+SAFETY = 1.05
+BYTES_PER_TOKEN = 4.05
+
+
+def estimated_bytes(sources: list[Source], tokenizer: Tokenizer) -> int:
+    """Of the shards of one language. Its largest file stands for all of them; damaged files count as they read."""
+    largest = max(sources, key=lambda source: source.stamp()["bytes"])
+    file_bytes = sum(source.stamp()["bytes"] for source in sources)
+    try:
+        text = _start_of_text(largest.chunks())
+    except DataError:
+        return 0  # its own lane will say what is wrong with it
+    read = max(1, min(largest.position, largest.stamp()["bytes"]))
+    sample = text[:PROBE_TOKEN_BYTES]
+    tokens = len(tokenizer.encode_block(sample, largest.language, CleanOptions()).tokens) / 4
+    return int(file_bytes * len(text) / read * tokens / max(1, len(sample)) * BYTES_PER_TOKEN * SAFETY)
+
+
+def _start_of_text(chunks: Iterator[bytes]) -> bytes:
+    text = bytearray()
+    for chunk in chunks:
+        text += chunk
+        if len(text) >= PROBE_TEXT_BYTES:
+            break
+    return bytes(text)
+
+
+def refuse_if_full(output: Path, needed: int) -> int:
+    """Free bytes at `output`; DataError when they cannot hold what is needed."""
+    free = shutil.disk_usage(output).free
+    if needed > free:
+        raise DataError(
+            f"{output} has {free / 1e9:.2f} GB free; the shards still to be made need about {needed / 1e9:.2f} GB. Make "
+            "room, choose another --output, or prepare fewer languages (--language xx)."
+        )
+    return free

@@ -1,0 +1,212 @@
+"""What an output directory was begun with (`prepare.json`), and what it holds when it is done (`manifest.json`).
+
+Everything that decides over the bytes of shards is written down before the first shard and compared at every later run,
+so text of another tokenizer or other options cannot be mixed in.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import xxhash
+
+from data_prep.blocks import BLOCK_BYTES, MAX_DOCUMENT_BYTES
+from data_prep.clean import CleanOptions
+from data_prep.encode import Tokenizer
+from data_prep.journal import Journal
+from data_prep.layout import FORMAT_NAME, FORMAT_VERSION, sync_directory, write_durably
+from data_prep.shards import LANGUAGE_PATTERN, MANIFEST_NAME, DataError, manifest_digest
+
+RUN_NAME = "prepare.json"
+
+
+def describe(tokenizer: Tokenizer, clean: CleanOptions, shard_tokens: int, text_field: str) -> dict[str, Any]:
+    """Everything that decides over the bytes of the shards, beside the text itself."""
+    options = {
+        "shard_tokens": shard_tokens,
+        "block_bytes": BLOCK_BYTES,
+        "max_document_bytes": MAX_DOCUMENT_BYTES,
+        "text_field": text_field,
+        "sentencepiece": sentencepiece.__version__,
+        **clean.as_dict(),
+    }
+    return {
+        "format": FORMAT_NAME,
+        "version": FORMAT_VERSION,
+        "tokenizer": {
+            "sha256": tokenizer.sha256,
+            "vocab_size": tokenizer.vocab_size,
+            "pieces": tokenizer.num_pieces,
+            "sentencepiece": sentencepiece.__version__,
+        },
+        "options": options,
+        "options_xxh3_128": xxhash.xxh3_128_hexdigest(json.dumps(options, sort_keys=True).encode()),
+    }
+
+
+def begin_output(output: Path, about: dict[str, Any], languages: list[str], may_add: bool) -> None:
+    """Make the directory, or make sure that it was begun with the same tokenizer, options and languages."""
+    try:
+        if (output / RUN_NAME).is_file():
+            begun = read_run(output)
+            refuse_differences(output, begun, about)
+            new = sorted(set(languages) - set(begun["languages"]))
+            if new and not may_add:
+                raise DataError(
+                    f"{output} was begun with {', '.join(begun['languages'])}; the input now also has {', '.join(new)}. "
+                    "Nothing was changed. Add --add to take them in, or give --output a new directory."
+                )
+            if new:
+                (output / MANIFEST_NAME).unlink(missing_ok=True)
+                write_run(output, begun, sorted({*languages, *begun["languages"]}))
+            return
+        if output.exists() and {path.name for path in output.iterdir()} - {RUN_NAME + ".tmp"}:
+            raise DataError(f"{output} is not empty and no output of prepare. Give --output a new or empty directory.")
+        output.mkdir(parents=True, exist_ok=True)
+        write_run(output, about, languages)
+    except OSError as error:
+        raise DataError(f"Cannot write to {output}: {error.strerror}. Give --output a writable directory.") from error
+
+
+def read_run(output: Path) -> dict[str, Any]:
+    """`prepare.json` of a directory."""
+    file = output / RUN_NAME
+    try:
+        run = json.loads(file.read_text(encoding="utf-8"))
+        if run["format"] != FORMAT_NAME or run["version"] != FORMAT_VERSION:
+            raise DataError(f"{file} is of another format version ({run['version']!r}). Give --output a new directory.")
+        for language in run["languages"]:
+            if not LANGUAGE_PATTERN.fullmatch(language):
+                raise DataError(f"{file} names a language {language!r}: not a plain name. Do not use this directory.")
+        return run
+    except FileNotFoundError as error:
+        raise DataError(f"{output} is no output of `python -m data_prep prepare` ({RUN_NAME} is missing).") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{file} cannot be read ({error}). Give --output a new directory.") from error
+
+
+def write_run(output: Path, about: dict[str, Any], languages: list[str]) -> None:
+    write_durably(output / RUN_NAME, json.dumps({**about, "languages": languages}, indent=1) + "\n")
+
+
+def refuse_differences(output: Path, begun: dict[str, Any], about: dict[str, Any]) -> None:
+    for part in ("tokenizer", "options"):
+        keys = sorted({*begun[part], *about[part]})
+        differing = [
+            f"{key} is {begun[part].get(key)!r} there and {about[part].get(key)!r} here"
+            for key in keys
+            if begun[part].get(key) != about[part].get(key)
+        ]
+        if differing:
+            raise DataError(
+                f"{output} was begun with another {part.removesuffix('s')}: {'; '.join(differing)}. Nothing was "
+                "changed. Use the same, or give --output a new directory."
+            )
+
+
+def unfinished(output: Path) -> list[str]:
+    """Languages that the directory was begun with and that are not finished."""
+    return [name for name in read_run(output)["languages"] if not Journal.read(output / name).complete]
+
+
+def write_manifest(output: Path, allow_partial: bool = False) -> Path:
+    """`manifest.json` from the journals; languages that are not finished stop it unless `allow_partial`."""
+    run = read_run(output)
+    missing = unfinished(output)
+    if missing and (not allow_partial or len(missing) == len(run["languages"])):
+        raise DataError(
+            f"{output}: not finished are {', '.join(missing)}. Run prepare for them, then `python -m data_prep merge "
+            f"{output}` (with --partial to do without them)."
+        )
+    run["languages"] = [language for language in run["languages"] if language not in missing]
+    path = output / MANIFEST_NAME
+    text = json.dumps(make_manifest(output, run), indent=1, ensure_ascii=False) + "\n"
+    if not path.is_file() or path.read_bytes() != text.encode():
+        write_durably(path, text)
+    return path
+
+
+def make_manifest(output: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of `run["languages"]`, from `prepare.json` and the journals alone."""
+    journals = {language: Journal.read(output / language) for language in run["languages"]}
+    for language, journal in journals.items():
+        if not journal.complete:
+            raise DataError(f"{journal.path} is missing or does not reach the end of {language}. Run prepare for it.")
+    entries = {language: _manifest_entry(journal) for language, journal in journals.items()}
+    manifest = {**run, "languages": entries}
+    return {**manifest, "manifest_xxh3_128": manifest_digest(manifest)}
+
+
+def _manifest_entry(journal: Journal) -> dict[str, Any]:
+    assert journal.last is not None
+    return {
+        "tokens": sum(shard["tokens"] for shard in journal.shards),
+        "documents": sum(shard["documents"] for shard in journal.shards),
+        "text_bytes": journal.last.counts["text_bytes"],
+        "counts": {name: count for name, count in sorted(journal.last.counts.items()) if count},
+        "sources": [
+            {key: value for key, value in source.items() if key != "mtime_ns"} for source in journal.last.finished
+        ],
+        "shards": _shards_with_ranges(journal),
+    }
+
+
+def _shards_with_ranges(journal: Journal) -> list[dict[str, Any]]:
+    """Each shard with the text it was made from: (source, byte of its text) at either end."""
+    assert journal.last is not None
+    names = [source["name"] for source in journal.last.finished]
+    shards, start = [], [names[0], 0]
+    for entry in journal.entries:
+        end = [names[entry.source], entry.text_end]
+        if entry.shard is not None:
+            shards.append({**entry.shard, "text_from": start, "text_to": end})
+        start = end
+    return shards
+
+
+def take_in(output: Path, other: Path) -> list[str]:
+    """Copy (hard-link where possible) the finished languages of another output directory into this one."""
+    theirs = read_run(other)
+    if not (output / RUN_NAME).is_file():
+        begin_output(output, {key: value for key, value in theirs.items() if key != "languages"}, [], may_add=False)
+    ours = read_run(output)
+    refuse_differences(output, ours, theirs)
+    finished = [language for language in theirs["languages"] if Journal.read(other / language).complete]
+    both = [language for language in finished if (output / language).exists()]
+    if both:
+        raise DataError(f"{', '.join(both)} is in both {output} and {other}. Nothing was copied; remove one of them.")
+    for language in finished:
+        arriving = output / f"{language}.tmp"
+        shutil.rmtree(arriving, ignore_errors=True)
+        shutil.copytree(other / language, arriving, copy_function=_link_or_copy)
+        arriving.rename(output / language)
+    sync_directory(output)
+    (output / MANIFEST_NAME).unlink(missing_ok=True)
+    write_run(
+        output,
+        {key: value for key, value in ours.items() if key != "languages"},
+        sorted({*ours["languages"], *finished}),
+    )
+    return finished
+
+
+def _link_or_copy(source: str, target: str) -> str:
+    if source.endswith(".tok"):  # never the journal, which may be written to again
+        try:
+            os.link(source, target)
+            return target
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+                raise
+    shutil.copy2(source, target)
+    with open(target, "rb") as file:
+        os.fsync(file.fileno())
+    return target
