@@ -6,6 +6,7 @@ In: a `Recipe`, a DeepSpeed JSON and this process's `Launch`. Out: `Parts`. Used
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from data_prep.shards import ShardSet
 from pipeline.config import Recipe
 from pipeline.data.batches import BatchSource
 from pipeline.distillation.distiller import DistillModule
+from pipeline.distillation.relations import check_heads
 from pipeline.distillation.student import Student, build_student
-from pipeline.distillation.teacher import check_vocabulary, load_encoder, load_teacher
+from pipeline.distillation.teacher import FrozenTeacher, check_vocabulary, load_encoder, load_teacher
 from pipeline.errors import UserError
 from pipeline.runtime import ds_config
 from pipeline.runtime.dist import Launch
 from pipeline.runtime.ds_config import BatchShape, Precisions
-from pipeline.runtime.engine import StudentEngine, device_precisions
+from pipeline.runtime.engine import StudentEngine, device_precisions, partition_teacher
 
 SENTENCEPIECE_FILE = "sentencepiece.bpe.model"  # its name on the hub, in every XLM-R descendant
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -64,12 +66,23 @@ def assemble(recipe: Recipe, recipe_path: Path, ds_path: Path, launch: Launch) -
         relations.teacher_taps,
         **relations.tap_options,
     )
-    dtype = DTYPES[teacher_precision]
-    teacher = load_teacher(teacher_model, relations.teacher_taps, dtype, launch.device, **relations.tap_options)
+    teacher = load_teacher(
+        teacher_model, relations.teacher_taps, DTYPES[teacher_precision], "cpu", **relations.tap_options
+    )
     del teacher_model  # what lies above the distilled layer is freed here
-    distiller = DistillModule(teacher, student.tapped, relations)
+    check_heads(teacher.widths[0], relations.heads, "teacher")
+    distiller = DistillModule(_place(teacher, recipe, teacher_precision, launch), student.tapped, relations)
     engine = StudentEngine(distiller, student.trained, recipe.optimizer, config)
     return Parts(source, student, distiller, engine, batch, config, precision, teacher_precision, warnings)
+
+
+def _place(teacher: FrozenTeacher, recipe: Recipe, precision: str, launch: Launch) -> Callable:
+    """The teacher where the recipe wants it: whole on every rank, or its parameters spread over the ranks."""
+    if recipe.teacher_options.compile:
+        teacher.compile()
+    if recipe.teacher_options.placement == "zero3":
+        return partition_teacher(teacher, precision)
+    return teacher.to(launch.device)
 
 
 def open_data(recipe: Recipe) -> BatchSource:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,6 +194,24 @@ class StudentEngine:
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
         if self._zero.persistent_parameters:  # small parameters that ZeRO-3 keeps whole on every rank
             self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
+
+
+def partition_teacher(teacher: torch.nn.Module, precision: str) -> Callable:
+    """A frozen module whose parameters are spread over the ranks by a ZeRO-3 engine of its own, without optimizer.
+
+    Each layer is gathered for its forward and let go again: for teachers that do not fit on one device whole.
+    """
+    _forbid_compilation_at_start()
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "fp16": {"enabled": precision == "fp16"},
+        "bf16": {"enabled": precision == "bf16"},
+        "steps_per_print": 2**62,
+    }
+    engine, *_ = deepspeed.initialize(model=teacher, config=config, dist_init_required=False)
+    engine.eval()
+    return engine
 
 
 _SCALER_NUMBERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

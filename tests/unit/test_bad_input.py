@@ -1,0 +1,198 @@
+"""What a user can get wrong about a run: one paragraph that says what, where and how to mend it, exit code 2, nothing left."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.errors import EXIT_USER, exit_code_of
+from pipeline.runtime.dist import free_port
+from pipeline.runtime.guard import STOP_SIGNALS
+from pipeline.train import main
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def refused(
+    tmp_path: Path, tiny_recipe: Path, fp32_config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> Iterator[Run]:
+    """Run pipeline/train.py's main with overrides; it must refuse. Returns the one paragraph that it printed."""
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    run_dir = tmp_path / "run"
+
+    def run(*overrides: str, recipe: Path = tiny_recipe, ds: Path = fp32_config) -> str:
+        sets = [word for override in overrides for word in ("--set", override)]
+        arguments = ["--deepspeed", str(ds), "--recipe", str(recipe), "--run-dir", str(run_dir), *sets]
+        monkeypatch.setattr(sys, "argv", ["pipeline/train.py", *arguments])
+        assert exit_code_of(main) == EXIT_USER
+        error = capsys.readouterr().err
+        assert "Traceback" not in error
+        paragraphs = [line for line in error.splitlines() if line.startswith("error: ")]
+        assert len(paragraphs) == 1, error
+        assert not run_dir.exists(), "a refused run left something behind"
+        return paragraphs[0]
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_missing_recipe_lists_the_recipes(refused: Run) -> None:
+    error = refused(recipe=Path("recipes/quikstart.yaml"))
+    assert "recipes/quikstart.yaml" in error
+    assert "recipes/quickstart.yaml" in error
+
+
+def test_unknown_key_names_the_nearest(refused: Run) -> None:
+    assert "did you mean `alpha`" in refused("alfa=0.3")
+    assert "`student.layer`" in refused("student.layer=3")
+
+
+def test_wrong_type(refused: Run) -> None:
+    assert "`steps` must be int, not 'many'" in refused("steps=many")
+    assert "alpha is 3.0" in refused("alpha=3")
+
+
+def test_missing_shards_name_the_command(refused: Run, tmp_path: Path) -> None:
+    assert "python -m data_prep prepare" in refused(f"data={tmp_path / 'nowhere'}")
+
+
+def test_missing_teacher_names_the_command(refused: Run) -> None:
+    assert "make demo" in refused("teacher=artifacts/no_such_teacher")
+
+
+def test_unknown_architecture_lists_the_known(refused: Run, tmp_path: Path, tiny_teacher: Path) -> None:
+    other = copy_of(tiny_teacher, tmp_path)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "gpt2", "architectures": ["GPT2Model"]}))
+    error = refused(f"teacher={other}")
+    assert "gpt2" in error
+    assert "xlm-roberta" in error
+
+
+def test_layer_out_of_range(refused: Run) -> None:
+    error = refused("relations.teacher_layer=9")
+    assert "9" in error
+    assert "4" in error
+
+
+def test_relation_heads_that_do_not_divide(refused: Run) -> None:
+    error = refused("relations.heads=7")
+    assert "7" in error
+    assert "6, 8, 12, 16, 24" in error
+
+
+def test_attention_heads_that_do_not_divide(refused: Run) -> None:
+    assert "student.heads" in refused("student.heads=5")
+
+
+def test_tokenizer_of_other_shards(refused: Run, tmp_path: Path, tiny_teacher: Path) -> None:
+    other = copy_of(tiny_teacher, tmp_path)
+    model = other / "sentencepiece.bpe.model"
+    model.write_bytes(model.read_bytes() + b"\x00")
+    assert "another tokenizer" in refused(f"teacher={other}")
+
+
+def test_token_id_beyond_the_vocabulary(refused: Run, tmp_path: Path, tiny_teacher: Path) -> None:
+    from transformers import AutoModel
+
+    small = tmp_path / "small"
+    model = AutoModel.from_pretrained(tiny_teacher, add_pooling_layer=False)
+    model.resize_token_embeddings(500)
+    model.save_pretrained(small)
+    shutil.copy(tiny_teacher / "sentencepiece.bpe.model", small)
+    error = refused(f"teacher={small}")
+    assert "2002" in error
+    assert "500" in error
+
+
+def test_truncated_shard_names_the_file(refused: Run, tmp_path: Path, tiny_shards: Path) -> None:
+    shards = copy_of(tiny_shards, tmp_path)
+    victim = next((shards / "tr").glob("*.tok"))
+    victim.write_bytes(victim.read_bytes()[:-100])
+    assert victim.name in refused(f"data={shards}")
+
+
+def test_too_little_text_for_one_row(refused: Run) -> None:
+    # sw has the least text; positions of the tiny teacher end at 64, but text is looked at first
+    error = refused("seq_len=60000")
+    assert "sw" in error
+
+
+def test_sequence_longer_than_the_positions(refused: Run) -> None:
+    assert "positions for 64" in refused("seq_len=65")
+
+
+def test_batch_that_does_not_divide(refused: Run) -> None:
+    assert "micro_batch_per_gpu could be 1, 2, 4, 8" in refused("micro_batch_per_gpu=3")
+
+
+def test_vocabulary_of_another_language(refused: Run) -> None:
+    assert "xx" in refused("languages=[tr, xx]")
+
+
+def test_nan_in_the_teacher(refused: Run, tmp_path: Path, tiny_teacher: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    other = copy_of(tiny_teacher, tmp_path)
+    weights = load_file(other / "model.safetensors")
+    name = next(name for name in weights if name.endswith("layer.1.output.dense.weight"))
+    weights[name][0, 0] = float("nan")
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    assert name in refused(f"teacher={other}")
+
+
+def test_deepspeed_json(refused: Run, tmp_path: Path, fp32_config: Path) -> None:
+    base = json.loads(fp32_config.read_text())
+
+    def with_changes(**changes: object) -> Path:
+        path = tmp_path / "ds.json"
+        path.write_text(json.dumps({**base, **changes}))
+        return path
+
+    assert "ds_configs/zero2.json" in refused(ds=Path("ds_configs/zero9.json"))
+    assert "did you mean `gradient_clipping`" in refused(ds=with_changes(gradient_cliping=1.0))
+    both = refused(ds=with_changes(gradient_clipping=2.5))
+    assert "2.5" in both
+    assert "ds.json" in both
+    assert "tiny.yaml" in both
+    adam = {"type": "AdamW", "params": {"lr": 0.5}}
+    assert "`lr` to 0.5" in refused(ds=with_changes(optimizer=adam))
+    assert "stage is 0" in refused(ds=with_changes(zero_optimization={"stage": 0}))
+    assert "scheduler" in refused(ds=with_changes(scheduler={"type": "WarmupLR"}))
+    (tmp_path / "ds.json").write_text("{")
+    assert "not valid JSON" in refused(ds=tmp_path / "ds.json")
+
+
+def test_recipe_that_is_no_mapping_or_runs_code(refused: Run, tmp_path: Path) -> None:
+    hostile = tmp_path / "hostile.yaml"
+    hostile.write_text("!!python/object/apply:os.system ['touch /tmp/owned']")
+    assert "not readable YAML" in refused(recipe=hostile)
+    hostile.write_text("- just\n- a list")
+    assert "key: value" in refused(recipe=hostile)
+
+
+def test_resolved_recipe_reads_back_equal(tiny_recipe: Path, tmp_path: Path) -> None:
+    from pipeline.config import load_recipe, recipe_to_yaml
+
+    recipe = load_recipe(tiny_recipe, ["optimizer.lr=5e-4", "languages=[tr]"])
+    assert recipe.optimizer.lr == 5e-4
+    again = tmp_path / "again.yaml"
+    again.write_text(recipe_to_yaml(recipe))
+    assert load_recipe(again, []) == recipe
+    assert yaml.safe_load(again.read_text())["languages"] == ["tr"]
+
+
+def copy_of(directory: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(directory, tmp_path / "copy")
