@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import mmap
 import re
+from bisect import bisect_right
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,7 @@ class ShardSet:
             for shard in self.all_shards():
                 if problem := shard.size_problem():
                     raise DataError(problem)
-        self._row_views: dict[tuple[str, int], tuple[np.ndarray, np.ndarray, list[np.ndarray]]] = {}
+        self._row_tables: dict[tuple[str, int], tuple[list[int], list[int], list[np.ndarray]]] = {}
 
     def all_shards(self) -> list[Shard]:
         return [shard for language in self.languages for shard in self._shards[language]]
@@ -193,57 +194,79 @@ class ShardSet:
         return self.num_tokens(language) // _stream_tokens(seq_len)
 
     def rows(self, language: str, row_numbers: Any, seq_len: int) -> np.ndarray:
-        """Packed rows `<s> ... </s>` as int64 [n, seq_len]."""
+        """Packed rows `<s> ... </s>` of one language as int64 [n, seq_len]."""
         numbers = np.asarray(row_numbers, dtype=np.int64).reshape(-1)
-        out = np.empty((len(numbers), seq_len), dtype=np.int64)
-        self.rows_into(out, language, numbers, seq_len)
+        num_rows = self.num_rows(language, seq_len)
+        outside = numbers[(numbers < 0) | (numbers >= num_rows)]
+        if len(outside):
+            raise DataError(
+                f"Row {outside[0]} of {language} was asked for; {self.path} has {num_rows} rows of it at sequence length "
+                f"{seq_len}."
+            )
+        return self.gather([language], np.zeros(len(numbers), np.int64), numbers, seq_len)
+
+    def gather(self, languages: list[str], language_index: np.ndarray, rows: np.ndarray, seq_len: int) -> np.ndarray:
+        """Row rows[i] of languages[language_index[i]] for every i, as int64 [n, seq_len]. The fast way to a batch."""
+        tables = [self._row_table(language, seq_len) for language in languages]
+        out = np.empty((len(rows), seq_len), dtype=np.int64)
+        out[:, 0], out[:, -1] = BOS_ID, EOS_ID
+        inner, width = out[:, 1:-1], _stream_tokens(seq_len)
+        for position, (index, row) in enumerate(zip(language_index.tolist(), rows.tolist(), strict=True)):
+            first_rows, end_rows, views = tables[index]
+            shard = bisect_right(first_rows, row) - 1
+            if row < end_rows[shard]:
+                inner[position] = views[shard][row - first_rows[shard]]
+            else:
+                inner[position] = self.stream(languages[index], row * width, (row + 1) * width)
+        if len(rows) and int(out.max()) >= self.vocab_size:
+            position = int(out.max(axis=1).argmax())
+            raise DataError(
+                f"Token id {int(out.max())} in row {rows[position]} of {languages[language_index[position]]} in "
+                f"{self.path} is beyond the vocabulary of {self.vocab_size}: the shard is damaged. `python -m data_prep "
+                f"verify {self.path}` finds where."
+            )
         return out
 
-    def rows_into(self, out: np.ndarray, language: str, numbers: np.ndarray, seq_len: int) -> None:
-        """Like `rows`, written into `out` (any integer array [n, seq_len])."""
-        num_rows = self.num_rows(language, seq_len)
-        if len(numbers) and not (int(numbers.min()) >= 0 and int(numbers.max()) < num_rows):
-            raise DataError(
-                f"Row {int(numbers.max())} of {language} asked for; at sequence length {seq_len} it has {num_rows} rows."
-            )
-        _, last_rows, views = self._views(language, seq_len)
-        out[:, 0], out[:, -1] = BOS_ID, EOS_ID
-        if len(views) == 1 and last_rows[0] == num_rows:
-            out[:, 1:-1] = views[0].take(numbers, axis=0)
-        else:
-            self._rows_of_many(out, language, numbers, seq_len)
-        if len(numbers) and int(out.max()) >= self.vocab_size:
-            bad = int(numbers[int(out.max(axis=1).argmax())])
-            raise DataError(
-                f"Token id {int(out.max())} in row {bad} of {language} ({self.path}) is beyond the vocabulary of "
-                f"{self.vocab_size}: the shard is damaged. `python -m data_prep verify {self.path}` finds where."
-            )
-
-    def _rows_of_many(self, out: np.ndarray, language: str, numbers: np.ndarray, seq_len: int) -> None:
-        first_rows, last_rows, views = self._views(language, seq_len)
-        owner = np.searchsorted(first_rows, numbers, side="right") - 1
-        for index in np.unique(owner):
-            mine = np.flatnonzero((owner == index) & (numbers < last_rows[index]))
-            out[mine, 1:-1] = views[index].take(numbers[mine] - first_rows[index], axis=0)
-        for position in np.flatnonzero(numbers >= last_rows[owner]):
-            start = int(numbers[position]) * _stream_tokens(seq_len)
-            out[position, 1:-1] = self.stream(language, start, start + _stream_tokens(seq_len))
-
-    def _views(self, language: str, seq_len: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    def _row_table(self, language: str, seq_len: int) -> tuple[list[int], list[int], list[np.ndarray]]:
         """Per shard: its first whole row, the row after its last whole one, and those rows as a 2-D view."""
         key = (language, seq_len)
-        if key not in self._row_views:
+        if key not in self._row_tables:
             width, start = _stream_tokens(seq_len), 0
-            first_rows, last_rows, views = [], [], []
+            first_rows, end_rows, views = [], [], []
             for shard in self.shards(language):
-                first, last = -(-start // width), (start + shard.num_tokens) // width
+                first = -(-start // width)
+                end = max(first, (start + shard.num_tokens) // width)
                 first_rows.append(first)
-                last_rows.append(max(first, last))
-                inside = shard.tokens[first * width - start : max(first, last) * width - start]
-                views.append(inside.reshape(-1, width))
+                end_rows.append(end)
+                views.append(shard.tokens[first * width - start : end * width - start].reshape(-1, width))
                 start += shard.num_tokens
-            self._row_views[key] = (np.array(first_rows), np.array(last_rows), views)
-        return self._row_views[key]
+            self._row_tables[key] = (first_rows, end_rows, views)
+        return self._row_tables[key]
+
+    def segments(self, language: str, row_numbers: Any, seq_len: int) -> np.ndarray:
+        """Lengths of the documents' parts in each row, padded with 0: int64 [n, most parts]; each row adds up to seq_len.
+
+        For attention that must not cross documents. `<s>` counts to the first part, `</s>` to the last.
+        """
+        width, cuts = _stream_tokens(seq_len), []
+        for row in np.asarray(row_numbers, dtype=np.int64).reshape(-1).tolist():
+            starts = self._document_starts(language, row * width + 1, (row + 1) * width)
+            cuts.append(np.diff(np.concatenate([[0], starts - row * width + 1, [seq_len]])))
+        out = np.zeros((len(cuts), max(map(len, cuts), default=0)), dtype=np.int64)
+        for lengths, target in zip(cuts, out, strict=True):
+            target[: len(lengths)] = lengths
+        return out
+
+    def _document_starts(self, language: str, start: int, end: int) -> np.ndarray:
+        """Places in [start, end) of a language's stream where a document starts."""
+        pieces, offset = [np.empty(0, np.int64)], 0
+        for shard in self.shards(language):
+            if offset < end and offset + shard.num_tokens > start:
+                starts = shard.document_offsets[:-1]
+                first, last = np.searchsorted(starts, [max(0, start - offset), end - offset])
+                pieces.append(starts[first:last].astype(np.int64) + offset)
+            offset += shard.num_tokens
+        return np.concatenate(pieces)
 
     def stream(self, language: str, start: int, end: int) -> np.ndarray:
         """Tokens [start, end) of a language's stream, across shards."""

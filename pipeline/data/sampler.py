@@ -149,7 +149,7 @@ class TemperatureSampler:
 
     def visits(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Language of each sample, and how often that language was drawn before (in the order of its own rows)."""
-        self._refuse_outside(numbers)
+        self.refuse_outside(numbers)
         language, visit = np.empty(len(numbers), np.int64), np.empty(len(numbers), np.int64)
         phase_of = np.searchsorted(self._starts, numbers, side="right") - 1
         for index in np.unique(phase_of):
@@ -173,7 +173,8 @@ class TemperatureSampler:
         starts = ends - (after - before)
         return language, phase.visits_before[language] + before[language] + place - starts[language]
 
-    def _refuse_outside(self, numbers: np.ndarray) -> None:
+    def refuse_outside(self, numbers: np.ndarray) -> None:
+        """Sample numbers that this sampler does not have."""
         if len(numbers) and int(numbers.min()) < 0:
             raise ValueError(f"sample numbers count from 0, got {int(numbers.min())}")
         if self.num_samples is not None and len(numbers) and int(numbers.max()) >= self.num_samples:
