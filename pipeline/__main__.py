@@ -12,6 +12,7 @@ from pipeline.errors import EXIT_USER, exit_code_of
 VERBS = {
     "export": "pipeline.export.command",
     "evaluate": "pipeline.evaluation.command",
+    "report": "pipeline.report",
 }
 
 
