@@ -24,7 +24,7 @@ format: venv
 	ruff format .
 
 test: venv lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 clean:
 	rm -rf artifacts runs

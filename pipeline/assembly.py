@@ -18,6 +18,7 @@ from data_prep.shards import ShardSet
 from pipeline.config import Recipe
 from pipeline.data.batches import BatchSource
 from pipeline.distillation.distiller import DistillModule
+from pipeline.distillation.families import usable_positions
 from pipeline.distillation.relations import check_heads
 from pipeline.distillation.student import Student, build_student
 from pipeline.distillation.teacher import FrozenTeacher, check_vocabulary, load_encoder, load_teacher
@@ -133,13 +134,6 @@ def tokenizer_sha256(teacher: str) -> str:
         )
     path = models[0] if models else Path(str(cached_file(teacher, SENTENCEPIECE_FILE)))
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def usable_positions(config: Any) -> int:
-    """Longest row a model takes. RoBERTa's kin start counting positions after the padding id (XLM-R: 514 rows, 512)."""
-    positions = int(config.max_position_embeddings)
-    offset = config.model_type in ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
-    return positions - (config.pad_token_id + 1) if offset else positions
 
 
 def _teacher_precision(recipe: Recipe, student_precision: str, can: Precisions, device: torch.device) -> str:

@@ -125,13 +125,20 @@ def _seal(path: Path) -> dict[str, Any]:
 
 def _commit(partial: Path, final: Path, files: Mapping[str, Any]) -> None:
     manifest = partial / "manifest.json"
-    manifest.write_text(json.dumps({"format": FORMAT_VERSION, "files": files}, indent=1), encoding="utf-8")
+    manifest.write_text(_manifest_text(files), encoding="utf-8")
     _sync(manifest)
     _sync(partial)
     if final.exists():  # the same step again, after a fall-back to an older checkpoint
         _discard(final)
     partial.rename(final)
     _sync(final.parent)
+
+
+def _manifest_text(files: Mapping[str, Any]) -> str:
+    """The manifest, with a sha256 over its own content."""
+    content = {"format": FORMAT_VERSION, "files": dict(files)}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**content, "sha256": digest}, indent=1, sort_keys=True)
 
 
 def _sync(path: Path) -> None:
@@ -172,27 +179,36 @@ def committed_steps(directory: Path) -> list[int]:
 def damage(checkpoint: Path) -> str | None:
     """None when every file is there with its size and sha256; else which file is wrong and how."""
     try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
-        files = manifest["files"]
+        text = (checkpoint / "manifest.json").read_text(encoding="utf-8")
+        manifest = json.loads(text)
         if manifest["format"] != FORMAT_VERSION:
             return f"format {manifest['format']}, this code reads {FORMAT_VERSION}"
-        for name, entry in files.items():
+        files = manifest["files"]
+        for name in files:
             if not _FILE_NAME.fullmatch(name):
                 return f"the manifest names {name!r}, which no checkpoint has"
-            path = checkpoint / name
-            if path.is_symlink() or not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != entry["size_bytes"]:
-                return f"{name} has {path.stat().st_size} bytes, the manifest says {entry['size_bytes']}"
-            with open(path, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                    return f"{name} does not have the sha256 of the manifest"
-        if json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"] != _step_of(checkpoint):
-            return "state.json belongs to another step"
+        if text != _manifest_text(files):
+            return "manifest.json does not have its own sha256"
         if CARRIED_FILE not in files or not any(name.startswith("weight-") for name in files):
             return "the manifest lists no weights"
+        problems = (_file_damage(checkpoint / name, entry) for name, entry in files.items())
+        if problem := next(filter(None, problems), None):
+            return problem
+        if json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"] != _step_of(checkpoint):
+            return "state.json belongs to another step"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"manifest.json or state.json cannot be read ({type(error).__name__}: {error})"
+    return None
+
+
+def _file_damage(path: Path, entry: Mapping[str, Any]) -> str | None:
+    if path.is_symlink() or not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != entry["size_bytes"]:
+        return f"{path.name} has {path.stat().st_size} bytes, the manifest says {entry['size_bytes']}"
+    with open(path, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+            return f"{path.name} does not have the sha256 of the manifest"
     return None
 
 

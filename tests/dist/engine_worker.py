@@ -1,18 +1,28 @@
-"""Rank program: train a small real module under the engine, with saves and loads, and report losses and state digests."""
+"""Rank program: train a small real module under the engine, with saves, loads and mishaps; report what happened.
+
+Options: `{"runs": [{"name", "stage", "precision", "directory", "steps", ...}]}`; the runs follow each other in one process
+group, so that a whole table of cases costs one start.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import resource
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pipeline.runtime import checkpoint, dist
 from pipeline.runtime.engine import StudentEngine
 from pipeline.runtime.schedule import OptimizerConfig
+
+OPTIMIZER = OptimizerConfig(lr=1e-2, warmup_steps=0, weight_decay=0.1)
+ROWS = 8
 
 
 class Regressor(torch.nn.Module):
@@ -29,59 +39,87 @@ class Regressor(torch.nn.Module):
         return ((self.outer(self.norm(torch.tanh(self.inner(x_BD)))).float() - y_BC) ** 2).mean()
 
 
-def main(options: dict, report: Path) -> None:
-    launch = dist.read_launch()
-    dist.init_process_group(launch, 120)
+def make_engine(run: dict[str, Any], world_size: int) -> StudentEngine:
     torch.manual_seed(0)
     module = Regressor()
-    trained = dict(module.named_parameters())
-    optimizer = OptimizerConfig(lr=1e-2, warmup_steps=0, weight_decay=0.1)
-    world = launch.world_size
     config = {
-        "train_batch_size": 8,
-        "train_micro_batch_size_per_gpu": 8 // world,
+        "train_batch_size": ROWS,
+        "train_micro_batch_size_per_gpu": ROWS // world_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 1.0,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True, "weight_decay": 0.1}},
-        "zero_optimization": {"stage": options["stage"], **options.get("zero", {})},
+        "zero_optimization": {"stage": run["stage"], **run.get("zero", {})},
         "zero_force_ds_cpu_optimizer": False,
         "fp16": {"enabled": False},
-        "bf16": {"enabled": options["precision"] == "bf16"},
+        "bf16": {"enabled": run["precision"] == "bf16"},
         "steps_per_print": 2**62,
     }
-    engine = StudentEngine(module, trained, optimizer, config)
-    directory = Path(options["directory"])
+    return StudentEngine(module, dict(module.named_parameters()), OPTIMIZER, config)
+
+
+def execute(run: dict[str, Any], launch: dist.Launch) -> dict[str, Any]:
+    engine = make_engine(run, launch.world_size)
+    directory = Path(run["directory"])
+    report: dict[str, Any] = {"losses": {}, "skipped": [], "unharmed": True, "problem": None}
     first = 0
-    if options.get("load"):
-        reader = checkpoint.CheckpointReader(directory / f"step-{options['load']:08d}")
-        reader.check_names(trained)
+    if "load" in run:
+        reader = checkpoint.CheckpointReader(Path(run["load"]))
+        reader.check_names(engine.shapes)
         engine.load(reader.read, reader.state["adam_step"], reader.state["scaler"])
         first = reader.state["step"]
-    loaded = digest(engine)
-    losses, norms, skipped = [], [], []
-    for step in range(first, options["steps"]):
-        generator = torch.Generator().manual_seed(step)
-        x, y = torch.randn(8, 7, generator=generator), torch.randn(8, 3, generator=generator)
-        mine = slice(launch.rank * 8 // world, (launch.rank + 1) * 8 // world)
-        if step == options.get("poison_step") and launch.rank == options["poison_rank"]:
-            x[mine] = float("nan")
-        loss = engine(x[mine], y[mine])
+        if run.get("resave"):
+            save(engine, Path(run["resave"]), first, launch)
+    for step in range(first, run["steps"]):
+        before = digest(engine)
+        x, y = batch(step, launch)
+        if step in run.get("poison", []) and launch.rank == launch.world_size - 1:
+            x[0, 0] = float("nan")
+        loss = engine(x, y)
         engine.backward(loss)
         result = engine.step(1e-2)
         assert result is not None
-        losses.append(float(dist.sum_over_ranks(loss.detach().clone().reshape(1)).item()) / world)
-        norms.append(result.gradient_norm)
-        skipped.append(result.skipped)
-        if step + 1 in options.get("save", []):
-            state = {"step": step + 1, "adam_step": engine.adam_step(), "scaler": engine.scaler_state()}
-            state["parameters"] = engine.shapes
-            problem = checkpoint.save(directory, engine, {"tail.weight": torch.arange(3.0)}, state, launch.rank)
-            assert problem is None, problem
-    final = digest(engine)
-    report.write_text(
-        json.dumps({"losses": losses, "norms": norms, "skipped": skipped, "loaded": loaded, "final": final})
-    )
-    dist.shut_down()
+        mean = float(dist.sum_over_ranks(loss.detach().clone().reshape(1)).item()) / launch.world_size
+        report["losses"][step] = mean
+        if result.skipped:
+            report["skipped"].append(step)
+            report["unharmed"] &= digest(engine) == before
+        if step + 1 in run.get("save", []):
+            mishap(run, step + 1)
+            report["problem"] = save(engine, directory, step + 1, launch)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    report["final"] = digest(engine)
+    return report
+
+
+def batch(step: int, launch: dist.Launch) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x, y = torch.randn(ROWS, 7, generator=generator), torch.randn(ROWS, 3, generator=generator)
+    share = ROWS // launch.world_size
+    mine = slice(launch.rank * share, (launch.rank + 1) * share)
+    return x[mine], y[mine]
+
+
+def save(engine: StudentEngine, directory: Path, step: int, launch: dist.Launch) -> str | None:
+    state = {"step": step, "adam_step": engine.adam_step(), "scaler": engine.scaler_state()}
+    state["parameters"] = engine.shapes
+    return checkpoint.save(directory, engine, {"tail.weight": torch.arange(3.0)}, state, launch.rank)
+
+
+def mishap(run: dict[str, Any], step: int) -> None:
+    """In the coming save: files that may not grow past a size (a full disk), or SIGKILL at the n-th call of an operation."""
+    if step == run.get("full_disk_at"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (run["file_limit_bytes"], resource.RLIM_INFINITY))
+    if step == run.get("kill_at"):
+        owner = Path if run["kill_operation"] == "rename" else os
+        original, calls = getattr(owner, run["kill_operation"]), [0]
+
+        def killer(*arguments: Any, **keywords: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == run["kill_call"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments, **keywords)
+
+        setattr(owner, run["kill_operation"], killer)
 
 
 def digest(engine: StudentEngine) -> dict[str, str]:
@@ -92,6 +130,14 @@ def digest(engine: StudentEngine) -> dict[str, str]:
         for kind, tensor in kinds.items():
             hashes[f"{kind} {f.name} {f.start} {f.numel}"] = hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()
     return hashes
+
+
+def main(options: dict[str, Any], report: Path) -> None:
+    launch = dist.read_launch()
+    dist.init_process_group(launch, 120)
+    reports = {run["name"]: execute(run, launch) for run in options["runs"]}
+    report.write_text(json.dumps(reports))
+    dist.shut_down()
 
 
 if __name__ == "__main__":

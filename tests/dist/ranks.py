@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,15 @@ def run_ranks(
     script: Path, world_size: int, options: dict[str, Any], directory: Path, timeout_s: int = 240
 ) -> list[Any]:
     """Start `script OPTIONS.json REPORT.json` once per rank; returns the ranks' reports. Any failure fails the test."""
+    codes, logs = run_ranks_to_any_end(script, world_size, options, directory, timeout_s)
+    assert codes == [0] * world_size, f"exit codes {codes}\n{logs}"
+    return [json.loads((directory / f"report{rank}.json").read_text()) for rank in range(world_size)]
+
+
+def run_ranks_to_any_end(
+    script: Path, world_size: int, options: dict[str, Any], directory: Path, timeout_s: int = 240
+) -> tuple[list[int], str]:
+    """As `run_ranks`, for runs that may be killed: exit codes and logs. The other ranks are killed with the first to die."""
     directory.mkdir(parents=True, exist_ok=True)
     port = free_port()
     (directory / "options.json").write_text(json.dumps(options))
@@ -31,12 +41,15 @@ def run_ranks(
         processes.append(
             subprocess.Popen(command, cwd=REPO, env=environment, stdout=log, stderr=log, start_new_session=True)
         )
+    deadline = time.monotonic() + timeout_s
     try:
-        codes = [process.wait(timeout=timeout_s) for process in processes]
+        while any(process.poll() is None for process in processes):
+            if any(process.poll() not in (None, 0) for process in processes) or time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
     finally:
         for process in processes:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
     logs = "\n".join((directory / f"rank{rank}.log").read_text()[-3000:] for rank in range(world_size))
-    assert codes == [0] * world_size, f"exit codes {codes}\n{logs}"
-    return [json.loads((directory / f"report{rank}.json").read_text()) for rank in range(world_size)]
+    return [process.wait() for process in processes], logs

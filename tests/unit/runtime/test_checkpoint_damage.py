@@ -1,0 +1,144 @@
+"""A damaged checkpoint is never taken: flips, cuts, missing and swapped files, files of other steps, hostile names."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pipeline.errors import UserError
+from pipeline.runtime import checkpoint
+from pipeline.runtime.checkpoint import (
+    KINDS,
+    CheckpointConfig,
+    CheckpointReader,
+    committed_steps,
+    damage,
+    newest_whole,
+    prune,
+)
+
+NUMEL = 40
+
+
+def write(directory: Path, step: int) -> Path:
+    """A checkpoint of one 5 x 8 parameter as two ranks would write it, committed by the product's own code."""
+    partial = directory / f"step-{step:08d}.tmp"
+    partial.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(step)
+    for kind in KINDS:
+        values = torch.rand(NUMEL, generator=generator)
+        for rank, (start, stop) in enumerate(((0, 17), (17, NUMEL))):
+            name = f"{kind}-{rank:05d}-of-00002.safetensors"
+            save_file({f"encoder.weight:{start}": values[start:stop].clone()}, partial / name)
+    save_file({"tail": torch.full((3,), float(step))}, partial / checkpoint.CARRIED_FILE)
+    (partial / "state.json").write_text(json.dumps({"step": step, "parameters": {"encoder.weight": [5, 8]}}))
+    files = {path.name: checkpoint._seal(path) for path in partial.iterdir()}
+    checkpoint._commit(partial, directory / f"step-{step:08d}", files)
+    return directory / f"step-{step:08d}"
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    return write(tmp_path, 100), write(tmp_path, 200)
+
+
+def test_whole_checkpoint_reads_back_across_ranks(pair: tuple[Path, Path]) -> None:
+    newest, problems = newest_whole(pair[0].parent)
+    assert (newest, problems) == (pair[1], [])
+    reader = CheckpointReader(pair[1])
+    generator = torch.Generator().manual_seed(200)
+    for kind in KINDS:
+        values = torch.rand(NUMEL, generator=generator)
+        for start, numel in ((0, NUMEL), (10, 20), (16, 1), (17, 23), (39, 1)):
+            assert torch.equal(reader.read(kind, "encoder.weight", start, numel), values[start : start + numel])
+    with pytest.raises(UserError, match="other frozen parts"):
+        reader.read("weight", "encoder.weight", 30, 20)
+    with pytest.raises(UserError, match=r"encoder\.bias"):
+        reader.check_names(["encoder.weight", "encoder.bias"])
+
+
+def damage_somehow(choice: random.Random, newer: Path, older: Path) -> str:
+    files = sorted(path for path in newer.iterdir())
+    victim = choice.choice(files)
+    kind = choice.choice(["flip", "cut", "missing", "swap", "other step", "grow", "link"])
+    if kind == "flip":
+        content = bytearray(victim.read_bytes())
+        content[choice.randrange(len(content))] ^= 1 << choice.randrange(8)
+        victim.write_bytes(content)
+    elif kind == "cut":
+        content = victim.read_bytes()
+        victim.write_bytes(content[: choice.randrange(len(content))])
+    elif kind == "grow":
+        victim.write_bytes(victim.read_bytes() + b"\x00")
+    elif kind == "missing":
+        victim.unlink()
+    elif kind == "swap":
+        one, two = choice.sample([path for path in files if path.suffix == ".safetensors"], 2)
+        content = one.read_bytes()
+        one.write_bytes(two.read_bytes())
+        two.write_bytes(content)
+    elif kind == "other step":
+        shutil.copy(older / victim.name, victim)
+    else:
+        victim.unlink()
+        victim.symlink_to(older / victim.name)
+    return f"{kind} {victim.name}"
+
+
+def test_400_of_400_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
+    choice = random.Random(7)
+    original, directory = tmp_path / "original", tmp_path / "copy"
+    write(original, 100)
+    write(original, 200)
+    for _ in range(400):
+        shutil.copytree(original, directory)
+        older, newer = directory / "step-00000100", directory / "step-00000200"
+        how = damage_somehow(choice, newer, older)
+        taken, problems = newest_whole(directory)
+        assert taken == older, how
+        assert len(problems) == 1, how
+        assert "step-00000200" in problems[0]
+        shutil.rmtree(directory)
+
+
+def test_no_whole_checkpoint_stops_the_run(pair: tuple[Path, Path]) -> None:
+    for path in pair:
+        (path / "manifest.json").unlink()
+    with pytest.raises(UserError, match="no checkpoint here is whole"):
+        newest_whole(pair[0].parent)
+
+
+def test_no_checkpoint_at_all_is_a_beginning(tmp_path: Path) -> None:
+    (tmp_path / "step-00000100.tmp").mkdir()
+    assert newest_whole(tmp_path) == (None, [])
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "weights.bin", "state.json/../x", "a\x00b"])
+def test_hostile_names_in_a_manifest(pair: tuple[Path, Path], name: str) -> None:
+    manifest = pair[1] / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["files"][name] = {"size_bytes": 1, "sha256": "0" * 64}
+    manifest.write_text(json.dumps(content))
+    assert "which no checkpoint has" in str(damage(pair[1]))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 1, "files": 3}', '{"format": 9, "files": {}}', "\xff"])
+def test_hostile_manifests(pair: tuple[Path, Path], content: str) -> None:
+    (pair[1] / "manifest.json").write_bytes(content.encode("latin-1"))
+    assert damage(pair[1]) is not None
+    assert newest_whole(pair[0].parent)[0] == pair[0]
+
+
+def test_pruning_keeps_the_newest_and_every_nth(tmp_path: Path) -> None:
+    for step in (100, 200, 300, 400, 500):
+        write(tmp_path, step)
+    (tmp_path / "step-00000600.tmp").mkdir()
+    prune(tmp_path, CheckpointConfig(keep=2, keep_every=200))
+    assert committed_steps(tmp_path) == [200, 400, 500]
+    assert not list(tmp_path.glob("*.tmp"))

@@ -1,0 +1,95 @@
+"""DeepSpeed JSON against recipe and device, the schedule, and who is weight-decayed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.errors import UserError
+from pipeline.runtime.ds_config import BatchShape, Precisions, precision_of, resolve, split_batch
+from pipeline.runtime.schedule import OptimizerConfig, learning_rate, parameter_groups
+from tests.conftest import REPO
+
+GPU = Precisions(fp16=True, bf16=True, bf16_fast=True, device="a GPU")
+OLD_GPU = Precisions(fp16=True, bf16=False, bf16_fast=False, device="an old GPU")
+CPU = Precisions(fp16=False, bf16=True, bf16_fast=False, device="this CPU")
+FAST_CPU = Precisions(fp16=False, bf16=True, bf16_fast=True, device="this CPU")
+BATCH = BatchShape(micro_batch=4, accumulation=2)
+
+
+def resolved(path: Path, can: Precisions) -> tuple[dict, list[str]]:
+    return resolve(path, "recipes/x.yaml", OptimizerConfig(), BATCH, 8, can)
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_configs_resolve_without_auto(path: Path) -> None:
+    config, warnings = resolved(path, GPU)
+    assert warnings == []
+    assert "auto" not in json.dumps(config)
+    assert config["train_batch_size"] == 64
+    assert precision_of(config) == ("bf16" if "bf16" in path.stem else "fp16")
+
+
+@pytest.mark.parametrize(("can", "instead"), [(CPU, "fp32"), (FAST_CPU, "bf16")])
+def test_fp16_falls_back_with_one_warning(can: Precisions, instead: str) -> None:
+    config, warnings = resolved(REPO / "ds_configs" / "zero2.json", can)
+    assert precision_of(config) == instead
+    assert len(warnings) == 1
+    assert "zero2.json" in warnings[0]
+    assert "this CPU" in warnings[0]
+    assert instead in warnings[0]
+
+
+def test_bf16_on_a_gpu_without_it_names_the_config_to_use() -> None:
+    with pytest.raises(UserError, match=r"zero2\.json"):
+        resolved(REPO / "ds_configs" / "zero2_bf16.json", OLD_GPU)
+
+
+def test_auto_precision_is_never_silently_off(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"fp16": {"enabled": "auto"}, "zero_optimization": {"stage": 2}}))
+    assert precision_of(resolved(path, GPU)[0]) == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "micro", "ranks", "expected"),
+    [(256, 32, 8, BatchShape(32, 1)), (256, 8, 8, BatchShape(8, 4)), (16, 16, 2, BatchShape(8, 1))],
+)
+def test_batch_is_cut(global_batch: int, micro: int, ranks: int, expected: BatchShape) -> None:
+    assert split_batch(global_batch, micro, ranks) == expected
+
+
+def test_batch_that_does_not_divide_names_what_would() -> None:
+    with pytest.raises(UserError, match="global_batch=12"):
+        split_batch(13, 4, 3)
+    with pytest.raises(UserError, match="1, 2, 3, 4, 6, 12"):
+        split_batch(12, 5, 1)
+
+
+def test_learning_rate_rises_and_falls() -> None:
+    config = OptimizerConfig(lr=1.0, warmup_steps=4)
+    rates = [learning_rate(config, step, 12) for step in range(12)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[5:] == pytest.approx([7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+    assert learning_rate(OptimizerConfig(lr=1.0, warmup_steps=0, decay="constant"), 11, 12) == 1.0
+
+
+def test_biases_and_norms_are_not_decayed() -> None:
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16)
+    trained = dict(layer.named_parameters())
+    decayed, plain = parameter_groups(trained, 0.01)
+    names = {id(parameter): name for name, parameter in trained.items()}
+    assert decayed["weight_decay"] == 0.01
+    assert plain["weight_decay"] == 0.0
+    assert all("bias" in names[id(p)] or "norm" in names[id(p)] for p in plain["params"])
+    assert not any("bias" in names[id(p)] or "norm" in names[id(p)] for p in decayed["params"])
+    assert len(decayed["params"]) + len(plain["params"]) == len(trained)
+
+
+@pytest.mark.parametrize("wrong", [{"lr": 0}, {"betas": [0.9]}, {"betas": [0.9, 1.0]}, {"warmup_steps": -1}])
+def test_impossible_optimizers(wrong: dict) -> None:
+    with pytest.raises(UserError):
+        OptimizerConfig(**wrong)
