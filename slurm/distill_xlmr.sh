@@ -6,14 +6,13 @@
 #   sbatch slurm/distill_xlmr.sh RECIPE DS_JSON RUN_DIR [further arguments of pipeline/train.py]
 #
 # Before the time limit Slurm sends USR1; the run saves, leaves the marker PREEMPTED, and this script requeues the job,
-# which then resumes. Marker DONE ends the chain. A run that fails by itself is not requeued.
-# Site settings (account, modules, virtual environment): slurm/site.env, made from slurm/site.example.env.
+# which then resumes. Marker DONE ends it. A run that fails by itself is not requeued. Environment: MAX_RESTARTS,
+# PROCESSES_PER_NODE, ON_PREEMPTION=requeue|end, SITE_ENV (default slurm/site.env). All of it: docs/slurm.md
 #SBATCH --job-name=distill-xlmr
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=32
-#SBATCH --exclusive
 #SBATCH --time=24:00:00
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
@@ -21,90 +20,140 @@
 #SBATCH --output=distill-%j.log
 set -euo pipefail
 
-# sbatch runs a copy from its spool directory; the repository is where the job was submitted.
-cd "${SLURM_SUBMIT_DIR:?submit this with sbatch, from the root of the repository}"
-if [[ ! -f pipeline/train.py ]]; then
-  echo "error: $PWD is not the repository: submit from its root" >&2
-  exit 2
-fi
-if [[ -f slurm/site.env ]]; then
-  # shellcheck disable=SC1091  # the user's own file
-  source slurm/site.env
-fi
+# shellcheck source=slurm/lib/job.sh
+source "${SLURM_SUBMIT_DIR:?submit this with sbatch, from the root of the repository}/slurm/lib/job.sh"
+RESIGNAL_S=20 # a rank that is still importing libraries does not hear a signal yet, so it is repeated
 
-recipe=${1:-recipes/xlmr_large_l12_h384.yaml}
-ds_json=${2:-ds_configs/zero2.json}
-run_dir=${3:-runs/$(basename "$recipe" .yaml)}
-if (($# > 3)); then extra=("${@:4}"); else extra=(); fi
-max_restarts=${MAX_RESTARTS:-1000}
-python=${PYTHON:-$PWD/.venv/bin/python}
-
-for file in "$recipe" "$ds_json" "$python"; do
-  if [[ ! -e $file ]]; then
-    echo "error: $file is missing (virtual environment: make venv; site settings: slurm/site.example.env)" >&2
-    exit 2
-  fi
-done
-
-# GPUs of one node, in whichever variable this cluster sets (--gres leaves SLURM_GPUS_PER_NODE unset).
-gpus=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
-gpus=${gpus##*:}
-master=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-port=$((20000 + SLURM_JOB_ID % 20000))
-
-mkdir -p "$run_dir/logs"
-rm -f "$run_dir/PREEMPTED"
-cat <<TXT
-[$(date '+%F %T')] job $SLURM_JOB_ID, life ${SLURM_RESTART_COUNT:-0}: $recipe with $ds_json
-  on ${SLURM_JOB_NUM_NODES:-1} node(s) x $gpus process(es): $SLURM_JOB_NODELIST
-  watch:  tail -f $run_dir/logs/*.log     tensorboard --logdir $(dirname "$run_dir")
-  stop:   touch $run_dir/STOP  (saves first)     or  scancel $SLURM_JOB_ID
-TXT
-
-# One task per node starts torchrun; USR1 and USR2 must not kill the launcher, the ranks have handlers of their own.
-srun --kill-on-bad-exit=1 --ntasks-per-node=1 \
-  --output="$run_dir/logs/node-%N-life${SLURM_RESTART_COUNT:-0}.log" \
-  bash -c 'trap "" USR1 USR2; exec "$@"' launcher \
-  "$python" -m torch.distributed.run \
-  --nnodes="${SLURM_JOB_NUM_NODES:-1}" --nproc_per_node="$gpus" \
-  --rdzv_backend=c10d --rdzv_endpoint="$master:$port" --rdzv_id="$SLURM_JOB_ID" \
-  pipeline/train.py --deepspeed "$ds_json" --recipe "$recipe" --run-dir "$run_dir" ${extra[@]+"${extra[@]}"} &
-srun_pid=$!
-
-forwarded=no
-# shellcheck disable=SC2329  # called by the traps
-forward() {
-  forwarded=yes
-  echo "[$(date '+%F %T')] $1 received: asking the ranks to save"
-  kill -USR1 "$srun_pid" 2>/dev/null || true
+read_arguments() {
+  recipe=${1:-recipes/xlmr_large_l12_h384.yaml}
+  ds_json=${2:-ds_configs/zero2.json}
+  run_dir=${3:-runs/$(basename "$recipe" .yaml)}
+  train_arguments=("${@:4}")
+  max_restarts=${MAX_RESTARTS:-1000}
+  on_preemption=${ON_PREEMPTION:-requeue}
+  life=${SLURM_RESTART_COUNT:-0}
+  need_path RECIPE "$recipe" "Recipes here: $(echo recipes/*.yaml)"
+  need_path DS_JSON "$ds_json" "DeepSpeed configurations here: $(echo ds_configs/*.json)"
+  need_number MAX_RESTARTS "$max_restarts" 0
+  [[ $on_preemption == requeue || $on_preemption == end ]] || fail "ON_PREEMPTION is '$on_preemption'; requeue or end"
+  processes=$(processes_per_node)
 }
-trap 'forward USR1' USR1
-trap 'forward TERM' TERM
 
-code=0
-wait "$srun_pid" || code=$?
-while kill -0 "$srun_pid" 2>/dev/null; do # `wait` returns at every trapped signal
-  code=0
-  wait "$srun_pid" || code=$?
-done
+# What an earlier life or job says about this one.
+refuse_to_loop() {
+  if [[ -f $run_dir/DONE ]]; then
+    note "$run_dir is finished: $(<"$run_dir/DONE")"
+    exit 0
+  fi
+  if ((life > max_restarts)); then
+    fail "this is restart $life of job $SLURM_JOB_ID, and MAX_RESTARTS is $max_restarts. If all is well, submit it anew:" \
+      "it goes on from the newest checkpoint in $run_dir"
+  fi
+  if [[ $on_preemption == end && -f $run_dir/FAILED ]]; then
+    fail "an earlier job of this chain failed: $(<"$run_dir/FAILED"). Mend that, remove $run_dir/FAILED, submit again"
+  fi
+}
 
-if [[ -f $run_dir/DONE ]]; then
-  echo "[$(date '+%F %T')] done: $(cat "$run_dir/DONE")"
-  exit 0
-fi
-if [[ -f $run_dir/PREEMPTED && $forwarded == yes ]]; then
-  if ((${SLURM_RESTART_COUNT:-0} >= max_restarts)); then
-    echo "error: restarted $max_restarts times already (MAX_RESTARTS); not requeued" >&2
+announce() {
+  cat <<TXT
+[$(date '+%F %T')] job $SLURM_JOB_ID, life $life: $recipe with $ds_json
+  runs:   $processes process(es) on each of ${SLURM_JOB_NUM_NODES:-1} node(s): $SLURM_JOB_NODELIST
+  into:   $run_dir
+  logs:   tail -F $logs-*.log
+  curves: tensorboard --logdir $(dirname "$run_dir")
+  stop:   touch $run_dir/STOP          saves and ends; submit again to go on
+          scancel $SLURM_JOB_ID                    ends; the same, if it finds the time to save
+          scancel --signal=USR1 --batch $SLURM_JOB_ID   saves, requeues, goes on
+TXT
+}
+
+# `wait` comes back at every trapped signal, so it is asked until the step is really gone.
+train() {
+  start_ranks "$logs" "$processes" pipeline/train.py --deepspeed "$ds_json" --recipe "$recipe" --run-dir "$run_dir" \
+    "${train_arguments[@]}" &
+  step=$!
+  [[ -z $asked ]] || repeat_signal
+  local code=0
+  while true; do
+    code=0
+    wait "$step" || code=$?
+    kill -0 "$step" 2>/dev/null || break
+  done
+  [[ -z $repeater ]] || kill "$repeater" 2>/dev/null || true
+  return "$code"
+}
+
+# shellcheck disable=SC2329  # called by the traps
+ask_to_save() {
+  note "$1 received: asking all ranks to save"
+  asked=yes
+  [[ $1 != TERM ]] || cancelled=yes
+  [[ -z $step || -n $repeater ]] || repeat_signal
+}
+
+repeat_signal() {
+  (while kill -USR1 "$step" 2>/dev/null; do sleep "$RESIGNAL_S"; done) &
+  repeater=$!
+}
+
+report_and_end() {
+  local code=$1
+  if [[ -f $run_dir/DONE ]]; then
+    note "$(<"$run_dir/DONE")"
+    exit 0
+  elif [[ ! -f $run_dir/PREEMPTED ]]; then
+    report_failure "$code"
     exit 1
   fi
-  echo "[$(date '+%F %T')] saved; requeueing job $SLURM_JOB_ID"
-  scontrol requeue "$SLURM_JOB_ID"
-  exit 0
-fi
-if [[ -f $run_dir/PREEMPTED ]]; then
-  echo "[$(date '+%F %T')] stopped on request: $(cat "$run_dir/PREEMPTED")"
-  exit 0
-fi
-echo "error: the run ended with code $code and left no marker; not requeued. Last lines:" >&2
-tail -n 20 "$run_dir"/logs/node-*-life"${SLURM_RESTART_COUNT:-0}".log >&2 || true
-exit 1
+  note "$(<"$run_dir/PREEMPTED")"
+  if [[ -e $run_dir/STOP || -n $cancelled || $on_preemption == end ]]; then
+    note "job $SLURM_JOB_ID ends here; the next job with this run directory goes on"
+  elif ((life >= max_restarts)); then
+    fail "job $SLURM_JOB_ID was restarted $life times, and MAX_RESTARTS is $max_restarts: not requeued. All is saved; submit" \
+      "again to go on from there"
+  elif scontrol requeue "$SLURM_JOB_ID"; then
+    note "requeued as life $((life + 1))"
+  else
+    fail "this cluster does not requeue. All is saved; submit again to go on, or let submit_all.sh --chain N queue" \
+      "several jobs that follow each other"
+  fi
+}
+
+report_failure() {
+  local code=$1 log
+  for log in "$logs"-*.log; do
+    printf '\n---- the end of %s\n' "$log"
+    # Below torchrun's "failed (exitcode ...)" stands only its own traceback.
+    sed '/elastic.*failed (exitcode/q' "$log" | tail -n 25 || true
+  done
+  likely_cause >"$run_dir/FAILED"
+  printf '\nerror: job %s failed (code %s) and is not requeued. Cause, as the logs tell it:\n%s\n' \
+    "$SLURM_JOB_ID" "$code" "$(<"$run_dir/FAILED")"
+}
+
+# Last lines of tracebacks and error messages, without those of ranks that only lost a neighbour; a rank that was killed
+# (-9: often for memory) left no line of its own.
+likely_cause() {
+  local own='^(\[rank[0-9]+\]: )?(([A-Za-z_0-9]+\.)*[A-Za-z_0-9]*(Error|Exception|Interrupt)(:|$)|error:|slurmstepd: error:)'
+  local echoes='Connection (closed|reset)|gloo|NCCL|ProcessGroup|Broken pipe|DistNetworkError|ChildFailedError'
+  local said killed cause
+  said=$(grep -hE "$own" "$logs"-*.log | grep -v ChildFailedError | sort -u) || true
+  killed=$(grep -hoE 'failed \(exitcode: -[0-9]+\) local_rank: [0-9]+' "$logs"-*.log | sort -u) || true
+  cause=$(grep -vE "$echoes" <<<"$said") || cause=$killed
+  head -n 3 <<<"${cause:-${said:-the logs in $run_dir/logs give no reason}}"
+}
+
+enter_repository
+read_arguments "$@"
+refuse_to_loop
+mkdir -p "$run_dir/logs"
+logs=$run_dir/logs/job$SLURM_JOB_ID-life$life
+rm -f "$run_dir/PREEMPTED" "$run_dir/FAILED"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_PER_TASK > processes ? SLURM_CPUS_PER_TASK / processes : 1))}
+step='' repeater='' asked='' cancelled=''
+trap 'ask_to_save USR1' USR1
+trap 'ask_to_save TERM' TERM
+announce
+code=0
+train || code=$?
+report_and_end "$code"

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Languages that an array has prepared one by one become one set of shards, checked byte by byte and counted.
+#
+#   sbatch slurm/merge_shards.sh SHARDS [LANGUAGE ...]
+#
+# Takes every language under SHARDS.parts (hard links: no second copy), or the named ones; a language that is not
+# finished is an error that names it. Languages merged before stay, so that more can be added later.
+#SBATCH --job-name=merge-shards
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=16
+#SBATCH --time=12:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=merge-%j.log
+set -euo pipefail
+
+# shellcheck source=slurm/lib/job.sh
+source "${SLURM_SUBMIT_DIR:?submit this with sbatch, from the root of the repository}/slurm/lib/job.sh"
+enter_repository
+# shellcheck source=slurm/lib/stages.sh
+source slurm/lib/stages.sh
+
+(($# >= 1)) || fail "usage: sbatch slurm/merge_shards.sh SHARDS [LANGUAGE ...]"
+shards=$1
+parts=$(parts_of "$shards")
+need_path SHARDS "$parts" "Prepare first: sbatch --array=0-115%20 slurm/prepare_cc100.sh TEXT_DIR TOKENIZER $shards"
+if (($# > 1)); then
+  languages=("${@:2}")
+else
+  mapfile -t languages < <(ls "$parts")
+fi
+
+arriving=() unfinished=()
+for language in "${languages[@]}"; do
+  if [[ ! -f $parts/$language/manifest.json ]]; then
+    unfinished+=("$language")
+  elif [[ ! -d $shards/$language ]]; then
+    arriving+=("$parts/$language")
+  fi
+done
+if ((${#unfinished[@]})); then
+  fail "not finished: ${unfinished[*]}. Submit the array again (finished languages are skipped), or name the languages" \
+    "to be merged: sbatch slurm/merge_shards.sh $shards LANGUAGE ..."
+fi
+
+note "merging ${#arriving[@]} of ${#languages[@]} languages into $shards (the others are there already)"
+run_python -m data_prep merge "$shards" ${arriving[@]+--from "${arriving[@]}"}
+run_python -m data_prep verify "$shards"
+run_python -m data_prep stats "$shards"
+note "finished: $shards. $parts may be removed; its shards are hard links to the same data"

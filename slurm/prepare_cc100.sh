@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Texts to token shards on CPU nodes: a job array, one language per task. Then slurm/merge_shards.sh
+#
+#   sbatch --array=0-115%20 slurm/prepare_cc100.sh TEXT_DIR TOKENIZER SHARDS [LANGUAGE ...]
+#
+# TEXT_DIR holds en.txt.xz, zh-Hans.txt.xz, ...; without LANGUAGE it is all of them, in alphabetical order. Task number N
+# takes the N-th; numbers beyond the last end at once. What is finished is skipped, and what was interrupted goes on: to
+# mend a failed array, submit it again. PREPARE_OPTIONS, an array in the site's settings, goes to `data_prep prepare`.
+#SBATCH --job-name=prepare-cc100
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=16
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=prepare-%A_%a.log
+set -euo pipefail
+
+# shellcheck source=slurm/lib/job.sh
+source "${SLURM_SUBMIT_DIR:?submit this with sbatch, from the root of the repository}/slurm/lib/job.sh"
+enter_repository
+# shellcheck source=slurm/lib/stages.sh
+source slurm/lib/stages.sh
+
+(($# >= 3)) || fail "usage: sbatch --array=0-115%20 slurm/prepare_cc100.sh TEXT_DIR TOKENIZER SHARDS [LANGUAGE ...]"
+text=$1 tokenizer=$2 shards=$3
+need_path TEXT_DIR "$text" "It is the directory of en.txt.xz, de.txt.xz, ..."
+need_path TOKENIZER "$tokenizer" "It is a SentencePiece model, or a directory with one (the teacher's)"
+need_number SLURM_ARRAY_TASK_ID "${SLURM_ARRAY_TASK_ID:-'' (submit with --array)}" 0
+
+if (($# > 3)); then
+  languages=("${@:4}")
+else
+  mapfile -t languages < <(languages_of "$text")
+fi
+if ((SLURM_ARRAY_TASK_ID >= ${#languages[@]})); then
+  note "task $SLURM_ARRAY_TASK_ID: there are only ${#languages[@]} languages; nothing to do"
+  exit 0
+fi
+language=${languages[SLURM_ARRAY_TASK_ID]}
+files=("$text/$language".*)
+need_path LANGUAGE "${files[0]}" "Languages there: $(languages_of "$text" | tr '\n' ' ')"
+
+part=$(parts_of "$shards")/$language
+mkdir -p "$(dirname "$part")"
+note "task $SLURM_ARRAY_TASK_ID on $(hostname): $language from ${files[*]} into $part, ${SLURM_CPUS_PER_TASK:-1} workers"
+code=0
+srun --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${SRUN_OPTIONS[@]}" "${CONTAINER[@]}" "$PYTHON" \
+  -m data_prep prepare --input "${files[@]}" --language "$language" --tokenizer "$tokenizer" --output "$part" \
+  --workers "${SLURM_CPUS_PER_TASK:-1}" "${PREPARE_OPTIONS[@]}" || code=$?
+if ((code != 0)); then
+  note "FAILED: $language (code $code). Jobs that depend on this array are cancelled. The reason stands above; mend it" \
+    "and submit the array again: finished languages are skipped"
+  exit 1
+fi
+note "finished: $language"

@@ -1,0 +1,43 @@
+"""Put on PYTHONPATH by the Slurm tests: makes the real trainer slow, or wrong on one rank, without touching its code.
+
+SLOW_STEP_S seconds pass before every step; rank BUG_RANK raises at step BUG_STEP.
+"""
+
+import importlib.util
+import os
+import sys
+import time
+from importlib.abc import MetaPathFinder
+
+
+def alter(trainer):
+    whole_step = trainer.train_step
+
+    def train_step(self, step, batches):
+        time.sleep(float(os.environ.get("SLOW_STEP_S", "0")))
+        if os.environ.get("RANK") == os.environ.get("BUG_RANK") and step == int(os.environ["BUG_STEP"]):
+            raise RuntimeError("a bug put here on purpose")
+        return whole_step(self, step, batches)
+
+    trainer.train_step = train_step
+
+
+class TrainerFinder(MetaPathFinder):
+    """Alters pipeline.trainer as soon as it has been imported."""
+
+    def find_spec(self, name, path, target=None):
+        if name != "pipeline.trainer":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            alter(module.Trainer)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+sys.meta_path.insert(0, TrainerFinder())
