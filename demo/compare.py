@@ -18,9 +18,8 @@ from typing import Any
 from pipeline.config import Recipe
 from pipeline.distillation.student import build_student
 from pipeline.distillation.teacher import load_encoder as load_teacher_encoder
-from pipeline.evaluation.command import retrieval_table
 from pipeline.evaluation.encoder import Encoder, load_encoder
-from pipeline.evaluation.retrieval import evaluate_retrieval
+from pipeline.evaluation.retrieval import evaluate_retrieval, retrieval_table
 
 STAGES = ("teacher", "before", "after")
 

@@ -65,6 +65,13 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def usable_positions(config: PretrainedConfig) -> int:
+    """Longest row a model takes. RoBERTa's kin start counting positions after the padding id (XLM-R: 514 rows, 512)."""
+    positions = int(config.max_position_embeddings)
+    offset = config.model_type in ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
+    return positions - (config.pad_token_id + 1) if offset else positions
+
+
 def family_of(config: PretrainedConfig) -> Family:
     """The table's row for a config; an unknown architecture is a `UserError` that lists the known ones."""
     if config.model_type not in FAMILIES:

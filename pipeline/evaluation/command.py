@@ -1,8 +1,9 @@
-"""Evaluate encoders side by side: a table on the console, `evaluation.json` in the output directory.
+"""Evaluate encoders side by side: tables on the console, `evaluation.json` in the output directory.
 
-    python -m pipeline evaluate artifacts/teacher runs/quickstart/student --tasks retrieval --output runs/evaluation
+    python -m pipeline evaluate artifacts/teacher runs/quickstart/student --tasks retrieval,speed --output runs/evaluation
 
 A model is a Hugging Face directory or hub name; `MODEL@19` pools the values of layer 19 instead of the last one.
+Settings of a task are overridden like a recipe's: `--set retrieval.pairs=DIR`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +19,33 @@ import transformers
 
 from pipeline.config import apply_override, build_section
 from pipeline.errors import UserError
-from pipeline.evaluation.encoder import POOLINGS, load_encoder
-from pipeline.evaluation.retrieval import RetrievalConfig, evaluate_retrieval, read_pairs
+from pipeline.evaluation import retrieval, speed, sts
+from pipeline.evaluation.encoder import Encoder, load_encoder
 
 
 @dataclasses.dataclass
 class EvaluationConfig:
-    """Settings of all tasks, one section each: `--set retrieval.pairs=DIR`."""
+    """Settings of all tasks, one section each."""
 
-    retrieval: RetrievalConfig = dataclasses.field(default_factory=RetrievalConfig)
+    retrieval: retrieval.RetrievalConfig = dataclasses.field(default_factory=retrieval.RetrievalConfig)
+    sts: sts.StsConfig = dataclasses.field(default_factory=sts.StsConfig)
+    speed: speed.SpeedConfig = dataclasses.field(default_factory=speed.SpeedConfig)
 
 
-TASKS = {"retrieval": evaluate_retrieval}
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """`check` looks at the input before any model is loaded; `evaluate` gives results by model; `table` shows them."""
+
+    check: Callable[[Any], object]
+    evaluate: Callable[[list[Encoder], Any], dict[str, dict[str, Any]]]
+    table: Callable[[dict[str, dict[str, Any]]], str]
+
+
+TASKS = {
+    "retrieval": Task(retrieval.read_pairs, retrieval.evaluate_each, retrieval.retrieval_table),
+    "sts": Task(sts.read_all, sts.evaluate_sts, sts.sts_table),
+    "speed": Task(lambda config: None, speed.evaluate_speed, speed.speed_table),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,23 +59,22 @@ def run(arguments: argparse.Namespace) -> None:
     tasks = [task for task in arguments.tasks.split(",") if task]
     unknown = [task for task in tasks if task not in TASKS]
     if unknown or not tasks:
-        raise UserError(f"--tasks {arguments.tasks}: unknown {', '.join(unknown)}. Tasks: {', '.join(TASKS)}")
+        raise UserError(f"--tasks {arguments.tasks!r}: unknown {', '.join(unknown)}. Tasks: {', '.join(TASKS)}")
+    if len(set(arguments.models)) < len(arguments.models):
+        raise UserError(f"a model is named twice: {' '.join(arguments.models)}. Name each once.")
     config = read_overrides(arguments.set)
+    for task in tasks:
+        TASKS[task].check(getattr(config, task))
     transformers.logging.disable_progress_bar()
-    if "retrieval" in tasks:
-        read_pairs(config.retrieval)  # a wrong path should come to light before a model is loaded
-    results: dict[str, dict[str, Any]] = {task: {} for task in tasks}
-    for name in arguments.models:
-        encoder = load_encoder(name)
-        for task in tasks:
-            results[task][name] = TASKS[task](encoder, getattr(config, task))
-        del encoder
+    encoders = [load_encoder(name) for name in arguments.models]
+    report: dict[str, Any] = {"tasks": {}, "settings": dataclasses.asdict(config)}
     arguments.output.mkdir(parents=True, exist_ok=True)
-    report = {"tasks": results, "settings": dataclasses.asdict(config)}
-    (arguments.output / "evaluation.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    if "retrieval" in results:
-        print(retrieval_table(results["retrieval"]))
-    print(f"written: {arguments.output / 'evaluation.json'}")
+    for task in tasks:
+        report["tasks"][task] = TASKS[task].evaluate(encoders, getattr(config, task))
+        print(TASKS[task].table(report["tasks"][task]), end="\n\n", flush=True)
+    path = arguments.output / "evaluation.json"
+    path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"written: {path}")
 
 
 def read_overrides(overrides: list[str]) -> EvaluationConfig:
@@ -67,17 +83,3 @@ def read_overrides(overrides: list[str]) -> EvaluationConfig:
     for override in overrides:
         apply_override(tree, override)
     return build_section(EvaluationConfig, tree, "")
-
-
-def retrieval_table(results: dict[str, dict[str, Any]]) -> str:
-    """One row per model and pooling: accuracy per language pair, both directions averaged, and the mean."""
-    languages = list(next(iter(results.values()))["per_pair"])
-    width = max(len("model"), *map(len, results))
-    lines = ["retrieval accuracy, both directions averaged"]
-    lines.append(f"{'model':<{width}}  {'pooled from':<12}" + "".join(f"{x:>9}" for x in [*languages, "mean"]))
-    for name, result in results.items():
-        for pooling in POOLINGS:
-            figures = [result["per_pair"][language][pooling]["mean"] for language in languages]
-            cells = "".join(f"{figure:9.3f}" for figure in [*figures, result["mean"][pooling]])
-            lines.append(f"{name:<{width}}  {pooling:<12}{cells}")
-    return "\n".join(lines)

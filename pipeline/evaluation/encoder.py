@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from pipeline.distillation.families import family_of
+from pipeline.distillation.families import family_of, usable_positions
 from pipeline.distillation.tap import tap
 from pipeline.errors import UserError
 
@@ -32,6 +32,11 @@ class Encoder:
     model: Any
     tokenizer: Any
     values_layer: int
+
+    @property
+    def max_positions(self) -> int:
+        """Longest input in tokens."""
+        return usable_positions(self.model.config)
 
     @property
     def device(self) -> torch.device:
@@ -61,7 +66,7 @@ def load_encoder(name: str, values_layer: int | None = None) -> Encoder:
     if not 1 <= layer <= num_layers:
         raise UserError(f"{path} has layers 1 to {num_layers}; there is no layer {layer} to take values from.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Encoder(path, model.eval().to(device), tokenizer, layer)
+    return Encoder(name, model.eval().to(device), tokenizer, layer)
 
 
 def _load_tokenizer(path: str) -> Any:
@@ -87,6 +92,11 @@ def sentence_vectors(
     encoder: Encoder, texts: list[str], max_length: int, batch_size: int
 ) -> tuple[dict[str, torch.Tensor], int]:
     """Unit vectors [text, width] per pooling, in the order of `texts`, and how many tokens went through the model."""
+    if max_length > encoder.max_positions:
+        raise UserError(
+            f"{encoder.name} takes at most {encoder.max_positions} tokens, but sentences are to be cut at {max_length}. "
+            f"Set max_length of the task to {encoder.max_positions} or less."
+        )
     ids = encoder.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # alike lengths side by side: little padding
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -97,6 +97,11 @@ def evaluate_retrieval(encoder: Encoder, config: RetrievalConfig) -> dict[str, A
     }
 
 
+def evaluate_each(encoders: list[Encoder], config: RetrievalConfig) -> dict[str, dict[str, Any]]:
+    """`evaluate_retrieval` of every model, by the models' names."""
+    return {encoder.name: evaluate_retrieval(encoder, config) for encoder in encoders}
+
+
 def both_directions(vectors: torch.Tensor, english: list[int], other: list[int]) -> dict[str, float]:
     """Share of sentences whose nearest neighbour is their translation. Rows may repeat: equal text is equally right."""
     cosine = vectors[english] @ vectors[other].T
@@ -104,3 +109,17 @@ def both_directions(vectors: torch.Tensor, english: list[int], other: list[int])
     from_english = (other_rows[cosine.argmax(dim=1)] == other_rows).float().mean().item()
     to_english = (english_rows[cosine.argmax(dim=0)] == english_rows).float().mean().item()
     return {"to_english": to_english, "from_english": from_english, "mean": (to_english + from_english) / 2}
+
+
+def retrieval_table(results: dict[str, dict[str, Any]]) -> str:
+    """One row per model and pooling: accuracy per language pair, both directions averaged, and the mean."""
+    languages = list(next(iter(results.values()))["per_pair"])
+    width = max(len("model"), *map(len, results))
+    lines = ["retrieval accuracy, both directions averaged"]
+    lines.append(f"{'model':<{width}}  {'pooled from':<12}" + "".join(f"{x:>9}" for x in [*languages, "mean"]))
+    for name, result in results.items():
+        for pooling in POOLINGS:
+            figures = [result["per_pair"][language][pooling]["mean"] for language in languages]
+            cells = "".join(f"{figure:9.3f}" for figure in [*figures, result["mean"][pooling]])
+            lines.append(f"{name:<{width}}  {pooling:<12}{cells}")
+    return "\n".join(lines)

@@ -89,7 +89,7 @@ def test_evaluation_leaves_the_model_as_it_was(tiny_teacher: Path) -> None:
 
 def test_identical_languages_are_found(tiny_teacher: Path, tmp_path: Path) -> None:
     write_pairs(tmp_path, "xx", "".join(f"{text}\t{text}\n" for text in TEXTS))
-    result = evaluate_retrieval(load_encoder(str(tiny_teacher)), RetrievalConfig(pairs=str(tmp_path)))
+    result = evaluate_retrieval(load_encoder(str(tiny_teacher)), RetrievalConfig(pairs=str(tmp_path), max_length=60))
     assert result["mean"] == {"output": 1.0, "last_input": 1.0, "values": 1.0}
     assert result["num_pairs"] == {"xx": len(TEXTS)}
 
@@ -223,3 +223,8 @@ def test_bad_arguments_end_in_one_line_and_exit_code_2(
 
 def test_overrides_reach_the_task() -> None:
     assert read_overrides(['retrieval.prefix="query: "']).retrieval.prefix == "query: "
+
+
+def test_more_tokens_than_the_model_has_positions(tiny_teacher: Path) -> None:
+    with pytest.raises(UserError, match="at most 64 tokens"):
+        sentence_vectors(load_encoder(str(tiny_teacher)), TEXTS, max_length=65, batch_size=1)
