@@ -56,6 +56,7 @@ def add_prepare(verb: argparse.ArgumentParser) -> None:
         "--add", action="store_true", help="take new languages into an output that was begun without them"
     )
     verb.add_argument("--shard-tokens", type=int, help="size of a shard (default: 2**28 tokens, 1 GiB)")
+    verb.add_argument("--block-bytes", type=int, help="unit of work; shards end at its borders (default: 2**20)")
     add_cleaning(verb.add_argument_group("cleaning (by default the text stays as it is; all of it is counted)"))
     verb.set_defaults(run=run_prepare)
 
@@ -89,10 +90,11 @@ def add_stats(verb: argparse.ArgumentParser) -> None:
 
 
 def run_prepare(parsed: argparse.Namespace) -> int:
+    from data_prep.blocks import BLOCK_BYTES
     from data_prep.discovery import LanguageRules
     from data_prep.prepare import DEFAULT_SHARD_TOKENS, PrepareConfig, prepare
 
-    for name in ("workers", "shard_tokens", "dedup_memory_mb"):
+    for name in ("workers", "shard_tokens", "block_bytes", "dedup_memory_mb"):
         if getattr(parsed, name) is not None and getattr(parsed, name) < 1:
             raise DataError(f"--{name.replace('_', '-')} {getattr(parsed, name)}: at least 1 is needed.")
     names = CleanOptions().as_dict()
@@ -106,6 +108,7 @@ def run_prepare(parsed: argparse.Namespace) -> int:
         text_field=parsed.text_field,
         clean=CleanOptions(**cleaning),
         shard_tokens=parsed.shard_tokens or DEFAULT_SHARD_TOKENS,
+        block_bytes=parsed.block_bytes or BLOCK_BYTES,
         redo=parsed.redo,
         may_add=parsed.add,
     )

@@ -25,10 +25,12 @@ class Block:
     was_split: bool = False  # it ends inside a document that is too long for one block
 
 
-def cut_blocks(chunks: Iterator[bytes]) -> Iterator[Block]:
+def cut_blocks(
+    chunks: Iterator[bytes], block_bytes: int = BLOCK_BYTES, max_document_bytes: int = MAX_DOCUMENT_BYTES
+) -> Iterator[Block]:
     """About 1 MiB each, cut at blank lines; a document over 4 MiB is cut at a line, a line over 4 MiB at a space."""
     buffer, hasher, end = bytearray(), xxhash.xxh3_128(), 0
-    wanted, exhausted = BLOCK_BYTES, False
+    wanted, exhausted = block_bytes, False
     while True:
         while len(buffer) <= wanted and not exhausted:
             chunk = next(chunks, b"")
@@ -41,8 +43,8 @@ def cut_blocks(chunks: Iterator[bytes]) -> Iterator[Block]:
             cut = len(buffer)
         else:
             cut = _after_last_blank_line(buffer, wanted)
-            if not cut and wanted < MAX_DOCUMENT_BYTES:
-                wanted = MAX_DOCUMENT_BYTES
+            if not cut and wanted < max_document_bytes:
+                wanted = max_document_bytes
                 continue
             if not cut:
                 cut, was_split = _inside_document(buffer, wanted), True
@@ -51,7 +53,7 @@ def cut_blocks(chunks: Iterator[bytes]) -> Iterator[Block]:
         hasher.update(text)
         end += cut
         yield Block(text, end, hasher.hexdigest(), was_split)
-        wanted = BLOCK_BYTES
+        wanted = block_bytes
 
 
 def _after_last_blank_line(buffer: bytearray, limit: int) -> int:

@@ -38,6 +38,7 @@ class LaneSettings:
     identity: Identity
     clean: CleanOptions
     shard_tokens: int
+    block_bytes: int
     window: int
     on_progress: Callable[[str, int, int], None]  # language, bytes of its sources read, new tokens
     stop: threading.Event
@@ -115,7 +116,7 @@ class Lane:
                 continue
             resume_at = last.text_end if last is not None and index == last.source and not done else 0
             held = Block(b"", 0, "")
-            for block in cut_blocks(source.chunks()):
+            for block in cut_blocks(source.chunks(), self._settings.block_bytes):
                 if self._settings.stop.is_set():
                     raise Stopped
                 if done or block.end <= resume_at:
@@ -140,7 +141,7 @@ class Lane:
             return
         if (held.end, held.digest) != (resume_at, last.text_xxh3_128):
             raise DataError(
-                f"The first {resume_at} bytes of text of {source} are not those that {self.directory} was begun with. "
+                f"The first {resume_at} bytes of text of {source.path} are not those that {self.directory} was begun with. "
                 f"Restore the file, or make the language again: --redo {self.language}."
             )
 
@@ -175,7 +176,7 @@ class Lane:
 
     def _end(self) -> None:
         if self._writer is None and not self._journal.shards:
-            names = ", ".join(str(source) for source in self.sources)
+            names = ", ".join(str(source.path) for source in self.sources)
             raise DataError(f"there is no text in {names}. Remove it from the input or replace it.")
         self._commit(complete=True)
         if split := self._counts["documents_split"]:
@@ -196,6 +197,6 @@ def check_sources(language: str, sources: list[Source], journal: Journal) -> Non
             raise DataError(f"file {number + 1} was {record['name']}; the input now has {found} there. {mend}")
         if source.changed_since(record):
             raise DataError(
-                f"{source} is not the file that {journal.directory} was made from ({record['bytes']} bytes then, "
-                f"{source.stamp()['bytes']} now). {mend}"
+                f"{source.path} is not the file that {journal.directory} was made from ({record['bytes']} bytes with "
+                f"hash {record['xxh3_128'][:8]} then, {source.stamp()['bytes']} bytes now). {mend}"
             )

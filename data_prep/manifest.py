@@ -16,7 +16,7 @@ from typing import Any
 import sentencepiece
 import xxhash
 
-from data_prep.blocks import BLOCK_BYTES, MAX_DOCUMENT_BYTES
+from data_prep.blocks import MAX_DOCUMENT_BYTES
 from data_prep.clean import CleanOptions
 from data_prep.encode import Tokenizer
 from data_prep.journal import Journal
@@ -26,11 +26,13 @@ from data_prep.shards import LANGUAGE_PATTERN, MANIFEST_NAME, DataError, manifes
 RUN_NAME = "prepare.json"
 
 
-def describe(tokenizer: Tokenizer, clean: CleanOptions, shard_tokens: int, text_field: str) -> dict[str, Any]:
+def describe(
+    tokenizer: Tokenizer, clean: CleanOptions, shard_tokens: int, block_bytes: int, text_field: str
+) -> dict[str, Any]:
     """Everything that decides over the bytes of the shards, beside the text itself."""
     options = {
         "shard_tokens": shard_tokens,
-        "block_bytes": BLOCK_BYTES,
+        "block_bytes": block_bytes,
         "max_document_bytes": MAX_DOCUMENT_BYTES,
         "text_field": text_field,
         "sentencepiece": sentencepiece.__version__,

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from data_prep.blocks import BLOCK_BYTES
 from data_prep.clean import CleanOptions
 from data_prep.discovery import LanguageRules, discover
 from data_prep.disk import estimated_bytes, refuse_if_full
@@ -43,6 +44,7 @@ class PrepareConfig:
     text_field: str = "text"
     clean: CleanOptions = field(default_factory=CleanOptions)
     shard_tokens: int = DEFAULT_SHARD_TOKENS
+    block_bytes: int = BLOCK_BYTES
     redo: list[str] = field(default_factory=list)
     may_add: bool = False
     quiet: bool = False
@@ -52,7 +54,7 @@ def prepare(config: PrepareConfig) -> list[str]:
     """Run to the end. Gives the languages still to be prepared; with none, the manifest has been written."""
     everything = discover(config.inputs, config.rules, config.text_field)
     tokenizer = Tokenizer(config.tokenizer)
-    about = describe(tokenizer, config.clean, config.shard_tokens, config.text_field)
+    about = describe(tokenizer, config.clean, config.shard_tokens, config.block_bytes, config.text_field)
     begin_output(config.output, about, list(everything), config.may_add)
     throw_away(config, everything)
     identity = Identity(tokenizer.sha256, tokenizer.vocab_size, about["options_xxh3_128"])
@@ -94,7 +96,9 @@ def run_lanes(
         return failures
     progress = Progress(sum(size_of(sources[name]) for name in todo), needed, free, config.quiet)
     window, stop = 2 * config.num_workers + 2, threading.Event()
-    settings = LaneSettings(config.output, identity, config.clean, config.shard_tokens, window, progress.update, stop)
+    settings = LaneSettings(
+        config.output, identity, config.clean, config.shard_tokens, config.block_bytes, window, progress.update, stop
+    )
     pool = WorkerPool(tokenizer, config.clean, config.num_workers)
 
     def run_lane(language: str) -> None:

@@ -103,8 +103,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
                 f"{file} is damaged or was edited: its hash does not fit. `python -m data_prep merge {path}` writes it "
                 "again from the journals."
             )
+        identity_of(manifest)
         check_manifest(path, manifest)
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{file} is damaged ({type(error).__name__}: {error}). Prepare the shards again.") from error
     return manifest
 
@@ -116,10 +119,22 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))
 
 
+def identity_of(manifest: dict[str, Any]) -> Identity:
+    """What all its shards must have been made with."""
+    tokenizer, options = manifest["tokenizer"], manifest["options_xxh3_128"]
+    if len(bytes.fromhex(tokenizer["sha256"])) != 32 or len(bytes.fromhex(options)) != 16:
+        raise KeyError("hash of the wrong length")
+    if not 0 < int(tokenizer["vocab_size"]) < 2**32:
+        raise KeyError("impossible vocabulary")
+    return Identity(tokenizer["sha256"], tokenizer["vocab_size"], options)
+
+
 def check_manifest(root: Path, manifest: dict[str, Any]) -> None:
     """Refuse language and file names that lead anywhere but `root/LANG/NNNNN.tok`, and counts that cannot be."""
     file = root / MANIFEST_NAME
     for language, entry in manifest["languages"].items():
+        if type(entry["text_bytes"]) is not int:
+            raise KeyError(f"text_bytes of {language}")
         if not LANGUAGE_PATTERN.fullmatch(language):
             raise DataError(f"{file} names a language {language!r}: not a plain name. Do not use this manifest.")
         for number, record in enumerate(entry["shards"]):
@@ -142,11 +157,9 @@ class ShardSet:
     def __init__(self, path: str | Path, check_sizes: bool = True) -> None:
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
-        tokenizer = self.manifest["tokenizer"]
-        self.vocab_size: int = tokenizer["vocab_size"]
-        self.tokenizer_sha256: str = tokenizer["sha256"]
+        identity = identity_of(self.manifest)
+        self.vocab_size, self.tokenizer_sha256 = identity.vocab_size, identity.tokenizer_sha256
         self.languages: list[str] = sorted(self.manifest["languages"])
-        identity = Identity(self.tokenizer_sha256, self.vocab_size, self.manifest["options_xxh3_128"])
         self._shards = {
             language: [
                 Shard(self.path, language, number, record, identity)

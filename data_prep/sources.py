@@ -78,7 +78,7 @@ class Source:
             self.digest = counted.hasher.hexdigest()
 
     def _text(self, stream: Any) -> Iterator[bytes]:
-        chunk = stream.read(READ_BYTES)
+        chunk = stream.read1(READ_BYTES)  # read1: what came before damage is still delivered
         if problem := _why_not_text(chunk):
             raise DamagedSource(
                 f"{self.path} is not text in UTF-8: {problem}. Convert it (iconv -t UTF-8) or leave it out of the input."
@@ -86,7 +86,7 @@ class Source:
         chunk = chunk.removeprefix(_BYTE_ORDER_MARK)
         while chunk:
             yield chunk
-            chunk = stream.read(READ_BYTES)
+            chunk = stream.read1(READ_BYTES)
 
     def _parquet(self) -> Iterator[bytes]:
         size = self.path.stat().st_size

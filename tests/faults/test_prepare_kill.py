@@ -1,0 +1,52 @@
+"""`kill -9` at a random moment of `prepare`, then the same command: the same bytes. 200 of these: bench_prepare_faults.py."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.bench_prepare_faults import KillTrials
+from tests.conftest import REPO
+
+
+@pytest.fixture(scope="module")
+def trials(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> KillTrials:
+    return KillTrials(tmp_path_factory.mktemp("kills") / "work", tiny_tokenizer)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_killed_run_continues_to_the_same_bytes(trials: KillTrials, seed: int) -> None:
+    same, _, _ = trials.one(random.Random(seed))
+    assert same
+
+
+def test_killing_the_parent_leaves_no_worker_behind(trials: KillTrials, tmp_path: Path) -> None:
+    process = subprocess.Popen(trials._command(tmp_path / "shards", 2), cwd=REPO, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (children := children_of(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert children
+    process.kill()
+    process.wait()
+    while any(is_running(child) for child in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(is_running(child) for child in children)
+
+
+def children_of(pid: int) -> list[int]:
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    if sys.platform != "linux" or not path.exists():
+        pytest.skip("needs /proc")
+    return [int(child) for child in path.read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,36 @@
+"""A small corpus in three languages, prepared in process; shared by the tests of `prepare`."""
+
+from __future__ import annotations
+
+import lzma
+from pathlib import Path
+from typing import Any
+
+from data_prep.discovery import LanguageRules
+from data_prep.prepare import PrepareConfig, prepare
+from tests.conftest import SAMPLES
+
+SHARD_TOKENS = 6000
+
+
+def write_corpus(directory: Path) -> Path:
+    """Turkish three times over as .xz, Hindi as text, Swahili in two files of a folder."""
+    (directory / "sw").mkdir(parents=True)
+    texts = {name: lzma.open(SAMPLES / "cc100" / f"{name}.txt.xz").read() for name in ("tr", "hi", "sw")}
+    (directory / "tr.txt.xz").write_bytes(lzma.compress(b"\n\n".join([texts["tr"]] * 6)))
+    (directory / "hi.txt").write_bytes(texts["hi"])
+    half = texts["sw"].index(b"\n", len(texts["sw"]) // 2) + 1
+    (directory / "sw" / "part-1.txt").write_bytes(texts["sw"][:half])
+    (directory / "sw" / "part-2.txt").write_bytes(texts["sw"][half:])
+    return directory
+
+
+def run(corpus: Path, tokenizer: Path, output: Path, language: str | None = None, **options: Any) -> list[str]:
+    settings = {"num_workers": 1, "shard_tokens": SHARD_TOKENS, "block_bytes": 30_000, "quiet": True} | options
+    inputs = [str(corpus)] if isinstance(corpus, Path) else corpus
+    return prepare(PrepareConfig(inputs, tokenizer, output, rules=LanguageRules(language), **settings))
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}

@@ -1,0 +1,63 @@
+"""Where text is cut: always the same for the same bytes, at blank lines where there are any, never losing a byte."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep.blocks import Block, cut_blocks
+
+
+def small_blocks(pieces: list[bytes]) -> list[Block]:
+    return list(cut_blocks(iter(pieces), block_bytes=64, max_document_bytes=256))
+
+
+def pieces(data: bytes, sizes: list[int]) -> list[bytes]:
+    """`data` cut as the sizes say, over and over."""
+    cut, result = 0, []
+    for size in itertools.cycle(sizes):
+        if cut >= len(data):
+            return result
+        result.append(data[cut : cut + size])
+        cut += size
+    return result
+
+
+text = st.lists(st.sampled_from(["word ", "täglich", "\n", "\n\n", "\r\n\r\n", "你好", "x" * 70]), max_size=120).map(
+    lambda parts: "".join(parts).encode()
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=text, sizes=st.lists(st.integers(1, 90), min_size=1, max_size=4))
+def test_delivery_in_other_pieces_changes_nothing(data: bytes, sizes: list[int]) -> None:
+    whole = small_blocks([data] if data else [])
+    assert whole == small_blocks(pieces(data, sizes))
+    assert b"".join(block.text for block in whole) == data
+    assert [block.end for block in whole] == list(itertools.accumulate(len(block.text) for block in whole))
+    for block in whole:
+        block.text.decode()  # no character is cut in two
+        assert len(block.text) <= 256
+
+
+@pytest.mark.parametrize("separator", [b"\n\n", b"\r\n\r\n"])
+def test_documents_stay_whole_where_they_fit(separator: bytes) -> None:
+    documents = [b"%04d" % number + b" tail" * (number % 30) for number in range(80)]
+    cut = small_blocks([separator.join(documents)])
+    assert len(cut) > 20
+    again = [part for block in cut for part in block.text.split(separator) if part]
+    assert again == documents
+    assert not any(block.was_split for block in cut)
+
+
+def test_a_document_too_long_is_cut_at_a_line_and_a_line_too_long_at_a_space() -> None:
+    lines = small_blocks([b"a line of text\n" * 40])
+    assert lines[0].was_split
+    assert all(block.text.endswith(b"\n") for block in lines)
+    words = small_blocks([b"word " * 200])
+    assert words[0].was_split
+    assert all(block.text.endswith(b" ") for block in words)
+    assert not words[-1].was_split

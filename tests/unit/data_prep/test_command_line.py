@@ -1,0 +1,226 @@
+"""The command line as a user meets it: exit codes, one-paragraph errors, hostile text."""
+
+from __future__ import annotations
+
+import lzma
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from data_prep.__main__ import main
+from data_prep.shards import ShardSet
+from data_prep.verify import verify
+from tests.conftest import REPO, SAMPLES
+from tests.unit.data_prep.corpus import content
+
+
+def prepare(input_path: Path, tokenizer: Path, output: Path, *more: str) -> int:
+    return main(
+        [
+            "prepare",
+            "--input",
+            str(input_path),
+            "--tokenizer",
+            str(tokenizer),
+            "--output",
+            str(output),
+            "--workers",
+            "1",
+            *more,
+        ]
+    )
+
+
+def tokens(output: Path, language: str) -> np.ndarray:
+    shards = ShardSet(output)
+    return shards.stream(language, 0, shards.num_tokens(language))
+
+
+def one_paragraph(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was printed as an error: one line, no traceback."""
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    return errors[0]
+
+
+def test_prepare_verify_stats_by_the_real_command(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "data_prep", *arguments], cwd=REPO, capture_output=True, text=True, check=False
+        )
+
+    output, plot = str(tmp_path / "shards"), str(tmp_path / "plot.png")
+    made = run("prepare", "--input", "samples/cc100/hi.txt.xz", "samples/cc100/sw.txt.xz", "--tokenizer",
+               str(tiny_tokenizer), "--output", output, "--workers", "2")  # fmt: skip
+    assert (made.returncode, made.stdout) == (0, f"shards ready: {output}\n"), made.stderr
+    assert "tokens/s" in made.stderr
+    checked = run("verify", output)
+    assert (checked.returncode, checked.stdout) == (0, f"{output}: all 2 shards are whole\n")
+    shown = run("stats", output, "--seq-len", "64", "--samples", "1000", "--plot", plot)
+    assert shown.returncode == 0, shown.stderr
+    table = [line.split("|")[1:-1] for line in shown.stdout.splitlines() if line.startswith("|")]
+    assert [row[0].strip() for row in table] == ["language", "---", "hi", "sw", "all 2"]
+    shares = [float(row[6].strip(" %")) for row in table[2:4]]
+    assert sum(shares) == pytest.approx(100, abs=0.02)
+    rows = ShardSet(output).num_rows("sw", 64)
+    assert float(table[3][7]) == pytest.approx(1000 * shares[1] / 100 / rows, rel=0.01)
+    assert Path(plot).read_bytes().startswith(b"\x89PNG")
+    damaged = Path(output) / "hi" / "00000.tok"
+    damaged.write_bytes(damaged.read_bytes()[:5000] + b"X" + damaged.read_bytes()[5001:])
+    checked = run("verify", output)
+    assert checked.returncode == 2
+    assert "hi/00000.tok: damaged in the block of bytes 4096 to" in checked.stderr
+    assert "Traceback" not in checked.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "same_as"),
+    [
+        (b"one line", b"one line\n"),
+        (b"one\r\ntwo\r\n\r\nthree\r\n", b"one\ntwo\n\nthree\n"),
+        (b"\xef\xbb\xbfwith a mark\n", b"with a mark\n"),
+        ("ideographic space only\n\u3000\n\nend\n".encode(), b"ideographic space only\n\nend\n"),
+    ],
+    ids=["no newline at the end", "Windows line ends", "byte order mark", "line without pieces"],
+)
+def test_the_same_text_written_otherwise(tiny_tokenizer: Path, tmp_path: Path, text: bytes, same_as: bytes) -> None:
+    for name, data in (("one", text), ("other", same_as)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "en.txt").write_bytes(data)
+        assert prepare(tmp_path / name, tiny_tokenizer, tmp_path / f"{name}-shards") == 0
+    assert tokens(tmp_path / "one-shards", "en").tolist() == tokens(tmp_path / "other-shards", "en").tolist()
+    one, other = (ShardSet(tmp_path / f"{name}-shards").num_documents("en") for name in ("one", "other"))
+    assert one == other
+
+
+def test_special_tokens_and_nuls_in_text_stay_text(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    line = b"a </s> b <mask> c <s> d <pad> e \0 f <unk>"
+    (tmp_path / "en.txt").write_bytes(line + b"\n")
+    assert prepare(tmp_path / "en.txt", tiny_tokenizer, tmp_path / "shards") == 0
+    got = tokens(tmp_path / "shards", "en")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tiny_tokenizer / "sentencepiece.bpe.model"))
+    pieces = [processor.id_to_piece(int(token) - 1) for token in got[got > 3]]
+    for literal in ("/s", "mask", "pad"):
+        assert literal in "".join(pieces)
+    assert (got == 2).sum() == 1
+    assert got[-1] == 2
+    assert not np.isin(got, [0, 1, processor.get_piece_size() + 1]).any()
+
+
+def test_a_line_of_megabytes_is_split_with_a_warning(
+    tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = lzma.open(SAMPLES / "cc100" / "sw.txt.xz").read().replace(b"\n", b" ") * 1000
+    (tmp_path / "sw.txt").write_bytes(words + b"\n\nlast document\n")
+    assert prepare(tmp_path / "sw.txt", tiny_tokenizer, tmp_path / "shards") == 0
+    assert "warning: sw: 2 times a document was cut for being over 4 MiB" in capsys.readouterr().err
+    shards = ShardSet(tmp_path / "shards")
+    assert shards.num_documents("sw") == 4
+    assert shards.manifest["languages"]["sw"]["counts"]["documents_split"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("en.txt", b"", "there is no text in"),
+        ("en.txt", b"\n \n\r\n\n", "there is no text in"),
+        ("en.txt", bytes(range(256)) * 40, "not text in UTF-8"),
+        ("en.txt.xz", b"this is no xz file", "damaged or cut short: reading stopped at byte"),
+        ("corpus.txt", b"text", "cannot tell its language"),
+        ("en.csv", b"text", "unknown kind of file"),
+    ],
+)
+def test_bad_files_are_named_and_nothing_is_left_half_written(
+    tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, data: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    assert prepare(tmp_path / name, tiny_tokenizer, tmp_path / "shards") == 2
+    error = one_paragraph(capsys)
+    assert message in error
+    assert name in error
+    assert not any(file.endswith((".tok", ".tmp", "manifest.json")) for file in content(tmp_path))
+
+
+def test_a_damaged_file_fails_alone_and_keeps_its_whole_shards(
+    tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = tmp_path / "in"
+    corpus.mkdir()
+    shutil.copy(SAMPLES / "cc100" / "sw.txt.xz", corpus)
+    whole = (SAMPLES / "cc100" / "tr.txt.xz").read_bytes()
+    (corpus / "tr.txt.xz").write_bytes(whole[: len(whole) // 2])
+    sizes = ("--shard-tokens", "3000", "--block-bytes", "20000")
+    assert prepare(corpus, tiny_tokenizer, tmp_path / "shards", *sizes) == 2
+    error = one_paragraph(capsys)
+    assert f"1 of 2 languages could not be finished. tr: {corpus}/tr.txt.xz is damaged" in error
+    assert f"stopped at byte {len(whole) // 2} of {len(whole) // 2}" in error
+    kept = sorted((tmp_path / "shards" / "tr").glob("*.tok"))
+    assert len(kept) >= 3
+    assert (tmp_path / "shards" / "sw" / "00000.tok").is_file()
+    before = [path.read_bytes() for path in kept]
+    (corpus / "tr.txt.xz").write_bytes(whole)
+    assert prepare(corpus, tiny_tokenizer, tmp_path / "shards", *sizes) == 0
+    assert [path.read_bytes() for path in kept] == before
+    assert verify(tmp_path / "shards") == []
+    assert prepare(corpus, tiny_tokenizer, tmp_path / "clean", *sizes) == 0
+    fresh, mended = content(tmp_path / "clean"), content(tmp_path / "shards")
+    assert {name: data for name, data in fresh.items() if name.endswith((".tok", "manifest.json"))} == {
+        name: data for name, data in mended.items() if name.endswith((".tok", "manifest.json"))
+    }
+
+
+@pytest.mark.parametrize("target", ["file/shards", "/sys/shards"])  # /sys is read-only, even to root
+def test_an_output_that_cannot_be_written_is_named(
+    tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert prepare(SAMPLES / "cc100" / "sw.txt.xz", tiny_tokenizer, tmp_path / target) == 2
+    assert f"Cannot write to {tmp_path / target}" in one_paragraph(capsys)
+
+
+def test_a_disk_that_cannot_hold_the_estimate_is_refused_before_writing(
+    tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=300_000))
+    assert prepare(SAMPLES / "cc100" / "tr.txt.xz", tiny_tokenizer, tmp_path / "shards") == 2
+    assert "0.00 GB free; the shards still to be made need about 0.00 GB" in one_paragraph(capsys)
+    assert set(content(tmp_path / "shards")) == {"prepare.json"}
+
+
+def test_the_disk_estimate_is_close(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    from data_prep.disk import estimated_bytes
+    from data_prep.encode import Tokenizer
+    from data_prep.sources import Source
+
+    assert prepare(SAMPLES / "cc100" / "tr.txt.xz", tiny_tokenizer, tmp_path / "shards") == 0
+    source = Source("tr", SAMPLES / "cc100" / "tr.txt.xz", "tr.txt.xz")
+    written = (tmp_path / "shards" / "tr" / "00000.tok").stat().st_size
+    assert estimated_bytes([source], Tokenizer(tiny_tokenizer)) == pytest.approx(written, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workers", "0"], "--workers 0: at least 1"),
+        (["--shard-tokens", "-5"], "--shard-tokens -5: at least 1"),
+        (["--redo", "xx"], "--redo xx: the input has no such language"),
+        (["--language", "de"], "No text of language de"),
+    ],
+)
+def test_bad_options_are_named(
+    tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert prepare(SAMPLES / "cc100" / "sw.txt.xz", tiny_tokenizer, tmp_path / "shards", *arguments) == 2
+    assert message in one_paragraph(capsys)
+
+
+@pytest.mark.parametrize("verb", ["merge", "verify", "stats"])
+def test_verbs_on_nothing_name_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    assert main([verb, str(tmp_path)]) == 2
+    assert "python -m data_prep prepare" in one_paragraph(capsys)
