@@ -1,0 +1,181 @@
+"""What a student is worth after a fixed number of tokens: starts, layers, rates, heads and tail terms side by side.
+
+    python -m demo.teacher && python -m data_prep prepare --input samples/cc100 --tokenizer artifacts/teacher \
+        --output artifacts/shards
+    python benchmarks/bench_quality.py [--steps 100] [--only base tail_mse] [--teacher DIR --data DIR] [--json FILE]
+
+Variants of one run see the same rows in the same order and share one teacher forward per step; each is a `DistillModule`
+with AdamW, as in training, one process, no DeepSpeed. Columns: relation loss on held-out rows (weighted parts of the
+base recipe's relations, so comparable between variants), retrieval accuracy (mean of both directions over the language
+pairs) by pooled output, input of the last layer, and values of the last layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from benchmarks.measure import arguments, publish
+from data_prep.shards import ShardSet
+from pipeline.data.batches import BatchSource
+from pipeline.distillation.distiller import DistillModule, RelationsConfig
+from pipeline.distillation.student import Student, StudentConfig, build_student
+from pipeline.distillation.tap import tap
+from pipeline.distillation.teacher import load_encoder
+from pipeline.evaluation.encoder import POOLINGS, Encoder
+from pipeline.evaluation.retrieval import RetrievalConfig, evaluate_retrieval
+from pipeline.runtime.schedule import OptimizerConfig, learning_rate, parameter_groups
+
+ROWS, TOKENS = 16, 128
+RETRIEVAL = RetrievalConfig(languages=["de", "ru", "zh-Hans", "ja", "ar", "tr", "id", "fa"], max_pairs=120)
+COPIED = StudentConfig(layers=6, hidden=384, heads=12, init="layers", freeze=["embeddings"], dropout=0.0)
+BASE = RelationsConfig(heads=48)
+
+
+@dataclasses.dataclass
+class Variant:
+    """One student recipe; the defaults are the base that all others change one thing of."""
+
+    student: StudentConfig = dataclasses.field(default_factory=lambda: COPIED)
+    relations: RelationsConfig = dataclasses.field(default_factory=lambda: BASE)
+    rate: float = 5e-4
+
+
+def changed(student: dict | None = None, relations: dict | None = None, rate: float = 5e-4) -> Variant:
+    return Variant(dataclasses.replace(COPIED, **(student or {})), dataclasses.replace(BASE, **(relations or {})), rate)
+
+
+RANDOM = {"init": "random", "freeze": []}
+NARROW = {"hidden": 192, "heads": 12}
+VARIANTS: dict[str, Variant] = {
+    "base": changed(),
+    "lr_2e-4": changed(rate=2e-4),
+    "lr_1e-3": changed(rate=1e-3),
+    "heads_12": changed(relations={"heads": 12}),
+    "lower_layers": changed({"init_layers": [1, 2, 3, 4, 5, 6]}),
+    "upper_layers": changed({"init_layers": [1, 3, 5, 8, 10, 12]}),
+    "teacher_layer_11": changed(relations={"teacher_layer": 11}),
+    "train_embeddings": changed({"freeze": []}),
+    "tail_relation": changed(relations={"tail": "relation"}),
+    "tail_mse": changed(relations={"tail": "mse"}),
+    "tail_mse_10": changed(relations={"tail": "mse", "tail_weight": 10.0}),
+    "tail_mse_10_lr_1e-3": changed(relations={"tail": "mse", "tail_weight": 10.0}, rate=1e-3),
+    "tail_mse_100": changed(relations={"tail": "mse", "tail_weight": 100.0}),
+    "random": changed(RANDOM),
+    "narrow_random": changed({**RANDOM, **NARROW}),
+    "narrow_project": changed({**NARROW, "init": "project", "freeze": []}),
+    "narrow_project_frozen": changed({**NARROW, "init": "project"}),
+}
+
+
+class SharedTeacher:
+    """One forward of the whole teacher per batch, read by every variant at its own layer."""
+
+    def __init__(self, model, layers: list[int], dtype: torch.dtype) -> None:
+        self.layers = layers
+        self.tapped = tap(model, layers, with_output=True).to(dtype).eval()
+        self.batch: torch.Tensor | None = None
+
+    def reader(self, relations: RelationsConfig):
+        number = self.layers.index(relations.teacher_layer or self.layers[-1])
+
+        def read(input_ids_BL, mask_BL):
+            if input_ids_BL is not self.batch:
+                self.batch = input_ids_BL
+                self.projections, self.output = self.tapped(input_ids_BL, mask_BL)
+            projections = self.projections[number]
+            return projections if relations.tail == "none" else (projections, self.output)
+
+        return read
+
+
+class Run:
+    """One variant in training."""
+
+    def __init__(self, name: str, variant: Variant, whole_teacher, teacher: SharedTeacher, seed: int) -> None:
+        self.name, self.variant = name, variant
+        relations = variant.relations
+        self.student: Student = build_student(
+            whole_teacher, variant.student, seed, None, relations.teacher_taps, **relations.tap_options
+        )
+        self.module = DistillModule(teacher.reader(relations), self.student.tapped, relations).train()
+        self.judge = DistillModule(teacher.reader(BASE), tap(self.student.model, variant.student.layers), BASE)
+        self.optimizer_config = OptimizerConfig(lr=variant.rate, warmup_steps=10)
+        groups = parameter_groups(self.student.trained, self.optimizer_config.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=self.optimizer_config.eps)
+        self.seconds = 0.0
+
+    def step(self, input_ids_BL: torch.Tensor, step: int, steps: int) -> float:
+        began = time.process_time()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.optimizer_config, step, steps)
+        loss, _ = self.module(input_ids_BL)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.student.trained.values(), self.optimizer_config.gradient_clipping)
+        self.optimizer.step()
+        self.seconds += time.process_time() - began
+        return loss.item()
+
+    def judge_now(self, source: BatchSource, tokenizer) -> dict[str, float]:
+        heldout = np.concatenate([source.heldout(language) for language in source.languages])
+        batches = torch.from_numpy(heldout).split(ROWS)
+        losses = torch.cat([self.judge.losses_by_row(batch) for batch in batches])
+        encoder = Encoder(self.name, self.student.model.eval(), tokenizer, self.variant.student.layers)
+        accuracy = evaluate_retrieval(encoder, RETRIEVAL)["mean"]
+        self.student.model.train()
+        return {"heldout": float(losses.mean()), **accuracy}
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--teacher", default="artifacts/teacher")
+    parser.add_argument("--data", default="artifacts/shards")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT")
+    options = parser.parse_args()
+    if options.quick:
+        options.steps, options.only = 4, ["base", "tail_mse"]
+    torch.manual_seed(0)
+    whole_teacher = load_encoder(options.teacher)
+    tokenizer = AutoTokenizer.from_pretrained(options.teacher)
+    source = BatchSource(ShardSet(options.data), TOKENS, alpha=0.3, seed=0, heldout_rows_per_language=4)
+    chosen = {name: VARIANTS[name] for name in options.only}
+    last = whole_teacher.config.num_hidden_layers
+    layers = sorted({variant.relations.teacher_layer or last for variant in chosen.values()} | {last})
+    teacher = SharedTeacher(whole_teacher, layers, torch.float32)
+    figures = {"teacher": evaluate_retrieval(Encoder("teacher", whole_teacher, tokenizer, last), RETRIEVAL)["mean"]}
+    runs = [Run(name, variant, whole_teacher, teacher, 0) for name, variant in chosen.items()]
+    for run in {str(run.variant.student): run for run in reversed(runs)}.values():  # the first of each start
+        figures[f"{run.name}, untrained"] = run.judge_now(source, tokenizer)
+    for step, batch in enumerate(tqdm(list(_batches(source, options.steps)), unit="step")):
+        for run in runs:
+            run.step(batch, step, options.steps)
+    for run in runs:
+        figures[run.name] = {**run.judge_now(source, tokenizer), "cpu_seconds": run.seconds}
+    rows = [
+        [name, row.get("heldout", "-"), *(row[pooling] for pooling in POOLINGS), row.get("cpu_seconds", "-")]
+        for name, row in figures.items()
+    ]
+    title = f"Students after {options.steps} steps of {ROWS} x {TOKENS} tokens"
+    header = ["student", "held-out loss", *(f"retrieval, {pooling}" for pooling in POOLINGS), "CPU s (with its share)"]
+    publish(title, header, rows, {"steps": options.steps, "students": figures}, options.json)
+
+
+def _batches(source: BatchSource, steps: int) -> Iterator[torch.Tensor]:
+    for step in range(steps):
+        yield torch.from_numpy(source.batch(np.arange(step * ROWS, (step + 1) * ROWS)))
+
+
+if __name__ == "__main__":
+    main()

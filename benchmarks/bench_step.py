@@ -1,0 +1,147 @@
+"""One distillation step, forward and backward, against the obvious way; what a cut teacher saves; where the time goes.
+
+    OMP_NUM_THREADS=1 python benchmarks/bench_step.py [--quick] [--json FILE]
+
+Random weights in the shapes of XLM-R-base (teacher, 12x768, vocabulary 250 002) and MiniLM (student, 6x384), 48 heads;
+the optimizer is left out (it is the same for all). Variants take turns in one thread; medians of CPU seconds; memory is
+the peak above loaded models. `auto` is what the recipe's teacher precision gives where bf16 pays.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import XLMRobertaConfig, XLMRobertaModel
+
+from benchmarks.measure import arguments, markdown_table, publish
+from benchmarks.obvious import HookedEncoder, added_peak_mb, interleaved_cpu_seconds, naive_relation
+from pipeline.distillation.distiller import DistillModule, RelationsConfig
+from pipeline.distillation.student import StudentConfig, build_student
+from pipeline.distillation.tap import tap
+from pipeline.distillation.teacher import load_teacher
+
+HEADS = 48
+SHAPES = [(2, 512), (4, 128)]
+MODEL_PRODUCTS = ("aten::addmm", "aten::mm", "aten::_scaled_dot_product_flash_attention_for_cpu")
+MODEL_PRODUCTS_BACKWARD = ("aten::_scaled_dot_product_flash_attention_for_cpu_backward",)
+
+
+def xlm_roberta(layers: int, hidden: int, vocabulary: int) -> XLMRobertaModel:
+    """Random weights in XLM-R's layout."""
+    config = XLMRobertaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        intermediate_size=4 * hidden,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+        pad_token_id=1,
+    )
+    torch.manual_seed(0)
+    return XLMRobertaModel(config, add_pooling_layer=False).eval()
+
+
+def step_variants(vocabulary: int, input_ids: torch.Tensor) -> dict[str, Callable[[], None]]:
+    """The same step, written in different ways; gradients are allocated beforehand, so peaks are of the step alone."""
+    whole = xlm_roberta(12, 768, vocabulary)
+    relations = RelationsConfig(heads=HEADS, backend="chunked")
+    shape = StudentConfig(layers=6, hidden=384, heads=12, dropout=0.0)
+
+    def obvious_step() -> Callable[[], None]:
+        student_model = build_student(whole, shape, 0).model.train()
+        teacher, student = HookedEncoder(copy.deepcopy(whole), 12), HookedEncoder(student_model, 6)
+
+        def run() -> None:
+            student_model.zero_grad(set_to_none=False)
+            with torch.no_grad():
+                of_teacher = teacher(input_ids)
+            of_student = student(input_ids)
+            sum(naive_relation(t, s, HEADS) for t, s in zip(of_teacher, of_student, strict=True)).backward()
+
+        return run
+
+    def own_step(dtype: torch.dtype, freeze: bool) -> Callable[[], None]:
+        student = build_student(whole, shape, 0)
+        student.model.get_input_embeddings().weight.requires_grad_(not freeze)
+        teacher = load_teacher(copy.deepcopy(whole), 12, dtype)
+        module = DistillModule(teacher, student.tapped, relations).train()
+
+        def run() -> None:
+            module.zero_grad(set_to_none=False)
+            module(input_ids)[0].backward()
+
+        return run
+
+    return {
+        "obvious": obvious_step(),
+        "own, fp32": own_step(torch.float32, False),
+        "own, bf16 teacher": own_step(torch.bfloat16, False),
+        "own, bf16 teacher, embeddings frozen": own_step(torch.bfloat16, True),
+    }
+
+
+def compare(quick: bool) -> tuple[list[list], list[list]]:
+    """Rows of the step table, and of the table of where the time goes."""
+    rows, shares = [], []
+    for batch, length in SHAPES[1:] if quick else SHAPES:
+        vocabulary = 2000 if quick else 250_002
+        input_ids = torch.randint(4, vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
+        ways = step_variants(vocabulary, input_ids)
+        seconds = interleaved_cpu_seconds(ways, 2 if quick else 7)
+        peaks = {way: added_peak_mb(run) for way, run in ways.items()}
+        for way, run in ways.items():
+            name = f"B{batch} L{length}"
+            gain = seconds["obvious"] / seconds[way]
+            rows.append([name, way, seconds[way], gain, peaks[way], peaks[way] / peaks["obvious"]])
+            shares.append([name, way, *time_shares(run)])
+    return rows, shares
+
+
+def time_shares(run: Callable[[], None]) -> list[str]:
+    """Percent of CPU time in the models' products (linear layers and attention), in the relation loss, elsewhere."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run()
+    events = profiler.key_averages()
+    total = sum(event.self_cpu_time_total for event in events)
+    products = sum(event.self_cpu_time_total for event in events if event.key in MODEL_PRODUCTS)
+    # Attention's backward hands its work to kernels that are listed under their own names.
+    products += sum(event.cpu_time_total for event in events if event.key in MODEL_PRODUCTS_BACKWARD)
+    relation = sum(event.cpu_time_total for event in events if event.key == "_GradientInForward")
+    return [f"{100 * part / total:.0f} %" for part in (products, relation, total - products - relation)]
+
+
+def cut_saving(quick: bool) -> float:
+    """Share of an XLM-R-large-shaped forward that a cut at layer 19 of 24 saves."""
+    model = xlm_roberta(24, 256 if quick else 1024, 2000)
+    input_ids = torch.randint(4, 2000, (2, 128 if quick else 512))
+    tapped = tap(model, 19)
+    with torch.inference_mode():
+        seconds = interleaved_cpu_seconds(
+            {"whole": lambda: model(input_ids=input_ids), "cut": lambda: tapped(input_ids)}, 2 if quick else 5
+        )
+    return 1 - seconds["cut"] / seconds["whole"]
+
+
+def main() -> None:
+    options = arguments(__doc__).parse_args()
+    torch.set_num_threads(1)
+    rows, shares = compare(options.quick)
+    saving = cut_saving(options.quick)
+    figures = {"rows": rows, "shares": shares, "cut_at_19_of_24_saves": saving}
+    header = ["shape", "way", "CPU s", "x obvious", "added MB", "of obvious"]
+    publish("One distillation step, forward and backward", header, rows, figures, options.json)
+    print(markdown_table(["shape", "way", "model products", "relation loss", "rest"], shares))
+    print(f"\nCutting an XLM-R-large-shaped teacher at layer 19 of 24 saves {saving:.1%} of its forward.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The obvious way to write MiniLMv2, which the benchmarks compare with: what most code for it does.
+
+Whole Hugging Face models, all layers, Q, K and V caught by forward hooks, relation maps materialised in full, `F.kl_div`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+CLEAR_PEAK = "5"  # written to /proc/self/clear_refs it resets the process's peak resident size
+
+
+def naive_relation(teacher_BLD: torch.Tensor, student_BLD: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Mean KL over rows, heads and queries; every map is a tensor that autograd keeps."""
+
+    def logits(x_BLD: torch.Tensor) -> torch.Tensor:
+        x_BALd = x_BLD.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+        return x_BALd @ x_BALd.transpose(-1, -2) / x_BALd.shape[-1] ** 0.5
+
+    with torch.no_grad():
+        target = logits(teacher_BLD).float().softmax(-1)
+    return functional.kl_div(logits(student_BLD).float().log_softmax(-1), target, reduction="none").sum(-1).mean()
+
+
+class HookedEncoder:
+    """A whole Hugging Face encoder whose last layer's projections are caught by hooks."""
+
+    def __init__(self, model, layer: int) -> None:
+        self.model, self.caught = model, {}
+        attention = model.encoder.layer[layer - 1].attention.self
+        for name in ("query", "key", "value"):
+            getattr(attention, name).register_forward_hook(self._catch(name))
+
+    def _catch(self, name: str):
+        def hook(module, inputs, output) -> None:
+            self.caught[name] = output
+
+        return hook
+
+    def __call__(self, input_ids_BL: torch.Tensor) -> list[torch.Tensor]:
+        self.model(input_ids=input_ids_BL, attention_mask=torch.ones_like(input_ids_BL), output_hidden_states=True)
+        return [self.caught[name] for name in ("query", "key", "value")]
+
+
+def interleaved_cpu_seconds(variants: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+    """Median CPU seconds of each variant, run in turns so that what else the machine does hits all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(repeats + 1):
+        for name, run in variants.items():
+            began = time.process_time()
+            run()
+            if turn:  # the first turn warms up
+                seconds[name].append(time.process_time() - began)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def added_peak_mb(run: Callable[[], None]) -> float:
+    """Peak resident memory of `run` above what the process held before it, in MB (Linux)."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
+    before = _status_kb("VmRSS")
+    run()
+    return (_status_kb("VmHWM") - before) / 1024
+
+
+def _status_kb(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1])
