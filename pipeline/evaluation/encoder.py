@@ -106,7 +106,7 @@ def sentence_vectors(
     last_layer = cast(torch.nn.ModuleList, tapped.model.get_submodule(family_of(encoder.model.config).layers))[-1]
     hook = last_layer.register_forward_pre_hook(lambda module, arguments: last_inputs.append(arguments[0]))
     for batch in tqdm(batches, desc=f"encoding with {encoder.name}", unit="batch", disable=None):
-        input_ids_BL, mask_BL = _pad([ids[i] for i in batch], encoder.tokenizer.pad_token_id, encoder.device)
+        input_ids_BL, mask_BL = pad_rows([ids[i] for i in batch], encoder.tokenizer.pad_token_id, encoder.device)
         (_, _, values_BLD), output_BLD = tapped(input_ids_BL, mask_BL)
         for pooling, states_BLD in zip(POOLINGS, (output_BLD, last_inputs.pop(), values_BLD), strict=True):
             vectors[pooling].append(_mean_over_tokens(states_BLD, mask_BL).cpu())
@@ -116,7 +116,8 @@ def sentence_vectors(
     return {pooling: torch.cat(parts)[back] for pooling, parts in vectors.items()}, sum(map(len, ids))
 
 
-def _pad(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_rows(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, both int64 `[B, L]`."""
     longest = max(map(len, rows))
     input_ids = torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)

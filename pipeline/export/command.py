@@ -1,22 +1,69 @@
 """Export the newest whole checkpoint of a run as a Hugging Face directory.
 
-python -m pipeline export runs/quickstart --output runs/quickstart/student
+    python -m pipeline export runs/quickstart --output runs/quickstart/student
+    python -m pipeline export runs/quickstart --output student --sentence-transformers --onnx
+
+`--sentence-transformers` lets SentenceTransformer(DIR) load it too. `--onnx` adds onnx/model.onnx and
+onnx/model_int8.onnx, checked against torch on the sentences of --check-pairs.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
-from pipeline.export.hf import export_run
+from transformers import AutoConfig
+
+from pipeline.distillation.families import usable_positions
+from pipeline.evaluation.retrieval import RetrievalConfig, read_pairs
+from pipeline.export.hf import Extra, export_run
+from pipeline.export.onnx import add_onnx
+from pipeline.export.sentence_vectors import add_sentence_transformers
+
+CHECK_PAIRS = 30  # of each language
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="what --run-dir of the training named")
     parser.add_argument("--output", type=Path, required=True, help="directory to write; an earlier export is replaced")
+    parser.add_argument("--sentence-transformers", action="store_true", help="loads as a SentenceTransformer too")
+    parser.add_argument("--onnx", action="store_true", help="ONNX files in fp32 and int8")
+    parser.add_argument("--check-pairs", default="samples/parallel", help="directory of en-XX.tsv for the ONNX check")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    student = export_run(arguments.run_dir, arguments.output)
+    extras: list[Extra] = []
+    if arguments.sentence_transformers:
+        extras.append(_add_sentence_transformers)
+    if arguments.onnx:
+        read_pairs(RetrievalConfig(pairs=arguments.check_pairs))  # a wrong path should come to light at once
+        extras.append(lambda directory: _add_onnx(directory, arguments.check_pairs))
+    student = export_run(arguments.run_dir, arguments.output, extras)
+    if arguments.onnx:
+        print(onnx_lines(json.loads((student / "onnx" / "check.json").read_text(encoding="utf-8"))))
     size_mb = (student / "model.safetensors").stat().st_size / 1e6
     print(f"exported: {student} ({size_mb:.0f} MB). Load it with AutoModel.from_pretrained({str(student)!r})")
+
+
+def _add_sentence_transformers(directory: Path) -> None:
+    config = AutoConfig.from_pretrained(directory)
+    add_sentence_transformers(directory, config.hidden_size, usable_positions(config))
+
+
+def _add_onnx(directory: Path, pairs: str) -> None:
+    longest = min(128, usable_positions(AutoConfig.from_pretrained(directory)))
+    add_onnx(directory, RetrievalConfig(pairs=pairs, max_pairs=CHECK_PAIRS, max_length=longest))
+
+
+def onnx_lines(check: dict) -> str:
+    """What the check found, for the console."""
+    title = f"ONNX against torch on {check['sentences']} sentences, {len(check['languages'])} language pairs:"
+    lines = [title, f"  torch  retrieval {check['torch']['retrieval_mean']:.3f}"]
+    for name in ("fp32", "int8"):
+        found = check[name]
+        lines.append(
+            f"  {name}   retrieval {found['retrieval_mean']:.3f}, greatest difference of a hidden state "
+            f"{found['greatest_difference']:.1e}, {check['megabytes'][name]:.0f} MB"
+        )
+    return "\n".join(lines)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from pipeline.errors import UserError
 from pipeline.export.card import lineage_of, model_card
 from pipeline.runtime.checkpoint import read_model_weights
 
+Extra = Callable[[Path], object]
 LINEAGE_FILE = "lineage.json"
 TOKENIZER_FILES = (
     "*.model",
@@ -35,7 +36,7 @@ TOKENIZER_FILES = (
 )
 
 
-def export_run(run_dir: Path, output: Path) -> Path:
+def export_run(run_dir: Path, output: Path, extras: Sequence[Extra] = ()) -> Path:
     """The newest whole checkpoint of a run directory as a Hugging Face directory."""
     if not run_dir.is_dir():
         raise UserError(f"there is no run directory {run_dir}. Train first; its --run-dir is what export reads.")
@@ -43,7 +44,7 @@ def export_run(run_dir: Path, output: Path) -> Path:
     run = _read_json(run_dir / "run.json")
     config = AutoConfig.from_pretrained(_existing(run_dir / "student_config.json"))
     recipe_text = _existing(run_dir / "recipe.yaml").read_text(encoding="utf-8")
-    return export_student(weights, config, run["teacher"], output, lineage_of(run, state, recipe_text))
+    return export_student(weights, config, run["teacher"], output, lineage_of(run, state, recipe_text), extras)
 
 
 def export_student(
@@ -52,8 +53,10 @@ def export_student(
     teacher: str,
     output: Path,
     lineage: dict[str, Any],
+    extras: Sequence[Extra] = (),
 ) -> Path:
-    """Write `weights` exactly as given. `teacher` says where the tokenizer files come from."""
+    """Write `weights` exactly as given. `teacher` says where the tokenizer files come from; `extras` add to the
+    directory before it gets its name, so that a failure of theirs leaves nothing behind."""
     architecture = check_weights(weights, config)
     if output.exists() and not (output / LINEAGE_FILE).is_file():
         raise UserError(f"{output} exists and is no earlier export, so it is left alone. Name another --output.")
@@ -73,6 +76,8 @@ def export_student(
         (temporary / LINEAGE_FILE).write_text(json.dumps(lineage, indent=2) + "\n", encoding="utf-8")
         num_parameters = sum(tensor.numel() for tensor in weights.values())
         (temporary / "README.md").write_text(model_card(lineage, config, num_parameters), encoding="utf-8")
+        for extra in extras:
+            extra(temporary)
         _replace_directory(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -11,12 +11,12 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer, XLMRobertaModel
 
+from pipeline.__main__ import main
 from pipeline.config import Recipe, recipe_to_yaml
 from pipeline.distillation.student import Student, StudentConfig, build_student
 from pipeline.distillation.teacher import load_encoder
 from pipeline.errors import UserError
 from pipeline.export import hf
-from pipeline.export.command import run as export_command
 
 STATE = {
     "step": 12,
@@ -144,9 +144,5 @@ def test_a_run_directory_without_its_papers(run_dir: Path, tmp_path: Path, name:
 
 
 def test_no_run_directory(tmp_path: Path) -> None:
-    class Arguments:
-        run_dir = tmp_path / "nothing"
-        output = tmp_path / "student"
-
     with pytest.raises(UserError, match="no run directory"):
-        export_command(Arguments())  # type: ignore[arg-type]
+        main(["export", str(tmp_path / "nothing"), "--output", str(tmp_path / "student")])

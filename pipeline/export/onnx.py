@@ -1,0 +1,157 @@
+"""ONNX files beside an export, each checked against torch on real sentences before the export gets its name.
+
+In: a Hugging Face directory. Out: `onnx/model.onnx` (fp32), `onnx/model_int8.onnx` (dynamic quantisation) and
+`onnx/check.json`: greatest difference of the hidden states, retrieval accuracy of torch, fp32 and int8, sizes.
+Inputs are `input_ids` and `attention_mask` of any batch and length; the output is `last_hidden_state`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from pipeline.errors import UserError
+from pipeline.evaluation.encoder import Encoder, load_encoder, pad_rows
+from pipeline.evaluation.retrieval import RetrievalConfig, both_directions, read_pairs
+
+GREATEST_DIFFERENCE = 1e-4  # of any hidden state of a real token; seen: 2e-6
+FILES = {"fp32": "model.onnx", "int8": "model_int8.onnx"}
+HiddenStates = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class _LastHiddenState(torch.nn.Module):
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+
+def add_onnx(directory: Path, config: RetrievalConfig) -> dict[str, Any]:
+    """Write and check both files; `config` names the sentences of the check. Returns what `check.json` holds."""
+    try:
+        import onnx
+        import onnxruntime
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+    except ImportError as error:
+        raise UserError(
+            f"ONNX export needs the package {error.name}. Run: python -m pip install onnx onnxscript onnxruntime "
+            "(the versions in requirements-dev.txt are the tested ones)"
+        ) from None
+    encoder = load_encoder(str(directory))
+    encoder.model.to("cpu")
+    (directory / "onnx").mkdir(exist_ok=True)
+    fp32, int8 = (directory / "onnx" / name for name in FILES.values())
+    with _quiet():
+        _export(encoder, fp32)
+        onnx.checker.check_model(str(fp32))
+        quantize_dynamic(str(fp32), str(int8), weight_type=QuantType.QInt8)
+    runs: dict[str, HiddenStates] = {"torch": _torch_run(encoder)}
+    for precision, path in (("fp32", fp32), ("int8", int8)):
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        runs[precision] = _onnx_run(session)
+    check = compare_runs(encoder, runs, config)
+    check["megabytes"] = {name: round(path.stat().st_size / 1e6, 1) for name, path in (("fp32", fp32), ("int8", int8))}
+    refuse_difference(check["fp32"]["greatest_difference"])
+    (directory / "onnx" / "check.json").write_text(json.dumps(check, indent=2) + "\n", encoding="utf-8")
+    return check
+
+
+def refuse_difference(difference: float) -> None:
+    """A `UserError` where the fp32 file does not do what torch does."""
+    if not difference <= GREATEST_DIFFERENCE:
+        raise UserError(
+            f"the ONNX export differs from torch by {difference:.1e} (at most {GREATEST_DIFFERENCE} is right), so nothing "
+            "was exported. Try the versions of torch, onnx and onnxruntime in requirements.txt and requirements-dev.txt"
+        )
+
+
+def _export(encoder: Encoder, path: Path) -> None:
+    example = encoder.tokenizer(["Hello world!", "Ein Satz von anderer Länge."], padding=True, return_tensors="pt")
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+    sizes = {0: batch, 1: length}
+    program = torch.onnx.export(
+        _LastHiddenState(encoder.model).eval(),
+        (example["input_ids"], example["attention_mask"]),
+        input_names=["input_ids", "attention_mask"],
+        output_names=["last_hidden_state"],
+        dynamic_shapes={"input_ids": sizes, "attention_mask": sizes},
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
+    assert program is not None
+    program.save(path)
+
+
+@contextlib.contextmanager
+def _quiet():
+    """The exporter and the quantiser tell their own story at length; the check below tells ours."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _torch_run(encoder: Encoder) -> HiddenStates:
+    @torch.inference_mode()
+    def run(input_ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+        return encoder.model(input_ids=input_ids_BL, attention_mask=mask_BL).last_hidden_state
+
+    return run
+
+
+def _onnx_run(session: Any) -> HiddenStates:
+    def run(input_ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+        feeds = {"input_ids": input_ids_BL.numpy(), "attention_mask": mask_BL.numpy()}
+        return torch.from_numpy(session.run(["last_hidden_state"], feeds)[0])
+
+    return run
+
+
+def compare_runs(encoder: Encoder, runs: dict[str, HiddenStates], config: RetrievalConfig) -> dict[str, Any]:
+    """Every run over the same batches: greatest difference to the first run, and mean retrieval accuracy."""
+    pairs_of = read_pairs(config)
+    texts = sorted({text for pairs in pairs_of.values() for pair in pairs for text in pair})
+    row_of = {text: row for row, text in enumerate(texts)}
+    ids = encoder.tokenizer(texts, truncation=True, max_length=config.max_length)["input_ids"]
+    vectors: dict[str, list[torch.Tensor]] = {name: [] for name in runs}
+    differences = dict.fromkeys(runs, 0.0)
+    starts = range(0, len(ids), config.batch_size)
+    for start in tqdm(starts, desc="checking ONNX against torch", unit="batch", disable=None):
+        rows = ids[start : start + config.batch_size]
+        input_ids_BL, mask_BL = pad_rows(rows, encoder.tokenizer.pad_token_id, torch.device("cpu"))
+        first: torch.Tensor | None = None
+        for name, run in runs.items():
+            states_BLD = run(input_ids_BL, mask_BL) * mask_BL.unsqueeze(-1)
+            first = states_BLD if first is None else first
+            differences[name] = max(differences[name], (states_BLD - first).abs().max().item())
+            mean_BD = states_BLD.sum(dim=1) / mask_BL.sum(dim=1, keepdim=True)
+            vectors[name].append(torch.nn.functional.normalize(mean_BD, dim=-1))
+    report: dict[str, Any] = {"languages": list(pairs_of), "sentences": len(texts)}
+    for name in runs:
+        matrix = torch.cat(vectors[name])
+        accuracies = [
+            both_directions(matrix, [row_of[a] for a, _ in pairs], [row_of[b] for _, b in pairs])["mean"]
+            for pairs in pairs_of.values()
+        ]
+        report[name] = {
+            "greatest_difference": differences[name],
+            "retrieval_mean": round(float(np.mean(accuracies)), 4),
+        }
+    return report
