@@ -33,6 +33,10 @@ _REQUEST = struct.Struct("<QQ")  # bytes of text, bytes of the language's name
 _REPLY = struct.Struct("<QQQ")  # bytes of JSON, of token ids, of document lengths
 
 
+class WorkerDied(DataError):
+    """A tokenising process is gone; without it the run cannot go on."""
+
+
 @dataclass
 class Encoded:
     """What one block became."""
@@ -159,8 +163,8 @@ class _Worker:
             sizes = _REPLY.unpack(_read(process.stdout, _REPLY.size))
             about, tokens, lengths = (_read(process.stdout, size) for size in sizes)
         except (BrokenPipeError, EOFError) as error:
-            raise DataError(
-                f"A tokenizing process ended with status {process.wait()} (negative: killed by that signal; -9 is "
+            raise WorkerDied(
+                f"A tokenising process ended with status {process.wait()} (negative: killed by that signal; -9 is "
                 "mostly too little memory). Run the same command again, with fewer --workers; it goes on where it was."
             ) from error
         reply = json.loads(about)

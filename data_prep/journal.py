@@ -30,7 +30,7 @@ class Entry:
     source: int  # index of the source being read
     text_end: int  # how far its text has been read, in bytes of text
     text_xxh3_128: str  # of that text
-    finished: list[dict[str, Any]]  # every source read to its end: name, stamp, text bytes, hash
+    finished: list[dict[str, Any]]  # sources read to their end since the entry before: name, stamp, text bytes, hash
     counts: dict[str, int]
     complete: bool = False
 
@@ -57,6 +57,11 @@ class Journal:
     @property
     def shards(self) -> list[dict[str, Any]]:
         return [entry.shard for entry in self.entries if entry.shard is not None]
+
+    @property
+    def finished_sources(self) -> list[dict[str, Any]]:
+        """Every source that has been read to its end, in order."""
+        return [source for entry in self.entries for source in entry.finished]
 
     @classmethod
     def read(cls, directory: Path) -> Journal:

@@ -78,7 +78,8 @@ class Lane:
     def _continue(self) -> None:
         last = self._journal.last
         self._counts: Counter[str] = Counter(last.counts if last else {})
-        self._finished = list(last.finished) if last else []
+        self._num_finished = len(self._journal.finished_sources)
+        self._newly_finished: list[dict[str, Any]] = []
         self._place = (last.source, last.text_end, last.text_xxh3_128) if last else (0, 0, "")
         self._bytes_before = [0]
         for source in self.sources:
@@ -111,7 +112,7 @@ class Lane:
         deduplicator = Deduplicator(self._settings.clean)
         for index, source in enumerate(self.sources):
             stamp = source.stamp()
-            done = index < len(self._finished)
+            done = index < self._num_finished
             if done and not deduplicator.is_active:
                 continue
             resume_at = last.text_end if last is not None and index == last.source and not done else 0
@@ -157,7 +158,7 @@ class Lane:
         self._counts.update(encoded.counts)
         self._counts["text_bytes"] += len(item.block.text)
         if item.finished:
-            self._finished.append(item.finished)
+            self._newly_finished.append(item.finished)
         self._place = (item.source, item.block.end, item.block.digest)
         if encoded.tokens:
             if self._writer is None:
@@ -172,7 +173,8 @@ class Lane:
         shard = self._writer.seal() if self._writer else None
         self._writer = None
         counts = {name: count for name, count in sorted(self._counts.items()) if count}
-        self._journal.append(Entry(shard, *self._place, list(self._finished), counts, complete))
+        self._journal.append(Entry(shard, *self._place, self._newly_finished, counts, complete))
+        self._newly_finished = []
 
     def _end(self) -> None:
         if self._writer is None and not self._journal.shards:
@@ -185,7 +187,7 @@ class Lane:
 
 def check_sources(language: str, sources: list[Source], journal: Journal) -> None:
     """Sources that were read to their end must still be the files they were."""
-    finished = journal.last.finished if journal.last else []
+    finished = journal.finished_sources
     mend = f"Restore it, or make the language again: --redo {language}."
     if journal.complete and len(sources) > len(finished):
         new = ", ".join(sorted({source.name for source in sources} - {record["name"] for record in finished}))

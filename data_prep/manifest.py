@@ -155,7 +155,7 @@ def _manifest_entry(journal: Journal) -> dict[str, Any]:
         "text_bytes": journal.last.counts["text_bytes"],
         "counts": {name: count for name, count in sorted(journal.last.counts.items()) if count},
         "sources": [
-            {key: value for key, value in source.items() if key != "mtime_ns"} for source in journal.last.finished
+            {key: value for key, value in source.items() if key != "mtime_ns"} for source in journal.finished_sources
         ],
         "shards": _shards_with_ranges(journal),
     }
@@ -163,8 +163,7 @@ def _manifest_entry(journal: Journal) -> dict[str, Any]:
 
 def _shards_with_ranges(journal: Journal) -> list[dict[str, Any]]:
     """Each shard with the text it was made from: (source, byte of its text) at either end."""
-    assert journal.last is not None
-    names = [source["name"] for source in journal.last.finished]
+    names = [source["name"] for source in journal.finished_sources]
     shards, start = [], [names[0], 0]
     for entry in journal.entries:
         end = [names[entry.source], entry.text_end]

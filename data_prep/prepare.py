@@ -22,7 +22,7 @@ from data_prep.blocks import BLOCK_BYTES
 from data_prep.clean import CleanOptions
 from data_prep.discovery import LanguageRules, discover
 from data_prep.disk import estimated_bytes, refuse_if_full
-from data_prep.encode import Tokenizer, WorkerPool
+from data_prep.encode import Tokenizer, WorkerDied, WorkerPool
 from data_prep.journal import Journal
 from data_prep.lane import Lane, LaneSettings, Stopped, check_sources
 from data_prep.layout import Identity
@@ -106,6 +106,9 @@ def run_lanes(
             return
         try:
             Lane(language, sources[language], pool, settings).run()
+        except WorkerDied:
+            stop.set()
+            raise
         except DataError as error:
             failures.append(f"{language}: {error}")
         except Stopped:

@@ -25,6 +25,7 @@ MANIFEST_NAME = "manifest.json"
 LANGUAGE_PATTERN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,62}[A-Za-z0-9])?")
 _SHARD_FILE = re.compile(r"(?P<language>[^/]+)/(?P<number>[0-9]{5})\.tok")
 PREPARE_HINT = "python -m data_prep prepare --input TEXT --tokenizer SENTENCEPIECE_MODEL --output {path}"
+_RowTable = tuple[list[int], list[int], list[np.ndarray]]  # per shard: first row, end row, rows as a 2-D view
 
 
 class DataError(ValueError):
@@ -171,7 +172,7 @@ class ShardSet:
             for shard in self.all_shards():
                 if problem := shard.size_problem():
                     raise DataError(problem)
-        self._row_tables: dict[tuple[str, int], tuple[list[int], list[int], list[np.ndarray]]] = {}
+        self._row_tables: dict[tuple[tuple[str, ...], int], list[_RowTable]] = {}
 
     def all_shards(self) -> list[Shard]:
         return [shard for language in self.languages for shard in self._shards[language]]
@@ -220,7 +221,10 @@ class ShardSet:
 
     def gather(self, languages: list[str], language_index: np.ndarray, rows: np.ndarray, seq_len: int) -> np.ndarray:
         """Row rows[i] of languages[language_index[i]] for every i, as int64 [n, seq_len]. The fast way to a batch."""
-        tables = [self._row_table(language, seq_len) for language in languages]
+        key = (tuple(languages), seq_len)
+        if key not in self._row_tables:
+            self._row_tables[key] = [self._row_table(language, seq_len) for language in languages]
+        tables = self._row_tables[key]
         out = np.empty((len(rows), seq_len), dtype=np.int64)
         out[:, 0], out[:, -1] = BOS_ID, EOS_ID
         inner, width = out[:, 1:-1], _stream_tokens(seq_len)
@@ -240,21 +244,18 @@ class ShardSet:
             )
         return out
 
-    def _row_table(self, language: str, seq_len: int) -> tuple[list[int], list[int], list[np.ndarray]]:
+    def _row_table(self, language: str, seq_len: int) -> _RowTable:
         """Per shard: its first whole row, the row after its last whole one, and those rows as a 2-D view."""
-        key = (language, seq_len)
-        if key not in self._row_tables:
-            width, start = _stream_tokens(seq_len), 0
-            first_rows, end_rows, views = [], [], []
-            for shard in self.shards(language):
-                first = -(-start // width)
-                end = max(first, (start + shard.num_tokens) // width)
-                first_rows.append(first)
-                end_rows.append(end)
-                views.append(shard.tokens[first * width - start : end * width - start].reshape(-1, width))
-                start += shard.num_tokens
-            self._row_tables[key] = (first_rows, end_rows, views)
-        return self._row_tables[key]
+        width, start = _stream_tokens(seq_len), 0
+        first_rows, end_rows, views = [], [], []
+        for shard in self.shards(language):
+            first = -(-start // width)
+            end = max(first, (start + shard.num_tokens) // width)
+            first_rows.append(first)
+            end_rows.append(end)
+            views.append(shard.tokens[first * width - start : end * width - start].reshape(-1, width))
+            start += shard.num_tokens
+        return first_rows, end_rows, views
 
     def segments(self, language: str, row_numbers: Any, seq_len: int) -> np.ndarray:
         """Lengths of the documents' parts in each row, padded with 0: int64 [n, most parts]; each row adds up to seq_len.

@@ -88,13 +88,15 @@ def first_bad_block(shard: Shard) -> str:
 
 def check_content(shard: Shard) -> str | None:
     """Token ids and document offsets of a shard whose hashes are right: was it written right?"""
+    tokens = np.memmap(shard.path, TOKEN_DTYPE, "r", HEADER_BYTES, (shard.num_tokens,))
     for start in range(0, shard.num_tokens, TOKENS_PER_CHECK):
-        block = shard.tokens[start : start + TOKENS_PER_CHECK]
+        block = tokens[start : start + TOKENS_PER_CHECK]
         beyond = np.flatnonzero(block >= shard.identity.vocab_size)
         if len(beyond):
             offset = HEADER_BYTES + (start + int(beyond[0])) * TOKEN_DTYPE.itemsize
             return f"{shard.path}: token id {block[beyond[0]]} at byte {offset} is beyond the vocabulary"
-    offsets = shard.document_offsets
+    where = sections(shard.num_tokens, shard.num_documents)
+    offsets = np.memmap(shard.path, OFFSET_DTYPE, "r", where.documents, (shard.num_documents + 1,))
     if offsets[0] != 0 or offsets[-1] != shard.num_tokens or np.any(offsets[1:] <= offsets[:-1]):
         return f"{shard.path}: document offsets do not rise from 0 to the number of tokens"
     return None

@@ -122,6 +122,11 @@ class BatchSource:
         numbers = np.asarray(sample_numbers, dtype=np.int64).reshape(-1)
         self._sampler.refuse_outside(numbers)
         windows = numbers // PLAN_WINDOW
+        if len(numbers) and windows.min() == windows.max():
+            window = int(windows[0])
+            language_index, rows = self._plan(window)
+            inside = numbers - window * PLAN_WINDOW
+            return language_index[inside], rows[inside]
         language_index, rows = np.empty_like(numbers), np.empty_like(numbers)
         for window in np.unique(windows).tolist():
             mine = windows == window

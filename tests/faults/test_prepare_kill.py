@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.bench_prepare_faults import KillTrials
+from benchmarks.bench_prepare_faults import KillTrials, same_files
 from tests.conftest import REPO
 
 
@@ -50,3 +52,31 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_a_worker_that_dies_stops_the_run_and_says_so(trials: KillTrials, tmp_path: Path) -> None:
+    process = subprocess.Popen(trials._command(tmp_path / "shards", 2), cwd=REPO, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while len(children := children_of(process.pid)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(children[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "A tokenising process ended with status -9" in errors
+    assert "Traceback" not in errors
+    assert not any(is_running(child) for child in children)
+
+
+def test_ctrl_c_stops_without_a_traceback_and_the_run_goes_on(trials: KillTrials, tmp_path: Path) -> None:
+    command = trials._command(tmp_path / "shards", 2)
+    process = subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("shards/*/*.tok")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode in (0, 130)
+    assert "Traceback" not in errors
+    assert not list(tmp_path.glob("shards/**/*.tmp"))
+    subprocess.run(command, cwd=REPO, check=True, capture_output=True)
+    assert same_files(trials.expected, tmp_path / "shards")

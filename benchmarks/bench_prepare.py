@@ -1,0 +1,225 @@
+"""How fast text becomes shards, beside a bare SentencePiece loop and `datasets.map`, and what it takes of disk and memory.
+
+    python benchmarks/bench_prepare.py [--tokenizer MODEL] [--quick] [--json FILE]
+
+Each contender is a process of its own that starts, loads its tokenizer, and reads the same file; counted are CPU seconds,
+its children included, pinned to one core. The text is samples/ and the documentation of the installed packages, repeated.
+Ratios hold within one run; give the machine nothing else to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import lzma
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+
+from benchmarks import measure  # noqa: E402
+from data_prep.shards import ShardSet  # noqa: E402
+
+BARE_LOOP = """
+import sys, sentencepiece
+processor = sentencepiece.SentencePieceProcessor(model_file=sys.argv[1])
+with open(sys.argv[2], encoding="utf-8") as file:
+    while lines := file.readlines(1 << 20):
+        processor.encode([line for line in lines if line.strip()], out_type=int, num_threads=1)
+"""
+DATASETS_MAP = """
+import sys, datasets, transformers
+datasets.disable_progress_bars()
+tokenizer = transformers.XLMRobertaTokenizer.from_pretrained(sys.argv[1])
+text = datasets.load_dataset("text", data_files=sys.argv[2], split="train", cache_dir=sys.argv[3])
+text.map(lambda batch: {"ids": tokenizer(batch["text"])["input_ids"]}, batched=True, remove_columns=["text"])
+"""
+
+
+def collect_text(at_least_bytes: int) -> bytes:
+    """Real text in CC-100's format: the sample corpus, both sides of the parallel sentences, package documentation."""
+    parts = [lzma.open(path).read() for path in sorted((REPO / "samples" / "cc100").glob("*.xz"))]
+    for path in sorted((REPO / "samples" / "parallel").glob("*.tsv")):
+        columns = [line.split("\t")[:2] for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+        parts += ["\n".join(column).encode() for column in zip(*columns, strict=True)]
+    for path in sorted(Path(sys.prefix).rglob("*")):
+        if sum(map(len, parts)) >= at_least_bytes:
+            break
+        if path.suffix in {".md", ".rst", ".txt"} or path.name.startswith("LICENSE"):
+            parts.append(path.read_bytes().decode("utf-8", "ignore").encode())
+    return b"\n\n".join(parts) + b"\n\n"
+
+
+def cpu_seconds(command: list[str], one_core: bool = True) -> tuple[float, float]:
+    """CPU seconds of a command with all its children, and wall seconds."""
+    pinned = ["taskset", "-c", "0", *command] if one_core else command
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    subprocess.run(pinned if one_core else command, cwd=REPO, check=True, capture_output=True, env=environment)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, time.perf_counter() - start
+
+
+class Bench:
+    def __init__(self, work: Path, tokenizer: Path, text: bytes, copies: int) -> None:
+        self.work, self.tokenizer, self.text_bytes = work, tokenizer, len(text) * copies
+        self.plain, self.packed = work / "en.txt", work / "packed" / "en.txt.xz"
+        self.plain.write_bytes(text * copies)
+        self.packed.parent.mkdir()
+        self.packed.write_bytes(
+            b"".join([lzma.compress(text)] * copies)
+        )  # a stream per copy: no repeats to profit from
+        self.once = work / "once.txt"
+        self.once.write_bytes(text)
+        self.once_bytes = len(text)
+
+    def prepare(self, source: Path, num_workers: int, one_core: bool = True) -> tuple[float, float]:
+        output = self.work / "shards"
+        shutil.rmtree(output, ignore_errors=True)
+        command = [
+            sys.executable,
+            "-m",
+            "data_prep",
+            "prepare",
+            "--input",
+            str(source),
+            "--tokenizer",
+            str(self.tokenizer),
+        ]
+        return cpu_seconds([*command, "--output", str(output), "--workers", str(num_workers)], one_core)
+
+    def bare(self) -> float:
+        return cpu_seconds([sys.executable, "-c", BARE_LOOP, str(self.tokenizer), str(self.plain)])[0]
+
+    def unpack(self) -> float:
+        return cpu_seconds(["sh", "-c", f"xz -dc '{self.packed}' > /dev/null"])[0]
+
+    def datasets_map(self) -> float:
+        """Of one copy of the text, scaled to all."""
+        cache = self.work / "cache"
+        shutil.rmtree(cache, ignore_errors=True)
+        command = [sys.executable, "-c", DATASETS_MAP, str(self.tokenizer.parent), str(self.once), str(cache)]
+        return cpu_seconds(command)[0] * self.text_bytes / self.once_bytes
+
+
+def memory_of_a_giant_line(work: Path, tokenizer: Path, text: bytes, line_mb: int) -> tuple[float, float]:
+    """Peak resident MiB of a preparing process on ordinary text, and on one line of `line_mb` megabytes."""
+    peaks = []
+    line = text.replace(b"\n", b" ")
+    for name, data in (("ordinary", [text] * 4), ("giant", [line] * (line_mb * 10**6 // len(line)))):
+        source = work / name / "en.txt"
+        source.parent.mkdir()
+        with open(source, "wb") as file:
+            file.writelines(data)
+        code = (
+            "import resource, sys; from data_prep.__main__ import main; main(sys.argv[1:]);"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        )
+        arguments = [
+            "prepare",
+            "--input",
+            str(source),
+            "--tokenizer",
+            str(tokenizer),
+            "--output",
+            str(work / f"{name}-out"),
+        ]
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments, "--workers", "1"],
+            cwd=REPO,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        peaks.append(int(done.stdout.splitlines()[-1]) / 1024)
+        shutil.rmtree(work / f"{name}-out")
+        source.unlink()
+    return peaks[0], peaks[1]
+
+
+def parse() -> argparse.Namespace:
+    parser = measure.arguments(__doc__)
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        default=REPO / "artifacts" / "teacher" / "sentencepiece.bpe.model",
+        help="SentencePiece model",
+    )
+    parser.add_argument("--repeats", type=int, help="rounds of all contenders, medians are shown")
+    options = parser.parse_args()
+    if not options.tokenizer.is_file():
+        parser.error(f"{options.tokenizer} does not exist: `make demo` makes it, or give --tokenizer")
+    return options
+
+
+def main() -> None:
+    options = parse()
+    copies, repeats = (1, 1) if options.quick else (8, options.repeats or 5)
+    text = collect_text(8_500_000)
+    rounds: dict[str, list[float]] = {}
+
+    def note(name: str, value: float) -> None:
+        rounds.setdefault(name, []).append(value)
+
+    with tempfile.TemporaryDirectory() as directory:
+        bench = Bench(Path(directory), options.tokenizer, text, copies)
+        for _ in range(repeats):
+            note("bare", bench.bare())
+            cpu, _ = bench.prepare(bench.plain, 1)
+            note("plain", cpu)
+            note("xz", bench.prepare(bench.packed, 1)[0])
+            note("unpack", bench.unpack())
+            note("children", bench.prepare(bench.plain, 2)[0])
+            note("wall 1", bench.prepare(bench.plain, 1, one_core=False)[1])
+            note("wall 2", bench.prepare(bench.plain, 2, one_core=False)[1])
+        shards = ShardSet(Path(directory) / "shards")
+        tokens = shards.num_tokens("en")
+        bytes_per_token = sum(shard.num_bytes for shard in shards.all_shards()) / tokens
+        note("datasets.map", bench.datasets_map())
+        peaks = memory_of_a_giant_line(Path(directory), options.tokenizer, text, 20 if options.quick else 1000)
+    report(options, rounds, bench.text_bytes, tokens, bytes_per_token, peaks)
+
+
+def report(
+    options: argparse.Namespace,
+    rounds: dict[str, list[float]],
+    text_bytes: int,
+    tokens: int,
+    bytes_per_token: float,
+    peaks: tuple[float, float],
+) -> None:
+    def ratio(above: list[float], below: list[float]) -> float:
+        """Median of the rounds' own ratios."""
+        return statistics.median(a / b for a, b in zip(above, below, strict=False))
+
+    bare_and_unpack = [a + b for a, b in zip(rounds["bare"], rounds["unpack"], strict=True)]
+    figures = {
+        "prepare .txt, share of the bare loop's speed": ratio(rounds["bare"], rounds["plain"]),
+        "the same with two worker processes, children included": ratio(rounds["bare"], rounds["children"]),
+        "prepare .txt.xz, share of bare loop + xz -dc": ratio(bare_and_unpack, rounds["xz"]),
+        "prepare .txt.xz, share of the bare loop alone": ratio(rounds["bare"], rounds["xz"]),
+        "prepare .txt, times datasets.map + HF tokenizer": rounds["datasets.map"][0]
+        / statistics.median(rounds["plain"]),
+        "two workers, times one (wall)": ratio(rounds["wall 1"], rounds["wall 2"]),
+        "prepare .txt, M tokens per CPU second": tokens / statistics.median(rounds["plain"]) / 1e6,
+        "prepare .txt, MB of text per CPU second": text_bytes / statistics.median(rounds["plain"]) / 1e6,
+        "disk, bytes per token": bytes_per_token,
+        "peak MiB of the process, ordinary text": peaks[0],
+        f"peak MiB of the process, one line of {20 if options.quick else 1000} MB": peaks[1],
+    }
+    rows = [[name, value] for name, value in figures.items()]
+    title = (
+        f"Preparation: {text_bytes / 1e6:.0f} MB of text, {len(rounds['bare'])} rounds, start of every process included"
+    )
+    measure.publish(title, ["figure", "value"], rows, {"figures": figures, "seconds": rounds}, options.json)
+
+
+if __name__ == "__main__":
+    main()
