@@ -2,7 +2,7 @@
 
     python -m demo.teacher && python -m data_prep prepare --input samples/cc100 --tokenizer artifacts/teacher \
         --output artifacts/shards
-    python benchmarks/bench_quality.py [--steps 100] [--only base tail_mse] [--teacher DIR --data DIR] [--json FILE]
+    python benchmarks/bench_quality.py [--steps 100] [--rows 16] [--only base tail_mse] [--teacher DIR --data DIR] [--json FILE]
 
 Variants of one run see the same rows in the same order and share one teacher forward per step; each is a `DistillModule`
 with AdamW, as in training, one process, no DeepSpeed. Columns: relation loss on held-out rows (weighted parts of the
@@ -36,7 +36,7 @@ from pipeline.evaluation.encoder import POOLINGS, Encoder
 from pipeline.evaluation.retrieval import RetrievalConfig, evaluate_retrieval
 from pipeline.runtime.schedule import OptimizerConfig, learning_rate, parameter_groups
 
-ROWS, TOKENS = 16, 128
+TOKENS, ROWS_AT_ONCE = 128, 16
 RETRIEVAL = RetrievalConfig(languages=["de", "ru", "zh-Hans", "ja", "ar", "tr", "id", "fa"], max_pairs=120)
 COPIED = StudentConfig(layers=6, hidden=384, heads=12, init="layers", freeze=["embeddings"], dropout=0.0)
 BASE = RelationsConfig(heads=48)
@@ -129,7 +129,7 @@ class Run:
 
     def judge_now(self, source: BatchSource, tokenizer) -> dict[str, float]:
         heldout = np.concatenate([source.heldout(language) for language in source.languages])
-        batches = torch.from_numpy(heldout).split(ROWS)
+        batches = torch.from_numpy(heldout).split(ROWS_AT_ONCE)
         losses = torch.cat([self.judge.losses_by_row(batch) for batch in batches])
         encoder = Encoder(self.name, self.student.model.eval(), tokenizer, self.variant.student.layers)
         accuracy = evaluate_retrieval(encoder, RETRIEVAL)["mean"]
@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--teacher", default="artifacts/teacher")
     parser.add_argument("--data", default="artifacts/shards")
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rows", type=int, default=16, help="rows of 128 tokens per step")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT")
     options = parser.parse_args()
     if options.quick:
@@ -158,7 +159,7 @@ def main() -> None:
     runs = [Run(name, variant, whole_teacher, teacher, 0) for name, variant in chosen.items()]
     for run in {str(run.variant.student): run for run in reversed(runs)}.values():  # the first of each start
         figures[f"{run.name}, untrained"] = run.judge_now(source, tokenizer)
-    for step, batch in enumerate(tqdm(list(_batches(source, options.steps)), unit="step")):
+    for step, batch in enumerate(tqdm(list(_batches(source, options.steps, options.rows)), unit="step")):
         for run in runs:
             run.step(batch, step, options.steps)
     for run in runs:
@@ -167,14 +168,14 @@ def main() -> None:
         [name, row.get("heldout", "-"), *(row[pooling] for pooling in POOLINGS), row.get("cpu_seconds", "-")]
         for name, row in figures.items()
     ]
-    title = f"Students after {options.steps} steps of {ROWS} x {TOKENS} tokens"
+    title = f"Students after {options.steps} steps of {options.rows} x {TOKENS} tokens"
     header = ["student", "held-out loss", *(f"retrieval, {pooling}" for pooling in POOLINGS), "CPU s (with its share)"]
-    publish(title, header, rows, {"steps": options.steps, "students": figures}, options.json)
+    publish(title, header, rows, {"steps": options.steps, "rows": options.rows, "students": figures}, options.json)
 
 
-def _batches(source: BatchSource, steps: int) -> Iterator[torch.Tensor]:
+def _batches(source: BatchSource, steps: int, rows: int) -> Iterator[torch.Tensor]:
     for step in range(steps):
-        yield torch.from_numpy(source.batch(np.arange(step * ROWS, (step + 1) * ROWS)))
+        yield torch.from_numpy(source.batch(np.arange(step * rows, (step + 1) * rows)))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from benchmarks.obvious import HookedEncoder, added_peak_mb, interleaved_cpu_sec
 from pipeline.distillation.distiller import DistillModule, RelationsConfig
 from pipeline.distillation.student import StudentConfig, build_student
 from pipeline.distillation.tap import tap
-from pipeline.distillation.teacher import load_teacher
+from pipeline.distillation.teacher import FrozenTeacher, load_teacher
 
 HEADS = 48
 SHAPES = [(2, 512), (4, 128)]
@@ -58,7 +58,7 @@ def step_variants(vocabulary: int, input_ids: torch.Tensor) -> dict[str, Callabl
 
     def obvious_step() -> Callable[[], None]:
         student_model = build_student(whole, shape, 0).model.train()
-        teacher, student = HookedEncoder(copy.deepcopy(whole), 12), HookedEncoder(student_model, 6)
+        teacher, student = HookedEncoder(whole, 12), HookedEncoder(student_model, 6)
 
         def run() -> None:
             student_model.zero_grad(set_to_none=False)
@@ -69,10 +69,9 @@ def step_variants(vocabulary: int, input_ids: torch.Tensor) -> dict[str, Callabl
 
         return run
 
-    def own_step(dtype: torch.dtype, freeze: bool) -> Callable[[], None]:
+    def own_step(teacher: FrozenTeacher, freeze: bool) -> Callable[[], None]:
         student = build_student(whole, shape, 0)
         student.model.get_input_embeddings().weight.requires_grad_(not freeze)
-        teacher = load_teacher(copy.deepcopy(whole), 12, dtype)
         module = DistillModule(teacher, student.tapped, relations).train()
 
         def run() -> None:
@@ -81,11 +80,12 @@ def step_variants(vocabulary: int, input_ids: torch.Tensor) -> dict[str, Callabl
 
         return run
 
+    half_teacher = load_teacher(copy.deepcopy(whole), 12, torch.bfloat16)
     return {
         "obvious": obvious_step(),
-        "own, fp32": own_step(torch.float32, False),
-        "own, bf16 teacher": own_step(torch.bfloat16, False),
-        "own, bf16 teacher, embeddings frozen": own_step(torch.bfloat16, True),
+        "own, fp32": own_step(load_teacher(whole, 12), False),
+        "own, bf16 teacher": own_step(half_teacher, False),
+        "own, bf16 teacher, embeddings frozen": own_step(half_teacher, True),
     }
 
 

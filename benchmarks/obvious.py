@@ -30,23 +30,19 @@ def naive_relation(teacher_BLD: torch.Tensor, student_BLD: torch.Tensor, num_hea
 
 
 class HookedEncoder:
-    """A whole Hugging Face encoder whose last layer's projections are caught by hooks."""
+    """A whole Hugging Face encoder; hooks catch what one layer's projections give."""
 
     def __init__(self, model, layer: int) -> None:
-        self.model, self.caught = model, {}
         attention = model.encoder.layer[layer - 1].attention.self
-        for name in ("query", "key", "value"):
-            getattr(attention, name).register_forward_hook(self._catch(name))
-
-    def _catch(self, name: str):
-        def hook(module, inputs, output) -> None:
-            self.caught[name] = output
-
-        return hook
+        self.model, self.projections = model, [attention.query, attention.key, attention.value]
 
     def __call__(self, input_ids_BL: torch.Tensor) -> list[torch.Tensor]:
+        caught: list[torch.Tensor] = []
+        hooks = [p.register_forward_hook(lambda _, __, output: caught.append(output)) for p in self.projections]
         self.model(input_ids=input_ids_BL, attention_mask=torch.ones_like(input_ids_BL), output_hidden_states=True)
-        return [self.caught[name] for name in ("query", "key", "value")]
+        for hook in hooks:
+            hook.remove()
+        return caught
 
 
 def interleaved_cpu_seconds(variants: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:

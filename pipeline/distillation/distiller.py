@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from pipeline.distillation.backend_choice import choose_backend
+from pipeline.distillation.oracle import allowed_keys
 from pipeline.distillation.relations import BACKENDS, check_heads, relation_kl, relation_kl_by_row
 from pipeline.distillation.tap import Projections, TappedEncoder
 from pipeline.distillation.teacher import FrozenTeacher
@@ -85,8 +86,39 @@ class Readings:
     output_BLD: torch.Tensor | None
 
 
+@dataclass
+class Extent:
+    """Which positions of a batch are real, and which of them may see each other; by default all."""
+
+    lengths_B: torch.Tensor | None = None
+    segments: torch.Tensor | None = None  # [B, S] lengths of each row's documents, filled up with 0
+
+    def real_tokens(self, like_BL: torch.Tensor) -> torch.Tensor | None:
+        """1 at real tokens, 0 at padding; None where all are real."""
+        if self.lengths_B is None and self.segments is None:
+            return None
+        counts_B = self.lengths_B if self.segments is None else self.segments.sum(1)
+        assert counts_B is not None
+        return (torch.arange(like_BL.shape[1], device=like_BL.device) < counts_B.to(like_BL.device)[:, None]).long()
+
+    def attention_mask(self, input_ids_BL: torch.Tensor) -> torch.Tensor | None:
+        """What the encoders get: None, [B, L], or block-diagonal [B, 1, L, L] bool."""
+        if self.segments is None:
+            return self.real_tokens(input_ids_BL)
+        documents = self.of_relations()["segments"]
+        batch, length = input_ids_BL.shape
+        return allowed_keys(batch, length, None, documents, input_ids_BL.device)[:, None]
+
+    def of_relations(self) -> dict[str, Any]:
+        """The arguments of `relation_kl` that say the same."""
+        if self.segments is None:
+            return {"lengths_B": self.lengths_B}
+        return {"segments": [[length for length in row if length] for row in self.segments.tolist()]}
+
+
 class DistillModule(nn.Module):
-    """`(input_ids_BL, lengths_B=None) -> (loss, parts)`; `parts` are the unweighted losses in `part_names`' order.
+    """`(input_ids_BL, lengths_B=None, segments=None) -> (loss, parts)`; `parts` are the unweighted losses in
+    `part_names`' order.
 
     `teacher` is any callable with the tap's call and results. Both must have been tapped as `config` says
     (`teacher_taps`, `student_taps`, `tap_options`).
@@ -105,20 +137,26 @@ class DistillModule(nn.Module):
         if isinstance(teacher, FrozenTeacher):
             check_heads(teacher.widths[0], config.heads, "teacher")
 
-    def forward(self, input_ids_BL: torch.Tensor, lengths_B: torch.Tensor | None = None):
-        teacher, student = self._read(input_ids_BL, lengths_B)
+    def forward(
+        self, input_ids_BL: torch.Tensor, lengths_B: torch.Tensor | None = None, segments: torch.Tensor | None = None
+    ):
+        """`lengths_B`: padding at the end of rows. `segments` [B, S]: lengths of a row's documents, filled up with 0;
+        attention and relations then stay inside each document."""
+        extent = Extent(lengths_B, segments)
+        teacher, student = self._read(input_ids_BL, extent)
         self._settle_backend(teacher.layers[0][0], student.layers[0][0])
-        losses = self._relation_losses(relation_kl, teacher, student, lengths_B)
+        losses = self._relation_losses(relation_kl, teacher, student, extent)
         if self.config.tail != "none":
-            losses.append(self._tail_loss(teacher.output_BLD, student.output_BLD, lengths_B))
+            losses.append(self._tail_loss(teacher.output_BLD, student.output_BLD, extent))
         loss = torch.stack([w * part for w, part in zip(self.part_weights.values(), losses, strict=True)]).sum()
         return loss, torch.stack(losses).detach()
 
     @torch.no_grad()
     def losses_by_row(self, input_ids_BL: torch.Tensor, lengths_B: torch.Tensor | None = None) -> torch.Tensor:
         """Weighted relation loss of every row, [B], without gradient, dropout or tail term: for held-out text."""
-        teacher, student = self._read_without_dropout(input_ids_BL, lengths_B)
-        losses = self._relation_losses(relation_kl_by_row, teacher, student, lengths_B)
+        extent = Extent(lengths_B)
+        teacher, student = self._read_without_dropout(input_ids_BL, extent)
+        losses = self._relation_losses(relation_kl_by_row, teacher, student, extent)
         return torch.stack([w * part for w, part in zip(self.part_weights.values(), losses, strict=False)]).sum(0)
 
     @torch.no_grad()
@@ -129,7 +167,7 @@ class DistillModule(nn.Module):
         """
         first, second = _letters(pair.split("@")[0])
         maps = []
-        for reading in self._read_without_dropout(input_ids_BL[:1], None):
+        for reading in self._read_without_dropout(input_ids_BL[:1], Extent()):
             queries_HLd, keys_HLd = (
                 reading.layers[0][letter][0].float().unflatten(-1, (self.config.heads, -1)).transpose(0, 1)[:num_heads]
                 for letter in (first, second)
@@ -137,18 +175,18 @@ class DistillModule(nn.Module):
             maps.append((queries_HLd @ keys_HLd.mT * queries_HLd.shape[-1] ** -0.5).softmax(-1))
         return torch.stack(maps)
 
-    def _read(self, input_ids_BL: torch.Tensor, lengths_B: torch.Tensor | None) -> tuple[Readings, Readings]:
-        """Both models on one batch; a mask only where there is padding."""
-        mask_BL = None if lengths_B is None else _mask(input_ids_BL, lengths_B)
+    def _read(self, input_ids_BL: torch.Tensor, extent: Extent) -> tuple[Readings, Readings]:
+        """Both models on one batch; a mask only where there is padding, or documents are to be kept apart."""
+        mask = extent.attention_mask(input_ids_BL)
         with torch.inference_mode():
-            teacher = self._teacher[0](input_ids_BL, mask_BL)
-        return self._unpack(teacher), self._unpack(self.student(input_ids_BL, mask_BL))
+            teacher = self._teacher[0](input_ids_BL, mask)
+        return self._unpack(teacher), self._unpack(self.student(input_ids_BL, mask))
 
-    def _read_without_dropout(self, input_ids_BL: torch.Tensor, lengths_B: torch.Tensor | None):
+    def _read_without_dropout(self, input_ids_BL: torch.Tensor, extent: Extent) -> tuple[Readings, Readings]:
         was_training = self.student.training
         self.student.eval()
         try:
-            return self._read(input_ids_BL, lengths_B)
+            return self._read(input_ids_BL, extent)
         finally:
             self.student.train(was_training)
 
@@ -156,31 +194,33 @@ class DistillModule(nn.Module):
         taps, output_BLD = result if self.config.tail != "none" else (result, None)
         return Readings([taps] if self.config.layers is None else taps, output_BLD)
 
-    def _relation_losses(self, loss: Callable, teacher: Readings, student: Readings, lengths_B) -> list[torch.Tensor]:
+    def _relation_losses(
+        self, loss: Callable, teacher: Readings, student: Readings, extent: Extent
+    ) -> list[torch.Tensor]:
         """One loss per layer pair and relation, in `part_names`' order."""
         backend = "auto" if self.backend not in BACKENDS else self.backend
         losses = []
         for of_teacher, of_student in zip(teacher.layers, student.layers, strict=True):
             for first, second in map(_letters, self.config.pairs):
-                keys = {}
+                keys: dict[str, torch.Tensor] = {}
                 if first != second:
                     keys = {"teacher_keys_BLD": of_teacher[second], "student_keys_BLD": of_student[second]}
-                losses.append(loss(of_teacher[first], of_student[first], self.config.heads, lengths_B, backend, **keys))
+                of_both = (of_teacher[first], of_student[first])
+                losses.append(loss(*of_both, self.config.heads, backend=backend, **keys, **extent.of_relations()))
         return losses
 
-    def _tail_loss(self, teacher_BLD: Any, student_BLD: Any, lengths_B: torch.Tensor | None) -> torch.Tensor:
+    def _tail_loss(self, teacher_BLD: Any, student_BLD: Any, extent: Extent) -> torch.Tensor:
         """The term that gives the layers above the distilled one a signal: outputs' relation, or their distance."""
         if self.config.tail == "relation":
-            return relation_kl(teacher_BLD, student_BLD, self.config.heads, lengths_B, "auto")
+            return relation_kl(teacher_BLD, student_BLD, self.config.heads, **extent.of_relations())
         if teacher_BLD.shape != student_BLD.shape:
             raise UserError(
                 f"`relations.tail: mse` needs equal widths, not {teacher_BLD.shape[-1]} (teacher) and "
                 f"{student_BLD.shape[-1]} (student); use `tail: relation`"
             )
         distance_BL = (student_BLD.float() - teacher_BLD.float()).square().mean(-1)
-        if lengths_B is None:
-            return distance_BL.mean()
-        return ((distance_BL * _mask(distance_BL, lengths_B)).sum(1) / lengths_B).mean()
+        real_BL = extent.real_tokens(distance_BL)
+        return distance_BL.mean() if real_BL is None else ((distance_BL * real_BL).sum(1) / real_BL.sum(1)).mean()
 
     def _settle_backend(self, teacher_BLD: torch.Tensor, student_BLD: torch.Tensor) -> None:
         """On the first batch, when the shape, the precision and the device are known."""
@@ -206,8 +246,3 @@ def _part_weights(config: RelationsConfig) -> dict[str, float]:
 def _letters(pair: str) -> tuple[int, int]:
     first, second = (LETTERS.index(letter) for letter in pair.split("-"))
     return first, second
-
-
-def _mask(like_BL: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
-    """1 at real tokens, 0 at padding."""
-    return (torch.arange(like_BL.shape[1], device=like_BL.device) < lengths_B[:, None]).long()

@@ -24,6 +24,7 @@ class Family:
     layer_attributes: tuple[str, ...] = ()  # what the model reads off its layers
     layer_returns: int = 0  # 0: a layer returns a tensor; n: a tuple of n
     rotary_head_dim: str | None = None  # where a layer says how wide its rotary heads are
+    takes_block_mask: bool = True  # a [B, 1, L, L] bool mask reaches its attention as it is
     has_pooler: bool = True  # the class takes `add_pooling_layer`
     ffn_key: str = "intermediate_size"
     dropout_keys: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
@@ -38,7 +39,11 @@ FAMILIES: dict[str, Family] = {
     "camembert": _BERT,
     "xlm-roberta-xl": Family(norm_before="attention.self_attn_layer_norm", after_layers=("encoder.LayerNorm",)),
     "electra": Family(has_pooler=False),
-    "mpnet": Family(projections=("attention.attn.q", "attention.attn.k", "attention.attn.v"), layer_returns=1),
+    "mpnet": Family(
+        projections=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
+        layer_returns=1,
+        takes_block_mask=False,
+    ),
     "distilbert": Family(
         layers="transformer.layer",
         projections=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
@@ -50,6 +55,7 @@ FAMILIES: dict[str, Family] = {
         projections=("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj"),
         after_first_layer="encoder.conv",
         layer_returns=2,
+        takes_block_mask=False,
         has_pooler=False,
     ),
     "modernbert": Family(  # mmBERT too
@@ -58,18 +64,21 @@ FAMILIES: dict[str, Family] = {
         norm_before="attn_norm",
         after_layers=("final_norm",),
         layer_attributes=("attention_type",),
+        takes_block_mask=False,
         rotary_head_dim="attn.head_dim",
         has_pooler=False,
         dropout_keys=("embedding_dropout", "attention_dropout", "mlp_dropout"),
     ),
 }
 
+# These count positions from the padding id on, so their tables hold that many rows more than a row may have tokens.
+POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
+
 
 def usable_positions(config: PretrainedConfig) -> int:
     """Longest row a model takes. RoBERTa's kin start counting positions after the padding id (XLM-R: 514 rows, 512)."""
     positions = int(config.max_position_embeddings)
-    offset = config.model_type in ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
-    return positions - (config.pad_token_id + 1) if offset else positions
+    return positions - (config.pad_token_id + 1) if config.model_type in POSITIONS_AFTER_PADDING else positions
 
 
 def family_of(config: PretrainedConfig) -> Family:

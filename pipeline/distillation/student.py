@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
-from pipeline.distillation.families import FAMILIES, family_of
+from pipeline.distillation.families import FAMILIES, POSITIONS_AFTER_PADDING, family_of, usable_positions
 from pipeline.distillation.student_init import copied_layers, copy_layers, project_embeddings
 from pipeline.distillation.tap import TappedEncoder, tap
 from pipeline.errors import UserError
@@ -24,8 +24,6 @@ from pipeline.errors import UserError
 FREEZABLE = ("embeddings",)
 # What a student of another family than its teacher keeps: whatever belongs to the tokenizer they share.
 TOKENIZER_KEYS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
-# These families count positions from the padding id on, so their tables need that many rows more.
-POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
 
 
 @dataclass
@@ -147,9 +145,9 @@ def _other_family(teacher: PretrainedConfig, config: StudentConfig, model_type: 
             "set `student.init: random`"
         )
     shared = {key: getattr(teacher, key) for key in TOKENIZER_KEYS if getattr(teacher, key, None) is not None}
-    offset = shared["pad_token_id"] + 1
-    usable = teacher.max_position_embeddings - offset * (teacher.model_type in POSITIONS_AFTER_PADDING)
-    positions = usable + offset * (model_type in POSITIONS_AFTER_PADDING)
+    positions = usable_positions(teacher)
+    if model_type in POSITIONS_AFTER_PADDING:
+        positions += shared["pad_token_id"] + 1
     widths = {"hidden_size": config.hidden, "num_attention_heads": config.heads, "num_hidden_layers": config.layers}
     return AutoConfig.for_model(model_type, max_position_embeddings=positions, **shared, **widths)
 

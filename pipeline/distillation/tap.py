@@ -51,6 +51,7 @@ class TappedEncoder(nn.Module):
         self.single = isinstance(layer, int)
         self.layers = [layer] if isinstance(layer, int) else list(layer)
         self.with_output = with_output
+        self.takes_block_mask = family.takes_block_mask
         num_layers = len(cast(nn.ModuleList, hf_model.get_submodule(family.layers)))
         for number in self.layers:
             if not 1 <= number <= num_layers:
@@ -58,8 +59,15 @@ class TappedEncoder(nn.Module):
         self.model = _cut(hf_model, family, set(self.layers), with_output, after_rotary)
         self._taps = {n: cast(TapLayer, self.model.get_submodule(f"{family.layers}.{n - 1}")) for n in self.layers}
 
-    def forward(self, input_ids_BL: torch.Tensor, attention_mask_BL: torch.Tensor | None = None):
-        hidden_BLD = self.model(input_ids=input_ids_BL, attention_mask=attention_mask_BL)[0]
+    def forward(self, input_ids_BL: torch.Tensor, attention_mask: torch.Tensor | None = None):
+        """`attention_mask` is [B, L] (1 at real tokens) or, block-diagonal for several documents a row, [B, 1, L,
+        L]."""
+        if attention_mask is not None and attention_mask.dim() > 2 and not self.takes_block_mask:
+            raise UserError(
+                f"{self.model.config.model_type} cannot keep several documents of a row apart; "
+                "let rows cross documents (`documents: joined`)"
+            )
+        hidden_BLD = self.model(input_ids=input_ids_BL, attention_mask=attention_mask)[0]
         taken = {layer: layer_tap.take() for layer, layer_tap in self._taps.items()}
         projections = [taken[layer] for layer in self.layers]
         result = projections[0] if self.single else projections

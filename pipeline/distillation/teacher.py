@@ -100,9 +100,9 @@ class FrozenTeacher(nn.Module):
     def train(self, mode: bool = True) -> FrozenTeacher:
         return super().train(False)
 
-    def forward(self, input_ids_BL: torch.Tensor, attention_mask_BL: torch.Tensor | None = None):
+    def forward(self, input_ids_BL: torch.Tensor, attention_mask: torch.Tensor | None = None):
         with torch.inference_mode():
-            return self.tapped(input_ids_BL, attention_mask_BL)
+            return self.tapped(input_ids_BL, attention_mask)
 
 
 def check_vocabulary(model: PreTrainedModel, vocabulary_size: int, shards: str | Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.distillation.distiller import DistillModule, LayerPair, RelationsConfig
+from pipeline.distillation.distiller import DistillModule, Extent, LayerPair, RelationsConfig
 from pipeline.distillation.relations import relation_kl_reference
 from pipeline.distillation.student import StudentConfig, build_student
 from pipeline.distillation.tap import tap
@@ -210,3 +210,39 @@ def test_distance_of_outputs_needs_equal_widths():
     module, _, _ = make(RelationsConfig(heads=12, tail="mse"))
     with pytest.raises(UserError, match=r"(?s)equal widths.*tail: relation"):
         module(random_rows(2, 20))
+
+
+@pytest.mark.parametrize("model_type", ["xlm-roberta", "bert", "electra", "distilbert", "xlm-roberta-xl"])
+def test_documents_of_a_row_do_not_see_each_other(model_type):
+    """Attention and relations stay inside each document: what a neighbour says changes nothing."""
+    relations = RelationsConfig(heads=12)
+    module, whole, student = make(relations, model_type)
+    segments = torch.tensor([[8, 12, 0], [3, 7, 10]])
+    rows = random_rows(2, 20)
+    _, parts = module(rows, segments=segments)
+    other = rows.clone()
+    other[0, :8], other[1, 3:10] = 5, 6
+    before, after = (module._read(r, Extent(None, segments))[1].layers[0][2] for r in (rows, other))
+    assert torch.allclose(before[0, 8:], after[0, 8:], atol=1e-6)
+    assert torch.allclose(before[1, 10:], after[1, 10:], atol=1e-6)
+    assert not torch.allclose(before[0, :8], after[0, :8], atol=1e-3)
+    mask = Extent(None, segments).attention_mask(rows)
+    with torch.no_grad():
+        of_teacher, of_student = tap(whole, 4)(rows, mask), tap(student.model, 2)(rows, mask)
+    expected = relation_kl_reference(of_teacher[0], of_student[0], 12, segments=[[8, 12], [3, 7, 10]]).item()
+    assert parts[0].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_one_document_a_row_is_no_documents():
+    module, _, _ = make()
+    rows = random_rows(2, 20)
+    assert module(rows, segments=torch.tensor([[20], [20]]))[0].item() == pytest.approx(
+        module(rows)[0].item(), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("model_type", ["modernbert", "mpnet", "deberta-v2"])
+def test_families_that_cannot_keep_documents_apart_say_so(model_type):
+    module, _, _ = make(teacher_type=model_type)
+    with pytest.raises(UserError, match=f"{model_type} cannot keep several documents"):
+        module(random_rows(2, 20), segments=torch.tensor([[8, 12], [20, 0]]))
