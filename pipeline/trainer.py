@@ -9,10 +9,8 @@ steps - plus what checkpoint.py keeps, so an interrupted run and an uninterrupte
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +18,16 @@ import numpy as np
 import torch
 
 from pipeline.assembly import Parts, assemble
-from pipeline.config import Recipe, load_recipe, recipe_to_yaml
+from pipeline.config import Recipe, as_tree, load_recipe
 from pipeline.data.batches import Prefetcher
-from pipeline.errors import EXIT_DONE, UserError
+from pipeline.errors import EXIT_DONE, SickRunError, UserError
 from pipeline.evaluation.heldout import heldout_losses
-from pipeline.lineage import describe_run, fingerprint, mathematics
-from pipeline.runtime import checkpoint, dist
+from pipeline.lineage import fingerprint, git_commit, mathematics
+from pipeline.reporter import Reporter, StepReport
+from pipeline.runtime import checkpoint, dist, preflight
 from pipeline.runtime.dist import Launch
-from pipeline.runtime.guard import BadStepCounter, StopRequests, Watchdog
-from pipeline.runtime.metrics import Metrics
+from pipeline.runtime.guard import BadStepCounter, SpikeDetector, StopRequests, Watchdog
+from pipeline.runtime.lives import FALL_BACK_AFTER, GIVE_UP_AFTER, Lives
 from pipeline.runtime.schedule import learning_rate
 
 COLLECTIVE_TIMEOUT_MARGIN = 1.5  # the watchdog should bite first: it knows where every thread stands
@@ -43,28 +42,17 @@ def run_from_files(
         note = " (no --recipe given)" if recipe_is_default else ""
         print(f"recipe {recipe_path}{note}, run directory {run_dir}", flush=True)
     recipe = load_recipe(recipe_path, overrides)
-    stop = StopRequests(run_dir / "STOP")
+    stop = StopRequests(run_dir / "STOP", recipe.guard.deadline_margin_s)
     stop.listen()
-    dist.init_process_group(launch, recipe.guard.hang_timeout_s * COLLECTIVE_TIMEOUT_MARGIN)
+    slowest_s = max(recipe.guard.hang_timeout_s, recipe.guard.slow_timeout_s)
+    dist.init_process_group(launch, slowest_s * COLLECTIVE_TIMEOUT_MARGIN)
     try:
-        with Watchdog(recipe.guard.hang_timeout_s, run_dir / "logs" / f"stacks-rank{launch.rank}.txt") as watchdog:
+        with Watchdog(recipe.guard, run_dir / "logs" / f"stacks-rank{launch.rank}.txt") as watchdog:
             parts = assemble(recipe, recipe_path, ds_path, launch)
             Trainer(recipe, parts, launch, run_dir, stop, watchdog).run(allow_change)
     finally:
         dist.shut_down()
     return EXIT_DONE
-
-
-@dataclass
-class StepReport:
-    """One optimizer step, averaged over the global batch."""
-
-    loss: float
-    parts: list[float]
-    gradient_norm: float
-    skipped: bool
-    loss_scale: float
-    learning_rate: float
 
 
 class Trainer:
@@ -80,7 +68,7 @@ class Trainer:
         self.data_fingerprint: str = parts.source.fingerprint
         self.skipped_steps = 0
         self.saved_step = -1
-        self.interval = _Interval()
+        self.spikes = SpikeDetector(recipe.guard)
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -107,42 +95,68 @@ class Trainer:
 
     def run(self, allow_change: bool) -> None:
         """Resume or begin, train to the last step or to a stop request, save, and leave a marker file."""
+        self._check_before()
         first = self._resume(allow_change)
-        self.metrics = Metrics(self.run_dir, self.launch.is_main, first, self.recipe.steps)
-        if first >= self.recipe.steps:
-            self.metrics.say(f"{self.run_dir} already has its {self.recipe.steps} steps; nothing to do")
-            self.metrics.close()
-            return
-        self._describe(first)
-        for marker in ("DONE", "PREEMPTED", "STOP"):
-            if self.launch.is_main:
+        self.reporter = Reporter(self.recipe, self.parts, self.launch, self.run_dir, first)
+        try:
+            if first >= self.recipe.steps:
+                self.reporter.metrics.say(f"{self.run_dir} already has its {self.recipe.steps} steps; nothing to do")
+                return
+            self._begin(first)
+            pin = self.launch.device.type == "cuda"
+            with Prefetcher(self.source, self._sample_numbers(first), pin_memory=pin) as batches:
+                self._train(first, batches)
+        finally:
+            self.reporter.metrics.close()
+
+    def _train(self, first: int, batches: Prefetcher) -> None:
+        bad_steps = BadStepCounter(self.recipe.guard, self.run_dir / "bad_batch.json")
+        stream = iter(batches)
+        self.watchdog.feed_before_slow_work()
+        self.reporter.begin_interval()
+        for step in range(first, self.recipe.steps):
+            report = self.train_step(step, stream)
+            self.watchdog.feed()
+            self._observe(step, report, bad_steps)
+            done = step + 1
+            self.reporter.step(done, report, self.skipped_steps, batches.wait_s)
+            reason = self._stop_reason()
+            last = done == self.recipe.steps
+            if last or done % self.recipe.eval_every == 0:
+                self._evaluate(done)
+            if last or reason or done % self.recipe.save_every == 0:
+                self._save(done, must=last or reason is not None)
+            if reason and not last:
+                return self._finish("PREEMPTED", f"stopped on request ({reason}) after step {done}")
+        self._finish("DONE", f"done: {self.recipe.steps} steps")
+
+    def _check_before(self) -> None:
+        """Can this run save, and do all ranks run the same thing? Nothing is trained before both are known."""
+        if self.launch.is_main:
+            preflight.check_run_dir(self.run_dir)
+            state_bytes = 12 * sum(int(np.prod(shape)) for shape in self.engine.shapes.values())
+            carried_bytes = sum(tensor.nbytes for tensor in self.parts.student.carried.values())
+            present = len(checkpoint.committed_steps(self.checkpoints))
+            preflight.check_disk(self.run_dir, state_bytes + carried_bytes, self.recipe.checkpoint.keep, present)
+            for lock in preflight.stale_build_locks():
+                print(f"warning: {lock} was left by a killed compilation; delete it if a start hangs", flush=True)
+        facts = {
+            "code": git_commit(),
+            "recipe": fingerprint(as_tree(self.recipe)),
+            "data": self.data_fingerprint,
+        }
+        preflight.check_agreement(dist.gather_json(facts, self.launch.device))
+
+    def _begin(self, first: int) -> None:
+        """Everything that is written before the first step of this life."""
+        self.reporter.describe(first)
+        if self.launch.is_main:
+            self.lives.begin(first, self.launch.world_size)
+            for marker in ("DONE", "PREEMPTED", "STOP"):
                 (self.run_dir / marker).unlink(missing_ok=True)
         dist.barrier()
-        bad_steps = BadStepCounter(self.recipe.guard, self.run_dir / "bad_batch.json")
         if first == 0:
             self._evaluate(0)
-        batches = Prefetcher(self.source, self._sample_numbers(first), pin_memory=self.launch.device.type == "cuda")
-        stream = iter(batches)
-        self.interval.close(0.0)
-        try:
-            for step in range(first, self.recipe.steps):
-                report = self.train_step(step, stream)
-                self.watchdog.feed()
-                self._observe(step, report, bad_steps)
-                done = step + 1
-                self._report(done, report, batches.wait_s)
-                reason = self._stop_reason()
-                last = done == self.recipe.steps
-                if last or done % self.recipe.eval_every == 0:
-                    self._evaluate(done)
-                if last or reason or done % self.recipe.save_every == 0:
-                    self._save(done, must=last or reason is not None)
-                if reason and not last:
-                    return self._finish("PREEMPTED", f"stopped on request ({reason}) after step {done}")
-            self._finish("DONE", f"done: {self.recipe.steps} steps")
-        finally:
-            batches.close()
-            self.metrics.close()
 
     # -- data
 
@@ -162,14 +176,15 @@ class Trainer:
 
     def _resume(self, allow_change: bool) -> int:
         """Load the newest whole checkpoint, chosen by rank 0 for all. Returns the number of finished steps."""
-        if self.launch.is_main:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.lives = Lives(self.run_dir)
         decision = dist.broadcast_json(self._choose() if self.launch.is_main else None, self.launch.device)
+        if decision["crash_loop"]:
+            raise SickRunError(decision["crash_loop"])
         if decision["error"]:
             raise UserError(decision["error"])
         for problem in decision["problems"]:
             if self.launch.is_main:
-                print(f"warning: damaged checkpoint passed over: {problem}", flush=True)
+                print(f"warning: checkpoint passed over: {problem}", flush=True)
         if decision["path"] is None:
             return 0
         reader = checkpoint.CheckpointReader(Path(decision["path"]))
@@ -184,11 +199,20 @@ class Trainer:
         return reader.state["step"]
 
     def _choose(self) -> dict[str, Any]:
+        """Rank 0's decision: which checkpoint, or why none."""
+        crashes = self.lives.crashes_in_a_row
+        decision: dict[str, Any] = {"error": None, "crash_loop": None, "path": None, "problems": []}
+        if crashes >= GIVE_UP_AFTER:
+            decision["crash_loop"] = (
+                f"the last {crashes} starts in {self.run_dir} all ended without a new checkpoint and without having been "
+                f"asked to stop. Read the end of their logs, mend the cause, and delete {self.run_dir}/lives.json"
+            )
+            return decision
         try:
-            path, problems = checkpoint.newest_whole(self.checkpoints)
+            path, problems = checkpoint.newest_whole(self.checkpoints, skip=int(crashes >= FALL_BACK_AFTER))
         except UserError as error:
-            return {"error": str(error), "path": None, "problems": []}
-        return {"error": None, "path": str(path) if path else None, "problems": problems}
+            return {**decision, "error": str(error)}
+        return {**decision, "path": str(path) if path else None, "problems": problems}
 
     def _refuse_changes(self, state: dict[str, Any], allow_change: bool) -> None:
         # A key that a newer version of this code has added counts with its default.
@@ -206,6 +230,7 @@ class Trainer:
         if step == self.saved_step:
             return
         began = time.monotonic()
+        self.watchdog.feed_before_slow_work()
         state = {
             "step": step,
             "samples": step * self.recipe.global_batch,
@@ -222,81 +247,36 @@ class Trainer:
         }
         problem = checkpoint.save(self.checkpoints, self.engine, self.parts.student.carried, state, self.launch.rank)
         self.watchdog.feed()
-        self.interval.pause(time.monotonic() - began)
+        seconds = time.monotonic() - began
+        self.reporter.pause(seconds)
+        self.stop.saw_save(seconds)
         if problem and must:
             raise UserError(
                 f"the checkpoint of step {step} could not be written: {problem}. Free space and start again"
             )
         if problem:
-            self.metrics.say(f"warning: checkpoint of step {step} not written, going on: {problem}")
+            self.reporter.metrics.say(f"warning: checkpoint of step {step} not written, going on: {problem}")
             return
         self.saved_step = step
+        self.reporter.metrics.write(step, step * self.recipe.global_batch, {"speed/save_seconds": seconds})
         if self.launch.is_main:
+            self.lives.saved(step)
             checkpoint.prune(self.checkpoints, self.recipe.checkpoint)
 
     # -- reports
 
     def _observe(self, step: int, report: StepReport, bad_steps: BadStepCounter) -> None:
         self.skipped_steps += report.skipped
+        score = self.spikes.z_score(report.loss)
+        if score is not None:
+            self.reporter.metrics.say(
+                f"warning: loss {report.loss:.4f} at step {step + 1} is {score:.0f} sigmas above the last steps"
+            )
+            self.reporter.metrics.write(step + 1, (step + 1) * self.recipe.global_batch, {"loss/spike_sigmas": score})
         bad_steps.observe(step, report.loss, report.skipped, report.loss_scale, lambda: self._rows_of(step))
 
-    def _describe(self, first_step: int) -> None:
-        """Write what this run is, before its first step."""
-        facts = {
-            "world_size": self.launch.world_size,
-            "device": str(self.launch.device.type),
-            "precision": self.parts.precision,
-            "teacher_precision": self.parts.teacher_precision,
-            "teacher": self.recipe.teacher,
-            "data_fingerprint": self.data_fingerprint,
-            "languages": list(self.source.languages),
-            "first_step": first_step,
-            "relation_backend": self.recipe.relations.backend,
-        }
-        ds_json = json.dumps(self.parts.ds_config, indent=1)
-        recipe_yaml = recipe_to_yaml(self.recipe)
-        if self.launch.is_main:
-            (self.run_dir / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
-            (self.run_dir / "deepspeed.json").write_text(ds_json, encoding="utf-8")
-            (self.run_dir / "run.json").write_text(json.dumps(describe_run(self.recipe, **facts), indent=1))
-            self.parts.student.model.config.to_json_file(self.run_dir / "student_config.json", use_diff=False)
-        self.metrics.describe(recipe_yaml, ds_json, mathematics(self.recipe))
-        for warning in self.parts.warnings:
-            self.metrics.say(f"warning: {warning}")
-        trained = sum(int(np.prod(shape)) for shape in self.engine.shapes.values())
-        carried = sum(tensor.numel() for tensor in self.parts.student.carried.values())
-        self.metrics.say(
-            f"student in {self.parts.precision}: {trained / 1e6:.1f} M parameters trained, {carried / 1e6:.1f} M carried "
-            f"along; teacher in {self.parts.teacher_precision}; {len(self.source.languages)} languages; "
-            f"{self.launch.world_size} rank(s) x {self.parts.batch.micro_batch} rows x {self.parts.batch.accumulation}"
-        )
-
-    def _report(self, done: int, report: StepReport, wait_s: float) -> None:
-        self.metrics.advance()
-        self.interval.add(report, wait_s)
-        if done % self.recipe.metrics.log_every and done != self.recipe.steps:
-            return
-        tokens = self.interval.steps * self.recipe.global_batch * self.recipe.seq_len
-        seconds, wait_share = self.interval.close(wait_s)
-        values = {
-            "loss/total": report.loss,
-            **{f"loss/{name}": v for name, v in zip(self.parts.distiller.part_names, report.parts, strict=True)},
-            "optimizer/learning_rate": report.learning_rate,
-            "optimizer/gradient_norm": report.gradient_norm,
-            "optimizer/loss_scale": report.loss_scale,
-            "optimizer/skipped_steps": self.skipped_steps,
-            "speed/tokens_per_second": tokens / seconds,
-            "speed/data_wait_share": wait_share,
-        }
-        self.metrics.write(done, done * self.recipe.global_batch, values)
-        eta_min = (self.recipe.steps - done) * seconds / (tokens / self.recipe.global_batch / self.recipe.seq_len) / 60
-        self.metrics.say(
-            f"step {done}/{self.recipe.steps}  loss {report.loss:.4f}  lr {report.learning_rate:.2e}  "
-            f"grad {report.gradient_norm:.2f}  {tokens / seconds:,.0f} tokens/s  data wait {wait_share:.1%}  "
-            f"{eta_min:.1f} min left"
-        )
-
     def _evaluate(self, step: int) -> None:
+        """Held-out loss per language and pictures of the relations. All ranks take part: ZeRO-3 gathers parameters."""
         began = time.monotonic()
         self.engine.train(False)
         losses = heldout_losses(
@@ -309,23 +289,13 @@ class Trainer:
             self.watchdog.feed,
             dist.sum_over_ranks,
         )
+        self.reporter.heldout(step, losses)
         if self.recipe.metrics.images:
-            self._write_relation_maps(step)
+            row = torch.from_numpy(self.source.heldout(self.source.languages[0])[:1]).to(self.launch.device)
+            for pair in self.parts.distiller.part_names[: len(self.recipe.relations.pairs)]:
+                self.reporter.relation_maps(step, pair, self.parts.distiller.relation_maps(row, pair))
         self.engine.train(True)
-        mean = float(np.mean(list(losses.values())))
-        values = {"heldout/mean": mean, **{f"heldout/{language}": loss for language, loss in losses.items()}}
-        self.metrics.write(step, step * self.recipe.global_batch, values)
-        worst = max(losses, key=losses.__getitem__)
-        self.metrics.say(f"step {step}  held-out loss {mean:.4f}, highest {worst} {losses[worst]:.4f}")
-        self.interval.pause(time.monotonic() - began)
-
-    def _write_relation_maps(self, step: int) -> None:
-        """Teacher above student, one column per head, of the first held-out row. All ranks compute it (ZeRO-3 gathers)."""
-        row = torch.from_numpy(self.source.heldout(self.source.languages[0])[:1]).to(self.launch.device)
-        for pair in self.parts.distiller.part_names:
-            maps_2HLL = self.parts.distiller.relation_maps(row, pair)
-            rows = [torch.cat(list(maps_HLL / maps_HLL.amax()), dim=1) for maps_HLL in maps_2HLL]
-            self.metrics.image(f"relations/{pair}", step, torch.cat(rows, dim=0).float().cpu().unsqueeze(0))
+        self.reporter.pause(time.monotonic() - began)
 
     # -- the end
 
@@ -338,29 +308,9 @@ class Trainer:
 
     def _finish(self, marker: str, line: str) -> None:
         if self.launch.is_main:
+            self.lives.end(marker)
             (self.run_dir / marker).write_text(line + "\n")
-        self.metrics.say(f"{line}. Checkpoints: {self.checkpoints}")
-
-
-class _Interval:
-    """Wall time and data waiting between two console lines, without saves and evaluations."""
-
-    def __init__(self) -> None:
-        self.steps, self._began, self._paused, self._wait_before = 0, time.monotonic(), 0.0, 0.0
-
-    def add(self, report: StepReport, wait_s: float) -> None:
-        self.steps += 1
-
-    def pause(self, seconds: float) -> None:
-        self._paused += seconds
-
-    def close(self, wait_s: float) -> tuple[float, float]:
-        """Seconds of training, and the share of them spent waiting for data; begins the next interval."""
-        now = time.monotonic()
-        seconds = max(now - self._began - self._paused, 1e-9)
-        share = (wait_s - self._wait_before) / seconds
-        self.steps, self._began, self._paused, self._wait_before = 0, now, 0.0, wait_s
-        return seconds, share
+        self.reporter.metrics.say(f"{line}. Checkpoints: {self.checkpoints}")
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:

@@ -37,7 +37,8 @@ class Launch:
 def read_launch() -> Launch:
     """Fill in what the launcher left out (plain `python` sets nothing, `srun` sets SLURM_*), then read it."""
     environment = os.environ
-    if "RANK" not in environment and "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
+    # srun alone sets SLURM_STEP_NUM_TASKS; SLURM_NTASKS and SLURM_PROCID stand in a batch script's environment as well
+    if "RANK" not in environment and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         _map_slurm(environment)
     environment.setdefault("RANK", "0")
     environment.setdefault("WORLD_SIZE", "1")
@@ -63,15 +64,36 @@ def read_launch() -> Launch:
 def _map_slurm(environment: Any) -> None:
     """One srun task per rank: Slurm's names for what torch.distributed wants to know."""
     environment["RANK"] = environment["SLURM_PROCID"]
-    environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
+    environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
     environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
     if "MASTER_ADDR" not in environment:
-        nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", ""))
-        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-        environment["MASTER_ADDR"] = listed.stdout.split()[0]
-    # every task must compute the same port without talking: derive it from the job and step number
-    step = int(environment.get("SLURM_JOB_ID", "0")) * 7 + int(environment.get("SLURM_STEP_ID", "0"))
-    environment.setdefault("MASTER_PORT", str(20000 + step % 20000))
+        alone = environment["SLURM_STEP_NUM_NODES"] == "1"
+        environment["MASTER_ADDR"] = "127.0.0.1" if alone else _first_address(environment["SLURM_STEP_NODELIST"])
+    # Every task computes the same port without talking: from job, life and step, below the kernel's own range (32768).
+    job, life, step = (int(environment.get(f"SLURM_{name}", "0")) for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
+    environment.setdefault("MASTER_PORT", str(15000 + (job * 7 + life * 13 + step) % 15000))
+
+
+def _first_address(node_list: str) -> str:
+    """The first node of a list like `n[1-4]`: its name where that resolves, else the address that Slurm has for it."""
+    try:
+        first = _scontrol("hostnames", node_list).split()[0]
+        try:
+            socket.getaddrinfo(first, None)
+        except OSError:
+            facts = dict(word.split("=", 1) for word in _scontrol("node", first).split() if "=" in word)
+            return facts["NodeAddr"]
+        return first
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UserError(
+            f"srun started several ranks, but `scontrol` does not say where the first one is ({error}). Set MASTER_ADDR "
+            "to the first node's name before srun"
+        ) from None
+
+
+def _scontrol(kind: str, name: str) -> str:
+    command = ["scontrol", "--oneliner", "show", kind, name]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
 
 
 def free_port() -> int:

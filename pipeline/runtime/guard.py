@@ -11,9 +11,11 @@ import json
 import math
 import os
 import signal
+import statistics
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,19 +31,31 @@ class GuardConfig:
     """When a run is sick or hung."""
 
     max_bad_steps: int = 8  # non-finite steps in a row before the run stops
-    hang_timeout_s: float = 1800.0  # no finished step, save or evaluation for so long: dump stacks and end
+    hang_timeout_s: float = 1800.0  # no finished step or evaluation batch for so long: dump stacks and end
+    slow_timeout_s: float = 3600.0  # the same for the first step (kernels load) and for saves (disks queue)
+    deadline_margin_s: float = 120.0  # save this long before the job's end, or three saves if that is longer
+    spike_window: int = 200  # steps that a loss is compared with
+    spike_sigmas: float = 8.0  # a loss so many standard deviations above their mean is reported as a spike
 
     def __post_init__(self) -> None:
-        if self.max_bad_steps < 1 or self.hang_timeout_s <= 0:
-            raise UserError("guard.max_bad_steps must be at least 1 and guard.hang_timeout_s positive")
+        if self.max_bad_steps < 1 or self.spike_window < 2:
+            raise UserError("guard.max_bad_steps must be at least 1 and guard.spike_window at least 2")
+        if min(self.hang_timeout_s, self.slow_timeout_s, self.deadline_margin_s, self.spike_sigmas) <= 0:
+            raise UserError("guard's timeouts, deadline_margin_s and spike_sigmas must be positive")
 
 
 class StopRequests:
-    """Remembers the first wish to stop. The trainer asks all ranks before it acts on it."""
+    """Remembers the first wish to stop. The trainer asks all ranks before it acts on it.
 
-    def __init__(self, stop_file: Path):
+    Wishes come from signals, from a STOP file, and from the end of the job's time (`SLURM_JOB_END_TIME`, seconds since
+    the epoch) less a margin that grows with the saves that this run has seen.
+    """
+
+    def __init__(self, stop_file: Path, margin_s: float):
         self._stop_file = stop_file
         self._signal: signal.Signals | None = None
+        self._end_time_s = float(os.environ.get("SLURM_JOB_END_TIME", "inf"))
+        self._margin_s = margin_s
 
     def listen(self) -> None:
         for number in STOP_SIGNALS:
@@ -50,12 +64,40 @@ class StopRequests:
     def _on_signal(self, number: int, frame: Any) -> None:
         self._signal = self._signal or signal.Signals(number)
 
+    def saw_save(self, seconds: float) -> None:
+        """A save took so long: leave room for three of them."""
+        self._margin_s = max(self._margin_s, 3 * seconds)
+
     @property
     def reason(self) -> str | None:
         """Why this rank wishes to stop, or None."""
         if self._signal is not None:
             return f"signal {self._signal.name}"
+        if time.time() > self._end_time_s - self._margin_s:
+            return f"deadline: less than {self._margin_s:.0f} s to the end of the job's time"
         return f"file {self._stop_file.name}" if self._stop_file.exists() else None
+
+
+class SpikeDetector:
+    """Says when a loss stands far above those of the last steps (its z-score against a window)."""
+
+    def __init__(self, config: GuardConfig):
+        self._sigmas = config.spike_sigmas
+        self._losses: deque[float] = deque(maxlen=config.spike_window)
+
+    def z_score(self, loss: float) -> float | None:
+        """The z-score of a spike, None for an ordinary loss. Spikes and non-finite losses do not enter the window."""
+        window = self._losses
+        if not math.isfinite(loss):
+            return None
+        if len(window) >= max(2, (window.maxlen or 0) // 10):
+            # a floor of one percent keeps a flat curve from calling every ripple a spike
+            deviation = max(statistics.pstdev(window), 0.01 * abs(statistics.fmean(window)))
+            score = (loss - statistics.fmean(window)) / deviation
+            if score > self._sigmas:
+                return score
+        window.append(loss)
+        return None
 
 
 class BadStepCounter:
@@ -87,17 +129,17 @@ class BadStepCounter:
 
 
 class Watchdog:
-    """Ends the process when nothing was finished for `timeout_s`: a rank that waits for a dead one waits for ever."""
+    """Ends the process when nothing was finished for a while: a rank that waits for a dead one waits for ever."""
 
-    def __init__(self, timeout_s: float, stacks: Path):
-        self._timeout_s = timeout_s
+    def __init__(self, config: GuardConfig, stacks: Path):
+        self._config = config
         self._stacks = stacks
-        self._last = time.monotonic()
+        self._due = math.inf
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        self._last = time.monotonic()
+        self.feed_before_slow_work()
         self._thread.start()
         return self
 
@@ -106,11 +148,15 @@ class Watchdog:
 
     def feed(self) -> None:
         """Something was finished."""
-        self._last = time.monotonic()
+        self._due = time.monotonic() + self._config.hang_timeout_s
+
+    def feed_before_slow_work(self) -> None:
+        """What comes next may take longer than a step."""
+        self._due = time.monotonic() + max(self._config.slow_timeout_s, self._config.hang_timeout_s)
 
     def _watch(self) -> None:
-        while not self._stopped.wait(min(1.0, self._timeout_s / 4)):
-            if time.monotonic() - self._last > self._timeout_s:
+        while not self._stopped.wait(min(1.0, self._config.hang_timeout_s / 4)):
+            if time.monotonic() > self._due:
                 self._bite()
 
     def _bite(self) -> None:
@@ -118,8 +164,8 @@ class Watchdog:
         with open(self._stacks, "w", encoding="utf-8") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         print(
-            f"error: nothing finished for {self._timeout_s:.0f} s; the stacks of all threads are in {self._stacks}. "
-            "Another rank has died or hangs: look at its log",
+            f"error: nothing finished in time (guard.hang_timeout_s is {self._config.hang_timeout_s:.0f}); the stacks of "
+            f"all threads are in {self._stacks}. Another rank has died or hangs: look at its log",
             file=sys.stderr,
             flush=True,
         )

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pipeline.errors import EXIT_SICK
 from pipeline.runtime.checkpoint import read_model_weights
 from tests.dist.runs import curve, end_group, finish, launcher, metrics, start, train, wait_for_line
 
@@ -122,6 +127,57 @@ def test_interrupt_saves_and_resumes(tmp_path: Path, plain_run: Path, arguments:
     assert not (run_dir / "PREEMPTED").exists()
     assert curve(run_dir) == curve(plain_run)
     assert same_weights(run_dir, plain_run)
+
+
+def test_crash_loop_falls_back_and_then_stops(tmp_path: Path, plain_run: Path, arguments: list[str]) -> None:
+    """Three lives that saved nothing: the checkpoint before the newest is tried. Six: exit code 3 with the reason."""
+    run_dir = shutil.copytree(plain_run, tmp_path / "run")
+    crash = {"first_step": 12, "saved_steps": [], "ended": None}
+    lives = json.loads((run_dir / "lives.json").read_text())
+    (run_dir / "lives.json").write_text(json.dumps([*lives, crash, crash, crash]))
+    text = train("python", 1, run_dir, [*arguments, "--set", "steps=14"])
+    assert "passed over after three crashes" in text
+    assert "resumed from" in text
+    assert "step-00000008" in text
+    (run_dir / "lives.json").write_text(json.dumps([*lives, *[crash] * 6]))
+    log = tmp_path / "last.log"
+    process = start([*launcher("python"), *arguments, "--run-dir", str(run_dir), "--set", "steps=16"], log)
+    assert process.wait(120) == EXIT_SICK
+    assert "lives.json" in log.read_text()
+
+
+def test_hung_rank_is_noticed(tmp_path: Path, arguments: list[str]) -> None:
+    """SIGSTOP to one of two ranks: the other dumps its stacks and ends the job, and no process is left."""
+    run_dir, log = tmp_path / "run", tmp_path / "run.log"
+    patience = ["--set", "guard.hang_timeout_s=3", "--set", "guard.slow_timeout_s=40", "--set", "steps=100000"]
+    command = [*launcher("deepspeed", 2), *arguments, "--run-dir", str(run_dir), *patience]
+    process = start(command, log)
+    try:
+        wait_for_line(log, "step 2/", process)
+        victim = max(int(pid) for pid in ranks_of(process.pid))
+        os.kill(victim, signal.SIGSTOP)
+        assert process.wait(120) != 0
+        wait_until(lambda: not ranks_of(process.pid))
+    finally:
+        end_group(process)
+    stacks = list((run_dir / "logs").glob("stacks-rank*.txt"))
+    assert len(stacks) == 1
+    assert "train_step" in stacks[0].read_text()
+    assert "guard.hang_timeout_s" in log.read_text()
+
+
+def ranks_of(session: int) -> list[str]:
+    """Processes of a launcher's session that run pipeline/train.py themselves."""
+    found = subprocess.run(["ps", "-o", "pid=,args=", "-s", str(session)], capture_output=True, text=True).stdout
+    lines = [line.split(None, 1) for line in found.splitlines()]
+    return [pid for pid, arguments in lines if "launch" not in arguments and "--local_rank" in arguments]
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_finished_run_is_left_alone(plain_run: Path, arguments: list[str]) -> None:

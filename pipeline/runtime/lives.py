@@ -1,0 +1,60 @@
+"""The lives of a run: one entry per start, in `lives.json`, so that a crash loop is noticed.
+
+A life that ends without having saved anything new and without having been asked to stop has crashed. After three such
+lives in a row the run falls back to the checkpoint before the newest; after six it stops: starting again unchanged
+would burn a cluster for nothing. Rank 0 alone uses this.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+FALL_BACK_AFTER = 3
+GIVE_UP_AFTER = 6
+
+
+class Lives:
+    """Reads and appends to `lives.json`; every change is written to a temporary name and renamed."""
+
+    def __init__(self, run_dir: Path):
+        self._path = run_dir / "lives.json"
+        self._lives: list[dict[str, Any]] = []
+        if self._path.exists():
+            self._lives = json.loads(self._path.read_text(encoding="utf-8"))
+
+    @property
+    def crashes_in_a_row(self) -> int:
+        """Lives at the end of the list that neither saved nor were asked to stop."""
+        count = 0
+        for life in reversed(self._lives):
+            if life["saved_steps"] or life["ended"]:
+                break
+            count += 1
+        return count
+
+    @property
+    def number(self) -> int:
+        return len(self._lives)
+
+    def begin(self, first_step: int, world_size: int) -> None:
+        life = {"first_step": first_step, "saved_steps": [], "ended": None, "time_s": round(time.time(), 1)}
+        self._lives.append({**life, "host": socket.gethostname(), "world_size": world_size})
+        self._write()
+
+    def saved(self, step: int) -> None:
+        self._lives[-1]["saved_steps"].append(step)
+        self._write()
+
+    def end(self, how: str) -> None:
+        """The life ends as it should: "DONE" or "PREEMPTED"."""
+        self._lives[-1]["ended"] = how
+        self._write()
+
+    def _write(self) -> None:
+        partial = self._path.with_suffix(".tmp")
+        partial.write_text(json.dumps(self._lives, indent=1), encoding="utf-8")
+        partial.replace(self._path)

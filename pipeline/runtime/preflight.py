@@ -1,0 +1,62 @@
+"""Before step 1: will this run be able to save, do all ranks agree on what they run, is anything in the way.
+
+In: the run directory, the size of a checkpoint, fingerprints of every rank. Out: nothing, or a `UserError` that names
+the rank or the file and the mend. Used by trainer.py.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+
+STALE_LOCK_AGE_S = 600.0
+
+
+def check_run_dir(run_dir: Path) -> None:
+    """A file can be written, synced and renamed there."""
+    probe, renamed = run_dir / ".preflight.tmp", run_dir / ".preflight"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with open(probe, "w") as file:
+            file.write("x")
+            file.flush()
+            os.fsync(file.fileno())
+        probe.rename(renamed)
+        renamed.unlink()
+    except OSError as error:
+        raise UserError(f"the run directory {run_dir} cannot be written to ({error}); take another --run-dir") from None
+
+
+def check_disk(run_dir: Path, checkpoint_bytes: int, num_checkpoints: int, num_present: int) -> None:
+    """Room for the checkpoints that will stay, and one more while it is written."""
+    needed = checkpoint_bytes * max(1, num_checkpoints + 1 - num_present)
+    free = shutil.disk_usage(run_dir).free
+    if free < needed:
+        raise UserError(
+            f"{run_dir} has {free / 2**30:.1f} GiB free; {num_checkpoints} checkpoints and the one being written take "
+            f"{needed / 2**30:.1f} GiB more. Free space, lower checkpoint.keep, or take a --run-dir on another disk"
+        )
+
+
+def check_agreement(facts_by_rank: Sequence[dict[str, Any]]) -> None:
+    """Every rank runs the same code and recipe on the same data."""
+    for rank, facts in enumerate(facts_by_rank):
+        for name, value in facts.items():
+            if value != facts_by_rank[0][name]:
+                raise UserError(
+                    f"rank {rank} has another {name} than rank 0 ({value} instead of {facts_by_rank[0][name]}). Is every "
+                    "node on the same commit, and are recipe and shards the same files everywhere?"
+                )
+
+
+def stale_build_locks() -> list[Path]:
+    """Locks that a killed compilation left in torch's extension cache: a later compilation would wait for them for ever."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    locks = root.rglob("lock") if root.is_dir() else iter(())
+    return [lock for lock in locks if time.time() - lock.stat().st_mtime > STALE_LOCK_AGE_S]
