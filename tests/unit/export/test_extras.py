@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +20,29 @@ from pipeline.export.command import onnx_lines
 from pipeline.export.hf import export_student
 from pipeline.export.sentence_vectors import add_sentence_transformers
 
+REPO = Path(__file__).resolve().parents[3]
 TEXTS = ["Hello world!", "Ein längerer Satz, der in mehr Stücke zerfällt als der erste.", "你好，世界"]
 LINEAGE = {"teacher": "a/teacher", "steps": 0, "recipe": {}}
 
 
-@pytest.fixture
-def pairs(tmp_path: Path) -> RetrievalConfig:
-    (tmp_path / "pairs").mkdir()
-    (tmp_path / "pairs" / "en-de.tsv").write_text("Hello\tHallo\nA house by the sea\tEin Haus am Meer\n")
-    return RetrievalConfig(pairs=str(tmp_path / "pairs"), max_length=60)
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> RetrievalConfig:
+    directory = tmp_path_factory.mktemp("pairs")
+    (directory / "en-de.tsv").write_text("Hello\tHallo\nA house by the sea\tEin Haus am Meer\n")
+    return RetrievalConfig(pairs=str(directory), max_length=60)
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_teacher: Path, pairs: RetrievalConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One export with everything."""
+    for package in ("onnxruntime", "onnxscript", "sentence_transformers"):
+        pytest.importorskip(package, reason="pip install -r requirements-dev.txt")
+    return export(
+        tiny_teacher,
+        tmp_path_factory.mktemp("exports") / "student",
+        lambda directory: add_sentence_transformers(directory, 48, 64),
+        lambda directory: onnx.add_onnx(directory, pairs),
+    )
 
 
 def export(tiny_teacher: Path, output: Path, *extras) -> Path:
@@ -35,17 +50,17 @@ def export(tiny_teacher: Path, output: Path, *extras) -> Path:
     return export_student(model.state_dict(), model.config, str(tiny_teacher), output, LINEAGE, extras)
 
 
-def test_onnx_gives_the_hidden_states_of_torch(tiny_teacher: Path, tmp_path: Path, pairs: RetrievalConfig) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install -r requirements-dev.txt")
-    output = export(tiny_teacher, tmp_path / "student", lambda directory: onnx.add_onnx(directory, pairs))
-    check = json.loads((output / "onnx" / "check.json").read_text())
+def test_onnx_gives_the_hidden_states_of_torch(exported: Path) -> None:
+    import onnxruntime
+
+    check = json.loads((exported / "onnx" / "check.json").read_text())
     assert check["fp32"]["greatest_difference"] <= onnx.GREATEST_DIFFERENCE
     assert (check["languages"], check["sentences"]) == (["de"], 4)
     assert check["megabytes"]["int8"] < check["megabytes"]["fp32"]
     assert "fp32   retrieval" in onnx_lines(check)
 
-    session = onnxruntime.InferenceSession(str(output / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"])
-    model, tokenizer = AutoModel.from_pretrained(output).eval(), AutoTokenizer.from_pretrained(output)
+    session = onnxruntime.InferenceSession(str(exported / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"])
+    model, tokenizer = AutoModel.from_pretrained(exported).eval(), AutoTokenizer.from_pretrained(exported)
     for texts in (TEXTS, TEXTS[:1]):  # another batch size, another length, padding and none
         feeds = tokenizer(texts, padding=True, return_tensors="np")
         states_BLD = session.run(None, {name: feeds[name] for name in ("input_ids", "attention_mask")})[0]
@@ -74,13 +89,20 @@ def test_a_wrong_onnx_file_is_refused_and_nothing_is_kept(
     onnx.refuse_difference(2e-6)
 
 
-def test_sentence_transformers_gives_our_vectors(tiny_teacher: Path, tmp_path: Path) -> None:
-    package = pytest.importorskip("sentence_transformers", reason="pip install -r requirements-dev.txt")
-    output = export(tiny_teacher, tmp_path / "student", lambda directory: add_sentence_transformers(directory, 48, 64))
-    model = package.SentenceTransformer(str(output), device="cpu")
-    assert (model.max_seq_length, [type(module).__name__ for module in model]) == (
-        64,
-        ["Transformer", "Pooling", "Normalize"],
-    )
-    ours, _ = sentence_vectors(load_encoder(str(output)), TEXTS, max_length=64, batch_size=2)
+def test_sentence_transformers_gives_our_vectors(exported: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(exported), device="cpu")
+    assert model.max_seq_length == 64
+    assert [type(module).__name__ for module in model] == ["Transformer", "Pooling", "Normalize"]
+    ours, _ = sentence_vectors(load_encoder(str(exported)), TEXTS, max_length=64, batch_size=2)
     np.testing.assert_allclose(model.encode(TEXTS), ours["output"].numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("example", sorted((REPO / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_every_example_runs(
+    exported: Path, example: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", [str(example), str(exported)])
+    runpy.run_path(str(example), run_name="__main__")
+    assert capsys.readouterr().out.count("->") == 4
