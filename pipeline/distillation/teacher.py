@@ -100,6 +100,10 @@ class FrozenTeacher(nn.Module):
     def train(self, mode: bool = True) -> FrozenTeacher:
         return super().train(False)
 
+    def compile(self, *arguments, **keywords) -> None:
+        """Compile the encoder alone: tracing Hugging Face's buffers under inference mode fails inside a graph."""
+        self.tapped.compile(*arguments, **keywords)
+
     def forward(self, input_ids_BL: torch.Tensor, attention_mask: torch.Tensor | None = None):
         with torch.inference_mode():
             return self.tapped(input_ids_BL, attention_mask)

@@ -117,3 +117,13 @@ def test_vocabulary_of_the_shards_must_fit(saved):
     check_vocabulary(model, VOCABULARY, "artifacts/shards")
     with pytest.raises(UserError, match=f"(?s)artifacts/shards.*{VOCABULARY + 1} ids.*{VOCABULARY} rows"):
         check_vocabulary(model, VOCABULARY + 1, "artifacts/shards")
+
+
+def test_a_compiled_teacher_gives_the_same(saved):
+    """With the `eager` compiler, which traces but builds nothing: what fails in practice is the tracing."""
+    teacher, rows = load_teacher(load_encoder(saved), 1), random_rows(2, 12)
+    expected = teacher(rows)
+    teacher.compile(backend="eager")
+    for mine, theirs in zip(teacher(rows), expected, strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5)
+    assert teacher(rows)[0].is_inference()
