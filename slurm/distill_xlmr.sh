@@ -23,6 +23,7 @@ set -euo pipefail
 # shellcheck source=slurm/lib/job.sh
 source "${SLURM_SUBMIT_DIR:?submit this with sbatch, from the root of the repository}/slurm/lib/job.sh"
 RESIGNAL_S=20 # a rank that is still importing libraries does not hear a signal yet, so it is repeated
+ANSWER_S=90   # a node that has not started `true` after so long is dead
 
 read_arguments() {
   recipe=${1:-recipes/xlmr_large_l12_h384.yaml}
@@ -48,9 +49,6 @@ refuse_to_loop() {
   if ((life > max_restarts)); then
     fail "this is restart $life of job $SLURM_JOB_ID, and MAX_RESTARTS is $max_restarts. If all is well, submit it anew:" \
       "it goes on from the newest checkpoint in $run_dir"
-  fi
-  if [[ $on_preemption == end && -f $run_dir/FAILED ]]; then
-    fail "an earlier job of this chain failed: $(<"$run_dir/FAILED"). Mend that, remove $run_dir/FAILED, submit again"
   fi
 }
 
@@ -101,22 +99,35 @@ report_and_end() {
   if [[ -f $run_dir/DONE ]]; then
     note "$(<"$run_dir/DONE")"
     exit 0
-  elif [[ ! -f $run_dir/PREEMPTED ]]; then
+  elif [[ -f $run_dir/PREEMPTED ]]; then
+    note "$(<"$run_dir/PREEMPTED")"
+  elif nodes_answer; then
     report_failure "$code"
     exit 1
+  else
+    note "not all nodes answer any more; what is lost is what came after the newest checkpoint"
   fi
-  note "$(<"$run_dir/PREEMPTED")"
-  if [[ -e $run_dir/STOP || -n $cancelled || $on_preemption == end ]]; then
+  if [[ -e $run_dir/STOP && $on_preemption == end ]]; then
+    fail "$run_dir/STOP ends this job and, so that none goes on, the chain behind it"
+  elif [[ -n $cancelled ]]; then
+    note "job $SLURM_JOB_ID was ended from outside; if Slurm requeues it, or with the next job, it goes on"
+  elif [[ -e $run_dir/STOP || $on_preemption == end ]]; then
     note "job $SLURM_JOB_ID ends here; the next job with this run directory goes on"
   elif ((life >= max_restarts)); then
-    fail "job $SLURM_JOB_ID was restarted $life times, and MAX_RESTARTS is $max_restarts: not requeued. All is saved; submit" \
-      "again to go on from there"
+    fail "job $SLURM_JOB_ID was restarted $life times, and MAX_RESTARTS is $max_restarts: not requeued. Submit it" \
+      "again to go on from the newest checkpoint"
   elif scontrol requeue "$SLURM_JOB_ID"; then
     note "requeued as life $((life + 1))"
   else
-    fail "this cluster does not requeue. All is saved; submit again to go on, or let submit_all.sh --chain N queue" \
+    fail "this cluster does not requeue; submit again to go on, or let submit_all.sh --chain N queue" \
       "several jobs that follow each other"
   fi
+}
+
+# Slurm requeues by itself when it has noticed that a node is dead, but the ranks may notice minutes earlier.
+nodes_answer() {
+  timeout --kill-after=10 "$ANSWER_S" srun --overlap --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task=1 \
+    true &>/dev/null
 }
 
 report_failure() {

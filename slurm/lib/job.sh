@@ -94,7 +94,8 @@ meeting_port() {
 
 # torchrun on every node, through one srun task per node: start_ranks LOG_PREFIX PROCESSES_PER_NODE SCRIPT [ARGUMENT ...]
 # Stop signals are for the ranks, which save; the launchers between must not die of them, and torchrun is told to leave
-# all but Ctrl-C alone. A node's log is LOG_PREFIX-NODE.log.
+# all but Ctrl-C alone. A node's log is LOG_PREFIX-NODE.log. Call it with `&`: the subshell becomes srun, so that $! can be
+# signalled.
 start_ranks() {
   local prefix=$1 processes=$2 master port
   shift 2
@@ -102,7 +103,7 @@ start_ranks() {
   port=$(meeting_port)
   # PET_ is torchrun's own prefix for its options: only the node knows its number.
   # shellcheck disable=SC2016  # expanded on the node
-  srun --kill-on-bad-exit=1 --wait=60 --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+  exec srun --kill-on-bad-exit=1 --wait=60 --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
     --output="$prefix-%N.log" "${SRUN_OPTIONS[@]}" \
     bash -c 'trap "" TERM USR1 USR2; export PET_NODE_RANK=$SLURM_NODEID; exec "$@"' launcher \
     "${CONTAINER[@]}" "$PYTHON" -m torch.distributed.run --nnodes="${SLURM_JOB_NUM_NODES:-1}" \

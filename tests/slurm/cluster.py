@@ -25,6 +25,7 @@ PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged", "unsh
 SBIN = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 CLIENT_TIMEOUT_S = 120
 NODE_LOSS_S = 10  # a silent node is given up after so long; Slurm's own default is 300
+KILL_WAIT_S = 10  # between TERM and KILL
 # bash reaps orphans while it waits for its standard input to close, which is what a host's first process has to do.
 FIRST_PROCESS = """
 hostname "$1" && mount --bind "$2/etc/hosts" /etc/hosts && ip link set lo up || exit 1
@@ -59,7 +60,7 @@ class Host:
 
     def __init__(self, name: str, address: str, directory: Path):
         self.name, self.address, self._directory = name, address, directory
-        self._holder: subprocess.Popen[str] | None = None
+        self.holder: subprocess.Popen[str] | None = None
         self.pid = 0
 
     def power_on(self) -> None:
@@ -67,7 +68,7 @@ class Host:
         command = ["unshare", *flags, "bash", "-c", FIRST_PROCESS, "host", self.name, str(self._directory)]
         log = open(self._directory / "log" / f"{self.name}.host.log", "a")
         with log:
-            self._holder = subprocess.Popen(
+            self.holder = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -76,29 +77,29 @@ class Host:
                 text=True,
                 start_new_session=True,  # Ctrl-C belongs to the tests, which then take the cluster down
             )
-        assert self._holder.stdout is not None
-        if self._holder.stdout.readline().strip() != "up":
+        assert self.holder.stdout is not None
+        if self.holder.stdout.readline().strip() != "up":
             self.power_off()
             raise ClusterError(f"host {self.name} did not start: {Path(log.name).read_text()[-500:]}")
-        children = Path(f"/proc/{self._holder.pid}/task/{self._holder.pid}/children").read_text().split()
+        children = Path(f"/proc/{self.holder.pid}/task/{self.holder.pid}/children").read_text().split()
         self.pid = int(children[0])
 
     @property
     def is_on(self) -> bool:
-        return self._holder is not None
+        return self.holder is not None
 
     def power_off(self) -> None:
         """SIGKILL to the first process of a PID namespace ends all others of it."""
-        if self._holder is None:
+        if self.holder is None:
             return
-        if self.pid:
+        if self.pid and Path(f"/proc/{self.pid}").exists():
             os.kill(self.pid, signal.SIGKILL)
-        self._holder.kill()
-        self._holder.wait()
-        for pipe in (self._holder.stdin, self._holder.stdout):
+        self.holder.kill()
+        self.holder.wait()
+        for pipe in (self.holder.stdin, self.holder.stdout):
             assert pipe is not None
             pipe.close()
-        self._holder, self.pid = None, 0
+        self.holder, self.pid = None, 0
 
     def enter(self, *command: str, only_network: bool = False) -> list[str]:
         """The command line that runs `command` on this host."""
@@ -153,6 +154,10 @@ class Cluster:
         subprocess.run(node.enter("ip", "addr", "add", f"{node.address}/24", "dev", "eth0"), check=True)
         subprocess.run(node.enter("ip", "link", "set", "eth0", "up"), check=True)
         subprocess.run(node.enter("slurmd", "-N", name), check=True, env=self._environment({}))
+
+    def on_node(self, name: str, *command: str) -> None:
+        """Run a command as the administrator of a node."""
+        subprocess.run(self.nodes[name].enter(*command), check=True)
 
     def lose_power(self, name: str) -> None:
         self.nodes[name].power_off()
@@ -241,8 +246,9 @@ class Cluster:
     def _slurm_conf(self) -> str:
         nodes = "\n".join(f"NodeName={n.name} NodeHostname={n.name} NodeAddr={n.address}" for n in self.nodes.values())
         template = (Path(__file__).parent / "slurm.conf").read_text()
-        values = {"DIRECTORY": self.directory, "ADDRESS": self.head.address, "NODE_LOSS_S": NODE_LOSS_S}
-        for name, value in {**values, "CPUS": self.cpus, "GPUS": self.gpus, "NODES": nodes}.items():
+        values = {"DIRECTORY": self.directory, "ADDRESS": self.head.address, "NODES": nodes, "CPUS": self.cpus}
+        values |= {"GPUS": self.gpus, "NODE_LOSS_S": NODE_LOSS_S, "KILL_WAIT_S": KILL_WAIT_S}
+        for name, value in values.items():
             template = template.replace(f"@{name}@", str(value))
         return template
 

@@ -16,12 +16,17 @@ from tests.slurm.jobs import Training
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two nodes with real slurmd under a real slurmctld."""
+def slurm_here() -> None:
+    """Goes on only where a cluster can be made."""
     if reason := why_impossible():
         if os.environ.get("SLURM_TESTS") == "require":
             pytest.fail(f"SLURM_TESTS=require, but {reason}")
         pytest.skip(f"no Slurm cluster here: {reason}")
+
+
+@pytest.fixture(scope="session")
+def cluster(slurm_here: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two nodes with real slurmd under a real slurmctld."""
     with Cluster(tmp_path_factory.mktemp("cluster")) as cluster:
         yield cluster
 
@@ -47,6 +52,15 @@ def plain_run(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path, fp32_
     """The uninterrupted single process, without Slurm, that jobs are compared with."""
     run_dir = tmp_path_factory.mktemp("plain") / "run"
     train("python", 1, run_dir, ["--deepspeed", str(fp32_config), "--recipe", str(tiny_recipe)])
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def two_node_run(tmp_path_factory: pytest.TempPathFactory, training: Training) -> Path:
+    """The uninterrupted run of one rank on each node, started by srun itself, that disturbed jobs are compared with."""
+    run_dir = tmp_path_factory.mktemp("two-nodes") / "run"
+    job = training.submit_without_launcher(run_dir, "--nodes=2")
+    assert job.wait_end() == "COMPLETED", job.log
     return run_dir
 
 

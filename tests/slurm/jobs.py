@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import shlex
+import sys
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from pipeline.runtime.checkpoint import read_model_weights
-from tests.conftest import REPO
 from tests.slurm.cluster import Cluster
 
 SCRIPT = "slurm/distill_xlmr.sh"
+FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 FAULTS = Path(__file__).parent / "faults"
 
 
@@ -27,9 +30,16 @@ class Training:
         """One job on CPUs, one process per node unless said otherwise; `options` are sbatch's."""
         small = ["--gpus-per-node=0", "--cpus-per-task=2", f"--output={run_dir}.out"]
         environment = {"SITE_ENV": str(self.site_env), "PROCESSES_PER_NODE": "1", **environment}
-        environment["PYTHONPATH"] = f"{FAULTS}:{REPO}"
+        environment["PYTHONPATH"] = str(FAULTS)
         arguments = [str(self.recipe), str(self.ds_json), str(run_dir), *extra]
         number = self.cluster.submit(*small, *options, SCRIPT, *arguments, **environment)
+        return Job(self.cluster, number, run_dir)
+
+    def submit_without_launcher(self, run_dir: Path, *options: str) -> Job:
+        """`srun python pipeline/train.py`, one task per rank and nothing between."""
+        arguments = ["--deepspeed", str(self.ds_json), "--recipe", str(self.recipe), "--run-dir", str(run_dir)]
+        command = shlex.join(["srun", sys.executable, "pipeline/train.py", *arguments])
+        number = self.cluster.submit(*options, f"--output={run_dir}.out", f"--wrap={command}", OMP_NUM_THREADS="1")
         return Job(self.cluster, number, run_dir)
 
 
@@ -38,6 +48,7 @@ class Job:
     cluster: Cluster
     number: str
     run_dir: Path
+    restart_delay_s: int = 3
 
     @property
     def log(self) -> str:
@@ -58,27 +69,42 @@ class Job:
     def restarts(self) -> int:
         return int(self.facts()["Restarts"])
 
+    def state(self) -> str:
+        """The job's state; on the way, a requeued job is spared most of the two minutes that Slurm lets it wait.
+
+        Not all: nodes still refuse a job that they killed within this second, or (`restart_delay_s`) kill it belatedly.
+        """
+        facts = self.facts()
+        if facts["JobState"] == "PENDING" and facts["Reason"] == "BeginTime":
+            begins = datetime.fromisoformat(facts["EligibleTime"])
+            if begins > datetime.now() + timedelta(seconds=self.restart_delay_s + 2):
+                soon = f"StartTime=now+{self.restart_delay_s}seconds"
+                self.cluster.attempt("scontrol", "update", f"jobid={self.number}", soon)
+        return facts["JobState"]
+
     def wait_end(self) -> str:
         """The state in which the job ended for good."""
-        final = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        return self.cluster.wait_state(self.number, *final)
+        self.cluster.wait_for(lambda: self.state() in FINAL, f"end of job {self.number}")
+        return self.state()
 
     def wait_step(self, life: int, step: int) -> None:
         """Until life `life` has finished a step numbered `step` or higher."""
 
         def reached() -> bool:
-            if self.facts()["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"):
-                raise AssertionError(f"the job ended before step {step} of life {life}:\n{self.log}")
+            assert self.state() not in FINAL, f"the job ended before step {step} of life {life}:\n{self.log}"
             return any(done >= step for log in self.node_logs(life).values() for done in steps_in(log))
 
         self.cluster.wait_for(reached, f"step {step} in life {life} of job {self.number}")
 
+    def wait_until_saved(self, life: int) -> None:
+        """Until the batch script has seen that life `life` stopped as asked."""
+        self.cluster.wait_for(
+            lambda: self.log.count("stopped on request") > life, f"save of life {life} of job {self.number}"
+        )
+
     def preempt(self) -> None:
         """What Slurm does ahead of a time limit: USR1 to the batch script."""
         self.cluster.run("scancel", "--signal=USR1", "--batch", self.number)
-
-    def wait_life(self, life: int) -> None:
-        self.cluster.wait_for(lambda: self.restarts >= life, f"life {life} of job {self.number}")
 
 
 def steps_in(log: str) -> list[int]:

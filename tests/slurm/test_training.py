@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 import pytest
 
-from tests.dist.runs import curve, metrics
-from tests.slurm.jobs import Training, same_weights, steps_in
+from pipeline.runtime.checkpoint import committed_steps
+from tests.dist.runs import curve, metrics, train
+from tests.slurm.cluster import KILL_WAIT_S
+from tests.slurm.jobs import Job, Training, same_weights
+
+pytestmark = pytest.mark.timeout(3600)  # cores are often shared; every wait inside has a limit of its own
+NUM_PREEMPTIONS = int(os.environ.get("SLURM_PREEMPTIONS", "5"))
+STEPS = 12  # of the tiny recipe
 
 
+@pytest.fixture(scope="module")
+def time_limited_job(training: Training, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """Submitted before the other tests: it sleeps through most of its first life, until its time limit nears."""
+    run_dir = tmp_path_factory.mktemp("limit") / "run"
+    return training.submit(run_dir, "--time=1", "--signal=B:USR1@45", SLOW_STEP_S="6", SLOW_LIVES="1")
+
+
+@pytest.mark.usefixtures("time_limited_job")
 def test_two_nodes_with_two_ranks_give_the_losses_of_one_process(
     training: Training, plain_run: Path, tmp_path: Path
 ) -> None:
@@ -23,12 +39,121 @@ def test_two_nodes_with_two_ranks_give_the_losses_of_one_process(
         assert hint in job.log
 
 
+def test_srun_alone_starts_ranks_on_two_nodes(two_node_run: Path, plain_run: Path) -> None:
+    """One task per rank and no launcher: train.py finds rank, size and the first node by itself."""
+    assert curve(two_node_run) == pytest.approx(curve(plain_run), rel=1e-5)
+
+
+def test_preempted_requeued_and_finished_bit_for_bit(training: Training, two_node_run: Path, tmp_path: Path) -> None:
+    job = training.submit(tmp_path / "run", "--nodes=2", SLOW_STEP_S="1", SLOW_LIVES="1")
+    job.wait_step(life=0, step=2)
+    job.preempt()
+    assert job.wait_end() == "COMPLETED", job.log
+    assert job.restarts == 1
+    assert "USR1 received" in job.log
+    assert curve(job.run_dir) == curve(two_node_run)
+    assert same_weights(job.run_dir, two_node_run)
+
+
+def test_a_more_urgent_job_takes_the_nodes_and_gives_them_back(
+    training: Training, two_node_run: Path, tmp_path: Path
+) -> None:
+    """Slurm's own preemption: it sends TERM to the ranks, not to the batch script, and grants some time."""
+    job = training.submit(tmp_path / "run", "--nodes=2", SLOW_STEP_S="1", SLOW_LIVES="1")
+    job.wait_step(life=0, step=2)
+    urgent = training.cluster.submit(
+        "--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path}/urgent.out", "--wrap=hostname"
+    )
+    assert training.cluster.wait_state(urgent, "COMPLETED", "FAILED") == "COMPLETED"
+    assert job.wait_end() == "COMPLETED", job.log
+    assert job.restarts == 1
+    assert "signal SIGTERM" in job.log
+    assert same_weights(job.run_dir, two_node_run)
+
+
+def test_a_node_loses_power(training: Training, two_node_run: Path, tmp_path: Path) -> None:
+    """Slurm requeues; the job resumes from the last whole checkpoint."""
+    job = training.submit(tmp_path / "run", "--nodes=2", SLOW_STEP_S="1", SLOW_LIVES="1")
+    job.wait_step(life=0, step=5)
+    # On a node that comes back, Slurm kills what it believes to be left of the job, the new life included.
+    job.restart_delay_s = KILL_WAIT_S + 2
+    training.cluster.lose_power("n2")
+    training.cluster.wait_for(lambda: "DOWN" in training.cluster.node_state("n2"), "n2 given up")
+    training.cluster.boot("n2")
+    assert job.wait_end() == "COMPLETED", job.log
+    assert job.restarts == 1
+    assert "checkpoints/step-00000004" in job.node_logs(1)["n1"]
+    assert same_weights(job.run_dir, two_node_run)
+
+
 def test_a_bug_in_one_rank_fails_the_job(training: Training, tmp_path: Path) -> None:
     """Not requeued, nothing hangs, and the batch log ends with the cause, not with what the other rank made of it."""
     job = training.submit(tmp_path / "run", "--nodes=2", BUG_RANK="1", BUG_STEP="5")
     assert job.wait_end() == "FAILED", job.log
     assert job.restarts == 0
-    last_lines = job.log.rstrip().splitlines()[-4:]
+    last_lines = job.log.rstrip().splitlines()[-2:]
     assert any("RuntimeError: a bug put here on purpose" in line for line in last_lines), job.log
     assert "a bug put here on purpose" in (job.run_dir / "FAILED").read_text()
     assert not (job.run_dir / "DONE").exists()
+
+
+def test_many_preemptions_in_a_row_lose_no_step(training: Training, plain_run: Path, tmp_path: Path) -> None:
+    """Every life goes on exactly where the one before was stopped; the last one meets the cap on restarts.
+
+    SLURM_PREEMPTIONS=20 makes it twenty of them; by default there are five.
+    """
+    steps = max(STEPS, 3 * NUM_PREEMPTIONS)
+    extra = () if steps == STEPS else ("--set", f"steps={steps}")
+    if extra:
+        plain_run = tmp_path / "plain"
+        arguments = ["--deepspeed", str(training.ds_json), "--recipe", str(training.recipe), *extra]
+        train("python", 1, plain_run, arguments)
+    run_dir = tmp_path / "run"
+    job = training.submit(run_dir, extra=extra, SLOW_STEP_S="1.5", MAX_RESTARTS=str(NUM_PREEMPTIONS - 1))
+    saved = 0
+    for life in range(NUM_PREEMPTIONS):
+        job.wait_step(life, saved + 1)
+        job.preempt()
+        job.wait_until_saved(life)
+        if life:
+            assert f"checkpoints/step-{saved:08d}" in job.node_logs(life)["n1"], "resumed elsewhere than it was stopped"
+        saved = committed_steps(run_dir / "checkpoints")[-1]
+        assert job.log.count("stopped on request") == life + 1
+        assert f"after step {saved}" in job.log
+    assert job.wait_end() == "FAILED", job.log
+    assert job.restarts == NUM_PREEMPTIONS - 1
+    assert f"MAX_RESTARTS is {NUM_PREEMPTIONS - 1}: not requeued" in job.log
+    assert [row["step"] for row in metrics(run_dir) if "loss/total" in row] == list(range(1, saved + 1))
+    again = training.submit(run_dir, extra=extra)
+    assert again.wait_end() == "COMPLETED", again.log
+    assert curve(run_dir) == curve(plain_run)
+    assert same_weights(run_dir, plain_run)
+
+
+def test_the_jobs_own_time_limit(time_limited_job: Job, plain_run: Path) -> None:
+    """The early signal saves and requeues before the limit kills; --signal may come late, the limit does not."""
+    job = time_limited_job
+    assert job.wait_end() == "COMPLETED", job.log
+    assert job.restarts >= 1
+    assert "USR1 received" in job.log
+    assert re.search(r"stopped on request \(.*\) after step \d+", job.log)
+    assert same_weights(job.run_dir, plain_run)
+
+
+def test_a_stop_file_ends_the_job(training: Training, tmp_path: Path) -> None:
+    job = training.submit(tmp_path / "run", SLOW_STEP_S="1")
+    job.wait_step(life=0, step=1)
+    (job.run_dir / "STOP").touch()
+    assert job.wait_end() == "COMPLETED", job.log
+    assert job.restarts == 0
+    assert "the next job with this run directory goes on" in job.log
+
+
+def test_a_cancelled_job_stays_cancelled(training: Training, tmp_path: Path) -> None:
+    """It saves if it can, but must not rise again."""
+    job = training.submit(tmp_path / "run", SLOW_STEP_S="0.5")
+    job.wait_step(life=0, step=1)
+    training.cluster.end([job.number])
+    assert job.facts()["JobState"] == "CANCELLED"
+    assert job.restarts == 0
+    assert (job.run_dir / "PREEMPTED").exists(), f"it had {KILL_WAIT_S} s to save"

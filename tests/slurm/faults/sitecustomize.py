@@ -1,6 +1,6 @@
 """Put on PYTHONPATH by the Slurm tests: makes the real trainer slow, or wrong on one rank, without touching its code.
 
-SLOW_STEP_S seconds pass before every step; rank BUG_RANK raises at step BUG_STEP.
+SLOW_STEP_S seconds pass before every step of the job's first SLOW_LIVES lives; rank BUG_RANK raises at step BUG_STEP.
 """
 
 import importlib.util
@@ -12,9 +12,11 @@ from importlib.abc import MetaPathFinder
 
 def alter(trainer):
     whole_step = trainer.train_step
+    is_slow = int(os.environ.get("SLURM_RESTART_COUNT", "0")) < int(os.environ.get("SLOW_LIVES", "1000"))
+    pause_s = float(os.environ.get("SLOW_STEP_S", "0")) if is_slow else 0.0
 
     def train_step(self, step, batches):
-        time.sleep(float(os.environ.get("SLOW_STEP_S", "0")))
+        time.sleep(pause_s)
         if os.environ.get("RANK") == os.environ.get("BUG_RANK") and step == int(os.environ["BUG_STEP"]):
             raise RuntimeError("a bug put here on purpose")
         return whole_step(self, step, batches)

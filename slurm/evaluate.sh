@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# A finished run to a student, its evaluation beside the teacher, and a report.
+#
+#   sbatch slurm/evaluate.sh RUN_DIR [arguments of `python -m pipeline evaluate`, default: --tasks retrieval]
+#
+# Leaves RUN_DIR/student (Hugging Face directory), RUN_DIR/evaluation/evaluation.json and the report page.
+#SBATCH --job-name=evaluate
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=12:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=evaluate-%j.log
+set -euo pipefail
+
+# shellcheck source=slurm/lib/job.sh
+source "${SLURM_SUBMIT_DIR:?submit this with sbatch, from the root of the repository}/slurm/lib/job.sh"
+enter_repository
+
+(($# >= 1)) || fail "usage: sbatch slurm/evaluate.sh RUN_DIR [arguments of \`python -m pipeline evaluate\`]"
+run_dir=$1
+shift
+need_path RUN_DIR "$run_dir" "It is what the training job called --run-dir"
+need_path RUN_DIR "$run_dir/DONE" "The run is not finished: submit slurm/distill_xlmr.sh again with the same run directory"
+(($#)) || set -- --tasks retrieval
+
+# The teacher is read at the layer that was distilled, the student at its last.
+teacher=$(run_python -c '
+import sys, yaml
+recipe = yaml.safe_load(open(sys.argv[1], encoding="utf-8"))
+layer = recipe.get("relations", {}).get("teacher_layer")
+print(recipe["teacher"] + (f"@{layer}" if layer else ""))' "$run_dir/recipe.yaml")
+
+on_node() {
+  srun --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${SRUN_OPTIONS[@]}" "${CONTAINER[@]}" "$PYTHON" "$@"
+}
+note "job $SLURM_JOB_ID on $(hostname): $run_dir against $teacher"
+on_node -m pipeline export "$run_dir" --output "$run_dir/student"
+on_node -m pipeline evaluate "$teacher" "$run_dir/student" --output "$run_dir/evaluation" "$@"
+on_node -m pipeline report "$run_dir"
+note "finished: $run_dir/student"

@@ -1,0 +1,74 @@
+"""What one node is like, as one line of JSON: `facts`, which must be the same on all nodes, and `problems`.
+
+python slurm/lib/probe_node.py RECIPE RUN_DIR MIN_FREE_GB          (node_check.sh runs it once per node)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from data_prep.shards import ShardSet  # noqa: E402
+from pipeline.config import load_recipe  # noqa: E402
+from pipeline.lineage import PACKAGES, git_commit, metadata  # noqa: E402
+
+
+def graphics_cards() -> str:
+    """For example `8 x NVIDIA H100 80GB HBM3, driver 550.54`."""
+    if shutil.which("nvidia-smi") is None:
+        return "none"
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, timeout=60)
+    cards = done.stdout.strip().splitlines()
+    return f"{len(cards)} x {cards[0].replace(', ', ', driver ')}" if cards else done.stderr.strip()
+
+
+def check_run_dir(run_dir: Path, min_free_gb: int) -> None:
+    """A file can be written, flushed and renamed there, and there is room."""
+    with tempfile.NamedTemporaryFile(dir=run_dir, prefix=f"probe-{socket.gethostname()}-") as file:
+        file.write(b"probe")
+        os.fsync(file.fileno())
+    free_gb = shutil.disk_usage(run_dir).free / 1e9
+    if free_gb < min_free_gb:
+        raise OSError(f"{free_gb:.0f} GB are free in {run_dir}, at least {min_free_gb} are wanted")
+
+
+def check_teacher(teacher: str) -> None:
+    """A local teacher must be there; a hub name is left to the run, which may have it in its cache."""
+    if Path(teacher).is_absolute() or teacher.startswith("."):
+        (Path(teacher) / "config.json").read_bytes()
+
+
+def main(recipe_path: Path, run_dir: Path, min_free_gb: int) -> None:
+    problems: list[str] = []
+    facts: dict[str, Any] = {"gpus": graphics_cards(), "python": platform.python_version(), "commit": git_commit()}
+    facts |= {name: metadata.version(name) for name in PACKAGES}
+
+    def attempt(check: Callable[[], Any]) -> Any:
+        try:
+            return check()
+        except Exception as error:  # whatever is wrong with this node is what we are here to say
+            problems.append(f"{type(error).__name__}: {error}")
+            return None
+
+    recipe = load_recipe(recipe_path, [])
+    attempt(lambda: check_run_dir(run_dir, min_free_gb))
+    attempt(lambda: check_teacher(recipe.teacher))
+    shards = attempt(lambda: ShardSet(Path(recipe.data)))
+    facts["shards"] = len(shards.all_shards()) if shards else 0
+    print(json.dumps({"facts": facts, "problems": problems}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

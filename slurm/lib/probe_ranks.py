@@ -1,0 +1,55 @@
+"""Meet the other ranks as a run would and add up a tensor; every rank says how far it came.
+
+srun ... python slurm/lib/probe_ranks.py          (node_check.sh: one task per GPU)
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch  # noqa: E402
+
+from pipeline.runtime import dist  # noqa: E402
+
+TIMEOUT_S = 180
+NUM_ELEMENTS = 1 << 24  # 64 MiB in fp32
+NUM_ROUNDS = 5
+
+
+def main() -> None:
+    launch = dist.read_launch()
+    where = f"rank {launch.rank} on {socket.gethostname()} ({launch.device})"
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # Rank 0 keeps the store; whoever can set a key in it has a way to it.
+    store = torch.distributed.TCPStore(
+        address, port, launch.world_size, launch.is_main, timedelta(seconds=TIMEOUT_S), wait_for_workers=False
+    )
+    store.set(f"rank {launch.rank}", "here")
+    print(f"{where} reached the first rank at {address}:{port}", flush=True)
+    backend = "nccl" if launch.device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(
+        backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timedelta(seconds=TIMEOUT_S)
+    )
+    values = torch.ones(NUM_ELEMENTS, device=launch.device)
+    dist.sum_over_ranks(values)
+    began = time.monotonic()
+    for _ in range(NUM_ROUNDS):
+        dist.sum_over_ranks(values.fill_(1.0))
+    total = int(values[-1].item())
+    gigabytes_s = NUM_ROUNDS * NUM_ELEMENTS * 4 / 1e9 / (time.monotonic() - began)
+    assert total == launch.world_size, f"{where}: the sum of ones is {total}, not {launch.world_size}"
+    print(f"{where}: adding up works, {gigabytes_s:.2f} GB/s over {launch.world_size} ranks", flush=True)
+    dist.barrier()  # rank 0 keeps the store until all are through
+    dist.shut_down()
+
+
+if __name__ == "__main__":
+    main()
+    os._exit(0)  # as pipeline/train.py does, and for its reason

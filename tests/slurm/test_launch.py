@@ -1,0 +1,96 @@
+"""Ranks started by srun alone: what train.py makes of Slurm's environment. No cluster is needed here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.runtime.dist import read_launch
+
+TASK = {
+    "SLURM_JOB_ID": "41",
+    "SLURM_STEP_ID": "2",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NTASKS": "8",
+}
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """Nothing of a launcher, and a `scontrol` that knows the nodes localhost and 'far'."""
+    for name in [*os.environ]:
+        if name.startswith("SLURM") or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.delenv(name)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that what read_launch sets is taken back after the test
+        monkeypatch.delenv(name)
+    fake = tmp_path / "scontrol"
+    fake.write_text(
+        '#!/bin/sh\n[ "$3" = hostnames ] && echo "${FIRST_NODE}" && echo n2 || echo "NodeName=x NodeAddr=10.0.0.7"\n'
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("FIRST_NODE", "localhost")
+    return monkeypatch
+
+
+def start(environment: pytest.MonkeyPatch, **changes: str) -> None:
+    for name, value in {**TASK, **changes}.items():
+        environment.setenv(name, value)
+
+
+def test_rank_size_and_first_node(environment: pytest.MonkeyPatch) -> None:
+    start(environment)
+    launch = read_launch()
+    assert (launch.rank, launch.world_size, launch.local_rank) == (5, 8, 1)
+    assert os.environ["MASTER_ADDR"] == "localhost"
+    assert 15000 <= int(os.environ["MASTER_PORT"]) < 30000
+
+
+def test_a_name_that_does_not_resolve_gives_way_to_the_address(environment: pytest.MonkeyPatch) -> None:
+    start(environment, FIRST_NODE="no-such-host.invalid")
+    read_launch()
+    assert os.environ["MASTER_ADDR"] == "10.0.0.7"
+
+
+def test_without_scontrol_the_message_says_what_to_set(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    start(environment, PATH=str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="Set MASTER_ADDR"):
+        read_launch()
+
+
+def test_one_node_needs_no_scontrol(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    start(environment, PATH=str(tmp_path / "empty"), SLURM_STEP_NUM_NODES="1")
+    read_launch()
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_the_next_life_meets_at_another_port(environment: pytest.MonkeyPatch) -> None:
+    ports = set()
+    for life in range(20):
+        start(environment, SLURM_RESTART_COUNT=str(life))
+        read_launch()
+        ports.add(os.environ.pop("MASTER_PORT"))
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
+            os.environ.pop(name)
+    assert len(ports) == 20
+
+
+def test_a_batch_script_without_srun_is_one_process(environment: pytest.MonkeyPatch) -> None:
+    """There SLURM_NTASKS counts what srun could start, and SLURM_PROCID is 0."""
+    start(environment, SLURM_PROCID="0")
+    for name in ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES", "SLURM_STEP_ID"):
+        environment.delenv(name)
+    assert read_launch().world_size == 1
+
+
+def test_a_launcher_below_srun_has_the_last_word(environment: pytest.MonkeyPatch) -> None:
+    start(environment, RANK="1", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="12345")
+    assert read_launch().world_size == 2
