@@ -22,6 +22,7 @@ from pipeline.distillation.teacher import FrozenTeacher
 from pipeline.errors import UserError
 
 LETTERS = "qkv"
+OUTPUT = "output"  # the tail term among the parts
 logger = logging.getLogger(__name__)
 
 
@@ -61,6 +62,9 @@ class RelationsConfig:
             raise UserError(
                 "`relations.layers` needs at least one pair, and no teacher_layer or student_layer beside it"
             )
+        matched = [(pair.teacher, pair.student) for pair in self.layers or []]
+        if len(set(matched)) < len(matched):
+            raise UserError("`relations.layers` names the same two layers twice; give them one weight")
 
     @property
     def teacher_taps(self) -> int | list[int] | None:
@@ -163,17 +167,27 @@ class DistillModule(nn.Module):
     def relation_maps(self, input_ids_BL: torch.Tensor, pair: str = "v-v", num_heads: int = 4) -> torch.Tensor:
         """Relation matrices of the first row, [2, num_heads, L, L] for teacher and student, as probabilities.
 
-        `pair` may carry a layer pair (a name out of `part_names`), which is dropped: the pictures show the first pair.
+        `pair` is one of `part_names`, or one without its layers, which stands for the first pair of layers.
         """
-        first, second = _letters(pair.split("@")[0])
         maps = []
         for reading in self._read_without_dropout(input_ids_BL[:1], Extent()):
             queries_HLd, keys_HLd = (
-                reading.layers[0][letter][0].float().unflatten(-1, (self.config.heads, -1)).transpose(0, 1)[:num_heads]
-                for letter in (first, second)
+                x_BLD[0].float().unflatten(-1, (self.config.heads, -1)).transpose(0, 1)[:num_heads]
+                for x_BLD in self._tensors_of(pair, reading)
             )
             maps.append((queries_HLd @ keys_HLd.mT * queries_HLd.shape[-1] ** -0.5).softmax(-1))
         return torch.stack(maps)
+
+    def _tensors_of(self, pair: str, reading: Readings) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two tensors (often the same one) whose relation a part is about."""
+        if pair == OUTPUT:
+            assert reading.output_BLD is not None
+            return reading.output_BLD, reading.output_BLD
+        name, _, layers = pair.partition("@")
+        known = [f"{p.teacher}>{p.student}" for p in self.config.layers or []]
+        projections = reading.layers[known.index(layers) if layers else 0]
+        first, second = _letters(name)
+        return projections[first], projections[second]
 
     def _read(self, input_ids_BL: torch.Tensor, extent: Extent) -> tuple[Readings, Readings]:
         """Both models on one batch; a mask only where there is padding, or documents are to be kept apart."""
@@ -198,7 +212,6 @@ class DistillModule(nn.Module):
         self, loss: Callable, teacher: Readings, student: Readings, extent: Extent
     ) -> list[torch.Tensor]:
         """One loss per layer pair and relation, in `part_names`' order."""
-        backend = "auto" if self.backend not in BACKENDS else self.backend
         losses = []
         for of_teacher, of_student in zip(teacher.layers, student.layers, strict=True):
             for first, second in map(_letters, self.config.pairs):
@@ -206,13 +219,15 @@ class DistillModule(nn.Module):
                 if first != second:
                     keys = {"teacher_keys_BLD": of_teacher[second], "student_keys_BLD": of_student[second]}
                 of_both = (of_teacher[first], of_student[first])
-                losses.append(loss(*of_both, self.config.heads, backend=backend, **keys, **extent.of_relations()))
+                losses.append(loss(*of_both, self.config.heads, backend=self.backend, **keys, **extent.of_relations()))
         return losses
 
     def _tail_loss(self, teacher_BLD: Any, student_BLD: Any, extent: Extent) -> torch.Tensor:
         """The term that gives the layers above the distilled one a signal: outputs' relation, or their distance."""
         if self.config.tail == "relation":
-            return relation_kl(teacher_BLD, student_BLD, self.config.heads, **extent.of_relations())
+            return relation_kl(
+                teacher_BLD, student_BLD, self.config.heads, backend=self.backend, **extent.of_relations()
+            )
         if teacher_BLD.shape != student_BLD.shape:
             raise UserError(
                 f"`relations.tail: mse` needs equal widths, not {teacher_BLD.shape[-1]} (teacher) and "
@@ -240,7 +255,7 @@ def _part_weights(config: RelationsConfig) -> dict[str, float]:
             for pair in config.layers
             for name, weight in config.pairs.items()
         }
-    return weights if config.tail == "none" else {**weights, "output": config.tail_weight}
+    return weights if config.tail == "none" else {**weights, OUTPUT: config.tail_weight}
 
 
 def _letters(pair: str) -> tuple[int, int]:

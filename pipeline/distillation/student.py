@@ -101,7 +101,8 @@ def build_student(
         model.get_input_embeddings().weight.requires_grad_(False)
     if config.checkpointing:
         _recompute_activations(model)
-    return split_student(model, tap(model, distilled_layer or config.layers, with_output, after_rotary))
+    tapped_layer = config.layers if distilled_layer is None else distilled_layer
+    return split_student(model, tap(model, tapped_layer, with_output, after_rotary))
 
 
 def split_student(model: PreTrainedModel, tapped: TappedEncoder) -> Student:

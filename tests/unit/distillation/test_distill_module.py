@@ -64,7 +64,10 @@ def test_several_layer_pairs():
     assert module.part_names == ["v-v@2>1", "v-v@4>2"]
     assert parts.tolist() == pytest.approx(expected, rel=1e-4)
     assert loss.item() == pytest.approx(expected[0] + 2 * expected[1], rel=1e-4)
-    assert module.relation_maps(rows, "v-v@4>2").shape == (2, 4, 20, 20)
+    with torch.no_grad():
+        value = tap(whole, 4)(rows[:1])[2]
+    shown = module.relation_maps(rows, "v-v@4>2")[0, 1]
+    assert torch.allclose(shown, (value[0, :, 4:8] @ value[0, :, 4:8].T / 2).softmax(-1), atol=1e-5)
 
 
 def test_the_teacher_is_no_part_of_the_module():
@@ -135,6 +138,7 @@ def test_the_tail_term_reaches_the_last_layers_ffn(tail):
         squares = (outputs[0] - outputs[1]).square().mean(-1)
         expected = sum(squares[row, :n].mean().item() for row, n in enumerate([20, 9, 3])) / 3
     assert parts[3].item() == pytest.approx(expected, rel=1e-4)
+    assert all(module.relation_maps(rows, name).shape == (2, 4, 20, 20) for name in module.part_names)
     loss.backward()
     assert student.model.encoder.layer[-1].output.dense.weight.grad.norm() > 0
 
@@ -188,11 +192,17 @@ def test_the_backend_is_settled_at_the_first_batch_and_reported():
         ({"pairs": {"q-q": -1.0}}, "below zero"),
         ({"backend": "fast"}, "auto, chunked, flash"),
         ({"layers": [LayerPair(1, 1)], "teacher_layer": 3}, "relations.layers"),
+        ({"layers": [LayerPair(1, 1), LayerPair(1, 1, 2.0)]}, "twice"),
     ],
 )
 def test_impossible_relations_say_why(options, words):
     with pytest.raises(UserError, match=f"(?s){words}"):
         RelationsConfig(**options)
+
+
+def test_layer_zero_is_not_taken_for_the_last():
+    with pytest.raises(UserError, match="layer 0"):
+        make(RelationsConfig(heads=12, student_layer=0))
 
 
 @pytest.mark.parametrize(("heads", "whose"), [(16, "student's width of 24"), (10, "student's width of 24")])
