@@ -13,6 +13,7 @@ VERBS = {
     "export": "pipeline.export.command",
     "evaluate": "pipeline.evaluation.command",
     "report": "pipeline.report",
+    "trim": "pipeline.export.trim",
 }
 
 

@@ -47,6 +47,14 @@ the last layer; that layer's output and feed-forward weights are where they star
 {recipe}
 ```
 """
+TRIMMED_CARD = """---
+library_name: transformers
+---
+# {from} with a smaller vocabulary
+
+{pieces[1]:,} of {pieces[0]:,} pieces: those that {languages} use at least {min_count} time(s). {parameters:.1f} M parameters. All
+other weights are those of `{from}`. `trimming.json` holds the old id of every new one and the coverage per language.
+"""
 LABELS = {
     "teacher": "teacher",
     "teacher_layer": "teacher layer (from 1)",
@@ -62,6 +70,7 @@ LABELS = {
     "git_commit": "commit of the code",
     "packages": "versions",
     "precision": "precision of the student in training",
+    "trimmed": "vocabulary cut",
 }
 
 
@@ -89,7 +98,9 @@ def lineage_of(run: dict[str, Any], state: dict[str, Any], recipe_text: str) -> 
 
 
 def model_card(lineage: dict[str, Any], config: PretrainedConfig, num_parameters: int) -> str:
-    """The README.md of an exported student."""
+    """The README.md of an exported student, or of a model whose vocabulary alone was cut."""
+    if "recipe" not in lineage:
+        return TRIMMED_CARD.format(**lineage["trimmed"], parameters=num_parameters / 1e6)
     layers, hidden = config.num_hidden_layers, config.hidden_size
     rows = [f"| {label} | {_cell(lineage[key])} |" for key, label in LABELS.items() if key in lineage]
     return CARD.format(
