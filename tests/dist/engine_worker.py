@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from pipeline.runtime import checkpoint, dist
 from pipeline.runtime.engine import StudentEngine
@@ -50,7 +51,12 @@ def make_engine(run: dict[str, Any], world_size: int) -> StudentEngine:
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True, "weight_decay": 0.1}},
         "zero_optimization": {"stage": run["stage"], **run.get("zero", {})},
         "zero_force_ds_cpu_optimizer": False,
-        "fp16": {"enabled": False},
+        "fp16": {
+            "enabled": run["precision"] == "fp16",
+            "initial_scale_power": 16,
+            "loss_scale_window": 2,
+            "hysteresis": 1,
+        },
         "bf16": {"enabled": run["precision"] == "bf16"},
         "steps_per_print": 2**62,
     }
@@ -60,7 +66,7 @@ def make_engine(run: dict[str, Any], world_size: int) -> StudentEngine:
 def execute(run: dict[str, Any], launch: dist.Launch) -> dict[str, Any]:
     engine = make_engine(run, launch.world_size)
     directory = Path(run["directory"])
-    report: dict[str, Any] = {"losses": {}, "skipped": [], "unharmed": True, "problem": None}
+    report: dict[str, Any] = {"losses": {}, "scales": {}, "skipped": [], "unharmed": True, "problem": None}
     first = 0
     if "load" in run:
         reader = checkpoint.CheckpointReader(Path(run["load"]))
@@ -80,6 +86,7 @@ def execute(run: dict[str, Any], launch: dist.Launch) -> dict[str, Any]:
         assert result is not None
         mean = float(dist.sum_over_ranks(loss.detach().clone().reshape(1)).item()) / launch.world_size
         report["losses"][step] = mean
+        report["scales"][step] = result.loss_scale
         if result.skipped:
             report["skipped"].append(step)
             report["unharmed"] &= digest(engine) == before
@@ -133,6 +140,9 @@ def digest(engine: StudentEngine) -> dict[str, str]:
 
 
 def main(options: dict[str, Any], report: Path) -> None:
+    # DeepSpeed refuses fp16 on CPUs without its instructions; torch computes it all the same, slowly: enough to see the
+    # loss scaler at work where there is no GPU.
+    get_accelerator().is_fp16_supported = lambda: True
     launch = dist.read_launch()
     dist.init_process_group(launch, 120)
     reports = {run["name"]: execute(run, launch) for run in options["runs"]}

@@ -13,6 +13,7 @@ from tests.dist.ranks import run_ranks, run_ranks_to_any_end
 
 WORKER = Path(__file__).parent / "engine_worker.py"
 STAGES = (1, 2, 3)
+PRECISIONS = ("fp32", "bf16", "fp16")
 STEPS = 6
 RANK_1_DOES_NOT_FIT = 1150  # bytes; the files of rank 0 are 1096 each, those of rank 1 1216
 
@@ -38,7 +39,7 @@ def table(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     base = tmp_path_factory.mktemp(f"ranks{request.param}")
     runs = []
     for stage in STAGES:
-        for precision in ("fp32", "bf16"):
+        for precision in PRECISIONS:
             whole: dict[str, Any] = {"stage": stage, "precision": precision, "steps": STEPS}
             name, directory = f"{stage} {precision}", base / f"{stage}-{precision}"
             runs.append({**whole, "name": name, "directory": str(directory), "save": [1, 3]})
@@ -52,13 +53,22 @@ def test_resumed_is_uninterrupted_bit_for_bit(table: tuple[list[Any], Path]) -> 
     reports, _ = table
     for report in reports:
         for stage in STAGES:
-            for precision in ("fp32", "bf16"):
+            for precision in PRECISIONS:
                 whole = report[f"{stage} {precision}"]
                 for step in (1, 3):
                     resumed = report[f"{stage} {precision} from {step}"]
                     later = {number: loss for number, loss in whole["losses"].items() if int(number) >= step}
                     assert resumed["losses"] == later, (stage, precision, step)
+                    assert resumed["scales"] == {n: whole["scales"][n] for n in later}, (stage, precision, step)
                     assert resumed["final"] == whole["final"], (stage, precision, step)
+
+
+def test_loss_scale_falls_and_rises_again(table: tuple[list[Any], Path]) -> None:
+    """fp16 with a scale that is raised every other step: it overflows, those steps are skipped, the others train."""
+    whole = table[0][0]["2 fp16"]
+    scales = list(whole["scales"].values())
+    assert 0 < len(whole["skipped"]) < STEPS
+    assert scales != sorted(scales, reverse=True), "the scale never rose again"
 
 
 def test_fragments_of_all_ranks_tile_every_parameter(table: tuple[list[Any], Path]) -> None:
@@ -95,7 +105,7 @@ def test_not_a_number_on_one_rank_harms_no_parameter(tmp_path: Path) -> None:
         {"name": f"{stage} {precision}", "stage": stage, "precision": precision, "steps": 4, "poison": [1, 2]}
         | {"directory": str(tmp_path / "unused")}
         for stage in STAGES
-        for precision in ("fp32", "bf16")
+        for precision in PRECISIONS
     ]
     for report in run_ranks(WORKER, 2, {"runs": runs}, tmp_path / "launch"):
         for run in runs:
