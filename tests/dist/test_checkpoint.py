@@ -109,7 +109,9 @@ def test_not_a_number_on_one_rank_harms_no_parameter(tmp_path: Path) -> None:
     ]
     for report in run_ranks(WORKER, 2, {"runs": runs}, tmp_path / "launch"):
         for run in runs:
-            assert report[run["name"]]["skipped"] == [1, 2], run["name"]
+            skipped = report[run["name"]]["skipped"]
+            assert {1, 2} <= set(skipped), run["name"]
+            assert run["precision"] == "fp16" or skipped == [1, 2], run["name"]  # loss scaling skips more on its own
             assert report[run["name"]]["unharmed"], run["name"]
 
 
