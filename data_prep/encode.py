@@ -29,6 +29,7 @@ from data_prep.layout import TOKEN_DTYPE
 from data_prep.shards import BOS_ID, EOS_ID, UNK_ID, DataError
 
 MODEL_NAMES = ("sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
+SPM_UNK, SPM_BOS, SPM_EOS = 0, 1, 2
 _REQUEST = struct.Struct("<QQ")  # bytes of text, bytes of the language's name
 _REPLY = struct.Struct("<QQQ")  # bytes of JSON, of token ids, of document lengths
 
@@ -57,7 +58,7 @@ class Tokenizer:
         except (OSError, RuntimeError) as error:
             raise DataError(f"{self.path} is not a SentencePiece model ({error}). Give the .model file.") from error
         special = (self.processor.unk_id(), self.processor.bos_id(), self.processor.eos_id())
-        if special != (0, 1, 2):
+        if special != (SPM_UNK, SPM_BOS, SPM_EOS):
             raise DataError(
                 f"{self.path} numbers <unk>, <s>, </s> as {special}; models of the XLM-R family have (0, 1, 2). "
                 "Use the tokenizer of the teacher."
@@ -71,20 +72,21 @@ class Tokenizer:
         """Ids of every line followed by `</s>`; lines and documents without a single piece are left out."""
         lines, document_of_line = split_documents(text)
         lines, document_of_line, counts = clean(lines, document_of_line, language, options)
-        if not lines:
+        # one buffer per line, joined: faster than lists of integers; </s> ends every line and is never inside one
+        buffers = self.processor.encode(lines, return_type="numpy", add_eos=True, num_threads=1)
+        pieces = np.frombuffer(b"".join(buffers), np.int32)
+        lengths = np.diff(np.flatnonzero(pieces == SPM_EOS), prepend=-1)
+        assert len(lengths) == len(lines)
+        with_pieces = lengths > 1
+        counts["lines"] += int(with_pieces.sum())
+        if not with_pieces.all():
+            counts["lines_without_pieces"] += int((~with_pieces).sum())
+            pieces = pieces[np.repeat(with_pieces, lengths)]
+            lengths, document_of_line = lengths[with_pieces], document_of_line[with_pieces]
+        if not len(lengths):
             return Encoded(b"", np.empty(0, np.uint64), counts)
-        encoded = self.processor.encode(lines, return_type="numpy", add_eos=True, num_threads=1)
-        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
-        if lengths.min() == 1:
-            counts["lines_without_pieces"] += int((lengths == 1).sum())
-            encoded = [ids for ids in encoded if len(ids) > 1]
-            document_of_line, lengths = document_of_line[lengths > 1], lengths[lengths > 1]
-        counts["lines"] += len(encoded)
-        if not encoded:
-            return Encoded(b"", np.empty(0, np.uint64), counts)
-        tokens = self._ids.take(np.concatenate(encoded))
         starts = np.flatnonzero(np.diff(document_of_line, prepend=-1))
-        return Encoded(tokens.tobytes(), np.add.reduceat(lengths, starts).astype(np.uint64), counts)
+        return Encoded(self._ids.take(pieces).tobytes(), np.add.reduceat(lengths, starts).astype(np.uint64), counts)
 
 
 def find_model(path: Path) -> Path:
