@@ -66,6 +66,14 @@ def test_two_ranks_give_the_losses_of_one(two_rank_run: Path, plain_run: Path) -
     assert curve(two_rank_run, "heldout/tr") == pytest.approx(curve(plain_run, "heldout/tr"), rel=1e-5)
 
 
+def test_teacher_spread_over_the_ranks_gives_the_same_losses(
+    tmp_path: Path, two_rank_run: Path, arguments: list[str]
+) -> None:
+    train("deepspeed", 2, tmp_path / "run", [*arguments, "--set", "teacher_options.placement=zero3"])
+    assert curve(tmp_path / "run") == curve(two_rank_run)
+    assert same_weights(tmp_path / "run", two_rank_run)
+
+
 def test_run_directory_is_complete(plain_run: Path) -> None:
     assert (plain_run / "DONE").exists()
     run = json.loads((plain_run / "run.json").read_text())
