@@ -7,15 +7,22 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModel, AutoTokenizer
 
+from pipeline.config import load_recipe
+from pipeline.distillation.student import build_student
+from pipeline.distillation.teacher import load_encoder
 from pipeline.errors import EXIT_SICK
 from pipeline.runtime.checkpoint import read_model_weights
+from tests.conftest import REPO
 from tests.dist.runs import curve, end_group, finish, launcher, metrics, start, train, wait_for_line
 
 
@@ -96,6 +103,41 @@ def test_tensorboard_and_jsonl_tell_the_same(plain_run: Path) -> None:
     assert {"relations/q-q", "relations/k-k", "relations/v-v"} <= set(board.Tags()["images"])
     texts = {tag.split("/")[0] for tag in board.Tags()["tensors"]}
     assert {"recipe", "deepspeed", "hyper-parameters"} <= texts
+
+
+def test_export_is_the_trained_student(plain_run: Path, tiny_recipe: Path, tmp_path: Path) -> None:
+    """What is loaded with AutoModel computes exactly what training ended with; what was carried along never moved."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", "export", str(plain_run), "--output", str(tmp_path / "student")],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    recipe = load_recipe(tiny_recipe, [])
+    start = build_student(
+        load_encoder(recipe.teacher), recipe.student, recipe.seed, None, recipe.relations.teacher_layer
+    )
+    exported = AutoModel.from_pretrained(tmp_path / "student", add_pooling_layer=False)
+    weights, state = read_model_weights(plain_run)
+    assert state["step"] == 12
+    assert set(start.carried) | set(start.trained) == set(weights)
+    tail = [name for name in start.carried if "layer.1.output" in name or "layer.1.attention.output" in name]
+    assert len(tail) >= 8
+    for name, tensor in exported.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+        if name in start.carried:
+            assert torch.equal(tensor, start.carried[name]), f"{name} was carried along and moved"
+    assert not any(
+        torch.equal(weights[name], parameter) for name, parameter in start.trained.items() if parameter.dim() > 1
+    )
+    start.model.load_state_dict(weights)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
+    batch = tokenizer(["Jambo dunia", "नमस्ते दुनिया, कैसे हो?"], padding=True, return_tensors="pt")
+    batch.pop("token_type_ids", None)
+    with torch.no_grad():
+        ours, theirs = start.model.eval()(**batch), exported.eval()(**batch)
+    assert torch.equal(ours.last_hidden_state, theirs.last_hidden_state)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
