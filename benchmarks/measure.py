@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -61,7 +62,10 @@ def publish(
     title: str, header: Sequence[str], rows: Sequence[Sequence[Any]], figures: dict[str, Any], json_file: Path | None
 ) -> str:
     """Print the report as markdown and return it; with `json_file` also write `figures` with machine, commit, date."""
-    about = {"date": date.today().isoformat(), "commit": commit(), "machine": machine()}
+    command = " ".join(
+        ["python", *(os.path.relpath(word, REPO) if word.startswith("/") else word for word in sys.argv)]
+    )
+    about = {"date": date.today().isoformat(), "commit": commit(), "machine": machine(), "command": command}
     report = "\n".join(
         [f"# {title}", "", *(f"- {key}: {value}" for key, value in about.items()), "", markdown_table(header, rows), ""]
     )

@@ -136,7 +136,9 @@ def run_verify(parsed: argparse.Namespace) -> int:
     problems = verify(parsed.shards, show_progress=True)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
-    if not problems:
+    if problems:
+        print("Copy whole files in, or make the languages again: prepare ... --redo LANGUAGE", file=sys.stderr)
+    else:
         print(f"{parsed.shards}: all {len(ShardSet(parsed.shards).all_shards())} shards are whole")
     return 2 if problems else 0
 

@@ -99,7 +99,8 @@ def find_model(path: Path) -> Path:
     what = "holds none of " + ", ".join(MODEL_NAMES) if path.is_dir() else "does not exist"
     raise DataError(
         f"Tokenizer {path} {what}. Give a SentencePiece .model file or a directory with one (XLM-R ships it as "
-        "sentencepiece.bpe.model; a lone tokenizer.json is not enough)."
+        "sentencepiece.bpe.model; a lone tokenizer.json is not enough). From the Hub: hf download "
+        "FacebookAI/xlm-roberta-large sentencepiece.bpe.model --local-dir DIR."
     )
 
 

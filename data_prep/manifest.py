@@ -19,7 +19,7 @@ import xxhash
 from data_prep.blocks import MAX_DOCUMENT_BYTES
 from data_prep.clean import CleanOptions
 from data_prep.encode import Tokenizer
-from data_prep.journal import Journal
+from data_prep.journal import JOURNAL_NAME, Journal
 from data_prep.layout import FORMAT_NAME, FORMAT_VERSION, sync_directory, write_durably
 from data_prep.shards import LANGUAGE_PATTERN, MANIFEST_NAME, DataError, manifest_digest
 
@@ -174,21 +174,27 @@ def _shards_with_ranges(journal: Journal) -> list[dict[str, Any]]:
 
 
 def take_in(output: Path, other: Path) -> list[str]:
-    """Copy (hard-link where possible) the finished languages of another output directory into this one."""
+    """Copy (hard-link where possible) the finished languages of another output directory; gives those that were new."""
     theirs = read_run(other)
     if not (output / RUN_NAME).is_file():
         begin_output(output, {key: value for key, value in theirs.items() if key != "languages"}, [], may_add=False)
     ours = read_run(output)
     refuse_differences(output, ours, theirs)
     finished = [language for language in theirs["languages"] if Journal.read(other / language).complete]
-    both = [language for language in finished if (output / language).exists()]
-    if both:
-        raise DataError(f"{', '.join(both)} is in both {output} and {other}. Nothing was copied; remove one of them.")
-    for language in finished:
+    arrived = [language for language in finished if (output / language).exists()]
+    differing = [language for language in arrived if not _same_journal(output / language, other / language)]
+    if differing:
+        raise DataError(
+            f"{', '.join(differing)} is in both {output} and {other}, and not the same. Nothing was copied; remove one."
+        )
+    new = [language for language in finished if language not in arrived]
+    for language in new:
         arriving = output / f"{language}.tmp"
         shutil.rmtree(arriving, ignore_errors=True)
         shutil.copytree(other / language, arriving, copy_function=_link_or_copy)
         arriving.rename(output / language)
+    if not new:
+        return []
     sync_directory(output)
     (output / MANIFEST_NAME).unlink(missing_ok=True)
     write_run(
@@ -196,7 +202,12 @@ def take_in(output: Path, other: Path) -> list[str]:
         {key: value for key, value in ours.items() if key != "languages"},
         sorted({*ours["languages"], *finished}),
     )
-    return finished
+    return new
+
+
+def _same_journal(one: Path, other: Path) -> bool:
+    """Journals hold the hash of every shard, so the same journal means the same shards."""
+    return (one / JOURNAL_NAME).read_bytes() == (other / JOURNAL_NAME).read_bytes()
 
 
 def _link_or_copy(source: str, target: str) -> str:

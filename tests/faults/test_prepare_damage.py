@@ -33,7 +33,13 @@ def test_the_place_of_damage_is_named_to_the_block(tmp_path: Path) -> None:
     write_shards(tmp_path, [[40_000], [600_000]], start=4)
     file = tmp_path / "xx" / "00001.tok"
     data = bytearray(file.read_bytes())
-    for place, named in ((9, "byte 9 of the header"), (4096 + (1 << 20) + 77, "block of bytes 1052672 to 2101247")):
+    places = {
+        9: "byte 9 of the header",
+        4096 + (1 << 20) + 77: "block of bytes 1052672 to 2101247",
+        4096 + (2 << 20) + 5: "block of bytes 2101248 to",
+        len(data) - 3: "block of bytes 2101248 to",
+    }
+    for place, named in places.items():
         data[place] ^= 1
         file.write_bytes(data)
         data[place] ^= 1

@@ -198,8 +198,11 @@ def test_outputs_of_several_machines_are_merged_into_one(
     run([str(corpus / "hi.txt")], tiny_tokenizer, tmp_path / "other", "hi", shard_tokens=99)  # type: ignore[arg-type]
     assert take_in(tmp_path / "all", tmp_path / "hi") == ["hi"]
     assert take_in(tmp_path / "all", tmp_path / "tr") == ["tr"]
-    with pytest.raises(DataError, match="hi is in both"):
-        take_in(tmp_path / "all", tmp_path / "hi")
+    assert take_in(tmp_path / "all", tmp_path / "hi") == []
+    (tmp_path / "hi.txt").write_text("something else\n")
+    run([str(tmp_path / "hi.txt")], tiny_tokenizer, tmp_path / "changed")  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"hi is in both .* and not the same"):
+        take_in(tmp_path / "all", tmp_path / "changed")
     with pytest.raises(DataError, match="another option: shard_tokens"):
         take_in(tmp_path / "all", tmp_path / "other")
     write_manifest(tmp_path / "all")
