@@ -76,8 +76,6 @@ def _four_attentions(x_T, y_T, x_S, y_S, mask_SN, with_gradient: bool):
 def _attend_transposed(queries, keys, values, lse_SAN, masked: list[torch.Tensor], scale: float) -> torch.Tensor:
     """P^T values: keys attend to queries with bias -lse_i, undone from the softmax's own normalisation."""
     rest, parts = -lse_SAN / scale, []
-    if masked:
-        rest = torch.where(masked[0] < 0, 0.0, rest)
     for _ in range(1 if queries.dtype in (torch.float32, torch.float64) else 3):
         part = rest.to(queries.dtype)  # one half-precision number is too coarse for lse: gradient errors up to 0.37
         parts.append(part)

@@ -187,13 +187,13 @@ def test_zero_for_equal_relations():
     assert abs(relation_kl(teacher, rotated, 4).item()) < 1e-5
 
 
-def test_fp16_gradient_survives_a_large_batch_and_a_loss_scale():
-    """1/(A |x| B) alone is 4e-6 here: in fp16 arithmetic most of the gradient would be lost."""
-    teacher, student = make(8, 128, 64, 64, torch.float16)
+def test_fp16_gradient_survives_long_rows_and_a_loss_scale():
+    """1 / (A |x|) is 8e-5 here: kept with that weight in fp16, this gradient would be 22 % wrong."""
+    teacher, student = make(1, 400, 64, 64, torch.float16, scale=0.1)
     half = student.clone().requires_grad_()
-    (relation_kl(teacher, half, 16) * 65536).backward()
+    (relation_kl(teacher, half, 32) * 65536).backward()
     exact = student.double().requires_grad_()
-    (relation_kl_reference(teacher, exact, 16) * 65536).backward()
+    (relation_kl_reference(teacher, exact, 32) * 65536).backward()
     assert (half.grad.double() - exact.grad).norm() / exact.grad.norm() < 2e-3
 
 

@@ -24,6 +24,12 @@ def test_parameters_are_shared_and_all_get_a_gradient(model_type):
     assert [name for name, parameter in tapped.named_parameters() if parameter.grad is None] == []
 
 
+def test_a_cut_at_the_first_layer_drops_debertas_convolution():
+    """It works on the first layer's output, which is not computed then."""
+    assert any("conv" in name for name, _ in tap(tiny_encoder("deberta-v2"), 2).named_parameters())
+    assert not any("conv" in name for name, _ in tap(tiny_encoder("deberta-v2"), 1).named_parameters())
+
+
 @pytest.mark.parametrize("model_type", CONFIGS)
 def test_nothing_above_the_layer_runs(model_type):
     model = tiny_encoder(model_type)
