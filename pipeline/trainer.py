@@ -25,6 +25,7 @@ from pipeline.evaluation.heldout import heldout_losses
 from pipeline.lineage import fingerprint, git_commit, mathematics
 from pipeline.reporter import Reporter, StepReport
 from pipeline.runtime import checkpoint, dist, preflight
+from pipeline.runtime.checkpoint_writer import CheckpointWriter, SaveOutcome
 from pipeline.runtime.dist import Launch
 from pipeline.runtime.guard import BadStepCounter, SpikeDetector, StopRequests, Watchdog
 from pipeline.runtime.lives import FALL_BACK_AFTER, GIVE_UP_AFTER, Lives
@@ -65,6 +66,7 @@ class Trainer:
         self.stop, self.watchdog = stop, watchdog
         self.engine, self.source = parts.engine, parts.source
         self.checkpoints = run_dir / "checkpoints"
+        self.writer = CheckpointWriter(self.checkpoints, parts.engine, parts.student.carried, launch.rank)
         self.data_fingerprint: str = parts.source.fingerprint
         self.skipped_steps = 0
         self.saved_step = -1
@@ -120,6 +122,7 @@ class Trainer:
             self._observe(step, report, bad_steps)
             done = step + 1
             self.reporter.step(done, report, self.skipped_steps, batches.wait_s)
+            self._after_save(self.writer.poll())
             reason = self._stop_reason()
             last = done == self.recipe.steps
             if last or done % self.recipe.eval_every == 0:
@@ -227,11 +230,28 @@ class Trainer:
             )
 
     def _save(self, step: int, must: bool) -> None:
+        """Begin a save; the files are written beside the training. With `must` it is waited for and may not fail."""
         if step == self.saved_step:
             return
-        began = time.monotonic()
         self.watchdog.feed_before_slow_work()
-        state = {
+        began = time.monotonic()
+        self._after_save(self.writer.wait())
+        self.writer.begin(self._state(step))
+        if must:
+            outcome = self.writer.wait()
+            self._after_save(outcome)
+            if outcome is not None and outcome.problem:
+                raise UserError(
+                    f"the checkpoint of step {step} could not be written: {outcome.problem}. Free space and start again"
+                )
+        seconds = time.monotonic() - began
+        self.reporter.pause(seconds)
+        self.reporter.metrics.write(step, step * self.recipe.global_batch, {"speed/save_stall_seconds": seconds})
+        self.watchdog.feed()
+
+    def _state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint knows beside tensors."""
+        return {
             "step": step,
             "samples": step * self.recipe.global_batch,
             "adam_step": self.engine.adam_step(),
@@ -245,22 +265,20 @@ class Trainer:
             "data_fingerprint": self.data_fingerprint,
             "parameters": self.engine.shapes,
         }
-        problem = checkpoint.save(self.checkpoints, self.engine, self.parts.student.carried, state, self.launch.rank)
-        self.watchdog.feed()
-        seconds = time.monotonic() - began
-        self.reporter.pause(seconds)
-        self.stop.saw_save(seconds)
-        if problem and must:
-            raise UserError(
-                f"the checkpoint of step {step} could not be written: {problem}. Free space and start again"
-            )
-        if problem:
-            self.reporter.metrics.say(f"warning: checkpoint of step {step} not written, going on: {problem}")
+
+    def _after_save(self, outcome: SaveOutcome | None) -> None:
+        """A save has ended, now or some steps ago: count it, or warn and go on with the older checkpoints."""
+        if outcome is None:
             return
-        self.saved_step = step
-        self.reporter.metrics.write(step, step * self.recipe.global_batch, {"speed/save_seconds": seconds})
+        self.stop.saw_save(outcome.seconds)
+        if outcome.problem:
+            self.reporter.metrics.say(
+                f"warning: checkpoint of step {outcome.step} not written, going on: {outcome.problem}"
+            )
+            return
+        self.saved_step = outcome.step
         if self.launch.is_main:
-            self.lives.saved(step)
+            self.lives.saved(outcome.step)
             checkpoint.prune(self.checkpoints, self.recipe.checkpoint)
 
     # -- reports

@@ -1,9 +1,9 @@
-"""Checkpoints by parameter name: written whole or not at all, verified before use, loadable at any ZeRO stage and rank count.
+"""Checkpoints by parameter name: their format, verification and reading, at any ZeRO stage and number of ranks.
 
 `checkpoints/step-00000100/` holds, from every rank, the fragments that it owned of the fp32 weights and of both Adam
 moments (safetensors, key `parameter:start`), the carried-along weights, `state.json`, and `manifest.json` with the
-size and sha256 of all of them. Commit: write into `step-N.tmp`, fsync, hash, barrier, manifest, rename, fsync the
-parent. Nothing is pickled, and DeepSpeed's own `latest` plays no part. Format and promises: docs/reliability.md.
+size and sha256 of all of them. Nothing is pickled, and DeepSpeed's own `latest` plays no part. checkpoint_writer.py
+writes them. Format and promises: docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -16,18 +16,13 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
 from pipeline.errors import UserError
-from pipeline.runtime import dist
 from pipeline.runtime.schedule import MOMENTS
-
-if TYPE_CHECKING:  # reading a checkpoint must not cost an import of DeepSpeed
-    from pipeline.runtime.engine import StudentEngine
 
 FORMAT_VERSION = 1
 KINDS = ("weight", *MOMENTS)
@@ -48,99 +43,15 @@ class CheckpointConfig:
             raise UserError("checkpoint.keep and checkpoint.keep_every must be at least 1")
 
 
-# -- write
+# -- what is on disk
 
 
-def save(
-    directory: Path, engine: StudentEngine, carried: Mapping[str, torch.Tensor], state: Mapping[str, Any], rank: int
-) -> str | None:
-    """Commit a checkpoint of `state["step"]`; all ranks call it together. Returns None, or why it failed.
-
-    A failure on any rank (disk full, say) leaves no trace of this checkpoint and every older one as it was.
-    """
-    final = directory / f"step-{state['step']:08d}"
-    partial = final.with_suffix(".tmp")
-    problem = _attempt(lambda: _start(partial)) if rank == 0 else None
-    world_size = torch.distributed.get_world_size()
-    first = dist.broadcast_json(problem, engine.device)
-    written: dict[str, Any] = {}
-    if first is None:
-        problem = _attempt(lambda: written.update(_write_rank(partial, engine, carried, state, rank, world_size)))
-    reports = dist.gather_json([first or problem, written], engine.device)
-    problems = [f"rank {r}: {report[0]}" for r, report in enumerate(reports) if report[0]]
-    if not problems and rank == 0:
-        files = {name: entry for _, entries in reports for name, entry in entries.items()}
-        problem = _attempt(lambda: _commit(partial, final, files))
-        problems = [f"rank 0: {problem}"] if problem else []
-    outcome = dist.broadcast_json(problems, engine.device)
-    if outcome and rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-    return "; ".join(outcome) if outcome else None
+def checkpoint_path(directory: Path, step: int) -> Path:
+    return directory / f"step-{step:08d}"
 
 
-def _attempt(action: Any) -> str | None:
-    try:
-        action()
-    except (OSError, SafetensorError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def _start(partial: Path) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-
-
-def _write_rank(
-    partial: Path,
-    engine: StudentEngine,
-    carried: Mapping[str, torch.Tensor],
-    state: Mapping[str, Any],
-    rank: int,
-    world_size: int,
-) -> dict[str, Any]:
-    """This rank's files, fsynced; name -> size and sha256."""
-    names = []
-    for kind in KINDS:
-        tensors = {
-            f"{f.name}:{f.start}": (f.view(f.buffer) if kind == "weight" else engine.moment(f, kind)).cpu().clone()
-            for f in engine.fragments()
-        }
-        names.append(f"{kind}-{rank:05d}-of-{world_size:05d}.safetensors")
-        save_file(tensors, partial / names[-1])
-    entries = {name: _seal(partial / name) for name in names}
-    if rank == 0:
-        (partial / "state.json").write_text(json.dumps(dict(state), indent=1), encoding="utf-8")
-        entries |= {"state.json": _seal(partial / "state.json"), CARRIED_FILE: _write_carried(partial, carried)}
-    return entries
-
-
-def _write_carried(partial: Path, carried: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """The weights that training never touches: linked from the checkpoint before the previous one where there is one.
-
-    They never change within a run and can be most of a checkpoint (390 of 500 MB in the quickstart). Two files take
-    turns, so that the newest checkpoint and the one before it never depend on the same bytes on disk.
-    """
-    earlier = committed_steps(partial.parent)[-2:]
-    if len(earlier) == 2:
-        source = partial.parent / f"step-{earlier[0]:08d}"
-        entry = json.loads((source / "manifest.json").read_text(encoding="utf-8"))["files"][CARRIED_FILE]
-        if _file_damage(source / CARRIED_FILE, entry) is None:
-            os.link(source / CARRIED_FILE, partial / CARRIED_FILE)
-            return entry
-    save_file(dict(carried), partial / CARRIED_FILE)
-    return _seal(partial / CARRIED_FILE)
-
-
-def _seal(path: Path) -> dict[str, Any]:
-    """Flush a file to disk and describe it."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"size_bytes": file.tell(), "sha256": digest}
-
-
-def _commit(partial: Path, final: Path, files: Mapping[str, Any]) -> None:
+def commit(partial: Path, final: Path, files: Mapping[str, Any]) -> None:
+    """Give a complete set of files its manifest and its name. `files`: name -> size and sha256."""
     manifest = partial / "manifest.json"
     manifest.write_text(_manifest_text(files), encoding="utf-8")
     _sync(manifest)
@@ -149,6 +60,14 @@ def _commit(partial: Path, final: Path, files: Mapping[str, Any]) -> None:
         _discard(final)
     partial.rename(final)
     _sync(final.parent)
+
+
+def seal(path: Path) -> dict[str, Any]:
+    """Flush a file to disk and describe it as a manifest does."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"size_bytes": file.tell(), "sha256": digest}
 
 
 def _manifest_text(files: Mapping[str, Any]) -> str:
@@ -181,7 +100,7 @@ def prune(directory: Path, config: CheckpointConfig) -> None:
     steps = sorted(committed_steps(directory), reverse=True)
     for step in steps[config.keep :]:
         if not (config.keep_every and step % config.keep_every == 0):
-            _discard(directory / f"step-{step:08d}")
+            _discard(checkpoint_path(directory, step))
 
 
 # -- find and verify
@@ -208,7 +127,7 @@ def damage(checkpoint: Path) -> str | None:
             return "manifest.json does not have its own sha256"
         if CARRIED_FILE not in files or not any(name.startswith("weight-") for name in files):
             return "the manifest lists no weights"
-        problems = (_file_damage(checkpoint / name, entry) for name, entry in files.items())
+        problems = (file_damage(checkpoint / name, entry) for name, entry in files.items())
         if problem := next(filter(None, problems), None):
             return problem
         if json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"] != _step_of(checkpoint):
@@ -218,7 +137,7 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def _file_damage(path: Path, entry: Mapping[str, Any]) -> str | None:
+def file_damage(path: Path, entry: Mapping[str, Any]) -> str | None:
     if path.is_symlink() or not path.is_file():
         return f"{path.name} is missing"
     if path.stat().st_size != entry["size_bytes"]:
@@ -242,7 +161,7 @@ def newest_whole(directory: Path, skip: int = 0) -> tuple[Path | None, list[str]
     """
     problems: list[str] = []
     for step in sorted(committed_steps(directory), reverse=True):
-        checkpoint = directory / f"step-{step:08d}"
+        checkpoint = checkpoint_path(directory, step)
         problem = damage(checkpoint)
         if problem is None and skip == 0:
             return checkpoint, problems

@@ -19,6 +19,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from pipeline.runtime import checkpoint, dist
+from pipeline.runtime.checkpoint_writer import CheckpointWriter
 from pipeline.runtime.engine import StudentEngine
 from pipeline.runtime.schedule import OptimizerConfig
 
@@ -109,7 +110,11 @@ def batch(step: int, launch: dist.Launch) -> tuple[torch.Tensor, torch.Tensor]:
 def save(engine: StudentEngine, directory: Path, step: int, launch: dist.Launch) -> str | None:
     state = {"step": step, "adam_step": engine.adam_step(), "scaler": engine.scaler_state()}
     state["parameters"] = engine.shapes
-    return checkpoint.save(directory, engine, {"tail.weight": torch.arange(3.0)}, state, launch.rank)
+    writer = CheckpointWriter(directory, engine, {"tail.weight": torch.arange(3.0)}, launch.rank)
+    writer.begin(state)
+    outcome = writer.wait()
+    assert outcome is not None
+    return outcome.problem
 
 
 def mishap(run: dict[str, Any], step: int) -> None:

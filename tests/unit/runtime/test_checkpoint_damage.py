@@ -38,8 +38,8 @@ def write(directory: Path, step: int) -> Path:
             save_file({f"encoder.weight:{start}": values[start:stop].clone()}, partial / name)
     save_file({"tail": torch.full((3,), float(step))}, partial / checkpoint.CARRIED_FILE)
     (partial / "state.json").write_text(json.dumps({"step": step, "parameters": {"encoder.weight": [5, 8]}}))
-    files = {path.name: checkpoint._seal(path) for path in partial.iterdir()}
-    checkpoint._commit(partial, directory / f"step-{step:08d}", files)
+    files = {path.name: checkpoint.seal(path) for path in partial.iterdir()}
+    checkpoint.commit(partial, directory / f"step-{step:08d}", files)
     return directory / f"step-{step:08d}"
 
 
