@@ -2,7 +2,7 @@
 
     python -m demo.teacher && python -m data_prep prepare --input samples/cc100 --tokenizer artifacts/teacher \
         --output artifacts/shards
-    python benchmarks/bench_quality.py [--steps 100] [--rows 16] [--only base tail_mse] [--teacher DIR --data DIR] [--json FILE]
+    python benchmarks/bench_quality.py [--steps 100] [--rows 16] [--only base tail_mse] [--plot FILE.png] [--json FILE]
 
 Variants of one run see the same rows in the same order and share one teacher forward per step; each is a `DistillModule`
 with AdamW, as in training, one process, no DeepSpeed. Columns: relation loss on held-out rows (weighted parts of the
@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
@@ -144,6 +145,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rows", type=int, default=16, help="rows of 128 tokens per step")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the retrieval columns")
     options = parser.parse_args()
     if options.quick:
         options.steps, options.only = 4, ["base", "tail_mse"]
@@ -170,7 +172,24 @@ def main() -> None:
     ]
     title = f"Students after {options.steps} steps of {options.rows} x {TOKENS} tokens"
     header = ["student", "held-out loss", *(f"retrieval, {pooling}" for pooling in POOLINGS), "CPU s (with its share)"]
+    if options.plot:
+        draw(figures, options.plot)
     publish(title, header, rows, {"steps": options.steps, "rows": options.rows, "students": figures}, options.json)
+
+
+def draw(figures: dict[str, dict[str, float]], file: Path) -> None:
+    """Retrieval of every student by the three poolings, bars side by side."""
+    figure = Figure(figsize=(7, 0.5 * len(figures) + 1.5), layout="constrained")
+    axes = figure.subplots()
+    for place, pooling in enumerate(POOLINGS):
+        positions = [row + 0.27 * (place - 1) for row in range(len(figures))]
+        axes.barh(positions, [row[pooling] for row in figures.values()], height=0.25, label=pooling)
+    axes.set_yticks(range(len(figures)), list(figures))
+    axes.invert_yaxis()
+    axes.set(xlabel="retrieval accuracy, mean of both directions and all pairs", xlim=(0, 1))
+    axes.grid(True, axis="x", alpha=0.3)
+    axes.legend(title="pooled from")
+    figure.savefig(file, dpi=120)
 
 
 def _batches(source: BatchSource, steps: int, rows: int) -> Iterator[torch.Tensor]:
