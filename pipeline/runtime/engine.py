@@ -85,8 +85,6 @@ class StudentEngine:
         )
         self._zero = self._engine.optimizer
         self._adam = self._zero.optimizer
-        # DeepSpeed looks for non-finite gradients in half precision only; a run is as lost in fp32
-        self._zero.check_grad_overflow = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
