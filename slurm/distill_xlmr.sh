@@ -59,9 +59,9 @@ announce() {
   into:   $run_dir
   logs:   tail -F $logs-*.log
   curves: tensorboard --logdir $(dirname "$run_dir")
-  stop:   touch $run_dir/STOP          saves and ends; submit again to go on
-          scancel $SLURM_JOB_ID                    ends; the same, if it finds the time to save
-          scancel --signal=USR1 --batch $SLURM_JOB_ID   saves, requeues, goes on
+  to save and end (submit again to go on):   touch $run_dir/STOP
+  to save, requeue and go on:                scancel --signal=USR1 --batch $SLURM_JOB_ID
+  to end, saving if time allows:             scancel $SLURM_JOB_ID
 TXT
 }
 
@@ -116,11 +116,19 @@ report_and_end() {
   elif ((life >= max_restarts)); then
     fail "job $SLURM_JOB_ID was restarted $life times, and MAX_RESTARTS is $max_restarts: not requeued. Submit it" \
       "again to go on from the newest checkpoint"
-  elif scontrol requeue "$SLURM_JOB_ID"; then
+  else
+    requeue
+  fi
+}
+
+# Requeueing ends this script with TERM, and would end scontrol with it before it has its answer.
+requeue() {
+  trap '' TERM
+  if scontrol requeue "$SLURM_JOB_ID"; then
     note "requeued as life $((life + 1))"
   else
-    fail "this cluster does not requeue; submit again to go on, or let submit_all.sh --chain N queue" \
-      "several jobs that follow each other"
+    fail "this cluster does not requeue; submit again to go on, or let submit_all.sh --chain N queue several jobs that" \
+      "follow each other"
   fi
 }
 

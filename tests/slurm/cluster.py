@@ -94,8 +94,9 @@ class Host:
             return
         if self.pid and Path(f"/proc/{self.pid}").exists():
             os.kill(self.pid, signal.SIGKILL)
-        self.holder.kill()
-        self.holder.wait()
+        else:
+            self.holder.kill()
+        self.holder.wait()  # it has waited for the first process, and the kernel for all others
         for pipe in (self.holder.stdin, self.holder.stdout):
             assert pipe is not None
             pipe.close()

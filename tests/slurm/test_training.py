@@ -22,7 +22,8 @@ STEPS = 12  # of the tiny recipe
 def time_limited_job(training: Training, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """Submitted before the other tests: it sleeps through most of its first life, until its time limit nears."""
     run_dir = tmp_path_factory.mktemp("limit") / "run"
-    return training.submit(run_dir, "--time=1", "--signal=B:USR1@45", SLOW_STEP_S="6", SLOW_LIVES="1")
+    extra = ("--set", "guard.deadline_margin_s=1")  # newer Slurm tells ranks the job's end; here the signal is meant
+    return training.submit(run_dir, "--time=1", "--signal=B:USR1@45", extra=extra, SLOW_STEP_S="6", SLOW_LIVES="1")
 
 
 @pytest.mark.usefixtures("time_limited_job")

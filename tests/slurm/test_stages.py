@@ -1,0 +1,128 @@
+"""submit_all.sh on a real cluster: text of four languages to an evaluated student, a failed language on the way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SAMPLES
+from tests.slurm.cluster import Cluster
+
+pytestmark = pytest.mark.timeout(3600)  # cores are often shared; every wait inside has a limit of its own
+LANGUAGES = ["he", "hi", "sw", "tr"]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    directory = tmp_path / "text"
+    directory.mkdir()
+    for language in LANGUAGES:
+        shutil.copy(SAMPLES / "cc100" / f"{language}.txt.xz", directory)
+    return directory
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_recipe: Path, tiny_shards: Path) -> Path:
+    """The tiny recipe over shards that are still to be made."""
+    path = tmp_path / "whole.yaml"
+    path.write_text(tiny_recipe.read_text().replace(str(tiny_shards), str(tmp_path / "shards")))
+    return path
+
+
+def jobs_of(run_dir: Path) -> dict[str, str]:
+    """Stage -> number of its newest job."""
+    lines = (run_dir / "jobs.tsv").read_text().splitlines()
+    return {stage: number for stage, number, _ in (line.split("\t") for line in lines)}
+
+
+def wait_all(cluster: Cluster, run_dir: Path) -> dict[str, str]:
+    """Stage -> state, once nothing of it is left to run."""
+    numbers = jobs_of(run_dir)
+    listed = f"--jobs={','.join(numbers.values())}"
+    cluster.wait_for(lambda: not cluster.run("squeue", "--noheader", listed).strip(), "end of all stages", 400)
+    states = {stage: cluster.state(number) for stage, number in numbers.items()}
+    logs = "\n".join(path.read_text()[-1500:] for path in sorted((run_dir / "logs").glob("*.log")))
+    print(f"{states}\n{logs}")
+    return states
+
+
+def test_text_to_evaluated_student(
+    cluster: Cluster, site_env: Path, fp32_config: Path, tiny_tokenizer: Path, text: Path, recipe: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    command = ["slurm/submit_all.sh", "--text", str(text), "--tokenizer", str(tiny_tokenizer), "--nodes", "2"]
+    command += ["--shards", str(tmp_path / "shards"), "--recipe", str(recipe), "--ds", str(fp32_config)]
+    command += ["--run-dir", str(run_dir), "--evaluate"]
+    command += [
+        "--tasks retrieval --set retrieval.languages=[sw] --set retrieval.max_pairs=8 --set retrieval.max_length=64"
+    ]
+    environment = {"SITE_ENV": str(site_env), "PROCESSES_PER_NODE": "1"}
+
+    whole = (text / "sw.txt.xz").read_bytes()
+    (text / "sw.txt.xz").write_bytes(whole[: len(whole) // 2])  # a download that was cut off
+    cluster.run(*command, **environment)
+    states = wait_all(cluster, run_dir)
+    assert [states[stage] for stage in ("merge", "train", "evaluate")] == ["CANCELLED"] * 3
+    status = cluster.run("slurm/submit_all.sh", "--status", str(run_dir), **environment)
+    assert "FAILED: sw" in status
+    assert "sw.txt.xz" in status, "the reason stands there too"
+    assert status.count("never started") == 3
+    assert {path.name for path in (tmp_path / "shards.parts").glob("*/manifest.json")} == {"manifest.json"}
+    untouched = (tmp_path / "shards.parts" / "hi" / "manifest.json").stat().st_mtime_ns
+
+    (text / "sw.txt.xz").write_bytes(whole)
+    cluster.run(*command, **environment)
+    states = wait_all(cluster, run_dir)
+    assert set(states.values()) == {"COMPLETED"}
+    assert (tmp_path / "shards.parts" / "hi" / "manifest.json").stat().st_mtime_ns == untouched
+    assert (tmp_path / "shards" / "manifest.json").exists()
+    assert (run_dir / "DONE").exists()
+    assert (run_dir / "student" / "model.safetensors").exists()
+    assert "retrieval" in json.loads((run_dir / "evaluation" / "evaluation.json").read_text())["tasks"]
+    assert list(run_dir.rglob("*.html")), "the report is missing"
+    status = cluster.run("slurm/submit_all.sh", "--status", str(run_dir), **environment)
+    assert "training: DONE" in status
+
+
+def test_node_check_names_the_bad_node(
+    cluster: Cluster, site_env: Path, tiny_recipe: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    """First both nodes are well; then the shards vanish on one of them."""
+
+    def check() -> str:
+        log = tmp_path / "check.log"
+        options = ["--nodes=2", "--gpus-per-node=0", "--cpus-per-task=2", f"--output={log}", "--wait"]
+        environment = {"SITE_ENV": str(site_env), "PROCESSES_PER_NODE": "1", "MIN_FREE_GB": "0"}
+        job = cluster.submit(
+            *options[:-1], "slurm/node_check.sh", str(tiny_recipe), str(tmp_path / "run"), **environment
+        )
+        state = cluster.wait_state(job, "COMPLETED", "FAILED")
+        return f"{state}\n{log.read_text()}"
+
+    well = check()
+    assert well.startswith("COMPLETED"), well
+    assert "all 2 nodes are fit" in well
+    cluster.on_node("n2", "mount", "-t", "tmpfs", "none", str(tiny_shards))
+    try:
+        ill = check()
+    finally:
+        cluster.on_node("n2", "umount", str(tiny_shards))
+    assert ill.startswith("FAILED"), ill
+    assert "BAD n2: DataError" in ill
+    assert "BAD n1: DataError" not in ill
+
+
+@pytest.mark.usefixtures("slurm_here")
+def test_the_cluster_goes_away_with_its_owner(tmp_path: Path) -> None:
+    """A host whose pipe closes ends with all its processes: so does it when the test session is killed."""
+    with Cluster(tmp_path, num_nodes=1) as own:
+        node = own.nodes["n1"]
+        assert node.holder is not None
+        assert node.holder.stdin is not None
+        pids = [own.head.pid, node.pid]
+        node.holder.stdin.close()
+        own.wait_for(lambda: not Path(f"/proc/{pids[1]}").exists(), "end of the node")
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
