@@ -62,9 +62,7 @@ def publish(
     title: str, header: Sequence[str], rows: Sequence[Sequence[Any]], figures: dict[str, Any], json_file: Path | None
 ) -> str:
     """Print the report as markdown and return it; with `json_file` also write `figures` with machine, commit, date."""
-    command = " ".join(
-        ["python", *(os.path.relpath(word, REPO) if word.startswith("/") else word for word in sys.argv)]
-    )
+    command = " ".join(["python", *(word.removeprefix(f"{REPO}/") for word in sys.argv)])
     about = {"date": date.today().isoformat(), "commit": commit(), "machine": machine(), "command": command}
     report = "\n".join(
         [f"# {title}", "", *(f"- {key}: {value}" for key, value in about.items()), "", markdown_table(header, rows), ""]

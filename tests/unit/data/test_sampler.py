@@ -94,6 +94,14 @@ def test_seeds_give_other_orders_with_the_same_shares() -> None:
     assert np.mean(one[1] == other[1]) < 0.1
 
 
+def test_cycles_and_epochs_come_in_another_order_each_time() -> None:
+    sampler = TemperatureSampler([40, 400], 0.3, seed=0)
+    language, row = sampler(np.arange(2 * sampler.cycle))
+    assert (language[: sampler.cycle] != language[sampler.cycle :]).mean() > 0.1
+    first, second = row[language == 0][:40], row[language == 0][40:80]
+    assert (first != second).mean() > 0.5
+
+
 def test_max_epochs_is_never_exceeded_and_used_up() -> None:
     rows = np.array([5, 100, 1000])
     sampler = TemperatureSampler(rows, 0.3, seed=1, max_epochs=2)
