@@ -182,6 +182,8 @@ def main() -> None:
             note("xz", bench.prepare(bench.packed, 1)[0])
             note("unpack", bench.unpack())
             note("children", bench.prepare(bench.plain, 2)[0])
+            note("wall 1 once", bench.prepare(bench.once, 1, one_core=False)[1])
+            note("wall 2 once", bench.prepare(bench.once, 2, one_core=False)[1])
             note("wall 1", bench.prepare(bench.plain, 1, one_core=False)[1])
             note("wall 2", bench.prepare(bench.plain, 2, one_core=False)[1])
         shards = ShardSet(Path(directory) / "shards")
@@ -221,6 +223,7 @@ def report(
         "prepare .txt.xz, share of the bare loop alone": ratio(rounds["bare"], rounds["xz"]),
         "prepare .txt, times datasets.map + HF tokenizer": rounds["datasets.map"][0]
         / statistics.median(rounds["plain"]),
+        "per megabyte: two workers, times one (wall)": ratio(per_megabyte("wall 1"), per_megabyte("wall 2")),
         "two workers, times one (wall)": ratio(rounds["wall 1"], rounds["wall 2"]),
         "prepare .txt, M tokens per CPU second": tokens / statistics.median(rounds["plain"]) / 1e6,
         "prepare .txt, MB of text per CPU second": text_bytes / statistics.median(rounds["plain"]) / 1e6,

@@ -182,7 +182,7 @@ class Lane:
             raise DataError(f"there is no text in {names}. Remove it from the input or replace it.")
         self._commit(complete=True)
         if split := self._counts["documents_split"]:
-            print(f"warning: {self.language}: {split} times a document was cut for being over 4 MiB", file=sys.stderr)
+            print(f"warning: {self.language}: {split} times a document was cut for being over 2 MiB", file=sys.stderr)
 
 
 def check_sources(language: str, sources: list[Source], journal: Journal) -> None:

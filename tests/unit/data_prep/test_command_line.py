@@ -118,10 +118,10 @@ def test_a_line_of_megabytes_is_split_with_a_warning(
     words = lzma.open(SAMPLES / "cc100" / "sw.txt.xz").read().replace(b"\n", b" ") * 1000
     (tmp_path / "sw.txt").write_bytes(words + b"\n\nlast document\n")
     assert prepare(tmp_path / "sw.txt", tiny_tokenizer, tmp_path / "shards") == 0
-    assert "warning: sw: 2 times a document was cut for being over 4 MiB" in capsys.readouterr().err
+    assert "warning: sw: 4 times a document was cut for being over 2 MiB" in capsys.readouterr().err
     shards = ShardSet(tmp_path / "shards")
-    assert shards.num_documents("sw") == 4
-    assert shards.manifest["languages"]["sw"]["counts"]["documents_split"] == 2
+    assert shards.num_documents("sw") == 6
+    assert shards.manifest["languages"]["sw"]["counts"]["documents_split"] == 4
 
 
 @pytest.mark.parametrize(
