@@ -56,7 +56,9 @@ def add_onnx(directory: Path, config: RetrievalConfig) -> dict[str, Any]:
     with _quiet():
         _export(encoder, fp32)
         onnx.checker.check_model(str(fp32))
-        quantize_dynamic(str(fp32), str(int8), weight_type=QuantType.QInt8)
+        # Retrieval accuracy lost by the quickstart student: 0.024 with one scale per matrix, 0.003 with one per channel,
+        # 0.001 with 7-bit weights besides, whose products cannot saturate on CPUs without 8-bit dot products.
+        quantize_dynamic(str(fp32), str(int8), weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
     runs: dict[str, HiddenStates] = {"torch": _torch_run(encoder)}
     for precision, path in (("fp32", fp32), ("int8", int8)):
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
