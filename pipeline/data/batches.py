@@ -122,7 +122,7 @@ class BatchSource:
         numbers = np.asarray(sample_numbers, dtype=np.int64).reshape(-1)
         self._sampler.refuse_outside(numbers)
         windows = numbers // PLAN_WINDOW
-        if len(numbers) and windows.min() == windows.max():
+        if len(numbers) and windows.min() == windows.max():  # almost every batch; a tenth of the time of what follows
             window = int(windows[0])
             language_index, rows = self._plan(window)
             inside = numbers - window * PLAN_WINDOW
