@@ -10,6 +10,7 @@ import pytest
 
 from tests.conftest import SAMPLES
 from tests.slurm.cluster import Cluster
+from tests.slurm.jobs import FAULTS, Job, Training, same_weights
 
 pytestmark = pytest.mark.timeout(3600)  # cores are often shared; every wait inside has a limit of its own
 LANGUAGES = ["he", "hi", "sw", "tr"]
@@ -85,6 +86,26 @@ def test_text_to_evaluated_student(
     assert list(run_dir.rglob("*.html")), "the report is missing"
     status = cluster.run("slurm/submit_all.sh", "--status", str(run_dir), **environment)
     assert "training: DONE" in status
+
+
+def test_a_chain_of_jobs_where_requeueing_is_forbidden(
+    cluster: Cluster, training: Training, plain_run: Path, tmp_path: Path
+) -> None:
+    """The first link is stopped and ends, the second goes on, the third finds nothing left to do."""
+    run_dir = tmp_path / "run"
+    command = ["slurm/submit_all.sh", "--from", "train", "--chain", "3", "--recipe", str(training.recipe)]
+    command += ["--ds", str(training.ds_json), "--run-dir", str(run_dir)]
+    environment = {"SITE_ENV": str(training.site_env), "PROCESSES_PER_NODE": "1", "PYTHONPATH": str(FAULTS)}
+    cluster.run(*command, SLOW_STEP_S="1", **environment)
+    lines = [line.split("\t") for line in (run_dir / "jobs.tsv").read_text().splitlines()]
+    links = [Job(cluster, number, run_dir) for stage, number, _ in lines if stage == "train"]
+    cluster.run("scancel", lines[-1][1])  # the evaluation is another test's
+    links[0].wait_step(life=0, step=2)
+    links[0].preempt()
+    assert [link.wait_end() for link in links] == ["COMPLETED"] * 3
+    assert "ends here; the next job" in (run_dir / "logs" / f"train-{links[0].number}.log").read_text()
+    assert "is finished" in (run_dir / "logs" / f"train-{links[2].number}.log").read_text()
+    assert same_weights(run_dir, plain_run)
 
 
 def test_node_check_names_the_bad_node(

@@ -56,11 +56,11 @@ def test_preempted_requeued_and_finished_bit_for_bit(training: Training, two_nod
     assert same_weights(job.run_dir, two_node_run)
 
 
-def test_a_more_urgent_job_takes_the_nodes_and_gives_them_back(
-    training: Training, two_node_run: Path, tmp_path: Path
+def test_a_more_urgent_job_takes_the_node_and_gives_it_back(
+    training: Training, plain_run: Path, tmp_path: Path
 ) -> None:
     """Slurm's own preemption: it sends TERM to the ranks, not to the batch script, and grants some time."""
-    job = training.submit(tmp_path / "run", "--nodes=2", SLOW_STEP_S="1", SLOW_LIVES="1")
+    job = training.submit(tmp_path / "run", SLOW_STEP_S="1", SLOW_LIVES="1")
     job.wait_step(life=0, step=2)
     urgent = training.cluster.submit(
         "--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path}/urgent.out", "--wrap=hostname"
@@ -69,7 +69,7 @@ def test_a_more_urgent_job_takes_the_nodes_and_gives_them_back(
     assert job.wait_end() == "COMPLETED", job.log
     assert job.restarts == 1
     assert "signal SIGTERM" in job.log
-    assert same_weights(job.run_dir, two_node_run)
+    assert same_weights(job.run_dir, plain_run)
 
 
 def test_a_node_loses_power(training: Training, two_node_run: Path, tmp_path: Path) -> None:
