@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test lint format clean venv
+.PHONY: demo test faults lint format clean venv
 venv: .venv/.installed
 .venv/.installed: requirements.txt requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -25,6 +25,10 @@ format: venv
 
 test: venv lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Hundreds of kills, preemptions and frozen ranks against a run that nobody touched: an hour or more.
+faults: venv
+	$(BIN)/python benchmarks/bench_faults.py
 
 clean:
 	rm -rf artifacts runs

@@ -9,6 +9,7 @@ steps - plus what checkpoint.py keeps, so an interrupted run and an uninterrupte
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ from pipeline.reporter import Reporter, StepReport
 from pipeline.runtime import checkpoint, dist, preflight
 from pipeline.runtime.checkpoint_writer import CheckpointWriter, SaveOutcome
 from pipeline.runtime.dist import Launch
-from pipeline.runtime.guard import BadStepCounter, SpikeDetector, StopRequests, Watchdog
+from pipeline.runtime.guard import BadStepCounter, SpikeDetector, StopRequests, Watchdog, process_mark
 from pipeline.runtime.lives import FALL_BACK_AFTER, GIVE_UP_AFTER, Lives
 from pipeline.runtime.schedule import learning_rate
 
@@ -49,6 +50,8 @@ def run_from_files(
     dist.init_process_group(launch, slowest_s * COLLECTIVE_TIMEOUT_MARGIN)
     try:
         with Watchdog(recipe.guard, run_dir / "logs" / f"stacks-rank{launch.rank}.txt") as watchdog:
+            marks = dist.gather_json(process_mark(os.getpid()), launch.device)
+            watchdog.take_along([mark for mark in marks if mark])
             parts = assemble(recipe, recipe_path, ds_path, launch)
             Trainer(recipe, parts, launch, run_dir, stop, watchdog).run(allow_change)
     finally:

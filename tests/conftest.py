@@ -53,10 +53,31 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
     """A randomly initialised XLM-RoBERTa (4 layers of 48, vocabulary of the tiny tokenizer) as a Hugging Face directory."""
+    return make_tiny_teacher(tmp_path_factory.mktemp("teacher"), tiny_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
+    """Shards of four sample languages under the tiny tokenizer, made by the real command."""
+    return make_tiny_shards(tmp_path_factory.mktemp("shards") / "shards", tiny_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, tiny_shards: Path) -> Path:
+    """A recipe of twelve fp32 steps that takes seconds; everything else is the product's own."""
+    return write_tiny_recipe(tmp_path_factory.mktemp("recipe") / "tiny.yaml", tiny_teacher, tiny_shards)
+
+
+@pytest.fixture(scope="session")
+def fp32_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ds_configs/zero2.json without fp16: what losses are compared in."""
+    return write_fp32_config(tmp_path_factory.mktemp("ds") / "zero2_fp32.json")
+
+
+def make_tiny_teacher(directory: Path, tokenizer: Path) -> Path:
     import torch
     from transformers import AutoTokenizer, XLMRobertaConfig, XLMRobertaModel
 
-    directory = tmp_path_factory.mktemp("teacher")
     config = XLMRobertaConfig(
         vocab_size=TINY_VOCAB,
         hidden_size=48,
@@ -72,30 +93,24 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path)
     )
     torch.manual_seed(1)
     XLMRobertaModel(config, add_pooling_layer=False).save_pretrained(directory)
-    for file in tiny_tokenizer.iterdir():
+    for file in tokenizer.iterdir():
         (directory / file.name).write_bytes(file.read_bytes())
     AutoTokenizer.from_pretrained(directory).save_pretrained(directory)
     return directory
 
 
-@pytest.fixture(scope="session")
-def tiny_shards(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
-    """Shards of four sample languages under the tiny tokenizer, made by the real command."""
-    directory = tmp_path_factory.mktemp("shards") / "shards"
+def make_tiny_shards(directory: Path, tokenizer: Path) -> Path:
     inputs = [str(SAMPLES / "cc100" / f"{language}.txt.xz") for language in ("hi", "sw", "he", "tr")]
-    command = [sys.executable, "-m", "data_prep", "prepare", "--input", *inputs, "--tokenizer", str(tiny_tokenizer)]
+    command = [sys.executable, "-m", "data_prep", "prepare", "--input", *inputs, "--tokenizer", str(tokenizer)]
     subprocess.run([*command, "--output", str(directory)], cwd=REPO, check=True, capture_output=True)
     return directory
 
 
-@pytest.fixture(scope="session")
-def tiny_recipe(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, tiny_shards: Path) -> Path:
-    """A recipe of twelve fp32 steps that takes seconds; everything else is the product's own."""
-    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+def write_tiny_recipe(path: Path, teacher: Path, shards: Path) -> Path:
     path.write_text(
         f"""
-teacher: {tiny_teacher}
-data: {tiny_shards}
+teacher: {teacher}
+data: {shards}
 steps: 12
 global_batch: 8
 micro_batch_per_gpu: 4
@@ -113,11 +128,8 @@ metrics: {{log_every: 1}}
     return path
 
 
-@pytest.fixture(scope="session")
-def fp32_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ds_configs/zero2.json without fp16: what losses are compared in."""
+def write_fp32_config(path: Path) -> Path:
     config = json.loads((REPO / "ds_configs" / "zero2.json").read_text())
     del config["fp16"]
-    path = tmp_path_factory.mktemp("ds") / "zero2_fp32.json"
     path.write_text(json.dumps(config))
     return path

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import signal
+import socket
 import statistics
 import sys
 import threading
@@ -23,6 +24,8 @@ from typing import Any
 
 from pipeline.errors import EXIT_HUNG, SickRunError, UserError
 
+ProcessMark = list[Any]
+TIME_FOR_OTHER_STACKS_S = 3.0  # ranks that wait for the same dead one notice within a second of each other
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -135,8 +138,13 @@ class Watchdog:
         self._config = config
         self._stacks = stacks
         self._due = math.inf
+        self._siblings: list[ProcessMark] = []
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def take_along(self, siblings: list[ProcessMark]) -> None:
+        """Ranks on this host that end with this one: a stopped process does not hear a launcher's SIGTERM."""
+        self._siblings = [mark for mark in siblings if mark[0] == socket.gethostname() and mark[1] != os.getpid()]
 
     def __enter__(self) -> Watchdog:
         self.feed_before_slow_work()
@@ -169,4 +177,17 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
+        time.sleep(TIME_FOR_OTHER_STACKS_S)
+        for mark in self._siblings:
+            if process_mark(mark[1]) == mark:  # the number may belong to somebody else by now
+                os.kill(mark[1], signal.SIGKILL)
         os._exit(EXIT_HUNG)
+
+
+def process_mark(pid: int) -> ProcessMark | None:
+    """Host, number and start time (clock ticks since boot) of a process: together they name it for good."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return [socket.gethostname(), pid, int(fields[19])]
