@@ -17,7 +17,7 @@ lint: venv
 	ruff check .
 	ruff format --check .
 	mypy
-	shellcheck slurm/*.sh .ci/run
+	shellcheck -x slurm/*.sh slurm/lib/*.sh slurm/site.example.env .ci/run
 
 format: venv
 	ruff check --fix .
