@@ -188,7 +188,7 @@ def draw(figures: dict[str, dict[str, float]], file: Path) -> None:
     axes.invert_yaxis()
     axes.set(xlabel="retrieval accuracy, mean of both directions and all pairs", xlim=(0, 1))
     axes.grid(True, axis="x", alpha=0.3)
-    axes.legend(title="pooled from")
+    figure.legend(title="pooled from", loc="outside lower center", ncols=len(POOLINGS))
     figure.savefig(file, dpi=120)
 
 
