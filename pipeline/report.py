@@ -30,7 +30,7 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bot
 table { border-collapse: collapse; font-variant-numeric: tabular-nums } td, th { padding: .15rem .6rem; text-align: right }
 td:first-child, th:first-child, td:nth-child(2), th:nth-child(2) { text-align: left } tr:nth-child(even) { background: #f7f7f9 }
 svg, img { max-width: 100%; height: auto } pre { background: #f4f5f7; padding: .8rem; overflow-x: auto }
-img { image-rendering: pixelated; width: 100%; border: 1px solid #ddd; filter: brightness(4) }
+img { image-rendering: pixelated; width: 100%; border: 1px solid #ddd }
 """
 
 

@@ -119,8 +119,8 @@ class Reporter:
         self.metrics.say(f"step {step}  held-out loss {mean:.4f}, highest {worst} {losses[worst]:.4f}")
 
     def relation_maps(self, step: int, name: str, maps_2HLL: torch.Tensor) -> None:
-        """Teacher above student, one column per relation head."""
-        rows = [torch.cat(list(maps_HLL / maps_HLL.amax()), dim=1) for maps_HLL in maps_2HLL]
+        """Teacher above student, one column per relation head. Square roots: most probabilities are too small to be seen."""
+        rows = [torch.cat(list((maps_HLL / maps_HLL.amax()).sqrt()), dim=1) for maps_HLL in maps_2HLL]
         self.metrics.image(f"relations/{name}", step, torch.cat(rows, dim=0).float().cpu().unsqueeze(0))
 
 

@@ -107,9 +107,18 @@ def init_process_group(launch: Launch, timeout_s: float) -> None:
     if torch_dist.is_initialized():
         return
     backend = "nccl" if launch.device.type == "cuda" else "gloo"
-    torch_dist.init_process_group(
-        backend, rank=launch.rank, world_size=launch.world_size, timeout=timedelta(seconds=timeout_s)
-    )
+    try:
+        torch_dist.init_process_group(
+            backend, rank=launch.rank, world_size=launch.world_size, timeout=timedelta(seconds=timeout_s)
+        )
+    except torch_dist.DistNetworkError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"another program listens on {address}, where the ranks would meet (another run on this machine?). "
+                "Take another port: deepspeed --master_port N pipeline/train.py ..., or torchrun --master_port N ..."
+            ) from None
+        raise UserError(f"the ranks could not meet at {address}: {str(error).splitlines()[0]}") from None
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

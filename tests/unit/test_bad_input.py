@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -181,6 +182,14 @@ def test_recipe_that_is_no_mapping_or_runs_code(refused: Run, tmp_path: Path) ->
     assert "not readable YAML" in refused(recipe=hostile)
     hostile.write_text("- just\n- a list")
     assert "key: value" in refused(recipe=hostile)
+
+
+def test_port_in_use(refused: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
+        assert "--master_port" in refused()
 
 
 def test_resolved_recipe_reads_back_equal(tiny_recipe: Path, tmp_path: Path) -> None:
