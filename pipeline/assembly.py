@@ -102,6 +102,8 @@ def open_data(recipe: Recipe) -> BatchSource:
         heldout_rows_per_language=recipe.heldout_rows,
         max_epochs=recipe.max_epochs,
         languages=recipe.languages,
+        unit=recipe.sampling_unit,
+        weights=recipe.language_weights,
     )
 
 

@@ -12,7 +12,7 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -38,7 +38,9 @@ class Recipe:
     global_batch: int = 256  # rows per optimizer step, over all ranks and micro-batches
     micro_batch_per_gpu: int = 32  # rows per forward and backward on one rank
     seq_len: int = 512  # tokens per row, <s> and </s> included
-    alpha: float = 0.3  # language share ~ (share of rows) ** alpha
+    alpha: float = 0.3  # language share ~ (share of sampling_unit) ** alpha
+    sampling_unit: Literal["tokens", "documents", "bytes"] = "tokens"  # what the shares are counted in
+    language_weights: dict[str, float] | None = None  # explicit shares instead of alpha's
     max_epochs: float | None = None  # cap on how often a language's rows are seen
     languages: list[str] | None = None  # None: every language of the shards
     heldout_rows: int = 16  # rows per language that are never trained on (at most a tenth of the language)

@@ -65,7 +65,7 @@ class TappedEncoder(nn.Module):
         if attention_mask is not None and attention_mask.dim() > 2 and not self.takes_block_mask:
             raise UserError(
                 f"{self.model.config.model_type} cannot keep several documents of a row apart; "
-                "let rows cross documents (`documents: joined`)"
+                "let rows cross documents: pass a [B, L] mask or none"
             )
         hidden_BLD = self.model(input_ids=input_ids_BL, attention_mask=attention_mask)[0]
         taken = {layer: layer_tap.take() for layer, layer_tap in self._taps.items()}

@@ -143,6 +143,10 @@ def test_vocabulary_of_another_language(refused: Run) -> None:
     assert "xx" in refused("languages=[tr, xx]")
 
 
+def test_weights_of_a_language_that_is_not_there(refused: Run) -> None:
+    assert "xx" in refused("language_weights={hi: 1, sw: 1, he: 1, tr: 1, xx: 2}")
+
+
 def test_nan_in_the_teacher(refused: Run, tmp_path: Path, tiny_teacher: Path) -> None:
     from safetensors.torch import load_file, save_file
 
