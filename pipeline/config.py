@@ -7,7 +7,6 @@ type or an impossible value is a `UserError` that names file, key and the neares
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ import yaml
 from pipeline.distillation.distiller import RelationsConfig
 from pipeline.distillation.student import StudentConfig
 from pipeline.distillation.teacher import TeacherConfig
-from pipeline.errors import UserError
+from pipeline.errors import UserError, did_you_mean
 from pipeline.evaluation.retrieval import RetrievalConfig
 from pipeline.runtime.checkpoint import CheckpointConfig
 from pipeline.runtime.guard import GuardConfig
@@ -116,9 +115,7 @@ def build_section(cls: type, tree: Any, where: str) -> Any:
     names = [f.name for f in dataclasses.fields(cls)]
     for key in tree:
         if key not in names:
-            nearest = difflib.get_close_matches(str(key), names, n=1, cutoff=0.4)
-            hint = f"did you mean `{nearest[0]}`?" if nearest else f"known keys here: {', '.join(names)}"
-            raise UserError(f"unknown key `{_join(where, str(key))}`; {hint}")
+            raise UserError(f"unknown key `{_join(where, str(key))}`; {did_you_mean(str(key), names)}")
     hints = typing.get_type_hints(cls)
     values = {key: convert(hints[key], value, _join(where, key)) for key, value in tree.items()}
     return cls(**values)

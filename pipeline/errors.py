@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from data_prep.shards import DataError
 
@@ -19,6 +20,12 @@ class UserError(ValueError):
 
 class SickRunError(RuntimeError):
     """The run itself is ill (non-finite loss, crash loop): starting it again unchanged will not help."""
+
+
+def did_you_mean(key: str, known: Sequence[str]) -> str:
+    """The end of a message about an unknown key: the nearest known one, or all of them."""
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    return f"did you mean `{nearest[0]}`?" if nearest else f"known here: {', '.join(known)}"
 
 
 def exit_code_of(main: Callable[[], object]) -> int:

@@ -8,13 +8,12 @@ nothing reaches it unresolved. No DeepSpeed import here: engine.py hands the res
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, did_you_mean
 from pipeline.runtime.schedule import OptimizerConfig
 
 KNOWN_KEYS = (
@@ -86,8 +85,7 @@ def read_ds_json(path: Path) -> dict[str, Any]:
         if key in OWNED_BY_RECIPE:
             raise UserError(f"{path}: remove `{key}`; {OWNED_BY_RECIPE[key]}")
         if key not in KNOWN_KEYS:
-            nearest = difflib.get_close_matches(key, KNOWN_KEYS, n=1, cutoff=0.4)
-            hint = f"did you mean `{nearest[0]}`?" if nearest else f"known: {', '.join(KNOWN_KEYS)}"
+            hint = did_you_mean(key, KNOWN_KEYS)
             raise UserError(f"{path}: unknown key `{key}` (DeepSpeed would ignore it in silence); {hint}")
     return config
 

@@ -36,10 +36,6 @@ class Lives:
             count += 1
         return count
 
-    @property
-    def number(self) -> int:
-        return len(self._lives)
-
     def begin(self, first_step: int, world_size: int) -> None:
         life = {"first_step": first_step, "saved_steps": [], "ended": None, "time_s": round(time.time(), 1)}
         self._lives.append({**life, "host": socket.gethostname(), "world_size": world_size})
