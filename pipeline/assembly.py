@@ -92,7 +92,8 @@ def open_data(recipe: Recipe) -> BatchSource:
     if not path.is_dir():
         raise UserError(
             f"there are no shards at {path}. Make them: python -m data_prep prepare --input samples/cc100 "
-            f"--tokenizer {recipe.teacher} --output {path}   (or set `data` to where they are)"
+            f"--tokenizer {recipe.teacher} --output {path}   (or set `data` to where they are; "
+            "`make demo` makes teacher and shards)"
         )
     return BatchSource(
         ShardSet(path),
