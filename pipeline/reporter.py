@@ -58,6 +58,7 @@ class Reporter:
             "precision": self.parts.precision,
             "teacher_precision": self.parts.teacher_precision,
             "teacher": self.recipe.teacher,
+            "vocabulary": self.recipe.vocabulary,
             "data_fingerprint": self.parts.source.fingerprint,
             "languages": list(self.parts.source.languages),
             "first_step": first_step,
@@ -73,10 +74,9 @@ class Reporter:
         self.metrics.describe(recipe_yaml, ds_json, mathematics(self.recipe))
         for warning in self.parts.warnings:
             self.metrics.say(f"warning: {warning}")
-        trained = sum(int(np.prod(shape)) for shape in self.parts.engine.shapes.values())
-        carried = sum(tensor.numel() for tensor in self.parts.student.carried.values())
         self.metrics.say(
-            f"student in {self.parts.precision}: {trained / 1e6:.1f} M parameters trained, {carried / 1e6:.1f} M carried "
+            f"student in {self.parts.precision}: {self.parts.num_trained / 1e6:.1f} M parameters trained, "
+            f"{self.parts.num_carried / 1e6:.1f} M carried "
             f"along; teacher in {self.parts.teacher_precision}; {len(self.parts.source.languages)} languages; "
             f"{self.launch.world_size} rank(s) x {self.parts.batch.micro_batch} rows x {self.parts.batch.accumulation}"
         )

@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, help="where everything goes (default: runs/NAME_OF_RECIPE)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
     parser.add_argument("--allow-change", action="store_true", help="resume although the recipe or the data changed")
+    parser.add_argument("--dry-run", action="store_true", help="one real step and a summary; leaves nothing behind")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # launchers add it
     arguments = parser.parse_args()
     recipe_path = arguments.recipe or DEFAULT_RECIPE
@@ -49,6 +50,7 @@ def main() -> None:
         run_dir=arguments.run_dir or Path("runs") / recipe_path.stem,
         overrides=arguments.set,
         allow_change=arguments.allow_change,
+        only_try=arguments.dry_run,
     )
 
 

@@ -36,10 +36,17 @@ COLLECTIVE_TIMEOUT_MARGIN = 1.5  # the watchdog should bite first: it knows wher
 
 
 def run_from_files(
-    recipe_path: Path, recipe_is_default: bool, ds_path: Path, run_dir: Path, overrides: list[str], allow_change: bool
+    recipe_path: Path,
+    recipe_is_default: bool,
+    ds_path: Path,
+    run_dir: Path,
+    overrides: list[str],
+    allow_change: bool,
+    only_try: bool = False,
 ) -> int:
     """Everything behind `pipeline/train.py`. Returns the exit code; raises what the user can mend."""
     launch = dist.read_launch()
+    began = time.monotonic()
     if launch.is_main:
         note = " (no --recipe given)" if recipe_is_default else ""
         print(f"recipe {recipe_path}{note}, run directory {run_dir}", flush=True)
@@ -53,7 +60,11 @@ def run_from_files(
             marks = dist.gather_json(process_mark(os.getpid()), launch.device)
             watchdog.take_along([mark for mark in marks if mark])
             parts = assemble(recipe, recipe_path, ds_path, launch)
-            Trainer(recipe, parts, launch, run_dir, stop, watchdog).run(allow_change)
+            trainer = Trainer(recipe, parts, launch, run_dir, stop, watchdog)
+            if only_try:
+                dry_run(trainer, allow_change, time.monotonic() - began)
+            else:
+                trainer.run(allow_change)
     finally:
         dist.shut_down()
     return EXIT_DONE
@@ -116,6 +127,20 @@ class Trainer:
 
     def _train(self, first: int, batches: Prefetcher) -> None:
         bad_steps = BadStepCounter(self.recipe.guard, self.run_dir / "bad_batch.json")
+    def prepare_without_trace(self, allow_change: bool) -> int:
+        """What `run` does before its first step; a run directory that was not there is not there afterwards."""
+        with without_trace(self.run_dir):
+            self._check_before()
+            return self._resume(allow_change)
+
+    def steps_from(self, first: int) -> Iterator[StepReport]:
+        """Training steps and nothing else: no report, no save."""
+        with Prefetcher(self.source, self._sample_numbers(first), self.launch.device.type == "cuda") as batches:
+            stream = iter(batches)
+            for step in range(first, self.recipe.steps):
+                yield self.train_step(step, stream)
+                self.watchdog.feed()
+
         stream = iter(batches)
         self.watchdog.feed_before_slow_work()
         self.reporter.begin_interval()
@@ -140,10 +165,8 @@ class Trainer:
         """Can this run save, and do all ranks run the same thing? Nothing is trained before both are known."""
         if self.launch.is_main:
             preflight.check_run_dir(self.run_dir)
-            state_bytes = 12 * sum(int(np.prod(shape)) for shape in self.engine.shapes.values())
-            carried_bytes = sum(tensor.nbytes for tensor in self.parts.student.carried.values())
             present = len(checkpoint.committed_steps(self.checkpoints))
-            preflight.check_disk(self.run_dir, state_bytes + carried_bytes, self.recipe.checkpoint.keep, present)
+            preflight.check_disk(self.run_dir, self.checkpoint_bytes, self.recipe.checkpoint.keep, present)
             for lock in preflight.stale_build_locks():
                 print(f"warning: {lock} was left by a killed compilation; delete it if a start hangs", flush=True)
         facts = {
@@ -165,6 +188,11 @@ class Trainer:
             self._evaluate(0)
 
     # -- data
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """fp32 weights and both moments of what is trained, and what is carried along."""
+        return 12 * self.parts.num_trained + sum(tensor.nbytes for tensor in self.parts.student.carried.values())
 
     def _sample_numbers(self, first_step: int) -> Iterator[np.ndarray]:
         """This rank's share of each global batch, micro-batch by micro-batch: the same order for any number of ranks."""

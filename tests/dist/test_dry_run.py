@@ -1,0 +1,78 @@
+"""`--dry-run` takes the run's own first step, says what a run would need, and leaves everything as it was."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import EXIT_SICK, EXIT_USER
+from tests.dist.runs import curve
+from tests.dist.training_process import TrainingProcess
+
+
+@pytest.fixture(scope="module")
+def training() -> Iterator[TrainingProcess]:
+    with TrainingProcess() as process:
+        yield process
+
+
+@pytest.fixture
+def words(tiny_recipe: Path, fp32_config: Path) -> list[object]:
+    return ["--deepspeed", fp32_config, "--recipe", tiny_recipe]
+
+
+def state_of(directory: Path) -> dict[str, tuple[int, bytes]]:
+    return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in directory.rglob("*") if p.is_file()}
+
+
+def loss_in(text: str) -> float:
+    found = re.search(r"^  loss +([0-9.]+) ", text, re.MULTILINE)
+    assert found, text
+    return float(found[1])
+
+
+def test_a_new_run_is_tried_and_then_made_as_if_nothing_had_been(
+    training: TrainingProcess, words: list[object], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "not" / "there" / "run"
+    tried = training.run(*words, "--run-dir", run_dir, "--dry-run")
+    assert tried.code == 0, tried.err
+    assert not (tmp_path / "not").exists()
+    for name in ("teacher", "student", "data", "batch", "relations", "loss", "time", "memory", "disk"):
+        assert re.search(rf"^  {name} ", tried.out, re.MULTILINE), tried.out
+    assert "micro-batch 4 x accumulation 2 x 1 rank(s) = 8 rows, 256 tokens a step" in tried.out
+    assert "backend chunked" in tried.out
+
+    run = [*words, "--run-dir", run_dir, "--set", "steps=2"]
+    assert training.run(*run).code == 0
+    assert loss_in(tried.out) == pytest.approx(curve(run_dir)[1], abs=1e-4)
+
+    before = state_of(run_dir)
+    again = training.run(*run[:-1], "steps=4", "--dry-run")
+    assert f"{run_dir} would go on after step 2" in again.out
+    assert state_of(run_dir) == before
+    assert "would do nothing" in training.run(*run, "--dry-run").out
+    assert state_of(run_dir) == before
+
+    refused = training.run(*run[:-1], "seed=7", "--dry-run")
+    assert refused.code == EXIT_USER
+    assert "seed: 0 -> 7" in refused.err
+
+
+def test_a_directory_that_cannot_be_written_to(training: TrainingProcess, words: list[object], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    refused = training.run(*words, "--run-dir", tmp_path / "file" / "run", "--dry-run")
+    assert refused.code == EXIT_USER
+    assert "--run-dir" in refused.err
+
+
+def test_steps_that_are_never_taken_are_an_end(training: TrainingProcess, words: list[object], tmp_path: Path) -> None:
+    """A gradient that is not finite at every step: all are skipped, and the dry run says so instead of trying for ever."""
+    endless = ["--set", "relations.pairs={q-q: .inf}", "--set", "steps=3"]
+    sick = training.run(*words, "--run-dir", tmp_path / "run", "--dry-run", *endless)
+    assert sick.code == EXIT_SICK
+    assert "3 steps in a row" in sick.err
+    assert not list(tmp_path.iterdir())
