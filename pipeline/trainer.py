@@ -21,6 +21,7 @@ import torch
 from pipeline.assembly import Parts, assemble
 from pipeline.config import Recipe, as_tree, load_recipe
 from pipeline.data.batches import Prefetcher
+from pipeline.dry_run import dry_run, without_trace
 from pipeline.errors import EXIT_DONE, SickRunError, UserError
 from pipeline.evaluation.heldout import heldout_losses
 from pipeline.lineage import fingerprint, git_commit, mathematics
