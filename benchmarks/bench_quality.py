@@ -58,6 +58,8 @@ def changed(student: dict | None = None, relations: dict | None = None, rate: fl
 
 RANDOM = {"init": "random", "freeze": []}
 NARROW = {"hidden": 192, "heads": 12}
+ODD = {"init_layers": [1, 3, 5, 7, 9, 11]}
+MSE_10 = {"tail": "mse", "tail_weight": 10.0}
 VARIANTS: dict[str, Variant] = {
     "base": changed(),
     "lr_2e-4": changed(rate=2e-4),
@@ -69,14 +71,33 @@ VARIANTS: dict[str, Variant] = {
     "train_embeddings": changed({"freeze": []}),
     "tail_relation": changed(relations={"tail": "relation"}),
     "tail_mse": changed(relations={"tail": "mse"}),
-    "tail_mse_10": changed(relations={"tail": "mse", "tail_weight": 10.0}),
-    "tail_mse_10_lr_1e-3": changed(relations={"tail": "mse", "tail_weight": 10.0}, rate=1e-3),
+    "tail_mse_10": changed(relations=MSE_10),
+    "tail_mse_10_lr_1e-3": changed(relations=MSE_10, rate=1e-3),
     "tail_mse_100": changed(relations={"tail": "mse", "tail_weight": 100.0}),
+    "tail_mse_100_lr_1e-3": changed(relations={"tail": "mse", "tail_weight": 100.0}, rate=1e-3),
+    "odd": changed(ODD),
+    "odd_lr_2e-4": changed(ODD, rate=2e-4),
+    "odd_tail_mse_10": changed(ODD, MSE_10),
+    "odd_tail_mse_10_lr_2e-4": changed(ODD, MSE_10, rate=2e-4),
+    "odd_tail_mse_100": changed(ODD, {"tail": "mse", "tail_weight": 100.0}),
     "random": changed(RANDOM),
+    "random_tail_mse_10": changed(RANDOM, MSE_10),
     "narrow_random": changed({**RANDOM, **NARROW}),
     "narrow_project": changed({**NARROW, "init": "project", "freeze": []}),
     "narrow_project_frozen": changed({**NARROW, "init": "project"}),
 }
+
+
+class InPrecision(torch.nn.Module):
+    """The student's tapped part with its matrix products in `dtype`; weights, their gradients and the loss stay fp32."""
+
+    def __init__(self, tapped: torch.nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.tapped, self.dtype, self.widths = tapped, dtype, tapped.widths
+
+    def forward(self, *inputs):
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+            return self.tapped(*inputs)
 
 
 class SharedTeacher:
@@ -103,14 +124,19 @@ class SharedTeacher:
 class Run:
     """One variant in training."""
 
-    def __init__(self, name: str, variant: Variant, whole_teacher, teacher: SharedTeacher, seed: int) -> None:
+    def __init__(self, name: str, variant: Variant, whole_teacher, teacher: SharedTeacher, seed: int, dtype) -> None:
         self.name, self.variant = name, variant
         relations = variant.relations
         self.student: Student = build_student(
             whole_teacher, variant.student, seed, None, relations.teacher_taps, **relations.tap_options
         )
-        self.module = DistillModule(teacher.reader(relations), self.student.tapped, relations).train()
-        self.judge = DistillModule(teacher.reader(BASE), tap(self.student.model, variant.student.layers), BASE)
+        self.student.carried.clear()  # this run goes on in the model itself, nothing is put back at its end
+        if "embeddings" in variant.student.freeze and variant.student.init == "layers":
+            self.student.model.get_input_embeddings().weight.data = whole_teacher.get_input_embeddings().weight.data
+        tapped = InPrecision(self.student.tapped, dtype)
+        self.module = DistillModule(teacher.reader(relations), tapped, relations).train()
+        judged = InPrecision(tap(self.student.model, variant.student.layers), dtype)
+        self.judge = DistillModule(teacher.reader(BASE), judged, BASE)
         self.optimizer_config = OptimizerConfig(lr=variant.rate, warmup_steps=10)
         groups = parameter_groups(self.student.trained, self.optimizer_config.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=self.optimizer_config.eps)
@@ -145,6 +171,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rows", type=int, default=16, help="rows of 128 tokens per step")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample order and of random starts")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of teacher and student products")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the retrieval columns")
     options = parser.parse_args()
     if options.quick:
@@ -152,13 +180,14 @@ def main() -> None:
     torch.manual_seed(0)
     whole_teacher = load_encoder(options.teacher)
     tokenizer = AutoTokenizer.from_pretrained(options.teacher)
-    source = BatchSource(ShardSet(options.data), TOKENS, alpha=0.3, seed=0, heldout_rows_per_language=4)
+    source = BatchSource(ShardSet(options.data), TOKENS, alpha=0.3, seed=options.seed, heldout_rows_per_language=4)
+    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     chosen = {name: VARIANTS[name] for name in options.only}
     last = whole_teacher.config.num_hidden_layers
     layers = sorted({variant.relations.teacher_layer or last for variant in chosen.values()} | {last})
-    teacher = SharedTeacher(whole_teacher, layers, torch.float32)
+    teacher = SharedTeacher(load_encoder(options.teacher), layers, dtype)
     figures = {"teacher": evaluate_retrieval(Encoder("teacher", whole_teacher, tokenizer, last), RETRIEVAL)["mean"]}
-    runs = [Run(name, variant, whole_teacher, teacher, 0) for name, variant in chosen.items()]
+    runs = [Run(name, variant, whole_teacher, teacher, options.seed, dtype) for name, variant in chosen.items()]
     for run in {str(run.variant.student): run for run in reversed(runs)}.values():  # the first of each start
         figures[f"{run.name}, untrained"] = run.judge_now(source, tokenizer)
     for step, batch in enumerate(tqdm(list(_batches(source, options.steps, options.rows)), unit="step")):
@@ -170,7 +199,7 @@ def main() -> None:
         [name, row.get("heldout", "-"), *(row[pooling] for pooling in POOLINGS), row.get("cpu_seconds", "-")]
         for name, row in figures.items()
     ]
-    title = f"Students after {options.steps} steps of {options.rows} x {TOKENS} tokens"
+    title = f"Students after {options.steps} steps of {options.rows} x {TOKENS} tokens, {options.precision}, seed {options.seed}"
     header = ["student", "held-out loss", *(f"retrieval, {pooling}" for pooling in POOLINGS), "CPU s (with its share)"]
     if options.plot:
         draw(figures, options.plot)

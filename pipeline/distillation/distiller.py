@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from pipeline.distillation.backend_choice import choose_backend
-from pipeline.distillation.oracle import allowed_keys
 from pipeline.distillation.relations import BACKENDS, check_heads, relation_kl, relation_kl_by_row
 from pipeline.distillation.tap import Projections, TappedEncoder
 from pipeline.distillation.teacher import FrozenTeacher
@@ -95,7 +95,7 @@ class Extent:
     """Which positions of a batch are real, and which of them may see each other; by default all."""
 
     lengths_B: torch.Tensor | None = None
-    segments: torch.Tensor | None = None  # [B, S] lengths of each row's documents, filled up with 0
+    segments: torch.Tensor | None = None  # [B, S] lengths of each row's documents, filled up with 0; best on the host
 
     def real_tokens(self, like_BL: torch.Tensor) -> torch.Tensor | None:
         """1 at real tokens, 0 at padding; None where all are real."""
@@ -109,15 +109,20 @@ class Extent:
         """What the encoders get: None, [B, L], or block-diagonal [B, 1, L, L] bool."""
         if self.segments is None:
             return self.real_tokens(input_ids_BL)
-        documents = self.of_relations()["segments"]
-        batch, length = input_ids_BL.shape
-        return allowed_keys(batch, length, None, documents, input_ids_BL.device)[:, None]
+        ends_BS = self.segments.to(input_ids_BL.device, non_blocking=True).cumsum(1)
+        positions_BL = torch.arange(input_ids_BL.shape[1], device=input_ids_BL.device).expand_as(input_ids_BL)
+        document_BL = torch.searchsorted(ends_BS, positions_BL.contiguous(), right=True)
+        return (document_BL[:, :, None] == document_BL[:, None, :])[:, None]
 
     def of_relations(self) -> dict[str, Any]:
         """The arguments of `relation_kl` that say the same."""
-        if self.segments is None:
-            return {"lengths_B": self.lengths_B}
-        return {"segments": [[length for length in row if length] for row in self.segments.tolist()]}
+        return {"lengths_B": self.lengths_B} if self.segments is None else {"segments": self._documents}
+
+    @cached_property
+    def _documents(self) -> list[list[int]]:
+        """Lengths as Python numbers: read once per batch, and from the host without waiting for a GPU."""
+        assert self.segments is not None
+        return [[length for length in row if length] for row in self.segments.tolist()]
 
 
 class DistillModule(nn.Module):
@@ -156,26 +161,39 @@ class DistillModule(nn.Module):
         return loss, torch.stack(losses).detach()
 
     @torch.no_grad()
-    def losses_by_row(self, input_ids_BL: torch.Tensor, lengths_B: torch.Tensor | None = None) -> torch.Tensor:
+    def losses_by_row(
+        self, input_ids_BL: torch.Tensor, lengths_B: torch.Tensor | None = None, segments: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Weighted relation loss of every row, [B], without gradient, dropout or tail term: for held-out text."""
-        extent = Extent(lengths_B)
+        extent = Extent(lengths_B, segments)
         teacher, student = self._read_without_dropout(input_ids_BL, extent)
         losses = self._relation_losses(relation_kl_by_row, teacher, student, extent)
         return torch.stack([w * part for w, part in zip(self.part_weights.values(), losses, strict=False)]).sum(0)
 
     @torch.no_grad()
-    def relation_maps(self, input_ids_BL: torch.Tensor, pair: str = "v-v", num_heads: int = 4) -> torch.Tensor:
+    def relation_maps(
+        self,
+        input_ids_BL: torch.Tensor,
+        pair: str = "v-v",
+        num_heads: int = 4,
+        segments: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Relation matrices of the first row, [2, num_heads, L, L] for teacher and student, as probabilities.
 
         `pair` is one of `part_names`, or one without its layers, which stands for the first pair of layers.
         """
         maps = []
-        for reading in self._read_without_dropout(input_ids_BL[:1], Extent()):
+        extent = Extent(None, None if segments is None else segments[:1])
+        allowed_11LL = extent.attention_mask(input_ids_BL[:1])
+        for reading in self._read_without_dropout(input_ids_BL[:1], extent):
             queries_HLd, keys_HLd = (
                 x_BLD[0].float().unflatten(-1, (self.config.heads, -1)).transpose(0, 1)[:num_heads]
                 for x_BLD in self._tensors_of(pair, reading)
             )
-            maps.append((queries_HLd @ keys_HLd.mT * queries_HLd.shape[-1] ** -0.5).softmax(-1))
+            logits_HLL = queries_HLd @ keys_HLd.mT * queries_HLd.shape[-1] ** -0.5
+            if allowed_11LL is not None:
+                logits_HLL = logits_HLL.masked_fill(~allowed_11LL[0], float("-inf"))
+            maps.append(logits_HLL.softmax(-1))
         return torch.stack(maps)
 
     def _tensors_of(self, pair: str, reading: Readings) -> tuple[torch.Tensor, torch.Tensor]:

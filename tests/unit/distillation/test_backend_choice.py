@@ -13,10 +13,12 @@ def tensors(dtype=torch.float32):
     return torch.randn(2, 40, 32).to(dtype), torch.randn(2, 40, 24).to(dtype)
 
 
+@pytest.mark.parametrize("near", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_right_backends_are_within_tolerance(dtype):
+def test_right_backends_are_within_tolerance(dtype, near):
+    limit = backend_choice.TOLERANCES[dtype] * (backend_choice.NEAR_FACTOR if near else 1)
     for name in relations.BACKENDS:
-        assert gradient_error(name, *tensors(dtype), 4) <= backend_choice.TOLERANCES[dtype]
+        assert gradient_error(name, *tensors(dtype), 4, near) <= limit
 
 
 def test_a_wrong_backend_is_refused(monkeypatch):
@@ -28,6 +30,21 @@ def test_a_wrong_backend_is_refused(monkeypatch):
 
     monkeypatch.setitem(relations.BACKENDS, "chunked", wrong)
     with pytest.raises(RuntimeError, match=r"(?s)no backend.*gradient error 1.0e-03 is over 1e-05"):
+        choose_backend(*tensors(), 4)
+
+
+def test_a_backend_that_rounds_too_coarsely_near_the_optimum_is_refused(monkeypatch):
+    """Right for a student far from its teacher, useless for one that has nearly arrived."""
+
+    def coarse(teacher_BLD, teacher_keys_BLD, student_BLD, student_keys_BLD, *arguments):
+        result = relations.chunked_relation(teacher_BLD, teacher_keys_BLD, student_BLD, student_keys_BLD, *arguments)
+        if result.grad_queries_BLD is not None:
+            result.grad_queries_BLD += 3e-6 * student_BLD
+        return result
+
+    monkeypatch.setitem(relations.BACKENDS, "chunked", coarse)
+    assert gradient_error("chunked", *tensors(), 4) < backend_choice.TOLERANCES[torch.float32]
+    with pytest.raises(RuntimeError, match="no backend"):
         choose_backend(*tensors(), 4)
 
 
