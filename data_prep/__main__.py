@@ -1,4 +1,4 @@
-"""The command line: `python -m data_prep prepare | merge | verify | stats` (each with --help).
+"""The command line: `python -m data_prep prepare | merge | verify | stats | trim-vocab` (each with --help).
 
 python -m data_prep prepare --input cc100/ --tokenizer sentencepiece.bpe.model --output shards/
 python -m data_prep verify shards/
@@ -38,6 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("shards", type=Path)
     verify.set_defaults(run=run_verify)
     add_stats(verbs.add_parser("stats", help="what is in it per language, and what a run will make of it"))
+    add_trim_vocab(
+        verbs.add_parser("trim-vocab", help="a smaller vocabulary of what some languages use, and its id map")
+    )
     return parser
 
 
@@ -87,6 +90,22 @@ def add_stats(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--samples", type=int, help="rows that a planned run will read: steps x global batch")
     verb.add_argument("--plot", type=Path, metavar="PNG", help="draw shares and epochs")
     verb.set_defaults(run=run_stats)
+
+
+def add_trim_vocab(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--tokenizer", type=Path, required=True, help="SentencePiece .model, or a directory with one")
+    counted = verb.add_mutually_exclusive_group(required=True)
+    counted.add_argument("--shards", type=Path, help="count pieces in shards made with this tokenizer")
+    counted.add_argument("--input", nargs="+", metavar="PATH", help="or in text, given as to `prepare`")
+    verb.add_argument("--languages", metavar="xx,yy", help="keep what these use (default: all that are there)")
+    verb.add_argument("--min-count", type=int, default=1, metavar="N", help="keep pieces that occur at least so often")
+    verb.add_argument("--coverage", type=float, default=1.0, metavar="SHARE", help="of each language's tokens, by its "
+                      "most frequent pieces (default: 1, every piece that occurs)")  # fmt: skip
+    verb.add_argument("--output", type=Path, required=True, help="directory of the vocabulary")
+    verb.add_argument("--workers", type=int, default=os.cpu_count(), help="tokenising processes for --input")
+    verb.add_argument("--language-map", type=Path, metavar="FILE", help="lines of: PATTERN LANGUAGE ('-': leave out)")
+    verb.add_argument("--text-field", default="text", help="field of JSON lines and Parquet (default: text)")
+    verb.set_defaults(run=run_trim_vocab)
 
 
 def run_prepare(parsed: argparse.Namespace) -> int:
@@ -151,6 +170,34 @@ def run_stats(parsed: argparse.Namespace) -> int:
     if parsed.plot:
         draw(rows, parsed.alpha, parsed.plot)
         print(f"plot: {parsed.plot}")
+    return 0
+
+
+def run_trim_vocab(parsed: argparse.Namespace) -> int:
+    from data_prep.discovery import LanguageRules, discover
+    from data_prep.encode import Tokenizer
+    from data_prep.usage import usage_of_shards, usage_of_text
+    from data_prep.vocabulary import TrimOptions, trim_vocabulary, trimming_table
+
+    languages = [language for language in (parsed.languages or "").split(",") if language]
+    options = TrimOptions(languages, parsed.min_count, parsed.coverage)  # refused before anything is counted
+    if parsed.workers < 1:
+        raise DataError(f"--workers {parsed.workers}: at least 1 is needed.")
+    tokenizer = Tokenizer(parsed.tokenizer)
+    if parsed.shards:
+        shards = ShardSet(parsed.shards)
+        if shards.tokenizer_sha256 != tokenizer.sha256:
+            raise DataError(
+                f"{parsed.shards} was not made with the tokenizer {tokenizer.path}, so its ids say nothing about it. "
+                "Give the tokenizer that it was made with, or count in text with --input."
+            )
+        usage = usage_of_shards(shards)
+    else:
+        rules = LanguageRules.read(parsed.language_map, None)
+        usage = usage_of_text(discover(parsed.input, rules, parsed.text_field), tokenizer, parsed.workers)
+    options = TrimOptions(languages or sorted(usage.counts), options.min_count, options.coverage)
+    print(trimming_table(trim_vocabulary(tokenizer, usage, options, parsed.output)))
+    print(f"vocabulary: {parsed.output}. Prepare shards with it: prepare ... --tokenizer {parsed.output}")
     return 0
 
 

@@ -23,6 +23,7 @@ from pipeline.distillation.families import usable_positions
 from pipeline.distillation.relations import check_heads
 from pipeline.distillation.student import Student, build_student
 from pipeline.distillation.teacher import FrozenTeacher, check_vocabulary, load_encoder, load_teacher
+from pipeline.distillation.vocabulary import cut_embedding, read_vocabulary
 from pipeline.errors import UserError
 from pipeline.runtime import ds_config
 from pipeline.runtime.dist import Launch
@@ -68,6 +69,8 @@ def assemble(recipe: Recipe, recipe_path: Path, ds_path: Path, launch: Launch) -
     teacher_precision = _teacher_precision(recipe, precision, can, launch.device)
 
     teacher_model = load_encoder(recipe.teacher)
+    if recipe.vocabulary is not None:
+        cut_teacher(recipe.vocabulary, recipe.teacher, teacher_model)
     check_fit(recipe, source.shards, teacher_model)
     relations = recipe.relations
     student = build_student(
@@ -103,7 +106,7 @@ def open_data(recipe: Recipe) -> BatchSource:
     if not path.is_dir():
         raise UserError(
             f"there are no shards at {path}. Make them: python -m data_prep prepare --input samples/cc100 "
-            f"--tokenizer {recipe.teacher} --output {path}   (or set `data` to where they are; "
+            f"--tokenizer {recipe.tokenizer} --output {path}   (or set `data` to where they are; "
             "`make demo` makes teacher and shards)"
         )
     return BatchSource(
@@ -119,15 +122,23 @@ def open_data(recipe: Recipe) -> BatchSource:
     )
 
 
+def cut_teacher(vocabulary: str, teacher: str, model: Any) -> None:
+    """Leave the teacher only the embeddings of the recipe's vocabulary; the student is built from what is left."""
+    kept = read_vocabulary(vocabulary)
+    kept.refuse_other_source(tokenizer_sha256(teacher), teacher)
+    cut_embedding(model, kept)
+
+
 def check_fit(recipe: Recipe, shards: ShardSet, teacher_model: Any) -> None:
     """Teacher, tokenizer, shards and sequence length must belong together."""
     check_vocabulary(teacher_model, shards.vocab_size, recipe.data)
-    sha256 = tokenizer_sha256(recipe.teacher)
+    sha256 = tokenizer_sha256(recipe.tokenizer)
     if sha256 != shards.tokenizer_sha256:
+        whose = "the teacher's" if recipe.vocabulary is None else "that of `vocabulary`"
         raise UserError(
             f"the shards in {recipe.data} were made with another tokenizer (sha256 {shards.tokenizer_sha256[:12]}) than "
-            f"the teacher's (sha256 {sha256[:12]} in {recipe.teacher}). Prepare them again: python -m data_prep prepare "
-            f"--input TEXT --tokenizer {recipe.teacher} --output NEW_DIRECTORY"
+            f"{whose} (sha256 {sha256[:12]} in {recipe.tokenizer}). Prepare them again: python -m data_prep prepare "
+            f"--input TEXT --tokenizer {recipe.tokenizer} --output NEW_DIRECTORY"
         )
     longest = usable_positions(teacher_model.config)
     if recipe.seq_len > longest:

@@ -32,6 +32,7 @@ class Recipe:
 
     teacher: str = "artifacts/teacher"  # HF directory or hub name
     teacher_options: TeacherConfig = field(default_factory=TeacherConfig)
+    vocabulary: str | None = None  # output of `data_prep trim-vocab`: teacher and student are cut to it, shards made with it
     data: str = "artifacts/shards"  # output directory of `python -m data_prep prepare`
     steps: int = 100  # optimizer steps, each over one global batch
     global_batch: int = 256  # rows per optimizer step, over all ranks and micro-batches
@@ -62,6 +63,11 @@ class Recipe:
             raise UserError(f"seq_len is {self.seq_len}; a row is <s>, at least one token and </s>, so at least 3")
         if not 0 <= self.alpha <= 1:
             raise UserError(f"alpha is {self.alpha}; it must lie between 0 (equal shares) and 1 (natural shares)")
+
+    @property
+    def tokenizer(self) -> str:
+        """Directory or hub name of the tokenizer that shards and student have."""
+        return self.vocabulary or self.teacher
 
 
 def load_recipe(path: Path, overrides: list[str]) -> Recipe:

@@ -1,0 +1,234 @@
+"""A smaller vocabulary: the tokenizer that has only the pieces that some languages use, and the map to its old ids.
+
+In: a tokenizer in XLM-R's layout and a `Usage`. Out: a directory with the SentencePiece model, the files that
+`AutoTokenizer` loads, and `vocabulary.json`: old id of every new one, hashes of both tokenizers, loss per language.
+Shards are prepared with it, teacher and student are cut by it (recipe key `vocabulary`, `python -m pipeline trim`).
+
+Why ids map one to one: a unigram tokenizer takes the best-scoring split of a text into pieces. Removing pieces that the
+best split does not use leaves it the best one, so text whose pieces are all kept is split as before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+
+from data_prep.encode import SPM_UNK, Tokenizer
+from data_prep.shards import EOS_ID, UNK_ID, DataError
+from data_prep.usage import Usage
+
+protobuf: Any = sentencepiece_model_pb2  # generated code without types
+FORMAT_NAME, FORMAT_VERSION = "minilmv2-vocabulary", 1
+MAP_FILE = "vocabulary.json"
+MODEL_FILE = "sentencepiece.bpe.model"
+NUM_LEADING_SPECIALS = 4  # <s> <pad> </s> <unk>; the last id is <mask>
+NUM_MODEL_SPECIALS = 3  # SentencePiece's own <unk> <s> </s>; a piece's id here is its id there plus one
+WORD_START = "▁"
+DEFAULT_MAX_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class TrimOptions:
+    """Whose pieces are kept, and which of them."""
+
+    languages: Sequence[str]
+    min_count: int = 1  # over all these languages together
+    coverage: float = 1.0  # of each language's tokens, by its most frequent pieces
+
+    def __post_init__(self) -> None:
+        if self.min_count < 1:
+            raise DataError(f"--min-count is {self.min_count}; it must be at least 1.")
+        if not 0 < self.coverage <= 1:
+            raise DataError(f"--coverage is {self.coverage}; it is a share of the tokens, above 0 and at most 1.")
+
+
+def trim_vocabulary(tokenizer: Tokenizer, usage: Usage, options: TrimOptions, output: Path) -> dict[str, Any]:
+    """Write the smaller vocabulary to `output`, whole or not at all, and return what its `vocabulary.json` holds."""
+    missing = [language for language in options.languages if language not in usage.counts]
+    if missing:
+        raise DataError(f"There is no text of {', '.join(missing)}; there is of {', '.join(sorted(usage.counts))}.")
+    if output.exists() and (not (output / MAP_FILE).is_file() or (output / "config.json").is_file()):
+        raise DataError(f"{output} exists and is no earlier vocabulary, so it is left alone. Name another --output.")
+    model = protobuf.ModelProto()
+    model.ParseFromString(tokenizer.path.read_bytes())
+    pieces = pieces_by_id(model)
+    kept = kept_ids(usage.counts, options, pieces)
+    temporary = output.with_name(output.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        write_tokenizer(tokenizer.path, model, pieces, kept, temporary)
+        about = {
+            "format": FORMAT_NAME,
+            "version": FORMAT_VERSION,
+            "source_sha256": tokenizer.sha256,
+            "source_vocab_size": len(pieces),
+            "tokenizer_sha256": hashlib.sha256((temporary / MODEL_FILE).read_bytes()).hexdigest(),
+            "vocab_size": len(kept),
+            "languages": list(options.languages),
+            "min_count": options.min_count,
+            "coverage": options.coverage,
+            "loss": losses(tokenizer.processor, temporary / MODEL_FILE, usage, kept),
+        }
+        (temporary / MAP_FILE).write_text(json.dumps({**about, "old_ids": kept.tolist()}) + "\n", encoding="utf-8")
+        shutil.rmtree(output, ignore_errors=True)
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return about
+
+
+def kept_ids(counts: dict[str, np.ndarray], options: TrimOptions, pieces: list[str]) -> np.ndarray:
+    """Old ids to keep, ascending: the specials, every piece that the languages use often enough, and the single
+    characters of these pieces, so that no text in known characters becomes unknown."""
+    chosen = [counts[language] for language in options.languages]
+    used = np.any([_most_frequent(total, options.coverage) for total in chosen], axis=0)
+    used &= np.sum(chosen, axis=0) >= options.min_count
+    used[:NUM_LEADING_SPECIALS] = used[-1] = True
+    characters = {character for piece, is_used in zip(pieces, used, strict=True) if is_used for character in piece}
+    single = np.array([len(piece.lstrip(WORD_START)) <= 1 for piece in pieces])
+    known = np.array([set(piece) <= characters for piece in pieces])
+    return np.flatnonzero(used | (single & known))
+
+
+def _most_frequent(total: np.ndarray, coverage: float) -> np.ndarray:
+    """The fewest ids whose occurrences make up `coverage` of all; of equally frequent ones the lower ids."""
+    if coverage == 1:
+        return total > 0
+    order = np.argsort(-total, kind="stable")
+    before = np.cumsum(total[order]) - total[order]
+    used = np.zeros(len(total), dtype=bool)
+    used[order] = (before < coverage * total.sum()) & (total[order] > 0)
+    return used
+
+
+def pieces_by_id(model: Any) -> list[str]:
+    """The text of every id, `<s>` to `<mask>`; specials have none."""
+    pieces = [piece.piece for piece in model.pieces[NUM_MODEL_SPECIALS:]]
+    return [""] * NUM_LEADING_SPECIALS + pieces + [""]
+
+
+def write_tokenizer(model_path: Path, model: Any, pieces: list[str], kept: np.ndarray, directory: Path) -> None:
+    """SentencePiece model, settings and, where the source has one, the fast tokenizer's file, with the kept ids alone."""
+    inner = kept[(kept >= NUM_LEADING_SPECIALS) & (kept <= len(model.pieces))] - 1
+    kept_pieces = [model.pieces[i] for i in [*range(NUM_MODEL_SPECIALS), *inner.tolist()]]
+    trimmed = protobuf.ModelProto()
+    trimmed.CopyFrom(model)
+    del trimmed.pieces[:]
+    trimmed.pieces.extend(kept_pieces)
+    trimmed.trainer_spec.vocab_size = len(kept_pieces)
+    (directory / MODEL_FILE).write_bytes(trimmed.SerializeToString(deterministic=True))
+    settings = _read_json(model_path.with_name("tokenizer_config.json")) or {}
+    short = {
+        "tokenizer_class": "XLMRobertaTokenizer",
+        "model_max_length": settings.get("model_max_length", DEFAULT_MAX_LENGTH),
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(short, indent=2) + "\n", encoding="utf-8")
+    fast = model_path.with_name("tokenizer.json")
+    if tree := _read_json(fast):
+        cut = cut_fast_tokenizer(tree, pieces, kept, fast)
+        (directory / fast.name).write_text(json.dumps(cut, ensure_ascii=False), encoding="utf-8")
+
+
+def cut_fast_tokenizer(tree: dict[str, Any], pieces: list[str], kept: np.ndarray, path: Path) -> dict[str, Any]:
+    """The content of a `tokenizer.json` with the kept ids alone. It must be the same vocabulary as the model beside it."""
+    try:
+        vocab, added = tree["model"]["vocab"], tree["added_tokens"]
+        inner = slice(NUM_LEADING_SPECIALS, len(pieces) - 1)
+        same = [piece for piece, _ in vocab][inner] == pieces[inner] and len(vocab) == len(pieces)
+    except (KeyError, TypeError, ValueError):
+        same = False
+    if not same or any(token["id"] >= len(pieces) for token in added):
+        raise DataError(
+            f"{path} is not of the same vocabulary as the SentencePiece model beside it. Take it out of the directory "
+            "(transformers makes it anew from the model) and run the same command."
+        )
+    new_id = {old: new for new, old in enumerate(kept.tolist())}
+    return {
+        **tree,
+        "model": {**tree["model"], "vocab": [vocab[i] for i in kept]},
+        "added_tokens": [{**token, "id": new_id[token["id"]]} for token in added if token["id"] in new_id],
+    }
+
+
+def losses(
+    old: SentencePieceProcessor, new_model: Path, usage: Usage, kept: np.ndarray
+) -> dict[str, dict[str, float | int]]:
+    """Per language: share of tokens whose piece is kept, and what the smaller tokenizer makes of a sample of its lines.
+
+    `longer`: tokens after / before; `unknown`: share that becomes `<unk>`. Lines whose pieces are all kept must be split
+    as before: `lines_equal` counts them.
+    """
+    new = SentencePieceProcessor(model_file=str(new_model))
+    new_id = np.full(usage.vocab_size, -1, dtype=np.int64)
+    new_id[kept] = np.arange(len(kept))
+    found = {}
+    for language, total in usage.counts.items():
+        texts = _lines(old, usage.samples[language])
+        before, after, unknown, equal = 0, 0, 0, 0
+        for text, old_ids, new_ids in zip(texts, _ids(old, texts), _ids(new, texts), strict=True):
+            before, after, unknown = (
+                before + len(old_ids),
+                after + len(new_ids),
+                unknown + int((new_ids == UNK_ID).sum()),
+            )
+            if (new_id[old_ids] >= 0).all():
+                if not np.array_equal(new_id[old_ids], new_ids):
+                    raise DataError(
+                        f"{language}: {text[:60]!r} is split otherwise after trimming; nothing was written."
+                    )
+                equal += 1
+        found[language] = {
+            "kept": float(total[kept].sum() / max(total.sum(), 1)),
+            "longer": after / max(before, 1),
+            "unknown": unknown / max(after, 1),
+            "lines": len(texts),
+            "lines_equal": equal,
+        }
+    return found
+
+
+def _lines(processor: SentencePieceProcessor, sample: np.ndarray) -> list[str]:
+    """Text of a stream of ids in which `</s>` ends every line."""
+    ends = np.flatnonzero(sample == EOS_ID)
+    lines = [line[line >= NUM_LEADING_SPECIALS] - 1 for line in np.split(sample, ends + 1)]
+    return [text for text in processor.decode([line.tolist() for line in lines if len(line)]) if text]
+
+
+def _ids(processor: SentencePieceProcessor, texts: list[str]) -> list[np.ndarray]:
+    """XLM-R ids of every text, without `<s>` and `</s>`."""
+    arrays = (np.array(ids, dtype=np.int64) for ids in processor.encode(texts))
+    return [np.where(ids == SPM_UNK, UNK_ID, ids + 1) for ids in arrays]
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}). Copy it again from where the tokenizer came from.") from error
+    return tree if isinstance(tree, dict) else None
+
+
+def trimming_table(about: dict[str, Any]) -> str:
+    """Sizes, and what every language loses."""
+    lines = [
+        f"pieces: {about['source_vocab_size']:,} -> {about['vocab_size']:,}",
+        f"{'language':<10}{'tokens kept':>12}{'longer':>9}{'unknown':>9}   lines split as before",
+    ]
+    for language, loss in sorted(about["loss"].items(), key=lambda item: -item[1]["kept"]):
+        mark = "  asked for" if language in about["languages"] else ""
+        lines.append(
+            f"{language:<10}{loss['kept']:>12.4f}{loss['longer']:>8.3f}x{loss['unknown']:>9.4f}   "
+            f"{loss['lines_equal']} of {loss['lines']}{mark}"
+        )
+    return "\n".join(lines)
