@@ -27,6 +27,7 @@ def main(arguments: list[str]) -> None:
     """Import the verb's module alone: `--help` of one verb must not cost the imports of all."""
     parser = Parser(prog="python -m pipeline", description=__doc__)
     parser.add_argument("verb", choices=VERBS)
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed --module adds it
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="see `python -m pipeline VERB --help`")
     chosen = parser.parse_args(arguments)
     run_verb(chosen.verb, importlib.import_module(VERBS[chosen.verb]), chosen.rest)

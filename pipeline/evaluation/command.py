@@ -1,9 +1,11 @@
 """Evaluate encoders side by side: tables on the console, `evaluation.json` in the output directory.
 
     python -m pipeline evaluate artifacts/teacher runs/quickstart/student --tasks retrieval,speed --output runs/evaluation
+    torchrun --nproc_per_node 8 -m pipeline evaluate ...          deepspeed --module pipeline evaluate ...
 
-A model is a Hugging Face directory or hub name; `MODEL@19` pools the values of layer 19 instead of the last one.
-Settings of a task are overridden like a recipe's: `--set retrieval.pairs=DIR`.
+A model is a Hugging Face directory or hub name; `MODEL@19` reads the values of layer 19 instead of the last one.
+Settings of a task are overridden like a recipe's: `--set retrieval.pairs=DIR`. Several ranks share the tasks that
+go through shards; rank 0 does the others.
 """
 
 from __future__ import annotations
@@ -19,14 +21,16 @@ import transformers
 
 from pipeline.config import apply_override, build_section
 from pipeline.errors import UserError
-from pipeline.evaluation import retrieval, speed, sts
-from pipeline.evaluation.encoder import Encoder, load_encoder
+from pipeline.evaluation import heldout_task, retrieval, speed, sts
+from pipeline.evaluation.encoder import load_encoder
+from pipeline.evaluation.ranks import Ranks, joined
 
 
 @dataclasses.dataclass
 class EvaluationConfig:
     """Settings of all tasks, one section each."""
 
+    heldout: heldout_task.HeldoutConfig = dataclasses.field(default_factory=heldout_task.HeldoutConfig)
     retrieval: retrieval.RetrievalConfig = dataclasses.field(default_factory=retrieval.RetrievalConfig)
     sts: sts.StsConfig = dataclasses.field(default_factory=sts.StsConfig)
     speed: speed.SpeedConfig = dataclasses.field(default_factory=speed.SpeedConfig)
@@ -34,14 +38,19 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """`check` looks at the input before any model is loaded; `evaluate` gives results by model; `table` shows them."""
+    """`check` looks at the input before any model is loaded; `evaluate` gives results by model; `table` shows them.
+
+    A shared task is called by all ranks, with the `Ranks` as third argument; the others by rank 0 alone.
+    """
 
     check: Callable[[Any], object]
-    evaluate: Callable[[list[Encoder], Any], dict[str, dict[str, Any]]]
+    evaluate: Callable[..., dict[str, dict[str, Any]]]
     table: Callable[[dict[str, dict[str, Any]]], str]
+    shared: bool = False
 
 
 TASKS = {
+    "heldout": Task(heldout_task.check_input, heldout_task.evaluate_heldout, heldout_task.heldout_table, shared=True),
     "retrieval": Task(retrieval.read_pairs, retrieval.evaluate_each, retrieval.retrieval_table),
     "sts": Task(sts.read_all, sts.evaluate_sts, sts.sts_table),
     "speed": Task(lambda config: None, speed.evaluate_speed, speed.speed_table),
@@ -52,6 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="HF directory or hub name, optionally @LAYER")
     parser.add_argument("--tasks", default="retrieval", help=f"comma-separated, of: {', '.join(TASKS)}")
     parser.add_argument("--output", type=Path, required=True, help="directory for evaluation.json")
+    parser.add_argument(
+        "--teacher", metavar="MODEL", help="what heldout compares with (short for --set heldout.teacher=)"
+    )
+    parser.add_argument("--data", metavar="SHARDS", help="what heldout reads (short for --set heldout.data=)")
     parser.add_argument("--set", action="append", default=[], metavar="TASK.KEY=VALUE")
 
 
@@ -63,18 +76,33 @@ def run(arguments: argparse.Namespace) -> None:
     if len(set(arguments.models)) < len(arguments.models):
         raise UserError(f"a model is named twice: {' '.join(arguments.models)}. Name each once.")
     config = read_overrides(arguments.set)
+    for key in ("teacher", "data"):
+        if getattr(arguments, key) is not None:
+            setattr(config.heldout, key, getattr(arguments, key))
     for task in tasks:
         TASKS[task].check(getattr(config, task))
     transformers.logging.disable_progress_bar()
-    encoders = [load_encoder(name) for name in arguments.models]
+    with joined() as ranks:
+        evaluate(arguments.models, tasks, config, arguments.output, ranks)
+
+
+def evaluate(models: list[str], tasks: list[str], config: EvaluationConfig, output: Path, ranks: Ranks) -> None:
+    """Every task on every model. What is finished is on disk before the next task begins."""
+    encoders = [load_encoder(name) for name in models]
     report: dict[str, Any] = {"tasks": {}, "settings": dataclasses.asdict(config)}
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    for task in tasks:
-        report["tasks"][task] = TASKS[task].evaluate(encoders, getattr(config, task))
-        print(TASKS[task].table(report["tasks"][task]), end="\n\n", flush=True)
-    path = arguments.output / "evaluation.json"
-    path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"written: {path}")
+    path = output / "evaluation.json"
+    for name in tasks:
+        task, settings = TASKS[name], getattr(config, name)
+        if not (task.shared or ranks.is_main):
+            continue
+        results = task.evaluate(encoders, settings, ranks) if task.shared else task.evaluate(encoders, settings)
+        if ranks.is_main:
+            report["tasks"][name] = results
+            print(task.table(results), end="\n\n", flush=True)
+            output.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if ranks.is_main:
+        print(f"written: {path}")
 
 
 def read_overrides(overrides: list[str]) -> EvaluationConfig:

@@ -32,6 +32,7 @@ class Encoder:
     model: Any
     tokenizer: Any
     values_layer: int
+    path: str  # the name without its layer
 
     @property
     def max_positions(self) -> int:
@@ -66,7 +67,7 @@ def load_encoder(name: str, values_layer: int | None = None) -> Encoder:
     if not 1 <= layer <= num_layers:
         raise UserError(f"{path} has layers 1 to {num_layers}; there is no layer {layer} to take values from.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Encoder(name, model.eval().to(device), tokenizer, layer)
+    return Encoder(name, model.eval().to(device), tokenizer, layer, path)
 
 
 def _load_tokenizer(path: str) -> Any:

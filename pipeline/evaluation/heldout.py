@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from pipeline.data.batches import BatchSource
 
 
 def heldout_losses(
-    row_losses: Callable[[torch.Tensor], torch.Tensor],
+    row_losses: Callable[..., torch.Tensor],
     source: BatchSource,
     micro_batch: int,
     rank: int,
@@ -26,23 +25,20 @@ def heldout_losses(
 ) -> dict[str, float]:
     """Mean relation loss per language.
 
-    `row_losses` maps int64 `[B, L]` ids to the loss of each row, fp32 `[B]`. Every rank runs the same number of
-    forwards, because ZeRO-3 gathers parameters inside them: where chunks run out, a rank repeats the first and drops
-    the result.
+    `row_losses` maps int64 `[B, L]` ids and `segments` (a `Batch`'s) to the loss of each row, fp32 `[B]`. Every rank
+    runs the same number of forwards, because ZeRO-3 gathers parameters inside them: where chunks run out, a rank
+    repeats the first and drops the result.
     """
-    rows, owners = [], []
-    for index, language in enumerate(source.languages):
-        heldout = source.heldout(language)
-        rows.append(heldout)
-        owners += [index] * len(heldout)
-    input_ids = np.concatenate(rows)
-    chunks = [(start, min(start + micro_batch, len(owners))) for start in range(0, len(owners), micro_batch)]
+    input_ids_BL, segments_BS = source.heldout_batch(source.languages)
+    counts = torch.tensor(source.heldout_counts)
+    owner = torch.repeat_interleave(torch.arange(len(counts)), counts).to(device)
+    chunks = [(start, min(start + micro_batch, len(owner))) for start in range(0, len(owner), micro_batch)]
     totals = torch.zeros(2, len(source.languages), dtype=torch.float64, device=device)
-    owner = torch.tensor(owners, device=device)
     for turn in range(-(-len(chunks) // world_size)):
         number = turn * world_size + rank
         start, stop = chunks[number] if number < len(chunks) else chunks[0]
-        losses = row_losses(torch.from_numpy(input_ids[start:stop]).to(device)).double()
+        segments = None if segments_BS is None else segments_BS[start:stop]
+        losses = row_losses(input_ids_BL[start:stop].to(device), segments=segments).double()
         progress()
         if number < len(chunks):
             totals[0].index_add_(0, owner[start:stop], losses)

@@ -201,7 +201,7 @@ def test_the_command_prints_a_table_and_writes_json(tiny_teacher: Path, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks", "poetry"], "Tasks: retrieval"),
+        (["--tasks", "poetry"], "Tasks: heldout, retrieval"),
         (["--set", "retrieval.pair=x"], "did you mean `pairs`"),
         (["--set", "retrieval.max_pairs=1"], "at least 2"),
     ],

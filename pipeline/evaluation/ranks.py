@@ -1,0 +1,60 @@
+"""Where an evaluation runs: alone, or as one of several ranks that share its work.
+
+In: the launcher's environment. Out: `Ranks`, whose collectives do nothing when there is one rank, so that plain
+`python -m pipeline evaluate` forms no process group. Used by the tasks that fine-tune or go through shards.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.runtime import dist
+
+# Ranks wait for rank 0 while it does what cannot be shared (retrieval, speed); a dead rank ends the job through its launcher.
+COLLECTIVE_TIMEOUT_S = 4 * 3600.0
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that evaluate together."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Element-wise sum over ranks, in place."""
+        return dist.sum_over_ranks(values) if self.world_size > 1 else values
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def alone() -> Ranks:
+    """One process, on the GPU if there is one."""
+    return Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """The ranks that a launcher started together; alone without a launcher."""
+    started = max(int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
+    if started == 1:
+        yield alone()
+        return
+    launch = dist.read_launch()
+    dist.init_process_group(launch, COLLECTIVE_TIMEOUT_S)
+    try:
+        yield Ranks(launch.rank, launch.world_size, launch.device)
+    finally:
+        dist.shut_down()

@@ -1,0 +1,109 @@
+"""Held-out loss of finished students: the figure by another way, which rows it is taken on, and bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel
+
+from data_prep.shards import ShardSet
+from pipeline.__main__ import main
+from pipeline.data.batches import BatchSource
+from pipeline.distillation.oracle import relation_kl_reference
+from pipeline.errors import UserError
+from pipeline.evaluation.encoder import load_encoder
+from pipeline.evaluation.heldout_task import HeldoutConfig, check_input, evaluate_heldout, split_of
+from pipeline.evaluation.ranks import alone
+
+
+@pytest.fixture
+def config(tiny_teacher: Path, tiny_shards: Path) -> HeldoutConfig:
+    settings = {"heads": 12, "seq_len": 32, "heldout_rows": 2, "batch_size": 3}
+    return HeldoutConfig(teacher=f"{tiny_teacher}@3", data=str(tiny_shards), **settings)
+
+
+def student_of(teacher: Path, directory: Path, **recipe: object) -> Path:
+    """A copy of the teacher that says how it was trained."""
+    shutil.copytree(teacher, directory)
+    (directory / "lineage.json").write_text(json.dumps({"recipe": recipe}))
+    return directory
+
+
+@torch.inference_mode()
+def test_the_loss_is_the_one_of_the_paper_on_the_held_out_rows(
+    tiny_teacher: Path, tiny_shards: Path, config: HeldoutConfig
+) -> None:
+    name = f"{tiny_teacher}@2"
+    result = evaluate_heldout([load_encoder(name)], config, alone())[name]
+    source = BatchSource(ShardSet(tiny_shards), 32, alpha=0.3, seed=5, heldout_rows_per_language=2)
+    assert list(result["per_language"]) == source.languages
+    model = AutoModel.from_pretrained(tiny_teacher, add_pooling_layer=False).eval()
+    for language in source.languages:
+        rows = torch.from_numpy(source.heldout(language))
+        states = model(rows, output_hidden_states=True).hidden_states
+        expected = 0.0
+        for letter in ("query", "key", "value"):
+            teacher, student = (
+                getattr(model.encoder.layer[layer].attention.self, letter)(states[layer]) for layer in (2, 1)
+            )
+            expected += float(relation_kl_reference(teacher, student, 12))
+        assert result["per_language"][language] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_teacher_has_no_distance_to_itself(tiny_teacher: Path, config: HeldoutConfig) -> None:
+    result = evaluate_heldout([load_encoder(f"{tiny_teacher}@3")], config, alone())[f"{tiny_teacher}@3"]
+    assert result["mean"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_rows_are_those_that_training_left_out(tiny_teacher: Path, tmp_path: Path) -> None:
+    trained = {"seq_len": 48, "heldout_rows": 3, "languages": ["sw", "tr"]}
+    encoders = [load_encoder(str(tiny_teacher)), load_encoder(str(student_of(tiny_teacher, tmp_path / "a", **trained)))]
+    assert split_of(encoders, HeldoutConfig()) == trained
+    assert split_of(encoders, HeldoutConfig(seq_len=32)) == {**trained, "seq_len": 32}
+    assert split_of(encoders[:1], HeldoutConfig()) == {"seq_len": 128, "heldout_rows": 16, "languages": None}
+    other = load_encoder(str(student_of(tiny_teacher, tmp_path / "b", **{**trained, "heldout_rows": 4})))
+    with pytest.raises(UserError, match="different `heldout_rows`"):
+        split_of([*encoders, other], HeldoutConfig())
+    assert split_of([*encoders, other], HeldoutConfig(heldout_rows=4))["heldout_rows"] == 4
+
+
+def test_the_command(tiny_teacher: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["evaluate", str(tiny_teacher), f"{tiny_teacher}@2", "--tasks", "heldout", "--output", str(tmp_path)]
+    command += ["--teacher", str(tiny_teacher), "--data", str(tiny_shards)]
+    main(
+        command + [word for key in ("heads=12", "seq_len=32", "heldout_rows=1") for word in ("--set", f"heldout.{key}")]
+    )
+    results = json.loads((tmp_path / "evaluation.json").read_text())["tasks"]["heldout"]
+    assert results[str(tiny_teacher)]["mean"] < 1e-5 < results[f"{tiny_teacher}@2"]["mean"]
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(f"{tiny_teacher}@2 "))
+    assert row.split()[-1] == f"{results[f'{tiny_teacher}@2']['mean']:.4f}"
+
+
+# -- bad input
+
+
+def test_no_teacher_and_no_shards(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--teacher"):
+        check_input(HeldoutConfig())
+    with pytest.raises(UserError, match="python -m data_prep prepare"):
+        check_input(HeldoutConfig(teacher="a", data=str(tmp_path / "shards")))
+
+
+def test_a_model_of_another_tokenizer(tiny_teacher: Path, config: HeldoutConfig, tmp_path: Path) -> None:
+    other = shutil.copytree(tiny_teacher, tmp_path / "other")
+    model = other / "sentencepiece.bpe.model"
+    model.write_bytes(model.read_bytes() + b"\x00")
+    encoder = load_encoder(str(tiny_teacher))
+    encoder.path = str(other)
+    with pytest.raises(UserError, match="another tokenizer"):
+        evaluate_heldout([encoder], config, alone())
+
+
+def test_rows_longer_than_the_positions(tiny_teacher: Path, config: HeldoutConfig) -> None:
+    config.seq_len = 65
+    with pytest.raises(UserError, match=r"--set heldout\.seq_len=64"):
+        evaluate_heldout([load_encoder(str(tiny_teacher))], config, alone())
