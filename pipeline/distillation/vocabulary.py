@@ -7,6 +7,7 @@ In: the directory with `vocabulary.json` (old id of every new one, hashes of bot
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ def _problem_of(old_ids: list[int], source_size: int, size: int) -> str | None:
         return f"should map {size} ids and maps {len(old_ids)}"
     if old_ids[: len(LEADING_SPECIALS)] != LEADING_SPECIALS or old_ids[-1] != source_size - 1:
         return "drops special ids (<s> 0, <pad> 1, </s> 2, <unk> 3 and <mask>, the last)"
-    if any(after <= before for before, after in zip(old_ids, old_ids[1:], strict=False)):
+    if any(after <= before for before, after in itertools.pairwise(old_ids)):
         return "does not rise from id to id"
     return None
 
