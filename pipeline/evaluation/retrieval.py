@@ -1,7 +1,8 @@
 """Cross-lingual retrieval: does a sentence's nearest neighbour in the other language mean the same?
 
-In: an encoder and a directory of `en-XX.tsv` files with columns English, XX, source, key. Out: accuracy in both
-directions per language pair and their mean, for each way of pooling. Used by `pipeline evaluate` and by the demo.
+In: an encoder and a directory of `en-XX.tsv` files with columns English, XX, source, key, or of `tatoeba.xxx-eng.*`
+files. Out: accuracy in both directions per language pair and their mean, for each way of pooling. Used by `pipeline
+evaluate` and by the demo.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import POOLINGS, Encoder, sentence_vectors
+from pipeline.evaluation.tatoeba import SHORT_CODES, read_line_pairs, tatoeba_files
 
 Pairs = list[tuple[str, str]]
 
@@ -23,8 +25,8 @@ Pairs = list[tuple[str, str]]
 class RetrievalConfig:
     """Which sentence pairs are compared, and how they are encoded."""
 
-    pairs: str = "samples/parallel"  # directory with en-XX.tsv files
-    languages: list[str] | None = None  # None: every file of the directory
+    pairs: str = "samples/parallel"  # directory with en-XX.tsv or tatoeba.xxx-eng.* files
+    languages: list[str] | None = None  # None: every file of the directory; de and deu name the same Tatoeba files
     max_pairs: int = 120  # the first so many pairs of each file
     max_length: int = 128  # tokens; longer sentences are cut
     batch_size: int = 32
@@ -39,17 +41,39 @@ class RetrievalConfig:
 def read_pairs(config: RetrievalConfig) -> dict[str, Pairs]:
     """Language -> (English, other) sentences."""
     directory = Path(config.pairs)
-    files = {path.stem.removeprefix("en-"): path for path in sorted(directory.glob("en-*.tsv"))}
-    if not files:
-        raise UserError(f"{directory} has no en-XX.tsv files. Name a directory that has: --set retrieval.pairs=DIR")
-    languages = config.languages or list(files)
-    missing = [language for language in languages if language not in files]
+    tables = {path.stem.removeprefix("en-"): path for path in sorted(directory.glob("en-*.tsv"))}
+    line_files = tatoeba_files(directory)
+    known = sorted({*tables, *line_files})
+    if not known:
+        raise UserError(_nothing_in(directory))
+    languages = config.languages or known
+    if line_files:
+        languages = [SHORT_CODES.get(language, language) for language in languages]
+    missing = [language for language in languages if language not in known]
     if missing:
         raise UserError(
-            f"{directory} has no pairs for {', '.join(missing)}; it has {', '.join(files)}. "
+            f"{directory} has no pairs for {', '.join(missing)}; it has {', '.join(known)}. "
             "Choose among these with --set retrieval.languages=[...]"
         )
-    return {language: read_pairs_file(files[language], config.max_pairs) for language in languages}
+    return {
+        language: read_pairs_file(tables[language], config.max_pairs)
+        if language in tables
+        else _enough(read_line_pairs(*line_files[language], config.max_pairs), line_files[language][1])
+        for language in languages
+    }
+
+
+def _nothing_in(directory: Path) -> str:
+    if list(directory.glob("*-en.en")):
+        return (
+            f"{directory} holds Tatoeba as XTREME hands it out, with the English lines sorted so that they are no longer "
+            "translations of their neighbours. Name the directory of the tatoeba.xxx-eng.xxx files that XTREME's script "
+            "downloads (LASER, data/tatoeba/v1): --set retrieval.pairs=DIR"
+        )
+    return (
+        f"{directory} has no en-XX.tsv and no tatoeba.xxx-eng.xxx files. Name a directory that has: "
+        "--set retrieval.pairs=DIR"
+    )
 
 
 def read_pairs_file(path: Path, max_pairs: int) -> Pairs:
@@ -67,6 +91,10 @@ def read_pairs_file(path: Path, max_pairs: int) -> Pairs:
                 f"got {len(columns)} column(s): {line[:60]!r}. Mend or delete that line."
             )
         pairs.append((columns[0], columns[1]))
+    return _enough(pairs, path)
+
+
+def _enough(pairs: Pairs, path: Path) -> Pairs:
     if len(pairs) < 2:
         raise UserError(f"{path} holds {len(pairs)} pair(s); retrieval needs at least 2 to choose between.")
     return pairs
