@@ -11,6 +11,7 @@ import json
 import mmap
 import re
 from bisect import bisect_right
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -266,10 +267,7 @@ class ShardSet:
         for row in np.asarray(row_numbers, dtype=np.int64).reshape(-1).tolist():
             starts = self._document_starts(language, row * width + 1, (row + 1) * width)
             cuts.append(np.diff(np.concatenate([[0], starts - row * width + 1, [seq_len]])))
-        out = np.zeros((len(cuts), max(map(len, cuts), default=0)), dtype=np.int64)
-        for lengths, target in zip(cuts, out, strict=True):
-            target[: len(lengths)] = lengths
-        return out
+        return padded(cuts)
 
     def _document_starts(self, language: str, start: int, end: int) -> np.ndarray:
         """Places in [start, end) of a language's stream where a document starts."""
@@ -290,6 +288,14 @@ class ShardSet:
                 pieces.append(shard.tokens[max(0, start - offset) : end - offset])
             offset += shard.num_tokens
         return np.concatenate(pieces) if pieces else np.empty(0, TOKEN_DTYPE)
+
+
+def padded(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows of different lengths as int64 [n, longest], filled up with 0."""
+    out = np.zeros((len(rows), max(map(len, rows), default=0)), dtype=np.int64)
+    for row, target in zip(rows, out, strict=True):
+        target[: len(row)] = row
+    return out
 
 
 def _stream_tokens(seq_len: int) -> int:

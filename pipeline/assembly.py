@@ -19,7 +19,7 @@ from data_prep.shards import ShardSet
 from pipeline.config import Recipe
 from pipeline.data.batches import BatchSource
 from pipeline.distillation.distiller import DistillModule
-from pipeline.distillation.families import usable_positions
+from pipeline.distillation.families import FAMILIES, usable_positions
 from pipeline.distillation.relations import check_heads
 from pipeline.distillation.student import Student, build_student
 from pipeline.distillation.teacher import FrozenTeacher, check_vocabulary, load_encoder, load_teacher
@@ -119,6 +119,7 @@ def open_data(recipe: Recipe) -> BatchSource:
         languages=recipe.languages,
         unit=recipe.sampling_unit,
         weights=recipe.language_weights,
+        documents=recipe.documents,
     )
 
 
@@ -140,6 +141,9 @@ def check_fit(recipe: Recipe, shards: ShardSet, teacher_model: Any) -> None:
             f"{whose} (sha256 {sha256[:12]} in {recipe.tokenizer}). Prepare them again: python -m data_prep prepare "
             f"--input TEXT --tokenizer {recipe.tokenizer} --output NEW_DIRECTORY"
         )
+    for model_type in (teacher_model.config.model_type, recipe.student.family):
+        if recipe.documents == "separate" and model_type and not FAMILIES[model_type].takes_block_mask:
+            raise UserError(f"{model_type} cannot keep the documents of a row apart; set documents: joined")
     longest = usable_positions(teacher_model.config)
     if recipe.seq_len > longest:
         raise UserError(

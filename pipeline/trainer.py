@@ -20,7 +20,7 @@ import torch
 
 from pipeline.assembly import Parts, assemble
 from pipeline.config import Recipe, as_tree, load_recipe
-from pipeline.data.batches import Prefetcher
+from pipeline.data.batches import Batch, Prefetcher
 from pipeline.dry_run import dry_run, without_trace
 from pipeline.errors import EXIT_DONE, SickRunError, UserError
 from pipeline.evaluation.heldout import heldout_losses
@@ -46,8 +46,8 @@ def run_from_files(
     only_try: bool = False,
 ) -> int:
     """Everything behind `pipeline/train.py`. Returns the exit code; raises what the user can mend."""
-    launch = dist.read_launch()
     began = time.monotonic()
+    launch = dist.read_launch()
     if launch.is_main:
         note = " (no --recipe given)" if recipe_is_default else ""
         print(f"recipe {recipe_path}{note}, run directory {run_dir}", flush=True)
@@ -89,15 +89,16 @@ class Trainer:
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
-    def train_step(self, step: int, batches: Iterator[torch.Tensor]) -> StepReport:
+    def train_step(self, step: int, batches: Iterator[Batch]) -> StepReport:
         """One optimizer step over one global batch: `accumulation` micro-batches on every rank."""
         torch.manual_seed(dropout_seed(self.recipe.seed, step, self.launch.rank))
         rate = learning_rate(self.recipe.optimizer, step, self.recipe.steps)
         totals: torch.Tensor | None = None
         result = None
         for _ in range(self.parts.batch.accumulation):
-            input_ids_BL = next(batches).to(self.launch.device, non_blocking=True)
-            loss, parts_P = self.engine(input_ids_BL)
+            input_ids_BL, segments_BS = next(batches)
+            input_ids_BL = input_ids_BL.to(self.launch.device, non_blocking=True)
+            loss, parts_P = self.engine(input_ids_BL, segments=segments_BS)
             self.engine.backward(loss)
             losses = torch.cat([loss.detach().float().reshape(1), parts_P.float()])
             totals = losses if totals is None else totals + losses
@@ -126,8 +127,6 @@ class Trainer:
         finally:
             self.reporter.metrics.close()
 
-    def _train(self, first: int, batches: Prefetcher) -> None:
-        bad_steps = BadStepCounter(self.recipe.guard, self.run_dir / "bad_batch.json")
     def prepare_without_trace(self, allow_change: bool) -> int:
         """What `run` does before its first step; a run directory that was not there is not there afterwards."""
         with without_trace(self.run_dir):
@@ -142,6 +141,8 @@ class Trainer:
                 yield self.train_step(step, stream)
                 self.watchdog.feed()
 
+    def _train(self, first: int, batches: Prefetcher) -> None:
+        bad_steps = BadStepCounter(self.recipe.guard, self.run_dir / "bad_batch.json")
         stream = iter(batches)
         self.watchdog.feed_before_slow_work()
         self.reporter.begin_interval()
@@ -188,12 +189,12 @@ class Trainer:
         if first == 0:
             self._evaluate(0)
 
-    # -- data
-
     @property
     def checkpoint_bytes(self) -> int:
         """fp32 weights and both moments of what is trained, and what is carried along."""
         return 12 * self.parts.num_trained + sum(tensor.nbytes for tensor in self.parts.student.carried.values())
+
+    # -- data
 
     def _sample_numbers(self, first_step: int) -> Iterator[np.ndarray]:
         """This rank's share of each global batch, micro-batch by micro-batch: the same order for any number of ranks."""
@@ -341,9 +342,11 @@ class Trainer:
         )
         self.reporter.heldout(step, losses)
         if self.recipe.metrics.images:
-            row = torch.from_numpy(self.source.heldout(self.source.languages[0])[:1]).to(self.launch.device)
+            rows_BL, segments_BS = self.source.heldout_batch(self.source.languages[:1])
+            rows_BL = rows_BL.to(self.launch.device)
             for pair in self.parts.distiller.part_names[: len(self.recipe.relations.pairs)]:
-                self.reporter.relation_maps(step, pair, self.parts.distiller.relation_maps(row, pair))
+                maps = self.parts.distiller.relation_maps(rows_BL, pair, segments=segments_BS)
+                self.reporter.relation_maps(step, pair, maps)
         self.engine.train(True)
         self.reporter.pause(time.monotonic() - began)
 

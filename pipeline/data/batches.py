@@ -13,12 +13,13 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import xxhash
 
-from data_prep.shards import DataError, ShardSet
+from data_prep.shards import DataError, ShardSet, padded
 from pipeline.data.sampler import HeldOut, TemperatureSampler
 
 LARGEST_HELDOUT_SHARE = 0.1
@@ -26,12 +27,24 @@ ORDER_VERSION = 1  # part of the fingerprint: raise it when the sampler's order 
 PLAN_WINDOW = 8192
 
 
+class Batch(NamedTuple):
+    """Rows of token ids and, where documents are kept apart, the lengths of each row's documents, filled up with 0."""
+
+    input_ids_BL: torch.Tensor
+    segments_BS: torch.Tensor | None
+
+    def pinned(self) -> Batch:
+        """The same in memory that a GPU copies from by itself."""
+        segments_BS = None if self.segments_BS is None else self.segments_BS.pin_memory()
+        return Batch(self.input_ids_BL.pin_memory(), segments_BS)
+
+
 class BatchSource:
     """Rows for training and for evaluation, as pure functions of sample numbers.
 
     `unit` is what the temperature counts (tokens, documents or bytes of text); `weights` by language replaces it.
     `total_samples`, the planned run, lets `max_epochs` lower a small language's share from the start instead of dropping
-    it when it has had its epochs.
+    it when it has had its epochs. With `documents="separate"` a `Batch` says where documents end.
     """
 
     def __init__(
@@ -47,11 +60,12 @@ class BatchSource:
         unit: str = "tokens",
         weights: Mapping[str, float] | None = None,
         total_samples: int | None = None,
+        documents: str = "joined",
     ) -> None:
-        self.shards, self.seq_len = shards, seq_len
+        self.shards, self.seq_len, self._separate = shards, seq_len, documents == "separate"
         self.languages = sorted(set(languages)) if languages else list(shards.languages)
         rows = [shards.num_rows(language, seq_len) for language in self.languages]
-        heldout = [heldout_count(count, heldout_rows_per_language) for count in rows]
+        self.heldout_counts = heldout = [heldout_count(count, heldout_rows_per_language) for count in rows]
         self._refuse_too_small(rows, heldout)
         self._split = HeldOut(rows, heldout)
         self._sampler = TemperatureSampler(
@@ -148,20 +162,34 @@ class BatchSource:
 
     def segments(self, sample_numbers: np.ndarray) -> np.ndarray:
         """Document boundaries for attention that must not cross them: lengths per row, padded with 0 (ShardSet.segments)."""
-        parts = [
-            self.shards.segments(language, [row], self.seq_len)[0] for language, row in self.locate(sample_numbers)
-        ]
-        out = np.zeros((len(parts), max(map(len, parts), default=0)), dtype=np.int64)
-        for lengths, target in zip(parts, out, strict=True):
-            target[: len(lengths)] = lengths
-        return out
+        located = self.locate(sample_numbers)
+        return padded([self.shards.segments(language, [row], self.seq_len)[0] for language, row in located])
+
+    def training_batch(self, sample_numbers: np.ndarray) -> Batch:
+        """What the training reads: rows, and their documents where these are kept apart."""
+        segments = self.segments(sample_numbers) if self._separate else None
+        return _as_batch(self.batch(sample_numbers), segments)
 
     def heldout(self, language: str) -> np.ndarray:
         """The held-out rows of a language, int64 [h, seq_len]; none of them is ever in a batch."""
+        return self.shards.rows(language, self._heldout_rows(language), self.seq_len)
+
+    def heldout_batch(self, languages: Sequence[str]) -> Batch:
+        """The held-out rows of several languages, one after the other."""
+        rows = np.concatenate([self.heldout(language) for language in languages])
+        if not self._separate:
+            return _as_batch(rows, None)
+        parts = [self.shards.segments(name, self._heldout_rows(name), self.seq_len) for name in languages]
+        return _as_batch(rows, padded([lengths for part in parts for lengths in part]))
+
+    def _heldout_rows(self, language: str) -> np.ndarray:
         if language not in self.languages:
             raise DataError(f"No held-out rows of {language!r}; this run uses {', '.join(self.languages)}.")
-        rows = self._split.heldout_rows(self.languages.index(language))
-        return self.shards.rows(language, rows, self.seq_len)
+        return self._split.heldout_rows(self.languages.index(language))
+
+
+def _as_batch(rows: np.ndarray, segments: np.ndarray | None) -> Batch:
+    return Batch(torch.from_numpy(rows), None if segments is None else torch.from_numpy(segments))
 
 
 def heldout_count(num_rows: int, wanted: int) -> int:
@@ -180,7 +208,7 @@ class Prefetcher:
     ) -> None:
         self.wait_s = 0.0
         self._source, self._pin_memory = source, pin_memory
-        self._ready: queue.Queue[torch.Tensor | BaseException | None] = queue.Queue(maxsize=depth)
+        self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._fill, args=(iter(sample_numbers),), name="prefetch", daemon=True)
         self._thread.start()
@@ -188,14 +216,14 @@ class Prefetcher:
     def _fill(self, sample_numbers: Iterator[np.ndarray]) -> None:
         try:
             for numbers in sample_numbers:
-                batch = torch.from_numpy(self._source.batch(numbers))
-                if not self._put(batch.pin_memory() if self._pin_memory else batch):
+                batch = self._source.training_batch(numbers)
+                if not self._put(batch.pinned() if self._pin_memory else batch):
                     return
             self._put(None)
         except BaseException as error:
             self._put(error)
 
-    def _put(self, item: torch.Tensor | BaseException | None) -> bool:
+    def _put(self, item: Batch | BaseException | None) -> bool:
         """Wait for a free place; False once the consumer has closed."""
         while not self._closing.is_set():
             try:
@@ -205,7 +233,7 @@ class Prefetcher:
                 continue
         return False
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
+    def __iter__(self) -> Iterator[Batch]:
         while not self._closing.is_set():
             start = time.perf_counter()
             item = self._ready.get()

@@ -12,14 +12,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModel, AutoTokenizer
 
+from pipeline.assembly import open_data
 from pipeline.config import load_recipe
+from pipeline.distillation.distiller import DistillModule
 from pipeline.distillation.student import build_student
-from pipeline.distillation.teacher import load_encoder
+from pipeline.distillation.teacher import load_encoder, load_teacher
 from pipeline.errors import EXIT_SICK
 from pipeline.runtime.checkpoint import read_model_weights
 from tests.conftest import REPO
@@ -79,6 +82,25 @@ def test_teacher_spread_over_the_ranks_gives_the_same_losses(
     train("deepspeed", 2, tmp_path / "run", [*arguments, "--set", "teacher_options.placement=zero3"])
     assert curve(tmp_path / "run") == curve(two_rank_run)
     assert same_weights(tmp_path / "run", two_rank_run)
+
+
+def test_documents_kept_apart(tmp_path: Path, tiny_recipe: Path, arguments: list[str]) -> None:
+    """`documents: separate` reaches the training step and the held-out evaluation."""
+    overrides = ["documents=separate", "steps=2", "languages=[tr]", "seq_len=64", "global_batch=24", "heldout_rows=24"]
+    sets = [word for override in overrides for word in ("--set", override)]
+    train("python", 1, tmp_path / "run", [*arguments, *sets])
+    recipe = load_recipe(tiny_recipe, overrides)
+    source, layer = open_data(recipe), recipe.relations.teacher_layer
+    whole = load_encoder(recipe.teacher)
+    student = build_student(whole, recipe.student, recipe.seed, None, layer)
+    module = DistillModule(load_teacher(whole, layer, torch.float32, "cpu"), student.tapped, recipe.relations)
+    for batch, reported in (
+        (source.training_batch(np.arange(24)), curve(tmp_path / "run")[1]),
+        (source.heldout_batch(["tr"]), curve(tmp_path / "run", "heldout/tr")[0]),
+    ):
+        separate = module.losses_by_row(batch.input_ids_BL, segments=batch.segments_BS).mean().item()
+        assert reported == pytest.approx(separate, rel=1e-5)
+        assert reported != pytest.approx(module.losses_by_row(batch.input_ids_BL).mean().item(), rel=1e-4)
 
 
 def test_run_directory_is_complete(plain_run: Path) -> None:

@@ -130,8 +130,8 @@ def test_prefetched_batches_are_the_batches_in_order(shards: ShardSet) -> None:
     with Prefetcher(source, batches_of(8, 20)) as prefetcher:
         got = list(prefetcher)
     assert len(got) == 20
-    assert all(isinstance(batch, torch.Tensor) and batch.dtype == torch.int64 for batch in got)
-    assert np.array_equal(torch.cat(got).numpy(), source.batch(np.arange(160)))
+    assert all(batch.input_ids_BL.dtype == torch.int64 and batch.segments_BS is None for batch in got)
+    assert np.array_equal(torch.cat([batch.input_ids_BL for batch in got]).numpy(), source.batch(np.arange(160)))
     assert prefetcher.wait_s >= 0
 
 
