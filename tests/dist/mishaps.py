@@ -1,0 +1,106 @@
+"""What is arranged to go wrong inside a real rank, at a place that a signal from outside could hit only by luck.
+
+A mishap is a dictionary: `kind`, `rank` (absent: every rank), and when. Steps count from 0, the n-th call from 1.
+
+    signal     sends `signal` to the rank itself in step `step`, before its micro-batch `micro`
+    at call    in the save of step `save`, at the `call`-th of `operation` (fsync, rename, mkdir, link): SIGKILL, or with
+               `error` an OSError of that number, as from a full disk
+    file size  in the save of step `save` no file may grow past `bytes`: the kernel refuses the write
+    nan        the loss of `steps` is multiplied by not-a-number, so that every gradient of this rank is
+    pause      every step takes `seconds` longer
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Mishap = dict[str, Any]
+
+
+def arrange(mishaps: list[Mishap], rank: int) -> None:
+    """Called in the rank before its program starts."""
+    mine = [mishap for mishap in mishaps if mishap.get("rank", rank) == rank]
+    if not mine:
+        return
+    from pipeline.runtime.checkpoint_writer import CheckpointWriter
+    from pipeline.trainer import Trainer
+
+    _around_steps(Trainer, [m for m in mine if m["kind"] in ("signal", "nan", "pause")])
+    _around_saves(CheckpointWriter, [m for m in mine if m["kind"] in ("at call", "file size")])
+
+
+def _around_steps(trainer: Any, mishaps: list[Mishap]) -> None:
+    whole_step, now = trainer.train_step, {"step": -1, "micro": -1}
+
+    def train_step(self: Any, step: int, batches: Any) -> Any:
+        if now["step"] < 0:
+            self.engine.__class__ = _unlucky(type(self.engine), mishaps, now)
+        now.update(step=step, micro=0)
+        time.sleep(sum(m["seconds"] for m in mishaps if m["kind"] == "pause"))
+        return whole_step(self, step, batches)
+
+    trainer.train_step = train_step
+
+
+def _unlucky(engine: type, mishaps: list[Mishap], now: dict[str, int]) -> type:
+    """A subclass of the engine in which the mishaps of the present step and micro-batch happen."""
+
+    def call(self: Any, *arguments: Any) -> Any:
+        for mishap in mishaps:
+            if mishap["kind"] == "signal" and (mishap["step"], mishap.get("micro", 0)) == (now["step"], now["micro"]):
+                os.kill(os.getpid(), signal.Signals[mishap["signal"]])
+        now["micro"] += 1
+        loss, parts = engine.__call__(self, *arguments)
+        poisoned = any(now["step"] in mishap["steps"] for mishap in mishaps if mishap["kind"] == "nan")
+        return (loss * float("nan") if poisoned else loss), parts
+
+    return type("Unlucky", (engine,), {"__call__": call})
+
+
+def _around_saves(writer: Any, mishaps: list[Mishap]) -> None:
+    begin, finish = writer.begin, writer._finish
+    armed: list[Callable[[], None]] = []
+
+    def begin_armed(self: Any, state: Any) -> None:
+        for mishap in mishaps:
+            if mishap["save"] == state["step"]:
+                armed.append(_limit(mishap["bytes"]) if mishap["kind"] == "file size" else _trap(mishap))
+        begin(self, state)
+
+    def finish_and_disarm(self: Any, pending: Any) -> Any:
+        outcome = finish(self, pending)
+        while armed:
+            armed.pop()()
+        return outcome
+
+    writer.begin, writer._finish = begin_armed, finish_and_disarm
+
+
+def _limit(size_bytes: int) -> Callable[[], None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def _trap(mishap: Mishap) -> Callable[[], None]:
+    """From now on the n-th call of an operation kills this process, or fails."""
+    name = mishap["operation"]
+    owner: Any = Path if name in ("rename", "mkdir") else os
+    original, calls = getattr(owner, name), [0]
+
+    def trapped(*arguments: Any, **keywords: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == mishap["call"]:
+            if "error" in mishap:
+                raise OSError(mishap["error"], os.strerror(mishap["error"]), str(arguments[0]))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **keywords)
+
+    setattr(owner, name, trapped)
+    return lambda: setattr(owner, name, original)
