@@ -1,4 +1,4 @@
-"""Evaluate encoders side by side: tables on the console, `evaluation.json` in the output directory.
+"""Evaluate encoders side by side: tables on the console, `evaluation.json` and `.png` in the output directory.
 
     python -m pipeline evaluate artifacts/teacher runs/quickstart/student --tasks retrieval,speed --output runs/evaluation
     torchrun --nproc_per_node 8 -m pipeline evaluate ...          deepspeed --module pipeline evaluate ...
@@ -21,7 +21,7 @@ import transformers
 
 from pipeline.config import apply_override, build_section
 from pipeline.errors import UserError
-from pipeline.evaluation import heldout_task, retrieval, speed, sts
+from pipeline.evaluation import heldout_task, plots, retrieval, speed, sts
 from pipeline.evaluation.encoder import load_encoder
 from pipeline.evaluation.ranks import Ranks, joined
 
@@ -60,7 +60,7 @@ TASKS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="HF directory or hub name, optionally @LAYER")
     parser.add_argument("--tasks", default="retrieval", help=f"comma-separated, of: {', '.join(TASKS)}")
-    parser.add_argument("--output", type=Path, required=True, help="directory for evaluation.json")
+    parser.add_argument("--output", type=Path, required=True, help="directory for evaluation.json and evaluation.png")
     parser.add_argument(
         "--teacher", metavar="MODEL", help="what heldout compares with (short for --set heldout.teacher=)"
     )
@@ -102,7 +102,8 @@ def evaluate(models: list[str], tasks: list[str], config: EvaluationConfig, outp
             output.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if ranks.is_main:
-        print(f"written: {path}")
+        plots.draw(report["tasks"], path.with_suffix(".png"))
+        print(f"written: {path} and {path.with_suffix('.png').name}")
 
 
 def read_overrides(overrides: list[str]) -> EvaluationConfig:

@@ -140,6 +140,7 @@ def test_the_command_does_both(tiny_teacher: Path, tmp_path: Path, capsys: pytes
     tasks = json.loads((tmp_path / "evaluation.json").read_text())["tasks"]
     assert list(tasks) == ["sts", "speed"]
     assert all(list(results) == [str(tiny_teacher), f"{tiny_teacher}@1"] for results in tasks.values())
+    assert (tmp_path / "evaluation.png").is_file()
     printed = capsys.readouterr().out
     assert "Spearman" in printed
     assert "1x8" in printed
