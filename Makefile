@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test faults lint format clean venv
+.PHONY: demo test doctor faults lint format clean venv
 venv: .venv/.installed
 .venv/.installed: requirements.txt requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -12,6 +12,10 @@ venv: .venv/.installed
 
 demo: venv
 	$(BIN)/python -m demo $(addprefix --set ,$(SET))
+
+# make doctor RECIPE=recipes/NAME.yaml: also that run's shards, teacher, memory and disk
+doctor: venv
+	$(BIN)/python -m pipeline doctor $(addprefix --recipe ,$(RECIPE))
 
 lint: venv
 	ruff check .

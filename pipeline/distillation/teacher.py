@@ -32,18 +32,7 @@ class TeacherConfig:
 
 def load_encoder(name_or_path: str | Path) -> PreTrainedModel:
     """A whole encoder in fp32, without pooler or head, from safetensors only."""
-    path = Path(name_or_path).expanduser()
-    if not path.is_dir() and _looks_like_path(str(name_or_path)):
-        raise UserError(
-            f"there is no teacher at {name_or_path}. `python -m demo.teacher --output {name_or_path}` makes the "
-            "quickstart's (`make demo` does it all); for another one set `teacher:` to a Hugging Face directory or to a "
-            "hub name like FacebookAI/xlm-roberta-base"
-        )
-    if path.is_dir() and not list(path.glob("*.safetensors")):
-        raise UserError(
-            f"{name_or_path} holds no *.safetensors file. Weights are read from safetensors only; convert others with "
-            "`AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR)` where you trust them"
-        )
+    path = check_files(name_or_path)
     source = str(path if path.is_dir() else name_or_path)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -68,6 +57,23 @@ def load_encoder(name_or_path: str | Path) -> PreTrainedModel:
         ) from None
     _refuse_unsound(model, sorted(loaded["missing_keys"]), str(name_or_path))
     return model.eval()
+
+
+def check_files(name_or_path: str | Path) -> Path:
+    """The teacher's directory if it is one: a missing one and one without safetensors are refused."""
+    path = Path(name_or_path).expanduser()
+    if not path.is_dir() and looks_like_path(str(name_or_path)):
+        raise UserError(
+            f"there is no teacher at {name_or_path}. `python -m demo.teacher --output {name_or_path}` makes the "
+            "quickstart's (`make demo` does it all); for another one set `teacher:` to a Hugging Face directory or to a "
+            "hub name like FacebookAI/xlm-roberta-base"
+        )
+    if path.is_dir() and not list(path.glob("*.safetensors")):
+        raise UserError(
+            f"{name_or_path} holds no *.safetensors file. Weights are read from safetensors only; convert others with "
+            "`AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR)` where you trust them"
+        )
+    return path
 
 
 def load_teacher(
@@ -120,7 +126,7 @@ def check_vocabulary(model: PreTrainedModel, vocabulary_size: int, shards: str |
         )
 
 
-def _looks_like_path(name: str) -> bool:
+def looks_like_path(name: str) -> bool:
     """Hub names are NAME or OWNER/NAME; what starts like a path or names a directory of this repo is a path."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.split("/")[0] in ("artifacts", "runs")
 

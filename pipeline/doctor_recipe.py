@@ -1,0 +1,223 @@
+"""What `python -m pipeline doctor --recipe R` finds out about one run: recipe, batch, shards, teacher, memory, disk.
+
+In: a recipe and a DeepSpeed JSON. Out: a list of `Finding`. Models are built without storage from their configs, so that
+this takes seconds whatever their size; weights are looked at by their files' headers. Used by doctor.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from data_prep.shards import ShardSet
+from pipeline.assembly import check_fit, open_data
+from pipeline.config import Recipe, load_recipe
+from pipeline.distillation.families import family_of
+from pipeline.distillation.relations import check_heads
+from pipeline.distillation.student import student_hf_config
+from pipeline.distillation.student_init import copied_layers
+from pipeline.distillation.tap import tap
+from pipeline.distillation.teacher import check_files, looks_like_path
+from pipeline.doctor_machine import Finding, guarded
+from pipeline.dry_run import nearest_directory
+from pipeline.errors import UserError
+from pipeline.runtime import ds_config, preflight
+from pipeline.runtime.engine import device_precisions
+
+FILES_OPEN_ANYWAY = 256  # by Python, torch and TensorBoard
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters of a run's models, counted without building them."""
+
+    teacher: int
+    trained: int
+    carried: int
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        return 12 * self.trained + 4 * self.carried
+
+
+def recipe_findings(
+    recipe_path: Path, overrides: list[str], ds_path: Path, run_dir: Path, ranks: int | None, check_hashes: bool
+) -> list[Finding]:
+    """In the order in which a run would meet them; what rests on a failed part is left out."""
+    try:
+        recipe = load_recipe(recipe_path, overrides)
+    except UserError as error:
+        return [Finding("fail", "recipe", str(error))]
+    num_ranks = ranks or torch.cuda.device_count() or 1
+    found = [guarded("batch", lambda: batch_finding(recipe, recipe_path, ds_path, num_ranks))]
+    shards = guarded("shards", lambda: shards_finding(recipe))
+    found += [shards, *([] if shards.status == "fail" else more_about_shards(recipe, check_hashes))]
+    teacher = teacher_findings(recipe, shards_are_there=shards.status != "fail")
+    found += teacher
+    if all(finding.status == "ok" for finding in teacher):
+        sizes = count_parameters(recipe)
+        found += [memory_finding(sizes, num_ranks), guarded("disk", lambda: disk_finding(recipe, sizes, run_dir))]
+    return found
+
+
+def batch_finding(recipe: Recipe, recipe_path: Path, ds_path: Path, num_ranks: int) -> Finding:
+    """Recipe and DeepSpeed JSON agree, and the batch divides."""
+    batch = ds_config.split_batch(recipe.global_batch, recipe.micro_batch_per_gpu, num_ranks)
+    can = device_precisions(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+    _, warnings = ds_config.resolve(ds_path, str(recipe_path), recipe.optimizer, batch, num_ranks, can)
+    what = f"{recipe.global_batch} rows = {batch.micro_batch} x {batch.accumulation} x {num_ranks} rank(s)"
+    return Finding("ok", "batch", "; ".join([what, *warnings]))
+
+
+def shards_finding(recipe: Recipe) -> Finding:
+    """There, whole by size, and long enough for the recipe's rows."""
+    source = open_data(recipe)
+    shards = source.shards
+    tokens = sum(shards.num_tokens(language) for language in source.languages)
+    epochs = recipe.steps * recipe.global_batch * recipe.seq_len / max(tokens, 1)
+    return Finding(
+        "ok",
+        "shards",
+        f"{recipe.data}: {len(source.languages)} languages, {tokens / 1e6:,.1f} M tokens, sizes as in the manifest; the run "
+        f"reads {epochs:.1f} times as many",
+    )
+
+
+def more_about_shards(recipe: Recipe, check_hashes: bool) -> Iterator[Finding]:
+    """Open files, and every byte's hash where that was asked for."""
+    shards = ShardSet(recipe.data)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    needed = len(shards.all_shards()) + FILES_OPEN_ANYWAY
+    if limit != resource.RLIM_INFINITY and limit < needed:
+        what = f"{len(shards.all_shards())} shards, but only {limit} files may be open"
+        yield Finding("warn", "shards", what, f"ulimit -n {needed}")
+    if check_hashes:
+        command = [sys.executable, "-m", "data_prep", "verify", recipe.data]
+        done = subprocess.run(command, capture_output=True, text=True)
+        problems = [line.removeprefix("error: ") for line in done.stderr.splitlines() if line.startswith("error: ")]
+        mend = "copy whole files in, or make the languages again: python -m data_prep prepare ... --redo LANGUAGE"
+        yield from (Finding("fail", "shards", problem, mend) for problem in problems)
+        if not problems:
+            yield Finding("ok", "shards", "every hash as in the manifest")
+
+
+def teacher_findings(recipe: Recipe, shards_are_there: bool) -> list[Finding]:
+    """Weights without pickle, a family that can be read, layers, heads, tokenizer."""
+    path = Path(recipe.teacher).expanduser()
+    if not path.is_dir() and not looks_like_path(recipe.teacher):
+        if not is_cached(recipe.teacher):
+            mend = f"on a node with network: hf download {recipe.teacher} (compute nodes then read the cache, HF_HOME)"
+            return [Finding("warn", "teacher", f"{recipe.teacher} is a hub name and not in the cache yet", mend)]
+        return [guarded("teacher", lambda: shape_finding(recipe, shards_are_there))]
+    weights = guarded("teacher", lambda: weights_finding(recipe.teacher))
+    if weights.status == "fail":
+        return [weights]
+    return [weights, guarded("teacher", lambda: shape_finding(recipe, shards_are_there))]
+
+
+def is_cached(name: str) -> bool:
+    """Config and weights of a hub model are on this machine."""
+    try:
+        cached_file(name, "config.json", local_files_only=True)
+    except OSError:
+        return False
+    for weights in ("model.safetensors", "model.safetensors.index.json"):
+        with contextlib.suppress(OSError):
+            cached_file(name, weights, local_files_only=True)
+            return True
+    return False
+
+
+def weights_finding(name: str) -> Finding:
+    """The files are there and their headers can be read."""
+    files = sorted(check_files(name).glob("*.safetensors"))
+    num_tensors = 0
+    for file in files:
+        try:
+            with safe_open(file, "pt") as tensors:
+                num_tensors += len(tensors.keys())
+        except (SafetensorError, OSError) as error:
+            return Finding("fail", "teacher", f"{file} is damaged ({error})", "fetch it again")
+    size = sum(file.stat().st_size for file in files)
+    return Finding("ok", "teacher", f"{name}: {num_tensors} tensors, {size / 2**30:.2f} GiB of safetensors")
+
+
+def shape_finding(recipe: Recipe, shards_are_there: bool) -> Finding:
+    """Known family, layers and heads that exist, and the shards' tokenizer."""
+    config, teacher, student = blank_models(recipe)
+    tapped = tap(teacher, recipe.relations.teacher_taps or config.num_hidden_layers, **recipe.relations.tap_options)
+    check_heads(tapped.widths[0], recipe.relations.heads, "teacher")
+    tapped_student = tap(student, recipe.relations.student_taps or recipe.student.layers)
+    check_heads(tapped_student.widths[0], recipe.relations.heads, "student")
+    if shards_are_there:
+        check_fit(recipe, ShardSet(recipe.data), teacher)
+    agrees = "; tokenizer as the shards'" if shards_are_there else ""
+    shape = f"{config.num_hidden_layers} layers x {config.hidden_size}"
+    return Finding("ok", "teacher", f"{config.model_type}, {shape}, read at layer {tapped.layers}{agrees}")
+
+
+def blank_models(recipe: Recipe) -> tuple[PretrainedConfig, PreTrainedModel, PreTrainedModel]:
+    """The teacher's config, and teacher and student without storage."""
+    try:
+        config = AutoConfig.from_pretrained(recipe.teacher, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the config of {recipe.teacher} cannot be read: {str(error).splitlines()[0]}") from None
+    family_of(config)
+    num_layers = config.num_hidden_layers
+    taps = recipe.relations.teacher_taps or num_layers
+    highest = taps if isinstance(taps, int) else max(taps)
+    chosen = copied_layers(num_layers, recipe.student.layers, recipe.student.init_layers, highest)
+    with torch.device("meta"):
+        teacher = AutoModel.from_config(config)
+        student = AutoModel.from_config(student_hf_config(config, recipe.student, chosen))
+    return config, teacher, student
+
+
+def count_parameters(recipe: Recipe) -> Sizes:
+    """As a run would split them: what the tap reaches is trained, less what is frozen."""
+    _, teacher, student = blank_models(recipe)
+    tapped = tap(student, recipe.relations.student_taps or recipe.student.layers, **recipe.relations.tap_options)
+    reached = {id(parameter): parameter.numel() for parameter in tapped.parameters()}
+    if recipe.student.freeze:
+        reached.pop(id(student.get_input_embeddings().weight))
+    trained = sum(reached.values())
+    return Sizes(teacher.num_parameters(), trained, student.num_parameters() - trained)
+
+
+def memory_finding(sizes: Sizes, num_ranks: int) -> Finding:
+    """Every rank of a node loads the whole teacher in fp32 before it is cut and halved."""
+    needed = 4 * sizes.teacher + 16 * sizes.trained + 4 * sizes.carried
+    available = available_memory_bytes()
+    what = (
+        f"teacher {sizes.teacher / 1e6:.0f} M parameters; student {sizes.trained / 1e6:.1f} M trained, "
+        f"{sizes.carried / 1e6:.1f} M carried along: a rank holds {needed / 2**30:.1f} GiB of host memory while it starts"
+    )
+    if needed * num_ranks > available:
+        mend = "start fewer ranks on this node, or take one with more memory"
+        return Finding("warn", "memory", f"{what}; {available / 2**30:.1f} GiB are free for {num_ranks} of them", mend)
+    return Finding("ok", "memory", what)
+
+
+def available_memory_bytes() -> int:
+    """What processes can still have without swapping."""
+    found = re.search(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def disk_finding(recipe: Recipe, sizes: Sizes, run_dir: Path) -> Finding:
+    """Room for all the checkpoints that stay."""
+    preflight.check_disk(nearest_directory(run_dir), sizes.checkpoint_bytes, recipe.checkpoint.keep, 0)
+    what = f"{recipe.checkpoint.keep} checkpoints of {sizes.checkpoint_bytes / 2**30:.2f} GiB fit"
+    return Finding("ok", "disk", what)

@@ -1,0 +1,181 @@
+"""`python -m pipeline doctor` in surroundings that are really broken: it names what is wrong, and what to do about it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.__main__ import main
+from pipeline.doctor_machine import (
+    REPO,
+    Finding,
+    guarded,
+    lock_findings,
+    port_finding,
+    run_dir_finding,
+    slurm_finding,
+    version_findings,
+)
+from pipeline.doctor_recipe import recipe_findings
+from pipeline.errors import EXIT_USER, exit_code_of
+
+Look = Callable[..., list[Finding]]
+
+
+@pytest.fixture
+def look(tiny_recipe: Path, fp32_config: Path, tmp_path: Path) -> Look:
+    """What the doctor finds about the tiny recipe with these overrides."""
+
+    def findings(*overrides: str, check_hashes: bool = False, ranks: int = 1) -> list[Finding]:
+        return recipe_findings(tiny_recipe, list(overrides), fp32_config, tmp_path / "run", ranks, check_hashes)
+
+    return findings
+
+
+def the_failure(findings: list[Finding]) -> Finding:
+    failures = [finding for finding in findings if finding.status == "fail"]
+    assert len(failures) == 1, findings
+    return failures[0]
+
+
+def test_a_healthy_machine_and_run(
+    tiny_recipe: Path, fp32_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = ["--deepspeed", str(fp32_config), "--run-dir", str(tmp_path / "run"), "--hash"]
+    assert exit_code_of(lambda: main(["doctor", "--recipe", str(tiny_recipe), *words])) == 0
+    out = capsys.readouterr().out
+    assert "FAIL" not in out
+    for subject in (
+        "versions",
+        "devices",
+        "precision",
+        "compiler",
+        "locks",
+        "run dir",
+        "ports",
+        "tensorboard",
+        "slurm",
+    ):
+        assert f" {subject} " in out
+    assert "ok    tensorboard  starts and answers" in out
+    assert "every hash as in the manifest" in out
+    assert "tokenizer as the shards'" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_exit_code_and_paragraph_when_something_fails(
+    tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = ["--recipe", str(tiny_recipe), "--run-dir", str(tmp_path), "--set", f"data={tmp_path / 'nowhere'}"]
+    assert exit_code_of(lambda: main(["doctor", *words])) == EXIT_USER
+    printed = capsys.readouterr()
+    assert "FAIL  shards" in printed.out
+    assert "not ready: shards" in printed.err
+
+
+def test_missing_shards_name_the_command(look: Look, tmp_path: Path) -> None:
+    assert "python -m data_prep prepare" in the_failure(look(f"data={tmp_path / 'nowhere'}")).what
+
+
+def test_damaged_shards_name_the_file(look: Look, tiny_shards: Path, tmp_path: Path) -> None:
+    shards = shutil.copytree(tiny_shards, tmp_path / "shards")
+    victim = next((shards / "tr").glob("*.tok"))
+    content = victim.read_bytes()
+    victim.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
+    assert all(finding.status != "fail" for finding in look(f"data={shards}")), "sizes alone cannot show it"
+    assert victim.name in the_failure(look(f"data={shards}", check_hashes=True)).what
+    victim.write_bytes(content[:-8])
+    assert victim.name in the_failure(look(f"data={shards}")).what
+
+
+def test_teacher_that_is_a_pickle(look: Look, tiny_teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((tiny_teacher / "config.json").read_bytes())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
+    what = the_failure(look(f"teacher={tmp_path}")).what
+    assert "no *.safetensors" in what
+    assert "save_pretrained" in what
+
+
+def test_teacher_whose_weights_are_cut(look: Look, tiny_teacher: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    weights = other / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "model.safetensors" in the_failure(look(f"teacher={other}")).what
+
+
+def test_teacher_of_an_unknown_family_and_of_other_shards(look: Look, tiny_teacher: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    model = other / "sentencepiece.bpe.model"
+    model.write_bytes(model.read_bytes() + b"\x00")
+    assert "another tokenizer" in the_failure(look(f"teacher={other}")).what
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    assert "xlm-roberta" in the_failure(look(f"teacher={other}")).what
+
+
+def test_hub_name_that_is_not_there_yet(look: Look) -> None:
+    found = [finding for finding in look("teacher=nobody/no-such-model") if finding.subject == "teacher"]
+    assert [finding.status for finding in found] == ["warn"]
+    assert "hf download nobody/no-such-model" in found[0].mend
+
+
+def test_what_does_not_divide(look: Look) -> None:
+    assert "micro_batch_per_gpu could be" in the_failure(look("micro_batch_per_gpu=3")).what
+    assert "relations.heads" in the_failure(look("relations.heads=7")).what
+    assert "layers 1 to 4" in the_failure(look("relations.teacher_layer=5")).what
+    assert "3 ranks" in the_failure(look(ranks=3)).what
+
+
+def test_too_small_a_disk(look: Look) -> None:
+    assert "checkpoint.keep" in the_failure(look("checkpoint.keep=1000000000")).what
+
+
+def test_directory_that_cannot_be_written_to() -> None:
+    finding = guarded("run dir", lambda: run_dir_finding(Path("/proc/runs/quickstart")))
+    assert finding.status == "fail"
+    assert "--run-dir" in finding.what
+
+
+def test_stale_lock_and_how_to_remove_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = tmp_path / "py311_cpu" / "op" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert [finding.status for finding in lock_findings()] == ["ok"], "a compilation may be under way"
+    os.utime(lock, (0, 0))
+    (finding,) = lock_findings()
+    assert (finding.status, finding.mend) == ("warn", f"rm {lock}")
+
+
+def test_port_in_use() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        assert "--master_port" in port_finding(other.getsockname()[1]).mend
+
+
+def test_versions_other_than_pinned(tmp_path: Path) -> None:
+    assert [finding.status for finding in version_findings(REPO / "requirements.txt")] == ["ok"]
+    pins = tmp_path / "requirements.txt"
+    pins.write_text("# why\nnumpy==1.0.0  # arrays\nno-such-package==3.2\n")
+    old, missing = version_findings(pins)
+    assert (old.status, old.mend) == ("warn", "pip install numpy==1.0.0")
+    assert (missing.status, missing.mend) == ("fail", "pip install no-such-package==3.2")
+
+
+def test_slurm_that_answers_and_that_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sinfo = tmp_path / "sinfo"
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    sinfo.write_text("#!/bin/sh\necho 'gpu* up 4 x gpu:8'\n")
+    sinfo.chmod(0o755)
+    assert "gpu* up 4 x gpu:8" in slurm_finding().what
+    sinfo.write_text("#!/bin/sh\necho 'cannot contact slurmctld' >&2; exit 1\n")
+    assert "cannot contact slurmctld" in slurm_finding().what
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert slurm_finding().status == "ok"
