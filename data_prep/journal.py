@@ -16,7 +16,7 @@ from typing import Any
 
 import xxhash
 
-from data_prep.layout import lock
+from data_prep.layout import locked
 from data_prep.shards import DataError
 
 JOURNAL_NAME = "journal.jsonl"
@@ -86,8 +86,8 @@ class Journal:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the language against a second run; the lock dies with the process."""
-        with open(self.path, "ab") as file:
-            if not lock(file, wait=False):
+        with locked(self.path, wait=False) as file:
+            if file is None:
                 raise DataError(f"Another run is preparing {self.directory} right now. Wait for it, or stop it first.")
             yield
 

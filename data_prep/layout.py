@@ -11,6 +11,8 @@ import fcntl
 import os
 import struct
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -123,8 +125,23 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def lock(file: IO[Any], wait: bool) -> bool:
-    """Take the file's exclusive lock, which dies with the process; False if another process has it (or `wait`)."""
+@contextmanager
+def locked(path: Path, wait: bool) -> Iterator[IO[bytes] | None]:
+    """Hold the exclusive lock on the file `path`, made if need be and open for appending; it dies with the process.
+
+    None if another process has it and `wait` is false. Whoever holds it may rename or remove the file.
+    """
+    while True:
+        with open(path, "ab") as file:
+            if not _lock(file, wait):
+                yield None
+                return
+            if _is_still(path, file):  # else its last holder has renamed or removed it meanwhile
+                yield file
+                return
+
+
+def _lock(file: IO[Any], wait: bool) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -137,17 +154,13 @@ def lock(file: IO[Any], wait: bool) -> bool:
 def write_durably(path: Path, text: str) -> None:
     """Replace `path` as a whole, whoever else is doing the same: temporary name, fsync, rename, fsync of the directory."""
     temporary = path.with_name(path.name + ".tmp")
-    while True:
-        with open(temporary, "a", encoding="utf-8", newline="\n") as file:
-            lock(file, wait=True)
-            if not _is_still(temporary, file):
-                continue  # another process has renamed it meanwhile
-            file.truncate(0)
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            temporary.replace(path)
-            break
+    with locked(temporary, wait=True) as file:
+        assert file is not None
+        file.truncate(0)
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+        temporary.replace(path)
     sync_directory(path.parent)
 
 

@@ -10,6 +10,8 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ from data_prep.blocks import MAX_DOCUMENT_BYTES
 from data_prep.clean import CleanOptions
 from data_prep.encode import Tokenizer
 from data_prep.journal import JOURNAL_NAME, Journal
-from data_prep.layout import FORMAT_NAME, FORMAT_VERSION, sync_directory, write_durably
+from data_prep.layout import FORMAT_NAME, FORMAT_VERSION, locked, sync_directory, write_durably
 from data_prep.shards import LANGUAGE_PATTERN, MANIFEST_NAME, DataError, manifest_digest
 
+LOCK_NAME = "prepare.lock.tmp"
 RUN_NAME = "prepare.json"
 
 
@@ -55,23 +58,12 @@ def describe(
 def begin_output(output: Path, about: dict[str, Any], languages: list[str], may_add: bool) -> None:
     """Make the directory, or make sure that it was begun with the same tokenizer, options and languages."""
     try:
-        if (output / RUN_NAME).is_file():
-            begun = read_run(output)
-            refuse_differences(output, begun, about)
-            new = sorted(set(languages) - set(begun["languages"]))
-            if new and not may_add:
-                raise DataError(
-                    f"{output} was begun with {', '.join(begun['languages'])}; the input now also has {', '.join(new)}. "
-                    "Nothing was changed. Add --add to take them in, or give --output a new directory."
-                )
-            if new:
-                (output / MANIFEST_NAME).unlink(missing_ok=True)
-                write_run(output, begun, sorted({*languages, *begun["languages"]}))
-            return
-        if output.exists() and {path.name for path in output.iterdir()} - {RUN_NAME + ".tmp"}:
-            raise DataError(f"{output} is not empty and no output of prepare. Give --output a new or empty directory.")
         output.mkdir(parents=True, exist_ok=True)
-        write_run(output, about, languages)
+        with locked(output / LOCK_NAME, wait=True):
+            try:
+                yield
+            finally:
+                (output / LOCK_NAME).unlink(missing_ok=True)
     except OSError as error:
         raise DataError(f"Cannot write to {output}: {error.strerror}. Give --output a writable directory.") from error
 
@@ -119,21 +111,28 @@ def unfinished(output: Path) -> list[str]:
     return [name for name in read_run(output)["languages"] if not Journal.read(output / name).complete]
 
 
-def write_manifest(output: Path, allow_partial: bool = False) -> Path:
+def finish(output: Path) -> list[str]:
+    """Write `manifest.json` once every language is finished; gives those that are not."""
+    missing = unfinished(output)
+    if missing or _has_manifest(output, _manifest_text(output, [])):
+        return missing
+    with changing(output):
+        missing = unfinished(output)  # another task may have added some
+        if not missing:
+            write_durably(output / MANIFEST_NAME, _manifest_text(output, []))
+    return missing
+
+
+def write_manifest(output: Path, allow_partial: bool = False) -> None:
     """`manifest.json` from the journals; languages that are not finished stop it unless `allow_partial`."""
     run = read_run(output)
-    missing = unfinished(output)
-    if missing and (not allow_partial or len(missing) == len(run["languages"])):
-        raise DataError(
-            f"{output}: not finished are {', '.join(missing)}. Run prepare for them, then `python -m data_prep merge "
-            f"{output}` (with --partial to do without them)."
-        )
-    run["languages"] = [language for language in run["languages"] if language not in missing]
+    run["languages"] = [language for language in run["languages"] if language not in left_out]
+    return json.dumps(make_manifest(output, run), indent=1, ensure_ascii=False) + "\n"
+
+
+def _has_manifest(output: Path, text: str) -> bool:
     path = output / MANIFEST_NAME
-    text = json.dumps(make_manifest(output, run), indent=1, ensure_ascii=False) + "\n"
-    if not path.is_file() or path.read_bytes() != text.encode():
-        write_durably(path, text)
-    return path
+    return path.is_file() and path.read_bytes() == text.encode()
 
 
 def make_manifest(output: Path, run: dict[str, Any]) -> dict[str, Any]:
@@ -156,6 +155,19 @@ def _manifest_entry(journal: Journal) -> dict[str, Any]:
         "counts": {name: count for name, count in sorted(journal.last.counts.items()) if count},
         "sources": [
             {key: value for key, value in source.items() if key != "mtime_ns"} for source in journal.finished_sources
+    with changing(output):
+        missing = unfinished(output)
+        if missing and (not allow_partial or len(missing) == len(read_run(output)["languages"])):
+            raise DataError(
+                f"{output}: not finished are {', '.join(missing)}. Run prepare for them, then `python -m data_prep merge "
+                f"{output}` (with --partial to do without them)."
+            )
+        text = _manifest_text(output, missing)
+        if not _has_manifest(output, text):
+            write_durably(output / MANIFEST_NAME, text)
+
+
+def _manifest_text(output: Path, left_out: list[str]) -> str:
         ],
         "shards": _shards_with_ranges(journal),
     }
@@ -177,7 +189,7 @@ def take_in(output: Path, other: Path) -> list[str]:
     """Copy (hard-link where possible) the finished languages of another output directory; gives those that were new."""
     theirs = read_run(other)
     if not (output / RUN_NAME).is_file():
-        begin_output(output, {key: value for key, value in theirs.items() if key != "languages"}, [], may_add=False)
+        _begin(output, {key: value for key, value in theirs.items() if key != "languages"}, [], may_add=False)
     ours = read_run(output)
     refuse_differences(output, ours, theirs)
     finished = [language for language in theirs["languages"] if Journal.read(other / language).complete]
@@ -211,6 +223,11 @@ def _same_journal(one: Path, other: Path) -> bool:
 
 
 def _link_or_copy(source: str, target: str) -> str:
+    with changing(output):
+        return _take_in(output, other, theirs)
+
+
+def _take_in(output: Path, other: Path, theirs: dict[str, Any]) -> list[str]:
     if source.endswith(".tok"):  # never the journal, which may be written to again
         try:
             os.link(source, target)

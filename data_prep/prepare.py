@@ -26,7 +26,7 @@ from data_prep.encode import Tokenizer, WorkerDied, WorkerPool
 from data_prep.journal import Journal
 from data_prep.lane import Lane, LaneSettings, Stopped, check_sources
 from data_prep.layout import Identity
-from data_prep.manifest import begin_output, describe, unfinished, write_manifest
+from data_prep.manifest import begin_output, describe, finish
 from data_prep.shards import MANIFEST_NAME, DataError
 from data_prep.sources import Source
 
@@ -69,18 +69,18 @@ def prepare(config: PrepareConfig) -> list[str]:
         ) from error
     if failures:
         raise DataError(f"{len(failures)} of {len(chosen)} languages could not be finished. " + " | ".join(failures))
-    missing = unfinished(config.output)
-    if not missing:
-        write_manifest(config.output)
-    return missing
+    return finish(config.output)
 
 
 def throw_away(config: PrepareConfig, everything: dict[str, list[Source]]) -> None:
     for language in config.redo:
         if language not in everything:
             raise DataError(f"--redo {language}: the input has no such language, only {', '.join(everything)}.")
-        (config.output / MANIFEST_NAME).unlink(missing_ok=True)
-        shutil.rmtree(config.output / language, ignore_errors=True)
+        directory = config.output / language
+        if directory.is_dir():
+            with Journal(directory).locked():  # not under another run that is writing it
+                (config.output / MANIFEST_NAME).unlink(missing_ok=True)
+                shutil.rmtree(directory, ignore_errors=True)
 
 
 def run_lanes(
