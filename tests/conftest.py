@@ -128,8 +128,9 @@ metrics: {{log_every: 1}}
     return path
 
 
-def write_fp32_config(path: Path) -> Path:
-    config = json.loads((REPO / "ds_configs" / "zero2.json").read_text())
+def write_fp32_config(path: Path, shipped: str = "zero2") -> Path:
+    """A shipped DeepSpeed config without fp16."""
+    config = json.loads((REPO / "ds_configs" / f"{shipped}.json").read_text())
     del config["fp16"]
     path.write_text(json.dumps(config))
     return path

@@ -8,10 +8,14 @@ A mishap is a dictionary: `kind`, `rank` (absent: every rank), and when. Steps c
     file size  in the save of step `save` no file may grow past `bytes`: the kernel refuses the write
     nan        the loss of `steps` is multiplied by not-a-number, so that every gradient of this rank is
     pause      every step takes `seconds` longer
+    witness    nothing goes wrong: every micro-batch that the student is fed is appended to `file`
+    resave     nothing goes wrong: what was loaded is saved again to the directory `to`
+    stock      checkpoints are DeepSpeed's own (benchmarks/faults/stock.py)
 """
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -19,6 +23,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 Mishap = dict[str, Any]
 
@@ -31,8 +37,15 @@ def arrange(mishaps: list[Mishap], rank: int) -> None:
     from pipeline.runtime.checkpoint_writer import CheckpointWriter
     from pipeline.trainer import Trainer
 
-    _around_steps(Trainer, [m for m in mine if m["kind"] in ("signal", "nan", "pause")])
+    kinds = {kind: [m for m in mine if m["kind"] == kind] for kind in {m["kind"] for m in mine}}
+    _around_steps(Trainer, [m for m in mine if m["kind"] in ("signal", "nan", "pause", "witness")])
     _around_saves(CheckpointWriter, [m for m in mine if m["kind"] in ("at call", "file size")])
+    if "resave" in kinds:
+        _resave_what_was_loaded(Trainer, CheckpointWriter, Path(kinds["resave"][0]["to"]))
+    if "stock" in kinds:
+        from benchmarks.faults.stock import use_stock_checkpoints
+
+        use_stock_checkpoints(Trainer, kinds["stock"][0])
 
 
 def _around_steps(trainer: Any, mishaps: list[Mishap]) -> None:
@@ -51,16 +64,34 @@ def _around_steps(trainer: Any, mishaps: list[Mishap]) -> None:
 def _unlucky(engine: type, mishaps: list[Mishap], now: dict[str, int]) -> type:
     """A subclass of the engine in which the mishaps of the present step and micro-batch happen."""
 
-    def call(self: Any, *arguments: Any) -> Any:
+    def call(self: Any, *arguments: Any, **keywords: Any) -> Any:
         for mishap in mishaps:
             if mishap["kind"] == "signal" and (mishap["step"], mishap.get("micro", 0)) == (now["step"], now["micro"]):
                 os.kill(os.getpid(), signal.Signals[mishap["signal"]])
+            if mishap["kind"] == "witness":
+                line = {**now, "rank": torch.distributed.get_rank(), "rows": arguments[0].tolist()}
+                with open(mishap["file"], "a") as file:
+                    file.write(json.dumps(line) + "\n")
         now["micro"] += 1
-        loss, parts = engine.__call__(self, *arguments)
+        loss, parts = engine.__call__(self, *arguments, **keywords)
         poisoned = any(now["step"] in mishap["steps"] for mishap in mishaps if mishap["kind"] == "nan")
         return (loss * float("nan") if poisoned else loss), parts
 
     return type("Unlucky", (engine,), {"__call__": call})
+
+
+def _resave_what_was_loaded(trainer: Any, writer: Any, directory: Path) -> None:
+    resume = trainer._resume
+
+    def resume_and_save(self: Any, allow_change: bool) -> int:
+        first = resume(self, allow_change)
+        if first:
+            copy = writer(directory, self.engine, self.parts.student.carried, self.launch.rank)
+            copy.begin(self._state(first))
+            assert copy.wait().problem is None
+        return first
+
+    trainer._resume = resume_and_save
 
 
 def _around_saves(writer: Any, mishaps: list[Mishap]) -> None:

@@ -1,0 +1,168 @@
+"""What all fault sweeps share: a tiny teacher, shards and recipe, runs under the fork server, and how ends are compared.
+
+Every life is a real `pipeline/train.py` (teacher 4 x 48, student 2 x 24, real text, fp32) on one or two gloo ranks. A run
+under faults is started again until it is done; then its weights, both moments and every logged value must equal those
+of a run that nobody touched, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.runtime.checkpoint import KINDS, CheckpointReader, newest_whole
+from tests.conftest import (
+    make_tiny_shards,
+    make_tiny_teacher,
+    make_tiny_tokenizer,
+    write_fp32_config,
+    write_tiny_recipe,
+)
+from tests.dist.fork_server import ForkServer, Job
+from tests.dist.runs import curve, end_group, metrics
+
+DEFAULTS = {"micro_batch_per_gpu": 2, "metrics.images": False, "guard.hang_timeout_s": 60}
+LIFE_TIMEOUT_S = 300.0
+State = dict[tuple[str, str], torch.Tensor]
+
+
+@dataclass
+class Outcome:
+    """One line of the table. `kept` of `trials` ended as promised."""
+
+    promise: str
+    trials: int
+    kept: int
+    measured: str
+    stock: str = "not measured"
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def row(self, number: int) -> list[str]:
+        return [str(number), self.promise, f"{self.kept} of {self.trials}", self.measured, self.stock]
+
+
+class Lab:
+    """Makes the inputs once, starts lives, and remembers the untouched runs."""
+
+    def __init__(self, directory: Path, server: ForkServer, inputs: tuple[Path, Path] | None = None):
+        """`inputs`: recipe and fp32 config that are there already."""
+        self.directory, self.server = directory, server
+        self.recipe = inputs[0] if inputs else self._make_inputs()
+        self._untouched: dict[str, Path] = {}
+
+    def _make_inputs(self) -> Path:
+        tokenizer = make_tiny_tokenizer(self.directory / "tokenizer")
+        (self.directory / "teacher").mkdir()
+        teacher = make_tiny_teacher(self.directory / "teacher", tokenizer)
+        shards = make_tiny_shards(self.directory / "shards", tokenizer)
+        return write_tiny_recipe(self.directory / "tiny.yaml", teacher, shards)
+
+    def arguments(self, stage: int, settings: Mapping[str, Any]) -> list[str]:
+        config = self.directory / f"zero{stage}.json"
+        if not config.exists():
+            write_fp32_config(config, f"zero{stage}")
+        words = ["--deepspeed", str(config), "--recipe", str(self.recipe)]
+        for key, value in {**DEFAULTS, **settings}.items():
+            words += ["--set", f"{key}={json.dumps(value)}"]
+        return words
+
+    def begin(
+        self, run_dir: Path, ranks: int, settings: Mapping[str, Any], stage: int = 2, mishaps: Iterable[Any] = ()
+    ) -> Job:
+        """Start one life of a run."""
+        words = [*self.arguments(stage, settings), "--run-dir", str(run_dir)]
+        return self.server.start(ranks, words, run_dir.with_suffix(".log"), mishaps=mishaps)
+
+    def live(
+        self, run_dir: Path, ranks: int, settings: Mapping[str, Any], stage: int = 2, mishaps: Iterable[Any] = ()
+    ) -> int:
+        """One whole life; its exit code."""
+        job = self.begin(run_dir, ranks, settings, stage, mishaps)
+        try:
+            return job.wait(LIFE_TIMEOUT_S)
+        finally:
+            end_group(job)
+
+    def untouched(
+        self, ranks: int, settings: Mapping[str, Any], stage: int = 2, mishaps: Iterable[Any] = ()
+    ) -> Path:
+        """The finished run that nobody disturbed."""
+        key = json.dumps([ranks, stage, dict(settings), list(mishaps)], sort_keys=True)
+        if key not in self._untouched:
+            run_dir = self.directory / f"untouched{len(self._untouched)}"
+            code = self.live(run_dir, ranks, settings, stage, mishaps)
+            assert code == 0, run_dir.with_suffix(".log").read_text()[-3000:]
+            self._untouched[key] = run_dir
+        return self._untouched[key]
+
+    def fresh(self, name: str) -> Path:
+        """A run directory that is not there yet."""
+        run_dir = self.directory / name
+        shutil.rmtree(run_dir, ignore_errors=True)
+        return run_dir
+
+
+def state_of(checkpoint: Path) -> State:
+    """Every weight and moment of a checkpoint, whatever ranks wrote it."""
+    reader = CheckpointReader(checkpoint)
+    return {
+        (kind, name): reader.read(kind, name, 0, int(torch.Size(shape).numel()))
+        for kind in KINDS
+        for name, shape in reader.state["parameters"].items()
+    }
+
+
+def newest(run_dir: Path) -> Path | None:
+    """The newest whole checkpoint. In these sweeps a damaged one under its final name is a broken promise."""
+    checkpoint, problems = newest_whole(run_dir / "checkpoints")
+    assert not problems, problems
+    return checkpoint
+
+
+def newest_step(run_dir: Path) -> int:
+    checkpoint = newest(run_dir)
+    return int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
+
+
+def same_state(a: Path, b: Path) -> bool:
+    one, two = state_of(a), state_of(b)
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def same_end(run_dir: Path, whole: Path) -> bool:
+    """Weights, moments and every logged loss and norm equal, bit for bit."""
+    ours, theirs = newest(run_dir), newest(whole)
+    assert ours is not None
+    assert theirs is not None
+    return ours.name == theirs.name and same_state(ours, theirs) and _values(run_dir) == _values(whole)
+
+
+def _values(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl without what a clock says."""
+    rows = [{k: v for k, v in row.items() if k != "time_s" and "speed/" not in k} for row in metrics(run_dir)]
+    return [row for row in rows if len(row) > 2]
+
+
+def steps_done(run_dir: Path) -> int:
+    """The last step in metrics.jsonl of a run that may be writing to it."""
+    try:
+        return max(curve(run_dir), default=0)
+    except (OSError, ValueError):
+        return 0
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> bool:
+    """Poll; False when the time is over."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
