@@ -28,10 +28,11 @@ sys.path.insert(0, str(REPO))
 from benchmarks import measure  # noqa: E402
 from data_prep.blocks import cut_blocks  # noqa: E402
 from data_prep.clean import CleanOptions  # noqa: E402
-from data_prep.encode import Tokenizer  # noqa: E402
+from data_prep.encode import encode_block  # noqa: E402
 from data_prep.layout import Identity  # noqa: E402
 from data_prep.shards import ShardSet  # noqa: E402
 from data_prep.sources import Source  # noqa: E402
+from data_prep.tokenizer import SentencePieceTokenizer  # noqa: E402
 from data_prep.writer import ShardWriter  # noqa: E402
 
 TOKENIZER = REPO / "artifacts" / "teacher" / "sentencepiece.bpe.model"
@@ -123,7 +124,7 @@ def in_turns(source: Path, model: Path, work: Path) -> float:
 
     The two take turns within a tenth of a second, so this ratio holds on a busy machine too.
     """
-    tokenizer, bare, whole = Tokenizer(model), 0.0, 0.0
+    tokenizer, bare, whole = SentencePieceTokenizer(model), 0.0, 0.0
     writer = ShardWriter(work, "en", 0, Identity(tokenizer.sha256, tokenizer.vocab_size, "00" * 16))
     blocks = cut_blocks(Source("en", source, source.name).chunks())
     while True:
@@ -131,7 +132,7 @@ def in_turns(source: Path, model: Path, work: Path) -> float:
         block = next(blocks, None)
         if block is None:
             break
-        encoded = tokenizer.encode_block(block.text, "en", CleanOptions())
+        encoded = encode_block(tokenizer, block.text, "en", CleanOptions())
         writer.append(encoded.tokens, encoded.document_lengths)
         whole += time.process_time() - start
         lines = [line for line in block.text.decode().split("\n") if line.strip()]

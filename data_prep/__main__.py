@@ -48,7 +48,7 @@ def add_prepare(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--input", nargs="+", required=True, metavar="PATH", help="files, directories, or hf:NAME[:CONFIG[:SPLIT]]"
     )
-    verb.add_argument("--tokenizer", type=Path, required=True, help="SentencePiece .model, or a directory with one")
+    verb.add_argument("--tokenizer", type=Path, required=True, help="SentencePiece .model, tokenizer.json, or a directory with one")
     verb.add_argument("--output", type=Path, required=True, help="directory of the shards")
     verb.add_argument("--workers", type=int, default=os.cpu_count(), help="tokenising processes (default: all cores)")
     verb.add_argument("--language", metavar="xx", help="this language alone; also names a file whose name does not")
@@ -175,7 +175,7 @@ def run_stats(parsed: argparse.Namespace) -> int:
 
 def run_trim_vocab(parsed: argparse.Namespace) -> int:
     from data_prep.discovery import LanguageRules, discover
-    from data_prep.encode import Tokenizer
+    from data_prep.tokenizer import SentencePieceTokenizer
     from data_prep.usage import usage_of_shards, usage_of_text
     from data_prep.vocabulary import TrimOptions, trim_vocabulary, trimming_table
 
@@ -183,7 +183,7 @@ def run_trim_vocab(parsed: argparse.Namespace) -> int:
     options = TrimOptions(languages, parsed.min_count, parsed.coverage)  # refused before anything is counted
     if parsed.workers < 1:
         raise DataError(f"--workers {parsed.workers}: at least 1 is needed.")
-    tokenizer = Tokenizer(parsed.tokenizer)
+    tokenizer = SentencePieceTokenizer(parsed.tokenizer)
     if parsed.shards:
         shards = ShardSet(parsed.shards)
         if shards.tokenizer_sha256 != tokenizer.sha256:

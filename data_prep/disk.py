@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.clean import CleanOptions
-from data_prep.encode import Tokenizer
+from data_prep.encode import encode_block
 from data_prep.shards import DataError
 from data_prep.sources import Source
+from data_prep.tokenizer import Tokenizer
 
 PROBE_TEXT_BYTES = 1 << 20  # decompressed, for the ratio of text to file
 PROBE_TOKEN_BYTES = 1 << 15  # tokenised, for the ratio of tokens to text
@@ -27,7 +28,7 @@ def estimated_bytes(sources: list[Source], tokenizer: Tokenizer) -> int:
         return 0  # its own lane will say what is wrong with it
     read = max(1, min(largest.position, largest.stamp()["bytes"]))
     sample = text[:PROBE_TOKEN_BYTES]
-    tokens = len(tokenizer.encode_block(sample, largest.language, CleanOptions()).tokens) / 4
+    tokens = len(encode_block(tokenizer, sample, largest.language, CleanOptions()).tokens) / 4
     return int(file_bytes * len(text) / read * tokens / max(1, len(sample)) * BYTES_PER_TOKEN * SAFETY)
 
 

@@ -1,13 +1,11 @@
 """Text blocks to token ids, in this process or in worker processes.
 
 A worker is `python -m data_prep.encode MODEL`: length-prefixed frames on its standard input and output, no pickle. It
-ends by itself when its input closes, so killing the parent leaves nothing behind. Ids are those of XLM-R: SentencePiece
-piece + 1, `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, `<mask>` last.
+ends by itself when its input closes, so killing the parent leaves nothing behind.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import queue
@@ -15,22 +13,18 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import sentencepiece
 
 from data_prep.clean import CleanOptions, clean, split_documents
-from data_prep.layout import TOKEN_DTYPE
-from data_prep.shards import BOS_ID, EOS_ID, UNK_ID, DataError
+from data_prep.shards import DataError
+from data_prep.tokenizer import Tokenizer, open_tokenizer
 
-MODEL_NAMES = ("sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
-KNOWN_SENTENCEPIECE = "0.2.3"
-SPM_UNK, SPM_BOS, SPM_EOS = 0, 1, 2
 _REQUEST = struct.Struct("<QQ")  # bytes of text, bytes of the language's name
 _REPLY = struct.Struct("<QQQ")  # bytes of JSON, of token ids, of document lengths
 
@@ -48,71 +42,22 @@ class Encoded:
     counts: Mapping[str, int]
 
 
-class Tokenizer:
-    """A SentencePiece model in XLM-R's layout."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = find_model(Path(path))
-        self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
-        try:
-            self.processor = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
-        except (OSError, RuntimeError) as error:
-            raise DataError(f"{self.path} is not a SentencePiece model ({error}). Give the .model file.") from error
-        special = (self.processor.unk_id(), self.processor.bos_id(), self.processor.eos_id())
-        if special != (SPM_UNK, SPM_BOS, SPM_EOS):
-            raise DataError(
-                f"{self.path} numbers <unk>, <s>, </s> as {special}; models of the XLM-R family have (0, 1, 2). "
-                "Use the tokenizer of the teacher."
-            )
-        self.num_pieces: int = self.processor.get_piece_size()
-        self.vocab_size = self.num_pieces + 2
-        self._ids = np.arange(1, self.num_pieces + 1, dtype=TOKEN_DTYPE)
-        self._ids[:3] = UNK_ID, BOS_ID, EOS_ID
-
-    def _id_buffers(self, lines: list[bytes]) -> Sequence[Any]:
-        """The int32 ids of every line and its `</s>`, as buffers.
-
-        What the library does for return_type="numpy", less an array object per line: on text of short lines that is a fifth of
-        all time. Its inner call is private, so it is used in the one version where it was read.
-        """
-        if sentencepiece.__version__ == KNOWN_SENTENCEPIECE:
-            inner: Any = self.processor
-            return inner._processor._EncodeAsBufferBatch(lines, 1, None, False, -1, 0.1, False, True, False)
-        return self.processor.encode(lines, return_type="numpy", add_eos=True, num_threads=1)
-
-    def encode_block(self, text: bytes, language: str, options: CleanOptions) -> Encoded:
-        """Ids of every line followed by `</s>`; lines and documents without a single piece are left out."""
-        lines, document_of_line = split_documents(text)
-        lines, document_of_line, counts = clean(lines, document_of_line, language, options)
-        # joined buffers are faster than lists of integers; </s> ends every line and is never inside one
-        pieces = np.frombuffer(b"".join(self._id_buffers(lines)), np.int32)
-        lengths = np.diff(np.flatnonzero(pieces == SPM_EOS), prepend=-1)
-        assert len(lengths) == len(lines)
-        with_pieces = lengths > 1
-        counts["lines"] += int(with_pieces.sum())
-        if not with_pieces.all():
-            counts["lines_without_pieces"] += int((~with_pieces).sum())
-            pieces = pieces[np.repeat(with_pieces, lengths)]
-            lengths, document_of_line = lengths[with_pieces], document_of_line[with_pieces]
-        if not len(lengths):
-            return Encoded(b"", np.empty(0, np.uint64), counts)
-        starts = np.flatnonzero(np.diff(document_of_line, prepend=-1))
-        return Encoded(self._ids.take(pieces).tobytes(), np.add.reduceat(lengths, starts).astype(np.uint64), counts)
-
-
-def find_model(path: Path) -> Path:
-    """The SentencePiece model itself or the one inside a Hugging Face directory."""
-    if path.is_file():
-        return path
-    for name in MODEL_NAMES:
-        if (path / name).is_file():
-            return path / name
-    what = "holds none of " + ", ".join(MODEL_NAMES) if path.is_dir() else "does not exist"
-    raise DataError(
-        f"Tokenizer {path} {what}. Give a SentencePiece .model file or a directory with one (XLM-R ships it as "
-        "sentencepiece.bpe.model; a lone tokenizer.json is not enough). From the Hub: hf download "
-        "FacebookAI/xlm-roberta-large sentencepiece.bpe.model --local-dir DIR."
-    )
+def encode_block(tokenizer: Tokenizer, text: bytes, language: str, options: CleanOptions) -> Encoded:
+    """Ids of every line and its end token; lines and documents without a single piece are left out."""
+    lines, document_of_line = split_documents(text)
+    lines, document_of_line, counts = clean(lines, document_of_line, language, options)
+    ids, lengths = tokenizer.encode_lines(lines)
+    assert len(lengths) == len(lines)
+    with_pieces = lengths > 1
+    counts["lines"] += int(with_pieces.sum())
+    if not with_pieces.all():
+        counts["lines_without_pieces"] += int((~with_pieces).sum())
+        ids = ids[np.repeat(with_pieces, lengths)]
+        lengths, document_of_line = lengths[with_pieces], document_of_line[with_pieces]
+    if not len(lengths):
+        return Encoded(b"", np.empty(0, np.uint64), counts)
+    starts = np.flatnonzero(np.diff(document_of_line, prepend=-1))
+    return Encoded(ids.tobytes(), np.add.reduceat(lengths, starts).astype(np.uint64), counts)
 
 
 class WorkerPool:
@@ -134,7 +79,7 @@ class WorkerPool:
             return self._threads.submit(self._encode_in_worker, text, language)
         done: Future[Encoded] = Future()
         try:
-            done.set_result(self._tokenizer.encode_block(text, language, self._options))
+            done.set_result(encode_block(self._tokenizer, text, language, self._options))
         except DataError as error:
             done.set_exception(error)
         return done
@@ -213,7 +158,7 @@ def _read(pipe: Any, size: int) -> bytes:
 
 def serve(model: str, options: CleanOptions, requests: BinaryIO, replies: BinaryIO) -> None:
     """The child's loop: one frame of text in, one reply out, until the input closes."""
-    tokenizer = Tokenizer(model)
+    tokenizer = open_tokenizer(model)
     while True:
         try:
             text_bytes, name_bytes = _REQUEST.unpack(_read(requests, _REQUEST.size))
@@ -223,7 +168,7 @@ def serve(model: str, options: CleanOptions, requests: BinaryIO, replies: Binary
             return
         about: dict[str, Any]
         try:
-            encoded = tokenizer.encode_block(text, language, options)
+            encoded = encode_block(tokenizer, text, language, options)
             about = {"counts": encoded.counts}
         except DataError as error:
             encoded, about = Encoded(b"", np.empty(0, np.uint64), {}), {"error": str(error)}

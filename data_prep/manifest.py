@@ -15,18 +15,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
 import xxhash
 
 from data_prep.blocks import MAX_DOCUMENT_BYTES
 from data_prep.clean import CleanOptions
-from data_prep.encode import Tokenizer
 from data_prep.journal import JOURNAL_NAME, Journal
 from data_prep.layout import FORMAT_NAME, FORMAT_VERSION, locked, sync_directory, write_durably
 from data_prep.shards import LANGUAGE_PATTERN, MANIFEST_NAME, DataError, manifest_digest
+from data_prep.tokenizer import Tokenizer
 
-LOCK_NAME = "prepare.lock.tmp"
 RUN_NAME = "prepare.json"
+LOCK_NAME = "prepare.lock.tmp"
 
 
 def describe(
@@ -38,7 +37,7 @@ def describe(
         "block_bytes": block_bytes,
         "max_document_bytes": MAX_DOCUMENT_BYTES,
         "text_field": text_field,
-        "sentencepiece": sentencepiece.__version__,
+        **tokenizer.library,
         **clean.as_dict(),
     }
     return {
@@ -48,15 +47,17 @@ def describe(
             "sha256": tokenizer.sha256,
             "vocab_size": tokenizer.vocab_size,
             "pieces": tokenizer.num_pieces,
-            "sentencepiece": sentencepiece.__version__,
+            **tokenizer.library,
+            **tokenizer.special_ids,
         },
         "options": options,
         "options_xxh3_128": xxhash.xxh3_128_hexdigest(json.dumps(options, sort_keys=True).encode()),
     }
 
 
-def begin_output(output: Path, about: dict[str, Any], languages: list[str], may_add: bool) -> None:
-    """Make the directory, or make sure that it was begun with the same tokenizer, options and languages."""
+@contextmanager
+def changing(output: Path) -> Iterator[None]:
+    """Alone among the processes that change what the directory is to hold; the tasks of an array begin together."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         with locked(output / LOCK_NAME, wait=True):
@@ -66,6 +67,40 @@ def begin_output(output: Path, about: dict[str, Any], languages: list[str], may_
                 (output / LOCK_NAME).unlink(missing_ok=True)
     except OSError as error:
         raise DataError(f"Cannot write to {output}: {error.strerror}. Give --output a writable directory.") from error
+
+
+def begin_output(output: Path, about: dict[str, Any], languages: list[str], may_add: bool) -> None:
+    """Make the directory, or make sure that it was begun with the same tokenizer, options and languages."""
+    if (output / RUN_NAME).is_file() and not _new_languages(output, about, languages, may_add):
+        return
+    with changing(output):
+        _begin(output, about, languages, may_add)
+
+
+def _begin(output: Path, about: dict[str, Any], languages: list[str], may_add: bool) -> None:
+    if (output / RUN_NAME).is_file():
+        if new := _new_languages(output, about, languages, may_add):
+            (output / MANIFEST_NAME).unlink(missing_ok=True)
+            begun = read_run(output)
+            write_run(output, begun, sorted({*new, *begun["languages"]}))
+        return
+    if {path.name for path in output.iterdir()} - {RUN_NAME + ".tmp", LOCK_NAME}:
+        raise DataError(f"{output} is not empty and no output of prepare. Give --output a new or empty directory.")
+    write_run(output, about, languages)
+
+
+def _new_languages(output: Path, about: dict[str, Any], languages: list[str], may_add: bool) -> list[str]:
+    """Languages that the directory was begun without; DataError where they or anything else may not be mixed in."""
+    begun = read_run(output)
+    refuse_differences(output, begun, about)
+    new = sorted(set(languages) - set(begun["languages"]))
+    if new and not may_add:
+        raise DataError(
+            f"{output} was begun with {', '.join(begun['languages'])}; the input now also has {', '.join(new)}. Nothing "
+            "was changed. Add --add to take them in, or give --output a new directory and join the two with `python -m "
+            f"data_prep merge {output} --from DIRECTORY`."
+        )
+    return new
 
 
 def read_run(output: Path) -> dict[str, Any]:
@@ -125,6 +160,19 @@ def finish(output: Path) -> list[str]:
 
 def write_manifest(output: Path, allow_partial: bool = False) -> None:
     """`manifest.json` from the journals; languages that are not finished stop it unless `allow_partial`."""
+    with changing(output):
+        missing = unfinished(output)
+        if missing and (not allow_partial or len(missing) == len(read_run(output)["languages"])):
+            raise DataError(
+                f"{output}: not finished are {', '.join(missing)}. Run prepare for them, then `python -m data_prep merge "
+                f"{output}` (with --partial to do without them)."
+            )
+        text = _manifest_text(output, missing)
+        if not _has_manifest(output, text):
+            write_durably(output / MANIFEST_NAME, text)
+
+
+def _manifest_text(output: Path, left_out: list[str]) -> str:
     run = read_run(output)
     run["languages"] = [language for language in run["languages"] if language not in left_out]
     return json.dumps(make_manifest(output, run), indent=1, ensure_ascii=False) + "\n"
@@ -155,19 +203,6 @@ def _manifest_entry(journal: Journal) -> dict[str, Any]:
         "counts": {name: count for name, count in sorted(journal.last.counts.items()) if count},
         "sources": [
             {key: value for key, value in source.items() if key != "mtime_ns"} for source in journal.finished_sources
-    with changing(output):
-        missing = unfinished(output)
-        if missing and (not allow_partial or len(missing) == len(read_run(output)["languages"])):
-            raise DataError(
-                f"{output}: not finished are {', '.join(missing)}. Run prepare for them, then `python -m data_prep merge "
-                f"{output}` (with --partial to do without them)."
-            )
-        text = _manifest_text(output, missing)
-        if not _has_manifest(output, text):
-            write_durably(output / MANIFEST_NAME, text)
-
-
-def _manifest_text(output: Path, left_out: list[str]) -> str:
         ],
         "shards": _shards_with_ranges(journal),
     }
@@ -188,6 +223,11 @@ def _shards_with_ranges(journal: Journal) -> list[dict[str, Any]]:
 def take_in(output: Path, other: Path) -> list[str]:
     """Copy (hard-link where possible) the finished languages of another output directory; gives those that were new."""
     theirs = read_run(other)
+    with changing(output):
+        return _take_in(output, other, theirs)
+
+
+def _take_in(output: Path, other: Path, theirs: dict[str, Any]) -> list[str]:
     if not (output / RUN_NAME).is_file():
         _begin(output, {key: value for key, value in theirs.items() if key != "languages"}, [], may_add=False)
     ours = read_run(output)
@@ -223,11 +263,6 @@ def _same_journal(one: Path, other: Path) -> bool:
 
 
 def _link_or_copy(source: str, target: str) -> str:
-    with changing(output):
-        return _take_in(output, other, theirs)
-
-
-def _take_in(output: Path, other: Path, theirs: dict[str, Any]) -> list[str]:
     if source.endswith(".tok"):  # never the journal, which may be written to again
         try:
             os.link(source, target)

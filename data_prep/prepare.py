@@ -22,13 +22,14 @@ from data_prep.blocks import BLOCK_BYTES
 from data_prep.clean import CleanOptions
 from data_prep.discovery import LanguageRules, discover
 from data_prep.disk import estimated_bytes, refuse_if_full
-from data_prep.encode import Tokenizer, WorkerDied, WorkerPool
+from data_prep.encode import WorkerDied, WorkerPool
 from data_prep.journal import Journal
 from data_prep.lane import Lane, LaneSettings, Stopped, check_sources
 from data_prep.layout import Identity
 from data_prep.manifest import begin_output, describe, finish
 from data_prep.shards import MANIFEST_NAME, DataError
 from data_prep.sources import Source
+from data_prep.tokenizer import Tokenizer, open_tokenizer
 
 DEFAULT_SHARD_TOKENS = 1 << 28  # 1 GiB
 WORKERS_PER_LANE = 6  # one .xz stream decompresses as fast as 8 to 10 cores tokenise
@@ -53,7 +54,7 @@ class PrepareConfig:
 def prepare(config: PrepareConfig) -> list[str]:
     """Run to the end. Gives the languages still to be prepared; with none, the manifest has been written."""
     everything = discover(config.inputs, config.rules, config.text_field)
-    tokenizer = Tokenizer(config.tokenizer)
+    tokenizer = open_tokenizer(config.tokenizer)
     about = describe(tokenizer, config.clean, config.shard_tokens, config.block_bytes, config.text_field)
     begin_output(config.output, about, list(everything), config.may_add)
     throw_away(config, everything)

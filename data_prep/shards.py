@@ -23,14 +23,47 @@ from data_prep.layout import FORMAT_NAME, FORMAT_VERSION, HEADER_BYTES, TOKEN_DT
 
 BOS_ID, PAD_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 MANIFEST_NAME = "manifest.json"
+SENTENCEPIECE_NAMES = ("sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
+FAST_TOKENIZER_NAME, TOKENIZER_CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
 LANGUAGE_PATTERN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,62}[A-Za-z0-9])?")
 _SHARD_FILE = re.compile(r"(?P<language>[^/]+)/(?P<number>[0-9]{5})\.tok")
-PREPARE_HINT = "python -m data_prep prepare --input TEXT --tokenizer SENTENCEPIECE_MODEL --output {path}"
+PREPARE_HINT = "python -m data_prep prepare --input TEXT --tokenizer MODEL_OR_DIR --output {path}"
 _RowTable = tuple[list[int], list[int], list[np.ndarray]]  # per shard: first row, end row, rows as a 2-D view
 
 
 class DataError(ValueError):
     """Something about text, tokenizer or shards that the user can mend: what is wrong, where, how to mend it."""
+
+
+def tokenizer_file(path: Path) -> Path:
+    """The one file that decides over ids: `path` itself, or what a Hugging Face directory holds.
+
+    XLM-R's `sentencepiece.bpe.model` comes first, unless the directory says that its tokenizer is another family's; then
+    `tokenizer.json`; then any other SentencePiece model. Its sha256 stands in the shards' manifest.
+    """
+    if path.is_file():
+        return path
+    names = [*SENTENCEPIECE_NAMES[:1], FAST_TOKENIZER_NAME, *SENTENCEPIECE_NAMES[1:]]
+    if (path / FAST_TOKENIZER_NAME).is_file() and not _tokenizer_class(path).startswith("XLMRoberta"):
+        names.sort(key=lambda name: name != FAST_TOKENIZER_NAME)
+    for name in names:
+        if (path / name).is_file():
+            return path / name
+    what = "holds none of " + ", ".join(names) if path.is_dir() else "does not exist"
+    raise DataError(
+        f"Tokenizer {path} {what}. Give a SentencePiece .model file, a tokenizer.json, or a directory with one (XLM-R "
+        "ships sentencepiece.bpe.model). From the Hub: hf download FacebookAI/xlm-roberta-large sentencepiece.bpe.model "
+        "--local-dir DIR."
+    )
+
+
+def _tokenizer_class(directory: Path) -> str:
+    """What `tokenizer_config.json` calls the tokenizer; XLM-R's where it says nothing."""
+    try:
+        name = json.loads((directory / TOKENIZER_CONFIG_NAME).read_bytes()).get("tokenizer_class")
+    except (OSError, ValueError, AttributeError):
+        name = None
+    return name if isinstance(name, str) else "XLMRoberta"
 
 
 class Shard:
@@ -131,6 +164,15 @@ def identity_of(manifest: dict[str, Any]) -> Identity:
     return Identity(tokenizer["sha256"], tokenizer["vocab_size"], options)
 
 
+def row_ends(manifest: dict[str, Any]) -> tuple[int, int]:
+    """Ids of the tokens that begin and end a row: XLM-R's unless the manifest names others."""
+    tokenizer = manifest["tokenizer"]
+    ends = tokenizer.get("bos", BOS_ID), tokenizer.get("eos", EOS_ID)
+    if not all(type(number) is int and 0 <= number < tokenizer["vocab_size"] for number in ends):
+        raise DataError(f"The manifest's row ends {ends} are no ids of its vocabulary. Prepare the shards again.")
+    return ends
+
+
 def check_manifest(root: Path, manifest: dict[str, Any]) -> None:
     """Refuse language and file names that lead anywhere but `root/LANG/NNNNN.tok`, and counts that cannot be."""
     file = root / MANIFEST_NAME
@@ -161,6 +203,7 @@ class ShardSet:
         self.manifest = read_manifest(self.path)
         identity = identity_of(self.manifest)
         self.vocab_size, self.tokenizer_sha256 = identity.vocab_size, identity.tokenizer_sha256
+        self.bos_id, self.eos_id = row_ends(self.manifest)
         self.languages: list[str] = sorted(self.manifest["languages"])
         self._shards = {
             language: [
@@ -227,7 +270,7 @@ class ShardSet:
             self._row_tables[key] = [self._row_table(language, seq_len) for language in languages]
         tables = self._row_tables[key]
         out = np.empty((len(rows), seq_len), dtype=np.int64)
-        out[:, 0], out[:, -1] = BOS_ID, EOS_ID
+        out[:, 0], out[:, -1] = self.bos_id, self.eos_id
         inner, width = out[:, 1:-1], _stream_tokens(seq_len)
         for position, (index, row) in enumerate(zip(language_index.tolist(), rows.tolist(), strict=True)):
             first_rows, end_rows, views = tables[index]

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
-from data_prep.encode import SPM_UNK, Tokenizer
 from data_prep.shards import EOS_ID, UNK_ID, DataError
+from data_prep.tokenizer import SPM_UNK, SentencePieceTokenizer
 from data_prep.usage import Usage
 
 protobuf: Any = sentencepiece_model_pb2  # generated code without types
@@ -50,7 +50,9 @@ class TrimOptions:
             raise DataError(f"--coverage is {self.coverage}; it is a share of the tokens, above 0 and at most 1.")
 
 
-def trim_vocabulary(tokenizer: Tokenizer, usage: Usage, options: TrimOptions, output: Path) -> dict[str, Any]:
+def trim_vocabulary(
+    tokenizer: SentencePieceTokenizer, usage: Usage, options: TrimOptions, output: Path
+) -> dict[str, Any]:
     """Write the smaller vocabulary to `output`, whole or not at all, and return what its `vocabulary.json` holds."""
     missing = [language for language in options.languages if language not in usage.counts]
     if missing:
@@ -197,9 +199,9 @@ def losses(
 
 
 def _lines(processor: SentencePieceProcessor, sample: np.ndarray) -> list[str]:
-    """Text of a stream of ids in which `</s>` ends every line."""
-    ends = np.flatnonzero(sample == EOS_ID)
-    lines = [line[line >= NUM_LEADING_SPECIALS] - 1 for line in np.split(sample, ends + 1)]
+    """Text of a stream of ids in which `</s>` ends every line; lines with `<unk>` cannot be read back."""
+    known = (line for line in np.split(sample, np.flatnonzero(sample == EOS_ID) + 1) if UNK_ID not in line)
+    lines = [line[line >= NUM_LEADING_SPECIALS] - 1 for line in known]
     return [text for text in processor.decode([line.tolist() for line in lines if len(line)]) if text]
 
 

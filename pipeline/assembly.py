@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.utils import cached_file
 
-from data_prep.shards import ShardSet
+from data_prep.shards import ShardSet, tokenizer_file
 from pipeline.config import Recipe
 from pipeline.data.batches import BatchSource
 from pipeline.distillation.distiller import DistillModule
@@ -30,7 +30,7 @@ from pipeline.runtime.dist import Launch
 from pipeline.runtime.ds_config import BatchShape, Precisions
 from pipeline.runtime.engine import StudentEngine, device_precisions, partition_teacher
 
-SENTENCEPIECE_FILE = "sentencepiece.bpe.model"  # its name on the hub, in every XLM-R descendant
+TOKENIZER_FILES = ("tokenizer_config.json", "sentencepiece.bpe.model", "tokenizer.json")  # fetched from the hub
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -132,7 +132,6 @@ def cut_teacher(vocabulary: str, teacher: str, model: Any) -> None:
 
 def check_fit(recipe: Recipe, shards: ShardSet, teacher_model: Any) -> None:
     """Teacher, tokenizer, shards and sequence length must belong together."""
-    check_vocabulary(teacher_model, shards.vocab_size, recipe.data)
     sha256 = tokenizer_sha256(recipe.tokenizer)
     if sha256 != shards.tokenizer_sha256:
         whose = "the teacher's" if recipe.vocabulary is None else "that of `vocabulary`"
@@ -144,6 +143,7 @@ def check_fit(recipe: Recipe, shards: ShardSet, teacher_model: Any) -> None:
     for model_type in (teacher_model.config.model_type, recipe.student.family):
         if recipe.documents == "separate" and model_type and not FAMILIES[model_type].takes_block_mask:
             raise UserError(f"{model_type} cannot keep the documents of a row apart; set documents: joined")
+    check_vocabulary(teacher_model, shards.vocab_size, recipe.data)
     longest = usable_positions(teacher_model.config)
     if recipe.seq_len > longest:
         raise UserError(
@@ -153,16 +153,15 @@ def check_fit(recipe: Recipe, shards: ShardSet, teacher_model: Any) -> None:
 
 
 def tokenizer_sha256(teacher: str) -> str:
-    """sha256 of the teacher's SentencePiece model, from its directory or (once, then cached) from the hub."""
+    """sha256 of the file that decides over the teacher's ids, from its directory or (once, then cached) the hub."""
     directory = Path(teacher).expanduser()
-    models = sorted(directory.glob("*.model"))
-    if directory.is_dir() and not models:
-        raise UserError(
-            f"{teacher} has no SentencePiece model (*.model), so it cannot be checked against the shards; copy the one "
-            "that the shards were made with into it"
-        )
-    path = models[0] if models else Path(str(cached_file(teacher, SENTENCEPIECE_FILE)))
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    if not directory.is_dir():
+        found = [
+            cached_file(teacher, name, _raise_exceptions_for_missing_entries=False, trust_remote_code=False)
+            for name in TOKENIZER_FILES
+        ]
+        directory = Path(next((str(file) for file in found if file), teacher)).parent
+    return hashlib.sha256(tokenizer_file(directory).read_bytes()).hexdigest()
 
 
 def _teacher_precision(recipe: Recipe, student_precision: str, can: Precisions, device: torch.device) -> str:

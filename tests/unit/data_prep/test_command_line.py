@@ -195,13 +195,13 @@ def test_a_disk_that_cannot_hold_the_estimate_is_refused_before_writing(
 
 def test_the_disk_estimate_is_close(tiny_tokenizer: Path, tmp_path: Path) -> None:
     from data_prep.disk import estimated_bytes
-    from data_prep.encode import Tokenizer
     from data_prep.sources import Source
+    from data_prep.tokenizer import open_tokenizer
 
     assert prepare(SAMPLES / "cc100" / "tr.txt.xz", tiny_tokenizer, tmp_path / "shards") == 0
     source = Source("tr", SAMPLES / "cc100" / "tr.txt.xz", "tr.txt.xz")
     written = (tmp_path / "shards" / "tr" / "00000.tok").stat().st_size
-    assert estimated_bytes([source], Tokenizer(tiny_tokenizer)) == pytest.approx(written, rel=0.15)
+    assert estimated_bytes([source], open_tokenizer(tiny_tokenizer)) == pytest.approx(written, rel=0.15)
 
 
 @pytest.mark.parametrize(

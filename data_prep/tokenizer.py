@@ -1,0 +1,128 @@
+"""The two kinds of tokenizer that shards are made with: a SentencePiece model in XLM-R's layout, or a tokenizer.json.
+
+In: lines of UTF-8. Out: token ids in which every line is closed by the end token. `open_tokenizer` picks the kind by
+what a directory holds. XLM-R's ids are SentencePiece piece + 1, `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, `<mask>` last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import sentencepiece
+
+from data_prep.layout import TOKEN_DTYPE
+from data_prep.shards import BOS_ID, EOS_ID, UNK_ID, DataError, tokenizer_file
+
+KNOWN_SENTENCEPIECE = "0.2.3"
+SPM_UNK, SPM_BOS, SPM_EOS = 0, 1, 2
+
+
+class Tokenizer(Protocol):
+    """What preparation needs to know of a tokenizer."""
+
+    path: Path
+    sha256: str
+    num_pieces: int
+    vocab_size: int
+    library: Mapping[str, str]  # name and version of what encodes: another one may split differently
+    special_ids: Mapping[str, int]  # `bos` and `eos` where they are not XLM-R's
+
+    def encode_lines(self, lines: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all lines, each with its end token, as one uint32 array, and each line's number of ids."""
+
+
+def open_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a file or a Hugging Face directory. Raises `DataError`."""
+    file = tokenizer_file(Path(path))
+    return FastTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer(file)
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model in XLM-R's layout."""
+
+    library: Mapping[str, str] = {"sentencepiece": sentencepiece.__version__}
+    special_ids: Mapping[str, int] = {}
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = tokenizer_file(Path(path))
+        self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        try:
+            self.processor = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"{self.path} is not a SentencePiece model ({error}). Give the .model file.") from error
+        special = (self.processor.unk_id(), self.processor.bos_id(), self.processor.eos_id())
+        if special != (SPM_UNK, SPM_BOS, SPM_EOS):
+            raise DataError(
+                f"{self.path} numbers <unk>, <s>, </s> as {special}; models of the XLM-R family have (0, 1, 2). "
+                "Use the tokenizer of the teacher (its tokenizer.json, where it is of another family)."
+            )
+        self.num_pieces: int = self.processor.get_piece_size()
+        self.vocab_size = self.num_pieces + 2
+        self._ids = np.arange(1, self.num_pieces + 1, dtype=TOKEN_DTYPE)
+        self._ids[:3] = UNK_ID, BOS_ID, EOS_ID
+
+    def encode_lines(self, lines: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        # joined buffers are faster than lists of integers; </s> ends every line and is never inside one
+        pieces = np.frombuffer(b"".join(self._id_buffers(lines)), np.int32)
+        return self._ids.take(pieces), np.diff(np.flatnonzero(pieces == SPM_EOS), prepend=-1)
+
+    def _id_buffers(self, lines: list[bytes]) -> Sequence[Any]:
+        """The int32 ids of every line and its `</s>`, as buffers.
+
+        What the library does for return_type="numpy", less an array object per line: on text of short lines that is a fifth of
+        all time. Its inner call is private, so it is used in the one version where it was read.
+        """
+        if sentencepiece.__version__ == KNOWN_SENTENCEPIECE:
+            inner: Any = self.processor
+            return inner._processor._EncodeAsBufferBatch(lines, 1, None, False, -1, 0.1, False, True, False)
+        return self.processor.encode(lines, return_type="numpy", add_eos=True, num_threads=1)
+
+
+class FastTokenizer:
+    """A `tokenizer.json` (WordPiece, byte-level BPE, ...) whose rows are one begin token, text, one end token."""
+
+    def __init__(self, path: str | Path) -> None:
+        # Each tokenising process is one thread; here, because the library is needed for this kind alone.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        import tokenizers
+
+        self.path = Path(path)
+        self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        self.library: Mapping[str, str] = {"tokenizers": tokenizers.__version__}
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(self.path))
+        except Exception as error:  # the library raises plain Exception for whatever it cannot read
+            raise DataError(f"{self.path} is not a tokenizer.json that can be read ({error}).") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        around_nothing = self._tokenizer.encode("").ids
+        if len(around_nothing) != 2:
+            raise DataError(
+                f"{self.path} puts {len(around_nothing)} special tokens around a text; an encoder's puts two, one at "
+                "each end ([CLS] and [SEP], or <s> and </s>). Give the tokenizer of an encoder."
+            )
+        begin, self._end = around_nothing
+        self.special_ids: Mapping[str, int] = {"bos": begin, "eos": self._end}
+        # A literal "</s>" in web text is text. Some models have it as a piece of their own all the same: left out.
+        self._tokenizer.encode_special_tokens = True
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.num_pieces = self._tokenizer.get_vocab_size(with_added_tokens=False)
+        # Ids may have gaps, so the largest one decides.
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self._is_text = np.ones(self.vocab_size, dtype=bool)
+        self._is_text[[number for number, token in added.items() if token.special]] = False
+
+    def encode_lines(self, lines: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        texts = [line.decode("utf-8", "replace") for line in lines]
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        per_line = [np.array(encoding.ids, dtype=TOKEN_DTYPE) for encoding in encodings]
+        flat = np.concatenate([np.empty(0, TOKEN_DTYPE), *per_line])
+        line_of = np.repeat(np.arange(len(per_line)), [len(ids) for ids in per_line])
+        spelled = self._is_text[flat]
+        counts = np.bincount(line_of[spelled], minlength=len(per_line))
+        return np.insert(flat[spelled], np.cumsum(counts), self._end).astype(TOKEN_DTYPE), counts + 1

@@ -1,0 +1,116 @@
+"""Shards of encoders that do not have XLM-R's SentencePiece model: WordPiece and byte-level BPE out of a tokenizer.json."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer
+
+from data_prep.prepare import PrepareConfig, prepare
+from data_prep.shards import DataError, ShardSet, tokenizer_file
+from data_prep.tokenizer import FastTokenizer, SentencePieceTokenizer, open_tokenizer
+
+LINES = ["The [SEP] quick brown fox's den, unaffordable.", "Ein </s> zweiter Satz 你好 [CLS]", "third line é", "x"]
+WORDS = ["the quick brown fox jumps over the lazy dog", "ein zweiter satz steht hier", "third line of text"] * 20
+
+
+def word_piece(directory: Path) -> Path:
+    """BERT's kind: [CLS] ... [SEP], not at ids 0 and 2."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer.train_from_iterator(WORDS, trainers.WordPieceTrainer(vocab_size=120, special_tokens=special))
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return save(tokenizer, directory, "BertTokenizer", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]")
+
+
+def byte_bpe(directory: Path) -> Path:
+    """RoBERTa's kind: <s> ... </s>, merges over bytes."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(WORDS, trainer)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    return save(tokenizer, directory, "RobertaTokenizer", bos_token="<s>", eos_token="</s>")
+
+
+def save(tokenizer: Tokenizer, directory: Path, tokenizer_class: str, **tokens: str) -> Path:
+    directory.mkdir()
+    tokenizer.enable_truncation(4)  # what a file says about lengths is not for shards
+    pad = "<pad>" if tokenizer.token_to_id("<pad>") else "[PAD]"
+    tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad) or 0, pad_token=pad)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "made_for": tokenizer_class, **tokens}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+@pytest.mark.parametrize("make", [word_piece, byte_bpe])
+def test_rows_are_what_the_hugging_face_tokenizer_gives(make, tmp_path: Path) -> None:
+    """Every line's ids and the end token, in order; special names in the text stay text."""
+    directory = make(tmp_path / "tokenizer")
+    plain = [line for line in LINES if "[" not in line and "</s>" not in line]
+    encoder = open_tokenizer(directory)
+    reference = AutoTokenizer.from_pretrained(directory)
+    ids, lengths = encoder.encode_lines([line.encode() for line in LINES])
+    lines = np.split(ids, np.cumsum(lengths)[:-1])
+    assert len(lines) == len(LINES)
+    ends = encoder.special_ids
+    for line, of_line in zip(LINES, lines, strict=True):
+        assert of_line[-1] == ends["eos"]
+        assert not set(of_line[:-1].tolist()) & set(ends.values())
+        if line in plain:
+            expected = reference(line, add_special_tokens=True, truncation=False, padding=False)["input_ids"]
+            assert [ends["bos"], *of_line.tolist()] == expected
+    assert encoder.vocab_size == len(reference)
+    assert encoder.encode_lines([])[0].size == 0
+
+
+@pytest.mark.parametrize("make", [word_piece, byte_bpe])
+def test_shards_begin_and_end_their_rows_as_the_encoder_does(make, tmp_path: Path) -> None:
+    directory = make(tmp_path / "tokenizer")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "en.txt").write_text("\n\n".join(WORDS))
+    outputs = []
+    for num_workers in (1, 2):
+        output = tmp_path / f"shards{num_workers}"
+        prepare(PrepareConfig([str(tmp_path / "text")], directory, output, num_workers=num_workers))
+        outputs.append({file.name: file.read_bytes() for file in output.rglob("*.tok")})
+    assert outputs[0] == outputs[1]
+    shards = ShardSet(tmp_path / "shards1")
+    ends = open_tokenizer(directory).special_ids
+    rows = shards.rows("en", range(shards.num_rows("en", 16)), 16)
+    assert set(rows[:, 0]) == {ends["bos"]}
+    assert set(rows[:, -1]) == {ends["eos"]}
+    text = AutoTokenizer.from_pretrained(directory).decode(rows[0], skip_special_tokens=True)
+    assert "quick brown" in text.replace("  ", " ")
+
+
+def test_the_directory_says_which_file_decides(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    """XLM-R's SentencePiece model before its tokenizer.json; a tokenizer.json before a model of another layout."""
+    both = byte_bpe(tmp_path / "both")
+    shutil.copy(tiny_tokenizer / "sentencepiece.bpe.model", both)
+    assert isinstance(open_tokenizer(both), FastTokenizer)
+    shutil.copy(tiny_tokenizer / "tokenizer_config.json", both)
+    assert isinstance(open_tokenizer(both), SentencePieceTokenizer)
+    (both / "tokenizer_config.json").unlink()
+    assert tokenizer_file(both).name == "sentencepiece.bpe.model"
+
+
+def test_what_is_no_encoders_tokenizer_is_refused(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.train_from_iterator(WORDS, trainers.BpeTrainer(vocab_size=60))
+    with pytest.raises(DataError, match="puts 0 special tokens around a text"):
+        open_tokenizer(save(tokenizer, tmp_path / "decoder", "GPT2Tokenizer"))
+    (tmp_path / "decoder" / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match=r"not a tokenizer\.json that can be read"):
+        open_tokenizer(tmp_path / "decoder")
