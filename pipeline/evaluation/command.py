@@ -21,7 +21,7 @@ import transformers
 
 from pipeline.config import apply_override, build_section
 from pipeline.errors import UserError
-from pipeline.evaluation import heldout_task, plots, retrieval, speed, sts
+from pipeline.evaluation import heldout_task, plots, retrieval, speed, sts, xnli
 from pipeline.evaluation.encoder import load_encoder
 from pipeline.evaluation.ranks import Ranks, joined
 
@@ -33,6 +33,7 @@ class EvaluationConfig:
     heldout: heldout_task.HeldoutConfig = dataclasses.field(default_factory=heldout_task.HeldoutConfig)
     retrieval: retrieval.RetrievalConfig = dataclasses.field(default_factory=retrieval.RetrievalConfig)
     sts: sts.StsConfig = dataclasses.field(default_factory=sts.StsConfig)
+    xnli: xnli.XnliConfig = dataclasses.field(default_factory=xnli.XnliConfig)
     speed: speed.SpeedConfig = dataclasses.field(default_factory=speed.SpeedConfig)
 
 
@@ -40,19 +41,22 @@ class EvaluationConfig:
 class Task:
     """`check` looks at the input before any model is loaded; `evaluate` gives results by model; `table` shows them.
 
-    A shared task is called by all ranks, with the `Ranks` as third argument; the others by rank 0 alone.
+    A shared task is called by all ranks, with the `Ranks` as third argument; the others by rank 0 alone. One that
+    fine-tunes also gets a directory, where it keeps what is finished.
     """
 
     check: Callable[[Any], object]
     evaluate: Callable[..., dict[str, dict[str, Any]]]
     table: Callable[[dict[str, dict[str, Any]]], str]
     shared: bool = False
+    keeps: bool = False
 
 
 TASKS = {
     "heldout": Task(heldout_task.check_input, heldout_task.evaluate_heldout, heldout_task.heldout_table, shared=True),
     "retrieval": Task(retrieval.read_pairs, retrieval.evaluate_each, retrieval.retrieval_table),
     "sts": Task(sts.read_all, sts.evaluate_sts, sts.sts_table),
+    "xnli": Task(xnli.read, xnli.evaluate_xnli, xnli.xnli_table, shared=True, keeps=True),
     "speed": Task(lambda config: None, speed.evaluate_speed, speed.speed_table),
 }
 
@@ -95,7 +99,8 @@ def evaluate(models: list[str], tasks: list[str], config: EvaluationConfig, outp
         task, settings = TASKS[name], getattr(config, name)
         if not (task.shared or ranks.is_main):
             continue
-        results = task.evaluate(encoders, settings, ranks) if task.shared else task.evaluate(encoders, settings)
+        places = [ranks, output / name] if task.keeps else [ranks] if task.shared else []
+        results = task.evaluate(encoders, settings, *places)
         if ranks.is_main:
             report["tasks"][name] = results
             print(task.table(results), end="\n\n", flush=True)

@@ -92,6 +92,21 @@ def _sts(results: Results) -> list[Panel]:
     return [Panel("semantic textual similarity, Spearman correlation", values)]
 
 
+def _xnli(results: Results) -> list[Panel]:
+    return [
+        Panel(
+            "XNLI accuracy in per cent, zero-shot but for the language of training", _by_language(results, "accuracy")
+        )
+    ]
+
+
+def _by_language(results: Results, measure: str) -> dict[str, dict[str, float]]:
+    return {
+        model: {**{x: scores[measure] for x, scores in result["test"].items()}, "average": result["mean"][measure]}
+        for model, result in results.items()
+    }
+
+
 def _speed(results: Results) -> list[Panel]:
     first = next(iter(results))
     return [
@@ -104,5 +119,6 @@ PANELS: dict[str, Callable[[Results], list[Panel]]] = {
     "heldout": _heldout,
     "retrieval": _retrieval,
     "sts": _sts,
+    "xnli": _xnli,
     "speed": _speed,
 }

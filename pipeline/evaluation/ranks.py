@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -34,6 +35,10 @@ class Ranks:
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Element-wise sum over ranks, in place."""
         return dist.sum_over_ranks(values) if self.world_size > 1 else values
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's JSON value on every rank."""
+        return dist.broadcast_json(value, self.device) if self.world_size > 1 else value
 
     def barrier(self) -> None:
         if self.world_size > 1:

@@ -1,0 +1,184 @@
+"""XNLI from its official files, or through the `datasets` library by name.
+
+In: a directory with `multinli.train.en.tsv` (XNLI-MT-1.0; columns premise, hypo, label), `xnli.dev.tsv` and
+`xnli.test.tsv` (XNLI-1.0; columns language, gold_label, sentence1, sentence2 and others), at any depth; or
+`datasets:facebook/xnli`. Out: labelled pairs. Any task in these layouts can be read: three labels, one sentence pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from pipeline.errors import UserError, did_you_mean
+
+LABELS = ("entailment", "neutral", "contradiction")
+ALSO_CALLED = {"contradictory": "contradiction"}  # XNLI-MT's own word
+FROM_LIBRARY = "datasets:"
+TRAIN_COLUMNS = ("label", "premise", "hypo")
+EVALUATION_COLUMNS = ("gold_label", "sentence1", "sentence2", "language")
+
+
+@dataclass
+class LabelledPairs:
+    """Sentence pairs and the index of each label."""
+
+    first: list[str] = field(default_factory=list)
+    second: list[str] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+
+    def add(self, first: str, second: str, label: str, where: str) -> None:
+        """One pair; what cannot be learnt from is a `UserError` that says where it stands."""
+        if not first or not second:
+            raise UserError(f"{where}: a sentence of the pair is empty. Mend or delete that line.")
+        name = ALSO_CALLED.get(label, label)
+        if name not in LABELS:
+            raise UserError(
+                f"{where}: unknown label {label!r}; {did_you_mean(label, LABELS)} Labels: {', '.join(LABELS)}"
+            )
+        self.first.append(first)
+        self.second.append(second)
+        self.labels.append(LABELS.index(name))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass
+class XnliData:
+    """Training pairs of one language, development and test pairs of all."""
+
+    train: LabelledPairs
+    dev: dict[str, LabelledPairs]
+    test: dict[str, LabelledPairs]
+
+    def fingerprint(self) -> str:
+        """Changes with any sentence, label or language."""
+        digest = xxhash.xxh3_128()
+        for name, pairs in [("", self.train), *self.dev.items(), *self.test.items()]:
+            digest.update(repr((name, pairs.first, pairs.second, pairs.labels)).encode())
+        return digest.hexdigest()
+
+
+def read_xnli(
+    source: str, train_language: str, languages: list[str] | None, max_train: int | None, max_evaluation: int | None
+) -> XnliData:
+    """Everything that the task needs; `None` stands for all languages of the files, and for all pairs."""
+    if source.startswith(FROM_LIBRARY):
+        return _from_library(source, train_language, languages, max_train, max_evaluation)
+    train = _read_train(_find(source, f"multinli.train.{train_language}.tsv"), max_train)
+    dev, test = (
+        _read_evaluation(_find(source, f"xnli.{split}.tsv"), languages, max_evaluation) for split in ("dev", "test")
+    )
+    if list(dev) != list(test):
+        raise UserError(
+            f"xnli.dev.tsv has the languages {', '.join(dev)}, xnli.test.tsv has {', '.join(test)}. Choose among those of "
+            "both: --set xnli.languages=[...]"
+        )
+    return XnliData(train, dev, test)
+
+
+def _find(source: str, name: str) -> Path:
+    found = sorted(Path(source).rglob(name))
+    if not source or not found:
+        where = f"there is no {name} below {source}" if source else "the task xnli needs data"
+        raise UserError(
+            f"{where}. Unpack XNLI-1.0.zip and XNLI-MT-1.0.zip side by side and name their directory: "
+            "--set xnli.data=DIR, or --set xnli.data=datasets:facebook/xnli"
+        )
+    return found[0]
+
+
+def _read_train(path: Path, most: int | None) -> LabelledPairs:
+    pairs = LabelledPairs()
+    for where, label, first, second in tsv_rows(path, TRAIN_COLUMNS):
+        if most is not None and len(pairs) >= most:
+            break
+        pairs.add(first, second, label, where)
+    if not pairs:
+        raise UserError(f"{path} has no pairs below its header line")
+    return pairs
+
+
+def _read_evaluation(path: Path, languages: list[str] | None, most: int | None) -> dict[str, LabelledPairs]:
+    """Pairs by language, in the order of `languages` or else of their names."""
+    of_language: dict[str, LabelledPairs] = {}
+    for where, label, first, second, language in tsv_rows(path, EVALUATION_COLUMNS):
+        pairs = of_language.setdefault(language, LabelledPairs())
+        if most is None or len(pairs) < most:
+            pairs.add(first, second, label, where)
+    missing = [language for language in languages or [] if language not in of_language]
+    if missing or not of_language:
+        raise UserError(
+            f"{path} has no pairs in {', '.join(missing) or 'any language'}; it has {', '.join(sorted(of_language))}. Choose "
+            "among these with --set xnli.languages=[...]"
+        )
+    return {language: of_language[language] for language in languages or sorted(of_language)}
+
+
+def tsv_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """(where, cells of `columns`) of every line below the header. Quotation marks are part of the text, as in the
+    official files."""
+    header: list[str] = []
+    with open(path, "rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            where = f"{path}, line {number}"
+            try:
+                cells = raw.decode("utf-8").rstrip("\r\n").split("\t")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{where}: not UTF-8 (byte {error.start} of the line). Convert the file first."
+                ) from None
+            if not header:
+                header = cells
+                if missing := [column for column in columns if column not in header]:
+                    raise UserError(f"{where}: the header lacks {', '.join(missing)}; it has {', '.join(header)[:200]}")
+                positions = [header.index(column) for column in columns]
+                continue
+            if len(cells) != len(header):
+                raise UserError(
+                    f"{where}: {len(cells)} columns, the header has {len(header)}. Mend or delete that line."
+                )
+            yield (where, *(cells[position].strip() for position in positions))
+
+
+def _from_library(
+    source: str, train_language: str, languages: list[str] | None, max_train: int | None, max_evaluation: int | None
+) -> XnliData:
+    """One configuration per language, as facebook/xnli has them; cached by the library after the first time."""
+    import datasets  # slow to import, and only this way of reading needs it
+
+    name = source.removeprefix(FROM_LIBRARY)
+    try:
+        known = [config for config in datasets.get_dataset_config_names(name) if config != "all_languages"]
+        missing = [language for language in [train_language, *(languages or [])] if language not in known]
+        if missing:
+            raise UserError(f"{name} has no {', '.join(missing)}; it has {', '.join(known)}")
+
+        def read(language: str, split: str, most: int | None) -> LabelledPairs:
+            table = datasets.load_dataset(name, language, split=split)
+            return _from_table(table if most is None else table.take(most), f"{name}/{language}/{split}")
+
+        chosen = languages or known
+        dev, test = ({x: read(x, split, max_evaluation) for x in chosen} for split in ("validation", "test"))
+        return XnliData(read(train_language, "train", max_train), dev, test)
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{name} cannot be read by the datasets library ({' '.join(str(error).split())[:300]}). It needs the network "
+            "once; or name a directory with the official files: --set xnli.data=DIR"
+        ) from None
+
+
+def _from_table(table: Any, where: str) -> LabelledPairs:
+    pairs = LabelledPairs()
+    for number, row in enumerate(table):
+        label = row["label"]
+        label = LABELS[label] if isinstance(label, int) and 0 <= label < len(LABELS) else str(label)
+        pairs.add(row["premise"].strip(), row["hypothesis"].strip(), label, f"{where}, row {number}")
+    return pairs

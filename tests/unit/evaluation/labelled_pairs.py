@@ -1,0 +1,42 @@
+"""A little XNLI in the official layout, whose label follows from one word of the hypothesis, so that it can be learnt."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+MARKERS = {"entailment": "world", "neutral": "network", "contradiction": "user"}
+FILLER = "the of and to in is file system you can with your for on that this".split()
+HEADER = "language gold_label sentence1_binary_parse sentence1 sentence2 promptID pairID genre match".split()
+
+
+def write_xnli(
+    directory: Path, train: int = 96, evaluation: int = 24, languages: tuple[str, ...] = ("en", "de", "sw")
+) -> Path:
+    """`sw` says the opposite of what it means: its labels are moved on by one, so nothing learnt from `en` is right there."""
+    (directory / "XNLI-MT-1.0" / "multinli").mkdir(parents=True)
+    (directory / "XNLI-1.0").mkdir()
+    draw = random.Random(0)
+    lines = ["premise\thypo\tlabel"]
+    for number in range(train):
+        first, second, label = pair(draw, number)
+        lines.append(f"{first}\t{second}\t{'contradictory' if label == 'contradiction' else label}")
+    (directory / "XNLI-MT-1.0" / "multinli" / "multinli.train.en.tsv").write_text("\n".join(lines) + "\n")
+    for split in ("dev", "test"):
+        lines = ["\t".join(HEADER)]
+        for language in languages:
+            for number in range(evaluation):
+                first, second, label = pair(draw, number)
+                if language == "sw":
+                    label = list(MARKERS)[(list(MARKERS).index(label) + 1) % 3]
+                cells = dict.fromkeys(HEADER, "x") | {"language": language, "gold_label": label}
+                lines.append("\t".join((cells | {"sentence1": first, "sentence2": second}).values()))
+        (directory / "XNLI-1.0" / f"xnli.{split}.tsv").write_text("\n".join(lines) + "\n")
+    return directory
+
+
+def pair(draw: random.Random, number: int) -> tuple[str, str, str]:
+    label = list(MARKERS)[number % 3]
+    first, second = (draw.choices(FILLER, k=4) for _ in range(2))
+    second.insert(draw.randrange(5), MARKERS[label])
+    return " ".join(first), " ".join(second), label
