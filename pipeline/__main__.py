@@ -16,6 +16,7 @@ VERBS = {
     "trim": "pipeline.export.trim",
     "doctor": "pipeline.doctor",
 }
+    "recipes": "pipeline.recipe_reference",
 
 
 class Parser(argparse.ArgumentParser):

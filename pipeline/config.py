@@ -45,7 +45,7 @@ class Recipe:
     max_epochs: float | None = None  # cap on how often a language's rows are seen
     languages: list[str] | None = None  # None: every language of the shards
     heldout_rows: int = 16  # rows per language that are never trained on (at most a tenth of the language)
-    seed: int = 0
+    seed: int = 0  # of the student's random start, the order of rows, and dropout
     relations: RelationsConfig = field(default_factory=RelationsConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 class LayerPair:
     """One teacher layer matched by one student layer, both counted from 1."""
 
-    teacher: int
-    student: int
-    weight: float = 1.0
+    teacher: int  # the teacher's layer
+    student: int  # the student's layer
+    weight: float = 1.0  # of this pair's losses in the sum
 
 
 @dataclass
@@ -46,7 +46,7 @@ class RelationsConfig:
     pairs: dict[str, float] = field(default_factory=lambda: {"q-q": 1.0, "k-k": 1.0, "v-v": 1.0})  # pair: weight
     after_rotary: bool = False  # ModernBERT: read Q and K behind their rotary embedding
     tail: Literal["none", "relation", "mse"] = "none"  # a term for the student's output, above the distilled layer
-    tail_weight: float = 1.0
+    tail_weight: float = 1.0  # of that term in the sum
     backend: str = "auto"  # auto: checked and timed at the first batch; or a name of relations.BACKENDS
 
     def __post_init__(self) -> None:

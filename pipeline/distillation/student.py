@@ -30,8 +30,8 @@ TOKENIZER_KEYS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", 
 class StudentConfig:
     """Shape and start of the student. What is not named here is the teacher's."""
 
-    layers: int = 6
-    hidden: int = 384
+    layers: int = 6  # the last one is the tap
+    hidden: int = 384  # width
     heads: int = 12  # attention heads, not relation heads
     ffn: int | None = None  # None: 4 x hidden
     family: str | None = None  # None: the teacher's; another model type needs `init: random`

@@ -29,7 +29,7 @@ class RetrievalConfig:
     languages: list[str] | None = None  # None: every file of the directory; de and deu name the same Tatoeba files
     max_pairs: int = 120  # the first so many pairs of each file
     max_length: int = 128  # tokens; longer sentences are cut
-    batch_size: int = 32
+    batch_size: int = 32  # sentences encoded at once
     prefix: str = ""  # put before every sentence, for encoders that were trained with one
 
     def __post_init__(self) -> None:

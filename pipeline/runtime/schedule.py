@@ -20,11 +20,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's two moments, under torch's names
 class OptimizerConfig:
     """AdamW and its schedule; the defaults are the paper's for base-size teachers."""
 
-    lr: float = 6e-4
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-6
-    weight_decay: float = 0.01
-    warmup_steps: int = 4000
+    lr: float = 6e-4  # the highest learning rate, reached after warm-up
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # Adam's
+    eps: float = 1e-6  # Adam's
+    weight_decay: float = 0.01  # of matrices; biases and norm weights are not decayed
+    warmup_steps: int = 4000  # steps from 0 to the highest rate
     decay: Literal["linear", "constant"] = "linear"  # linear: to 0 at the last step
     gradient_clipping: float = 1.0  # global L2 norm; 0 turns it off
 

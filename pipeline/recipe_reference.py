@@ -1,0 +1,144 @@
+"""The reference of recipe keys, made from the dataclasses: what `docs/recipes.md` holds.
+
+    python -m pipeline recipes > docs/recipes.md
+
+A key's description is the comment beside its field, a section's the docstring of its dataclass, so code and page cannot
+tell different things; a test says when the page is stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import io
+import json
+import re
+import textwrap
+import tokenize
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Recipe, load_recipe
+
+REPO = Path(__file__).resolve().parent.parent
+INTRODUCTION = """# Recipes
+
+Made by `python -m pipeline recipes > docs/recipes.md` from the dataclasses and from `recipes/`; change those, not this page.
+
+A recipe is a YAML file. What it leaves out has its default, `--set key=value` and `--set section.key=value` override it, and an
+unknown key is an error that names the nearest known one. Batch, learning rate and clipping are the recipe's; ZeRO stage,
+precision, communication and offload are the DeepSpeed JSON's (`ds_configs/README.md`). What may change between two lives of one run:
+`docs/reliability.md`. Try one before it runs: `deepspeed pipeline/train.py --deepspeed ds_configs/zero2.json --recipe FILE --dry-run`.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """No options: it prints the page."""
+
+
+def run(arguments: argparse.Namespace) -> None:
+    print(page(), end="")
+
+
+def page() -> str:
+    """The whole of docs/recipes.md."""
+    sections = [INTRODUCTION, "## The recipes that are here\n", recipe_table(), "## Keys\n", section(Recipe, "")]
+    return "\n".join(sections)
+
+
+def recipe_table() -> str:
+    """One row per file of recipes/."""
+    rows = [["recipe", "teacher", "read at layer", "relation heads", "student", "starts from", "steps"]]
+    for path in sorted((REPO / "recipes").glob("*.yaml")):
+        recipe = load_recipe(path, [])
+        student = f"{recipe.student.layers} x {recipe.student.hidden}"
+        relations = recipe.relations
+        facts = [relations.teacher_taps or "last", relations.heads, student, recipe.student.init, f"{recipe.steps:,}"]
+        rows.append([f"[{path.stem}](../recipes/{path.name})", recipe.teacher, *map(str, facts)])
+    return markdown(rows)
+
+
+def section(cls: type, prefix: str) -> str:
+    """A dataclass's keys as a table, then the sections inside it."""
+    comments, hints = field_comments(cls), typing.get_type_hints(cls)
+    rows, inner = [["key", "type", "default", "what it is"]], []
+    for field in dataclasses.fields(cls):
+        nested = next(dataclasses_in(hints[field.name]), None)
+        name = f"{prefix}{field.name}"
+        if nested is hints[field.name]:
+            inner.append((nested, f"{name}."))
+            rows.append([f"`{name}`", "section", "", f"below: {first_line(nested)}"])
+            continue
+        if nested is not None:
+            inner.append((nested, f"{name}[]."))
+        rows.append([f"`{name}`", f"`{type_text(field)}`", default_text(field), as_text(comments[field.name])])
+    parts = [markdown(rows)]
+    for nested, deeper in inner:
+        parts += [f"### `{deeper.rstrip('.')}`\n", f"{first_line(nested)} (`{source_path(nested)}`)\n"]
+        parts.append(section(nested, deeper))
+    return "\n".join(parts)
+
+
+def dataclasses_in(hint: Any) -> Iterator[type]:
+    """Dataclasses that a type hint is or holds."""
+    if dataclasses.is_dataclass(hint):
+        yield typing.cast(type, hint)
+    for argument in typing.get_args(hint):
+        yield from dataclasses_in(argument)
+
+
+def field_comments(cls: type) -> dict[str, str]:
+    """The comment on each field's own line; a field without one is an error, because the page would say nothing of it."""
+    source = textwrap.dedent(inspect.getsource(cls))
+    comment_at = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    body = typing.cast(ast.ClassDef, ast.parse(source).body[0]).body
+    last_line = {node.target.id: node.end_lineno for node in body if isinstance(node, ast.AnnAssign)}  # type: ignore[union-attr]
+    sections = {f.name for f in dataclasses.fields(cls) if dataclasses.is_dataclass(typing.get_type_hints(cls)[f.name])}
+    comments = {name: comment_at.get(typing.cast(int, line), "") for name, line in last_line.items()}
+    silent = [name for name, comment in comments.items() if not comment and name not in sections]
+    assert not silent, f"{cls.__name__}: a comment beside {', '.join(silent)} would be its line in docs/recipes.md"
+    return comments
+
+
+def type_text(field: dataclasses.Field) -> str:
+    """The annotation as written, in YAML's words; choices without their wrapping."""
+    text = re.sub(r"Literal\[(.*?)\]", lambda found: found[1].replace(", ", " or "), str(field.type))
+    return text.replace('"', "").replace("'", "").replace(" | None", " or null")
+
+
+def default_text(field: dataclasses.Field) -> str:
+    """The default as YAML would have it."""
+    if field.default is not dataclasses.MISSING:
+        value = field.default
+    elif field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    else:
+        return "required"
+    return f"`{json.dumps(value)}`" if value != [] else "`[]`"
+
+
+def as_text(comment: str) -> str:
+    """A comment in YAML's words; `<s>` must not be taken for markup."""
+    return comment.replace("None:", "null:").replace("<", "&lt;")
+
+
+def first_line(cls: type) -> str:
+    return (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
+
+
+def source_path(cls: type) -> str:
+    return str(Path(inspect.getfile(cls)).resolve().relative_to(REPO))
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A table whose first row is its head."""
+    head, *body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([head, "|" + " --- |" * len(rows[0]), *body, ""])
