@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test doctor faults lint format clean venv
+.PHONY: demo test doctor faults coverage mutants lint format clean venv
 venv: .venv/.installed
 .venv/.installed: requirements.txt requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -22,6 +22,7 @@ lint: venv
 	ruff format --check .
 	mypy
 	shellcheck -x slurm/*.sh slurm/lib/*.sh slurm/site.example.env .ci/run
+	codespell
 
 format: venv
 	ruff check --fix .
@@ -29,6 +30,22 @@ format: venv
 
 test: venv lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# One kind of test: make test-unit, test-dist, test-faults, test-slurm, test-golden, test-e2e
+test-%: venv
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/$*
+
+# Lines that tests/unit and tests/golden run, with what they start; KINDS="tests" for all of them.
+KINDS ?= tests/unit tests/golden
+coverage: venv
+	coverage erase
+	coverage run -m pytest -q $(KINDS)
+	coverage combine --quiet
+	coverage report --skip-covered --sort=cover
+
+# Ten planted bugs, each caught by the test that is there for it.
+mutants: venv
+	$(BIN)/python -m tests.mutants
 
 # Hundreds of kills, preemptions and frozen ranks against a run that nobody touched: an hour or more.
 faults: venv
