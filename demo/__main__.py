@@ -74,11 +74,11 @@ def say(number: int, title: str) -> None:
 
 
 def prepare_shards(recipe: Recipe) -> None:
-    """The sample corpus as token shards, in the vocabulary of the recipe's teacher."""
+    """The sample corpus as token shards, in the vocabulary of the recipe's teacher or its own smaller one."""
     if (Path(recipe.data) / "manifest.json").is_file():
         print(f"shards: {recipe.data} are there", flush=True)
         return
-    tokenizer = recipe.teacher
+    tokenizer = recipe.tokenizer
     if not Path(tokenizer).is_dir():
         tokenizer = str(cached_file(recipe.teacher, "sentencepiece.bpe.model"))
     run_stage(

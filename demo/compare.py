@@ -54,7 +54,8 @@ def untrained_student(recipe: Recipe) -> Encoder:
         relations.teacher_layer,
     )
     layer = relations.student_layer or recipe.student.layers
-    return Encoder("student before training", student.model.eval().to(teacher.device), teacher.tokenizer, layer)
+    model = student.model.eval().to(teacher.device)
+    return Encoder("student before training", model, teacher.tokenizer, layer, path=recipe.teacher)
 
 
 def identities_of(recipe: Recipe, run_dir: Path) -> dict[str, str]:

@@ -14,6 +14,7 @@ VERBS = {
     "evaluate": "pipeline.evaluation.command",
     "report": "pipeline.report",
     "trim": "pipeline.export.trim",
+    "card": "pipeline.export.card",
     "doctor": "pipeline.doctor",
 }
     "recipes": "pipeline.recipe_reference",

@@ -1,25 +1,32 @@
 """Export the newest whole checkpoint of a run as a Hugging Face directory.
 
     python -m pipeline export runs/quickstart --output runs/quickstart/student
-    python -m pipeline export runs/quickstart --output student --sentence-transformers --onnx
+    python -m pipeline export runs/quickstart --output student --dtype fp16 --sentence-transformers --onnx
 
-`--sentence-transformers` lets SentenceTransformer(DIR) load it too. `--onnx` adds onnx/model.onnx and
-onnx/model_int8.onnx, checked against torch on the sentences of --check-pairs.
+`--vocabulary DIR` leaves the student only the pieces that `python -m data_prep trim-vocab` kept. `--sentence-transformers` lets SentenceTransformer(DIR) load it too. `--onnx` adds onnx/model.onnx and
+onnx/model_int8.onnx, checked against torch on the sentences of --check-pairs. `--push OWNER/NAME` uploads the result to
+a private repository of a model hub; nothing else here needs one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
+import transformers
 from transformers import AutoConfig
 
 from pipeline.distillation.families import usable_positions
+from pipeline.distillation.vocabulary import read_vocabulary
 from pipeline.evaluation.retrieval import RetrievalConfig, read_pairs
-from pipeline.export.hf import Extra, export_run
+from pipeline.export.hf import DTYPES, Extra, export_run
 from pipeline.export.onnx import add_onnx
+from pipeline.export.push import check_login, push
 from pipeline.export.sentence_vectors import add_sentence_transformers
+from pipeline.export.trim import trim, trimming_lines
 
 CHECK_PAIRS = 30  # of each language
 
@@ -27,23 +34,44 @@ CHECK_PAIRS = 30  # of each language
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="what --run-dir of the training named")
     parser.add_argument("--output", type=Path, required=True, help="directory to write; an earlier export is replaced")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="precision of the stored weights")
+    parser.add_argument("--vocabulary", type=Path, metavar="DIR", help="output of `python -m data_prep trim-vocab`")
     parser.add_argument("--sentence-transformers", action="store_true", help="loads as a SentenceTransformer too")
     parser.add_argument("--onnx", action="store_true", help="ONNX files in fp32 and int8")
     parser.add_argument("--check-pairs", default="samples/parallel", help="directory of en-XX.tsv for the ONNX check")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload the export to this repository, private if new")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    transformers.logging.disable_progress_bar()
     extras: list[Extra] = []
     if arguments.sentence_transformers:
         extras.append(_add_sentence_transformers)
     if arguments.onnx:
         read_pairs(RetrievalConfig(pairs=arguments.check_pairs))  # a wrong path should come to light at once
         extras.append(lambda directory: _add_onnx(directory, arguments.check_pairs))
-    student = export_run(arguments.run_dir, arguments.output, extras)
+    if arguments.push:
+        check_login(arguments.push)
+    student = _export(arguments, extras)
     if arguments.onnx:
         print(onnx_lines(json.loads((student / "onnx" / "check.json").read_text(encoding="utf-8"))))
     size_mb = (student / "model.safetensors").stat().st_size / 1e6
     print(f"exported: {student} ({size_mb:.0f} MB). Load it with AutoModel.from_pretrained({str(student)!r})")
+    if arguments.push:
+        print(f"pushed: {push(student, arguments.push)}")
+
+
+def _export(arguments: argparse.Namespace, extras: Sequence[Extra]) -> Path:
+    """The run's student, whole or, by way of a temporary whole one, with the smaller vocabulary."""
+    dtype = DTYPES[arguments.dtype]
+    if arguments.vocabulary is None:
+        return export_run(arguments.run_dir, arguments.output, extras, dtype)
+    vocabulary = read_vocabulary(arguments.vocabulary)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=arguments.output.parent) as temporary:
+        whole = export_run(arguments.run_dir, Path(temporary) / "whole", (), dtype)
+        print(trimming_lines(trim(whole, vocabulary, arguments.output, extras, arguments.run_dir)))
+    return arguments.output
 
 
 def _add_sentence_transformers(directory: Path) -> None:

@@ -19,11 +19,10 @@ from transformers.utils import cached_file
 
 from pipeline.distillation.families import family_of
 from pipeline.errors import UserError
-from pipeline.export.card import lineage_of, model_card
+from pipeline.export.card import LINEAGE_FILE, VOCABULARY_FILE, lineage_of, write_card
 from pipeline.runtime.checkpoint import read_model_weights
 
 Extra = Callable[[Path], object]
-LINEAGE_FILE = "lineage.json"
 TOKENIZER_FILES = (
     "*.model",
     "tokenizer.json",
@@ -33,30 +32,38 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "vocab.json",
     "merges.txt",
+    VOCABULARY_FILE,
 )
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
-def export_run(run_dir: Path, output: Path, extras: Sequence[Extra] = ()) -> Path:
-    """The newest whole checkpoint of a run directory as a Hugging Face directory."""
+def export_run(run_dir: Path, output: Path, extras: Sequence[Extra] = (), dtype: torch.dtype = torch.float32) -> Path:
+    """The newest whole checkpoint of a run directory as a Hugging Face directory, with the figures that lie there."""
     if not run_dir.is_dir():
         raise UserError(f"there is no run directory {run_dir}. Train first; its --run-dir is what export reads.")
     weights, state = read_model_weights(run_dir)
     run = _read_json(run_dir / "run.json")
     config = AutoConfig.from_pretrained(_existing(run_dir / "student_config.json"))
     recipe_text = _existing(run_dir / "recipe.yaml").read_text(encoding="utf-8")
-    return export_student(weights, config, run["teacher"], output, lineage_of(run, state, recipe_text), extras)
+    tokenizer = run.get("vocabulary") or run["teacher"]
+    return export_student(
+        weights, config, tokenizer, output, lineage_of(run, state, recipe_text), extras, dtype, measured=[run_dir]
+    )
 
 
 def export_student(
     weights: Mapping[str, torch.Tensor],
     config: PretrainedConfig,
-    teacher: str,
+    tokenizer: str,
     output: Path,
     lineage: dict[str, Any],
     extras: Sequence[Extra] = (),
+    dtype: torch.dtype = torch.float32,
+    measured: Sequence[Path] = (),
 ) -> Path:
-    """Write `weights` exactly as given. `teacher` says where the tokenizer files come from; `extras` add to the
-    directory before it gets its name, so that a failure of theirs leaves nothing behind."""
+    """Write `weights`, fp32, exactly as given or rounded to `dtype`. `tokenizer` is a directory or hub name; `extras` add
+    to the directory before it gets its name, so that a failure of theirs leaves nothing behind; figures found in
+    `measured` go into the model card."""
     architecture = check_weights(weights, config)
     if output.exists() and not (output / LINEAGE_FILE).is_file():
         raise UserError(f"{output} exists and is no earlier export, so it is left alone. Name another --output.")
@@ -64,20 +71,19 @@ def export_student(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        config.architectures, config.dtype = [architecture], torch.float32
+        config.architectures, config.dtype = [architecture], dtype
         config.save_pretrained(temporary)
         save_file(
-            {name: tensor.contiguous() for name, tensor in weights.items()},
+            {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()},
             temporary / "model.safetensors",
             metadata={"format": "pt"},
         )
         (temporary / "model.safetensors").chmod(0o644)  # safetensors writes 0600: nobody else could load it
-        copy_tokenizer(teacher, temporary)
+        copy_tokenizer(tokenizer, temporary)
         (temporary / LINEAGE_FILE).write_text(json.dumps(lineage, indent=2) + "\n", encoding="utf-8")
-        num_parameters = sum(tensor.numel() for tensor in weights.values())
-        (temporary / "README.md").write_text(model_card(lineage, config, num_parameters), encoding="utf-8")
         for extra in extras:
             extra(temporary)
+        write_card(temporary, measured)
         _replace_directory(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -105,23 +111,23 @@ def check_weights(weights: Mapping[str, torch.Tensor], config: PretrainedConfig)
     return type(model).__name__
 
 
-def copy_tokenizer(teacher: str, directory: Path) -> None:
-    """The teacher's tokenizer files, byte for byte; from a hub name, what the hub's tokenizer saves."""
-    source = Path(teacher).expanduser()
+def copy_tokenizer(name: str, directory: Path) -> None:
+    """The tokenizer's files, byte for byte; from a hub name, what the hub's tokenizer saves."""
+    source = Path(name).expanduser()
     if source.is_dir():
         files = [path for pattern in TOKENIZER_FILES for path in source.glob(pattern)]
         if not files:
-            raise UserError(f"{teacher} holds no tokenizer files, and a student without tokenizer cannot be used.")
+            raise UserError(f"{name} holds no tokenizer files, and a student without tokenizer cannot be used.")
         for path in files:
             shutil.copyfile(path, directory / path.name)
         return
     try:
-        AutoTokenizer.from_pretrained(teacher).save_pretrained(directory)
-        model_file = cached_file(teacher, "sentencepiece.bpe.model", _raise_exceptions_for_missing_entries=False)
+        AutoTokenizer.from_pretrained(name).save_pretrained(directory)
+        model_file = cached_file(name, "sentencepiece.bpe.model", _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"the tokenizer of the teacher {teacher} is not to be had: {' '.join(str(error).split())[:300]}. If the "
-            "teacher's directory has moved, correct `teacher` in the run directory's run.json."
+            f"the tokenizer {name} is not to be had: {' '.join(str(error).split())[:300]}. If the teacher's directory (or "
+            "`vocabulary`) has moved, correct it in the run directory's run.json."
         ) from None
     if model_file is not None:
         shutil.copyfile(model_file, directory / "sentencepiece.bpe.model")

@@ -1,117 +1,171 @@
-"""Vocabulary trimming: covered text is split as before with equal hidden states, and the rest is reported."""
+"""Models cut to a smaller vocabulary: hidden states of covered text are equal, and a wrong map is refused."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from data_prep.__main__ import main as data_prep
 from data_prep.shards import ShardSet
 from pipeline.__main__ import main
+from pipeline.distillation.teacher import load_encoder, load_teacher
+from pipeline.distillation.vocabulary import cut_embedding, read_vocabulary
 from pipeline.errors import UserError
 from pipeline.export import trim
-from pipeline.export.vocabulary import coverage, kept_ids
 
 
 @pytest.fixture(scope="module")
-def trimmed(tiny_teacher: Path, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("trimmed") / "small"
-    main(["trim", str(tiny_teacher), "--shards", str(tiny_shards), "--languages", "sw,tr", "--output", str(output)])
+def vocabulary(tiny_teacher: Path, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What Swahili and Turkish use."""
+    output = tmp_path_factory.mktemp("vocabulary") / "small"
+    words = ["--tokenizer", tiny_teacher, "--shards", tiny_shards, "--languages", "sw,tr", "--output", output]
+    assert data_prep(["trim-vocab", *map(str, words)]) == 0
     return output
 
 
-def covered_text(tiny_teacher: Path, tiny_shards: Path, language: str) -> str:
-    """The first lines of a language, out of its shards."""
-    ids = ShardSet(tiny_shards).stream(language, 0, 50)
-    return AutoTokenizer.from_pretrained(tiny_teacher).decode(ids.tolist(), skip_special_tokens=True)
+@pytest.fixture(scope="module")
+def trimmed(tiny_teacher: Path, vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("trimmed") / "small"
+    main(["trim", str(tiny_teacher), "--vocabulary", str(vocabulary), "--output", str(output)])
+    return output
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("language", ["sw", "tr"])
-def test_covered_text_maps_one_to_one(tiny_teacher: Path, tiny_shards: Path, trimmed: Path, language: str) -> None:
-    text = covered_text(tiny_teacher, tiny_shards, language)
-    old = AutoTokenizer.from_pretrained(tiny_teacher)(text, return_tensors="pt")
-    new = AutoTokenizer.from_pretrained(trimmed)(text, return_tensors="pt")
-    old_ids = np.array(json.loads((trimmed / "trimming.json").read_text())["old_ids"])
-    assert old_ids[new["input_ids"][0]].tolist() == old["input_ids"][0].tolist()
-    models = [AutoModel.from_pretrained(directory).eval() for directory in (tiny_teacher, trimmed)]
-    states = [model(**ids).last_hidden_state for model, ids in zip(models, (old, new), strict=True)]
-    assert torch.equal(*states)
-    assert models[1].config.vocab_size == len(old_ids) < models[0].config.vocab_size
-
-
-def test_specials_keep_their_meaning(tiny_teacher: Path, trimmed: Path) -> None:
+def test_covered_text_gives_equal_hidden_states(
+    tiny_teacher: Path, tiny_shards: Path, trimmed: Path, language: str
+) -> None:
+    ids = ShardSet(tiny_shards).stream(language, 0, 50)
     old, new = AutoTokenizer.from_pretrained(tiny_teacher), AutoTokenizer.from_pretrained(trimmed)
-    old_ids = json.loads((trimmed / "trimming.json").read_text())["old_ids"]
-    for token in ("<s>", "<pad>", "</s>", "<unk>", "<mask>"):
-        assert old_ids[new.convert_tokens_to_ids(token)] == old.convert_tokens_to_ids(token)
-    assert new.convert_tokens_to_ids("<mask>") == len(old_ids) - 1
-    assert new.unk_token_id in new("हिन्दी")["input_ids"]
+    text = old.decode(ids.tolist(), skip_special_tokens=True)
+    models = [AutoModel.from_pretrained(directory).eval() for directory in (tiny_teacher, trimmed)]
+    states = [
+        model(**tokenizer(text, return_tensors="pt")).last_hidden_state
+        for model, tokenizer in zip(models, (old, new), strict=True)
+    ]
+    assert torch.equal(*states)
+    assert models[1].config.vocab_size == len(new) < models[0].config.vocab_size
 
 
-def test_the_report_counts_what_is_lost(tiny_shards: Path, trimmed: Path) -> None:
-    report = json.loads((trimmed / "trimming.json").read_text())
-    shares = report["coverage"]
-    assert (shares["sw"], shares["tr"]) == (1.0, 1.0)
-    stream = ShardSet(tiny_shards).stream("hi", 0, ShardSet(tiny_shards).num_tokens("hi"))
-    assert shares["hi"] == pytest.approx(np.isin(stream, report["old_ids"]).mean())
-    assert report["parameters"][0] - report["parameters"][1] == (report["pieces"][0] - report["pieces"][1]) * 48
-    assert report["checked_rows"]["rows"] > 4
+@torch.inference_mode()
+def test_a_teacher_cut_at_load_reads_the_same(tiny_teacher: Path, vocabulary: Path) -> None:
+    """Q, K and V at the distilled layer, as training sees them."""
+    kept = read_vocabulary(vocabulary)
+    new_BL = trim.random_rows(kept)[:4]
+    whole, cut = load_encoder(tiny_teacher), load_encoder(tiny_teacher)
+    cut_embedding(cut, kept)
+    assert cut.get_input_embeddings().weight.shape == (len(kept), 48)
+    before, after = (load_teacher(model, 3) for model in (whole, cut))
+    assert all(map(torch.equal, before(kept.old_ids_V[new_BL]), after(new_BL)))
+
+
+def test_what_the_directory_says(tiny_teacher: Path, trimmed: Path, vocabulary: Path) -> None:
+    about = json.loads((trimmed / "vocabulary.json").read_text())
+    assert about == json.loads((vocabulary / "vocabulary.json").read_text())
+    lineage = json.loads((trimmed / "lineage.json").read_text())["trimmed"]
+    assert lineage["from"] == str(tiny_teacher)
+    assert lineage["pieces"] == [2002, about["vocab_size"]]
     card = (trimmed / "README.md").read_text()
-    assert "sw" in card
-    assert f"{report['pieces'][1]:,}" in card
-
-
-def test_which_pieces_are_kept() -> None:
-    pieces = ["", "", "", "", "▁ab", "a", "b", "c", "▁cd", ""]
-    counts = {"xx": np.array([0, 0, 0, 0, 5, 0, 0, 0, 1, 0]), "yy": np.array([0, 0, 0, 0, 0, 0, 0, 9, 0, 0])}
-    # <s> <pad> </s> <unk>; the piece that is used; its single characters; <mask>
-    assert kept_ids(counts, ["xx"], 2, pieces).tolist() == [0, 1, 2, 3, 4, 5, 6, 9]
-    assert kept_ids(counts, ["xx"], 1, pieces).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
-    assert coverage(counts, np.array([4])) == {"xx": pytest.approx(5 / 6), "yy": 0.0}
+    for text in ("sw, tr", f"{about['vocab_size']:,} of 2,002 pieces", "| hi |"):
+        assert text in card
 
 
 # -- what must not happen
 
 
-def test_shards_of_another_tokenizer(tiny_teacher: Path, tiny_shards: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    other.mkdir()
-    for path in tiny_teacher.iterdir():
-        (other / path.name).write_bytes(path.read_bytes())
-    with open(other / "sentencepiece.bpe.model", "ab") as file:
-        file.write(b"\xf8\x07\x01")  # an unknown field: the same pieces under another sha256
-    with pytest.raises(UserError, match="not made with the tokenizer"):
-        trim.trim(other, ShardSet(tiny_shards), ["sw"], 1, tmp_path / "small")
+def edited(**changes: object) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        path = directory / "vocabulary.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return damage
 
 
-def test_a_language_that_the_shards_do_not_have(tiny_teacher: Path, tiny_shards: Path, tmp_path: Path) -> None:
-    arguments = ["trim", str(tiny_teacher), "--shards", str(tiny_shards), "--output", str(tmp_path / "small")]
-    with pytest.raises(UserError, match="has no xx; it has"):
-        main([*arguments, "--languages", "sw,xx"])
-    with pytest.raises(UserError, match="at least 1"):
-        main([*arguments, "--min-count", "0"])
-    assert list(tmp_path.iterdir()) == []
+def edited_map(edit: Callable[[list[int]], list[int]]) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        path = directory / "vocabulary.json"
+        about = json.loads(path.read_text())
+        ids = edit(about["old_ids"])
+        path.write_text(json.dumps({**about, "old_ids": ids, "vocab_size": len(ids)}))
+
+    return damage
 
 
-def test_a_model_without_sentencepiece(tiny_shards: Path, tmp_path: Path) -> None:
+def other_tokenizer(directory: Path) -> None:
+    with open(directory / "sentencepiece.bpe.model", "ab") as file:
+        file.write(b"\xf8\x07\x01")
+
+
+DAMAGES = {
+    "the map is missing": (lambda d: (d / "vocabulary.json").unlink(), "vocabulary.json is missing"),
+    "the tokenizer is missing": (lambda d: (d / "sentencepiece.bpe.model").unlink(), "is missing"),
+    "not JSON": (lambda d: (d / "vocabulary.json").write_text("{"), "is damaged"),
+    "a list": (lambda d: (d / "vocabulary.json").write_text("[]"), "is damaged"),
+    "another version": (edited(version=9), "version 9"),
+    "ids that are none": (edited(old_ids=["a", "b"]), "is damaged|maps 2"),
+    "too short": (edited(vocab_size=7), "should map 7"),
+    "another tokenizer beside it": (other_tokenizer, "not the tokenizer that"),
+    "<pad> dropped": (edited_map(lambda ids: ids[:1] + ids[2:]), "drops special ids"),
+    "<mask> dropped": (edited_map(lambda ids: ids[:-1]), "drops special ids"),
+    "an id twice": (edited_map(lambda ids: ids[:9] + ids[8:]), "does not rise"),
+    "an id beyond": (edited_map(lambda ids: ids[:-2] + [99999, ids[-1]]), "does not rise"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_vocabulary(vocabulary: Path, tmp_path: Path, damage: str) -> None:
+    copy = Path(shutil.copytree(vocabulary, tmp_path / "copy"))
+    spoil, message = DAMAGES[damage]
+    spoil(copy)
+    with pytest.raises(UserError, match=message) as caught:
+        read_vocabulary(copy)
+    assert "trim-vocab" in str(caught.value)
+
+
+def test_a_vocabulary_of_another_tokenizer(tiny_teacher: Path, vocabulary: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(tiny_teacher, tmp_path / "other"))
+    other_tokenizer(other)
+    with pytest.raises(UserError, match="cut from another tokenizer"):
+        trim.trim(other, read_vocabulary(vocabulary), tmp_path / "small")
+    (other / "sentencepiece.bpe.model").unlink()
     with pytest.raises(UserError, match="XLM-R's kind"):
-        trim.trim(tmp_path, ShardSet(tiny_shards), ["sw"], 1, tmp_path / "small")
+        trim.trim(other, read_vocabulary(vocabulary), tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+
+
+def test_a_model_with_fewer_embeddings(tiny_teacher: Path, vocabulary: Path) -> None:
+    model = load_encoder(tiny_teacher)
+    model.resize_token_embeddings(500)
+    with pytest.raises(UserError, match="only 500 embeddings"):
+        cut_embedding(model, read_vocabulary(vocabulary))
 
 
 def test_a_wrong_cut_is_noticed_and_leaves_nothing(
-    tiny_teacher: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_teacher: Path, vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = trim.trimmed_weights
+    right = trim.cut_embedding
 
     def off_by_one(model, kept):
-        return right(model, np.roll(kept, 1))
+        right(model, kept)
+        model.get_input_embeddings().weight.data.copy_(model.get_input_embeddings().weight.roll(1, 0))
 
-    monkeypatch.setattr(trim, "trimmed_weights", off_by_one)
+    monkeypatch.setattr(trim, "cut_embedding", off_by_one)
     with pytest.raises(UserError, match="hidden states changed"):
-        trim.trim(tiny_teacher, ShardSet(tiny_shards), ["sw"], 1, tmp_path / "small")
+        trim.trim(tiny_teacher, read_vocabulary(vocabulary), tmp_path / "small")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_half_precision_stays_half(tiny_teacher: Path, vocabulary: Path, tmp_path: Path) -> None:
+    half = Path(shutil.copytree(tiny_teacher, tmp_path / "half"))
+    AutoModel.from_pretrained(half, add_pooling_layer=False, dtype=torch.float16).save_pretrained(half)
+    trim.trim(half, read_vocabulary(vocabulary), tmp_path / "small")
+    assert AutoModel.from_pretrained(tmp_path / "small").dtype == torch.float16
+    sha256 = hashlib.sha256((tmp_path / "small" / "sentencepiece.bpe.model").read_bytes()).hexdigest()
+    assert sha256 == json.loads((vocabulary / "vocabulary.json").read_text())["tokenizer_sha256"]

@@ -1,0 +1,153 @@
+"""What was measured of a student, as Markdown for its model card.
+
+In: directories that hold what the commands leave: `demo.json` and `metrics.jsonl` (a run), `evaluation.json`
+(`pipeline evaluate`), `onnx/check.json` (an export). Out: one section per kind of figure, each named with its source.
+What is not there is left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+
+STAGES = {"teacher": "teacher", "before": "student before training", "after": "student after training"}
+POOLINGS = {"output": "output", "last_input": "input of the last layer", "values": "values of the distilled layer"}
+SUFFIXES = {"output": "", "last_input": "_last_input", "values": "_values"}
+
+
+def measured_sections(directories: Iterable[Path]) -> str:
+    """Every figure that the directories hold."""
+    parts: list[str] = []
+    for directory in dict.fromkeys(directories):
+        for name, section in (
+            ("demo.json", _retrieval_of_demo),
+            ("evaluation.json", _evaluation),
+            ("onnx/check.json", _onnx),
+        ):
+            if (directory / name).is_file():
+                parts += section(_read_json(directory / name))
+        if (directory / "metrics.jsonl").is_file():
+            parts += _heldout_of_run(directory / "metrics.jsonl")
+    return "\n\n".join(parts)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """First column to the left, figures to the right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
+
+
+def _retrieval_of_demo(report: dict[str, Any]) -> list[str]:
+    means = [
+        [f"{name}, {pooled}", f"{report[f'{stage}_mean{SUFFIXES[pooling]}']:.3f}"]
+        for pooling, pooled in POOLINGS.items()
+        for stage, name in STAGES.items()
+    ]
+    per_pair = report["per_pair"]
+    by_language = [
+        [name, *(f"{pair[stage]['output']:.3f}" for pair in per_pair.values())] for stage, name in STAGES.items()
+    ]
+    return [
+        "### Cross-lingual retrieval\n\nOf the run's student, by `make demo`: share of sentences whose nearest neighbour in the other language is their "
+        f"translation, both directions, mean of {len(per_pair)} language pairs with English.",
+        markdown_table(["model, pooled from", "accuracy"], means),
+        "Per language, pooled from the output:",
+        markdown_table(["model", *per_pair], by_language),
+    ]
+
+
+def _evaluation(report: dict[str, Any]) -> list[str]:
+    """Every task of one evaluation, by the figures that tasks share: per language, sizes and speeds, or a mean."""
+    parts = []
+    for task, results in report["tasks"].items():
+        body = {"retrieval": _retrieval, "heldout": _heldout, "speed": _speed}.get(task, _scalars)(results)
+        if body:
+            parts += [f"### {task}, by `pipeline evaluate`", body]
+    return parts
+
+
+def _retrieval(results: dict[str, Any]) -> str:
+    languages = list(next(iter(results.values()))["per_pair"])
+    rows = [
+        [f"{name}, {pooling}", *(f"{result['per_pair'][x][pooling]['mean']:.3f}" for x in languages), f"{mean:.3f}"]
+        for name, result in results.items()
+        for pooling, mean in result["mean"].items()
+    ]
+    return markdown_table(["model, pooled from", *languages, "mean"], rows)
+
+
+def _heldout(results: dict[str, Any]) -> str:
+    languages = list(next(iter(results.values()))["per_language"])
+    rows = [
+        [name, *(f"{result['per_language'][x]:.3f}" for x in languages), f"{result['mean']:.3f}"]
+        for name, result in results.items()
+    ]
+    return markdown_table(["relation loss, lower is better", *languages, "mean"], rows)
+
+
+def _speed(results: dict[str, Any]) -> str:
+    shapes = list(next(iter(results.values()))["sentences_per_second"])
+    rows = [
+        [
+            name,
+            f"{result['parameters'] / 1e6:.1f}",
+            f"{result['megabytes']:.0f}",
+            *(f"{result['times_first'][shape]:.2f}x" for shape in shapes),
+        ]
+        for name, result in results.items()
+    ]
+    return markdown_table(["model; speed as times the first at batch x tokens", "M parameters", "MB", *shapes], rows)
+
+
+def _scalars(results: dict[str, Any]) -> str:
+    rows = [
+        [name, *(f"{key} {value:.3f}" for key, value in result.items() if isinstance(value, float))]
+        for name, result in results.items()
+    ]
+    if len({len(row) for row in rows}) != 1 or len(rows[0]) < 2:
+        return ""
+    return markdown_table(["model", *[""] * (len(rows[0]) - 1)], rows)
+
+
+def _heldout_of_run(path: Path) -> list[str]:
+    """First and last held-out relation loss of every language."""
+    points = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
+    evaluations = [point for point in points if "heldout/mean" in point]
+    if not evaluations:
+        return []
+    first, last = evaluations[0], evaluations[-1]
+    tags = [tag for tag in last if tag.startswith("heldout/") and tag in first]
+    rows = [[tag.removeprefix("heldout/"), f"{first[tag]:.3f}", f"{last[tag]:.3f}"] for tag in tags]
+    return [
+        "### Held-out relation loss\n\nOn rows that training never saw, against the teacher (the run's `metrics.jsonl`).",
+        markdown_table(["language", f"step {first['step']}", f"step {last['step']}"], rows),
+    ]
+
+
+def _onnx(check: dict[str, Any]) -> list[str]:
+    rows = [["torch", "", f"{check['torch']['retrieval_mean']:.3f}", "0"]]
+    rows += [
+        [
+            f"ONNX {name}",
+            f"{check['megabytes'][name]:.0f}",
+            f"{check[name]['retrieval_mean']:.3f}",
+            f"{check[name]['greatest_difference']:.1e}",
+        ]
+        for name in ("fp32", "int8")
+    ]
+    about = f"{check['sentences']} sentences of {len(check['languages'])} language pairs"
+    return [
+        f"### ONNX files\n\nChecked against torch on {about} (`pipeline export --onnx`).",
+        markdown_table(["", "MB", "retrieval", "greatest difference of a hidden state"], rows),
+    ]
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}). Make it again or take it out.") from None

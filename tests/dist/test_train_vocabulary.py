@@ -1,0 +1,78 @@
+"""Training on a smaller vocabulary: on covered text the same losses, a smaller student, and the refusals of what does not fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModel, AutoTokenizer
+
+from data_prep.__main__ import main as data_prep
+from pipeline.__main__ import main as pipeline
+from tests.conftest import SAMPLES
+from tests.dist.runs import curve
+from tests.dist.training_process import Ended, TrainingProcess
+
+LANGUAGES = ("hi", "sw", "he", "tr")
+# Copied layers: a random start would draw other numbers for a smaller embedding.
+SETTINGS = ["steps=2", "eval_every=2", "student={layers: 2, hidden: 48, heads: 4, ffn: 96, init: layers, dropout: 0.0}"]
+
+
+@pytest.fixture(scope="module")
+def trimmed(tiny_teacher: Path, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A vocabulary of all that the shards use, and the same text prepared with it."""
+    directory = tmp_path_factory.mktemp("trimmed")
+    vocabulary, shards = directory / "vocabulary", directory / "shards"
+    texts = [SAMPLES / "cc100" / f"{language}.txt.xz" for language in LANGUAGES]
+    for words in (
+        ["trim-vocab", "--tokenizer", tiny_teacher, "--shards", tiny_shards, "--output", vocabulary],
+        ["prepare", "--tokenizer", vocabulary, "--input", *texts, "--output", shards, "--workers", 1],
+    ):
+        assert data_prep([str(word) for word in words]) == 0
+    return {"vocabulary": vocabulary, "data": shards}
+
+
+def test_a_smaller_vocabulary_trains_the_same(
+    tiny_recipe: Path, fp32_config: Path, tiny_shards: Path, trimmed: dict[str, Path], tmp_path: Path
+) -> None:
+    with TrainingProcess() as process:
+
+        def run(name: str, *settings: str) -> Ended:
+            sets = [word for setting in (*SETTINGS, *settings) for word in ("--set", setting)]
+            words = ["--deepspeed", fp32_config, "--recipe", tiny_recipe, "--run-dir", tmp_path / name, *sets]
+            return process.run(*words)
+
+        both = [f"{key}={value}" for key, value in trimmed.items()]
+        for name, settings in (("whole", []), ("small", both)):
+            ended = run(name, *settings)
+            assert ended.code == 0, ended.err
+        # Shards of the whole vocabulary beside a smaller one, and the other way round.
+        ended = run("mixed", both[0])
+        assert ended.code == 2
+        assert f"--tokenizer {trimmed['vocabulary']}" in ended.err
+        assert "that of `vocabulary`" in ended.err
+        assert run("mixed", both[1]).code == 2
+        # A vocabulary that was cut from something else than the teacher's tokenizer.
+        path = trimmed["vocabulary"] / "vocabulary.json"
+        right = path.read_text()
+        path.write_text(json.dumps({**json.loads(right), "source_sha256": "0" * 64}))
+        ended = run("mixed", *both)
+        path.write_text(right)
+        assert ended.code == 2
+        assert "cut from another tokenizer" in ended.err
+        assert not (tmp_path / "mixed").exists()
+
+    whole, small = (curve(tmp_path / name) for name in ("whole", "small"))
+    assert list(whole) == [1, 2]
+    assert small[1] == whole[1]
+    assert small == pytest.approx(whole, rel=1e-6)  # the clipped norm sums over fewer zeros
+    for tag in ("heldout/mean", "heldout/sw"):
+        assert curve(tmp_path / "small", tag) == pytest.approx(curve(tmp_path / "whole", tag), rel=1e-6)
+
+    pipeline(["export", str(tmp_path / "small"), "--output", str(tmp_path / "student")])
+    about = json.loads((trimmed["vocabulary"] / "vocabulary.json").read_text())
+    model, tokenizer = (kind.from_pretrained(tmp_path / "student") for kind in (AutoModel, AutoTokenizer))
+    assert model.get_input_embeddings().num_embeddings == len(tokenizer) == about["vocab_size"]
+    assert about["vocab_size"] < about["source_vocab_size"]
+    assert json.loads((tmp_path / "student" / "lineage.json").read_text())["vocabulary"] == str(trimmed["vocabulary"])

@@ -1,0 +1,208 @@
+"""Half precision, the model card's figures, and the upload that is asked for: what it would send, and how it is refused."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+from pipeline.__main__ import main
+from pipeline.distillation.teacher import load_encoder
+from pipeline.errors import UserError
+from pipeline.export.card import CARD_FILE
+from pipeline.export.hf import export_student
+from pipeline.export.push import files_to_push
+from pipeline.export.sentence_vectors import add_sentence_transformers
+
+LINEAGE = {"teacher": "a/teacher", "steps": 12, "languages": ["de", "zh-Hans"], "recipe": {"steps": 12}}
+
+
+@pytest.fixture
+def student(tiny_teacher: Path, tmp_path: Path) -> Path:
+    return exported(tiny_teacher, tmp_path / "student")
+
+
+def exported(tiny_teacher: Path, output: Path, dtype: torch.dtype = torch.float32) -> Path:
+    model = load_encoder(tiny_teacher)
+    extras = [lambda directory: add_sentence_transformers(directory, 48, 64)]
+    return export_student(model.state_dict(), model.config, str(tiny_teacher), output, LINEAGE, extras, dtype)
+
+
+def front_matter(card: str) -> dict:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_half_precision_is_the_rounded_model(tiny_teacher: Path, tmp_path: Path) -> None:
+    output = exported(tiny_teacher, tmp_path / "half", torch.float16)
+    whole = load_encoder(tiny_teacher).state_dict()
+    stored = load_file(output / "model.safetensors")
+    assert stored.keys() == whole.keys()
+    assert all(torch.equal(stored[name], tensor.half()) for name, tensor in whole.items())
+    assert AutoModel.from_pretrained(output).dtype == torch.float16
+    card = (output / CARD_FILE).read_text()
+    assert "AutoModel.from_pretrained(DIRECTORY, dtype=torch.float32)" in card
+    assert "dtype" not in (exported(tiny_teacher, tmp_path / "single") / CARD_FILE).read_text().split("## Lineage")[0]
+
+
+def test_the_card_tells_what_was_measured(student: Path, tmp_path: Path) -> None:
+    bare = (student / CARD_FILE).read_text()
+    assert "## What was measured" not in bare
+    assert front_matter(bare)["language"] == ["de", "zh"]
+    assert "SentenceTransformer(DIRECTORY)" in bare
+    run, evaluation = tmp_path / "run", tmp_path / "evaluation"
+    run.mkdir()
+    evaluation.mkdir()
+    pair = {stage: {"output": mean} for stage, mean in (("teacher", 0.901), ("before", 0.502), ("after", 0.803))}
+    means = {
+        f"{stage}_mean{suffix}": 0.111
+        for stage in ("teacher", "before", "after")
+        for suffix in ("", "_values", "_last_input")
+    }
+    (run / "demo.json").write_text(json.dumps({**means, "after_mean": 0.804, "per_pair": {"de": pair}}))
+    points = [
+        {"step": 0, "heldout/mean": 3.25, "heldout/de": 3.5},
+        {"step": 12, "heldout/mean": 0.5, "heldout/de": 0.75},
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points) + '{"step": 13, "he')
+    accuracy = {"output": {"to_english": 0.6, "from_english": 0.7, "mean": 0.651}}
+    speed = {
+        "parameters": 2_000_000,
+        "megabytes": 8.0,
+        "sentences_per_second": {"1x16": 9.0},
+        "times_first": {"1x16": 2.125},
+    }
+    tasks = {
+        "retrieval": {"student": {"mean": {"output": 0.652}, "per_pair": {"de": accuracy}}},
+        "heldout": {"student": {"mean": 0.777, "per_language": {"de": 0.778}}},
+        "speed": {"student": speed},
+        "sts": {"student": {"spearman": 0.456, "pairs": 3}},
+    }
+    (evaluation / "evaluation.json").write_text(json.dumps({"tasks": tasks}))
+    (student / "onnx").mkdir()
+    found = {"retrieval_mean": 0.641, "greatest_difference": 1.5e-6}
+    check = {"languages": ["de"], "sentences": 4, "megabytes": {"fp32": 8, "int8": 2}}
+    (student / "onnx" / "check.json").write_text(
+        json.dumps({**check, "torch": found, "fp32": found, "int8": {**found, "retrieval_mean": 0.631}})
+    )
+    main(["card", str(student), str(run), str(evaluation)])
+    card = (student / CARD_FILE).read_text()
+    for text in (
+        "| student after training, output | 0.804 |",
+        "| student after training | 0.803 |",
+        "| de | 3.500 | 0.750 |",
+        "| student, output | 0.651 | 0.652 |",
+        "| student | 0.778 | 0.777 |",
+        "| student | 2.0 | 8 | 2.12x |",
+        "spearman 0.456",
+        "| ONNX int8 | 2 | 0.631 | 1.5e-06 |",
+    ):
+        assert text in card, text
+    written = (student / CARD_FILE).stat().st_mtime_ns
+    main(["card", str(student), str(run), str(evaluation)])
+    assert (student / CARD_FILE).stat().st_mtime_ns == written
+
+
+def test_a_card_of_nothing(student: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no directory"):
+        main(["card", str(student), str(tmp_path / "nowhere")])
+    with pytest.raises(UserError, match=r"no lineage\.json"):
+        main(["card", str(tmp_path)])
+    (tmp_path / "evaluation.json").write_text("{")
+    with pytest.raises(UserError, match=r"evaluation\.json cannot be read"):
+        main(["card", str(student), str(tmp_path)])
+
+
+# -- upload
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A hub that refuses every login."""
+
+    asked: list[str]
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        self.send_response(401)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]:
+    """A real server on this machine in the hub's place, nobody logged in. Gives the paths that were asked for."""
+    Hub.asked = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    yield Hub.asked
+    server.shutdown()
+    server.server_close()
+
+
+def push(tmp_path: Path, repository: str) -> str:
+    """The refusal of an export that was to be pushed; the run directory need not exist, as the login comes first."""
+    with pytest.raises(UserError) as caught:
+        main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "student"), "--push", repository])
+    assert not (tmp_path / "student").exists()
+    return str(caught.value)
+
+
+def test_nobody_is_logged_in(hub: list[str], tmp_path: Path) -> None:
+    message = push(tmp_path, "somebody/student")
+    assert "nobody is logged in" in message
+    assert "hf auth login" in message
+    assert hub == []
+
+
+def test_the_hub_refuses_the_login(hub: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 30)
+    message = push(tmp_path, "somebody/student")
+    assert "refused (401)" in message
+    assert "hf_x" not in message
+    assert "/api/whoami-v2" in hub
+
+
+def test_no_hub_at_all(hub: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 30)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert "not to be had" in push(tmp_path, "somebody/student")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "not to be had" in push(tmp_path, "somebody/student")
+
+
+def test_a_name_that_is_none(tmp_path: Path) -> None:
+    assert "no name of a repository" in push(tmp_path, "some body//student")
+
+
+def test_what_would_be_sent(student: Path) -> None:
+    (student / ".cache").mkdir()
+    (student / ".cache" / "x.json").write_text("{}")
+    (student / "half.tmp").write_text("")
+    assert files_to_push(student) == [
+        "1_Pooling/config.json",
+        "README.md",
+        "config.json",
+        "config_sentence_transformers.json",
+        "lineage.json",
+        "model.safetensors",
+        "modules.json",
+        "sentence_bert_config.json",
+        "sentencepiece.bpe.model",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
