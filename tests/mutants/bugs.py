@@ -1,0 +1,109 @@
+"""Ten bugs that a distillation is likely to have, as replacements of text, and the test that is there to catch each.
+
+Every one trains without an error message and gives a student that is a little worse than it could be.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class StaleBugError(AssertionError):
+    """The text that a bug replaces is no longer there, or is there twice."""
+
+
+@dataclass(frozen=True)
+class Bug:
+    """`before` becomes `after` in `file`; `test` passes without that and fails with it."""
+
+    name: str
+    file: str
+    before: str
+    after: str
+    test: str
+
+    def plant(self, root: Path) -> None:
+        """Change the file below `root`. Raises `StaleBugError` where the text is not there exactly once."""
+        path = root / self.file
+        text = path.read_text(encoding="utf-8")
+        if text.count(self.before) != 1:
+            raise StaleBugError(
+                f"{self.name}: {self.file} holds the text to be replaced {text.count(self.before)} times, not once. "
+                "The code has changed: write the bug anew in tests/mutants/bugs.py"
+            )
+        path.write_text(text.replace(self.before, self.after), encoding="utf-8")
+
+
+BUGS = (
+    Bug(
+        "mask dropped",
+        "pipeline/distillation/distiller.py",
+        "            return self.real_tokens(input_ids_BL)\n",
+        "            return None\n",
+        "tests/unit/distillation/test_distill_module.py::test_losses_are_the_papers",
+    ),
+    Bug(
+        "off-by-one layer",
+        "pipeline/distillation/tap.py",
+        "self.layers = [layer] if isinstance(layer, int) else list(layer)",
+        "self.layers = [max(1, layer - 1)] if isinstance(layer, int) else list(layer)",
+        "tests/golden/test_tap_families.py::test_packed_rows",
+    ),
+    Bug(
+        "moments not restored",
+        "pipeline/runtime/engine.py",
+        "fragment.view(state[name]).copy_(read(name, fragment.name, fragment.start, fragment.numel))",
+        "read(name, fragment.name, fragment.start, fragment.numel)",
+        "tests/dist/test_checkpoint.py::test_resumed_is_uninterrupted_bit_for_bit",
+    ),
+    Bug(
+        "sampler reset at a resume",
+        "pipeline/trainer.py",
+        "start = step * self.recipe.global_batch + self.launch.rank * per_rank",
+        "start = (step - first_step) * self.recipe.global_batch + self.launch.rank * per_rank",
+        "tests/dist/test_train.py::test_kill_and_resume_repeats_the_losses[1]",
+    ),
+    Bug(
+        "wrong head split",
+        "pipeline/distillation/relation_tiles.py",
+        "return x_ND.t().to(dtype).reshape(num_heads, -1, x_ND.shape[0])",
+        "return x_ND.t().to(dtype).reshape(-1, num_heads, x_ND.shape[0]).transpose(0, 1)",
+        "tests/unit/distillation/test_relation_loss.py::test_far_student",
+    ),
+    Bug(
+        "sqrt of the wrong size",
+        "pipeline/distillation/relation_tiles.py",
+        "scale_T, scale_S = teacher_HdR.shape[1] ** -0.5, student_HdR.shape[1] ** -0.5",
+        "scale_T, scale_S = student_HdR.shape[1] ** -0.5, student_HdR.shape[1] ** -0.5",
+        "tests/unit/distillation/test_relation_loss.py::test_far_student",
+    ),
+    Bug(
+        "padded query counted",
+        "pipeline/distillation/relations.py",
+        "return spans, [sum(parts) for parts in segments]",
+        "return spans, [length for _ in segments]",
+        "tests/unit/distillation/test_relation_loss.py::test_any_shape_and_padding",
+    ),
+    Bug(
+        "stale held-out split",
+        "pipeline/data/sampler.py",
+        "return self._place_to_row(language_index, number + self.heldout_per_language[language_index])",
+        "return self._place_to_row(language_index, number)",
+        "tests/unit/data/test_batches.py::test_held_out_rows_are_never_in_a_batch",
+    ),
+    Bug(
+        "carried-along weights decayed",
+        "pipeline/distillation/student.py",
+        "in_use = {id(parameter) for parameter in tapped.parameters() if parameter.requires_grad}",
+        "in_use = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}",
+        "tests/dist/test_train.py::test_export_is_the_trained_student",
+    ),
+    Bug(
+        "last micro-batch overweighted",
+        "pipeline/trainer.py",
+        "self.engine.backward(loss)",
+        "self.engine.backward(loss * (1.0 if totals is None else 1.5))",
+        "tests/dist/test_train.py::test_two_ranks_give_the_losses_of_one",
+    ),
+)
