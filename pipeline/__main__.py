@@ -16,8 +16,9 @@ VERBS = {
     "trim": "pipeline.export.trim",
     "card": "pipeline.export.card",
     "doctor": "pipeline.doctor",
-}
+    "plan": "pipeline.planning.command",
     "recipes": "pipeline.recipe_reference",
+}
 
 
 class Parser(argparse.ArgumentParser):

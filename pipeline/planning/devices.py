@@ -1,0 +1,98 @@
+"""What a plan knows about each GPU: published figures, one row each, and where they stand. Used by timing.py and memory.py.
+
+Rates are per GPU: dense (no sparsity), in one direction, decimal units; memory is what the driver shows, in GiB.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Device:
+    """One GPU (or one CPU core) and its share of the node that it usually sits in."""
+
+    name: str
+    memory_gib: float
+    half_tflops: float  # fp16 (and bf16, where there is bf16) with fp32 accumulation
+    fp32_tflops: float  # without TF32, which torch leaves off
+    memory_gb_s: float
+    link_gb_s: float  # to the other GPUs of the node
+    network_gbit_s: float  # to other nodes
+    processors: int  # streaming multiprocessors
+    clock_ghz: float  # boost
+    bf16: bool = True
+    flash: bool = True  # stock attention kernels for half precision run there (compute capability 8.0 and later)
+    nvlink: bool = True
+    source: str = ""
+
+    @property
+    def exponentials_per_s(self) -> float:
+        """16 special functions per multiprocessor and clock (CUDA programming guide, capabilities 7.0 to 9.0)."""
+        return 16 * self.processors * self.clock_ghz * 1e9
+
+    def flops_per_s(self, precision: str) -> float:
+        return 1e12 * (self.fp32_tflops if precision == "fp32" else self.half_tflops)
+
+
+# Network: DGX-1 4 x 100 Gbit/s, DGX A100 8 x 200, DGX H100 and H200 8 x 400, for 8 GPUs; otherwise 25 a GPU, an assumption.
+_DEVICES = (
+    Device("a100-40", 40, 312, 19.5, 1555, 300, 200, 108, 1.41, source="NVIDIA A100 data sheet (SXM)"),
+    Device("a100-80", 80, 312, 19.5, 2039, 300, 200, 108, 1.41, source="NVIDIA A100 data sheet (SXM)"),
+    Device("h100-80", 79.6, 989, 67, 3350, 450, 400, 132, 1.83, source="NVIDIA H100 data sheet (SXM)"),
+    Device("h200", 140, 989, 67, 4800, 450, 400, 132, 1.83, source="NVIDIA H200 data sheet (SXM)"),
+    Device(
+        "v100-16",
+        16,
+        125,
+        15.7,
+        900,
+        150,
+        50,
+        80,
+        1.53,
+        bf16=False,
+        flash=False,
+        source="NVIDIA V100 data sheet (SXM2)",
+    ),
+    Device(
+        "v100-32",
+        32,
+        125,
+        15.7,
+        900,
+        150,
+        50,
+        80,
+        1.53,
+        bf16=False,
+        flash=False,
+        source="NVIDIA V100 data sheet (SXM2)",
+    ),
+    Device(
+        "t4", 15, 65, 8.1, 300, 16, 25, 40, 1.59, bf16=False, flash=False, nvlink=False, source="NVIDIA T4 data sheet"
+    ),
+    Device("l4", 22.5, 121, 30.3, 300, 32, 25, 58, 2.04, nvlink=False, source="NVIDIA L4 data sheet"),
+    Device("l40s", 44.9, 362, 91.6, 864, 32, 25, 142, 2.52, nvlink=False, source="NVIDIA L40S data sheet"),
+    Device("a10", 22.5, 125, 31.2, 600, 32, 25, 72, 1.70, nvlink=False, source="NVIDIA A10 data sheet"),
+    Device("a40", 45, 150, 37.4, 696, 32, 25, 84, 1.74, nvlink=False, source="NVIDIA A40 data sheet"),
+    Device("rtx3090", 24, 71, 35.6, 936, 32, 25, 82, 1.70, nvlink=False, source="NVIDIA GA102 whitepaper"),
+    Device("rtx4090", 24, 165, 82.6, 1008, 32, 25, 128, 2.52, nvlink=False, source="NVIDIA Ada whitepaper"),
+    # One core: rates that reproduce benchmarks/results/2026-11-23-step.md at the assumed efficiency, to plan the quickstart.
+    Device(
+        "cpu", 12, 0.16, 0.128, 15, 5, 1, 1, 3.0, flash=False, nvlink=False, source="bench_step.py on one EPYC core"
+    ),
+)
+DEVICES = {device.name: device for device in _DEVICES}
+
+
+def device_of(name: str) -> Device:
+    """The table's row; an unknown name is a `UserError` that names the nearest one."""
+    if name not in DEVICES:
+        raise UserError(
+            f"--gpu {name} is not in the table; {did_you_mean(name, list(DEVICES))} "
+            f"Known: {', '.join(DEVICES)}. A new one is a row in pipeline/planning/devices.py"
+        )
+    return DEVICES[name]
