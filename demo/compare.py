@@ -20,6 +20,7 @@ from pipeline.distillation.student import build_student
 from pipeline.distillation.teacher import load_encoder as load_teacher_encoder
 from pipeline.evaluation.encoder import Encoder, load_encoder
 from pipeline.evaluation.retrieval import evaluate_retrieval, retrieval_table
+from pipeline.export.card import write_card
 
 STAGES = ("teacher", "before", "after")
 
@@ -39,6 +40,7 @@ def compare(recipe: Recipe, run_dir: Path) -> str:
     training = json.loads((run_dir / "demo_training.json").read_text())
     report = report_of(results, training, training_speed(run_dir))
     (run_dir / "demo.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_card(run_dir / "student", [run_dir])  # export came before the figures
     return "\n".join([retrieval_table(results), *summary(report, recipe, run_dir)])
 
 
