@@ -75,6 +75,9 @@ VARIANTS: dict[str, Variant] = {
     "tail_mse_10_lr_1e-3": changed(relations=MSE_10, rate=1e-3),
     "tail_mse_100": changed(relations={"tail": "mse", "tail_weight": 100.0}),
     "tail_mse_100_lr_1e-3": changed(relations={"tail": "mse", "tail_weight": 100.0}, rate=1e-3),
+    "tail_mse_300": changed(relations={"tail": "mse", "tail_weight": 300.0}),
+    "tail_mse_1000": changed(relations={"tail": "mse", "tail_weight": 1000.0}),
+    "tail_mse_1000_lr_1e-3": changed(relations={"tail": "mse", "tail_weight": 1000.0}, rate=1e-3),
     "odd": changed(ODD),
     "odd_lr_2e-4": changed(ODD, rate=2e-4),
     "odd_tail_mse_10": changed(ODD, MSE_10),
@@ -158,7 +161,7 @@ class Run:
         heldout = np.concatenate([source.heldout(language) for language in source.languages])
         batches = torch.from_numpy(heldout).split(ROWS_AT_ONCE)
         losses = torch.cat([self.judge.losses_by_row(batch) for batch in batches])
-        encoder = Encoder(self.name, self.student.model.eval(), tokenizer, self.variant.student.layers)
+        encoder = Encoder(self.name, self.student.model.eval(), tokenizer, self.variant.student.layers, self.name)
         accuracy = evaluate_retrieval(encoder, RETRIEVAL)["mean"]
         self.student.model.train()
         return {"heldout": float(losses.mean()), **accuracy}
@@ -186,7 +189,11 @@ def main() -> None:
     last = whole_teacher.config.num_hidden_layers
     layers = sorted({variant.relations.teacher_layer or last for variant in chosen.values()} | {last})
     teacher = SharedTeacher(load_encoder(options.teacher), layers, dtype)
-    figures = {"teacher": evaluate_retrieval(Encoder("teacher", whole_teacher, tokenizer, last), RETRIEVAL)["mean"]}
+    figures = {
+        "teacher": evaluate_retrieval(Encoder("teacher", whole_teacher, tokenizer, last, options.teacher), RETRIEVAL)[
+            "mean"
+        ]
+    }
     runs = [Run(name, variant, whole_teacher, teacher, options.seed, dtype) for name, variant in chosen.items()]
     for run in {str(run.variant.student): run for run in reversed(runs)}.values():  # the first of each start
         figures[f"{run.name}, untrained"] = run.judge_now(source, tokenizer)
