@@ -21,7 +21,7 @@ import transformers
 
 from pipeline.config import apply_override, build_section
 from pipeline.errors import UserError
-from pipeline.evaluation import heldout_task, plots, retrieval, speed, sts, xnli
+from pipeline.evaluation import heldout_task, mlqa, plots, retrieval, speed, sts, xnli
 from pipeline.evaluation.encoder import load_encoder
 from pipeline.evaluation.ranks import Ranks, joined
 
@@ -34,6 +34,7 @@ class EvaluationConfig:
     retrieval: retrieval.RetrievalConfig = dataclasses.field(default_factory=retrieval.RetrievalConfig)
     sts: sts.StsConfig = dataclasses.field(default_factory=sts.StsConfig)
     xnli: xnli.XnliConfig = dataclasses.field(default_factory=xnli.XnliConfig)
+    mlqa: mlqa.MlqaConfig = dataclasses.field(default_factory=mlqa.MlqaConfig)
     speed: speed.SpeedConfig = dataclasses.field(default_factory=speed.SpeedConfig)
 
 
@@ -57,6 +58,7 @@ TASKS = {
     "retrieval": Task(retrieval.read_pairs, retrieval.evaluate_each, retrieval.retrieval_table),
     "sts": Task(sts.read_all, sts.evaluate_sts, sts.sts_table),
     "xnli": Task(xnli.read, xnli.evaluate_xnli, xnli.xnli_table, shared=True, keeps=True),
+    "mlqa": Task(mlqa.read, mlqa.evaluate_mlqa, mlqa.mlqa_table, shared=True, keeps=True),
     "speed": Task(lambda config: None, speed.evaluate_speed, speed.speed_table),
 }
 

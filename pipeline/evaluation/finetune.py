@@ -61,7 +61,7 @@ class FinetuneTask:
 
     load: Callable[[], Any]  # the model with a fresh head; torch is seeded before
     rows: TokenRows
-    loss: Callable[[Any, torch.Tensor], torch.Tensor]  # (outputs, targets [B, k]) -> sum over the rows
+    loss: Callable[[Any, dict[str, torch.Tensor], torch.Tensor], torch.Tensor]  # (outputs, inputs, targets) -> sum
     score: Callable[[Any, str], Scores]  # (model in eval mode, "dev" or "test")
     pad_id: int
 
@@ -195,9 +195,10 @@ def _step(task: FinetuneTask, config: FinetuneConfig, model: Any, rows: list[int
     total = torch.zeros(1, dtype=torch.float64, device=model.device)
     for start in range(0, len(mine), config.micro_batch):
         micro = mine[start : start + config.micro_batch]
+        inputs = task.rows.inputs(micro, task.pad_id, model.device)
         with forward_precision(config, model.device):
-            outputs = model(**task.rows.inputs(micro, task.pad_id, model.device))
-        loss = task.loss(outputs, task.rows.targets[micro].to(model.device)) * weight
+            outputs = model(**inputs)
+        loss = task.loss(outputs, inputs, task.rows.targets[micro].to(model.device)) * weight
         loss.backward()
         total += loss.detach()
     _sum_gradients(model, ranks)

@@ -100,6 +100,11 @@ def _xnli(results: Results) -> list[Panel]:
     ]
 
 
+def _mlqa(results: Results) -> list[Panel]:
+    titles = {"f1": "F1", "exact_match": "exact match"}
+    return [Panel(f"MLQA, {title} in per cent", _by_language(results, key)) for key, title in titles.items()]
+
+
 def _by_language(results: Results, measure: str) -> dict[str, dict[str, float]]:
     return {
         model: {**{x: scores[measure] for x, scores in result["test"].items()}, "average": result["mean"][measure]}
@@ -120,5 +125,6 @@ PANELS: dict[str, Callable[[Results], list[Panel]]] = {
     "retrieval": _retrieval,
     "sts": _sts,
     "xnli": _xnli,
+    "mlqa": _mlqa,
     "speed": _speed,
 }

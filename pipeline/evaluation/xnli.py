@@ -88,7 +88,7 @@ def make_task(encoder: Encoder, data: XnliData, config: XnliConfig, ranks: Ranks
     )
 
 
-def classification_loss(outputs: Any, targets_B1: torch.Tensor) -> torch.Tensor:
+def classification_loss(outputs: Any, inputs: dict[str, torch.Tensor], targets_B1: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(outputs.logits.float(), targets_B1[:, 0], reduction="sum")
 
 

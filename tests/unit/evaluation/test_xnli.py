@@ -89,7 +89,7 @@ def test_the_best_epoch_is_tested_not_the_last(encoder: Encoder, pairs: Path, tm
 def test_the_loss_by_hand() -> None:
     # row 0: softmax of (0, 0, ln 2) gives its class 2 one half; row 1: (ln 3, 0, 0) gives class 0 three fifths
     logits = torch.tensor([[0.0, 0.0, math.log(2)], [math.log(3), 0.0, 0.0]])
-    loss = classification_loss(SimpleNamespace(logits=logits), torch.tensor([[2], [0]]))
+    loss = classification_loss(SimpleNamespace(logits=logits), {}, torch.tensor([[2], [0]]))
     assert float(loss) == pytest.approx(math.log(2) + math.log(5 / 3))
 
 
@@ -165,7 +165,8 @@ def test_both_layouts_are_read(pairs: Path) -> None:
     assert "world" in data.test["en"].second[0]
 
 
-def test_the_library_gives_the_same_pairs(pairs: Path, tmp_path: Path) -> None:
+def test_the_library_gives_the_same_pairs(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     data = read(config(pairs, languages=["en"]))
     for split, of in (("train", data.train), ("validation", data.dev["en"]), ("test", data.test["en"])):
         rows = zip(of.first, of.second, of.labels, strict=True)
