@@ -18,11 +18,12 @@ from typing import Any
 from data_prep.blocks import Block, cut_blocks
 from data_prep.clean import CleanOptions
 from data_prep.dedup import Deduplicator
-from data_prep.encode import Encoded, WorkerPool
+from data_prep.encode import Encoded
 from data_prep.journal import Entry, Journal
 from data_prep.layout import TOKEN_DTYPE, Identity, sync_directory
 from data_prep.shards import DataError
 from data_prep.sources import DamagedSource, Source
+from data_prep.workers import WorkerPool
 from data_prep.writer import ShardWriter
 
 

@@ -13,6 +13,7 @@ import shutil
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +23,6 @@ from data_prep.blocks import BLOCK_BYTES
 from data_prep.clean import CleanOptions
 from data_prep.discovery import LanguageRules, discover
 from data_prep.disk import estimated_bytes, refuse_if_full
-from data_prep.encode import WorkerDied, WorkerPool
 from data_prep.journal import Journal
 from data_prep.lane import Lane, LaneSettings, Stopped, check_sources
 from data_prep.layout import Identity
@@ -30,6 +30,7 @@ from data_prep.manifest import begin_output, describe, finish
 from data_prep.shards import MANIFEST_NAME, DataError
 from data_prep.sources import Source
 from data_prep.tokenizer import Tokenizer, open_tokenizer
+from data_prep.workers import WorkerDied, WorkerPool
 
 DEFAULT_SHARD_TOKENS = 1 << 28  # 1 GiB
 WORKERS_PER_LANE = 6  # one .xz stream decompresses as fast as 8 to 10 cores tokenise
@@ -90,23 +91,37 @@ def run_lanes(
     """All languages, the largest first; what could not be finished, one sentence per language."""
     failures: list[str] = []
     todo = [name for name in sources if not finished_already(name, sources[name], config.output, failures)]
-    todo.sort(key=lambda name: (-size_of(sources[name]), name))
-    needed = sum(still_needed(config.output / name, sources[name], tokenizer) for name in todo)
-    free = refuse_if_full(config.output, needed)
     if not todo:
         return failures
-    progress = Progress(sum(size_of(sources[name]) for name in todo), needed, free, config.quiet)
+    todo.sort(key=lambda name: (-size_of(sources[name]), name))
+    with WorkerPool(tokenizer, config.clean, config.num_workers) as pool:  # first, as it forks: threads come later
+        needed = sum(still_needed(config.output / name, sources[name], tokenizer) for name in todo)
+        free = refuse_if_full(config.output, needed)
+        total = sum(size_of(sources[name]) for name in todo)
+        with closing(Progress(total, needed, free, config.quiet)) as progress:
+            _run_together(config, {name: sources[name] for name in todo}, identity, pool, progress, failures)
+    return sorted(failures)
+
+
+def _run_together(
+    config: PrepareConfig,
+    todo: dict[str, list[Source]],
+    identity: Identity,
+    pool: WorkerPool,
+    progress: Progress,
+    failures: list[str],
+) -> None:
+    """A lane per language, a few at a time; a language that fails leaves the others alone."""
     window, stop = 2 * config.num_workers + 2, threading.Event()
     settings = LaneSettings(
         config.output, identity, config.clean, config.shard_tokens, config.block_bytes, window, progress.update, stop
     )
-    pool = WorkerPool(tokenizer, config.clean, config.num_workers)
 
     def run_lane(language: str) -> None:
         if stop.is_set():
             return
         try:
-            Lane(language, sources[language], pool, settings).run()
+            Lane(language, todo[language], pool, settings).run()
         except WorkerDied:
             stop.set()
             raise
@@ -117,7 +132,7 @@ def run_lanes(
         except BaseException:
             stop.set()
             raise
-        progress.update(language, size_of(sources[language]), 0)
+        progress.update(language, size_of(todo[language]), 0)
 
     lanes = ThreadPoolExecutor(min(len(todo), 1 + config.num_workers // WORKERS_PER_LANE), thread_name_prefix="lane")
     try:
@@ -126,9 +141,6 @@ def run_lanes(
     finally:
         stop.set()
         lanes.shutdown()
-        pool.close()
-        progress.close()
-    return sorted(failures)
 
 
 def size_of(sources: list[Source]) -> int:

@@ -15,11 +15,12 @@ from tqdm import tqdm
 
 from data_prep.blocks import cut_blocks
 from data_prep.clean import CleanOptions
-from data_prep.encode import Encoded, WorkerPool
+from data_prep.encode import Encoded
 from data_prep.layout import TOKEN_DTYPE
 from data_prep.shards import EOS_ID, ShardSet
 from data_prep.sources import Source
 from data_prep.tokenizer import Tokenizer
+from data_prep.workers import WorkerPool
 
 COUNTED_AT_ONCE = 1 << 24
 SAMPLE_TOKENS = 20_000  # of each language: what the trimmed tokenizer is tried on
