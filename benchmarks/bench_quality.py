@@ -59,30 +59,35 @@ def changed(student: dict | None = None, relations: dict | None = None, rate: fl
 RANDOM = {"init": "random", "freeze": []}
 NARROW = {"hidden": 192, "heads": 12}
 ODD = {"init_layers": [1, 3, 5, 7, 9, 11]}
+UPPER = {"init_layers": [1, 3, 5, 8, 10, 12]}
 MSE_10 = {"tail": "mse", "tail_weight": 10.0}
+MSE_100 = {"tail": "mse", "tail_weight": 100.0}
+MSE_1000 = {"tail": "mse", "tail_weight": 1000.0}
 VARIANTS: dict[str, Variant] = {
     "base": changed(),
     "lr_2e-4": changed(rate=2e-4),
     "lr_1e-3": changed(rate=1e-3),
     "heads_12": changed(relations={"heads": 12}),
     "lower_layers": changed({"init_layers": [1, 2, 3, 4, 5, 6]}),
-    "upper_layers": changed({"init_layers": [1, 3, 5, 8, 10, 12]}),
+    "upper_layers": changed(UPPER),
     "teacher_layer_11": changed(relations={"teacher_layer": 11}),
     "train_embeddings": changed({"freeze": []}),
     "tail_relation": changed(relations={"tail": "relation"}),
     "tail_mse": changed(relations={"tail": "mse"}),
     "tail_mse_10": changed(relations=MSE_10),
     "tail_mse_10_lr_1e-3": changed(relations=MSE_10, rate=1e-3),
-    "tail_mse_100": changed(relations={"tail": "mse", "tail_weight": 100.0}),
-    "tail_mse_100_lr_1e-3": changed(relations={"tail": "mse", "tail_weight": 100.0}, rate=1e-3),
+    "tail_mse_100": changed(relations=MSE_100),
+    "tail_mse_100_lr_1e-3": changed(relations=MSE_100, rate=1e-3),
     "tail_mse_300": changed(relations={"tail": "mse", "tail_weight": 300.0}),
-    "tail_mse_1000": changed(relations={"tail": "mse", "tail_weight": 1000.0}),
-    "tail_mse_1000_lr_1e-3": changed(relations={"tail": "mse", "tail_weight": 1000.0}, rate=1e-3),
+    "tail_mse_1000": changed(relations=MSE_1000),
+    "tail_mse_1000_lr_1e-3": changed(relations=MSE_1000, rate=1e-3),
+    "upper_tail_mse_100": changed(UPPER, MSE_100),
+    "upper_tail_mse_1000": changed(UPPER, MSE_1000),
     "odd": changed(ODD),
     "odd_lr_2e-4": changed(ODD, rate=2e-4),
     "odd_tail_mse_10": changed(ODD, MSE_10),
     "odd_tail_mse_10_lr_2e-4": changed(ODD, MSE_10, rate=2e-4),
-    "odd_tail_mse_100": changed(ODD, {"tail": "mse", "tail_weight": 100.0}),
+    "odd_tail_mse_100": changed(ODD, MSE_100),
     "random": changed(RANDOM),
     "random_tail_mse_10": changed(RANDOM, MSE_10),
     "narrow_random": changed({**RANDOM, **NARROW}),
