@@ -51,10 +51,10 @@ class Outcome:
 class Lab:
     """Makes the inputs once, starts lives, and remembers the untouched runs."""
 
-    def __init__(self, directory: Path, server: ForkServer, inputs: tuple[Path, Path] | None = None):
-        """`inputs`: recipe and fp32 config that are there already."""
+    def __init__(self, directory: Path, server: ForkServer, recipe: Path | None = None):
+        """`recipe`: one that is there already, with its teacher and shards."""
         self.directory, self.server = directory, server
-        self.recipe = inputs[0] if inputs else self._make_inputs()
+        self.recipe = recipe or self._make_inputs()
         self._untouched: dict[str, Path] = {}
 
     def _make_inputs(self) -> Path:
@@ -90,9 +90,7 @@ class Lab:
         finally:
             end_group(job)
 
-    def untouched(
-        self, ranks: int, settings: Mapping[str, Any], stage: int = 2, mishaps: Iterable[Any] = ()
-    ) -> Path:
+    def untouched(self, ranks: int, settings: Mapping[str, Any], stage: int = 2, mishaps: Iterable[Any] = ()) -> Path:
         """The finished run that nobody disturbed."""
         key = json.dumps([ranks, stage, dict(settings), list(mishaps)], sort_keys=True)
         if key not in self._untouched:
@@ -138,10 +136,13 @@ def same_state(a: Path, b: Path) -> bool:
 
 def same_end(run_dir: Path, whole: Path) -> bool:
     """Weights, moments and every logged loss and norm equal, bit for bit."""
+    return same_student(run_dir, whole) and _values(run_dir) == _values(whole)
+
+
+def same_student(run_dir: Path, whole: Path) -> bool:
+    """Weights and moments equal, bit for bit, after the same number of steps."""
     ours, theirs = newest(run_dir), newest(whole)
-    assert ours is not None
-    assert theirs is not None
-    return ours.name == theirs.name and same_state(ours, theirs) and _values(run_dir) == _values(whole)
+    return ours is not None and theirs is not None and ours.name == theirs.name and same_state(ours, theirs)
 
 
 def _values(run_dir: Path) -> list[dict[str, Any]]:

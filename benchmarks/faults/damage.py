@@ -1,0 +1,48 @@
+"""Figure 3: bits flip, files are cut, lost, swapped or taken from another step; and the same flips in DeepSpeed's files."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+from benchmarks.faults.lab import Lab, Outcome
+from pipeline.runtime.checkpoint import newest_whole
+from tests.unit.runtime.test_checkpoint_damage import damage_somehow
+
+SETTINGS = {"steps": 8, "save_every": 4, "eval_every": 8}
+STOCK_FLIPS = 60
+
+
+def damaged_checkpoints(lab: Lab, quick: bool) -> Outcome:
+    """Two checkpoints of a real run on two ranks; the newer one is damaged in a copy, again and again."""
+    original, choice, trials = lab.untouched(2, SETTINGS) / "checkpoints", random.Random(3), 40 if quick else 400
+    refused = 0
+    for _ in range(trials):
+        copy = lab.fresh("damaged")
+        shutil.copytree(original, copy)
+        older, newer = sorted(copy.iterdir())
+        damage_somehow(choice, newer, older)
+        taken, problems = newest_whole(copy)
+        refused += taken == older and len(problems) == 1
+    loads = None if quick else flips_that_stock_loads(lab)
+    return Outcome(
+        "a damaged checkpoint is refused and the older whole one taken",
+        trials,
+        refused,
+        "flipped bits, cut, grown, missing, swapped, linked files, files of another step",
+        "not measured" if loads is None else f"{loads} of {STOCK_FLIPS} checkpoints with one flipped bit load silently",
+        {"stock_silent_loads": loads},
+    )
+
+
+def flips_that_stock_loads(lab: Lab) -> int:
+    """How many flips `load_checkpoint` takes without a word (benchmarks/faults/stock_flips.py, in one rank)."""
+    directory = lab.fresh("stock-flips")
+    log, report = directory.with_suffix(".log"), directory / "report.json"
+    directory.mkdir()
+    words = [str(directory / "checkpoints"), str(STOCK_FLIPS), str(report)]
+    job = lab.server.start(1, words, log, script="benchmarks/faults/stock_flips.py")
+    assert job.wait() == 0, log.read_text()[-3000:]
+    return json.loads(Path(report).read_text())["silent"]

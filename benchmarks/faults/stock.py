@@ -1,0 +1,194 @@
+"""The same trainer, student and kills with DeepSpeed's own save_checkpoint and load_checkpoint: what a user has without
+this pipeline's checkpoints. A rank reaches this file through the mishap `stock`."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from benchmarks.faults.lab import Lab, steps_done, wait_until
+from tests.dist.runs import end_group
+
+INTERVAL = 20
+SETTINGS = {"steps": 100000, "save_every": INTERVAL, "eval_every": 100000, "optimizer.decay": "constant"}
+PAUSE = {"kind": "pause", "seconds": 0.01}
+RANDOM_KILLS = 100
+# In the third save: inside the n-th torch.save of a rank (half of its bytes written), or as `latest` is written
+NAMED_POINTS = [(rank, "torch.save", call) for rank in (0, 1) for call in (1, 2)] + [
+    (0, "latest", 1),
+    (0, "after latest", 1),
+]
+REPEATS = 4
+IN_STARTUP = 5
+
+
+# -- in the rank
+
+
+def use_stock_checkpoints(trainer: Any, options: dict[str, Any]) -> None:
+    """Replace writer and resume by DeepSpeed's, and say in a file what was loaded."""
+    from pipeline.runtime.checkpoint_writer import SaveOutcome
+    from pipeline.runtime.lives import Lives
+
+    class StockWriter:
+        def __init__(self, directory: Path, engine: Any, carried: Any, rank: int):
+            self._directory, self._engine = directory, engine
+
+        def begin(self, state: Any) -> None:
+            began = time.monotonic()
+            if state["step"] == options.get("kill_in"):
+                _kill_in_this_save(options, self._directory)
+            self._engine._engine.save_checkpoint(str(self._directory), tag=f"step{state['step']}")
+            self._outcome = SaveOutcome(state["step"], None, time.monotonic() - began)
+
+        def wait(self) -> Any:
+            outcome, self._outcome = getattr(self, "_outcome", None), None
+            return outcome
+
+        poll = wait
+
+    def resume(self: Any, allow_change: bool) -> int:
+        self.lives = Lives(self.run_dir)
+        self.lives._lives.clear()  # no crash-loop guard: it is not DeepSpeed's
+        report = Path(f"{options['report']}-{self.launch.rank}.json")
+        report.write_text(json.dumps({"problem": "ended while loading"}))
+        try:
+            path, _ = self.engine._engine.load_checkpoint(str(self.checkpoints))
+        except BaseException as error:
+            report.write_text(json.dumps({"problem": f"{type(error).__name__}: {str(error)[:200]}"}))
+            raise
+        first = int(Path(path).parent.name.removeprefix("step")) if path else 0
+        report.write_text(json.dumps({"problem": None, "step": first}))
+        self.saved_step = first
+        return first
+
+    import pipeline.trainer
+
+    pipeline.trainer.CheckpointWriter = StockWriter  # type: ignore[misc, assignment]
+    pipeline.trainer.checkpoint.prune = lambda directory, *config: None
+    trainer._resume = resume
+
+
+def _kill_in_this_save(options: dict[str, Any], directory: Path) -> None:
+    """SIGKILL to this rank at a named point of DeepSpeed's save."""
+    if int(os.environ["RANK"]) != options["rank"]:
+        return
+    import builtins
+
+    import torch
+
+    save, opened, calls = torch.save, builtins.open, [0]
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def half_saved(content: Any, target: Any, *arguments: Any, **keywords: Any) -> Any:
+        calls[0] += 1
+        if calls[0] < options["call"]:
+            return save(content, target, *arguments, **keywords)
+        buffer = io.BytesIO()
+        save(content, buffer, *arguments, **keywords)
+        with opened(target, "wb") as file:
+            file.write(buffer.getvalue()[: buffer.getbuffer().nbytes // 2])
+        return die()
+
+    def open_latest(path: Any, *arguments: Any, **keywords: Any) -> Any:
+        is_latest = str(path) == str(directory / "latest")
+        file = opened(path, *arguments, **keywords)  # opened for writing, and by that emptied
+        return die() if is_latest else file
+
+    if options["operation"] == "torch.save":
+        torch.save = half_saved
+    elif options["operation"] == "latest":
+        builtins.open = open_latest  # type: ignore[assignment]
+
+
+# -- outside
+
+
+def killed_with_stock_checkpoints(lab: Lab) -> Counter[str]:
+    """How lives after a kill -9 began: kind -> count. A directory that cannot be loaded is set back to a good copy."""
+    ends: Counter[str] = Counter()
+    run_dir, report = lab.fresh("stock"), lab.directory / "stock-report"
+    stock = {"kind": "stock", "report": str(report)}
+    choice = random.Random(2)
+    good = lab.fresh("stock-good")
+    for number in range(RANDOM_KILLS):
+        _life_to_a_random_kill(lab, run_dir, [PAUSE, stock], choice, in_startup=number % IN_STARTUP == IN_STARTUP - 1)
+        ends[_next_life(lab, run_dir, [stock], report, good)] += 1
+    for rank, operation, call in NAMED_POINTS * REPEATS:
+        point = {"kill_in": _newest_stock(run_dir) + INTERVAL, "rank": rank, "operation": operation, "call": call}
+        if operation == "after latest":  # rank 0 has published, rank 1 has not written: rank 1 dies in its first file
+            point |= {"rank": 1, "operation": "torch.save", "call": 1}
+        lab.live(run_dir, 2, SETTINGS, mishaps=[{**stock, **point}])
+        ends[_next_life(lab, run_dir, [stock], report, good)] += 1
+    return ends
+
+
+def _life_to_a_random_kill(
+    lab: Lab, run_dir: Path, mishaps: list[Any], choice: random.Random, in_startup: bool
+) -> None:
+    job = lab.begin(run_dir, 2, SETTINGS, mishaps=mishaps)
+    try:
+        if in_startup:
+            time.sleep(choice.uniform(0.0, 1.5))
+        else:
+            goal = steps_done(run_dir) + INTERVAL + choice.randrange(2 * INTERVAL)
+            assert wait_until(lambda: job.poll() is not None or steps_done(run_dir) >= goal, 120)
+            time.sleep(choice.uniform(0.0, 0.03))
+        assert job.poll() is None, run_dir.with_suffix(".log").read_text()[-2000:]
+        os.kill(choice.choice(job.ranks), signal.SIGKILL)
+    finally:
+        end_group(job)
+        job.wait()
+
+
+def _newest_stock(run_dir: Path) -> int:
+    return max((int(path.name[4:]) for path in (run_dir / "checkpoints").glob("step[0-9]*")), default=0)
+
+
+def _next_life(lab: Lab, run_dir: Path, mishaps: list[Any], report: Path, good: Path) -> str:
+    """Start again just far enough to see what is loaded, and put it into words."""
+    for old in report.parent.glob(f"{report.name}-*.json"):
+        old.unlink()
+    wanted = (steps_done(run_dir) // INTERVAL) * INTERVAL
+    job = lab.begin(run_dir, 2, SETTINGS, mishaps=mishaps)
+    files = [Path(f"{report}-{rank}.json") for rank in range(2)]
+    wait_until(lambda: job.poll() is not None or all(_settled(file) for file in files))
+    end_group(job)
+    job.wait()
+    said = [json.loads(file.read_text()) if file.exists() else {"problem": "no report"} for file in files]
+    steps = {one.get("step") for one in said}
+    if any(one["problem"] for one in said):
+        _set_back(run_dir, good)
+        return "could not load" if all(one["problem"] for one in said) else "loaded on one rank, failed on the other"
+    if len(steps) > 1:
+        _set_back(run_dir, good)
+        return "loaded different steps on the two ranks"
+    shutil.rmtree(good, ignore_errors=True)
+    shutil.copytree(run_dir, good)
+    (step,) = steps
+    if step == 0 and wanted > 0:
+        return "began afresh"
+    return "resumed from the newest save" if step >= wanted else "resumed from an older save"
+
+
+def _settled(file: Path) -> bool:
+    try:
+        return json.loads(file.read_text())["problem"] != "ended while loading"
+    except (OSError, ValueError):
+        return False
+
+
+def _set_back(run_dir: Path, good: Path) -> None:
+    shutil.rmtree(run_dir)
+    if good.exists():
+        shutil.copytree(good, run_dir)
