@@ -119,6 +119,8 @@ class Trainer:
         try:
             if first >= self.recipe.steps:
                 self.reporter.metrics.say(f"{self.run_dir} already has its {self.recipe.steps} steps; nothing to do")
+                if self.launch.is_main and not (self.run_dir / "DONE").exists():  # killed after its last save
+                    (self.run_dir / "DONE").write_text(f"done: {self.recipe.steps} steps\n")
                 return
             self._begin(first)
             pin = self.launch.device.type == "cuda"

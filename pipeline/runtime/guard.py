@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pipeline.errors import EXIT_HUNG, SickRunError, UserError
 
@@ -132,11 +132,15 @@ class BadStepCounter:
 
 
 class Watchdog:
-    """Ends the process when nothing was finished for a while: a rank that waits for a dead one waits for ever."""
+    """Ends the process when nothing was finished for a while: a rank that waits for a dead one waits for ever.
+
+    `stacks` takes the stacks of this rank, when it bites, when another rank of this host does, or on SIGQUIT.
+    """
 
     def __init__(self, config: GuardConfig, stacks: Path):
         self._config = config
         self._stacks = stacks
+        self._file: IO[str] | None = None
         self._due = math.inf
         self._siblings: list[ProcessMark] = []
         self._stopped = threading.Event()
@@ -147,12 +151,19 @@ class Watchdog:
         self._siblings = [mark for mark in siblings if mark[0] == socket.gethostname() and mark[1] != os.getpid()]
 
     def __enter__(self) -> Watchdog:
+        self._stacks.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self._stacks, "w", encoding="utf-8")
+        # `kill -QUIT` asks a rank for its stacks; the handler is C code, so it answers out of any call
+        faulthandler.register(signal.SIGQUIT, file=self._file, all_threads=True)
         self.feed_before_slow_work()
         self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._stopped.set()
+        faulthandler.unregister(signal.SIGQUIT)
+        if self._stacks.exists() and self._stacks.stat().st_size == 0:
+            self._stacks.unlink()
 
     def feed(self) -> None:
         """Something was finished."""
@@ -168,20 +179,24 @@ class Watchdog:
                 self._bite()
 
     def _bite(self) -> None:
-        self._stacks.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._stacks, "w", encoding="utf-8") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
+        assert self._file is not None
+        faulthandler.dump_traceback(self._file, all_threads=True)
         print(
             f"error: nothing finished in time (guard.hang_timeout_s is {self._config.hang_timeout_s:.0f}); the stacks of "
             f"all threads are in {self._stacks}. Another rank has died or hangs: look at its log",
             file=sys.stderr,
             flush=True,
         )
+        self._send_to_siblings(signal.SIGQUIT, signal.SIGCONT)  # a stopped process answers once it goes on
         time.sleep(TIME_FOR_OTHER_STACKS_S)
-        for mark in self._siblings:
-            if process_mark(mark[1]) == mark:  # the number may belong to somebody else by now
-                os.kill(mark[1], signal.SIGKILL)
+        self._send_to_siblings(signal.SIGKILL)
         os._exit(EXIT_HUNG)
+
+    def _send_to_siblings(self, *numbers: signal.Signals) -> None:
+        for mark in self._siblings:
+            for number in numbers:
+                if process_mark(mark[1]) == mark:  # the number may belong to somebody else by now
+                    os.kill(mark[1], number)
 
 
 def process_mark(pid: int) -> ProcessMark | None:

@@ -8,6 +8,7 @@ would burn a cluster for nothing. Rank 0 alone uses this.
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
 from pathlib import Path
@@ -24,7 +25,10 @@ class Lives:
         self._path = run_dir / "lives.json"
         self._lives: list[dict[str, Any]] = []
         if self._path.exists():
-            self._lives = json.loads(self._path.read_text(encoding="utf-8"))
+            try:
+                self._lives = json.loads(self._path.read_text(encoding="utf-8"))
+            except ValueError:
+                print(f"warning: {self._path} cannot be read; crashes are counted from this start on", flush=True)
 
     @property
     def crashes_in_a_row(self) -> int:
@@ -52,5 +56,11 @@ class Lives:
 
     def _write(self) -> None:
         partial = self._path.with_suffix(".tmp")
-        partial.write_text(json.dumps(self._lives, indent=1), encoding="utf-8")
-        partial.replace(self._path)
+        try:
+            with open(partial, "w", encoding="utf-8") as file:
+                file.write(json.dumps(self._lives, indent=1))
+                file.flush()
+                os.fsync(file.fileno())  # a rename before the content, and a power failure would leave it empty
+            partial.replace(self._path)
+        except OSError as error:  # a full disk: this life goes on, its entry comes with the next one
+            print(f"warning: {self._path} not written, going on: {error}", flush=True)

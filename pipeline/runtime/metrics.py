@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,10 @@ class Metrics:
         self.active = active
         if not active:
             return
+        self._board_dir = run_dir / "tensorboard"
         # purge_step drops what a killed life wrote past the checkpoint that this life resumes from
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step, flush_secs=30)
+        self._board: SummaryWriter | None = SummaryWriter(str(self._board_dir), purge_step=first_step, flush_secs=30)
+        self._has_warned = False
         path = run_dir / "metrics.jsonl"
         _truncate_after(path, first_step)
         self._lines = open(path, "a", encoding="utf-8")
@@ -50,25 +52,53 @@ class Metrics:
         )
 
     def describe(self, recipe_yaml: str, deepspeed_json: str, hyper_parameters: Mapping[str, Any]) -> None:
-        if self.active:
-            self._board.add_text("recipe", f"```yaml\n{recipe_yaml}\n```")
-            self._board.add_text("deepspeed", f"```json\n{deepspeed_json}\n```")
-            table = "\n".join(f"| {key} | {value} |" for key, value in hyper_parameters.items())
-            self._board.add_text("hyper-parameters", f"| key | value |\n|---|---|\n{table}")
+        table = "\n".join(f"| {key} | {value} |" for key, value in hyper_parameters.items())
+        texts = {
+            "recipe": f"```yaml\n{recipe_yaml}\n```",
+            "deepspeed": f"```json\n{deepspeed_json}\n```",
+            "hyper-parameters": f"| key | value |\n|---|---|\n{table}",
+        }
+        for tag, text in texts.items():
+            self._on_board(lambda board, tag=tag, text=text: board.add_text(tag, text))
 
     def write(self, step: int, samples: int, values: Mapping[str, float]) -> None:
         """One point on every curve. `step` counts finished optimizer steps."""
         if not self.active:
             return
         for tag, value in values.items():
-            self._board.add_scalar(tag, value, step)
+            self._on_board(lambda board, tag=tag, value=value: board.add_scalar(tag, value, step))
         row = {"step": step, "samples": samples, "time_s": round(time.time(), 3), **values}
-        self._lines.write(json.dumps(row) + "\n")
-        self._lines.flush()
+        self._going_on(lambda: self._append(json.dumps(row) + "\n"))
+
+    def _append(self, line: str) -> None:
+        self._lines.write(line)
+        self._lines.flush()  # what does not fit on the disk stays in the buffer and goes with the next line
 
     def image(self, tag: str, step: int, image_CHW: torch.Tensor) -> None:
+        self._on_board(lambda board: board.add_image(tag, image_CHW, step))
+
+    def _on_board(self, action: Callable[[SummaryWriter], object]) -> None:
+        """TensorBoard's writer never recovers from a failed write: it is replaced by the next call."""
+
+        def act() -> None:
+            self._board = self._board or SummaryWriter(str(self._board_dir), flush_secs=30)
+            try:
+                action(self._board)
+            except OSError:
+                self._board = None
+                raise
+
         if self.active:
-            self._board.add_image(tag, image_CHW, step)
+            self._going_on(act)
+
+    def _going_on(self, action: Callable[[], object]) -> None:
+        """A full disk costs points of a curve, never the run."""
+        try:
+            action()
+        except OSError as error:
+            if not self._has_warned:
+                self._has_warned = True
+                self.say(f"warning: metrics not written, going on without them: {error}")
 
     def advance(self) -> None:
         if self.active:
@@ -83,8 +113,9 @@ class Metrics:
     def close(self) -> None:
         if self.active:
             self._bar.close()
-            self._board.close()
-            self._lines.close()
+            if self._board is not None:
+                self._going_on(self._board.close)
+            self._going_on(self._lines.close)
 
 
 def _truncate_after(path: Path, first_step: int) -> None:
