@@ -5,7 +5,7 @@
 Each contender is a process of its own that starts, loads its tokenizer, and reads the same file; counted are CPU seconds,
 its children included, pinned to one core. The text is samples/ and the documentation of the installed packages, repeated;
 "per megabyte" is the cost of the copies after the first, so without the start. Ratios hold within one run; give the
-machine nothing else to do.
+machine nothing else to do. What two workers bring on two cores: bench_prepare_workers.py.
 """
 
 from __future__ import annotations
@@ -215,10 +215,6 @@ def main() -> None:
             note("unpack", bench.unpack())
             note("children", bench.prepare(bench.plain, 2)[0])
             note("in turns", in_turns(bench.plain, options.tokenizer, Path(directory)))
-            note("wall 1 once", bench.prepare(bench.once, 1, one_core=False)[1])
-            note("wall 2 once", bench.prepare(bench.once, 2, one_core=False)[1])
-            note("wall 1", bench.prepare(bench.plain, 1, one_core=False)[1])
-            note("wall 2", bench.prepare(bench.plain, 2, one_core=False)[1])
         shards = ShardSet(Path(directory) / "shards")
         tokens = shards.num_tokens("en")
         bytes_per_token = sum(shard.num_bytes for shard in shards.all_shards()) / tokens
@@ -257,8 +253,6 @@ def report(
         "prepare .txt.xz, share of the bare loop alone": ratio(rounds["bare"], rounds["xz"]),
         "prepare .txt, times datasets.map + HF tokenizer": rounds["datasets.map"][0]
         / statistics.median(rounds["plain"]),
-        "per megabyte: two workers, times one (wall)": ratio(per_megabyte("wall 1"), per_megabyte("wall 2")),
-        "two workers, times one (wall)": ratio(rounds["wall 1"], rounds["wall 2"]),
         "prepare .txt, M tokens per CPU second": tokens / statistics.median(rounds["plain"]) / 1e6,
         "prepare .txt, MB of text per CPU second": text_bytes / statistics.median(rounds["plain"]) / 1e6,
         "disk, bytes per token": bytes_per_token,
