@@ -19,7 +19,7 @@ from data_prep.shards import ShardSet, tokenizer_file
 from pipeline.config import Recipe
 from pipeline.data.batches import BatchSource
 from pipeline.distillation.distiller import DistillModule
-from pipeline.distillation.families import FAMILIES, usable_positions
+from pipeline.distillation.families import FAMILIES, check_length
 from pipeline.distillation.relations import check_heads
 from pipeline.distillation.student import Student, build_student
 from pipeline.distillation.teacher import FrozenTeacher, check_vocabulary, load_encoder, load_teacher
@@ -144,12 +144,7 @@ def check_fit(recipe: Recipe, shards: ShardSet, teacher_model: Any) -> None:
         if recipe.documents == "separate" and model_type and not FAMILIES[model_type].takes_block_mask:
             raise UserError(f"{model_type} cannot keep the documents of a row apart; set documents: joined")
     check_vocabulary(teacher_model, shards.vocab_size, recipe.data)
-    longest = usable_positions(teacher_model.config)
-    if recipe.seq_len > longest:
-        raise UserError(
-            f"seq_len is {recipe.seq_len}, but {recipe.teacher} has positions for {longest} tokens; "
-            f"set seq_len to {longest} or less"
-        )
+    check_length(teacher_model.config, recipe.seq_len, recipe.teacher)
 
 
 def tokenizer_sha256(teacher: str) -> str:

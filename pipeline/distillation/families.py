@@ -81,6 +81,15 @@ def usable_positions(config: PretrainedConfig) -> int:
     return positions - (config.pad_token_id + 1) if config.model_type in POSITIONS_AFTER_PADDING else positions
 
 
+def check_length(config: PretrainedConfig, seq_len: int, teacher: str) -> None:
+    """A `UserError` where rows would be longer than the model has positions for."""
+    longest = usable_positions(config)
+    if seq_len > longest:
+        raise UserError(
+            f"seq_len is {seq_len}, but {teacher} has positions for {longest} tokens; set seq_len to {longest} or less"
+        )
+
+
 def family_of(config: PretrainedConfig) -> Family:
     """The table's row for a config; an unknown architecture is a `UserError` that lists the known ones."""
     if config.model_type not in FAMILIES:
