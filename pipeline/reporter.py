@@ -6,7 +6,9 @@ In: the parts of a run and a `StepReport` per optimizer step. Out: console, Tens
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ import torch
 from pipeline.assembly import Parts
 from pipeline.config import Recipe, recipe_to_yaml
 from pipeline.lineage import describe_run, mathematics
+from pipeline.runtime import dist
 from pipeline.runtime.dist import Launch
 from pipeline.runtime.metrics import Metrics
 
@@ -52,8 +55,9 @@ class Reporter:
 
     def describe(self, first_step: int) -> None:
         """Write what this run is, before its first step."""
-        facts = {
+        self._facts = {
             "world_size": self.launch.world_size,
+            "hosts": dist.gather_json(socket.gethostname(), self.launch.device),  # in the order of the ranks
             "device": str(self.launch.device.type),
             "precision": self.parts.precision,
             "teacher_precision": self.parts.teacher_precision,
@@ -62,14 +66,14 @@ class Reporter:
             "data_fingerprint": self.parts.source.fingerprint,
             "languages": list(self.parts.source.languages),
             "first_step": first_step,
-            "relation_backend": self.recipe.relations.backend,
+            "relation_backend": self.parts.distiller.backend,  # "auto" until the first batch has chosen
         }
         ds_json = json.dumps(self.parts.ds_config, indent=1)
         recipe_yaml = recipe_to_yaml(self.recipe)
         if self.launch.is_main:
             (self.run_dir / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
             (self.run_dir / "deepspeed.json").write_text(ds_json, encoding="utf-8")
-            (self.run_dir / "run.json").write_text(json.dumps(describe_run(self.recipe, **facts), indent=1))
+            self._write_facts()
             self.parts.student.model.config.to_json_file(self.run_dir / "student_config.json", use_diff=False)
         self.metrics.describe(recipe_yaml, ds_json, mathematics(self.recipe))
         for warning in self.parts.warnings:
@@ -81,12 +85,24 @@ class Reporter:
             f"{self.launch.world_size} rank(s) x {self.parts.batch.micro_batch} rows x {self.parts.batch.accumulation}"
         )
 
+    def _write_facts(self) -> None:
+        partial = self.run_dir / "run.json.tmp"
+        partial.write_text(json.dumps(describe_run(self.recipe, **self._facts), indent=1))
+        partial.replace(self.run_dir / "run.json")
+
+    def _backend_is_chosen(self) -> None:
+        for line in self.parts.distiller.backend_report:
+            self.metrics.say(line)
+        self._facts["relation_backend"] = self.parts.distiller.backend
+        if self.launch.is_main:
+            with contextlib.suppress(OSError):  # a full disk ends no run
+                self._write_facts()
+
     def step(self, done: int, report: StepReport, skipped_steps: int, wait_s: float) -> None:
         """Counts every step; says something at the end of an interval."""
         self.metrics.advance()
         if done == self._first_step + 1:
-            for line in self.parts.distiller.backend_report:
-                self.metrics.say(line)
+            self._backend_is_chosen()
         self._interval.steps += 1
         if done % self.recipe.metrics.log_every and done != self.recipe.steps:
             return
@@ -109,6 +125,10 @@ class Reporter:
             f"grad {report.gradient_norm:.2f}  {tokens / seconds:,.0f} tokens/s  data wait {wait_share:.1%}  "
             f"{eta_min:.1f} min left"
         )
+
+    def saved(self, step: int, stopped_s: float) -> None:
+        """How long training stood still for the checkpoint of `step`: snapshot, commit, and waiting for either."""
+        self.metrics.write(step, step * self.recipe.global_batch, {"speed/save_stall_seconds": stopped_s})
 
     def heldout(self, step: int, losses: Mapping[str, float]) -> None:
         """Held-out relation loss per language."""

@@ -9,6 +9,7 @@ steps - plus what checkpoint.py keeps, so an interrupted run and an uninterrupte
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -29,8 +30,10 @@ from pipeline.reporter import Reporter, StepReport
 from pipeline.runtime import checkpoint, dist, preflight
 from pipeline.runtime.checkpoint_writer import CheckpointWriter, SaveOutcome
 from pipeline.runtime.dist import Launch
-from pipeline.runtime.guard import BadStepCounter, SpikeDetector, StopRequests, Watchdog, process_mark
+from pipeline.runtime.ds_config import loss_scale_floor
+from pipeline.runtime.guard import BadStepCounter, SpikeDetector, StopRequests, Watchdog, process_mark, record_spike
 from pipeline.runtime.lives import FALL_BACK_AFTER, GIVE_UP_AFTER, Lives
+from pipeline.runtime.rank_log import keep_output
 from pipeline.runtime.schedule import learning_rate
 
 COLLECTIVE_TIMEOUT_MARGIN = 1.5  # the watchdog should bite first: it knows where every thread stands
@@ -52,12 +55,16 @@ def run_from_files(
         note = " (no --recipe given)" if recipe_is_default else ""
         print(f"recipe {recipe_path}{note}, run directory {run_dir}", flush=True)
     recipe = load_recipe(recipe_path, overrides)
+    logs = run_dir / "logs"
+    if not only_try:
+        keep_output(logs / f"rank{launch.rank}.log")
     stop = StopRequests(run_dir / "STOP", recipe.guard.deadline_margin_s)
     stop.listen()
     slowest_s = max(recipe.guard.hang_timeout_s, recipe.guard.slow_timeout_s)
     dist.init_process_group(launch, slowest_s * COLLECTIVE_TIMEOUT_MARGIN)
     try:
-        with Watchdog(recipe.guard, run_dir / "logs" / f"stacks-rank{launch.rank}.txt") as watchdog:
+        trace = without_trace(logs) if only_try else contextlib.nullcontext()
+        with trace, Watchdog(recipe.guard, logs / f"stacks-rank{launch.rank}.txt") as watchdog:
             marks = dist.gather_json(process_mark(os.getpid()), launch.device)
             watchdog.take_along([mark for mark in marks if mark])
             parts = assemble(recipe, recipe_path, ds_path, launch)
@@ -95,18 +102,21 @@ class Trainer:
         rate = learning_rate(self.recipe.optimizer, step, self.recipe.steps)
         totals: torch.Tensor | None = None
         result = None
-        for _ in range(self.parts.batch.accumulation):
+        for micro in range(self.parts.batch.accumulation):
             input_ids_BL, segments_BS = next(batches)
             input_ids_BL = input_ids_BL.to(self.launch.device, non_blocking=True)
             loss, parts_P = self.engine(input_ids_BL, segments=segments_BS)
-            self.engine.backward(loss)
             losses = torch.cat([loss.detach().float().reshape(1), parts_P.float()])
             totals = losses if totals is None else totals + losses
+            if micro == self.parts.batch.accumulation - 1:
+                dist.sum_over_ranks(totals).div_(self.parts.batch.accumulation * self.launch.world_size)
+                if self.spikes.is_to_skip(totals[0].item()):
+                    loss = loss * float("nan")  # a gradient that is not finite on any rank is a step on none
+            self.engine.backward(loss)
             result = self.engine.step(rate)
         assert totals is not None
         assert result is not None, "the last micro-batch must close the optimizer step"
-        means = dist.sum_over_ranks(totals) / (self.parts.batch.accumulation * self.launch.world_size)
-        total, *relations = means.tolist()
+        total, *relations = totals.tolist()
         return StepReport(total, relations, result.gradient_norm, result.skipped, result.loss_scale, rate)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -144,7 +154,8 @@ class Trainer:
                 self.watchdog.feed()
 
     def _train(self, first: int, batches: Prefetcher) -> None:
-        bad_steps = BadStepCounter(self.recipe.guard, self.run_dir / "bad_batch.json")
+        floor = loss_scale_floor(self.parts.ds_config)
+        bad_steps = BadStepCounter(self.recipe.guard, self.run_dir / "bad_batch.json", floor)
         stream = iter(batches)
         self.watchdog.feed_before_slow_work()
         self.reporter.begin_interval()
@@ -167,12 +178,15 @@ class Trainer:
 
     def _check_before(self) -> None:
         """Can this run save, and do all ranks run the same thing? Nothing is trained before both are known."""
+        found: dict[str, Any] = {"problem": None, "shards": []}
         if self.launch.is_main:
-            preflight.check_run_dir(self.run_dir)
-            present = len(checkpoint.committed_steps(self.checkpoints))
-            preflight.check_disk(self.run_dir, self.checkpoint_bytes, self.recipe.checkpoint.keep, present)
-            for lock in preflight.stale_build_locks():
-                print(f"warning: {lock} was left by a killed compilation; delete it if a start hangs", flush=True)
+            num_present = len(checkpoint.committed_steps(self.checkpoints))
+            disk = (self.checkpoint_bytes, self.recipe.checkpoint.keep, num_present)
+            found["problem"] = preflight.problem_on_disk(self.run_dir, *disk)
+        if self.recipe.guard.verify_shards:
+            mine = self.source.shards.all_shards()[self.launch.rank :: self.launch.world_size]
+            found["shards"] = preflight.damaged_shards(mine, self.watchdog.feed_before_slow_work)
+        preflight.refuse_problems(dist.gather_json(found, self.launch.device), self.recipe.data)
         facts = {
             "code": git_commit(),
             "recipe": fingerprint(as_tree(self.recipe)),
@@ -208,7 +222,10 @@ class Trainer:
 
     def _rows_of(self, step: int) -> list[dict[str, Any]]:
         numbers = np.arange(step * self.recipe.global_batch, (step + 1) * self.recipe.global_batch, dtype=np.int64)
-        return [{"language": language, "row": int(row)} for language, row in self.source.locate(numbers)]
+        return [
+            {"language": language, "row": row, "shards": self.source.shard_files(language, row)}
+            for language, row in self.source.locate(numbers)
+        ]
 
     # -- checkpoints
 
@@ -231,6 +248,7 @@ class Trainer:
         self.engine.load(reader.read, reader.state["adam_step"], reader.state["scaler"])
         self.parts.student.carried.update(reader.carried())
         self.skipped_steps = reader.state["skipped_steps"]
+        self.spikes.losses.extend(reader.state.get("last_losses", []))
         self.saved_step = reader.state["step"]
         if self.launch.is_main:
             print(f"resumed from {decision['path']}", flush=True)
@@ -279,9 +297,7 @@ class Trainer:
                 raise UserError(
                     f"the checkpoint of step {step} could not be written: {outcome.problem}. Free space and start again"
                 )
-        seconds = time.monotonic() - began
-        self.reporter.pause(seconds)
-        self.reporter.metrics.write(step, step * self.recipe.global_batch, {"speed/save_stall_seconds": seconds})
+        self.reporter.pause(time.monotonic() - began)
         self.watchdog.feed()
 
     def _state(self, step: int) -> dict[str, Any]:
@@ -291,6 +307,7 @@ class Trainer:
             "samples": step * self.recipe.global_batch,
             "adam_step": self.engine.adam_step(),
             "skipped_steps": self.skipped_steps,
+            "last_losses": list(self.spikes.losses),
             "scaler": self.engine.scaler_state(),
             "world_size": self.launch.world_size,
             "zero_stage": self.engine.stage,
@@ -306,6 +323,7 @@ class Trainer:
         if outcome is None:
             return
         self.stop.saw_save(outcome.seconds)
+        self.reporter.saved(outcome.step, outcome.stopped_s)
         if outcome.problem:
             self.reporter.metrics.say(
                 f"warning: checkpoint of step {outcome.step} not written, going on: {outcome.problem}"
@@ -314,7 +332,7 @@ class Trainer:
         self.saved_step = outcome.step
         if self.launch.is_main:
             self.lives.saved(outcome.step)
-            checkpoint.prune(self.checkpoints, self.recipe.checkpoint)
+            checkpoint.prune(self.checkpoints, self.recipe.checkpoint, outcome.step)
 
     # -- reports
 
@@ -326,6 +344,10 @@ class Trainer:
                 f"warning: loss {report.loss:.4f} at step {step + 1} is {score:.0f} sigmas above the last steps"
             )
             self.reporter.metrics.write(step + 1, (step + 1) * self.recipe.global_batch, {"loss/spike_sigmas": score})
+            if self.launch.is_main:
+                record_spike(
+                    self.run_dir / "spikes.jsonl", step, report.loss, score, report.skipped, self._rows_of(step)
+                )
         bad_steps.observe(step, report.loss, report.skipped, report.loss_scale, lambda: self._rows_of(step))
 
     def _evaluate(self, step: int) -> None:

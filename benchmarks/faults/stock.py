@@ -47,7 +47,8 @@ def use_stock_checkpoints(trainer: Any, options: dict[str, Any]) -> None:
             if state["step"] == options.get("kill_in"):
                 _kill_in_this_save(options, self._directory)
             self._engine._engine.save_checkpoint(str(self._directory), tag=f"step{state['step']}")
-            self._outcome = SaveOutcome(state["step"], None, time.monotonic() - began)
+            seconds = time.monotonic() - began
+            self._outcome = SaveOutcome(state["step"], None, seconds, seconds)
 
         def wait(self) -> Any:
             outcome, self._outcome = getattr(self, "_outcome", None), None

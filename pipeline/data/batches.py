@@ -131,6 +131,16 @@ class BatchSource:
         language_index, rows = self._place(sample_numbers)
         return [(self.languages[index], int(row)) for index, row in zip(language_index, rows, strict=True)]
 
+    def shard_files(self, language: str, row: int) -> list[str]:
+        """The shard files, below the data directory, that a row's tokens lie in: one, or two where it spans an end."""
+        width, start, files = self.seq_len - 2, 0, []
+        for shard in self.shards.shards(language):
+            end = start + shard.num_tokens
+            if start < (row + 1) * width and row * width < end:
+                files.append(f"{language}/{shard.path.name}")
+            start = end
+        return files
+
     def _place(self, sample_numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Language index and row in the shards of each sample."""
         numbers = np.asarray(sample_numbers, dtype=np.int64).reshape(-1)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from pipeline.errors import UserError
 from pipeline.runtime.schedule import MOMENTS
@@ -27,7 +27,8 @@ from pipeline.runtime.schedule import MOMENTS
 FORMAT_VERSION = 1
 KINDS = ("weight", *MOMENTS)
 CARRIED_FILE = "carried.safetensors"
-_STEP_NAME = re.compile(r"step-(\d{8,})")
+_STEP_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")  # one name per step
+_FRAGMENT = re.compile(r"[^:]+:[0-9]+")
 _FILE_NAME = re.compile(r"state\.json|carried\.safetensors|(weight|exp_avg|exp_avg_sq)-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -93,13 +94,19 @@ def _discard(checkpoint: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def prune(directory: Path, config: CheckpointConfig) -> None:
-    """Delete what `config` does not keep, and what interrupted saves left; the newest stay. Rank 0 alone calls it."""
+def prune(directory: Path, config: CheckpointConfig, newest: int) -> None:
+    """Delete what `config` does not keep, and what interrupted saves left. Rank 0 alone calls it, after a commit.
+
+    `newest` is the step just committed. Later ones were damaged or passed over when this life began: they would count as
+    the newest and push the whole ones out, so they go.
+    """
     for leftover in directory.glob("*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
     steps = sorted(committed_steps(directory), reverse=True)
-    for step in steps[config.keep :]:
-        if not (config.keep_every and step % config.keep_every == 0):
+    kept = [step for step in steps if step <= newest][: config.keep]
+    for step in steps:
+        is_milestone = config.keep_every and step <= newest and step % config.keep_every == 0
+        if step not in kept and not is_milestone:
             _discard(checkpoint_path(directory, step))
 
 
@@ -114,6 +121,8 @@ def committed_steps(directory: Path) -> list[int]:
 
 def damage(checkpoint: Path) -> str | None:
     """None when every file is there with its size and sha256; else which file is wrong and how."""
+    if checkpoint.is_symlink():
+        return "a symbolic link, not a directory of this run"
     try:
         text = (checkpoint / "manifest.json").read_text(encoding="utf-8")
         manifest = json.loads(text)
@@ -130,6 +139,9 @@ def damage(checkpoint: Path) -> str | None:
         problems = (file_damage(checkpoint / name, entry) for name, entry in files.items())
         if problem := next(filter(None, problems), None):
             return problem
+        tensors = (checkpoint / name for name in files if name.endswith(".safetensors"))
+        if problem := next(filter(None, map(_header_problem, tensors)), None):
+            return problem
         if json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"] != _step_of(checkpoint):
             return "state.json belongs to another step"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -145,6 +157,20 @@ def file_damage(path: Path, entry: Mapping[str, Any]) -> str | None:
     with open(path, "rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
             return f"{path.name} does not have the sha256 of the manifest"
+    return None
+
+
+def _header_problem(path: Path) -> str | None:
+    """The library checks lengths, offsets and duplicates; what is left is what a fragment must be: flat fp32 from a start."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+                part = file.get_slice(key)
+                is_flat = part.get_dtype() == "F32" and len(part.get_shape()) == 1
+                if path.name != CARRIED_FILE and not (is_flat and _FRAGMENT.fullmatch(key)):
+                    return f"{path.name} holds {key!r}, which is no flat fp32 fragment"
+    except SafetensorError as error:
+        return f"{path.name} is no safetensors file: {error}"
     return None
 
 

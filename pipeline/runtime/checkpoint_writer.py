@@ -38,11 +38,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SaveOutcome:
-    """How a save ended: `problem` is None when the checkpoint is committed. `seconds` from the snapshot to the commit."""
+    """How a save ended: `problem` is None when the checkpoint is committed.
+
+    `seconds` from the snapshot to the commit; training stood still for `stopped_s` of them.
+    """
 
     step: int
     problem: str | None
     seconds: float
+    stopped_s: float
 
 
 @dataclass
@@ -54,6 +58,7 @@ class _Pending:
     thread: threading.Thread
     problem: str | None
     files: dict[str, Any]
+    stopped_s: float = 0.0
 
 
 class CheckpointWriter:
@@ -79,21 +84,23 @@ class CheckpointWriter:
 
             pending.thread = threading.Thread(target=write, name="checkpoint", daemon=True)
             pending.thread.start()
+        pending.stopped_s = time.monotonic() - began_s
         self._pending = pending
 
     def poll(self) -> SaveOutcome | None:
         """The outcome, if a save was under way and every rank has written its share by now."""
         if self._pending is None or dist.any_rank(self._pending.thread.is_alive(), self._engine.device):
             return None
-        return self._finish(self._pending)
+        return self._finish(self._pending, time.monotonic())
 
     def wait(self) -> SaveOutcome | None:
         """Block until the save under way, if any, has ended."""
         if self._pending is None:
             return None
+        stopped_from_s = time.monotonic()
         if self._pending.thread.ident is not None:
             self._pending.thread.join()
-        return self._finish(self._pending)
+        return self._finish(self._pending, stopped_from_s)
 
     def _partial(self, step: int) -> Path:
         return checkpoint_path(self._directory, step).with_suffix(".tmp")
@@ -128,7 +135,7 @@ class CheckpointWriter:
             }
         return entries
 
-    def _finish(self, pending: _Pending) -> SaveOutcome:
+    def _finish(self, pending: _Pending, stopped_from_s: float) -> SaveOutcome:
         """All ranks report; rank 0 commits if none failed."""
         self._pending = None
         partial = self._partial(pending.step)
@@ -141,7 +148,9 @@ class CheckpointWriter:
         problems = dist.broadcast_json(problems, self._engine.device)
         if problems and self._rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        return SaveOutcome(pending.step, "; ".join(problems) or None, time.monotonic() - pending.began_s)
+        now_s = time.monotonic()
+        stopped_s = pending.stopped_s + now_s - stopped_from_s
+        return SaveOutcome(pending.step, "; ".join(problems) or None, now_s - pending.began_s, stopped_s)
 
 
 def _attempt(action: Callable[[], object]) -> str | None:
@@ -163,7 +172,8 @@ def _write_carried(partial: Path, carried: Mapping[str, torch.Tensor]) -> dict[s
     They never change within a run and can be most of a checkpoint (390 of 500 MB in the quickstart). Two files take
     turns, so that the newest checkpoint and the one before it never depend on the same bytes on disk.
     """
-    earlier = committed_steps(partial.parent)[-2:]
+    step = int(partial.stem.removeprefix("step-"))
+    earlier = [other for other in committed_steps(partial.parent) if other < step][-2:]
     if len(earlier) == 2:
         entry = _linked(checkpoint_path(partial.parent, earlier[0]), partial)
         if entry is not None:

@@ -179,3 +179,9 @@ def precision_of(config: dict[str, Any]) -> str:
         if config[name].get("enabled"):
             return name
     return "fp32"
+
+
+def loss_scale_floor(config: dict[str, Any]) -> float:
+    """How low fp16's dynamic loss scale can fall; infinite where the scale is fixed and each overflow is a bad step."""
+    fp16 = config["fp16"]
+    return float("inf") if fp16.get("loss_scale", 0) else float(fp16.get("min_loss_scale", 1))

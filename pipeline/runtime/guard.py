@@ -6,6 +6,7 @@ In: signals, a STOP file, losses and skipped steps. Out: `StopRequests.reason`, 
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import math
@@ -20,7 +21,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from pipeline.errors import EXIT_HUNG, SickRunError, UserError
 
@@ -39,6 +40,8 @@ class GuardConfig:
     deadline_margin_s: float = 120.0  # save this long before the job's end, or three saves if that is longer
     spike_window: int = 200  # steps that a loss is compared with
     spike_sigmas: float = 8.0  # a loss so many standard deviations above their mean is reported as a spike
+    spikes: Literal["log", "skip"] = "log"  # skip: no parameter is changed by such a step; spikes.jsonl names its rows
+    verify_shards: bool = False  # before step 1, hash every shard file (sizes are always checked)
 
     def __post_init__(self) -> None:
         if self.max_bad_steps < 1 or self.spike_window < 2:
@@ -85,41 +88,56 @@ class SpikeDetector:
     """Says when a loss stands far above those of the last steps (its z-score against a window)."""
 
     def __init__(self, config: GuardConfig):
-        self._sigmas = config.spike_sigmas
-        self._losses: deque[float] = deque(maxlen=config.spike_window)
+        self._sigmas, self._skips = config.spike_sigmas, config.spikes == "skip"
+        self.losses: deque[float] = deque(maxlen=config.spike_window)  # goes into checkpoints: it decides over steps
+
+    def is_to_skip(self, loss: float) -> bool:
+        """Whether a step with this loss, which is the same number on all ranks, must change nothing."""
+        return self._skips and self._score(loss) is not None
 
     def z_score(self, loss: float) -> float | None:
         """The z-score of a spike, None for an ordinary loss. Spikes and non-finite losses do not enter the window."""
-        window = self._losses
-        if not math.isfinite(loss):
-            return None
-        if len(window) >= max(2, (window.maxlen or 0) // 10):
+        score = self._score(loss)
+        if score is None and math.isfinite(loss):
+            self.losses.append(loss)
+        return score
+
+    def _score(self, loss: float) -> float | None:
+        window = self.losses
+        if math.isfinite(loss) and len(window) >= max(2, (window.maxlen or 0) // 10):
             # a floor of one percent keeps a flat curve from calling every ripple a spike
             deviation = max(statistics.pstdev(window), 0.01 * abs(statistics.fmean(window)))
             score = (loss - statistics.fmean(window)) / deviation
             if score > self._sigmas:
                 return score
-        window.append(loss)
         return None
+
+
+def record_spike(file: Path, step: int, loss: float, score: float, skipped: bool, rows: list[dict[str, Any]]) -> None:
+    """Add a spike and the rows of its global batch to `file`."""
+    entry = {"step": step, "loss": loss, "sigmas": round(score, 1), "skipped": skipped, "rows": rows}
+    with contextlib.suppress(OSError), open(file, "a", encoding="utf-8") as lines:  # a full disk ends no run
+        lines.write(json.dumps(entry) + "\n")
 
 
 class BadStepCounter:
     """Counts non-finite steps in a row and stops the run, naming the batch, when there are too many.
 
     Dynamic fp16 loss scaling overflows on purpose while it looks for its scale: such a step counts only once the scale
-    has fallen to its floor of 1, or when the loss itself is not finite.
+    has fallen to its floor, or when the loss itself is not finite. `loss_scale_floor`: infinite for a fixed scale.
     """
 
-    def __init__(self, config: GuardConfig, report: Path):
+    def __init__(self, config: GuardConfig, report: Path, loss_scale_floor: float = 1.0):
         self._config = config
         self._report = report
+        self._floor = loss_scale_floor
         self.in_a_row = 0
 
     def observe(
         self, step: int, loss: float, skipped: bool, loss_scale: float, rows: Callable[[], list[dict[str, Any]]]
     ) -> None:
         """Raises `SickRunError` at the K-th bad step in a row; `rows()` names the rows of the global batch."""
-        bad = not math.isfinite(loss) or (skipped and loss_scale <= 1.0)
+        bad = not math.isfinite(loss) or (skipped and loss_scale <= self._floor)
         self.in_a_row = self.in_a_row + 1 if bad else 0
         if self.in_a_row < self._config.max_bad_steps:
             return

@@ -125,7 +125,7 @@ def _truncate_after(path: Path, first_step: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= first_step:
+            if 0 < first_step >= json.loads(line)["step"]:  # a run that begins again measures step 0 again
                 kept.append(line)
         except (json.JSONDecodeError, KeyError):
             continue

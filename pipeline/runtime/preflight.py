@@ -9,13 +9,17 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
+from data_prep.shards import Shard
 from pipeline.errors import UserError
 
 STALE_LOCK_AGE_S = 600.0
+HASH_BLOCK_BYTES = 4 << 20
 
 
 def check_run_dir(run_dir: Path) -> None:
@@ -44,6 +48,18 @@ def check_disk(run_dir: Path, checkpoint_bytes: int, num_checkpoints: int, num_p
         )
 
 
+def problem_on_disk(run_dir: Path, checkpoint_bytes: int, num_checkpoints: int, num_present: int) -> str | None:
+    """What keeps rank 0 from saving here, for all ranks to know; warns of what may be in the way."""
+    try:
+        check_run_dir(run_dir)
+        check_disk(run_dir, checkpoint_bytes, num_checkpoints, num_present)
+    except UserError as error:
+        return str(error)
+    for lock in stale_build_locks():
+        print(f"warning: {lock} was left by a killed compilation; delete it if a start hangs", flush=True)
+    return None
+
+
 def check_agreement(facts_by_rank: Sequence[dict[str, Any]]) -> None:
     """Every rank runs the same code and recipe on the same data."""
     for rank, facts in enumerate(facts_by_rank):
@@ -53,6 +69,33 @@ def check_agreement(facts_by_rank: Sequence[dict[str, Any]]) -> None:
                     f"rank {rank} has another {name} than rank 0 ({value} instead of {facts_by_rank[0][name]}). Is every "
                     "node on the same commit, and are recipe and shards the same files everywhere?"
                 )
+
+
+def damaged_shards(shards: Iterable[Shard], progress: Callable[[], None]) -> list[str]:
+    """Shard files that are not what the manifest's hash says: every byte is read."""
+    damaged = []
+    for shard in shards:
+        digest = xxhash.xxh3_128()
+        with open(shard.path, "rb") as file:
+            while block := file.read(HASH_BLOCK_BYTES):
+                digest.update(block)
+                progress()
+        if digest.hexdigest() != shard.xxh3_128:
+            damaged.append(str(shard.path))
+    return damaged
+
+
+def refuse_problems(found_by_rank: Sequence[dict[str, Any]], data: str) -> None:
+    """Every rank raises the same error, so that none is left waiting for the others."""
+    for found in found_by_rank:
+        if found["problem"]:
+            raise UserError(found["problem"])
+    damaged = [path for found in found_by_rank for path in found["shards"]]
+    if damaged:
+        raise UserError(
+            f"{', '.join(damaged[:3])}{' and others' if len(damaged) > 3 else ''}: damaged, the hash is not the "
+            f"manifest's. `python -m data_prep verify {data}` says where; copy the files again or prepare them again"
+        )
 
 
 def stale_build_locks() -> list[Path]:

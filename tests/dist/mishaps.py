@@ -104,8 +104,8 @@ def _around_saves(writer: Any, mishaps: list[Mishap]) -> None:
                 armed.append(_limit(mishap["bytes"]) if mishap["kind"] == "file size" else _trap(mishap))
         begin(self, state)
 
-    def finish_and_disarm(self: Any, pending: Any) -> Any:
-        outcome = finish(self, pending)
+    def finish_and_disarm(self: Any, *arguments: Any) -> Any:
+        outcome = finish(self, *arguments)
         while armed:
             armed.pop()()
         return outcome

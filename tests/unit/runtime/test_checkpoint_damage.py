@@ -139,6 +139,6 @@ def test_pruning_keeps_the_newest_and_every_nth(tmp_path: Path) -> None:
     for step in (100, 200, 300, 400, 500):
         write(tmp_path, step)
     (tmp_path / "step-00000600.tmp").mkdir()
-    prune(tmp_path, CheckpointConfig(keep=2, keep_every=200))
+    prune(tmp_path, CheckpointConfig(keep=2, keep_every=200), newest=500)
     assert committed_steps(tmp_path) == [200, 400, 500]
     assert not list(tmp_path.glob("*.tmp"))

@@ -1,0 +1,50 @@
+"""What a rank prints, kept in the run directory too: `logs/rank0.log`, one file per rank, lives one after another.
+
+In: this process's Python output. Out: the same on the console and in the file. Text that native libraries write past
+Python reaches the console only. Used by trainer.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from pipeline.errors import UserError
+
+
+class _Twice:
+    """A text stream that also goes to a file. A full disk costs lines of the file, never the run."""
+
+    def __init__(self, console: TextIO, file: TextIO):
+        self._console, self._file = console, file
+
+    def write(self, text: str) -> int:
+        if "\r" not in text:  # a progress bar draws itself again and again
+            with contextlib.suppress(OSError, ValueError):
+                self._file.write(text)
+                self._file.flush()
+        return self._console.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._console, name)
+
+
+def keep_output(log: Path) -> None:
+    """From now on whatever this process prints is appended to `log`, too."""
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        file = open(log, "a", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"the log {log} cannot be written ({error}); take another --run-dir") from None
+    file.write(f"-- {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n")
+    consoles = {id(stream): _Twice(stream, file) for stream in (sys.stdout, sys.stderr)}
+    loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict]
+    for handler in [handler for logger in [logging.root, *loggers] for handler in logger.handlers]:
+        held = vars(handler).get("stream")  # handlers hold the stream that was there before
+        if id(held) in consoles:
+            vars(handler)["stream"] = consoles[id(held)]
+    sys.stdout, sys.stderr = consoles[id(sys.stdout)], consoles[id(sys.stderr)]  # type: ignore[assignment]
