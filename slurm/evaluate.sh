@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # A finished run to a student, its evaluation beside the teacher, and a report.
 #
-#   sbatch slurm/evaluate.sh RUN_DIR [arguments of `python -m pipeline evaluate`, default: --tasks retrieval]
+#   sbatch slurm/evaluate.sh RUN_DIR [arguments of `python -m pipeline evaluate`: --tasks, --set; default: --tasks retrieval]
 #
-# Leaves RUN_DIR/student (Hugging Face directory), RUN_DIR/evaluation/evaluation.json and the report page.
+# Leaves RUN_DIR/student (Hugging Face directory), RUN_DIR/evaluation/evaluation.json and .png, and the report page.
+# With `sbatch --gpus-per-node=8 ...` one process per GPU shares the tasks that fine-tune (xnli, mlqa). A job that was
+# cut off goes on where it was: finished places of their grid, and epochs, are kept.
 #SBATCH --job-name=evaluate
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
@@ -38,6 +40,11 @@ on_node() {
 }
 note "job $SLURM_JOB_ID on $(hostname): $run_dir against $teacher"
 on_node -m pipeline export "$run_dir" --output "$run_dir/student"
-on_node -m pipeline evaluate "$teacher" "$run_dir/student" --output "$run_dir/evaluation" "$@"
+evaluate=(-m pipeline evaluate)
+gpus=${SLURM_GPUS_ON_NODE:-1}
+if ((gpus > 1)); then
+  evaluate=(-m torch.distributed.run --standalone --nproc-per-node="$gpus" "${evaluate[@]}")
+fi
+on_node "${evaluate[@]}" "$teacher" "$run_dir/student" --output "$run_dir/evaluation" "$@"
 on_node -m pipeline report "$run_dir"
 note "finished: $run_dir/student"
