@@ -3,6 +3,7 @@
     python -m demo.teacher && python -m data_prep prepare --input samples/cc100 --tokenizer artifacts/teacher \
         --output artifacts/shards
     python benchmarks/bench_quality.py [--steps 100] [--rows 16] [--only base tail_mse] [--plot FILE.png] [--json FILE]
+    python benchmarks/bench_quality.py --merge FILE.json FILE.json --plot FILE.png        (one table of several runs)
 
 Variants of one run see the same rows in the same order and share one teacher forward per step; each is a `DistillModule`
 with AdamW, as in training, one process, no DeepSpeed. Columns: relation loss on held-out rows (weighted parts of the
@@ -12,11 +13,14 @@ pairs) by pooled output, input of the last layer, and values of the last layer.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import json
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -82,7 +86,9 @@ VARIANTS: dict[str, Variant] = {
     "tail_mse_1000": changed(relations=MSE_1000),
     "tail_mse_1000_lr_1e-3": changed(relations=MSE_1000, rate=1e-3),
     "upper_tail_mse_100": changed(UPPER, MSE_100),
+    "upper_tail_mse_100_lr_1e-3": changed(UPPER, MSE_100, rate=1e-3),
     "upper_tail_mse_1000": changed(UPPER, MSE_1000),
+    "upper_tail_mse_1000_lr_1e-3": changed(UPPER, MSE_1000, rate=1e-3),
     "odd": changed(ODD),
     "odd_lr_2e-4": changed(ODD, rate=2e-4),
     "odd_tail_mse_10": changed(ODD, MSE_10),
@@ -182,9 +188,30 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sample order and of random starts")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of teacher and student products")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the retrieval columns")
+    parser.add_argument("--merge", nargs="+", type=Path, metavar="JSON", help="one table of earlier --json files")
     options = parser.parse_args()
     if options.quick:
         options.steps, options.only = 4, ["base", "tail_mse"]
+    parts = [json.loads(file.read_text()) for file in options.merge] if options.merge else [measure(options)]
+    steps, rows, precision = (parts[0][key] for key in ("steps", "rows", "precision"))
+    seeds = sorted({part["seed"] for part in parts})
+    figures: dict[str, dict[str, float]] = {}
+    for part in parts:
+        figures |= {name: row for name, row in part["students"].items() if row not in figures.values()}
+    table = [
+        [name, row.get("heldout", "-"), *(row[pooling] for pooling in POOLINGS), row.get("cpu_seconds", "-")]
+        for name, row in figures.items()
+    ]
+    title = f"Students after {steps} steps of {rows} x {TOKENS} tokens, {precision}, seed {', '.join(map(str, seeds))}"
+    header = ["student", "held-out loss", *(f"retrieval, {pooling}" for pooling in POOLINGS), "CPU s (with its share)"]
+    if options.plot:
+        draw(figures, options.plot)
+    about = {"steps": steps, "rows": rows, "precision": precision, "seed": seeds[0]}
+    publish(title, header, table, {**about, "students": figures}, options.json)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Train and judge the chosen variants side by side."""
     torch.manual_seed(0)
     whole_teacher = load_encoder(options.teacher)
     tokenizer = AutoTokenizer.from_pretrained(options.teacher)
@@ -194,11 +221,8 @@ def main() -> None:
     last = whole_teacher.config.num_hidden_layers
     layers = sorted({variant.relations.teacher_layer or last for variant in chosen.values()} | {last})
     teacher = SharedTeacher(load_encoder(options.teacher), layers, dtype)
-    figures = {
-        "teacher": evaluate_retrieval(Encoder("teacher", whole_teacher, tokenizer, last, options.teacher), RETRIEVAL)[
-            "mean"
-        ]
-    }
+    encoder = Encoder("teacher", whole_teacher, tokenizer, last, options.teacher)
+    figures = {"teacher": evaluate_retrieval(encoder, RETRIEVAL)["mean"]}
     runs = [Run(name, variant, whole_teacher, teacher, options.seed, dtype) for name, variant in chosen.items()]
     for run in {str(run.variant.student): run for run in reversed(runs)}.values():  # the first of each start
         figures[f"{run.name}, untrained"] = run.judge_now(source, tokenizer)
@@ -207,15 +231,8 @@ def main() -> None:
             run.step(batch, step, options.steps)
     for run in runs:
         figures[run.name] = {**run.judge_now(source, tokenizer), "cpu_seconds": run.seconds}
-    rows = [
-        [name, row.get("heldout", "-"), *(row[pooling] for pooling in POOLINGS), row.get("cpu_seconds", "-")]
-        for name, row in figures.items()
-    ]
-    title = f"Students after {options.steps} steps of {options.rows} x {TOKENS} tokens, {options.precision}, seed {options.seed}"
-    header = ["student", "held-out loss", *(f"retrieval, {pooling}" for pooling in POOLINGS), "CPU s (with its share)"]
-    if options.plot:
-        draw(figures, options.plot)
-    publish(title, header, rows, {"steps": options.steps, "rows": options.rows, "students": figures}, options.json)
+    about = {"steps": options.steps, "rows": options.rows, "precision": options.precision, "seed": options.seed}
+    return {**about, "students": figures}
 
 
 def draw(figures: dict[str, dict[str, float]], file: Path) -> None:
