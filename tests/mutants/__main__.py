@@ -30,12 +30,12 @@ def copy_tree(target: Path) -> None:
             shutil.copy2(REPO / name, target / name)
 
 
-def run_tests(root: Path, tests: Sequence[str]) -> int:
-    """pytest's exit code in the copy."""
+def run_tests(root: Path, tests: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """pytest in the copy."""
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True).returncode
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
 
 
 def verdict(root: Path, bug: Bug) -> str:
@@ -44,7 +44,7 @@ def verdict(root: Path, bug: Bug) -> str:
     clean = path.read_bytes()
     bug.plant(root)
     try:
-        code = run_tests(root, [bug.test])
+        code = run_tests(root, [bug.test]).returncode
     finally:
         path.write_bytes(clean)
     return {FAILED: "caught", PASSED: "NOT CAUGHT"}.get(code, f"TEST DID NOT RUN (pytest exit code {code})")
@@ -56,8 +56,9 @@ def main(words: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="mutants-") as directory:
         root = Path(directory)
         copy_tree(root)
-        if run_tests(root, sorted({bug.test for bug in bugs})) != PASSED:
-            print("the tests do not pass without any bug; mend that first", file=sys.stderr)
+        clean = run_tests(root, sorted({bug.test for bug in bugs}))
+        if clean.returncode != PASSED:
+            print(f"{clean.stdout[-3000:]}\nthe tests do not pass without any bug; mend that first", file=sys.stderr)
             return 1
         print(f"{'bug':<30} {'file':<42} {'result':<11} test", flush=True)
         verdicts = []

@@ -1,0 +1,113 @@
+"""What the documents tell people to type, and where they point: commands, mentioned paths, links."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.conftest import REPO
+
+# The log tells of commands that are gone; results are dated.
+DOCUMENTS = sorted(
+    path
+    for pattern in ("*.md", "docs/*.md", "samples/*.md", "ds_configs/*.md")
+    for path in REPO.glob(pattern)
+    if path.name != "log.md"
+)
+PROGRAM = re.compile(
+    r"(python3?|deepspeed|torchrun|make|sbatch|srun|hf|pip|tensorboard)\s|(\.venv/bin|slurm)/\S+(\s|$)"
+)
+FOREIGN = (
+    "git",
+    "cd",
+    "cp",
+    "source",
+    "touch",
+    "ulimit",
+    "rm",
+    "scontrol",
+    "scancel",
+    "salloc",
+    "squeue",
+    "pre-commit",
+)
+DRAWING = re.compile(r"[─│►┤└┌]")
+CONTINUED = re.compile(r" *\\\n\s*")
+FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<body>.*?)^ *```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command as somebody would type it. `whole`: it stands in a block, so it must be complete."""
+
+    where: str
+    text: str
+    whole: bool
+
+    @property
+    def words(self) -> list[str]:
+        """As the shell splits it, up to a pipe or redirection, without `...` and other marks of an outline."""
+        text = re.split(r"\s(?:>|\|)\s", self.text)[0]
+        text = re.sub(r"\[(--[^\]]*)\]", r"\1", text).replace(",...", "")  # optional, as usage lines write it
+        words = [
+            word
+            for word in shlex.split(text, comments=True)
+            if not re.fullmatch(r"\[?[A-Z_]*\s?\.\.\.\]?|\[[A-Z_]+", word)
+        ]
+        return ["1" if word == "N" else word for word in words]
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(REPO))
+
+
+def commands_of(document: Path) -> Iterator[Command]:
+    """Commands in blocks, then those in running text."""
+    text = document.read_text(encoding="utf-8")
+    for block in FENCE.finditer(text):
+        if block["language"] in ("", "bash"):
+            yield from _commands_in_block(relative(document), block["body"], strict=block["language"] == "bash")
+    for span in re.findall(r"`([^`]+)`", FENCE.sub("", text)):
+        line = " ".join(span.split())
+        if PROGRAM.match(line) and " " in line:
+            yield Command(relative(document), line, whole=False)
+
+
+def _commands_in_block(where: str, body: str, strict: bool) -> Iterator[Command]:
+    for line in CONTINUED.sub(" ", body).splitlines():
+        for part in re.split(r" && |; ", re.sub(r"(^|\s)#.*", "", line).strip()):
+            if PROGRAM.match(part) and not DRAWING.search(part):
+                yield Command(where, part, whole=True)
+            elif strict and part and not part.startswith(FOREIGN):
+                raise AssertionError(f"{where}: no check knows the command {part!r}")
+
+
+def commands_in_docstrings() -> Iterator[Command]:
+    """Indented command lines at the top of modules; what follows two blanks is a remark."""
+    for package in ("pipeline", "data_prep", "demo", "benchmarks", "tests"):
+        for path in sorted((REPO / package).rglob("*.py")):
+            docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            for line in CONTINUED.sub(" ", docstring).splitlines():
+                text = re.split(r"\s{2,}", line.strip())[0]
+                if text.startswith(("python -m", "deepspeed ", "torchrun ", "python benchmarks/bench_")):
+                    yield Command(relative(path), text, whole=False)
+
+
+def commands_in_recipes() -> Iterator[Command]:
+    """The lines of a recipe's header that are commands."""
+    for path in sorted((REPO / "recipes").glob("*.yaml")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            text = re.split(r"\s{2,}", line.removeprefix("#").strip())[0]
+            if line.startswith("#") and text.startswith(("deepspeed ", "sbatch ", "make ", "python ")):
+                yield Command(relative(path), text, whole=True)
+
+
+def anchors_of(document: Path) -> set[str]:
+    """The anchors that a Markdown page's headings get on the hosting sites."""
+    text = FENCE.sub("", document.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ +(.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower().replace("`", "")).strip().replace(" ", "-") for heading in headings}
