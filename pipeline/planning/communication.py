@@ -76,14 +76,17 @@ def _zero3(encoders: Encoders, setting: Setting, buckets: int) -> list[Collectiv
 def seconds_of(
     collective: Collective, device: Device, ranks: int, gpus_per_node: int, assumptions: Assumptions
 ) -> float:
-    """Bytes over the slowest link, and a hop's latency for every rank that a ring passes."""
+    """Bytes over the slowest link, and the latency of every hop that they take."""
     if ranks == 1:
         return 0.0
     nodes = -(-ranks // gpus_per_node)
     rate = ring_gb_s(device, nodes, min(ranks, gpus_per_node)) * 1e9 * assumptions.link_efficiency
     rounds = 2 if collective.kind == "all_reduce" else 1
     each = LATENCIES_S["small" if collective.whole_bytes < SMALL_BYTES * collective.calls else "large"]
-    latency = each["start"] + rounds * ((ranks - nodes) * each[_link(device)] + (nodes - 1) * each["network"])
+    hops_s = (ranks - nodes) * each[_link(device)] + (nodes - 1) * each["network"]
+    if collective.kind == "all_reduce":  # NCCL takes a tree over the nodes where that is shorter than the ring
+        hops_s = min(hops_s, (min(ranks, gpus_per_node) - 1) * each[_link(device)] + math.log2(nodes) * each["network"])
+    latency = each["start"] + rounds * hops_s
     return collective.sent_bytes(ranks) / rate + collective.calls * latency
 
 

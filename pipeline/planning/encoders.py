@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from pipeline.config import Recipe
-from pipeline.distillation.families import family_of
+from pipeline.distillation.families import check_length, family_of
 from pipeline.distillation.relations import check_heads
 from pipeline.distillation.student import student_hf_config
 from pipeline.distillation.student_init import copied_layers
@@ -23,8 +23,20 @@ from pipeline.distillation.tap import TappedEncoder, tap
 from pipeline.errors import UserError, did_you_mean
 from pipeline.planning.rehearsal import ATTENTION
 
-_XLM_R = {"model_type": "xlm-roberta", "vocab_size": 250002, "max_position_embeddings": 514, "type_vocab_size": 1}
-_ROBERTA = {"model_type": "roberta", "vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
+_XLM_R = {
+    "model_type": "xlm-roberta",
+    "pad_token_id": 1,
+    "vocab_size": 250002,
+    "max_position_embeddings": 514,
+    "type_vocab_size": 1,
+}
+_ROBERTA = {
+    "model_type": "roberta",
+    "pad_token_id": 1,
+    "vocab_size": 50265,
+    "max_position_embeddings": 514,
+    "type_vocab_size": 1,
+}
 _BERT = {"model_type": "bert", "vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2}
 _MODERNBERT = {
     "model_type": "modernbert",
@@ -90,6 +102,7 @@ def build_encoders(recipe: Recipe, teacher_config: Path | None = None) -> Encode
     """Cut and tap both models as the recipe says."""
     relations, options = recipe.relations, recipe.relations.tap_options
     config = read_config(recipe.teacher, teacher_config)
+    check_length(config, recipe.seq_len, recipe.teacher)
     teacher_layers = config.num_hidden_layers
     teacher = tap(_on_meta(config), relations.teacher_taps or teacher_layers, **options)
     chosen = copied_layers(teacher_layers, recipe.student.layers, recipe.student.init_layers, max(teacher.layers))

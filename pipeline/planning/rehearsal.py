@@ -174,7 +174,7 @@ def rehearse_teacher(teacher: TappedEncoder, rows: int, seq_len: int, precision:
     """One forward of the frozen teacher; what it keeps are Q, K, V (and the output, where a tail term wants it)."""
     teacher.to(DTYPES[precision])
     with torch.no_grad(), Ledger() as ledger:
-        results = teacher(_ids(rows, seq_len))
+        results = _read(teacher, rows, seq_len)
         passage = ledger.end()
     del results
     return passage
@@ -195,7 +195,7 @@ def rehearse_student(
     student.to(DTYPES[precision])
     handles = [] if gradients_stay else [_let_go(p) for p in student.parameters() if p.requires_grad]
     with Ledger() as ledger:
-        results = student(_ids(rows, seq_len))
+        results = _read(student, rows, seq_len)
         losses = [_Loss.apply(x_BLD, relations_per_tap) for x_BLD in _tensors(results)]
         forward = ledger.end()
         del results
@@ -231,5 +231,8 @@ def _let_go(parameter: torch.nn.Parameter):
     return parameter.register_post_accumulate_grad_hook(drop)
 
 
-def _ids(rows: int, seq_len: int) -> torch.Tensor:
-    return torch.zeros(rows, seq_len, dtype=torch.long, device="meta")
+def _read(encoder: TappedEncoder, rows: int, seq_len: int):
+    """The encoder on ids that are not there. DeBERTa looks for padding where it gets no mask, and here there are no values."""
+    ids_BL = torch.zeros(rows, seq_len, dtype=torch.long, device="meta")
+    wants_mask = encoder.model.config.model_type == "deberta-v2"
+    return encoder(ids_BL, torch.ones_like(ids_BL) if wants_mask else None)
