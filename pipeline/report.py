@@ -2,8 +2,9 @@
 
     python -m pipeline report runs/quickstart            writes runs/quickstart/report.html
 
-In: what a run leaves behind (recipe.yaml, run.json, metrics.jsonl, TensorBoard images, checkpoints, retrieval results).
-Out: a page with curves, tables, relation maps and the recipe; it loads nothing from anywhere. Works on a running run.
+In: what a run leaves behind (recipe.yaml, run.json, lives.json, metrics.jsonl, TensorBoard images, checkpoints,
+retrieval results). Out: a page with curves, tables, relation maps and the recipe; it loads nothing from anywhere.
+Works on a running run.
 """
 
 from __future__ import annotations
@@ -11,27 +12,40 @@ from __future__ import annotations
 import argparse
 import base64
 import html
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+import numpy as np
+import yaml
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline import report_plots as plots
+from pipeline import report_time as times
 from pipeline.errors import UserError
 from pipeline.runtime.checkpoint import committed_steps
 
+STAGES = ("teacher", "before", "after")
 POOLING_NAMES = {"output": "output", "last_input": "input of the last layer", "values": "values of the distilled layer"}
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd }
-.facts { display: flex; flex-wrap: wrap; gap: .6rem }
-.fact { background: #f4f5f7; border-radius: .4rem; padding: .4rem .8rem } .fact b { display: block; font-size: 1.15rem }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums } td, th { padding: .15rem .6rem; text-align: right }
-td:first-child, th:first-child, td:nth-child(2), th:nth-child(2) { text-align: left } tr:nth-child(even) { background: #f7f7f9 }
-svg, img { max-width: 100%; height: auto } pre { background: #f4f5f7; padding: .8rem; overflow-x: auto }
-img { image-rendering: pixelated; width: 100%; border: 1px solid #ddd }
-"""
+MAPS_COLORS = "magma"
+RECIPE_ROWS = {
+    "teacher": "teacher",
+    "vocabulary": "vocabulary",
+    "data": "shards",
+    "steps": "steps",
+    "global_batch": "rows per step",
+    "seq_len": "tokens per row",
+    "alpha": "language temperature",
+    "relations": "relations",
+    "student": "student",
+    "optimizer": "optimizer",
+}
+LOADS_NOTHING = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # a browser holds the page to it
+MARKS = "Green lines are checkpoints, red dashes are restarts."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,25 +63,50 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def render(run_dir: Path) -> str:
-    """The whole page."""
+    """The whole page. A section without content is left out."""
     metrics = read_metrics(run_dir)
+    about, recipe = _read_json(run_dir / "run.json"), _read_recipe(run_dir)
+    events = times.events_of(run_dir, metrics, committed_steps(run_dir / "checkpoints"))
+    retrieval = read_retrieval(run_dir)
+    languages = "On rows that training never saw; the three lowest and the three highest languages are named."
     sections = [
-        ("Loss", plots.loss_curves(metrics)),
-        ("Held-out relation loss per language", plots.heldout_curves(metrics) + heldout_table(metrics)),
-        ("Is it fast? Is it healthy?", plots.speed_and_health(metrics, committed_steps(run_dir / "checkpoints"))),
-        ("Cross-lingual retrieval", retrieval_section(run_dir)),
-        ("Relation maps: teacher above, student below, one column per head", relation_maps(run_dir)),
-        ("Where it comes from", lineage_section(run_dir)),
-    ]
-    body = "\n".join(f"<h2>{html.escape(title)}</h2>\n{content}" for title, content in sections if content)
+        ("Loss", "Training loss: the sum, and each relation by itself (logarithmic).", plots.loss_curves(metrics)),
+        ("Held-out loss per language", languages, plots.heldout_curves(metrics) + heldout_table(metrics)),
+        ("Retrieval before and after", "Share of sentences whose nearest neighbour in the other language is their "
+         "translation, both directions.", retrieval_section(retrieval)),
+        ("Throughput", f"Tokens per second. {MARKS}", plots.throughput(metrics, events)),
+        ("Learning rate and health", MARKS, plots.health(metrics, events)),
+        ("Time line", "Finished steps against time. Green dots are checkpoints, red dashes are restarts.", plots.time_line(events)),
+        ("Relation maps", "One row of text, one column per relation head: teacher above, student below. "
+         "Bright is where a token relates most.", relation_maps(run_dir)),
+        ("Cost", "", facts_table(times.cost(metrics, events, about, recipe.get("seq_len")))),
+        ("Recipe", "What was asked for, and what it ran on.", recipe_section(run_dir, recipe)),
+    ]  # fmt: skip
+    shown = [(title, note, content) for title, note, content in sections if content]
+    body = "\n".join(
+        f'<section id="{anchor(title)}"><h2>{title}</h2>'
+        + (f'\n<p class="note">{note}</p>' if note else "")
+        + f"\n{content}</section>"
+        for title, note, content in shown
+    )
+    links = "".join(f'<a href="#{anchor(title)}">{title}</a>' for title, _, _ in shown)
     name = html.escape(run_dir.resolve().name)
+    style = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
     return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{STYLE}</style></head>'
-        f"<body>\n<h1>Run {name}</h1>\n{facts(run_dir, metrics)}\n{body}\n</body></html>\n"
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{LOADS_NOTHING}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+        f"<title>{name}</title><style>{style}</style></head>\n<body>\n<header><h1>{name}</h1>\n"
+        f"<p>{subtitle(about, recipe)}</p></header>\n<nav>{links}</nav>\n{facts(run_dir, metrics, retrieval)}\n{body}\n"
+        "</body></html>\n"
     )
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+def anchor(title: str) -> str:
+    return re.sub(r"[^a-z]+", "-", title.lower())
+
+
+def read_metrics(run_dir: Path) -> times.Points:
     """The points of `metrics.jsonl`; a line that is still being written is left out."""
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
@@ -81,42 +120,61 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return points
 
 
-def facts(run_dir: Path, metrics: list[dict[str, Any]]) -> str:
+def read_retrieval(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """Results by stage, from `retrieval/*.json` that the demo leaves."""
+    return {
+        stage: json.loads(path.read_text(encoding="utf-8"))["result"]
+        for stage in STAGES
+        if (path := run_dir / "retrieval" / f"{stage}.json").is_file()
+    }
+
+
+def subtitle(about: dict[str, Any], recipe: dict[str, Any]) -> str:
+    """One line: what was distilled from what, on what."""
+    student = recipe.get("student", {})
+    parts = []
+    if isinstance(student, dict) and {"layers", "hidden"} <= student.keys():
+        parts.append(f"a {student['layers']} x {student['hidden']} student of {recipe.get('teacher')}")
+    if about:
+        parts.append(f"{len(about.get('languages', []))} languages")
+        parts.append(f"{about.get('world_size')} x {about.get('device')}, {about.get('precision')}")
+        parts.append(f"commit {about.get('git_commit')}")
+    return html.escape(" · ".join(parts))
+
+
+def facts(run_dir: Path, metrics: times.Points, retrieval: dict[str, dict[str, Any]]) -> str:
     """The figures at the top."""
     marker = next((name for name in ("DONE", "PREEMPTED") if (run_dir / name).is_file()), "no end marker")
-    last = metrics[-1]
-    heldout = plots.series(metrics, "heldout/mean")
-    speeds = sorted(value for _, value in plots.series(metrics, "speed/tokens_per_second"))
-    shown = {"state": marker, "steps": f"{last['step']:,}", "rows seen": f"{last['samples']:,}"}
+    heldout = times.series(metrics, "heldout/mean")
+    speeds = sorted(value for _, value in times.series(metrics, "speed/tokens_per_second"))
+    shown = {"state": marker, "steps": f"{metrics[-1]['step']:,}", "rows seen": f"{metrics[-1]['samples']:,}"}
     if heldout:
-        shown["held-out loss, first to last"] = f"{heldout[0][1]:.3f} → {heldout[-1][1]:.3f}"
+        shown["held-out loss"] = f"{heldout[0][1]:.3f} → {heldout[-1][1]:.3f}"
+    if {"before", "after"} <= retrieval.keys():
+        before, after = (retrieval[stage]["mean"]["output"] for stage in ("before", "after"))
+        shown["retrieval"] = f"{before:.3f} → {after:.3f}"
     if speeds:
-        shown["tokens per second, median"] = f"{speeds[len(speeds) // 2]:,.0f}"
-    shown["hours from first to last line"] = f"{(last['time_s'] - metrics[0]['time_s']) / 3600:.2f}"
+        shown["tokens per second"] = f"{speeds[len(speeds) // 2]:,.0f}"
     cells = "".join(
         f'<div class="fact">{html.escape(label)}<b>{html.escape(text)}</b></div>' for label, text in shown.items()
     )
     return f'<div class="facts">{cells}</div>'
 
 
-def heldout_table(metrics: list[dict[str, Any]]) -> str:
-    """First and last held-out loss of every language."""
+def heldout_table(metrics: times.Points) -> str:
+    """First and last held-out loss of every language, folded away."""
     evaluations = [point for point in metrics if "heldout/mean" in point]
     if not evaluations:
         return ""
     first, last = evaluations[0], evaluations[-1]
     names = [tag for tag in last if tag.startswith("heldout/")]
     rows = [[tag.removeprefix("heldout/"), f"{first[tag]:.4f}", f"{last[tag]:.4f}"] for tag in names if tag in first]
-    return table(["language", f"step {first['step']}", f"step {last['step']}"], rows)
+    content = table(["language", f"step {first['step']}", f"step {last['step']}"], rows)
+    return f"<details><summary>all {len(rows) - 1} languages</summary>{content}</details>"
 
 
-def retrieval_section(run_dir: Path) -> str:
-    """Accuracy of every evaluated model, from `retrieval/*.json` that the demo and evaluations leave."""
-    results = {
-        stage: json.loads(path.read_text(encoding="utf-8"))["result"]
-        for stage in ("teacher", "before", "after")
-        if (path := run_dir / "retrieval" / f"{stage}.json").is_file()
-    }
+def retrieval_section(results: dict[str, dict[str, Any]]) -> str:
+    """Accuracy of every evaluated model: bars of the means, a table of all languages."""
     if not results:
         return ""
     languages = list(next(iter(results.values()))["per_pair"])
@@ -125,13 +183,13 @@ def retrieval_section(run_dir: Path) -> str:
             stage,
             POOLING_NAMES[pooling],
             *(f"{result['per_pair'][x][pooling]['mean']:.3f}" for x in languages),
-            f"{mean:.3f}",
+            f"{result['mean'][pooling]:.3f}",
         ]
         for pooling in POOLING_NAMES
         for stage, result in results.items()
-        for mean in [result["mean"][pooling]]
     ]
-    return plots.retrieval_bars(results) + table(["model", "pooled from", *languages, "mean"], rows)
+    content = table(["model", "pooled from", *languages, "mean"], rows, "two")
+    return plots.retrieval_bars(results, POOLING_NAMES) + content
 
 
 def relation_maps(run_dir: Path) -> str:
@@ -145,24 +203,63 @@ def relation_maps(run_dir: Path) -> str:
     for tag in events.Tags()["images"]:
         images = events.Images(tag)
         for image in (images[0], images[-1])[: len(images)]:
-            data = base64.b64encode(image.encoded_image_string).decode()
+            caption = f"{html.escape(tag.removeprefix('relations/'))}, step {image.step}"
+            data = base64.b64encode(colored(image.encoded_image_string)).decode()
             parts.append(
-                f'<p>{html.escape(tag)}, step {image.step}<br><img alt="" src="data:image/png;base64,{data}"></p>'
+                f"<figure><figcaption>{caption}</figcaption>"
+                f'<img alt="relation map {caption}" src="data:image/png;base64,{data}"></figure>'
             )
-    return "\n".join(parts)
+    return f'<div class="maps">{"".join(parts)}</div>' if parts else ""
 
 
-def lineage_section(run_dir: Path) -> str:
-    """Run facts, recipe and DeepSpeed config, folded away."""
-    parts = []
-    for name in ("run.json", "recipe.yaml", "deepspeed.json"):
+def colored(png: bytes) -> bytes:
+    """A grey picture with a palette: dark violet to bright yellow, in as many bytes as before."""
+    grey = Image.open(io.BytesIO(png)).convert("L")
+    picture = Image.fromarray(np.asarray(grey))
+    palette = (matplotlib.colormaps[MAPS_COLORS](np.arange(256))[:, :3] * 255).astype(np.uint8)
+    picture.putpalette(palette.tobytes())
+    out = io.BytesIO()
+    picture.save(out, format="png", optimize=True)
+    return out.getvalue()
+
+
+def recipe_section(run_dir: Path, recipe: dict[str, Any]) -> str:
+    """The main keys as a table; recipe, run facts and DeepSpeed config as they are, folded away."""
+    rows = {label: _short(recipe[key]) for key, label in RECIPE_ROWS.items() if recipe.get(key) is not None}
+    parts = [facts_table(rows)] if rows else []
+    for name in ("recipe.yaml", "run.json", "deepspeed.json"):
         if (run_dir / name).is_file():
             text = html.escape((run_dir / name).read_text(encoding="utf-8"))
             parts.append(f"<details><summary>{name}</summary><pre>{text}</pre></details>")
     return "\n".join(parts)
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
+def facts_table(rows: dict[str, str]) -> str:
+    """Label and figure, one per line."""
+    cells = "\n".join(f"<tr><td>{html.escape(a)}</td><td>{html.escape(b)}</td></tr>" for a, b in rows.items())
+    return f'<table class="facts-table">{cells}</table>'
+
+
+def table(header: list[str], rows: list[list[str]], kind: str = "") -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "\n".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>\n{body}</table>"
+    return f'<div class="scroll"><table class="{kind}"><tr>{head}</tr>\n{body}</table></div>'
+
+
+def _short(value: Any) -> str:
+    """A section of the recipe on one line, without what was not set."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_short(item)}" for key, item in value.items() if item not in (None, [], False))
+    if isinstance(value, list):
+        return " ".join(_short(item) for item in value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _read_recipe(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / "recipe.yaml"
+    tree = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return tree if isinstance(tree, dict) else {}

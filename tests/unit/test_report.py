@@ -8,16 +8,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.__main__ import main
 from pipeline.errors import UserError
 from pipeline.report import read_metrics, render
-from pipeline.report_plots import restarts
+from pipeline.report_time import cost, duration, events_of, pauses
+from tests.unit.made_up_run import make_run, points
 
-VOID_TAGS = {"meta", "br", "img"}
-POOLINGS = ("output", "last_input", "values")
+VOID_TAGS = {"meta", "br", "img", "link"}
+SECTIONS = (
+    *("Loss", "Held-out loss per language", "Retrieval before and after", "Throughput", "Learning rate and health"),
+    *("Time line", "Relation maps", "Cost", "Recipe"),
+)
 
 
 class TagBalance(HTMLParser):
@@ -40,45 +42,9 @@ class TagBalance(HTMLParser):
         assert self.open.pop() == tag
 
 
-def points(num_steps: int) -> list[dict[str, float]]:
-    lines: list[dict[str, float]] = [
-        {"step": 0, "samples": 0, "time_s": 0.0, "heldout/mean": 3.0, "heldout/de": 2.9, "heldout/th": 3.1}
-    ]
-    for step in range(1, num_steps + 1):
-        lines.append(
-            {
-                "step": step,
-                "samples": step * 16,
-                "time_s": 2.0 * step,
-                "loss/total": 3.0 / step,
-                "loss/q-q": 1.0 / step,
-                "optimizer/learning_rate": 1e-4,
-                "optimizer/gradient_norm": 1.0,
-                "speed/tokens_per_second": 1000.0,
-                "speed/data_wait_share": 0.01,
-            }
-        )
-    lines.append({**lines[0], "step": num_steps, "samples": num_steps * 16, "time_s": 99.0, "heldout/mean": 0.625})
-    return lines
-
-
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    directory = tmp_path / "quick <b>start"
-    (directory / "retrieval").mkdir(parents=True)
-    (directory / "checkpoints" / "step-00000004").mkdir(parents=True)
-    (directory / "metrics.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points(8)))
-    (directory / "recipe.yaml").write_text("teacher: <script>alert(1)</script>\n")
-    for stage, accuracy in (("teacher", 0.975), ("before", 0.7), ("after", 0.875)):
-        pair = {pooling: {"mean": accuracy} for pooling in POOLINGS}
-        result = {"mean": dict.fromkeys(POOLINGS, accuracy), "per_pair": {"de": pair, "th": pair}}
-        (directory / "retrieval" / f"{stage}.json").write_text(json.dumps({"identity": "x", "result": result}))
-    board = SummaryWriter(str(directory / "tensorboard"))
-    board.add_image("relations/q-q", torch.rand(1, 8, 8), 0)
-    board.add_image("relations/q-q", torch.rand(1, 8, 8), 8)
-    board.close()
-    (directory / "DONE").write_text("done\n")
-    return directory
+    return make_run(tmp_path / "quick <b>start")
 
 
 def test_the_page_is_well_formed_and_loads_nothing(run_dir: Path) -> None:
@@ -86,9 +52,9 @@ def test_the_page_is_well_formed_and_loads_nothing(run_dir: Path) -> None:
     parser = TagBalance()
     parser.feed(page)
     assert parser.open == []
-    assert [address[:22] for address in parser.addresses if not address.startswith("#")] == [
-        "data:image/png;base64,"
-    ] * 2
+    loaded = [address[:22] for address in parser.addresses if not address.startswith("#")]
+    assert loaded == ["data:,"] + ["data:image/png;base64,"] * 2
+    assert "default-src 'none'" in page
     assert "<script" not in page
     assert "quick &lt;b&gt;start" in page
     assert not re.search(r"url\((?!#)", page)
@@ -96,9 +62,20 @@ def test_the_page_is_well_formed_and_loads_nothing(run_dir: Path) -> None:
 
 def test_the_page_says_what_happened(run_dir: Path) -> None:
     page = render(run_dir)
-    for text in ("DONE", "3.000 → 0.625", "1,000", "relations/q-q, step 8", "0.875", "<td>th</td>"):
-        assert text in page
-    assert page.count("<svg") == 4
+    for text in (
+        "DONE",
+        "3.000 → 0.625",
+        "0.700 → 0.875",
+        "1,000",
+        "q-q, step 8",
+        "<td>th</td>",
+        "16,384",
+        "2 start(s)",
+    ):
+        assert text in page, text
+    assert re.findall("<h2>(.*?)</h2>", page) == list(SECTIONS)
+    assert page.count("<svg") == 6
+    assert "#01000" not in page, "a stand-in colour was not replaced"
 
 
 def test_a_run_that_has_only_begun(run_dir: Path) -> None:
@@ -107,7 +84,7 @@ def test_a_run_that_has_only_begun(run_dir: Path) -> None:
         (run_dir / name).unlink()
     page = render(run_dir)
     assert "no end marker" in page
-    assert "Cross-lingual" not in page
+    assert "Retrieval before" not in page
 
 
 def test_the_command_writes_the_page(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,13 +93,36 @@ def test_the_command_writes_the_page(run_dir: Path, capsys: pytest.CaptureFixtur
     assert "report.html" in capsys.readouterr().out
 
 
-def test_a_restart_is_where_nothing_was_reported_for_long() -> None:
+def test_a_pause_is_where_nothing_was_reported_for_long() -> None:
     lines = points(10)
-    assert restarts(lines) == []
+    assert pauses(lines) == []
     for point in lines:
         if point["step"] > 6:
             point["time_s"] += 500.0
-    assert restarts(lines) == [6]
+    assert pauses(lines) == [6]
+
+
+def test_the_time_line_and_its_cost(run_dir: Path) -> None:
+    metrics = read_metrics(run_dir)
+    events = events_of(run_dir, metrics, [8])
+    assert (events.saved_steps, events.restarts) == ([4, 6, 8], [4])
+    first, second = events.lives
+    assert [step for _, step in first.progress] == [0, 0, 1, 2, 3, 4]
+    assert second.progress[0] == (pytest.approx(66 / 3600), 4)
+    assert first.hours == pytest.approx(9 / 3600)  # from its start to its last line
+    assert second.hours == pytest.approx(94 / 3600)  # to the last evaluation at 1159
+    shown = cost(metrics, events, {"device": "cuda"}, 128)
+    assert shown["wall clock, first start to last line"] == "160 s"
+    assert shown["of that running"] == "103 s in 2 start(s)"
+    assert shown["GPU hours"] == "0.0572"  # two ranks
+    assert shown["tokens that the student saw"] == "16,384"
+    assert [duration(hours) for hours in (0.01, 1.5, 1234)] == ["36 s", "90.0 min", "1,234.0 h"]
+
+
+def test_a_run_without_lives(run_dir: Path) -> None:
+    (run_dir / "lives.json").unlink()
+    events = events_of(run_dir, read_metrics(run_dir), [4, 8])
+    assert (len(events.lives), events.saved_steps, events.restarts) == (1, [4, 8], [4])
 
 
 @pytest.mark.parametrize("content", [None, "", '{"step": 0, "sam'])

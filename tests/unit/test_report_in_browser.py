@@ -1,0 +1,136 @@
+"""The report in a real headless browser: nothing is loaded, nothing complains, everything is drawn, in light and in dark.
+
+Needs Chromium or Chrome on PATH, or its path in REPORT_BROWSER. Without one the tests skip; REPORT_BROWSER=require
+makes them fail instead.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.report import LOADS_NOTHING, render
+from tests.unit.made_up_run import make_run
+from tests.unit.test_report import SECTIONS
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+OPTIONS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--hide-scrollbars"),
+    *("--disable-background-networking", "--disable-component-update", "--enable-logging=stderr"),
+    "--host-resolver-rules=MAP * ~NOTFOUND",
+)
+# What only a script inside the page can see; the page itself has none and forbids them.
+PROBE = """<script>
+const problems = [];
+addEventListener("error", event => problems.push("error: " + event.message), true);
+addEventListener("securitypolicyviolation", event => problems.push("blocked: " + event.blockedURI));
+addEventListener("load", () => {
+  const height = element => element.getBoundingClientRect().height;
+  const report = {
+    problems,
+    images: [...document.images].map(image => [image.complete, image.naturalWidth, height(image)]),
+    resources: performance.getEntriesByType("resource").map(entry => entry.name),
+    sections: [...document.querySelectorAll("section")].map(s => [s.querySelector("h2").textContent, height(s)]),
+    plots: [...document.querySelectorAll("section svg")].map(height),
+    strokes: [...new Set([...document.querySelectorAll("svg path")].map(path => getComputedStyle(path).stroke))],
+    texts: document.querySelectorAll("svg text").length,
+    too_wide: document.documentElement.scrollWidth > innerWidth,
+    links: [...document.querySelectorAll("nav a")].map(a => document.querySelector(a.getAttribute("href")) !== null),
+  };
+  const out = document.createElement("pre");
+  out.id = "probe";
+  out.textContent = JSON.stringify(report);
+  document.body.append(out);
+});
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> str:
+    wanted = os.environ.get("REPORT_BROWSER", "")
+    given = [wanted] if wanted and wanted != "require" else NAMES
+    found = next((path for name in given if (path := shutil.which(name))), None)
+    if found is None:
+        message = (
+            f"no browser to open the report in ({', '.join(given)}): apt-get install chromium, or set REPORT_BROWSER"
+        )
+        pytest.fail(message) if wanted else pytest.skip(message)
+    return found
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    path.write_text(render(make_run(path.parent / "run")))
+    return path
+
+
+def browse(browser: str, page: Path, *options: str) -> tuple[str, str]:
+    """Standard output and errors of one headless visit, in a profile of its own."""
+    profile = f"--user-data-dir={page.parent / 'profile'}"
+    command = [browser, *OPTIONS, profile, *options, page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout, done.stderr
+
+
+def probed(browser: str, page: Path) -> dict[str, Any]:
+    """What a script sees in a copy of the page, and the lines of the console."""
+    text = page.read_text()
+    assert LOADS_NOTHING in text
+    copy = page.with_name("probed.html")
+    allowed = text.replace(LOADS_NOTHING, f"{LOADS_NOTHING}; script-src 'unsafe-inline'")
+    copy.write_text(allowed.replace("</head>", PROBE + "</head>"))
+    dom, errors = browse(browser, copy, "--dump-dom", "--window-size=1100,900")
+    found = re.search(r'<pre id="probe">(.*?)</pre>', dom, re.DOTALL)
+    assert found, errors[-2000:]
+    console = [line for line in errors.splitlines() if "CONSOLE" in line]
+    return {**json.loads(html.unescape(found[1])), "console": console}
+
+
+def test_nothing_is_loaded_and_nothing_complains(browser: str, page: Path) -> None:
+    seen = probed(browser, page)
+    assert (seen["problems"], seen["console"]) == ([], [])
+    assert [name for name in seen["resources"] if not name.startswith("data:")] == []
+
+
+def test_everything_is_drawn(browser: str, page: Path) -> None:
+    seen = probed(browser, page)
+    assert [title for title, _ in seen["sections"]] == list(SECTIONS)
+    assert all(height > 60 for _, height in seen["sections"])
+    assert [(complete, width) for complete, width, _ in seen["images"]] == [(True, 8)] * 2
+    assert min(height for *_, height in seen["images"]) > 100
+    assert len(seen["plots"]) == 6
+    assert min(seen["plots"]) > 100
+    assert seen["texts"] > 50
+    assert {"rgb(29, 33, 41)", "rgb(47, 95, 208)"} <= set(seen["strokes"]), "the plots wear the page's colours"
+    assert seen["links"] == [True] * len(SECTIONS)
+    assert not seen["too_wide"]
+
+
+def test_light_and_dark(browser: str, page: Path) -> None:
+    brightness = []
+    for scheme in (1, 0):  # Chromium's numbers for light and dark
+        picture = page.with_name(f"scheme{scheme}.png")
+        options = [
+            f"--screenshot={picture}",
+            "--window-size=1100,1600",
+            f"--blink-settings=preferredColorScheme={scheme}",
+        ]
+        browse(browser, page, *options)
+        pixels = np.asarray(Image.open(picture).convert("RGB"))
+        assert pixels.shape[:2] == (1600, 1100)
+        assert len(np.unique(pixels @ [1, 256, 65536])) > 200
+        brightness.append(pixels.mean())
+    assert brightness[0] > 200
+    assert brightness[1] < 60
