@@ -11,7 +11,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -25,7 +25,7 @@ from pipeline.evaluation.encoder import Encoder, load_encoder
 from pipeline.evaluation.heldout import heldout_losses
 from pipeline.evaluation.ranks import Ranks
 
-DEFAULT_SPLIT: dict[str, Any] = {"seq_len": 128, "heldout_rows": 16, "languages": None}
+DEFAULT_SPLIT: dict[str, Any] = {"seq_len": 128, "heldout_rows": 16, "languages": None, "documents": "joined"}
 
 
 @dataclass
@@ -38,6 +38,7 @@ class HeldoutConfig:
     seq_len: int | None = None
     heldout_rows: int | None = None  # per language, at most a tenth of the language
     languages: list[str] | None = None
+    documents: Literal["joined", "separate"] | None = None  # separate: as the recipe's key
     batch_size: int = 8
 
     def __post_init__(self) -> None:
@@ -70,6 +71,7 @@ def evaluate_heldout(encoders: list[Encoder], config: HeldoutConfig, ranks: Rank
         seed=0,
         heldout_rows_per_language=split["heldout_rows"],
         languages=split["languages"],
+        documents=split["documents"],
     )
     teacher = load_encoder(config.teacher)
     for encoder in [teacher, *encoders]:
@@ -99,7 +101,7 @@ def evaluate_heldout(encoders: list[Encoder], config: HeldoutConfig, ranks: Rank
 
 
 def split_of(encoders: list[Encoder], config: HeldoutConfig) -> dict[str, Any]:
-    """Row length, held-out rows and languages: as set, else as all students with a lineage were trained."""
+    """Row length, held-out rows, languages, documents: as set, else as all students with a lineage were trained."""
     trained: dict[str, dict[str, Any]] = {}
     for encoder in encoders:
         lineage = Path(encoder.path) / "lineage.json"

@@ -91,7 +91,7 @@ def _by_question(encoded: Any, numbers: list[int]) -> dict[int, list[tuple]]:
     windows: dict[int, list[tuple]] = defaultdict(list)
     for row, sample in enumerate(encoded["overflow_to_sample_mapping"]):
         of_context = np.array([part == 1 for part in encoded.sequence_ids(row)])
-        offsets = np.array(encoded["offset_mapping"][row], dtype=np.int64)[of_context]
+        offsets = np.array(encoded["offset_mapping"][row], dtype=np.int32)[of_context]
         kinds = None if segments is None else np.array(segments[row], dtype=np.int8)
         first = int(of_context.argmax()) if len(offsets) else 0
         windows[numbers[sample]].append((np.array(encoded["input_ids"][row], dtype=np.int32), kinds, first, offsets))

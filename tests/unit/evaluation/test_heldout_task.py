@@ -60,11 +60,12 @@ def test_a_teacher_has_no_distance_to_itself(tiny_teacher: Path, config: Heldout
 
 
 def test_rows_are_those_that_training_left_out(tiny_teacher: Path, tmp_path: Path) -> None:
-    trained = {"seq_len": 48, "heldout_rows": 3, "languages": ["sw", "tr"]}
+    trained = {"seq_len": 48, "heldout_rows": 3, "languages": ["sw", "tr"], "documents": "separate"}
     encoders = [load_encoder(str(tiny_teacher)), load_encoder(str(student_of(tiny_teacher, tmp_path / "a", **trained)))]
     assert split_of(encoders, HeldoutConfig()) == trained
     assert split_of(encoders, HeldoutConfig(seq_len=32)) == {**trained, "seq_len": 32}
-    assert split_of(encoders[:1], HeldoutConfig()) == {"seq_len": 128, "heldout_rows": 16, "languages": None}
+    untrained = {"seq_len": 128, "heldout_rows": 16, "languages": None}
+    assert split_of(encoders[:1], HeldoutConfig()) == {**untrained, "documents": "joined"}
     other = load_encoder(str(student_of(tiny_teacher, tmp_path / "b", **{**trained, "heldout_rows": 4})))
     with pytest.raises(UserError, match="different `heldout_rows`"):
         split_of([*encoders, other], HeldoutConfig())
