@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from pipeline.errors import UserError
+from pipeline.runtime.board import LAYOUT, board_tag
 
 
 @dataclass
@@ -58,6 +59,7 @@ class Metrics:
             "deepspeed": f"```json\n{deepspeed_json}\n```",
             "hyper-parameters": f"| key | value |\n|---|---|\n{table}",
         }
+        self._on_board(lambda board: board.add_custom_scalars(LAYOUT))
         for tag, text in texts.items():
             self._on_board(lambda board, tag=tag, text=text: board.add_text(tag, text))
 
@@ -66,7 +68,7 @@ class Metrics:
         if not self.active:
             return
         for tag, value in values.items():
-            self._on_board(lambda board, tag=tag, value=value: board.add_scalar(tag, value, step))
+            self._on_board(lambda board, tag=tag, value=value: board.add_scalar(board_tag(tag), value, step))
         row = {"step": step, "samples": samples, "time_s": round(time.time(), 3), **values}
         self._going_on(lambda: self._append(json.dumps(row) + "\n"))
 
