@@ -119,6 +119,7 @@ def open_data(recipe: Recipe) -> BatchSource:
         languages=recipe.languages,
         unit=recipe.sampling_unit,
         weights=recipe.language_weights,
+        total_samples=recipe.steps * recipe.global_batch,
         documents=recipe.documents,
     )
 

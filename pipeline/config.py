@@ -42,7 +42,7 @@ class Recipe:
     alpha: float = 0.3  # language share ~ (share of sampling_unit) ** alpha
     sampling_unit: Literal["tokens", "documents", "bytes"] = "tokens"  # what the shares are counted in
     language_weights: dict[str, float] | None = None  # explicit shares instead of alpha's
-    max_epochs: float | None = None  # cap on how often a language's rows are seen
+    max_epochs: float | None = None  # cap on how often a language's rows are seen, spread over all steps
     languages: list[str] | None = None  # None: every language of the shards
     heldout_rows: int = 16  # rows per language that are never trained on (at most a tenth of the language)
     seed: int = 0  # of the student's random start, the order of rows, and dropout

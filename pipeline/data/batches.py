@@ -77,6 +77,8 @@ class BatchSource:
             weights=None if weights is None else self._weights_in_order(weights),
             total_samples=total_samples,
         )
+        if total_samples:
+            self._sampler.refuse_outside(np.array([total_samples - 1]))
         self._plan = lru_cache(maxsize=4)(self._plan_of_window)
         # everything that decides which tokens sample number n is made of
         self.order = {

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from data_prep.shards import DataError, ShardSet
+from pipeline.assembly import open_data
+from pipeline.config import load_recipe
 from pipeline.data.batches import PLAN_WINDOW, BatchSource, Prefetcher, heldout_count
 
 
@@ -110,6 +112,19 @@ def test_the_end_under_max_epochs_is_an_error_not_a_repetition(shards: ShardSet)
     assert source.batch(np.arange(number)).shape == (number, 32)
     with pytest.raises(DataError, match="under max_epochs"):
         source.batch(np.array([number]))
+
+
+def test_a_capped_language_lasts_as_long_as_the_planned_run(tiny_recipe: Path) -> None:
+    """From the recipe: without the plan sw would have had its two epochs in the first half and be gone."""
+    sets = ["max_epochs=2", "languages=[sw,tr]", "alpha=0", "steps=250"]
+    source = open_data(load_recipe(tiny_recipe, sets))
+    places = source.locate(np.arange(250 * 8))
+    rows_of_sw = source.shards.num_rows("sw", 32) - 2
+    halves = [sum(language == "sw" for language, _ in half) for half in (places[:1000], places[1000:])]
+    assert sum(halves) == pytest.approx(2 * rows_of_sw, abs=2)
+    assert min(halves) > 0.8 * rows_of_sw
+    with pytest.raises(DataError, match=r"under max_epochs there are .* lower steps"):
+        open_data(load_recipe(tiny_recipe, [*sets, "steps=100000"]))
 
 
 def test_segments_are_those_of_the_rows(shards: ShardSet) -> None:

@@ -1,0 +1,48 @@
+"""What may change between two lives of a run and what may not: a language, documents, other data need `--allow-change`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.assembly import open_data
+from pipeline.config import load_recipe
+from pipeline.errors import UserError
+from pipeline.lineage import mathematics
+from pipeline.trainer import Trainer
+
+
+def resume(recipe_file: Path, before: list[str], now: list[str], allow_change: bool = False) -> None:
+    """A run begun with the overrides `before` and continued with `now`: the trainer's own check, nothing else of it."""
+    begun, recipe = load_recipe(recipe_file, before), load_recipe(recipe_file, now)
+    state = {"recipe": mathematics(begun), "data_fingerprint": open_data(begun).fingerprint}
+    trainer = Trainer.__new__(Trainer)
+    trainer.recipe, trainer.run_dir = recipe, Path("runs/begun")
+    trainer.data_fingerprint = open_data(recipe).fingerprint
+    trainer._refuse_changes(state, allow_change)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "named"),
+    [
+        ([], ["languages=[hi,tr]"], r"languages: None -> \['hi', 'tr'\]; data: "),
+        (["languages=[hi,tr]"], ["languages=[hi,sw,tr]"], r"languages: \['hi', 'tr'\] -> \['hi', 'sw', 'tr'\]; data: "),
+        ([], ["documents=separate"], "documents: joined -> separate"),
+        ([], ["sampling_unit=bytes"], "sampling_unit: tokens -> bytes; data: "),
+        ([], ["max_epochs=20"], "max_epochs: None -> 20.0; data: "),
+        (["max_epochs=20"], ["max_epochs=20", "steps=24"], "data: "),  # the cap is spread over the steps
+        ([], ["seed=1"], "seed: 0 -> 1; data: "),
+    ],
+)
+def test_a_change_is_named_and_needs_to_be_asked_for(
+    tiny_recipe: Path, before: list[str], now: list[str], named: str
+) -> None:
+    with pytest.raises(UserError, match=rf"{named}.*--allow-change"):
+        resume(tiny_recipe, before, now)
+    resume(tiny_recipe, before, now, allow_change=True)
+
+
+@pytest.mark.parametrize("now", ["steps=24", "save_every=1", "micro_batch_per_gpu=2"])
+def test_how_long_and_how_cut_may_change(tiny_recipe: Path, now: str) -> None:
+    resume(tiny_recipe, [], [now])
