@@ -14,6 +14,7 @@ from typing import Any
 from data_prep.shards import DataError
 
 RECORDS_PER_CHUNK = 256
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class BrokenRecord(ValueError):
@@ -48,7 +49,8 @@ def from_json_lines(stream: io.BufferedIOBase, text_field: str) -> Iterator[byte
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                # bytes that are not UTF-8 go on as they are broken: what becomes of them is a cleaning option's to say
+                record = json.loads(line.removeprefix(_BYTE_ORDER_MARK).decode("utf-8", "surrogateescape"))
             except ValueError as error:
                 raise BrokenRecord(f"line {number} is not JSON: {error}") from error
             if not isinstance(record, dict) or text_field not in record:

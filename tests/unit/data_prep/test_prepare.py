@@ -13,7 +13,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from data_prep.clean import CleanOptions
-from data_prep.journal import Journal
+from data_prep.journal import JOURNAL_NAME, Journal
 from data_prep.manifest import take_in, write_manifest
 from data_prep.shards import DataError, ShardSet
 from data_prep.verify import verify
@@ -72,6 +72,12 @@ def test_any_number_of_workers_gives_the_same_bytes(
 ) -> None:
     run(corpus, tiny_tokenizer, tmp_path / "shards", num_workers=num_workers)
     assert content(tmp_path / "shards") == content(finished)
+
+
+def test_the_largest_language_comes_first(finished: Path) -> None:
+    """tr is six times its sample; by name hi would be first."""
+    written = {name: (finished / name / JOURNAL_NAME).stat().st_mtime_ns for name in ("tr", "hi", "sw")}
+    assert min(written, key=lambda name: written[name]) == "tr"
 
 
 def test_shard_size_changes_files_but_not_the_stream(

@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from data_prep.blocks import cut_blocks
+from data_prep.clean import CleanOptions, clean, split_documents
 from data_prep.discovery import LanguageRules, discover
 from data_prep.shards import DataError
 from data_prep.sources import DamagedSource, Source
@@ -69,6 +70,18 @@ def test_blank_lines_inside_a_record_do_not_end_its_document(tmp_path: Path) -> 
     path = tmp_path / "de.jsonl"
     path.write_text('{"text": "a\\n\\n  \\nb"}\n\n{"text": ""}\n{"text": "c"}')
     assert read(path) == b"a\nb\n\nc\n\n"
+
+
+def test_broken_characters_in_json_lines_are_left_to_the_cleaning(tmp_path: Path) -> None:
+    """A byte that is not UTF-8 and half a surrogate pair: three bytes each that no UTF-8 has, so `--broken-text` decides."""
+    path = tmp_path / "de.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "gut"}\n{"text": "ein \xff Byte"}\n{"text": "halb \\ud800"}\n')
+    lines, documents = split_documents(read(path))
+    assert lines[0] == b"gut"
+    replaced, _, counts = clean(lines, documents, "de", CleanOptions())
+    assert counts["lines_broken"] == 2
+    assert [line.decode().replace("\ufffd", "") for line in replaced] == ["gut", "ein  Byte", "halb "]
+    assert clean(lines, documents, "de", CleanOptions(broken_text="skip"))[0] == [b"gut"]
 
 
 @pytest.mark.parametrize("packing", [".xz", ".gz", ".zst"])
