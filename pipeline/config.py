@@ -7,6 +7,7 @@ type or an impossible value is a `UserError` that names file, key and the neares
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 import types
 import typing
 from dataclasses import dataclass, field
@@ -25,6 +26,9 @@ from pipeline.runtime.guard import GuardConfig
 from pipeline.runtime.metrics import MetricsConfig
 from pipeline.runtime.schedule import OptimizerConfig
 
+_SHORT = reprlib.Repr()  # a message shows the beginning of a value; nested aliases could make it terabytes long
+_SHORT.maxlevel = 2
+
 
 @dataclass
 class Recipe:
@@ -32,7 +36,9 @@ class Recipe:
 
     teacher: str = "artifacts/teacher"  # HF directory or hub name
     teacher_options: TeacherConfig = field(default_factory=TeacherConfig)
-    vocabulary: str | None = None  # output of `data_prep trim-vocab`: teacher and student are cut to it, shards made with it
+    vocabulary: str | None = (
+        None  # output of `data_prep trim-vocab`: teacher and student are cut to it, shards made with it
+    )
     data: str = "artifacts/shards"  # output directory of `python -m data_prep prepare`
     steps: int = 100  # optimizer steps, each over one global batch
     global_batch: int = 256  # rows per optimizer step, over all ranks and micro-batches
@@ -90,12 +96,24 @@ def read_yaml(path: Path) -> dict[str, Any]:
         known = ", ".join(sorted(str(p) for p in Path("recipes").glob("*.yaml"))) or "none"
         raise UserError(f"there is no recipe at {path}. Recipes here: {known}")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+        loader = _StrictLoader(path.read_text(encoding="utf-8"))
+        tree = loader.get_single_data()
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())[:500]}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold `key: value` pairs, not {type(tree).__name__}")
     return tree
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Plain values only, as `safe_load`, and no key twice: the second would win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"the key `{twice}` stands there twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
@@ -111,14 +129,14 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         tree = child
     try:
         tree[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"--set {override}: the value is not readable YAML: {' '.join(str(error).split())}") from None
 
 
 def build_section(cls: type, tree: Any, where: str) -> Any:
     """A dataclass from a mapping; `where` is the dotted path so far, for messages."""
     if not isinstance(tree, dict):
-        raise UserError(f"`{where}` must be a section with keys, not {tree!r}")
+        raise UserError(f"`{where}` must be a section with keys, not {_SHORT.repr(tree)}")
     names = [f.name for f in dataclasses.fields(cls)]
     for key in tree:
         if key not in names:
@@ -139,15 +157,15 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         return build_section(typing.cast(type, hint), value, where)
     if origin is typing.Literal:
         if value not in arguments:
-            raise UserError(f"`{where}` is {value!r}; it must be one of {', '.join(map(str, arguments))}")
+            raise UserError(f"`{where}` is {_SHORT.repr(value)}; it must be one of {', '.join(map(str, arguments))}")
         return value
     if origin in (list, tuple):
         if not isinstance(value, list):
-            raise UserError(f"`{where}` must be a list like [a, b], not {value!r}")
+            raise UserError(f"`{where}` must be a list like [a, b], not {_SHORT.repr(value)}")
         return origin(convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, dict):
-            raise UserError(f"`{where}` must be `key: value` pairs, not {value!r}")
+            raise UserError(f"`{where}` must be `key: value` pairs, not {_SHORT.repr(value)}")
         return {convert(arguments[0], k, where): convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
     return _convert_scalar(hint, value, where)
 
@@ -169,9 +187,9 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
         try:
             return float(value)
         except (TypeError, ValueError):
-            raise UserError(f"`{where}` must be a number, not {value!r}") from None
+            raise UserError(f"`{where}` must be a number, not {_SHORT.repr(value)}") from None
     if isinstance(value, bool) != (hint is bool) or not isinstance(value, hint):
-        raise UserError(f"`{where}` must be {hint.__name__}, not {value!r}")
+        raise UserError(f"`{where}` must be {hint.__name__}, not {_SHORT.repr(value)}")
     return value
 
 

@@ -161,15 +161,22 @@ def file_damage(path: Path, entry: Mapping[str, Any]) -> str | None:
 
 
 def _header_problem(path: Path) -> str | None:
-    """The library checks lengths, offsets and duplicates; what is left is what a fragment must be: flat fp32 from a start."""
+    """The library checks lengths and offsets; what is left is that no name comes twice, and what a fragment must be."""
     try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                part = file.get_slice(key)
+        levels: list[list[str]] = [[]]
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length < path.stat().st_size:
+                json.loads(file.read(length), object_pairs_hook=lambda pairs: levels.append([key for key, _ in pairs]))
+        if len(levels[-1]) != len(set(levels[-1])):  # the outermost object comes last
+            return f"{path.name} names a tensor twice"
+        with safe_open(path, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
+                part = tensors.get_slice(key)
                 is_flat = part.get_dtype() == "F32" and len(part.get_shape()) == 1
                 if path.name != CARRIED_FILE and not (is_flat and _FRAGMENT.fullmatch(key)):
                     return f"{path.name} holds {key!r}, which is no flat fp32 fragment"
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         return f"{path.name} is no safetensors file: {error}"
     return None
 
