@@ -13,6 +13,7 @@ import numpy as np
 import xxhash
 
 from data_prep.clean import CleanOptions
+from data_prep.shards import DataError
 
 
 class Deduplicator:
@@ -20,7 +21,14 @@ class Deduplicator:
 
     def __init__(self, options: CleanOptions) -> None:
         self._unit = options.dedup
-        self._table = np.zeros(max(1, options.dedup_memory_mb * 2**20 // 8), np.uint64) if self.is_active else None
+        self._table: np.ndarray | None = None
+        if self.is_active:
+            try:
+                self._table = np.zeros(max(1, options.dedup_memory_mb * 2**20 // 8), np.uint64)
+            except MemoryError:
+                raise DataError(
+                    f"There are no {options.dedup_memory_mb} MB for --dedup-memory-mb. Give less."
+                ) from None
 
     @property
     def is_active(self) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_prep.languages import CC100
+from data_prep.manifest import RUN_NAME
 from data_prep.shards import LANGUAGE_PATTERN, DataError
 from data_prep.sources import SUFFIXES, HubSource, Source
 
@@ -93,7 +94,13 @@ def discover(inputs: list[str], rules: LanguageRules, text_field: str = "text") 
 
 def _files(path: Path) -> list[tuple[Path, str]]:
     if path.is_dir():
-        files = [file for file in path.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES)]
+        # Shards may lie below the texts they were made from, and their journals are JSON lines.
+        outputs = [file.parent for file in path.rglob(RUN_NAME)]
+        files = [
+            file
+            for file in path.rglob("*")
+            if file.is_file() and file.name.endswith(SUFFIXES) and not any(map(file.is_relative_to, outputs))
+        ]
         return sorted(((file, file.relative_to(path).as_posix()) for file in files), key=lambda pair: pair[1])
     if not path.exists():
         raise DataError(f"Input {path} does not exist.")

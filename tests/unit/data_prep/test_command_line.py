@@ -174,6 +174,15 @@ def test_a_damaged_file_fails_alone_and_keeps_its_whole_shards(
     }
 
 
+def test_shards_below_their_own_texts_are_no_input(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    """A journal is a .jsonl in a folder named like a language: a second run took it for a text that had joined."""
+    (tmp_path / "en.txt").write_text("some text\n")
+    for output in ("shards", "shards", "other-shards"):
+        assert prepare(tmp_path, tiny_tokenizer, tmp_path / output) == 0
+    names = [source["name"] for source in ShardSet(tmp_path / "other-shards").manifest["languages"]["en"]["sources"]]
+    assert names == ["en.txt"]
+
+
 @pytest.mark.parametrize("target", ["file/shards", "/sys/shards"])  # /sys is read-only, even to root
 def test_an_output_that_cannot_be_written_is_named(
     tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str
@@ -211,6 +220,7 @@ def test_the_disk_estimate_is_close(tiny_tokenizer: Path, tmp_path: Path) -> Non
         (["--shard-tokens", "-5"], "--shard-tokens -5: at least 1"),
         (["--redo", "xx"], "--redo xx: the input has no such language"),
         (["--language", "de"], "No text of language de"),
+        (["--dedup", "lines", "--dedup-memory-mb", "99999999"], "no 99999999 MB for --dedup-memory-mb"),
     ],
 )
 def test_bad_options_are_named(
