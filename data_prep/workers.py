@@ -91,7 +91,7 @@ class _Worker:
     def __init__(self, tokenizer: Tokenizer, options: CleanOptions) -> None:
         requests, self._requests = _pipe()
         self._replies, replies = _pipe()
-        self._parents_ends |= {self._requests.fileno(), self._replies.fileno()}
+        self._parents_ends.update({self._requests.fileno(), self._replies.fileno()})
         self._sending, self._last_reply = threading.Lock(), threading.Event()
         self._last_reply.set()
         self._status: int | None = None
@@ -134,7 +134,7 @@ class _Worker:
             return self._status
 
     def close(self) -> None:
-        self._parents_ends -= {self._requests.fileno(), self._replies.fileno()}
+        self._parents_ends.difference_update({self._requests.fileno(), self._replies.fileno()})
         self._requests.close()
         self._ended()
         self._replies.close()
@@ -178,7 +178,7 @@ def _live_as_worker(
         serve(tokenizer, options, requests, replies)
         status = 0
     except BaseException:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(*sys.exc_info())
     finally:
         os._exit(status)
 
