@@ -36,9 +36,7 @@ class Recipe:
 
     teacher: str = "artifacts/teacher"  # HF directory or hub name
     teacher_options: TeacherConfig = field(default_factory=TeacherConfig)
-    vocabulary: str | None = (
-        None  # output of `data_prep trim-vocab`: teacher and student are cut to it, shards made with it
-    )
+    vocabulary: str | None = None  # output of `data_prep trim-vocab`: both models are cut to it, shards made with it
     data: str = "artifacts/shards"  # output directory of `python -m data_prep prepare`
     steps: int = 100  # optimizer steps, each over one global batch
     global_batch: int = 256  # rows per optimizer step, over all ranks and micro-batches

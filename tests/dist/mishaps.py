@@ -7,6 +7,7 @@ A mishap is a dictionary: `kind`, `rank` (absent: every rank), and when. Steps c
                `error` an OSError of that number, as from a full disk
     file size  in the save of step `save` no file may grow past `bytes`: the kernel refuses the write
     nan        the loss of `steps` is multiplied by not-a-number, so that every gradient of this rank is
+    spike      the loss of `steps` is multiplied by a hundred
     pause      every step takes `seconds` longer
     witness    nothing goes wrong: every micro-batch that the student is fed is appended to `file`
     resave     nothing goes wrong: what was loaded is saved again to the directory `to`
@@ -38,7 +39,7 @@ def arrange(mishaps: list[Mishap], rank: int) -> None:
     from pipeline.trainer import Trainer
 
     kinds = {kind: [m for m in mine if m["kind"] == kind] for kind in {m["kind"] for m in mine}}
-    _around_steps(Trainer, [m for m in mine if m["kind"] in ("signal", "nan", "pause", "witness")])
+    _around_steps(Trainer, [m for m in mine if m["kind"] in ("signal", "nan", "spike", "pause", "witness")])
     _around_saves(CheckpointWriter, [m for m in mine if m["kind"] in ("at call", "file size")])
     if "resave" in kinds:
         _resave_what_was_loaded(Trainer, CheckpointWriter, Path(kinds["resave"][0]["to"]))
@@ -74,8 +75,10 @@ def _unlucky(engine: type, mishaps: list[Mishap], now: dict[str, int]) -> type:
                     file.write(json.dumps(line) + "\n")
         now["micro"] += 1
         loss, parts = engine.__call__(self, *arguments, **keywords)
-        poisoned = any(now["step"] in mishap["steps"] for mishap in mishaps if mishap["kind"] == "nan")
-        return (loss * float("nan") if poisoned else loss), parts
+        for kind, factor in (("nan", float("nan")), ("spike", 100.0)):
+            if any(now["step"] in mishap["steps"] for mishap in mishaps if mishap["kind"] == kind):
+                loss = loss * factor
+        return loss, parts
 
     return type("Unlucky", (engine,), {"__call__": call})
 

@@ -1,0 +1,95 @@
+"""What a run does about spikes, damaged shards and offload, and what it leaves in its directory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.faults.lab import Lab, same_end, same_state
+from data_prep.shards import ShardSet
+from pipeline.config import load_recipe
+from pipeline.errors import EXIT_USER
+from tests.conftest import write_fp32_config
+from tests.dist.fork_server import ForkServer
+
+STEPS = {"steps": 8, "save_every": 1, "eval_every": 8, "checkpoint.keep": 10}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    with ForkServer() as server:
+        yield server
+
+
+@pytest.fixture
+def lab(server: ForkServer, tiny_recipe: Path, tmp_path: Path) -> Lab:
+    return Lab(tmp_path, server, tiny_recipe)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_spike_changes_nothing_and_its_rows_are_recorded(stage: int, lab: Lab) -> None:
+    """Rank 1 meets a loss a hundred times too high: no rank takes the step, and a resumed run judges alike."""
+    settings = {**STEPS, "guard.spikes": "skip", "guard.spike_window": 20, "guard.spike_sigmas": 10}
+    spike = {"kind": "spike", "steps": [5], "rank": 1}
+    run_dir = lab.untouched(2, settings, stage, [spike])
+    at = {step: run_dir / "checkpoints" / f"step-{step:08d}" for step in range(1, 9)}
+    assert same_state(at[5], at[6])
+    assert not same_state(at[6], at[7])
+    (entry,) = [json.loads(line) for line in (run_dir / "spikes.jsonl").read_text().splitlines()]
+    assert entry["step"] == 5
+    assert entry["skipped"]
+    assert len(entry["rows"]) == 8
+    assert all(
+        (Path(load_recipe(lab.recipe, []).data) / file).is_file() for row in entry["rows"] for file in row["shards"]
+    )
+    assert json.loads((at[8] / "state.json").read_text())["skipped_steps"] == 1
+    stopped = lab.fresh("stopped")  # the window of losses comes back with the checkpoint
+    assert lab.live(stopped, 2, settings, stage, [spike, {"kind": "signal", "signal": "SIGUSR1", "step": 3}]) == 0
+    assert (stopped / "PREEMPTED").exists()
+    assert lab.live(stopped, 2, settings, stage, [spike]) == 0
+    assert same_end(stopped, run_dir)
+
+
+def test_damaged_shards_are_found_before_step_1_if_asked(lab: Lab) -> None:
+    data = shutil.copytree(load_recipe(lab.recipe, []).data, lab.directory / "shards")
+    victim = ShardSet(data).all_shards()[-1].path
+    content = bytearray(victim.read_bytes())
+    content[5000] ^= 1
+    victim.write_bytes(content)
+    settings = {**STEPS, "data": str(data), "guard.verify_shards": True}
+    run_dir = lab.fresh("run")
+    assert lab.live(run_dir, 2, settings) == EXIT_USER
+    for rank in range(2):
+        assert f"{victim}: damaged" in (run_dir / "logs" / f"rank{rank}.log").read_text()
+    assert not (run_dir / "metrics.jsonl").exists()
+
+
+def test_run_directory_tells_ranks_hosts_and_backend(lab: Lab) -> None:
+    run_dir = lab.untouched(2, STEPS)
+    run = json.loads((run_dir / "run.json").read_text())
+    assert len(run["hosts"]) == 2
+    assert run["relation_backend"] == "chunked", "chosen, not only asked for"
+    assert "step 8/8" in (run_dir / "logs" / "rank0.log").read_text()
+    assert (run_dir / "logs" / "rank1.log").exists()
+    assert not list((run_dir / "logs").glob("stacks-*")), "stacks of a run that never hung"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_offload_saves_and_resumes_bit_for_bit(ranks: int, lab: Lab) -> None:
+    """ds_configs/zero3_offload.json as it is shipped, in fp32; its checkpoint also loads without offload."""
+    write_fp32_config(lab.directory / "zero3.json", "zero3_offload")
+    settings = {**STEPS, "save_every": 3}
+    whole, run_dir = lab.untouched(ranks, settings, 3), lab.fresh("run")
+    assert (
+        json.loads((whole / "deepspeed.json").read_text())["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    )
+    assert lab.live(run_dir, ranks, settings, 3, [{"kind": "signal", "signal": "SIGUSR1", "step": 3}]) == 0
+    assert lab.live(run_dir, ranks, settings, 3) == 0
+    assert same_end(run_dir, whole)
+    copy = lab.fresh("copy")
+    assert lab.live(run_dir, ranks, {**settings, "steps": 9}, 2, [{"kind": "resave", "to": str(copy)}]) == 0
+    assert same_state(copy / "step-00000008", whole / "checkpoints" / "step-00000008")
