@@ -35,6 +35,8 @@ from pipeline.runtime.checkpoint import (
 if TYPE_CHECKING:
     from pipeline.runtime.engine import StudentEngine
 
+MEMORY_MARGIN = 4  # snapshots that must fit for one to be taken: several ranks of a host take theirs at the same moment
+
 
 @dataclass(frozen=True)
 class SaveOutcome:
@@ -77,13 +79,18 @@ class CheckpointWriter:
         problem = dist.broadcast_json(problem, self._engine.device)
         pending = _Pending(state["step"], began_s, threading.Thread(), problem, {})
         if problem is None:
-            snapshot = self._snapshot()
+            in_background = available_memory_bytes() > MEMORY_MARGIN * self._snapshot_bytes()
+            snapshot = {kind: self._copies(kind) for kind in KINDS} if in_background else {}
 
             def write() -> None:
-                pending.problem = _attempt(lambda: pending.files.update(self._write(partial, snapshot, state)))
+                of_kind = snapshot.__getitem__ if in_background else self._copies
+                pending.problem = _attempt(lambda: pending.files.update(self._write(partial, of_kind, state)))
 
-            pending.thread = threading.Thread(target=write, name="checkpoint", daemon=True)
-            pending.thread.start()
+            if in_background:
+                pending.thread = threading.Thread(target=write, name="checkpoint", daemon=True)
+                pending.thread.start()
+            else:  # one kind after the other, while training waits
+                write()
         pending.stopped_s = time.monotonic() - began_s
         self._pending = pending
 
@@ -105,27 +112,27 @@ class CheckpointWriter:
     def _partial(self, step: int) -> Path:
         return checkpoint_path(self._directory, step).with_suffix(".tmp")
 
-    def _snapshot(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Copies of this rank's fragments on the CPU: kind -> "parameter:start" -> flat fp32."""
+    def _snapshot_bytes(self) -> int:
+        return sum(4 * len(KINDS) * fragment.numel for fragment in self._engine.fragments())
+
+    def _copies(self, kind: str) -> dict[str, torch.Tensor]:
+        """This rank's fragments of one kind, copied to the CPU: "parameter:start" -> flat fp32."""
         engine = self._engine
         return {
-            kind: {
-                f"{f.name}:{f.start}": (f.view(f.buffer) if kind == "weight" else engine.moment(f, kind)).to(
-                    "cpu", copy=True
-                )
-                for f in engine.fragments()
-            }
-            for kind in KINDS
+            f"{f.name}:{f.start}": (f.view(f.buffer) if kind == "weight" else engine.moment(f, kind)).to(
+                "cpu", copy=True
+            )
+            for f in engine.fragments()
         }
 
     def _write(
-        self, partial: Path, snapshot: dict[str, dict[str, torch.Tensor]], state: Mapping[str, Any]
+        self, partial: Path, of_kind: Callable[[str], dict[str, torch.Tensor]], state: Mapping[str, Any]
     ) -> dict[str, Any]:
         """This rank's files, synced; name -> size and sha256."""
         entries = {}
         for kind in KINDS:
             name = f"{kind}-{self._rank:05d}-of-{self._world_size:05d}.safetensors"
-            save_file(snapshot[kind], partial / name)
+            save_file(of_kind(kind), partial / name)
             entries[name] = seal(partial / name)
         if self._rank == 0:
             (partial / "state.json").write_text(json.dumps(dict(state), indent=1), encoding="utf-8")
@@ -151,6 +158,15 @@ class CheckpointWriter:
         now_s = time.monotonic()
         stopped_s = pending.stopped_s + now_s - stopped_from_s
         return SaveOutcome(pending.step, "; ".join(problems) or None, now_s - pending.began_s, stopped_s)
+
+
+def available_memory_bytes() -> int:
+    """What this host can still give without swapping; without Linux's own word for it, plenty."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return 2**62
 
 
 def _attempt(action: Callable[[], object]) -> str | None:

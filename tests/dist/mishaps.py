@@ -11,6 +11,7 @@ A mishap is a dictionary: `kind`, `rank` (absent: every rank), and when. Steps c
     pause      every step takes `seconds` longer
     witness    nothing goes wrong: every micro-batch that the student is fed is appended to `file`
     resave     nothing goes wrong: what was loaded is saved again to the directory `to`
+    no memory  a save finds none left for a snapshot
     stock      checkpoints are DeepSpeed's own (benchmarks/faults/stock.py)
 """
 
@@ -35,12 +36,15 @@ def arrange(mishaps: list[Mishap], rank: int) -> None:
     mine = [mishap for mishap in mishaps if mishap.get("rank", rank) == rank]
     if not mine:
         return
+    from pipeline.runtime import checkpoint_writer
     from pipeline.runtime.checkpoint_writer import CheckpointWriter
     from pipeline.trainer import Trainer
 
     kinds = {kind: [m for m in mine if m["kind"] == kind] for kind in {m["kind"] for m in mine}}
     _around_steps(Trainer, [m for m in mine if m["kind"] in ("signal", "nan", "spike", "pause", "witness")])
     _around_saves(CheckpointWriter, [m for m in mine if m["kind"] in ("at call", "file size")])
+    if "no memory" in kinds:
+        checkpoint_writer.available_memory_bytes = lambda: 0
     if "resave" in kinds:
         _resave_what_was_loaded(Trainer, CheckpointWriter, Path(kinds["resave"][0]["to"]))
     if "stock" in kinds:

@@ -93,3 +93,9 @@ def test_offload_saves_and_resumes_bit_for_bit(ranks: int, lab: Lab) -> None:
     copy = lab.fresh("copy")
     assert lab.live(run_dir, ranks, {**settings, "steps": 9}, 2, [{"kind": "resave", "to": str(copy)}]) == 0
     assert same_state(copy / "step-00000008", whole / "checkpoints" / "step-00000008")
+
+
+def test_without_memory_for_a_snapshot_a_save_is_written_at_once(lab: Lab) -> None:
+    run_dir = lab.fresh("run")
+    assert lab.live(run_dir, 2, STEPS, mishaps=[{"kind": "no memory"}]) == 0
+    assert same_end(run_dir, lab.untouched(2, STEPS))
