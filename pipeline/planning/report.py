@@ -63,21 +63,22 @@ def _run_lines(planner: Planner, plan: Plan, preparation: Preparation) -> list[s
         recipe.steps // recipe.checkpoint.keep_every if recipe.checkpoint.keep_every else 0
     )
     size_gb = plan.checkpoint_bytes / 1e9
-    done = "there already" if preparation.there else _hours_of_preparation(preparation)
+    done = "none, the shards are there" if preparation.there else _hours_of_preparation(preparation)
     return [
         f"{plan.run_s / SECONDS_PER_DAY:.2f} days, {plan.gpu_hours:.0f} GPU-hours for {recipe.steps} steps "
         f"and {preparation.tokens_needed / 1e9:.1f} G tokens ({preparation.epochs:.2g} times the shards)",
         f"checkpoint: {size_gb:.2f} GB, training waits {plan.checkpoint_stall_s:.2f} s, written within "
         f"{plan.checkpoint_write_s:.0f} s; {kept} are kept: {kept * size_gb:.0f} GB",
         f"held-out evaluation: {plan.evaluation_s:.1f} s every {recipe.eval_every} steps",
-        f"shards: {preparation.tokens / 1e9:.2f} G tokens, {preparation.shard_gb:.1f} GB; {done}",
+        f"shards: {preparation.tokens / 1e9:.2f} G tokens, {preparation.shard_gb:.1f} GB",
+        f"preparation: {done}",
     ]
 
 
 def _hours_of_preparation(preparation: Preparation) -> str:
     corpus = f" (CC-100; {CC100_FILES_GB:.0f} GB as .xz)" if preparation.text_gb == CC100_TEXT_GB else ""
     return (
-        f"preparing {preparation.text_gb:.0f} GB of text{corpus} takes {preparation.core_hours:.0f} core-hours, "
+        f"{preparation.text_gb:.0f} GB of text{corpus}, {preparation.core_hours:.0f} core-hours, "
         f"{preparation.wall_hours:.1f} h on the cores given"
     )
 

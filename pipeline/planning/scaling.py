@@ -26,12 +26,12 @@ COLOURS = {
     "data": "#bbbbbb",
 }
 REASONS = {
-    "teacher": "a GPU's share of rows is too small to fill it (the teacher's kernels)",
-    "student": "a GPU's share of rows is too small to fill it (the student's kernels)",
-    "loss": "a GPU's share of rows is too small to fill it (the loss's kernels)",
-    "communication": "gradients and parameters that travel are as large for few rows as for many",
-    "optimizer": "every GPU still passes all gradients through its buckets",
-    "data": "copying rows",
+    "teacher": "its kernels are too small to fill a GPU",
+    "student": "its kernels are too small to fill a GPU",
+    "loss": "its kernels are too small to fill a GPU",
+    "communication": "as much travels for few rows as for many",
+    "optimizer": "every GPU passes all gradients through its buckets",
+    "data": "rows are copied",
 }
 
 
@@ -82,8 +82,8 @@ def bend(points: list[Point]) -> str:
             total = sum(max(0.0, value) for value in growth.values())
             worst = max(growth, key=growth.__getitem__)
             return (
-                f"Scaling bends at {point.num_gpus} GPUs ({point.efficiency:.0%} of perfect). {growth[worst] / total:.0%} of the "
-                f"loss is {worst}: {REASONS[worst]}."
+                f"Scaling bends at {point.num_gpus} GPUs ({point.efficiency:.0%} of perfect). "
+                f"{growth[worst] / total:.0%} of that is {worst}: {REASONS[worst]}."
             )
     last = planned[-1][0]
     return f"No bend up to {last.num_gpus} GPUs ({last.efficiency:.0%} of perfect)."

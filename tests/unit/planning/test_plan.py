@@ -1,0 +1,178 @@
+"""The plan's command: what it reports, what it refuses and what it then proposes, and the formulas of docs/planning.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.__main__ import main
+from pipeline.config import load_recipe
+from pipeline.errors import EXIT_DONE, EXIT_USER, exit_code_of
+from pipeline.planning.devices import DEVICES
+from pipeline.planning.encoders import KNOWN_TEACHERS, build_encoders
+from pipeline.planning.memory import GIB
+from pipeline.planning.plan import Planner
+from pipeline.planning.rehearsal import rehearse_student, rehearse_teacher
+from pipeline.planning.scaling import bend, scale
+from tests.conftest import REPO
+
+RECIPE = REPO / "recipes" / "xlmr_large_l12_h384.yaml"
+ZERO2 = REPO / "ds_configs" / "zero2.json"
+Planned = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def planned(capsys: pytest.CaptureFixture) -> Planned:
+    """Run the verb; exit code and what it printed (the one error paragraph, if it refused)."""
+
+    def run(*words: str, recipe: Path = RECIPE, ds: Path = ZERO2, gpu: str = "a100-80") -> tuple[int, str]:
+        arguments = ["plan", "--recipe", str(recipe), "--deepspeed", str(ds), "--gpu", gpu, *words]
+        code = exit_code_of(lambda: main(arguments))
+        output = capsys.readouterr()
+        assert "Traceback" not in output.err
+        errors = [line for line in output.err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == (code != EXIT_DONE)
+        return code, errors[0] if errors else output.out
+
+    return run
+
+
+def planner(*overrides: str, gpu: str = "a100-80", ds: Path = ZERO2) -> Planner:
+    return Planner(load_recipe(RECIPE, list(overrides)), RECIPE, ds, DEVICES[gpu])
+
+
+def test_report_figures_and_plot(planned: Planned, tmp_path: Path) -> None:
+    small = ["--set", "student.layers=2", "--set", "relations.teacher_layer=2"]
+    code, text = planned(*small, "--json", str(tmp_path / "plan.json"), "--plot", str(tmp_path / "plan.png"))
+    assert code == EXIT_DONE
+    for words in ("Memory per GPU", "optimizer step", "GPU-hours", "checkpoint", "shards", "ZeRO-3", "Scaling bends"):
+        assert words in text
+    figures: dict[str, Any] = json.loads((tmp_path / "plan.json").read_text())
+    plan = figures["plan"]
+    assert sum(plan["memory"]["parts"].values()) == plan["memory"]["total"]
+    assert sum(plan["step"]["parts"].values()) == pytest.approx(plan["step"]["total"])
+    assert plan["gpu_hours"] == pytest.approx(8 * plan["run_s"] / 3600)
+    encoders = build_encoders(load_recipe(RECIPE, []))
+    assert (encoders.teacher_parameters, encoders.trained_parameters) == (486_412_288, 116_161_920)
+    assert [point["gpus"] for point in figures["scaling"]["2"]] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+    assert figures["largest_micro_batch"] == 32
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_operations_are_those_of_the_formulas() -> None:
+    """docs/planning.md, equations (1) to (3), written out for XLM-R-large cut at 19 and a 12 x 384 student."""
+    encoders = build_encoders(load_recipe(RECIPE, []))
+    rows, length = 2, 512
+    tokens = rows * length
+    teacher = tokens * (18 * (24 * 1024**2 + 4 * length * 1024) + 6 * 1024**2)
+    assert rehearse_teacher(encoders.teacher, rows, length, "fp16").flops == teacher
+    student = rehearse_student(encoders.student, rows, length, "fp16", 1, gradients_stay=False)
+    products, attention, last = 24 * 384**2, 4 * length * 384, 6 * 384**2
+    assert student.forward.flops == tokens * (11 * (products + attention) + last)
+    assert student.backward.flops == tokens * (11 * (2 * products + 2.5 * attention) + 2 * last)
+
+
+def test_activations_are_36_bytes_per_channel() -> None:
+    """What one more post-norm layer keeps for backward in half precision: 36 bytes a token and channel, 4 per head, 16 for norms."""
+    rows, length, kept = 4, 128, []
+    for layers in (4, 5):
+        encoders = build_encoders(load_recipe(RECIPE, [f"student.layers={layers}"]))
+        kept.append(rehearse_student(encoders.student, rows, length, "fp16", 1, True).forward.kept_bytes)
+    assert kept[1] - kept[0] == rows * length * (36 * 384 + 4 * 12 + 16)
+
+
+def test_every_known_teacher_can_be_planned() -> None:
+    for name in KNOWN_TEACHERS:
+        overrides = ["student.layers=2", "relations.heads=32", "student.hidden=96", "relations.teacher_layer=3"]
+        encoders = build_encoders(load_recipe(RECIPE, [f"teacher={name}", *overrides]))
+        assert encoders.teacher_parameters > encoders.student_parameters
+
+
+def test_bends_where_communication_outweighs_a_small_share() -> None:
+    points = scale(planner(), 8)
+    assert points[-1].plan is None
+    efficiencies = [point.efficiency for point in points if point.plan]
+    assert efficiencies == sorted(efficiencies, reverse=True)
+    assert "communication" in bend(points)
+
+
+def test_more_stages_never_take_more_optimizer_memory() -> None:
+    one = planner(gpu="v100-16")
+    sizes = [one.plan(2, 8, stage).memory.total for stage in (1, 2)]
+    assert sizes[1] <= sizes[0]
+    assert one.plan(2, 8).memory.parts["optimizer"] * 2 <= one.plan(1, 8).memory.parts["optimizer"] + 2
+
+
+def test_unknown_gpu(planned: Planned) -> None:
+    code, error = planned(gpu="a100_80")
+    assert code == EXIT_USER
+    assert "did you mean `a100-80`?" in error
+
+
+def test_impossible_numbers(planned: Planned) -> None:
+    assert "--nodes is 0" in planned("--nodes", "0")[1]
+    assert "--gpus-per-node is -1" in planned("--gpus-per-node", "-1")[1]
+    assert "--efficiency is 2.0" in planned("--efficiency", "2")[1]
+    assert "--text-gb is 0.0" in planned("--text-gb", "0")[1]
+
+
+def test_batch_that_does_not_divide(planned: Planned) -> None:
+    code, error = planned("--gpus-per-node", "6")
+    assert code == EXIT_USER
+    assert "global_batch 256 does not divide by 6 ranks" in error
+
+
+def test_precision_that_the_gpu_lacks(planned: Planned) -> None:
+    assert "bf16" in planned(ds=REPO / "ds_configs" / "zero2_bf16.json", gpu="v100-32")[1]
+
+
+def test_unknown_teacher(planned: Planned) -> None:
+    code, error = planned("--set", "teacher=FacebookAI/xlm-roberta-larg")
+    assert code == EXIT_USER
+    assert "did you mean `FacebookAI/xlm-roberta-large`?" in error
+    assert "--teacher-config config.json" in error
+
+
+def test_teacher_of_a_directory_or_a_config_file(planned: Planned, tiny_teacher: Path, tmp_path: Path) -> None:
+    changes = ["relations.heads=12", "relations.teacher_layer=3", "seq_len=32", "student.layers=1", "global_batch=8"]
+    small = [word for change in changes for word in ("--set", change)]
+    assert planned("--set", f"teacher={tiny_teacher}", *small)[0] == EXIT_DONE
+    config = str(tiny_teacher / "config.json")
+    assert planned("--set", "teacher=some/body", "--teacher-config", config, *small)[0] == EXIT_DONE
+    broken = tmp_path / "config.json"
+    broken.write_text("[]")
+    assert "model_type" in planned("--teacher-config", str(broken))[1]
+    broken.write_text('{"model_type": "gpt2"}')
+    assert "gpt2" in planned("--teacher-config", str(broken))[1]
+
+
+def test_longer_than_the_positions(planned: Planned) -> None:
+    assert "positions for 512" in planned("--set", "seq_len=1024")[1]
+
+
+def test_what_does_not_fit_is_refused_with_what_would(planned: Planned) -> None:
+    code, error = planned("--memory-gib", "4.5")
+    assert code == EXIT_USER
+    assert "does not fit on a100-80" in error
+    assert "--set micro_batch_per_gpu=16" in error
+    assert "--set student.checkpointing=true" in error
+    for change in ("micro_batch_per_gpu=16", "student.checkpointing=true"):
+        assert planner(change).plan(1, 8).memory.total < 4.5 * GIB
+
+
+def test_a_teacher_that_does_not_fit_whole(planned: Planned) -> None:
+    xxl = [
+        "--set",
+        "teacher=facebook/xlm-roberta-xxl",
+        "--set",
+        "relations.teacher_layer=40",
+        "--set",
+        "global_batch=8",
+    ]
+    code, error = planned(*xxl, gpu="t4")
+    assert code == EXIT_USER
+    assert "teacher_options.placement=zero3" in error
