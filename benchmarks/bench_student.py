@@ -1,0 +1,213 @@
+"""One student in every form that it is handed over in: size, speed, retrieval, and how far each form is from the run.
+
+    OMP_NUM_THREADS=1 python benchmarks/bench_student.py runs/quickstart [--quick] [--json FILE] [--pairs N]
+
+Exports the run's newest checkpoint (fp32, fp16, ONNX fp32 and int8), whole and cut to the vocabulary of the evaluated
+languages, and compares with the teacher. Speed is in CPU seconds of one thread, the forms taking turns; retrieval pools the
+output over the pairs of the run's recipe. Ends with exit code 1 where a form is farther away than it may be.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import onnxruntime
+import torch
+import transformers
+from transformers import AutoModel
+
+from benchmarks.measure import arguments, markdown_table, publish
+from benchmarks.obvious import interleaved_cpu_seconds
+from data_prep.shards import ShardSet
+from data_prep.tokenizer import SentencePieceTokenizer
+from data_prep.usage import usage_of_shards
+from data_prep.vocabulary import TrimOptions, trim_vocabulary
+from pipeline.config import Recipe, load_recipe
+from pipeline.distillation.vocabulary import MODEL_FILE, read_vocabulary
+from pipeline.evaluation.encoder import Encoder, load_encoder
+from pipeline.evaluation.retrieval import RetrievalConfig
+from pipeline.export.card import count_parameters
+from pipeline.export.hf import export_run
+from pipeline.export.onnx import FILES, HiddenStates, add_onnx, compare_runs
+from pipeline.export.trim import trim
+from pipeline.runtime.checkpoint import read_model_weights
+
+SHAPES, QUICK_SHAPES = [(1, 16), (16, 128)], [(1, 16), (4, 32)]
+LIMITS = {"export": 0.0, "ONNX": 1e-4, "int8": 0.02}  # of hidden states, hidden states, retrieval
+
+
+@dataclass
+class Form:
+    """One way of handing over: how it runs, whose tokenizer it takes, and the file that it is."""
+
+    name: str
+    run: HiddenStates
+    encoder: Encoder
+    file: Path
+    parameters: int
+
+
+def torch_form(name: str, directory: Path) -> Form:
+    encoder = load_encoder(str(directory))
+
+    @torch.inference_mode()
+    def run(input_ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+        return encoder.model(input_ids=input_ids_BL, attention_mask=mask_BL).last_hidden_state
+
+    file = directory / "model.safetensors"
+    return Form(name, run, encoder, file, count_parameters(file))
+
+
+def onnx_form(name: str, like: Form, precision: str) -> Form:
+    file = like.file.parent / "onnx" / FILES[precision]
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+    def run(input_ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+        feeds = {"input_ids": input_ids_BL.numpy(), "attention_mask": mask_BL.numpy()}
+        return torch.from_numpy(session.run(["last_hidden_state"], feeds)[0])
+
+    return replace(like, name=name, run=run, file=file)
+
+
+def make_forms(run_dir: Path, recipe: Recipe, config: RetrievalConfig, work: Path) -> list[list[Form]]:
+    """Groups of forms that read the same ids; the first of each group is what the others are compared with."""
+    checked = replace(config, max_pairs=min(config.max_pairs, 10))  # what the export's own check looks at
+    whole = export_run(run_dir, work / "student", [lambda directory: add_onnx(directory, checked)])
+    half = export_run(run_dir, work / "half", dtype=torch.float16)
+    vocabulary = make_vocabulary(recipe, [*config_languages(config), "en"], work / "vocabulary")
+    trim(whole, read_vocabulary(vocabulary), work / "trimmed", [lambda directory: add_onnx(directory, checked)])
+    student = torch_form("student, fp32", whole)
+    trimmed = torch_form("trimmed, fp32", work / "trimmed")
+    return [
+        [torch_form("teacher, fp32", Path(recipe.teacher))],
+        [
+            student,
+            torch_form("student, fp16 file", half),
+            onnx_form("student, ONNX fp32", student, "fp32"),
+            onnx_form("student, ONNX int8", student, "int8"),
+        ],
+        [
+            trimmed,
+            onnx_form("trimmed, ONNX fp32", trimmed, "fp32"),
+            onnx_form("trimmed, ONNX int8", trimmed, "int8"),
+        ],
+    ]
+
+
+def config_languages(config: RetrievalConfig) -> list[str]:
+    assert config.languages is not None
+    return list(config.languages)
+
+
+def make_vocabulary(recipe: Recipe, languages: list[str], output: Path) -> Path:
+    """What these languages use in the run's own shards."""
+    shards = ShardSet(recipe.data)
+    tokenizer = SentencePieceTokenizer(Path(recipe.tokenizer) / MODEL_FILE)
+    options = TrimOptions([language for language in languages if language in shards.languages])
+    trim_vocabulary(tokenizer, usage_of_shards(shards), options, output)
+    return output
+
+
+@torch.inference_mode()
+def export_difference(run_dir: Path, exported: Encoder) -> float:
+    """Greatest difference of a hidden state between the checkpoint's own weights and the export, on a few sentences."""
+    weights, _ = read_model_weights(run_dir)
+    model = AutoModel.from_config(exported.model.config, dtype=torch.float32, add_pooling_layer=False).eval()
+    model.load_state_dict(weights)
+    batch = exported.tokenizer(["Hello world!", "Der Laden ist heute geschlossen."], padding=True, return_tensors="pt")
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    states = [one(**inputs).last_hidden_state for one in (model, exported.model)]
+    return (states[0] - states[1]).abs().max().item()
+
+
+def speeds(forms: list[Form], shapes: list[tuple[int, int]], rounds: int) -> dict[str, list[float]]:
+    """Times the first form's speed, per shape."""
+    ratios: dict[str, list[float]] = {form.name: [] for form in forms}
+    for batch, length in shapes:
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(4, min(len(form.encoder.tokenizer) for form in forms), (batch, length), generator=generator)
+        mask = torch.ones_like(ids)
+        ways: dict[str, Callable[[], Any]] = {form.name: functools.partial(form.run, ids, mask) for form in forms}
+        seconds = interleaved_cpu_seconds(ways, rounds)
+        for form in forms:
+            ratios[form.name].append(seconds[forms[0].name] / seconds[form.name])
+    return ratios
+
+
+def main() -> int:
+    parser = arguments(__doc__)
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--pairs", type=int, default=120, metavar="N", help="sentence pairs of each language")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.logging.disable_progress_bar()
+    recipe = load_recipe(options.run_dir / "recipe.yaml", [])
+    config = replace(recipe.retrieval, max_pairs=20 if options.quick else options.pairs)
+    config = replace(config, languages=(config.languages or ["de"])[: 2 if options.quick else None])
+    shapes = QUICK_SHAPES if options.quick else SHAPES
+    with tempfile.TemporaryDirectory() as work:
+        groups = make_forms(options.run_dir, recipe, config, Path(work))
+        parity = export_difference(options.run_dir, groups[1][0].encoder)
+        found: dict[str, dict[str, Any]] = {}
+        for group in groups:
+            report = compare_runs(group[0].encoder, {form.name: form.run for form in group}, config)
+            found |= {form.name: report[form.name] for form in group}
+        forms = [form for group in groups for form in group]
+        ratios = speeds(forms, shapes, 2 if options.quick else 5)
+        megabytes = {form.name: form.file.stat().st_size / 1e6 for form in forms}
+        sha256 = hashlib.sha256(groups[1][0].file.read_bytes()).hexdigest()
+    rows = [
+        [
+            form.name,
+            f"{form.parameters / 1e6:.1f}",
+            f"{megabytes[form.name]:.0f}",
+            *(f"{ratio:.2f}" for ratio in ratios[form.name]),
+            f"{found[form.name]['retrieval_mean']:.4f}",
+            f"{found[form.name]['greatest_difference']:.1e}",
+        ]
+        for form in forms
+    ]
+    header = [
+        "form",
+        "M parameters",
+        "MB",
+        *(f"x teacher, {b}x{length}" for b, length in shapes),
+        "retrieval",
+        "difference",
+    ]
+    checks = limits(parity, found)
+    figures = {
+        "run": str(options.run_dir),
+        "weights_sha256": sha256,
+        "languages": config.languages,
+        "pairs": config.max_pairs,
+    }
+    publish("A student in every form", header, rows, {**figures, "rows": rows, "checks": checks}, options.json)
+    print(markdown_table(["what", "found", "at most", "holds"], checks))
+    return 0 if all(check[3] == "yes" for check in checks) else 1
+
+
+def limits(parity: float, found: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """What was promised of the forms, and whether it holds."""
+    checks = [["hidden states, export to checkpoint", parity, LIMITS["export"]]]
+    for kind in ("student", "trimmed"):
+        base, onnx, int8 = (found[f"{kind}, {form}"] for form in ("fp32", "ONNX fp32", "ONNX int8"))
+        checks.append([f"hidden states, {kind} ONNX to torch", onnx["greatest_difference"], LIMITS["ONNX"]])
+        lost = base["retrieval_mean"] - int8["retrieval_mean"]
+        checks.append([f"retrieval lost by int8, {kind}", lost, LIMITS["int8"]])
+    return [[what, f"{value:.2g}", f"{most:g}", "yes" if value <= most else "NO"] for what, value, most in checks]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
