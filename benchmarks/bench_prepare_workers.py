@@ -44,6 +44,7 @@ for core, (_, writing) in enumerate(pipes):
             processor.encode(block, return_type="numpy", num_threads=1)
         os.write(writing, f"{time.perf_counter() - wall} {time.process_time() - cpu}".encode())
         os._exit(0)
+    os.close(writing)
 for reading, _ in pipes:
     print(os.read(reading, 100).decode())
 """
