@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +62,14 @@ class Metrics:
         }
         self._on_board(lambda board: board.add_custom_scalars(LAYOUT))
         for tag, text in texts.items():
-            self._on_board(lambda board, tag=tag, text=text: board.add_text(tag, text))
+            self._on_board(partial(SummaryWriter.add_text, tag=tag, text_string=text))
 
     def write(self, step: int, samples: int, values: Mapping[str, float]) -> None:
         """One point on every curve. `step` counts finished optimizer steps."""
         if not self.active:
             return
         for tag, value in values.items():
-            self._on_board(lambda board, tag=tag, value=value: board.add_scalar(board_tag(tag), value, step))
+            self._on_board(partial(SummaryWriter.add_scalar, tag=board_tag(tag), scalar_value=value, global_step=step))
         row = {"step": step, "samples": samples, "time_s": round(time.time(), 3), **values}
         self._going_on(lambda: self._append(json.dumps(row) + "\n"))
 
@@ -131,6 +132,6 @@ def _truncate_after(path: Path, first_step: int) -> None:
                 kept.append(line)
         except (json.JSONDecodeError, KeyError):
             continue
-    partial = path.with_suffix(".tmp")
-    partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    partial.replace(path)
+    shorter = path.with_suffix(".tmp")
+    shorter.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    shorter.replace(path)

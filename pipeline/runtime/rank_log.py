@@ -47,4 +47,4 @@ def keep_output(log: Path) -> None:
         held = vars(handler).get("stream")  # handlers hold the stream that was there before
         if id(held) in consoles:
             vars(handler)["stream"] = consoles[id(held)]
-    sys.stdout, sys.stderr = consoles[id(sys.stdout)], consoles[id(sys.stderr)]  # type: ignore[assignment]
+    sys.stdout, sys.stderr = consoles[id(sys.stdout)], consoles[id(sys.stderr)]

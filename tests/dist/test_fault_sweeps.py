@@ -1,0 +1,24 @@
+"""The sweeps of `make faults` in small: real ranks, killed, frozen, poisoned, out of disk; every promise must be kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.bench_faults import FIGURES
+from benchmarks.faults.lab import Lab
+from tests.dist.fork_server import ForkServer
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    with ForkServer() as server:
+        yield server
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_promise_is_kept(name: str, server: ForkServer, tiny_recipe: Path, tmp_path: Path) -> None:
+    outcome = FIGURES[name](Lab(tmp_path, server, tiny_recipe), True)
+    assert outcome.kept == outcome.trials > 0, outcome.measured
