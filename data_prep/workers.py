@@ -1,8 +1,7 @@
 """Blocks of text to ids in worker processes: forked from this one, so that all share one copy of the model.
 
 Requests and replies are length-prefixed frames on two pipes per worker; nothing is pickled. A worker ends by itself when its
-requests end, so killing the parent leaves nothing behind. Two copies of a vocabulary of 250 000 pieces crowd each other out of
-the processor's cache: forked workers do the same work in a tenth less time (benchmarks/bench_prepare.py).
+requests end, so killing the parent leaves nothing behind. Forking spares every worker the model's load and a copy of it.
 """
 
 from __future__ import annotations
