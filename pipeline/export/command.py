@@ -3,9 +3,10 @@
     python -m pipeline export runs/quickstart --output runs/quickstart/student
     python -m pipeline export runs/quickstart --output student --dtype fp16 --sentence-transformers --onnx
 
-`--vocabulary DIR` leaves the student only the pieces that `python -m data_prep trim-vocab` kept. `--sentence-transformers` lets SentenceTransformer(DIR) load it too. `--onnx` adds onnx/model.onnx and
-onnx/model_int8.onnx, checked against torch on the sentences of --check-pairs. `--push OWNER/NAME` uploads the result to
-a private repository of a model hub; nothing else here needs one.
+`--vocabulary DIR` leaves the student only the pieces that `python -m data_prep trim-vocab` kept.
+`--sentence-transformers` lets SentenceTransformer(DIR) load it too. `--onnx` adds onnx/model.onnx and
+onnx/model_int8.onnx, checked against torch on the sentences of --check-pairs. `--push OWNER/NAME` uploads the result
+to a private repository of a model hub; nothing else here needs one.
 """
 
 from __future__ import annotations

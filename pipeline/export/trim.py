@@ -1,8 +1,7 @@
 """Cut a model to a smaller vocabulary; most of a small multilingual model is its embedding.
 
-    python -m data_prep trim-vocab --tokenizer runs/quickstart/student --shards artifacts/shards --languages de,en,ru \
-        --output artifacts/vocabulary
-    python -m pipeline trim runs/quickstart/student --vocabulary artifacts/vocabulary --output student_small
+    python -m data_prep trim-vocab --tokenizer artifacts/teacher --shards artifacts/shards --languages de,ru --output VOC
+    python -m pipeline trim runs/quickstart/student --vocabulary VOC --output student_small
 
 In: an XLM-R style Hugging Face directory and a vocabulary cut from its tokenizer. Out: the same model with fewer
 embedding rows and the smaller tokenizer. Checked before it gets its name: hidden states are equal to the last bit.

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 from data_prep.__main__ import main as data_prep
@@ -61,7 +63,7 @@ def test_a_smaller_vocabulary_trains_the_same(
         path.write_text(right)
         assert ended.code == 2
         assert "cut from another tokenizer" in ended.err
-        assert not (tmp_path / "mixed").exists()
+        assert [path.name for path in (tmp_path / "mixed").rglob("*") if path.is_file()] == ["rank0.log"]
 
     whole, small = (curve(tmp_path / name) for name in ("whole", "small"))
     assert list(whole) == [1, 2]
@@ -76,3 +78,15 @@ def test_a_smaller_vocabulary_trains_the_same(
     assert model.get_input_embeddings().num_embeddings == len(tokenizer) == about["vocab_size"]
     assert about["vocab_size"] < about["source_vocab_size"]
     assert json.loads((tmp_path / "student" / "lineage.json").read_text())["vocabulary"] == str(trimmed["vocabulary"])
+
+    # Trained whole and cut afterwards, it is the student that was trained small.
+    cut = ["--output", str(tmp_path / "cut"), "--vocabulary", str(trimmed["vocabulary"])]
+    pipeline(["export", str(tmp_path / "whole"), *cut])
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("student", "cut"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=1e-5, atol=1e-6)
+    lineage = json.loads((tmp_path / "cut" / "lineage.json").read_text())
+    assert lineage["trimmed"]["from"] == str(tmp_path / "whole")
+    assert lineage["steps"] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "mixed", "small", "student", "whole"]
