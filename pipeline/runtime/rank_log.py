@@ -17,7 +17,8 @@ from pipeline.errors import UserError
 
 
 class _Twice:
-    """A text stream that also goes to a file. A full disk costs lines of the file, never the run."""
+    """A text stream that also goes to a file. A full disk, below the file or below a redirected console, costs lines, never
+    the run."""
 
     def __init__(self, console: TextIO, file: TextIO):
         self._console, self._file = console, file
@@ -27,7 +28,13 @@ class _Twice:
             with contextlib.suppress(OSError, ValueError):
                 self._file.write(text)
                 self._file.flush()
-        return self._console.write(text)
+        with contextlib.suppress(OSError):
+            self._console.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._console.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._console, name)
