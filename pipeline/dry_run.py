@@ -19,7 +19,7 @@ import torch
 from pipeline.assembly import Parts
 from pipeline.config import Recipe
 from pipeline.errors import SickRunError
-from pipeline.runtime import dist
+from pipeline.runtime import dist, preflight
 from pipeline.runtime.dist import Launch
 
 if TYPE_CHECKING:
@@ -54,6 +54,12 @@ def dry_run(trainer: Trainer, allow_change: bool, start_s: float) -> None:
             "disk": describe_disk(trainer.run_dir, trainer.checkpoint_bytes),
         }
         print("\n".join(f"  {name:<11} {text}" for name, text in lines.items()), flush=True)
+
+
+def refuse_unwritable(run_dir: Path) -> None:
+    """A `UserError` where a run could not write, before anything else happens there."""
+    with without_trace(run_dir):
+        preflight.check_run_dir(run_dir)
 
 
 def _first_taken_step(trainer: Trainer, first: int) -> tuple[int, float, StepReport]:

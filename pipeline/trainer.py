@@ -22,7 +22,7 @@ import torch
 from pipeline.assembly import Parts, assemble
 from pipeline.config import Recipe, as_tree, load_recipe
 from pipeline.data.batches import Batch, Prefetcher
-from pipeline.dry_run import dry_run, without_trace
+from pipeline.dry_run import dry_run, refuse_unwritable, without_trace
 from pipeline.errors import EXIT_DONE, SickRunError, UserError
 from pipeline.evaluation.heldout import heldout_losses
 from pipeline.lineage import fingerprint, git_commit, mathematics
@@ -56,7 +56,9 @@ def run_from_files(
         print(f"recipe {recipe_path}{note}, run directory {run_dir}", flush=True)
     recipe = load_recipe(recipe_path, overrides)
     logs = run_dir / "logs"
-    if not only_try:
+    if only_try:
+        refuse_unwritable(run_dir)
+    else:
         keep_output(logs / f"rank{launch.rank}.log")
     stop = StopRequests(run_dir / "STOP", recipe.guard.deadline_margin_s)
     stop.listen()

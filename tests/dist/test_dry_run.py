@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,12 +10,6 @@ import pytest
 from pipeline.errors import EXIT_SICK, EXIT_USER
 from tests.dist.runs import curve
 from tests.dist.training_process import TrainingProcess
-
-
-@pytest.fixture(scope="module")
-def training() -> Iterator[TrainingProcess]:
-    with TrainingProcess() as process:
-        yield process
 
 
 @pytest.fixture

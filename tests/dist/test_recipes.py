@@ -9,7 +9,6 @@ Everything else (layer, relations, tail, initialisation, placement, optimizer, s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,12 +48,6 @@ TEACHERS = {
     "google-bert/bert-base-uncased": Teacher("bert", 12, 768, 12, 12, 48),
     "FacebookAI/roberta-large": Teacher("roberta", 24, 1024, 16, 19, 64),
 }
-
-
-@pytest.fixture(scope="module")
-def training() -> Iterator[TrainingProcess]:
-    with TrainingProcess() as process:
-        yield process
 
 
 @pytest.fixture(scope="module")

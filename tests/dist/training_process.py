@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +73,11 @@ def serve() -> None:
         sys.argv = ["pipeline/train.py", *json.loads(line)]
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = exit_code_of(main)
+            try:
+                code = exit_code_of(main)
+            except Exception:  # as a process of its own would have ended; the next run goes on
+                traceback.print_exc()
+                code = 1
         answers.write(json.dumps({"code": code, "out": out.getvalue(), "err": err.getvalue()}) + "\n")
         answers.flush()
 
