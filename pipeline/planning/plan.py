@@ -77,9 +77,11 @@ class Planner:
         return build_encoders(self.recipe, self.teacher_config)
 
     def with_changes(self, **changes: Any) -> Planner:
-        """A planner for a changed recipe; nothing rehearsed so far is reused."""
+        """A planner for a recipe whose student or teacher placement differs; the teacher's passages stay as they were."""
         recipe = dataclasses.replace(self.recipe, **changes)
-        return Planner(recipe, self.recipe_path, self.ds_path, self.device, self.assumptions, self.teacher_config)
+        other = Planner(recipe, self.recipe_path, self.ds_path, self.device, self.assumptions, self.teacher_config)
+        other._teacher_passages = self._teacher_passages
+        return other
 
     # -- settings
 

@@ -22,6 +22,7 @@ from tests.conftest import REPO
 
 RECIPE = REPO / "recipes" / "xlmr_large_l12_h384.yaml"
 ZERO2 = REPO / "ds_configs" / "zero2.json"
+SHALLOW = ["student.layers=2", "relations.teacher_layer=4"]  # costs less to rehearse
 Planned = Callable[..., tuple[int, str]]
 
 
@@ -46,7 +47,7 @@ def planner(*overrides: str, gpu: str = "a100-80", ds: Path = ZERO2) -> Planner:
 
 
 def test_report_figures_and_plot(planned: Planned, tmp_path: Path) -> None:
-    small = ["--set", "student.layers=2", "--set", "relations.teacher_layer=2"]
+    small = [word for change in SHALLOW for word in ("--set", change)]
     code, text = planned(*small, "--json", str(tmp_path / "plan.json"), "--plot", str(tmp_path / "plan.png"))
     assert code == EXIT_DONE
     for words in ("Memory per GPU", "optimizer step", "GPU-hours", "checkpoint", "shards", "ZeRO-3", "Scaling bends"):
@@ -93,7 +94,7 @@ def test_every_known_teacher_can_be_planned() -> None:
 
 
 def test_bends_where_communication_outweighs_a_small_share() -> None:
-    points = scale(planner(), 8)
+    points = scale(planner(*SHALLOW), 8)
     assert points[-1].plan is None
     efficiencies = [point.efficiency for point in points if point.plan]
     assert efficiencies == sorted(efficiencies, reverse=True)
@@ -101,7 +102,7 @@ def test_bends_where_communication_outweighs_a_small_share() -> None:
 
 
 def test_more_stages_never_take_more_optimizer_memory() -> None:
-    one = planner(gpu="v100-16")
+    one = planner(*SHALLOW, gpu="v100-16")
     sizes = [one.plan(2, 8, stage).memory.total for stage in (1, 2)]
     assert sizes[1] <= sizes[0]
     assert one.plan(2, 8).memory.parts["optimizer"] * 2 <= one.plan(1, 8).memory.parts["optimizer"] + 2
@@ -155,13 +156,13 @@ def test_longer_than_the_positions(planned: Planned) -> None:
 
 
 def test_what_does_not_fit_is_refused_with_what_would(planned: Planned) -> None:
-    code, error = planned("--memory-gib", "4.5")
+    code, error = planned("--memory-gib", "4.5", "--set", SHALLOW[1])
     assert code == EXIT_USER
     assert "does not fit on a100-80" in error
     assert "--set micro_batch_per_gpu=16" in error
     assert "--set student.checkpointing=true" in error
     for change in ("micro_batch_per_gpu=16", "student.checkpointing=true"):
-        assert planner(change).plan(1, 8).memory.total < 4.5 * GIB
+        assert planner(SHALLOW[1], change).plan(1, 8).memory.total < 4.5 * GIB
 
 
 def test_a_teacher_that_does_not_fit_whole(planned: Planned) -> None:
