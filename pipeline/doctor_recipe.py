@@ -29,6 +29,7 @@ from pipeline.distillation.student import student_hf_config
 from pipeline.distillation.student_init import copied_layers
 from pipeline.distillation.tap import tap
 from pipeline.distillation.teacher import check_files, looks_like_path
+from pipeline.distillation.vocabulary import read_vocabulary
 from pipeline.doctor_machine import Finding, guarded
 from pipeline.dry_run import nearest_directory
 from pipeline.errors import UserError
@@ -174,6 +175,8 @@ def blank_models(recipe: Recipe) -> tuple[PretrainedConfig, PreTrainedModel, Pre
     except (OSError, ValueError) as error:
         raise UserError(f"the config of {recipe.teacher} cannot be read: {str(error).splitlines()[0]}") from None
     family_of(config)
+    if recipe.vocabulary is not None:
+        config.vocab_size = len(read_vocabulary(recipe.vocabulary))
     num_layers = config.num_hidden_layers
     taps = recipe.relations.teacher_taps or num_layers
     highest = taps if isinstance(taps, int) else max(taps)

@@ -20,6 +20,7 @@ from pipeline.distillation.relations import check_heads
 from pipeline.distillation.student import student_hf_config
 from pipeline.distillation.student_init import copied_layers
 from pipeline.distillation.tap import TappedEncoder, tap
+from pipeline.distillation.vocabulary import read_vocabulary
 from pipeline.errors import UserError, did_you_mean
 from pipeline.planning.rehearsal import ATTENTION
 
@@ -103,6 +104,8 @@ def build_encoders(recipe: Recipe, teacher_config: Path | None = None) -> Encode
     relations, options = recipe.relations, recipe.relations.tap_options
     config = read_config(recipe.teacher, teacher_config)
     check_length(config, recipe.seq_len, recipe.teacher)
+    if recipe.vocabulary is not None:
+        config.vocab_size = len(read_vocabulary(recipe.vocabulary))
     teacher_layers = config.num_hidden_layers
     teacher = tap(_on_meta(config), relations.teacher_taps or teacher_layers, **options)
     chosen = copied_layers(teacher_layers, recipe.student.layers, recipe.student.init_layers, max(teacher.layers))
