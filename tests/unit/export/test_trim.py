@@ -15,10 +15,13 @@ from transformers import AutoModel, AutoTokenizer
 from data_prep.__main__ import main as data_prep
 from data_prep.shards import ShardSet
 from pipeline.__main__ import main
+from pipeline.config import load_recipe
 from pipeline.distillation.teacher import load_encoder, load_teacher
 from pipeline.distillation.vocabulary import cut_embedding, read_vocabulary
+from pipeline.doctor_recipe import count_parameters
 from pipeline.errors import UserError
 from pipeline.export import trim
+from pipeline.planning.encoders import build_encoders
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,13 @@ def test_a_teacher_cut_at_load_reads_the_same(tiny_teacher: Path, vocabulary: Pa
     assert cut.get_input_embeddings().weight.shape == (len(kept), 48)
     before, after = (load_teacher(model, 3) for model in (whole, cut))
     assert all(map(torch.equal, before(kept.old_ids_V[new_BL]), after(new_BL)))
+
+
+def test_plan_and_doctor_count_what_is_kept(tiny_recipe: Path, vocabulary: Path) -> None:
+    whole, small = (load_recipe(tiny_recipe, sets) for sets in ([], [f"vocabulary={vocabulary}"]))
+    cut = 2002 - len(read_vocabulary(vocabulary))
+    assert build_encoders(whole).student_parameters - build_encoders(small).student_parameters == cut * 24
+    assert count_parameters(whole).trained - count_parameters(small).trained == cut * 24
 
 
 def test_what_the_directory_says(tiny_teacher: Path, trimmed: Path, vocabulary: Path) -> None:
