@@ -113,6 +113,7 @@ def build_encoders(recipe: Recipe, teacher_config: Path | None = None) -> Encode
     if "embeddings" in recipe.student.freeze:
         model.get_input_embeddings().weight.requires_grad_(False)
     if recipe.student.checkpointing:
+        model.config.use_cache = False  # of no use to an encoder, and transformers warns where it meets recomputation
         model.activation_checkpointing_enable({"use_reentrant": False})
     student = tap(model.train(), relations.student_taps or recipe.student.layers, **options)
     check_heads(teacher.widths[0], relations.heads, "teacher")

@@ -209,13 +209,13 @@ class Planner:
         where = (plan.nodes, plan.gpus_per_node)
         remedies = [text for text, fits in self._remedies(plan, where) if fits]
         largest = max(plan.memory.parts, key=plan.memory.parts.__getitem__)
-        advice = (
-            "; or ".join(remedies) if remedies else "no single change would: take GPUs with more memory, or more GPUs"
-        )
+        advice = "No single change would make it fit: take GPUs with more memory, or more of them"
+        if remedies:
+            advice = f"What would fit: {'; or '.join(remedies)}"
         raise UserError(
             f"{self.recipe_path} with {self.ds_path} does not fit on {self.device.name}: "
             f"{plan.memory.total / GIB:.1f} GiB per GPU of {self.device.memory_gib} at its fullest ({plan.memory.moment}; "
-            f"most of it {largest}, {plan.memory.parts[largest] / GIB:.1f} GiB). What would fit: {advice}"
+            f"most of it {largest}, {plan.memory.parts[largest] / GIB:.1f} GiB). {advice}"
         )
 
     def _remedies(self, plan: Plan, where: tuple[int, int]) -> list[tuple[str, bool]]:
