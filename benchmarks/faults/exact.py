@@ -46,7 +46,7 @@ def interrupted_equals_uninterrupted(lab: Lab, quick: bool) -> Outcome:
         len(cases),
         sum(exact),
         "difference 0.0: {stop at 1, mid-cycle, at a save, twice} x {ZeRO 1, 2, 3} x {1, 2 ranks}",
-        "exact at an equal number of ranks, if stopped between saves by nobody",
+        "exact on an equal number of ranks",
     )
 
 
@@ -112,7 +112,7 @@ def not_a_number(lab: Lab, quick: bool) -> Outcome:
         sum(harmless) + sum(named),
         "0 parameters and moments changed by poisoned steps at ZeRO 1, 2, 3; three in a row end with code 3; "
         "bad_batch.json holds the rows that the step was fed",
-        "fp32 and fp16: skips too; goes on skipping for ever",
+        "skips too, for ever",
     )
 
 
