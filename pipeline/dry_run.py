@@ -33,7 +33,7 @@ MAX_SKIPPED_STEPS = (
 
 def dry_run(trainer: Trainer, allow_change: bool, start_s: float) -> None:
     """Check, resume where there is something to resume, take one step, and print the summary."""
-    first = trainer.prepare_without_trace(allow_change)
+    first = trainer.prepare(allow_change)
     if first >= trainer.recipe.steps:
         if trainer.launch.is_main:
             print(f"{trainer.run_dir} already has its {trainer.recipe.steps} steps: a run would do nothing", flush=True)
@@ -56,10 +56,12 @@ def dry_run(trainer: Trainer, allow_change: bool, start_s: float) -> None:
         print("\n".join(f"  {name:<11} {text}" for name, text in lines.items()), flush=True)
 
 
-def refuse_unwritable(run_dir: Path) -> None:
-    """A `UserError` where a run could not write, before anything else happens there."""
-    with without_trace(run_dir):
+@contextlib.contextmanager
+def writable_without_trace(run_dir: Path) -> Iterator[None]:
+    """A `UserError` where a run could not write; afterwards the run directory and its logs/ are gone if they were not there."""
+    with without_trace(run_dir / "logs"):
         preflight.check_run_dir(run_dir)
+        yield
 
 
 def _first_taken_step(trainer: Trainer, first: int) -> tuple[int, float, StepReport]:

@@ -22,7 +22,7 @@ import torch
 from pipeline.assembly import Parts, assemble
 from pipeline.config import Recipe, as_tree, load_recipe
 from pipeline.data.batches import Batch, Prefetcher
-from pipeline.dry_run import dry_run, refuse_unwritable, without_trace
+from pipeline.dry_run import dry_run, writable_without_trace
 from pipeline.errors import EXIT_DONE, SickRunError, UserError
 from pipeline.evaluation.heldout import heldout_losses
 from pipeline.lineage import fingerprint, git_commit, mathematics
@@ -56,17 +56,17 @@ def run_from_files(
         print(f"recipe {recipe_path}{note}, run directory {run_dir}", flush=True)
     recipe = load_recipe(recipe_path, overrides)
     logs = run_dir / "logs"
-    if only_try:
-        refuse_unwritable(run_dir)
-    else:
+    trace = contextlib.ExitStack()
+    if not only_try:
         keep_output(logs / f"rank{launch.rank}.log")
+    elif launch.is_main:  # the others make nothing before they have met this rank
+        trace.enter_context(writable_without_trace(run_dir))
     stop = StopRequests(run_dir / "STOP", recipe.guard.deadline_margin_s)
     stop.listen()
     slowest_s = max(recipe.guard.hang_timeout_s, recipe.guard.slow_timeout_s)
     dist.init_process_group(launch, slowest_s * COLLECTIVE_TIMEOUT_MARGIN)
     try:
-        trace = without_trace(logs) if only_try else contextlib.nullcontext()
-        with trace, Watchdog(recipe.guard, logs / f"stacks-rank{launch.rank}.txt") as watchdog:
+        with Watchdog(recipe.guard, logs / f"stacks-rank{launch.rank}.txt") as watchdog:
             marks = dist.gather_json(process_mark(os.getpid()), launch.device)
             watchdog.take_along([mark for mark in marks if mark])
             parts = assemble(recipe, recipe_path, ds_path, launch)
@@ -75,8 +75,11 @@ def run_from_files(
                 dry_run(trainer, allow_change, time.monotonic() - began)
             else:
                 trainer.run(allow_change)
+        if only_try:
+            dist.barrier()  # every rank has closed its files
     finally:
         dist.shut_down()
+        trace.close()
     return EXIT_DONE
 
 
@@ -141,11 +144,10 @@ class Trainer:
         finally:
             self.reporter.metrics.close()
 
-    def prepare_without_trace(self, allow_change: bool) -> int:
-        """What `run` does before its first step; a run directory that was not there is not there afterwards."""
-        with without_trace(self.run_dir):
-            self._check_before()
-            return self._resume(allow_change)
+    def prepare(self, allow_change: bool) -> int:
+        """What `run` does before its first step: the number of steps that are done."""
+        self._check_before()
+        return self._resume(allow_change)
 
     def steps_from(self, first: int) -> Iterator[StepReport]:
         """Training steps and nothing else: no report, no save."""
