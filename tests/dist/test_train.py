@@ -261,4 +261,4 @@ def test_finished_run_is_left_alone(plain_run: Path, arguments: list[str]) -> No
     before = {p: p.stat().st_mtime_ns for p in plain_run.rglob("*") if p.is_file() and "tensorboard" not in str(p)}
     assert "nothing to do" in train("python", 1, plain_run, arguments)
     after = {p: p.stat().st_mtime_ns for p in plain_run.rglob("*") if p.is_file() and "tensorboard" not in str(p)}
-    assert {p.name for p in before if before[p] != after.get(p)} <= {"metrics.jsonl"}
+    assert {p.name for p in before if before[p] != after.get(p)} <= {"metrics.jsonl", "rank0.log"}
