@@ -48,7 +48,9 @@ def add_prepare(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--input", nargs="+", required=True, metavar="PATH", help="files, directories, or hf:NAME[:CONFIG[:SPLIT]]"
     )
-    verb.add_argument("--tokenizer", type=Path, required=True, help="SentencePiece .model, tokenizer.json, or a directory with one")
+    verb.add_argument(
+        "--tokenizer", type=Path, required=True, help="SentencePiece .model, tokenizer.json, or a directory with one"
+    )
     verb.add_argument("--output", type=Path, required=True, help="directory of the shards")
     verb.add_argument("--workers", type=int, default=os.cpu_count(), help="tokenising processes (default: all cores)")
     verb.add_argument("--language", metavar="xx", help="this language alone; also names a file whose name does not")

@@ -1,7 +1,7 @@
 """`pipeline/train.py --dry-run`: everything a run does up to its first optimizer step, then what was found.
 
 In: a `Trainer` and the seconds its start took. Out: a summary on rank 0's console. The run directory is as before: a
-later real run begins, or goes on, as if there had been no dry run. Used by trainer.py.
+later real run begins, or goes on, as if there had been no dry run. Used by run.py.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def main() -> None:
     arguments = parser.parse_args()
     recipe_path = arguments.recipe or DEFAULT_RECIPE
 
-    from pipeline.trainer import run_from_files
+    from pipeline.run import run_from_files
 
     run_from_files(
         recipe_path=recipe_path,

@@ -9,8 +9,6 @@ steps - plus what checkpoint.py keeps, so an interrupted run and an uninterrupte
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,11 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.assembly import Parts, assemble
-from pipeline.config import Recipe, as_tree, load_recipe
+from pipeline.assembly import Parts
+from pipeline.config import Recipe, as_tree
 from pipeline.data.batches import Batch, Prefetcher
-from pipeline.dry_run import dry_run, writable_without_trace
-from pipeline.errors import EXIT_DONE, SickRunError, UserError
+from pipeline.errors import SickRunError, UserError
 from pipeline.evaluation.heldout import heldout_losses
 from pipeline.lineage import fingerprint, git_commit, mathematics
 from pipeline.reporter import Reporter, StepReport
@@ -31,56 +28,9 @@ from pipeline.runtime import checkpoint, dist, preflight
 from pipeline.runtime.checkpoint_writer import CheckpointWriter, SaveOutcome
 from pipeline.runtime.dist import Launch
 from pipeline.runtime.ds_config import loss_scale_floor
-from pipeline.runtime.guard import BadStepCounter, SpikeDetector, StopRequests, Watchdog, process_mark, record_spike
+from pipeline.runtime.guard import BadStepCounter, SpikeDetector, StopRequests, Watchdog, record_spike
 from pipeline.runtime.lives import FALL_BACK_AFTER, GIVE_UP_AFTER, Lives
-from pipeline.runtime.rank_log import keep_output
 from pipeline.runtime.schedule import learning_rate
-
-COLLECTIVE_TIMEOUT_MARGIN = 1.5  # the watchdog should bite first: it knows where every thread stands
-
-
-def run_from_files(
-    recipe_path: Path,
-    recipe_is_default: bool,
-    ds_path: Path,
-    run_dir: Path,
-    overrides: list[str],
-    allow_change: bool,
-    only_try: bool = False,
-) -> int:
-    """Everything behind `pipeline/train.py`. Returns the exit code; raises what the user can mend."""
-    began = time.monotonic()
-    launch = dist.read_launch()
-    if launch.is_main:
-        note = " (no --recipe given)" if recipe_is_default else ""
-        print(f"recipe {recipe_path}{note}, run directory {run_dir}", flush=True)
-    recipe = load_recipe(recipe_path, overrides)
-    logs = run_dir / "logs"
-    trace = contextlib.ExitStack()
-    if not only_try:
-        keep_output(logs / f"rank{launch.rank}.log")
-    elif launch.is_main:  # the others make nothing before they have met this rank
-        trace.enter_context(writable_without_trace(run_dir))
-    stop = StopRequests(run_dir / "STOP", recipe.guard.deadline_margin_s)
-    stop.listen()
-    slowest_s = max(recipe.guard.hang_timeout_s, recipe.guard.slow_timeout_s)
-    dist.init_process_group(launch, slowest_s * COLLECTIVE_TIMEOUT_MARGIN)
-    try:
-        with Watchdog(recipe.guard, logs / f"stacks-rank{launch.rank}.txt") as watchdog:
-            marks = dist.gather_json(process_mark(os.getpid()), launch.device)
-            watchdog.take_along([mark for mark in marks if mark])
-            parts = assemble(recipe, recipe_path, ds_path, launch)
-            trainer = Trainer(recipe, parts, launch, run_dir, stop, watchdog)
-            if only_try:
-                dry_run(trainer, allow_change, time.monotonic() - began)
-            else:
-                trainer.run(allow_change)
-        if only_try:
-            dist.barrier()  # every rank has closed its files
-    finally:
-        dist.shut_down()
-        trace.close()
-    return EXIT_DONE
 
 
 class Trainer:

@@ -142,7 +142,7 @@ def _import_once() -> None:
     import torch
     import transformers.models.xlm_roberta.modeling_xlm_roberta  # noqa: F401
 
-    import pipeline.trainer  # noqa: F401
+    import pipeline.run  # noqa: F401
 
     assert torch.get_num_threads() == 1
     threads = len(list(Path("/proc/self/task").iterdir()))

@@ -1,0 +1,67 @@
+"""What `pipeline/train.py` does once its options are read: start this rank, build the parts, train or only try.
+
+Used by train.py. Surroundings that a run needs from its first second to its last are set up here: log file, stop
+requests, process group, watchdog.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+from pipeline.assembly import assemble
+from pipeline.config import load_recipe
+from pipeline.dry_run import dry_run, writable_without_trace
+from pipeline.errors import EXIT_DONE
+from pipeline.runtime import dist
+from pipeline.runtime.guard import StopRequests, Watchdog, process_mark
+from pipeline.runtime.rank_log import keep_output
+from pipeline.trainer import Trainer
+
+COLLECTIVE_TIMEOUT_MARGIN = 1.5  # the watchdog should bite first: it knows where every thread stands
+
+
+def run_from_files(
+    recipe_path: Path,
+    recipe_is_default: bool,
+    ds_path: Path,
+    run_dir: Path,
+    overrides: list[str],
+    allow_change: bool,
+    only_try: bool = False,
+) -> int:
+    """Everything behind `pipeline/train.py`. Returns the exit code; raises what the user can mend."""
+    began = time.monotonic()
+    launch = dist.read_launch()
+    if launch.is_main:
+        note = " (no --recipe given)" if recipe_is_default else ""
+        print(f"recipe {recipe_path}{note}, run directory {run_dir}", flush=True)
+    recipe = load_recipe(recipe_path, overrides)
+    logs = run_dir / "logs"
+    trace = contextlib.ExitStack()
+    if not only_try:
+        keep_output(logs / f"rank{launch.rank}.log")
+    elif launch.is_main:  # the others make nothing before they have met this rank
+        trace.enter_context(writable_without_trace(run_dir))
+    stop = StopRequests(run_dir / "STOP", recipe.guard.deadline_margin_s)
+    stop.listen()
+    slowest_s = max(recipe.guard.hang_timeout_s, recipe.guard.slow_timeout_s)
+    dist.init_process_group(launch, slowest_s * COLLECTIVE_TIMEOUT_MARGIN)
+    try:
+        with Watchdog(recipe.guard, logs / f"stacks-rank{launch.rank}.txt") as watchdog:
+            marks = dist.gather_json(process_mark(os.getpid()), launch.device)
+            watchdog.take_along([mark for mark in marks if mark])
+            parts = assemble(recipe, recipe_path, ds_path, launch)
+            trainer = Trainer(recipe, parts, launch, run_dir, stop, watchdog)
+            if only_try:
+                dry_run(trainer, allow_change, time.monotonic() - began)
+            else:
+                trainer.run(allow_change)
+        if only_try:
+            dist.barrier()  # every rank has closed its files
+    finally:
+        dist.shut_down()
+        trace.close()
+    return EXIT_DONE
