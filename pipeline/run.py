@@ -41,9 +41,7 @@ def run_from_files(
     recipe = load_recipe(recipe_path, overrides)
     logs = run_dir / "logs"
     trace = contextlib.ExitStack()
-    if not only_try:
-        keep_output(logs / f"rank{launch.rank}.log")
-    elif launch.is_main:  # the others make nothing before they have met this rank
+    if only_try and launch.is_main:  # the others make nothing before they have met this rank
         trace.enter_context(writable_without_trace(run_dir))
     stop = StopRequests(run_dir / "STOP", recipe.guard.deadline_margin_s)
     stop.listen()
@@ -54,6 +52,8 @@ def run_from_files(
             marks = dist.gather_json(process_mark(os.getpid()), launch.device)
             watchdog.take_along([mark for mark in marks if mark])
             parts = assemble(recipe, recipe_path, ds_path, launch)
+            if not only_try:  # not sooner: a run that is refused leaves nothing behind
+                keep_output(logs / f"rank{launch.rank}.log")
             trainer = Trainer(recipe, parts, launch, run_dir, stop, watchdog)
             if only_try:
                 dry_run(trainer, allow_change, time.monotonic() - began)

@@ -58,7 +58,11 @@ def save(
         for kind in MOMENTS
     }
     contents = {"weight": weights_of(model), **moments}
-    files = {f"{kind}-00000-of-00001.safetensors": tensors for kind, tensors in contents.items()}
+    # The one rank's fragments, as a run's checkpoint has them: flat, by parameter and offset.
+    files = {
+        f"{kind}-00000-of-00001.safetensors": {f"{name}:0": tensor.flatten() for name, tensor in tensors.items()}
+        for kind, tensors in contents.items()
+    }
     files[CARRIED_FILE] = best
     for name, tensors in files.items():
         save_file(tensors, partial / name)
@@ -76,13 +80,11 @@ def resume(
         return None
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     tensors = {kind: load_file(path / f"{kind}-00000-of-00001.safetensors") for kind in ("weight", *MOMENTS)}
-    put_weights(model, tensors["weight"])
+    put_weights(model, {name: tensors["weight"][f"{name}:0"].view(p.shape) for name, p in model.named_parameters()})
     for name, parameter in model.named_parameters():
-        if name in tensors[MOMENTS[0]]:
-            adam.state[parameter] = {
-                "step": torch.tensor(float(state["step"])),
-                **{kind: tensors[kind][name].to(parameter.device) for kind in MOMENTS},
-            }
+        if f"{name}:0" in tensors[MOMENTS[0]]:
+            moments = {kind: tensors[kind][f"{name}:0"].view(parameter.shape).to(parameter.device) for kind in MOMENTS}
+            adam.state[parameter] = {"step": torch.tensor(float(state["step"])), **moments}
     return load_file(path / CARRIED_FILE), state
 
 

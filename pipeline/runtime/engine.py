@@ -194,6 +194,11 @@ class StudentEngine:
             self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
 
 
+MAX_GATHERED_PARAMETERS = (
+    10_000_000  # of a partitioned teacher on one rank: the matrix in use and what is fetched ahead
+)
+
+
 def partition_teacher(teacher: torch.nn.Module, precision: str) -> Callable:
     """A frozen module whose parameters are spread over the ranks by a ZeRO-3 engine of its own, without optimizer.
 
@@ -202,7 +207,14 @@ def partition_teacher(teacher: torch.nn.Module, precision: str) -> Callable:
     _forbid_compilation_at_start()
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": 0,
+            # Gather when needed, let go at once: by default up to a billion gathered parameters stay, which is the teacher.
+            "stage3_max_live_parameters": 0,
+            "stage3_max_reuse_distance": 0,
+            "stage3_prefetch_bucket_size": 0,
+        },
         "fp16": {"enabled": precision == "fp16"},
         "bf16": {"enabled": precision == "bf16"},
         "steps_per_print": 2**62,

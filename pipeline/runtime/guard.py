@@ -182,6 +182,9 @@ class Watchdog:
         faulthandler.unregister(signal.SIGQUIT)
         if self._stacks.exists() and self._stacks.stat().st_size == 0:
             self._stacks.unlink()
+            with contextlib.suppress(OSError):  # a run that was refused leaves no empty directories
+                self._stacks.parent.rmdir()
+                self._stacks.parent.parent.rmdir()
 
     def feed(self) -> None:
         """Something was finished."""

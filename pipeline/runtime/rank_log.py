@@ -1,7 +1,7 @@
 """What a rank prints, kept in the run directory too: `logs/rank0.log`, one file per rank, lives one after another.
 
 In: this process's Python output. Out: the same on the console and in the file. Text that native libraries write past
-Python reaches the console only. Used by trainer.py.
+Python reaches the console only. Used by run.py.
 """
 
 from __future__ import annotations

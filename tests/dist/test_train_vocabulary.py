@@ -63,7 +63,7 @@ def test_a_smaller_vocabulary_trains_the_same(
         path.write_text(right)
         assert ended.code == 2
         assert "cut from another tokenizer" in ended.err
-        assert [path.name for path in (tmp_path / "mixed").rglob("*") if path.is_file()] == ["rank0.log"]
+        assert not (tmp_path / "mixed").exists()
 
     whole, small = (curve(tmp_path / name) for name in ("whole", "small"))
     assert list(whole) == [1, 2]
@@ -89,4 +89,4 @@ def test_a_smaller_vocabulary_trains_the_same(
     lineage = json.loads((tmp_path / "cut" / "lineage.json").read_text())
     assert lineage["trimmed"]["from"] == str(tmp_path / "whole")
     assert lineage["steps"] == 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "mixed", "small", "student", "whole"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "small", "student", "whole"]
