@@ -8,6 +8,7 @@ same; a cell in flight goes on from its last epoch. Used by xnli.py and mlqa.py.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -17,12 +18,41 @@ from typing import Any
 
 import xxhash
 
+from pipeline.errors import UserError
 from pipeline.evaluation.encoder import VOCABULARY_FILES, Encoder
 from pipeline.evaluation.finetune import Cell, FinetuneConfig, FinetuneTask, Scores, finetune, mean_of
 from pipeline.evaluation.ranks import Ranks
 from pipeline.lineage import fingerprint
 
 NO_EFFECT = ("learning_rates", "seeds", "micro_batch")  # settings that change nothing within one cell
+
+
+def run_grids(
+    name: str,
+    encoders: list[Encoder],
+    make_task: Callable[[Encoder], FinetuneTask],
+    data_fingerprint: str,
+    config: FinetuneConfig,
+    directory: Path,
+    ranks: Ranks,
+) -> dict[str, dict[str, Any]]:
+    """One grid per encoder, by its name; rows too long for any of them are refused before the first is tuned."""
+    for encoder in encoders:
+        check_length(encoder, config.max_length, name)
+    return {
+        encoder.name: run_grid(
+            functools.partial(make_task, encoder), encoder, data_fingerprint, config, directory, ranks
+        )
+        for encoder in encoders
+    }
+
+
+def check_length(encoder: Encoder, max_length: int, task: str) -> None:
+    if max_length > encoder.max_positions:
+        raise UserError(
+            f"{encoder.name} takes at most {encoder.max_positions} tokens, {task}.max_length is {max_length}. "
+            f"Set it lower: --set {task}.max_length={encoder.max_positions}"
+        )
 
 
 def run_grid(

@@ -17,12 +17,11 @@ from transformers import AutoModelForQuestionAnswering
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder
 from pipeline.evaluation.finetune import FinetuneConfig, FinetuneTask, Scores, load_with_head
-from pipeline.evaluation.grid import run_grid
+from pipeline.evaluation.grid import run_grids
 from pipeline.evaluation.ranks import Ranks
 from pipeline.evaluation.squad_data import QaData, read_qa
 from pipeline.evaluation.squad_metrics import MLQA_LANGUAGES, exact_match, f1, mlqa_words, squad_words
 from pipeline.evaluation.squad_windows import WindowedQuestions, best_answers, cut_windows
-from pipeline.evaluation.xnli import check_length
 
 
 @dataclass
@@ -56,17 +55,13 @@ def evaluate_mlqa(
 ) -> dict[str, dict[str, Any]]:
     """Per model, the chosen cell's F1 and exact match in per cent; all ranks call it together."""
     data = read(config)
-    for encoder in encoders:
-        check_length(encoder, config.max_length, "mlqa")
-    fingerprint = data.fingerprint()
-    results = {}
-    for encoder in encoders:
-        grid = run_grid(
-            lambda encoder=encoder: make_task(encoder, data, config, ranks),  # type: ignore[misc]
-            *(encoder, fingerprint, config, directory, ranks),
-        )
-        results[encoder.name] = {**grid, "train_questions": len(data.train)}
-    return results
+    grids = run_grids(
+        "mlqa",
+        encoders,
+        lambda encoder: make_task(encoder, data, config, ranks),
+        *(data.fingerprint(), config, directory, ranks),
+    )
+    return {name: {**grid, "train_questions": len(data.train)} for name, grid in grids.items()}
 
 
 def make_task(encoder: Encoder, data: QaData, config: MlqaConfig, ranks: Ranks) -> FinetuneTask:

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder
 from pipeline.evaluation.finetune import FinetuneConfig, FinetuneTask, Scores, load_with_head
-from pipeline.evaluation.grid import run_grid
+from pipeline.evaluation.grid import run_grids
 from pipeline.evaluation.ranks import Ranks
 from pipeline.evaluation.token_rows import TokenRows, tokenize_pairs
 from pipeline.evaluation.xnli_data import LABELS, LabelledPairs, XnliData, read_xnli
@@ -42,25 +41,14 @@ def evaluate_xnli(
 ) -> dict[str, dict[str, Any]]:
     """Per model, the chosen cell's test accuracy in per cent; all ranks call it together."""
     data = read(config)
-    for encoder in encoders:
-        check_length(encoder, config.max_length, "xnli")
-    fingerprint = data.fingerprint()
-    results = {}
-    for encoder in encoders:
-        grid = run_grid(
-            lambda encoder=encoder: make_task(encoder, data, config, ranks),  # type: ignore[misc]
-            *(encoder, fingerprint, config, directory, ranks),
-        )
-        results[encoder.name] = {**grid, "train_language": config.train_language, "train_pairs": len(data.train)}
-    return results
-
-
-def check_length(encoder: Encoder, max_length: int, task: str) -> None:
-    if max_length > encoder.max_positions:
-        raise UserError(
-            f"{encoder.name} takes at most {encoder.max_positions} tokens, {task}.max_length is {max_length}. "
-            f"Set it lower: --set {task}.max_length={encoder.max_positions}"
-        )
+    grids = run_grids(
+        "xnli",
+        encoders,
+        lambda encoder: make_task(encoder, data, config, ranks),
+        *(data.fingerprint(), config, directory, ranks),
+    )
+    about = {"train_language": config.train_language, "train_pairs": len(data.train)}
+    return {name: {**grid, **about} for name, grid in grids.items()}
 
 
 def make_task(encoder: Encoder, data: XnliData, config: XnliConfig, ranks: Ranks) -> FinetuneTask:

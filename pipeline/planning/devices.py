@@ -38,38 +38,15 @@ class Device:
 
 
 # Network: DGX-1 4 x 100 Gbit/s, DGX A100 8 x 200, DGX H100 and H200 8 x 400, for 8 GPUs; otherwise 25 a GPU, an assumption.
+_V100 = "NVIDIA V100 data sheet (SXM2)"
 _DEVICES = (
     Device("a100-40", 40, 312, 19.5, 1555, 300, 200, 108, 1.41, source="NVIDIA A100 data sheet (SXM)"),
     Device("a100-80", 80, 312, 19.5, 2039, 300, 200, 108, 1.41, source="NVIDIA A100 data sheet (SXM)"),
     Device("h100-80", 79.6, 989, 67, 3350, 450, 400, 132, 1.83, source="NVIDIA H100 data sheet (SXM)"),
     Device("h200", 140, 989, 67, 4800, 450, 400, 132, 1.83, source="NVIDIA H200 data sheet (SXM)"),
-    Device(
-        "v100-16",
-        16,
-        125,
-        15.7,
-        900,
-        150,
-        50,
-        80,
-        1.53,
-        bf16=False,
-        flash=False,
-        source="NVIDIA V100 data sheet (SXM2)",
-    ),
-    Device(
-        "v100-32",
-        32,
-        125,
-        15.7,
-        900,
-        150,
-        50,
-        80,
-        1.53,
-        bf16=False,
-        flash=False,
-        source="NVIDIA V100 data sheet (SXM2)",
+    *(
+        Device(name, memory, 125, 15.7, 900, 150, 50, 80, 1.53, bf16=False, flash=False, source=_V100)
+        for name, memory in (("v100-16", 16), ("v100-32", 32))
     ),
     Device(
         "t4", 15, 65, 8.1, 300, 16, 25, 40, 1.59, bf16=False, flash=False, nvlink=False, source="NVIDIA T4 data sheet"
