@@ -17,12 +17,14 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from data_prep.command_line import CommandLine
+
 REPO = Path(__file__).resolve().parent.parent
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
     """A parser with `--quick` and `--json FILE`; add what the benchmark needs of its own."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=description)
     parser.add_argument("--quick", action="store_true", help="a small version, in seconds; its figures are rough")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     return parser

@@ -10,7 +10,6 @@ test in all languages, by a hash of its text, and hypotheses are drawn from the 
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 from collections import defaultdict
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import xxhash
 
 from benchmarks.measure import REPO
+from data_prep.command_line import CommandLine
 
 LANGUAGES = ("de", "ar", "el", "fa", "id", "ja", "ko", "ru", "tr", "zh-Hans")  # those with several documents
 PARTS = ("train", "train", "train", "dev", "test")  # fifths
@@ -75,7 +75,7 @@ def _write_tsv(path: Path, header: tuple[str, ...], rows: list[tuple[str, ...]])
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--train", type=int, default=1050, help="most pairs to train on")
     parser.add_argument("--evaluation", type=int, default=60, help="most pairs of each language and part")

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from data_prep.clean import CleanOptions
+from data_prep.command_line import EXIT_USER, CommandLine
 from data_prep.shards import DataError, ShardSet
 
 
@@ -21,16 +22,14 @@ def main(arguments: list[str] | None = None) -> int:
         return parsed.run(parsed)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return EXIT_USER
     except KeyboardInterrupt:
         print("Stopped. Finished shards are kept; the same command goes on from there.", file=sys.stderr)
         return 130
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandLine(prog="python -m data_prep", description=__doc__)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     add_prepare(verbs.add_parser("prepare", help="text to shards; the same command goes on after any interruption"))
     add_merge(verbs.add_parser("merge", help="finish a directory whose languages were prepared one by one"))

@@ -9,7 +9,6 @@ this again after an interruption goes on where it stopped. Leaves the student an
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import socket
@@ -21,6 +20,7 @@ from typing import Any
 
 from transformers.utils import cached_file, logging
 
+from data_prep.command_line import CommandLine
 from demo.compare import compare
 from demo.teacher import DEFAULT_OUTPUT, make_teacher
 from pipeline.config import Recipe, load_recipe
@@ -43,9 +43,7 @@ class StageError(Exception):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandLine(prog="python -m demo", description=__doc__)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
     parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--run-dir", type=Path, help="default: runs/NAME_OF_RECIPE")

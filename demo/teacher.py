@@ -7,7 +7,6 @@ before it gets its name, so a directory of that name is whole. By itself: `pytho
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import importlib.util
 import json
@@ -23,6 +22,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tqdm import tqdm
 from transformers import BertConfig, XLMRobertaTokenizer
 
+from data_prep.command_line import CommandLine
 from demo.golden import check_teacher
 from demo.packed_model import PackedModel
 from pipeline.errors import UserError, exit_code_of
@@ -179,7 +179,7 @@ def _fingerprint(path: Path) -> dict[str, int | str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m demo.teacher", description=__doc__)
+    parser = CommandLine(prog="python -m demo.teacher", description=__doc__)
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
     make_teacher(parser.parse_args().output)
 

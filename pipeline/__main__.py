@@ -7,7 +7,8 @@ import importlib
 import sys
 from types import ModuleType
 
-from pipeline.errors import EXIT_USER, exit_code_of
+from data_prep.command_line import CommandLine
+from pipeline.errors import exit_code_of
 
 VERBS = {
     "export": "pipeline.export.command",
@@ -21,15 +22,9 @@ VERBS = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        print(f"error: {message}\n{self.format_usage()}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_USER)
-
-
 def main(arguments: list[str]) -> None:
     """Import the verb's module alone: `--help` of one verb must not cost the imports of all."""
-    parser = Parser(prog="python -m pipeline", description=__doc__)
+    parser = CommandLine(prog="python -m pipeline", description=__doc__)
     parser.add_argument("verb", choices=VERBS)
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed --module adds it
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="see `python -m pipeline VERB --help`")
@@ -39,11 +34,7 @@ def main(arguments: list[str]) -> None:
 
 def run_verb(name: str, module: ModuleType, arguments: list[str]) -> None:
     """Parse the verb's own arguments and run it."""
-    parser = Parser(
-        prog=f"python -m pipeline {name}",
-        description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandLine(prog=f"python -m pipeline {name}", description=module.__doc__)
     module.add_arguments(parser)
     module.run(parser.parse_args(arguments))
 

@@ -6,10 +6,10 @@ import difflib
 import sys
 from collections.abc import Callable, Sequence
 
+from data_prep.command_line import EXIT_USER
 from data_prep.shards import DataError
 
 EXIT_DONE = 0
-EXIT_USER = 2
 EXIT_SICK = 3
 EXIT_HUNG = 4
 

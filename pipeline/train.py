@@ -15,20 +15,15 @@ from pathlib import Path
 # Started by path, Python puts pipeline/ itself first on sys.path; the packages live one level up.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pipeline.errors import EXIT_USER, exit_code_of  # noqa: E402
+from data_prep.command_line import CommandLine  # noqa: E402
+from pipeline.errors import exit_code_of  # noqa: E402
 
 DEFAULT_RECIPE = Path("recipes/quickstart.yaml")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        print(f"error: {message}\n{self.format_usage()}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_USER)
-
-
 def main() -> None:
     """Parse the command line and run; the heavy imports wait until the arguments are known to be right."""
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__)
     parser.add_argument(
         "--deepspeed", type=Path, required=True, metavar="JSON", help="for example ds_configs/zero2.json"
     )

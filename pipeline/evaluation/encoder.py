@@ -43,6 +43,14 @@ class Encoder:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    def refuse_longer(self, length: int, setting: str) -> None:
+        """A `UserError` where `length` tokens, as `setting` (task.key) says, are more than the model takes."""
+        if length > self.max_positions:
+            raise UserError(
+                f"{self.name} takes at most {self.max_positions} tokens, {setting} is {length}. "
+                f"Set it lower: --set {setting}={self.max_positions}"
+            )
+
 
 def load_encoder(name: str, values_layer: int | None = None) -> Encoder:
     """Load `DIR_OR_HUB_NAME` or `DIR_OR_HUB_NAME@LAYER`; without a layer, values are those of the last one."""
@@ -93,11 +101,6 @@ def sentence_vectors(
     encoder: Encoder, texts: list[str], max_length: int, batch_size: int
 ) -> tuple[dict[str, torch.Tensor], int]:
     """Unit vectors [text, width] per pooling, in the order of `texts`, and how many tokens went through the model."""
-    if max_length > encoder.max_positions:
-        raise UserError(
-            f"{encoder.name} takes at most {encoder.max_positions} tokens, but sentences are to be cut at {max_length}. "
-            f"Set max_length of the task to {encoder.max_positions} or less."
-        )
     ids = encoder.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # alike lengths side by side: little padding
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

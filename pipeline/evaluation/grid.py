@@ -18,7 +18,6 @@ from typing import Any
 
 import xxhash
 
-from pipeline.errors import UserError
 from pipeline.evaluation.encoder import VOCABULARY_FILES, Encoder
 from pipeline.evaluation.finetune import Cell, FinetuneConfig, FinetuneTask, Scores, finetune, mean_of
 from pipeline.evaluation.ranks import Ranks
@@ -38,21 +37,13 @@ def run_grids(
 ) -> dict[str, dict[str, Any]]:
     """One grid per encoder, by its name; rows too long for any of them are refused before the first is tuned."""
     for encoder in encoders:
-        check_length(encoder, config.max_length, name)
+        encoder.refuse_longer(config.max_length, f"{name}.max_length")
     return {
         encoder.name: run_grid(
             functools.partial(make_task, encoder), encoder, data_fingerprint, config, directory, ranks
         )
         for encoder in encoders
     }
-
-
-def check_length(encoder: Encoder, max_length: int, task: str) -> None:
-    if max_length > encoder.max_positions:
-        raise UserError(
-            f"{encoder.name} takes at most {encoder.max_positions} tokens, {task}.max_length is {max_length}. "
-            f"Set it lower: --set {task}.max_length={encoder.max_positions}"
-        )
 
 
 def run_grid(

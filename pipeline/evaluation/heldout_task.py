@@ -130,11 +130,7 @@ def _check_fit(encoder: Encoder, source: BatchSource, data: str) -> None:
             f"the shards in {data} were made with another tokenizer than {models[0]}. Prepare shards with this one, or "
             "leave the model out"
         )
-    if source.seq_len > encoder.max_positions:
-        raise UserError(
-            f"{encoder.name} takes at most {encoder.max_positions} tokens, the held-out rows have {source.seq_len}. "
-            f"Take shorter ones: --set heldout.seq_len={encoder.max_positions}"
-        )
+    encoder.refuse_longer(source.seq_len, "heldout.seq_len")
 
 
 def heldout_table(results: dict[str, dict[str, Any]]) -> str:

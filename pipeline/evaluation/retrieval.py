@@ -102,6 +102,7 @@ def _enough(pairs: Pairs, path: Path) -> Pairs:
 
 def evaluate_retrieval(encoder: Encoder, config: RetrievalConfig) -> dict[str, Any]:
     """Accuracy per pair and pooling (`to_english`, `from_english`, `mean`), and the mean over all pairs per pooling."""
+    encoder.refuse_longer(config.max_length, "retrieval.max_length")
     started = time.perf_counter()
     pairs_of = read_pairs(config)
     texts = sorted({text for pairs in pairs_of.values() for pair in pairs for text in pair})

@@ -103,6 +103,7 @@ def evaluate_sts(encoders: list[Encoder], config: StsConfig) -> dict[str, dict[s
     files = read_all(config)
     results = {}
     for encoder in encoders:
+        encoder.refuse_longer(config.max_length, "sts.max_length")
         per_file = {name: score_file(encoder, pairs, config) for name, pairs in files.items()}
         mean = {pooling: sum(file[pooling] for file in per_file.values()) / len(per_file) for pooling in POOLINGS}
         num_pairs = {name: len(pairs.scores) for name, pairs in files.items()}

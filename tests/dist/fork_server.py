@@ -7,6 +7,7 @@ very file that a launcher would run. The server itself starts no thread and join
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -110,7 +111,7 @@ class ForkServer:
 
 
 def main() -> None:
-    """Import everything that a rank needs, then fork on request until the client closes its end."""
+    """Import everything that a rank needs, then fork on request until the client is gone, and every job with it."""
     answers = os.dup(1)  # what an import prints must not be taken for an answer
     os.dup2(2, 1)
     _import_once()
@@ -120,19 +121,30 @@ def main() -> None:
     os.set_blocking(wake_write, False)
     signal.set_wakeup_fd(wake_write)
     signal.signal(signal.SIGCHLD, lambda *_: None)
+    jobs: set[int] = set()
+    try:
+        _serve(wake_read, answers, jobs)
+    finally:  # a client that was killed left them behind
+        for job in jobs:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(job, signal.SIGKILL)
+
+
+def _serve(wake_read: int, answers: int, jobs: set[int]) -> None:
+    """Until the client is gone. `jobs` are those that have not ended."""
     text = b""
     while True:
         ready, _, _ = select.select([0, wake_read], [], [])
         if wake_read in ready:
             os.read(wake_read, 4096)
-            _report_ended(answers)
+            _report_ended(answers, jobs)
         if 0 in ready:
             said = os.read(0, 65536)
             if not said:
                 return
             *lines, text = (text + said).split(b"\n")
             for line in lines:
-                _fork_job(json.loads(line), answers)
+                jobs.add(_fork_job(json.loads(line), answers))
 
 
 def _import_once() -> None:
@@ -149,7 +161,7 @@ def _import_once() -> None:
     assert threads == 1, f"{threads} threads after the imports"
 
 
-def _report_ended(answers: int) -> None:
+def _report_ended(answers: int, jobs: set[int]) -> None:
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -157,14 +169,15 @@ def _report_ended(answers: int) -> None:
             return
         if pid == 0:
             return
+        jobs.discard(pid)
         message = {"job": pid, "code": os.waitstatus_to_exitcode(status)}
         os.write(answers, json.dumps(message).encode() + b"\n")
 
 
-def _fork_job(request: Request, answers: int) -> None:
-    """Fork a launcher with a session of its own; it forks the ranks and says who they are."""
-    if os.fork():
-        return
+def _fork_job(request: Request, answers: int) -> int:
+    """Fork a launcher with a session of its own; it forks the ranks and says who they are. Its process, for the parent."""
+    if pid := os.fork():
+        return pid
     code = 1
     try:
         os.setsid()

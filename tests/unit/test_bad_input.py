@@ -55,6 +55,15 @@ def test_missing_recipe_lists_the_recipes(refused: Run) -> None:
     assert "recipes/quickstart.yaml" in error
 
 
+def test_options_by_their_whole_names(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """An option of a later version must not change what a shortened one means today."""
+    monkeypatch.setattr(sys, "argv", ["pipeline/train.py", "--deepspeed", "x.json", "--allow"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == EXIT_USER
+    assert "unrecognized arguments: --allow" in capsys.readouterr().err
+
+
 def test_unknown_key_names_the_nearest(refused: Run) -> None:
     assert "did you mean `alpha`" in refused("alfa=0.3")
     assert "`student.layer`" in refused("student.layer=3")

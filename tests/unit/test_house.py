@@ -47,8 +47,8 @@ def test_data_prep_knows_nothing_of_training() -> None:
     assert importers("data_prep", r"(pipeline|demo|torch|deepspeed|transformers)(\..*)?") == set()
 
 
-def test_pipeline_knows_shards_only() -> None:
-    allowed = r"data_prep|data_prep\.shards(\..*)?"
+def test_pipeline_knows_shards_and_the_parser_only() -> None:
+    allowed = r"data_prep|data_prep\.(shards|command_line)(\..*)?"
     for path in (REPO / "pipeline").rglob("*.py"):
         for name in imports_of(path):
             if name.startswith("data_prep"):

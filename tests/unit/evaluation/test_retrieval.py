@@ -222,5 +222,5 @@ def test_overrides_reach_the_task() -> None:
 
 
 def test_more_tokens_than_the_model_has_positions(tiny_teacher: Path) -> None:
-    with pytest.raises(UserError, match="at most 64 tokens"):
-        sentence_vectors(load_encoder(str(tiny_teacher)), TEXTS, max_length=65, batch_size=1)
+    with pytest.raises(UserError, match=r"at most 64 tokens.* --set retrieval.max_length=64"):
+        evaluate_retrieval(load_encoder(str(tiny_teacher)), RetrievalConfig(max_length=65))
