@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import data_prep.__main__ as data_prep_command
+from data_prep.command_line import CommandLine
 from pipeline.__main__ import VERBS, run_verb
 from pipeline.config import load_recipe
 from tests.conftest import REPO, SAMPLES
@@ -55,19 +56,24 @@ class Incomplete(Exception):
 @pytest.fixture
 def parse_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs end as soon as their arguments have been parsed."""
-    real, real_error = argparse.ArgumentParser.parse_args, argparse.ArgumentParser.error
+    real = argparse.ArgumentParser.parse_args
 
-    def error(self: argparse.ArgumentParser, message: str) -> None:
-        if "arguments are required" in message:
-            raise Incomplete(self)
-        real_error(self, message)
+    def error_of(parser: type[argparse.ArgumentParser]) -> Callable[[argparse.ArgumentParser, str], None]:
+        real_error = parser.error
+
+        def error(self: argparse.ArgumentParser, message: str) -> None:
+            if "arguments are required" in message:
+                raise Incomplete(self)
+            real_error(self, message)
+
+        return error
 
     def parse(self: argparse.ArgumentParser, *arguments: object, **keywords: object) -> None:
-        self.error = lambda message: error(self, message)  # type: ignore[method-assign, assignment]
         real(self, *arguments, **keywords)  # type: ignore[call-overload]
         raise Parsed
 
-    monkeypatch.setattr(argparse.ArgumentParser, "error", error)  # for parsers inside parsers
+    for parser in (argparse.ArgumentParser, CommandLine):
+        monkeypatch.setattr(parser, "error", error_of(parser))
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
     monkeypatch.chdir(REPO)
 
