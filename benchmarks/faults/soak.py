@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.faults.lab import Lab, Outcome, newest_step, same_student
+from benchmarks.faults.lab import Lab, Outcome, newest_step, same_student, steps_done
 from tests.dist.fork_server import Job
 from tests.dist.runs import curve, end_group
 
@@ -76,7 +76,7 @@ def _one_life(
     goal = third_save + choice.randrange(4 * every)
     try:
         while job.poll() is None:
-            if _last_step(run_dir) >= goal and _strike(fault, job, run_dir, choice):
+            if steps_done(run_dir) >= goal and _strike(fault, job, run_dir, choice):
                 faults[fault] += 1
                 break
             time.sleep(0.02)
@@ -97,16 +97,6 @@ def _strike(fault: str, job: Job, run_dir: Path, choice: random.Random) -> bool:
     return fault != "kill in a save"
 
 
-def _last_step(run_dir: Path) -> int:
-    """The last logged step, from the end of metrics.jsonl: the file is long, and it is asked often."""
-    try:
-        with open(run_dir / "metrics.jsonl", "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 2000))
-            return int(file.read().rsplit(b'{"step": ', 1)[1].split(b",")[0])
-    except (OSError, IndexError, ValueError):
-        return 0
-
-
 # -- leaks
 
 
@@ -121,7 +111,7 @@ def _watch(job: Job, run_dir: Path) -> list[dict[str, int]]:
             except OSError:
                 break
             memory_kib = pages * os.sysconf("SC_PAGE_SIZE") // 1024
-            samples.append({"step": _last_step(run_dir), "memory_kib": memory_kib, "files": files})
+            samples.append({"step": steps_done(run_dir), "memory_kib": memory_kib, "files": files})
             time.sleep(SAMPLE_S / 5 if len(samples) < 20 else SAMPLE_S)
         assert job.wait() == 0, run_dir.with_suffix(".log").read_text()[-3000:]
     finally:
