@@ -8,7 +8,7 @@ What is not there is left out.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,14 @@ def _retrieval_of_demo(report: dict[str, Any]) -> list[str]:
 
 
 def _evaluation(report: dict[str, Any]) -> list[str]:
-    """Every task of one evaluation, by the figures that tasks share: per language, sizes and speeds, or a mean."""
+    """Every task of one evaluation."""
     parts = []
     for task, results in report["tasks"].items():
-        body = {"retrieval": _retrieval, "heldout": _heldout, "speed": _speed}.get(task, _scalars)(results)
-        if body:
-            parts += [f"### {task}, by `pipeline evaluate`", body]
+        if task not in TABLES:
+            raise UserError(
+                f"an evaluation.json holds a task {task!r}, of which no table is known: {', '.join(TABLES)}"
+            )
+        parts += [f"### {task}, by `pipeline evaluate`", TABLES[task](results)]
     return parts
 
 
@@ -103,14 +105,42 @@ def _speed(results: dict[str, Any]) -> str:
     return markdown_table(["model; speed as times the first at batch x tokens", "M parameters", "MB", *shapes], rows)
 
 
-def _scalars(results: dict[str, Any]) -> str:
+def _sts(results: dict[str, Any]) -> str:
+    files = list(next(iter(results.values()))["per_file"])
     rows = [
-        [name, *(f"{key} {value:.3f}" for key, value in result.items() if isinstance(value, float))]
+        [f"{name}, {pooling}", *(f"{result['per_file'][file][pooling]:.3f}" for file in files), f"{mean:.3f}"]
         for name, result in results.items()
+        for pooling, mean in result["mean"].items()
     ]
-    if len({len(row) for row in rows}) != 1 or len(rows[0]) < 2:
-        return ""
-    return markdown_table(["model", *[""] * (len(rows[0]) - 1)], rows)
+    return markdown_table(["Spearman correlation, pooled from", *(Path(file).name for file in files), "mean"], rows)
+
+
+def _xnli(results: dict[str, Any]) -> str:
+    first = next(iter(results.values()))
+    about = f"Accuracy in per cent, after fine-tuning on {first['train_pairs']:,} pairs of {first['train_language']}."
+    return f"{about}\n\n{_by_language(results, {'accuracy': 'accuracy'})}"
+
+
+def _mlqa(results: dict[str, Any]) -> str:
+    about = f"In per cent, after fine-tuning on {next(iter(results.values()))['train_questions']:,} English questions."
+    return f"{about}\n\n{_by_language(results, {'f1': 'F1', 'exact_match': 'exact match'})}"
+
+
+def _by_language(results: dict[str, Any], measures: dict[str, str]) -> str:
+    """Test scores of the chosen place of the grid, and which place that was."""
+    languages = list(next(iter(results.values()))["test"])
+    rows = [
+        [
+            f"{name}, {title}",
+            *(f"{result['test'][x][measure]:.1f}" for x in languages),
+            f"{result['mean'][measure]:.1f}",
+            f"{result['learning_rate']:g}",
+            ", ".join(map(str, result["best_epochs"])),
+        ]
+        for name, result in results.items()
+        for measure, title in measures.items()
+    ]
+    return markdown_table(["test", *languages, "average", "learning rate", "epoch"], rows)
 
 
 def _heldout_of_run(path: Path) -> list[str]:
@@ -151,3 +181,13 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} cannot be read as JSON ({error}). Make it again or take it out.") from None
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "heldout": _heldout,
+    "retrieval": _retrieval,
+    "sts": _sts,
+    "xnli": _xnli,
+    "mlqa": _mlqa,
+    "speed": _speed,
+}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,10 +20,7 @@ from pipeline.evaluation.ranks import alone
 from pipeline.evaluation.squad_data import Question, read_squad
 from pipeline.evaluation.squad_metrics import exact_match, f1, mlqa_words, squad_words
 from pipeline.evaluation.squad_windows import Window, best_answers, cut_windows, target_tokens
-
-FILLER = "the of and to in is file system you can with your for on that this".split()
-ANSWER, WRONG = "network", "system"
-
+from tests.unit.evaluation.questions import ANSWER, WRONG, write_mlqa
 
 # -- the measures, by hand
 
@@ -182,34 +178,9 @@ def test_the_loss_by_hand() -> None:
 # -- learning
 
 
-def write_squad(path: Path, count: int, gold: str = ANSWER) -> Path:
-    """The answer is always the one word that is `network`; with another `gold`, nothing learnt is right."""
-    draw = random.Random(count)
-    paragraphs = []
-    for number in range(count):
-        words = draw.choices([word for word in FILLER if word != gold], k=draw.choice([8, 50]))
-        words.insert(draw.randrange(len(words)), ANSWER)
-        if gold != ANSWER:
-            words.append(gold)
-        context = " ".join(words)
-        answer = {"text": gold, "answer_start": f" {context} ".index(f" {gold} ")}
-        paragraphs.append(
-            {"context": context, "qas": [{"id": f"q{number}", "question": "Which?", "answers": [answer]}]}
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"version": "1.1", "data": [{"title": "t", "paragraphs": paragraphs}]}))
-    return path
-
-
 @pytest.fixture(scope="module")
 def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("mlqa")
-    write_squad(directory / "train-v1.1.json", 96)
-    for split in ("dev", "test"):
-        for language, gold in (("en", ANSWER), ("zh", ANSWER), ("hi", WRONG)):
-            name = f"{split}-context-{language}-question-{language}.json"
-            write_squad(directory / "MLQA_V1" / split / name, 8, gold)
-    return directory
+    return write_mlqa(tmp_path_factory.mktemp("mlqa"), gold={"en": ANSWER, "zh": ANSWER, "hi": WRONG})
 
 
 def config(directory: Path, **settings: object) -> MlqaConfig:

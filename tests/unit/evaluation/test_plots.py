@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,14 @@ def test_bars_are_the_figures(tmp_path: Path) -> None:
     assert heights(figure, 2)["student"] == pytest.approx([0.3, 0.2, 0.25])
     draw({"heldout": HELDOUT}, tmp_path / "evaluation.png")
     assert (tmp_path / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_real_evaluation_has_every_panel(evaluated: Path) -> None:
+    tasks = json.loads((evaluated / "evaluation.json").read_text())["tasks"]
+    figure = picture_of(tasks)
+    titles = [axes.get_title(loc="left").partition(",")[0] for axes in figure.axes]
+    assert len(titles) == 10, "retrieval has three panels, MLQA and speed two, the others one"
+    accuracy = titles.index("XNLI accuracy in per cent")
+    for number, (model, result) in enumerate(tasks["xnli"].items()):
+        shown = list(heights(figure, accuracy).values())[number]
+        assert shown == [*(scores["accuracy"] for scores in result["test"].values()), result["mean"]["accuracy"]], model

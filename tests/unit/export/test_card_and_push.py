@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,8 +19,10 @@ from transformers import AutoModel
 from pipeline.__main__ import main
 from pipeline.distillation.teacher import load_encoder
 from pipeline.errors import UserError
+from pipeline.evaluation.command import TASKS
 from pipeline.export.card import CARD_FILE
 from pipeline.export.hf import export_student
+from pipeline.export.measured import TABLES
 from pipeline.export.push import files_to_push
 from pipeline.export.sentence_vectors import add_sentence_transformers
 
@@ -58,9 +61,8 @@ def test_the_card_tells_what_was_measured(student: Path, tmp_path: Path) -> None
     assert "## What was measured" not in bare
     assert front_matter(bare)["language"] == ["de", "zh"]
     assert "SentenceTransformer(DIRECTORY)" in bare
-    run, evaluation = tmp_path / "run", tmp_path / "evaluation"
+    run = tmp_path / "run"
     run.mkdir()
-    evaluation.mkdir()
     pair = {stage: {"output": mean} for stage, mean in (("teacher", 0.901), ("before", 0.502), ("after", 0.803))}
     means = {
         f"{stage}_mean{suffix}": 0.111
@@ -73,42 +75,57 @@ def test_the_card_tells_what_was_measured(student: Path, tmp_path: Path) -> None
         {"step": 12, "heldout/mean": 0.5, "heldout/de": 0.75},
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points) + '{"step": 13, "he')
-    accuracy = {"output": {"to_english": 0.6, "from_english": 0.7, "mean": 0.651}}
-    speed = {
-        "parameters": 2_000_000,
-        "megabytes": 8.0,
-        "sentences_per_second": {"1x16": 9.0},
-        "times_first": {"1x16": 2.125},
-    }
-    tasks = {
-        "retrieval": {"student": {"mean": {"output": 0.652}, "per_pair": {"de": accuracy}}},
-        "heldout": {"student": {"mean": 0.777, "per_language": {"de": 0.778}}},
-        "speed": {"student": speed},
-        "sts": {"student": {"spearman": 0.456, "pairs": 3}},
-    }
-    (evaluation / "evaluation.json").write_text(json.dumps({"tasks": tasks}))
     (student / "onnx").mkdir()
     found = {"retrieval_mean": 0.641, "greatest_difference": 1.5e-6}
     check = {"languages": ["de"], "sentences": 4, "megabytes": {"fp32": 8, "int8": 2}}
     (student / "onnx" / "check.json").write_text(
         json.dumps({**check, "torch": found, "fp32": found, "int8": {**found, "retrieval_mean": 0.631}})
     )
-    main(["card", str(student), str(run), str(evaluation)])
+    main(["card", str(student), str(run)])
     card = (student / CARD_FILE).read_text()
     for text in (
         "| student after training, output | 0.804 |",
         "| student after training | 0.803 |",
         "| de | 3.500 | 0.750 |",
-        "| student, output | 0.651 | 0.652 |",
-        "| student | 0.778 | 0.777 |",
-        "| student | 2.0 | 8 | 2.12x |",
-        "spearman 0.456",
         "| ONNX int8 | 2 | 0.631 | 1.5e-06 |",
     ):
         assert text in card, text
     written = (student / CARD_FILE).stat().st_mtime_ns
-    main(["card", str(student), str(run), str(evaluation)])
+    main(["card", str(student), str(run)])
     assert (student / CARD_FILE).stat().st_mtime_ns == written
+
+
+def test_every_task_of_an_evaluation_has_its_table(student: Path, evaluated: Path) -> None:
+    main(["card", str(student), str(evaluated)])
+    card = (student / CARD_FILE).read_text()
+    tasks = json.loads((evaluated / "evaluation.json").read_text())["tasks"]
+    assert list(tasks) == list(TABLES) == list(TASKS)
+    sections = dict(zip(tasks, re.split(r"### \w+, by `pipeline evaluate`\n", card)[1:], strict=True))
+    for name in tasks["retrieval"]:
+        rows = {task: rows_of(section, name) for task, section in sections.items()}
+        heldout, speed = (tasks[task][name] for task in ("heldout", "speed"))
+        assert rows["heldout"][""] == [f"{x:.3f}" for x in (*heldout["per_language"].values(), heldout["mean"])]
+        assert rows["speed"][""][2:] == [f"{x:.2f}x" for x in speed["times_first"].values()]
+        for pooling in ("output", "last_input", "values"):
+            found = tasks["retrieval"][name]
+            expected = [f"{pair[pooling]['mean']:.3f}" for pair in found["per_pair"].values()]
+            assert rows["retrieval"][pooling] == [*expected, f"{found['mean'][pooling]:.3f}"]
+            found = tasks["sts"][name]
+            (scored,) = found["per_file"].values()
+            assert rows["sts"][pooling] == [f"{scored[pooling]:.3f}", f"{found['mean'][pooling]:.3f}"]
+        for task, titles in (("xnli", {"accuracy": "accuracy"}), ("mlqa", {"F1": "f1", "exact match": "exact_match"})):
+            found = tasks[task][name]
+            for title, key in titles.items():
+                expected = [f"{scores[key]:.1f}" for scores in (*found["test"].values(), found["mean"])]
+                assert rows[task][title] == [*expected, "0.003", "1"]
+    assert "12 pairs of en" in sections["xnli"]
+    assert "12 English questions" in sections["mlqa"]
+
+
+def rows_of(section: str, model: str) -> dict[str, list[str]]:
+    """Cells of one model's rows, by what stands behind its name."""
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
+    return {row[0].partition(", ")[2]: row[1:] for row in rows if row[0].partition(", ")[0] == model}
 
 
 def test_a_card_of_nothing(student: Path, tmp_path: Path) -> None:

@@ -1,0 +1,38 @@
+"""One real evaluation with every task, small enough to be made once for all tests that read what it leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.__main__ import main
+from pipeline.evaluation.command import TASKS
+from tests.unit.evaluation.labelled_pairs import write_xnli
+from tests.unit.evaluation.questions import ANSWER, write_mlqa
+
+QUICK = {
+    "heldout": ("heads=12", "seq_len=32", "heldout_rows=1"),
+    "retrieval": ("languages=[de, sw]", "max_pairs=4", "max_length=60"),
+    "sts": ("max_length=60",),
+    "xnli": ("learning_rates=[3e-3]", "epochs=1", "batch=6", "max_length=48"),
+    "mlqa": ("learning_rates=[3e-3]", "epochs=1", "batch=6", "max_length=32", "stride=8", "languages=[en, zh]"),
+    "speed": ("batches=[1]", "lengths=[8]", "rounds=1", "seconds_per_turn=0.0"),
+}
+
+
+def evaluate_everything(models: list[str], teacher: Path, shards: Path, directory: Path) -> Path:
+    """Returns the directory with `evaluation.json`."""
+    pairs, questions = directory / "xnli_data", directory / "mlqa_data"
+    write_xnli(pairs, train=12, evaluation=3, languages=("en", "de"))
+    write_mlqa(questions, {"en": ANSWER, "zh": ANSWER}, train=12, evaluation=2)
+    scored = directory / "scored.tsv"
+    scored.write_text("a file\tthe file\t5\na file\tthe user\t1\non that system\tin this system\t3\n")
+    settings = [f"{task}.{setting}" for task, of_task in QUICK.items() for setting in of_task]
+    settings += [f"sts.files=[{scored}]", f"xnli.data={pairs}"]
+    settings += [f"mlqa.data={questions}", f"mlqa.train={questions / 'train-v1.1.json'}"]
+    output = directory / "evaluation"
+    main(
+        ["evaluate", *models, "--tasks", ",".join(TASKS), "--output", str(output)]
+        + ["--teacher", str(teacher), "--data", str(shards)]
+        + [word for setting in settings for word in ("--set", setting)]
+    )
+    return output

@@ -1,0 +1,40 @@
+"""A little SQuAD and MLQA in the official layouts, whose answer is always the same word, so that it can be learnt."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+from tests.unit.evaluation.labelled_pairs import FILLER
+
+ANSWER, WRONG = "network", "system"
+
+
+def write_mlqa(directory: Path, gold: dict[str, str], train: int = 96, evaluation: int = 8) -> Path:
+    """`gold` is what is called right in each language."""
+    write_squad(directory / "train-v1.1.json", train)
+    for split in ("dev", "test"):
+        for language, answer in gold.items():
+            name = f"{split}-context-{language}-question-{language}.json"
+            write_squad(directory / "MLQA_V1" / split / name, evaluation, answer)
+    return directory
+
+
+def write_squad(path: Path, count: int, gold: str = ANSWER) -> Path:
+    """The answer is always the one word that is `network`; with another `gold`, nothing learnt is right."""
+    draw = random.Random(count)
+    paragraphs = []
+    for number in range(count):
+        words = draw.choices([word for word in FILLER if word != gold], k=draw.choice([8, 50]))
+        words.insert(draw.randrange(len(words)), ANSWER)
+        if gold != ANSWER:
+            words.append(gold)
+        context = " ".join(words)
+        answer = {"text": gold, "answer_start": f" {context} ".index(f" {gold} ")}
+        paragraphs.append(
+            {"context": context, "qas": [{"id": f"q{number}", "question": "Which?", "answers": [answer]}]}
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"version": "1.1", "data": [{"title": "t", "paragraphs": paragraphs}]}))
+    return path
