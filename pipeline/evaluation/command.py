@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,11 @@ import transformers
 
 from pipeline.config import apply_override, build_section
 from pipeline.errors import UserError
-from pipeline.evaluation import heldout_task, mlqa, plots, retrieval, speed, sts, xnli
+from pipeline.evaluation import heldout_task, mlqa, plots, results, retrieval, speed, sts, xnli
 from pipeline.evaluation.encoder import load_encoder
+from pipeline.evaluation.grid import encoder_fingerprint
 from pipeline.evaluation.ranks import Ranks, joined
+from pipeline.lineage import fingerprint
 
 
 @dataclasses.dataclass
@@ -87,30 +88,30 @@ def run(arguments: argparse.Namespace) -> None:
             setattr(config.heldout, key, getattr(arguments, key))
     for task in tasks:
         TASKS[task].check(getattr(config, task))
+    results.read(arguments.output / results.FILE)  # one that cannot be joined should come to light at once
     transformers.logging.disable_progress_bar()
     with joined() as ranks:
         evaluate(arguments.models, tasks, config, arguments.output, ranks)
 
 
 def evaluate(models: list[str], tasks: list[str], config: EvaluationConfig, output: Path, ranks: Ranks) -> None:
-    """Every task on every model. What is finished is on disk before the next task begins."""
+    """Every task on every model. What is finished is on disk before the next task begins, beside earlier tasks' figures."""
     encoders = [load_encoder(name) for name in models]
-    report: dict[str, Any] = {"tasks": {}, "settings": dataclasses.asdict(config)}
-    path = output / "evaluation.json"
+    path = output / results.FILE
+    models_of = {e.name: fingerprint([encoder_fingerprint(e), e.values_layer]) for e in encoders if ranks.is_main}
     for name in tasks:
         task, settings = TASKS[name], getattr(config, name)
         if not (task.shared or ranks.is_main):
             continue
         places = [ranks, output / name] if task.keeps else [ranks] if task.shared else []
-        results = task.evaluate(encoders, settings, *places)
+        found = task.evaluate(encoders, settings, *places)
         if ranks.is_main:
-            report["tasks"][name] = results
-            print(task.table(results), end="\n\n", flush=True)
-            output.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            print(task.table(found), end="\n\n", flush=True)
+            results.add(path, models_of, name, found, dataclasses.asdict(settings))
     if ranks.is_main:
-        plots.draw(report["tasks"], path.with_suffix(".png"))
-        print(f"written: {path} and {path.with_suffix('.png').name}")
+        there = results.read(path)["tasks"]
+        plots.draw({name: there[name] for name in TASKS if name in there}, path.with_suffix(".png"))
+        print(f"written: {path} and {path.with_suffix('.png').name}, with {', '.join(there)}")
 
 
 def read_overrides(overrides: list[str]) -> EvaluationConfig:

@@ -1,0 +1,59 @@
+"""`evaluation.json`: what was measured of one set of models, task by task. A later evaluation of the same models joins it.
+
+In: a task's results with its settings, and which models they are of. Out: the file, whole at every moment. Used by
+`pipeline evaluate`; the model card and the report read it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import SickRunError, UserError
+
+FILE = "evaluation.json"
+OTHER_MODELS_FILE = "evaluation.old.json"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What the file holds; nothing if there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(report["tasks"], dict):
+            raise ValueError("`tasks` is no mapping")
+        return report
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no evaluation ({error}). Move it away, or name another --output.") from None
+
+
+def add(path: Path, models: dict[str, str], task: str, results: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Put one task's results into the file, in the place of earlier ones of that task.
+
+    `models` are names with a fingerprint each. Figures of other models (or of the same names with other weights) would
+    stand beside these as if they belonged together, so that file gets another name first. It is read anew each time, as
+    another job may have added a task meanwhile.
+    """
+    report = read(path)
+    if report and report.get("models") != models:
+        path.replace(path.with_name(OTHER_MODELS_FILE))
+        print(f"the figures in {path} were of other models or weights: moved to {OTHER_MODELS_FILE}", flush=True)
+        report = {}
+    report = {
+        "models": models,
+        "tasks": {**report.get("tasks", {}), task: results},
+        "settings": {**report.get("settings", {}), task: settings},
+    }
+    try:
+        text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise SickRunError(
+            f"{task} gave figures that are not finite, so they were not written: the weights of one of {', '.join(models)} "
+            "hold NaN or infinity"
+        ) from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
