@@ -5,7 +5,6 @@ In: a `Recipe`, a DeepSpeed JSON and this process's `Launch`. Out: `Parts`. Used
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import cached_file
 
-from data_prep.shards import ShardSet, tokenizer_file
+from data_prep.shards import ShardSet
 from pipeline.config import Recipe
 from pipeline.data.batches import BatchSource
 from pipeline.distillation.distiller import DistillModule
@@ -29,8 +27,8 @@ from pipeline.runtime import ds_config
 from pipeline.runtime.dist import Launch
 from pipeline.runtime.ds_config import BatchShape, Precisions
 from pipeline.runtime.engine import StudentEngine, device_precisions, partition_teacher
+from pipeline.tokenizer_identity import tokenizer_sha256
 
-TOKENIZER_FILES = ("tokenizer_config.json", "sentencepiece.bpe.model", "tokenizer.json")  # fetched from the hub
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -146,18 +144,6 @@ def check_fit(recipe: Recipe, shards: ShardSet, teacher_model: Any) -> None:
             raise UserError(f"{model_type} cannot keep the documents of a row apart; set documents: joined")
     check_vocabulary(teacher_model, shards.vocab_size, recipe.data)
     check_length(teacher_model.config, recipe.seq_len, recipe.teacher)
-
-
-def tokenizer_sha256(teacher: str) -> str:
-    """sha256 of the file that decides over the teacher's ids, from its directory or (once, then cached) the hub."""
-    directory = Path(teacher).expanduser()
-    if not directory.is_dir():
-        found = [
-            cached_file(teacher, name, _raise_exceptions_for_missing_entries=False, trust_remote_code=False)
-            for name in TOKENIZER_FILES
-        ]
-        directory = Path(next((str(file) for file in found if file), teacher)).parent
-    return hashlib.sha256(tokenizer_file(directory).read_bytes()).hexdigest()
 
 
 def _teacher_precision(recipe: Recipe, student_precision: str, can: Precisions, device: torch.device) -> str:

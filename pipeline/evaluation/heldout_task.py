@@ -7,7 +7,6 @@ students' `lineage.json`. Used by `pipeline evaluate`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder, load_encoder
 from pipeline.evaluation.heldout import heldout_losses
 from pipeline.evaluation.ranks import Ranks
+from pipeline.tokenizer_identity import deciding_file, tokenizer_sha256
 
 DEFAULT_SPLIT: dict[str, Any] = {"seq_len": 128, "heldout_rows": 16, "languages": None, "documents": "joined"}
 
@@ -124,11 +124,10 @@ def split_of(encoders: list[Encoder], config: HeldoutConfig) -> dict[str, Any]:
 def _check_fit(encoder: Encoder, source: BatchSource, data: str) -> None:
     """Shards hold token ids: every model must have been made for the very tokenizer behind them."""
     check_vocabulary(encoder.model, source.shards.vocab_size, data)
-    models = sorted(Path(encoder.path).glob("*.model"))
-    if models and hashlib.sha256(models[0].read_bytes()).hexdigest() != source.shards.tokenizer_sha256:
+    if tokenizer_sha256(encoder.path) != source.shards.tokenizer_sha256:
         raise UserError(
-            f"the shards in {data} were made with another tokenizer than {models[0]}. Prepare shards with this one, or "
-            "leave the model out"
+            f"the shards in {data} were made with another tokenizer than {deciding_file(encoder.path)}. Prepare shards with "
+            "this one, or leave the model out"
         )
     encoder.refuse_longer(source.seq_len, "heldout.seq_len")
 

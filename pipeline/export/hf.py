@@ -34,6 +34,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     VOCABULARY_FILE,
 )
+HASHED_FILES = ("sentencepiece.bpe.model", "tokenizer.json")  # either may be what `tokenizer_file` chooses
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -112,7 +113,8 @@ def check_weights(weights: Mapping[str, torch.Tensor], config: PretrainedConfig)
 
 
 def copy_tokenizer(name: str, directory: Path) -> None:
-    """The tokenizer's files, byte for byte; from a hub name, what the hub's tokenizer saves."""
+    """The tokenizer's files, byte for byte; from a hub name, what the hub's tokenizer saves and the hub's own files that
+    shards know a tokenizer by."""
     source = Path(name).expanduser()
     if source.is_dir():
         files = [path for pattern in TOKENIZER_FILES for path in source.glob(pattern)]
@@ -123,14 +125,15 @@ def copy_tokenizer(name: str, directory: Path) -> None:
         return
     try:
         AutoTokenizer.from_pretrained(name).save_pretrained(directory)
-        model_file = cached_file(name, "sentencepiece.bpe.model", _raise_exceptions_for_missing_entries=False)
+        originals = [cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in HASHED_FILES]
     except (OSError, ValueError) as error:
         raise UserError(
             f"the tokenizer {name} is not to be had: {' '.join(str(error).split())[:300]}. If the teacher's directory (or "
             "`vocabulary`) has moved, correct it in the run directory's run.json."
         ) from None
-    if model_file is not None:
-        shutil.copyfile(model_file, directory / "sentencepiece.bpe.model")
+    for file, original in zip(HASHED_FILES, originals, strict=True):
+        if original is not None:
+            shutil.copyfile(original, directory / file)
 
 
 def _replace_directory(new: Path, final: Path) -> None:

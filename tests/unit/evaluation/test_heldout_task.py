@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModel
 
+from data_prep.__main__ import main as data_prep
 from data_prep.shards import ShardSet
 from pipeline.__main__ import main
 from pipeline.data.batches import BatchSource
@@ -18,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.encoder import load_encoder
 from pipeline.evaluation.heldout_task import HeldoutConfig, check_input, evaluate_heldout, split_of
 from pipeline.evaluation.ranks import alone
+from tests.conftest import SAMPLES
 
 
 @pytest.fixture
@@ -101,6 +103,28 @@ def test_a_model_of_another_tokenizer(tiny_teacher: Path, config: HeldoutConfig,
     encoder = load_encoder(str(tiny_teacher))
     encoder.path = str(other)
     with pytest.raises(UserError, match="another tokenizer"):
+        evaluate_heldout([encoder], config, alone())
+
+
+def test_the_file_that_decides_over_ids_is_the_one_that_is_compared(
+    tiny_teacher: Path, config: HeldoutConfig, tmp_path: Path
+) -> None:
+    """CamemBERT's kind: a SentencePiece model lies there, but tokenizer.json is what the shards were made with."""
+    student = Path(shutil.copytree(tiny_teacher, tmp_path / "student"))
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>"}
+    (student / "tokenizer_config.json").write_text(json.dumps(about))
+    text = str(SAMPLES / "cc100" / "sw.txt.xz")
+    words = ["prepare", "--input", text, "--tokenizer", str(student), "--output", str(tmp_path / "shards")]
+    assert data_prep(words) == 0
+    config.data, config.teacher = str(tmp_path / "shards"), str(student)
+    encoder = load_encoder(str(student))
+    assert evaluate_heldout([encoder], config, alone())[encoder.name]["mean"] == pytest.approx(0.0, abs=1e-5)
+
+    other = Path(shutil.copytree(student, tmp_path / "other"))
+    (other / "sentencepiece.bpe.model").unlink()
+    (other / "tokenizer.json").write_bytes((other / "tokenizer.json").read_bytes() + b"\n")
+    encoder.path = str(other)
+    with pytest.raises(UserError, match=r"another tokenizer than .*other/tokenizer\.json"):
         evaluate_heldout([encoder], config, alone())
 
 

@@ -17,6 +17,7 @@ from pipeline.distillation.student import Student, StudentConfig, build_student
 from pipeline.distillation.teacher import load_encoder
 from pipeline.errors import UserError
 from pipeline.export import hf
+from pipeline.tokenizer_identity import tokenizer_sha256
 
 STATE = {
     "step": 12,
@@ -107,6 +108,26 @@ def test_weights_of_another_model_are_refused(
     with pytest.raises(UserError, match=name):
         export(student, wrong, tiny_teacher, tmp_path / "student")
     assert not (tmp_path / "student").exists()
+
+
+def test_a_hub_tokenizer_keeps_the_files_that_shards_know_it_by(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A filled cache in the hub's place; its tokenizer.json is written as no library would write it again."""
+    revision = "0123456789" * 4
+    snapshot = tmp_path / "cache" / "models--some--teacher" / "snapshots" / revision
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(revision)
+    for name in ("config.json", "sentencepiece.bpe.model", "tokenizer.json", "tokenizer_config.json"):
+        (snapshot / name).write_bytes((tiny_teacher / name).read_bytes())
+    (snapshot / "tokenizer.json").write_text(json.dumps(json.loads((snapshot / "tokenizer.json").read_text())))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "student").mkdir()
+    hf.copy_tokenizer("some/teacher", tmp_path / "student")
+    for name in ("sentencepiece.bpe.model", "tokenizer.json"):
+        assert (tmp_path / "student" / name).read_bytes() == (snapshot / name).read_bytes()
+    assert tokenizer_sha256("some/teacher") == tokenizer_sha256(tmp_path / "student")
 
 
 # -- from a run directory

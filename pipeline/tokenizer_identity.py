@@ -1,0 +1,32 @@
+"""The one file that decides over a model's token ids, and its hash, by which shards and smaller vocabularies know it.
+
+In: a model's directory or hub name. Used before a run (assembly.py), by the held-out evaluation and by trimming.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from transformers.utils import cached_file
+
+from data_prep.shards import tokenizer_file
+
+FETCHED = ("tokenizer_config.json", "sentencepiece.bpe.model", "tokenizer.json")  # from the hub
+
+
+def deciding_file(model: str | Path) -> Path:
+    """`tokenizer_file` of a directory, or of what the hub has (fetched once, then cached)."""
+    directory = Path(model).expanduser()
+    if not directory.is_dir():
+        found = [
+            cached_file(str(model), name, _raise_exceptions_for_missing_entries=False, trust_remote_code=False)
+            for name in FETCHED
+        ]
+        directory = Path(next((str(file) for file in found if file), str(model))).parent
+    return tokenizer_file(directory)
+
+
+def tokenizer_sha256(model: str | Path) -> str:
+    """sha256 of the file that decides over the model's ids."""
+    return hashlib.sha256(deciding_file(model).read_bytes()).hexdigest()
