@@ -32,7 +32,7 @@ def damaged_checkpoints(lab: Lab, quick: bool) -> Outcome:
         "a damaged checkpoint is refused and the older whole one taken",
         trials,
         refused,
-        "flipped bits, cut, grown, missing, swapped, linked files, files of another step",
+        "flipped bits, cut, grown, missing, added, swapped, linked files, files of another step",
         "not measured" if loads is None else f"{loads} of {STOCK_FLIPS} checkpoints with one flipped bit load silently",
         {"stock_silent_loads": loads},
     )
@@ -40,7 +40,7 @@ def damaged_checkpoints(lab: Lab, quick: bool) -> Outcome:
 
 def _differs(checkpoint: Path, original: Path) -> bool:
     files = sorted(original.iterdir())
-    return any(
+    return len(files) != len(list(checkpoint.iterdir())) or any(
         (checkpoint / file.name).is_symlink()
         or not (checkpoint / file.name).exists()
         or (checkpoint / file.name).read_bytes() != file.read_bytes()

@@ -53,6 +53,7 @@ def checkpoint_path(directory: Path, step: int) -> Path:
 
 def commit(partial: Path, final: Path, files: Mapping[str, Any]) -> None:
     """Give a complete set of files its manifest and its name. `files`: name -> size and sha256."""
+    assert not _not_a_whole_set(files), "what is committed lets older checkpoints go"
     manifest = partial / "manifest.json"
     manifest.write_text(_manifest_text(files), encoding="utf-8")
     _sync(manifest)
@@ -76,6 +77,15 @@ def _manifest_text(files: Mapping[str, Any]) -> str:
     content = {"format": FORMAT_VERSION, "files": dict(files)}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return json.dumps({**content, "sha256": digest}, indent=1, sort_keys=True)
+
+
+def _not_a_whole_set(names: Iterable[str]) -> str | None:
+    """None when the names are those of a checkpoint: each kind from every one of its ranks, and what rank 0 adds."""
+    names = set(names)
+    world_size = max(1, sum(name.startswith(f"{KINDS[0]}-") for name in names))
+    fragments = {f"{kind}-{rank:05d}-of-{world_size:05d}.safetensors" for kind in KINDS for rank in range(world_size)}
+    differing = sorted(names ^ (fragments | {CARRIED_FILE, "state.json"}))
+    return f"the manifest does not list just the files of {world_size} rank(s): {differing[:3]}" if differing else None
 
 
 def _sync(path: Path) -> None:
@@ -135,8 +145,11 @@ def damage(checkpoint: Path) -> str | None:
                 return f"the manifest names {name!r}, which no checkpoint has"
         if text != _manifest_text(files):
             return "manifest.json does not have its own sha256"
-        if CARRIED_FILE not in files or not any(name.startswith("weight-") for name in files):
-            return "the manifest lists no weights"
+        if problem := _not_a_whole_set(files):
+            return problem
+        there = {path.name for path in checkpoint.iterdir() if _FILE_NAME.fullmatch(path.name)}
+        if unlisted := sorted(there - set(files)):
+            return f"{unlisted[0]} is not in the manifest"
         problems = (file_damage(checkpoint / name, entry) for name, entry in files.items())
         if problem := next(filter(None, problems), None):
             return problem
@@ -145,7 +158,7 @@ def damage(checkpoint: Path) -> str | None:
             return problem
         if json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"] != _step_of(checkpoint):
             return "state.json belongs to another step"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"manifest.json or state.json cannot be read ({type(error).__name__}: {error})"
     return None
 
@@ -188,20 +201,25 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def newest_whole(directory: Path, skip: int = 0) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and what was wrong with newer ones; `skip` passes over so many whole ones.
+    """The newest checkpoint that verifies, and why newer ones were not taken. None when there is none at all.
 
-    None when there is no checkpoint at all, or no other than those to skip. Checkpoints that exist but are all damaged are a `UserError`: starting
-    afresh over them would bury weeks of work.
+    `skip` passes over so many whole ones, but never over the last one there is. Checkpoints that exist but are all
+    damaged are a `UserError`: starting afresh over them would bury weeks of work.
     """
     problems: list[str] = []
+    whole: list[Path] = []
     for step in sorted(committed_steps(directory), reverse=True):
         checkpoint = checkpoint_path(directory, step)
-        problem = damage(checkpoint)
-        if problem is None and skip == 0:
-            return checkpoint, problems
-        skip -= problem is None
-        problems.append(f"{checkpoint}: {problem or 'passed over after three crashes in a row'}")
-    if problems and skip == 0:
+        if problem := damage(checkpoint):
+            problems.append(f"{checkpoint}: {problem}")
+            continue
+        whole.append(checkpoint)
+        if len(whole) > skip:
+            break
+    problems += [f"{checkpoint}: passed over after three crashes in a row" for checkpoint in whole[:-1]]
+    if whole:
+        return whole[-1], problems
+    if problems:
         raise UserError(
             "no checkpoint here is whole: " + "; ".join(problems) + ". Restore one from a backup, or start afresh "
             "with another --run-dir"
@@ -220,9 +238,11 @@ class CheckpointReader:
         self._path = checkpoint
         self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
         self._files: list[Any] = []
-        for kind in KINDS:
-            for path in sorted(checkpoint.glob(f"{kind}-*.safetensors")):
-                self._index(kind, path)
+        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+        for name in sorted(manifest["files"]):  # and no other file: what is not listed was not verified
+            kind = name.partition("-")[0]
+            if kind in KINDS:
+                self._index(kind, checkpoint / name)
         for pieces in self._pieces.values():
             pieces.sort(key=lambda piece: piece[0])
 

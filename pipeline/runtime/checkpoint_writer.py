@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pipeline.runtime import dist
@@ -77,22 +76,25 @@ class CheckpointWriter:
         began_s, partial = time.monotonic(), self._partial(state["step"])
         problem = _attempt(lambda: _start(partial)) if self._rank == 0 else None
         problem = dist.broadcast_json(problem, self._engine.device)
-        pending = _Pending(state["step"], began_s, threading.Thread(), problem, {})
+        self._pending = pending = _Pending(state["step"], began_s, threading.Thread(), problem, {})
         if problem is None:
-            in_background = available_memory_bytes() > MEMORY_MARGIN * self._snapshot_bytes()
-            snapshot = {kind: self._copies(kind) for kind in KINDS} if in_background else {}
-
-            def write() -> None:
-                of_kind = snapshot.__getitem__ if in_background else self._copies
-                pending.problem = _attempt(lambda: pending.files.update(self._write(partial, of_kind, state)))
-
-            if in_background:
-                pending.thread = threading.Thread(target=write, name="checkpoint", daemon=True)
-                pending.thread.start()
-            else:  # one kind after the other, while training waits
-                write()
+            pending.problem = "the writing never came to its end"  # until it has: silence is no success
+            if problem := _attempt(lambda: self._start_writing(pending, partial, state)):
+                pending.problem = problem
         pending.stopped_s = time.monotonic() - began_s
-        self._pending = pending
+
+    def _start_writing(self, pending: _Pending, partial: Path, state: Mapping[str, Any]) -> None:
+        """This rank's share, beside the training from a snapshot; where memory is short, at once and kind by kind."""
+
+        def write(of_kind: Callable[[str], dict[str, torch.Tensor]]) -> None:
+            pending.problem = _attempt(lambda: pending.files.update(self._write(partial, of_kind, state)))
+
+        if available_memory_bytes() > MEMORY_MARGIN * self._snapshot_bytes():
+            snapshot = {kind: self._copies(kind) for kind in KINDS}
+            pending.thread = threading.Thread(target=write, args=[snapshot.__getitem__], name="checkpoint", daemon=True)
+            pending.thread.start()
+        else:
+            write(self._copies)
 
     def poll(self) -> SaveOutcome | None:
         """The outcome, if a save was under way and every rank has written its share by now."""
@@ -170,9 +172,10 @@ def available_memory_bytes() -> int:
 
 
 def _attempt(action: Callable[[], object]) -> str | None:
+    """What kept `action` from its end. Of whatever kind: this save has failed on all ranks, and the run goes on."""
     try:
         action()
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
 

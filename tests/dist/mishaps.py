@@ -4,7 +4,7 @@ A mishap is a dictionary: `kind`, `rank` (absent: every rank), and when. Steps c
 
     signal     sends `signal` to the rank itself in step `step`, before its micro-batch `micro`
     at call    in the save of step `save`, at the `call`-th of `operation` (fsync, rename, mkdir, link): SIGKILL, or with
-               `error` an OSError of that number, as from a full disk
+               `error` an OSError of that number, as from a full disk, or that exception (MemoryError, say)
     file size  in the save of step `save` no file may grow past `bytes`: the kernel refuses the write
     nan        the loss of `steps` is multiplied by not-a-number, so that every gradient of this rank is
     spike      the loss of `steps` is multiplied by a hundred
@@ -17,6 +17,7 @@ A mishap is a dictionary: `kind`, `rank` (absent: every rank), and when. Steps c
 
 from __future__ import annotations
 
+import builtins
 import json
 import os
 import resource
@@ -135,6 +136,8 @@ def _trap(mishap: Mishap) -> Callable[[], None]:
     def trapped(*arguments: Any, **keywords: Any) -> Any:
         calls[0] += 1
         if calls[0] == mishap["call"]:
+            if isinstance(mishap.get("error"), str):
+                raise getattr(builtins, mishap["error"])
             if "error" in mishap:
                 raise OSError(mishap["error"], os.strerror(mishap["error"]), str(arguments[0]))
             os.kill(os.getpid(), signal.SIGKILL)

@@ -13,6 +13,7 @@ from benchmarks.faults.lab import Lab, same_end, same_state
 from data_prep.shards import ShardSet
 from pipeline.config import load_recipe
 from pipeline.errors import EXIT_USER
+from pipeline.runtime.checkpoint import committed_steps
 from tests.conftest import write_fp32_config
 from tests.dist.fork_server import ForkServer
 
@@ -93,6 +94,18 @@ def test_offload_saves_and_resumes_bit_for_bit(ranks: int, lab: Lab) -> None:
     copy = lab.fresh("copy")
     assert lab.live(run_dir, ranks, {**settings, "steps": 9}, 2, [{"kind": "resave", "to": str(copy)}]) == 0
     assert same_state(copy / "step-00000008", whole / "checkpoints" / "step-00000008")
+
+
+@pytest.mark.parametrize("error", ["MemoryError", "SystemExit"])  # one that is caught, one that ends the thread
+def test_a_save_that_dies_on_one_rank_is_no_checkpoint(error: str, lab: Lab) -> None:
+    """Committed, it would have let the whole checkpoints before it be pruned."""
+    settings = {**STEPS, "save_every": 2, "checkpoint.keep": 2, "steps": 6, "eval_every": 6}
+    run_dir = lab.fresh("run")
+    dies = {"kind": "at call", "save": 4, "rank": 1, "operation": "fsync", "call": 2, "error": error}
+    assert lab.live(run_dir, 2, settings, mishaps=[dies]) == 0
+    assert "warning: checkpoint of step 4 not written, going on: rank 1" in run_dir.with_suffix(".log").read_text()
+    assert committed_steps(run_dir / "checkpoints") == [2, 6]
+    assert same_end(run_dir, lab.untouched(2, settings))
 
 
 def test_without_memory_for_a_snapshot_a_save_is_written_at_once(lab: Lab) -> None:

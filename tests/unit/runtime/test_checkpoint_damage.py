@@ -66,7 +66,7 @@ def test_whole_checkpoint_reads_back_across_ranks(pair: tuple[Path, Path]) -> No
 def damage_somehow(choice: random.Random, newer: Path, older: Path) -> str:
     files = sorted(path for path in newer.iterdir())
     victim = choice.choice(files)
-    kind = choice.choice(["flip", "cut", "missing", "swap", "other step", "grow", "link"])
+    kind = choice.choice(["flip", "cut", "missing", "swap", "other step", "grow", "link", "add"])
     if kind == "flip":
         content = bytearray(victim.read_bytes())
         content[choice.randrange(len(content))] ^= 1 << choice.randrange(8)
@@ -83,6 +83,9 @@ def damage_somehow(choice: random.Random, newer: Path, older: Path) -> str:
         content = one.read_bytes()
         one.write_bytes(two.read_bytes())
         two.write_bytes(content)
+    elif kind == "add":  # sorted before the real ones, it would be read in their place
+        added = newer / f"{choice.choice(KINDS)}-00000-of-00000.safetensors"
+        shutil.copy(older / "weight-00000-of-00002.safetensors", added)
     elif kind == "other step":
         shutil.copy(older / victim.name, victim)
     else:
@@ -119,6 +122,45 @@ def test_no_checkpoint_at_all_is_a_beginning(tmp_path: Path) -> None:
     assert newest_whole(tmp_path) == (None, [])
 
 
+def test_the_last_whole_checkpoint_is_never_passed_over(pair: tuple[Path, Path]) -> None:
+    """A crash loop takes the one before the newest; where only one is whole, that one; where none is, the run stops."""
+    older, newer = pair
+    taken, problems = newest_whole(older.parent, skip=1)
+    assert taken == older
+    assert problems == [f"{newer}: passed over after three crashes in a row"]
+    (older / "manifest.json").unlink()
+    taken, problems = newest_whole(older.parent, skip=1)
+    assert taken == newer
+    assert len(problems) == 1
+    (newer / "manifest.json").unlink()
+    with pytest.raises(UserError, match="no checkpoint here is whole"):
+        newest_whole(older.parent, skip=1)
+
+
+@pytest.mark.parametrize(
+    "lost", [["state.json"], ["exp_avg-00001-of-00002.safetensors"], [f"{k}-00001" for k in KINDS]]
+)
+def test_a_manifest_must_list_every_file_of_every_rank(pair: tuple[Path, Path], lost: list[str]) -> None:
+    """Whole by its own account, with all hashes right, and still not a checkpoint."""
+    for path in pair[1].iterdir():
+        if path.name == "manifest.json" or any(path.name.startswith(name) for name in lost):
+            path.unlink()
+    files = {path.name: checkpoint.seal(path) for path in pair[1].iterdir()}
+    with pytest.raises(AssertionError):
+        checkpoint.commit(pair[1], pair[1].with_name("step-00000300"), files)
+    (pair[1] / "manifest.json").write_text(checkpoint._manifest_text(files))
+    assert "does not list just the files of" in str(damage(pair[1]))
+    assert newest_whole(pair[0].parent)[0] == pair[0]
+
+
+def test_only_listed_files_are_read(pair: tuple[Path, Path]) -> None:
+    """A file that no checkpoint has is left alone, whatever it begins with: file systems and editors leave some."""
+    numel = torch.zeros(NUMEL)
+    save_file({"encoder.weight:0": numel}, pair[1] / "weight-0.safetensors")
+    assert damage(pair[1]) is None
+    assert CheckpointReader(pair[1]).read("weight", "encoder.weight", 0, NUMEL).any()
+
+
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "weights.bin", "state.json/../x", "a\x00b"])
 def test_hostile_names_in_a_manifest(pair: tuple[Path, Path], name: str) -> None:
     manifest = pair[1] / "manifest.json"
@@ -128,7 +170,9 @@ def test_hostile_names_in_a_manifest(pair: tuple[Path, Path], name: str) -> None
     assert "which no checkpoint has" in str(damage(pair[1]))
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 1, "files": 3}', '{"format": 9, "files": {}}', "\xff"])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"format": 1, "files": 3}', '{"format": 9, "files": {}}', "\xff", "[" * 100_000]
+)
 def test_hostile_manifests(pair: tuple[Path, Path], content: str) -> None:
     (pair[1] / "manifest.json").write_bytes(content.encode("latin-1"))
     assert damage(pair[1]) is not None
