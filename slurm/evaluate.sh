@@ -28,11 +28,14 @@ need_path RUN_DIR "$run_dir" "It is what the training job called --run-dir"
 need_path RUN_DIR "$run_dir/DONE" "The run is not finished: submit slurm/distill_xlmr.sh again with the same run directory"
 (($#)) || set -- --tasks retrieval
 
-# The teacher is read at the layer that was distilled, the student at its last.
+# The teacher is read at the layer that was distilled (of several, the one matched highest in the student); the student's own
+# layer stands in the lineage of its export.
 teacher=$(run_python -c '
 import sys, yaml
 recipe = yaml.safe_load(open(sys.argv[1], encoding="utf-8"))
-layer = recipe.get("relations", {}).get("teacher_layer")
+relations = recipe.get("relations", {})
+matched = relations.get("layers") or [{"teacher": relations.get("teacher_layer"), "student": None}]
+layer = max(matched, key=lambda pair: pair["student"] or 0)["teacher"]
 print(recipe["teacher"] + (f"@{layer}" if layer else ""))' "$run_dir/recipe.yaml")
 
 on_node() {

@@ -3,7 +3,7 @@
     python -m pipeline evaluate artifacts/teacher runs/quickstart/student --tasks retrieval,speed --output runs/evaluation
     torchrun --nproc_per_node 8 -m pipeline evaluate ...          deepspeed --module pipeline evaluate ...
 
-A model is a Hugging Face directory or hub name; `MODEL@19` reads the values of layer 19 instead of the last one.
+A model is a Hugging Face directory or hub name; `MODEL@19` reads the values of layer 19 instead of the distilled one.
 Settings of a task are overridden like a recipe's: `--set retrieval.pairs=DIR`. Several ranks share the tasks that
 go through shards; rank 0 does the others.
 """

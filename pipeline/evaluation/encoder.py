@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from pipeline.distillation.families import family_of, usable_positions
 from pipeline.distillation.tap import tap
 from pipeline.errors import UserError
+from pipeline.evaluation.trained_as import trained_as
 
 POOLINGS = ("output", "last_input", "values")
 VOCABULARY_FILES = ("tokenizer.json", "*.model", "vocab.txt", "vocab.json")
@@ -53,10 +54,9 @@ class Encoder:
 
 
 def load_encoder(name: str, values_layer: int | None = None) -> Encoder:
-    """Load `DIR_OR_HUB_NAME` or `DIR_OR_HUB_NAME@LAYER`; without a layer, values are those of the last one."""
-    path, layer_text = name, None
-    if not Path(name).exists() and (match := _LAYER_SUFFIX.fullmatch(name)):
-        path, layer_text = match[1], match[2]
+    """Load `DIR_OR_HUB_NAME` or `DIR_OR_HUB_NAME@LAYER`; without a layer, values are those of the distilled one, which
+    the model's lineage names, else of the last."""
+    path, named_layer = split_name(name)
     try:
         model_config = AutoConfig.from_pretrained(path)
         pooler = {"add_pooling_layer": False} if family_of(model_config).has_pooler else {}
@@ -71,11 +71,18 @@ def load_encoder(name: str, values_layer: int | None = None) -> Encoder:
             "they do not belong together. Put the model's own tokenizer files there."
         )
     num_layers = model.config.num_hidden_layers
-    layer = values_layer or int(layer_text or num_layers)
+    layer = values_layer or named_layer or trained_as(path).get("student_layer") or num_layers
     if not 1 <= layer <= num_layers:
         raise UserError(f"{path} has layers 1 to {num_layers}; there is no layer {layer} to take values from.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Encoder(name, model.eval().to(device), tokenizer, layer, path)
+
+
+def split_name(name: str) -> tuple[str, int | None]:
+    """`DIR_OR_HUB_NAME@LAYER` in its two parts."""
+    if not Path(name).exists() and (match := _LAYER_SUFFIX.fullmatch(name)):
+        return match[1], int(match[2])
+    return name, None
 
 
 def _load_tokenizer(path: str) -> Any:

@@ -1,13 +1,12 @@
 """Held-out relation loss of finished students against a teacher: what was distilled, measured without fine-tuning.
 
 In: encoders, a teacher and the shards. Out: per model the mean loss per language on rows that its training never saw.
-Which rows these are follows from row length, rows per language and languages; by default they are read from the
-students' `lineage.json`. Used by `pipeline evaluate`.
+Which rows these are follows from row length, rows per language and languages; these, the teacher's layer and the
+relations are by default those of the students' `lineage.json`. Used by `pipeline evaluate`.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,21 +19,22 @@ from pipeline.distillation.distiller import DistillModule, RelationsConfig
 from pipeline.distillation.tap import tap
 from pipeline.distillation.teacher import FrozenTeacher, check_vocabulary
 from pipeline.errors import UserError
-from pipeline.evaluation.encoder import Encoder, load_encoder
+from pipeline.evaluation.encoder import Encoder, load_encoder, split_name
 from pipeline.evaluation.heldout import heldout_losses
 from pipeline.evaluation.ranks import Ranks
+from pipeline.evaluation.trained_as import DEFAULTS, trained_as
 from pipeline.tokenizer_identity import deciding_file, tokenizer_sha256
-
-DEFAULT_SPLIT: dict[str, Any] = {"seq_len": 128, "heldout_rows": 16, "languages": None, "documents": "joined"}
 
 
 @dataclass
 class HeldoutConfig:
-    """Whose relations are compared on which text. None: as the students were trained, else 128 tokens, 16 rows, all."""
+    """Whose relations are compared on which text. None: as the students were trained, else `trained_as.DEFAULTS`."""
 
-    teacher: str = ""  # DIR_OR_HUB_NAME, optionally @LAYER
+    teacher: str = ""  # DIR_OR_HUB_NAME; its layer is the one that was distilled, unless it is named: @LAYER
     data: str = "artifacts/shards"  # output directory of `python -m data_prep prepare`
-    heads: int = 48  # relation heads
+    heads: int | None = None  # relation heads
+    pairs: dict[str, float] | None = None  # relations and their weights, as the recipe's relations.pairs
+    after_rotary: bool | None = None  # as the recipe's relations.after_rotary
     seq_len: int | None = None
     heldout_rows: int | None = None  # per language, at most a tenth of the language
     languages: list[str] | None = None
@@ -63,25 +63,26 @@ def check_input(config: HeldoutConfig) -> None:
 
 def evaluate_heldout(encoders: list[Encoder], config: HeldoutConfig, ranks: Ranks) -> dict[str, dict[str, Any]]:
     """Per model: loss per language and its mean over languages. All ranks call it together and share the rows out."""
-    split = split_of(encoders, config)
+    chosen = settings_of(encoders, config)
     source = BatchSource(
         ShardSet(Path(config.data)),
-        seq_len=split["seq_len"],
+        seq_len=chosen["seq_len"],
         alpha=1.0,  # how training mixes languages; the held-out rows do not depend on it
         seed=0,
-        heldout_rows_per_language=split["heldout_rows"],
-        languages=split["languages"],
-        documents=split["documents"],
+        heldout_rows_per_language=chosen["heldout_rows"],
+        languages=chosen["languages"],
+        documents=chosen["documents"],
     )
-    teacher = load_encoder(config.teacher)
+    teacher = _load_teacher(config.teacher, chosen["teacher_layer"])
     for encoder in [teacher, *encoders]:
         _check_fit(encoder, source, config.data)
-    frozen = FrozenTeacher(tap(teacher.model, teacher.values_layer))
+    relations = RelationsConfig(**{key: chosen[key] for key in ("heads", "pairs", "after_rotary")}, backend="chunked")
+    options = relations.tap_options
+    frozen = FrozenTeacher(tap(teacher.model, teacher.values_layer, **options))
     num_rows = sum(len(source.heldout(language)) for language in source.languages)
     results = {}
     for encoder in encoders:
-        student = tap(encoder.model, encoder.values_layer)
-        distiller = DistillModule(frozen, student, RelationsConfig(heads=config.heads, backend="chunked"))
+        distiller = DistillModule(frozen, tap(encoder.model, encoder.values_layer, **options), relations)
         chunks = -(-num_rows // config.batch_size)
         bar = tqdm(
             total=-(-chunks // ranks.world_size), desc=f"held-out loss of {encoder.name}", unit="batch", disable=None
@@ -95,30 +96,34 @@ def evaluate_heldout(encoders: list[Encoder], config: HeldoutConfig, ranks: Rank
         mean = sum(losses.values()) / len(losses)
         results[encoder.name] = {
             **{"mean": mean, "per_language": losses, "values_layer": encoder.values_layer, "teacher": teacher.name},
-            **{"teacher_layer": teacher.values_layer, "heads": config.heads, "rows": num_rows, **split},
+            **{**chosen, "teacher_layer": teacher.values_layer, "rows": num_rows},
         }
     return results
 
 
-def split_of(encoders: list[Encoder], config: HeldoutConfig) -> dict[str, Any]:
-    """Row length, held-out rows, languages, documents: as set, else as all students with a lineage were trained."""
-    trained: dict[str, dict[str, Any]] = {}
-    for encoder in encoders:
-        lineage = Path(encoder.path) / "lineage.json"
-        recipe = json.loads(lineage.read_text(encoding="utf-8"))["recipe"] if lineage.is_file() else {}
-        if recipe:
-            trained[encoder.name] = {key: recipe.get(key, default) for key, default in DEFAULT_SPLIT.items()}
-    split = next(iter(trained.values()), DEFAULT_SPLIT).copy()
-    for key in DEFAULT_SPLIT:
-        chosen = getattr(config, key)
-        if chosen is not None:
-            split[key] = chosen
-        elif any(other[key] != split[key] for other in trained.values()):
+def settings_of(encoders: list[Encoder], config: HeldoutConfig) -> dict[str, Any]:
+    """What is measured on which rows: as set, else as all students with a lineage were trained."""
+    trained = {encoder.name: found for encoder in encoders if (found := trained_as(encoder.path))}
+    named = {**{key: getattr(config, key, None) for key in DEFAULTS}, "teacher_layer": split_name(config.teacher)[1]}
+    settings = {}
+    for key, default in DEFAULTS.items():
+        values = [found[key] for found in trained.values()] or [default]
+        settings[key] = values[0] if named[key] is None else named[key]
+        if named[key] is None and any(value != values[0] for value in values):
+            how = "--teacher TEACHER@LAYER" if key == "teacher_layer" else f"--set heldout.{key}=..."
             raise UserError(
-                f"{', '.join(trained)} were trained with different `{key}`, so their held-out rows differ. Evaluate them one "
-                f"by one, or choose with --set heldout.{key}=... and know that some may have seen the rows"
+                f"{', '.join(trained)} were trained with different `{key}`, so their held-out losses cannot stand beside each "
+                f"other. Evaluate them one by one, or choose with {how} (another choice of rows may hold some that were seen)"
             )
-    return split
+    return settings
+
+
+def _load_teacher(name: str, layer: int | None) -> Encoder:
+    """At the layer that the students were distilled from; None: the last."""
+    teacher = load_encoder(name, layer)
+    if layer is None:
+        teacher.values_layer = teacher.model.config.num_hidden_layers
+    return teacher
 
 
 def _check_fit(encoder: Encoder, source: BatchSource, data: str) -> None:
@@ -137,7 +142,10 @@ def heldout_table(results: dict[str, dict[str, Any]]) -> str:
     first = next(iter(results.values()))
     width = max(len("model"), *map(len, results))
     titles = [*first["per_language"], "mean"]
-    lines = [f"held-out relation loss against {first['teacher']}, layer {first['teacher_layer']} (lower is better)"]
+    lines = [
+        f"held-out relation loss against {first['teacher']}, layer {first['teacher_layer']}, {first['heads']} heads "
+        "(lower is better)"
+    ]
     lines.append(f"{'model':<{width}}" + "".join(f"{title:>9}" for title in titles))
     for name, result in results.items():
         figures = [*result["per_language"].values(), result["mean"]]

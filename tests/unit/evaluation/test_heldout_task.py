@@ -17,8 +17,9 @@ from pipeline.data.batches import BatchSource
 from pipeline.distillation.oracle import relation_kl_reference
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import load_encoder
-from pipeline.evaluation.heldout_task import HeldoutConfig, check_input, evaluate_heldout, split_of
+from pipeline.evaluation.heldout_task import HeldoutConfig, check_input, evaluate_heldout, settings_of
 from pipeline.evaluation.ranks import alone
+from pipeline.evaluation.trained_as import DEFAULTS, trained_as
 from tests.conftest import SAMPLES
 
 
@@ -64,14 +65,58 @@ def test_a_teacher_has_no_distance_to_itself(tiny_teacher: Path, config: Heldout
 def test_rows_are_those_that_training_left_out(tiny_teacher: Path, tmp_path: Path) -> None:
     trained = {"seq_len": 48, "heldout_rows": 3, "languages": ["sw", "tr"], "documents": "separate"}
     encoders = [load_encoder(str(tiny_teacher)), load_encoder(str(student_of(tiny_teacher, tmp_path / "a", **trained)))]
-    assert split_of(encoders, HeldoutConfig()) == trained
-    assert split_of(encoders, HeldoutConfig(seq_len=32)) == {**trained, "seq_len": 32}
-    untrained = {"seq_len": 128, "heldout_rows": 16, "languages": None}
-    assert split_of(encoders[:1], HeldoutConfig()) == {**untrained, "documents": "joined"}
+    assert settings_of(encoders, HeldoutConfig()) == {**DEFAULTS, **trained}
+    assert settings_of(encoders, HeldoutConfig(seq_len=32)) == {**DEFAULTS, **trained, "seq_len": 32}
+    assert settings_of(encoders[:1], HeldoutConfig()) == DEFAULTS
     other = load_encoder(str(student_of(tiny_teacher, tmp_path / "b", **{**trained, "heldout_rows": 4})))
     with pytest.raises(UserError, match="different `heldout_rows`"):
-        split_of([*encoders, other], HeldoutConfig())
-    assert split_of([*encoders, other], HeldoutConfig(heldout_rows=4))["heldout_rows"] == 4
+        settings_of([*encoders, other], HeldoutConfig())
+    assert settings_of([*encoders, other], HeldoutConfig(heldout_rows=4))["heldout_rows"] == 4
+
+
+def test_layers_and_relations_are_those_of_the_training(
+    tiny_teacher: Path, tiny_shards: Path, config: HeldoutConfig, tmp_path: Path
+) -> None:
+    relations = {"teacher_layer": 2, "student_layer": 3, "heads": 8, "pairs": {"q-k": 2.0, "v-v": 1.0}}
+    student = str(student_of(tiny_teacher, tmp_path / "a", relations=relations))
+    rows = {"data": str(tiny_shards), "seq_len": 32, "heldout_rows": 1}
+    result = evaluate_heldout([load_encoder(student)], HeldoutConfig(str(tiny_teacher), **rows), alone())[student]
+    assert [result[key] for key in ("teacher_layer", "values_layer", "heads")] == [2, 3, 8]
+    named = HeldoutConfig(f"{tiny_teacher}@2", heads=8, pairs={"q-k": 2.0, "v-v": 1.0}, **rows)
+    by_name = evaluate_heldout([load_encoder(f"{tiny_teacher}@3")], named, alone())[f"{tiny_teacher}@3"]
+    assert by_name["per_language"] == result["per_language"]
+    assert result["mean"] > 0
+    for changed in (HeldoutConfig(f"{tiny_teacher}@1", **rows), HeldoutConfig(str(tiny_teacher), heads=4, **rows)):
+        other = evaluate_heldout([load_encoder(student)], changed, alone())[student]
+        assert other["mean"] != pytest.approx(result["mean"]), "what is named goes before what was trained"
+
+    deep = student_of(tiny_teacher, tmp_path / "b", relations={**relations, "teacher_layer": 4})
+    both = [load_encoder(student), load_encoder(str(deep))]
+    with pytest.raises(UserError, match=r"different `teacher_layer`.*TEACHER@LAYER"):
+        settings_of(both, HeldoutConfig(str(tiny_teacher)))
+    assert settings_of(both, HeldoutConfig(f"{tiny_teacher}@3"))["teacher_layer"] == 3
+
+
+@pytest.mark.parametrize(
+    ("relations", "expected"),
+    [
+        ({}, (None, None)),
+        ({"teacher_layer": 19, "student_layer": None}, (19, None)),
+        (
+            {"layers": [{"teacher": 8, "student": 2}, {"teacher": 19, "student": 6}, {"teacher": 4, "student": 1}]},
+            (19, 6),
+        ),
+    ],
+)
+def test_of_several_layers_the_highest_counts(tmp_path: Path, relations: dict, expected: tuple) -> None:
+    (tmp_path / "lineage.json").write_text(json.dumps({"recipe": {"steps": 1, "relations": relations}}))
+    found = trained_as(tmp_path)
+    assert (found["teacher_layer"], found["student_layer"]) == expected
+    (tmp_path / "lineage.json").write_text(json.dumps({"trimmed": {"from": "a"}}))
+    assert trained_as(tmp_path) == {}
+    (tmp_path / "lineage.json").write_text('{"recipe": 1}')
+    with pytest.raises(UserError, match="is damaged"):
+        trained_as(tmp_path)
 
 
 def test_the_command(tiny_teacher: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,47 @@
+"""How a student was trained, from the `lineage.json` that lies beside it: an evaluation's defaults.
+
+In: a model's directory. Out: which layers were matched and how, and what decides over its held-out rows; nothing for a
+model without lineage. Used by encoder.py (the layer whose values are pooled) and heldout_task.py.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.distillation.distiller import RelationsConfig
+from pipeline.errors import UserError
+
+_RELATIONS = RelationsConfig()
+# What models without lineage are measured with; no layer stands for the last.
+DEFAULTS: dict[str, Any] = {
+    "seq_len": 128,
+    "heldout_rows": 16,
+    "languages": None,
+    "documents": "joined",
+    "teacher_layer": None,
+    "heads": _RELATIONS.heads,
+    "pairs": _RELATIONS.pairs,
+    "after_rotary": _RELATIONS.after_rotary,
+}
+
+
+def trained_as(model: str | Path) -> dict[str, Any]:
+    """`DEFAULTS` with the values of the model's recipe, and its `student_layer`; empty without lineage."""
+    path = Path(model) / "lineage.json"
+    if not path.is_file():
+        return {}
+    try:
+        recipe = json.loads(path.read_text(encoding="utf-8")).get("recipe")
+        relations = dict(recipe.get("relations", {})) if recipe else {}
+        # of several matched pairs the one highest in the student, which stands nearest to what a user gets
+        one = {side: relations.get(f"{side}_layer") for side in ("teacher", "student")}
+        matched = max(relations.get("layers") or [one], key=lambda pair: pair["student"] or 0)
+        layers = {f"{side}_layer": matched[side] for side in ("teacher", "student")}
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}). Export the model again.") from None
+    if not recipe:  # trimmed, never trained here
+        return {}
+    found = {key: recipe.get(key, relations.get(key, default)) for key, default in DEFAULTS.items()}
+    return {**found, **layers}
