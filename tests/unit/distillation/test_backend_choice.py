@@ -2,23 +2,56 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
-from pipeline.distillation import backend_choice, relations
-from pipeline.distillation.backend_choice import choose_backend, gradient_error
+from pipeline.distillation import relations
+from pipeline.distillation.backend_choice import (
+    DIAGONALS,
+    FAR,
+    NEAR,
+    NEAR_KL,
+    TOLERANCES,
+    check_pair,
+    choose_backend,
+    gradient_error,
+)
+from pipeline.distillation.oracle import relation_kl_reference
+from pipeline.errors import UserError
 
 
 def tensors(dtype=torch.float32):
     return torch.randn(2, 40, 32).to(dtype), torch.randn(2, 40, 24).to(dtype)
 
 
-@pytest.mark.parametrize("near", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_right_backends_are_within_tolerance(dtype, near):
-    limit = backend_choice.TOLERANCES[dtype] * (backend_choice.NEAR_FACTOR if near else 1)
-    for name in relations.BACKENDS:
-        assert gradient_error(name, *tensors(dtype), 4, near) <= limit
+LENGTHS_AND_HEAD_DIMS = [*itertools.product((32, 128), (1, 6, 16, 24, 64, 96, 384)), (512, 1), (512, 8), (512, 128)]
+
+
+@pytest.mark.parametrize("where", TOLERANCES)
+@pytest.mark.parametrize("dtype", TOLERANCES[FAR], ids=str)
+def test_chunked_is_right_for_every_head_size_and_length(dtype, where):
+    """A check that gets harder with the head size refuses runs that nothing is wrong with."""
+    for length, head_dim in LENGTHS_AND_HEAD_DIMS:
+        like_BLD = torch.empty(1, length, 2 * head_dim, dtype=dtype)
+        error = gradient_error("chunked", like_BLD, like_BLD, 2, where)
+        assert error <= TOLERANCES[where][dtype], (length, head_dim)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("where", TOLERANCES)
+def test_flash_is_right_in_half_precision(dtype, where):
+    for head_dim in (6, 16, 96):
+        like_BLD = torch.empty(1, 128, 2 * head_dim, dtype=dtype)
+        assert gradient_error("flash", like_BLD, like_BLD, 2, where) <= TOLERANCES[where][dtype], head_dim
+
+
+@pytest.mark.parametrize(("length", "head_dim"), [(128, 8), (128, 384), (512, 64)])
+def test_the_check_asks_the_same_of_every_head_size(length, head_dim):
+    losses = {where: relation_kl_reference(*check_pair(where, length, 2, head_dim, head_dim), 2) for where in DIAGONALS}
+    assert 0.8 < losses[FAR] < 1.2
+    assert losses[NEAR] == pytest.approx(NEAR_KL, rel=0.05)
 
 
 def test_a_wrong_backend_is_refused(monkeypatch):
@@ -29,8 +62,10 @@ def test_a_wrong_backend_is_refused(monkeypatch):
         return result
 
     monkeypatch.setitem(relations.BACKENDS, "chunked", wrong)
-    with pytest.raises(RuntimeError, match=r"(?s)no backend.*gradient error 1.0e-03 is over 1e-05"):
+    with pytest.raises(UserError, match=r"no backend.*error 1.0e-03 far from the teacher is over 1e-06") as caught:
         choose_backend(*tensors(), 4)
+    assert "\n" not in str(caught.value)
+    assert "relations.backend: chunked" in str(caught.value)
 
 
 def test_a_backend_that_rounds_too_coarsely_near_the_optimum_is_refused(monkeypatch):
@@ -39,12 +74,12 @@ def test_a_backend_that_rounds_too_coarsely_near_the_optimum_is_refused(monkeypa
     def coarse(teacher_BLD, teacher_keys_BLD, student_BLD, student_keys_BLD, *arguments):
         result = relations.chunked_relation(teacher_BLD, teacher_keys_BLD, student_BLD, student_keys_BLD, *arguments)
         if result.grad_queries_BLD is not None:
-            result.grad_queries_BLD += 3e-6 * student_BLD
+            result.grad_queries_BLD += 3e-7 * student_BLD
         return result
 
     monkeypatch.setitem(relations.BACKENDS, "chunked", coarse)
-    assert gradient_error("chunked", *tensors(), 4) < backend_choice.TOLERANCES[torch.float32]
-    with pytest.raises(RuntimeError, match="no backend"):
+    assert gradient_error("chunked", *tensors(), 4, FAR) < TOLERANCES[FAR][torch.float32]
+    with pytest.raises(UserError, match="close to the teacher is over 7e-06"):
         choose_backend(*tensors(), 4)
 
 
@@ -53,7 +88,7 @@ def test_a_missing_kernel_is_passed_over(monkeypatch):
         raise RuntimeError("no kernel here")
 
     monkeypatch.setitem(relations.BACKENDS, "chunked", missing)
-    with pytest.raises(RuntimeError, match=r"(?s)chunked: not usable here \(no kernel here\)"):
+    with pytest.raises(UserError, match=r"chunked: not usable here \(no kernel here\)"):
         choose_backend(*tensors(), 4)
 
 

@@ -72,7 +72,8 @@ def test_near_student(backend, dtype):
     [
         *(("chunked", dtype, 2.5, limit) for dtype, limit in NEAR.items()),
         *(("flash", dtype, 2.0, NEAR[dtype]) for dtype in (torch.float16, torch.bfloat16)),
-        # Outside what is asked of fp32, which is why `backend_choice` does not take it there.
+        # Outside what is asked of fp32. The start-up check's maps are less peaked (self-logits of 4, here 11): there the
+        # same backend has 3e-6 to 1e-5 and is taken or not by the shape.
         ("flash", torch.float32, 2.0, 2e-5),
     ],
     ids=str,
