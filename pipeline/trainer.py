@@ -43,7 +43,9 @@ class Trainer:
         self.stop, self.watchdog = stop, watchdog
         self.engine, self.source = parts.engine, parts.source
         self.checkpoints = run_dir / "checkpoints"
-        self.writer = CheckpointWriter(self.checkpoints, parts.engine, parts.student.carried, launch.rank)
+        self.writer = CheckpointWriter(
+            self.checkpoints, parts.engine, parts.student.carried, launch.rank, recipe.checkpoint
+        )
         self.data_fingerprint: str = parts.source.fingerprint
         self.skipped_steps = 0
         self.saved_step = -1

@@ -36,7 +36,7 @@ def use_stock_checkpoints(trainer: Any, options: dict[str, Any]) -> None:
     from pipeline.runtime.lives import Lives
 
     class StockWriter:
-        def __init__(self, directory: Path, engine: Any, carried: Any, rank: int):
+        def __init__(self, directory: Path, engine: Any, *unused: Any):
             self._directory, self._engine = directory, engine
 
         def begin(self, state: Any) -> None:

@@ -107,18 +107,22 @@ def _discard(checkpoint: Path) -> None:
 def prune(directory: Path, config: CheckpointConfig, newest: int | None = None) -> None:
     """Delete what `config` does not keep, and what interrupted saves left. Rank 0 alone calls it, after a commit.
 
-    `newest` is the step just committed (None: the highest there is). Later ones were damaged or passed over when this life began: they would count as
-    the newest and push the whole ones out, so they go.
+    `newest` is the step just committed (None: the highest there is). Later ones were damaged or passed over when this
+    life began: they would count as the newest and push the whole ones out, so they go.
     """
     for leftover in directory.glob("*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
-    steps = sorted(committed_steps(directory), reverse=True)
-    newest = steps[0] if newest is None and steps else newest or 0
-    kept = [step for step in steps if step <= newest][: config.keep]
-    for step in steps:
-        is_milestone = config.keep_every and step <= newest and step % config.keep_every == 0
-        if step not in kept and not is_milestone:
+    steps = committed_steps(directory)
+    kept = kept_steps([step for step in steps if newest is None or step <= newest], config)
+    for step in reversed(steps):
+        if step not in kept:
             _discard(checkpoint_path(directory, step))
+
+
+def kept_steps(steps: list[int], config: CheckpointConfig) -> list[int]:
+    """Those of ascending `steps` that stay: the newest ones and the milestones."""
+    newest = steps[-config.keep :]
+    return [step for step in steps if step in newest or (config.keep_every and step % config.keep_every == 0)]
 
 
 # -- find and verify

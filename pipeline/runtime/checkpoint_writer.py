@@ -24,10 +24,12 @@ from pipeline.runtime import dist
 from pipeline.runtime.checkpoint import (
     CARRIED_FILE,
     KINDS,
+    CheckpointConfig,
     checkpoint_path,
     commit,
     committed_steps,
     file_damage,
+    kept_steps,
     seal,
 )
 
@@ -65,8 +67,17 @@ class _Pending:
 class CheckpointWriter:
     """One save at a time. `begin`, then `poll` after every step or `wait`; both return the outcome once."""
 
-    def __init__(self, directory: Path, engine: StudentEngine, carried: Mapping[str, torch.Tensor], rank: int):
+    def __init__(
+        self,
+        directory: Path,
+        engine: StudentEngine,
+        carried: Mapping[str, torch.Tensor],
+        rank: int,
+        keeping: CheckpointConfig | None = None,
+    ):
+        """`keeping`: what will be pruned after each commit."""
         self._directory, self._engine, self._carried, self._rank = directory, engine, carried, rank
+        self._keeping = keeping or CheckpointConfig()
         self._world_size = torch.distributed.get_world_size()
         self._pending: _Pending | None = None
 
@@ -140,7 +151,7 @@ class CheckpointWriter:
             (partial / "state.json").write_text(json.dumps(dict(state), indent=1), encoding="utf-8")
             entries |= {
                 "state.json": seal(partial / "state.json"),
-                CARRIED_FILE: _write_carried(partial, self._carried),
+                CARRIED_FILE: _write_carried(partial, self._carried, self._keeping),
             }
         return entries
 
@@ -185,20 +196,37 @@ def _start(partial: Path) -> None:
     partial.mkdir(parents=True)
 
 
-def _write_carried(partial: Path, carried: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """The weights that training never touches: linked from the checkpoint before the previous one where there is one.
+def _write_carried(partial: Path, carried: Mapping[str, torch.Tensor], keeping: CheckpointConfig) -> dict[str, Any]:
+    """The weights that training never touches: linked from an earlier checkpoint where that leaves two copies.
 
     They never change within a run and can be most of a checkpoint (390 of 500 MB in the quickstart). Two files take
-    turns, so that the newest checkpoint and the one before it never depend on the same bytes on disk.
+    turns, so that the newest checkpoint and the one that stays beside it never depend on the same bytes on disk.
     """
     step = int(partial.stem.removeprefix("step-"))
-    earlier = [other for other in committed_steps(partial.parent) if other < step][-2:]
-    if len(earlier) == 2:
-        entry = _linked(checkpoint_path(partial.parent, earlier[0]), partial)
-        if entry is not None:
-            return entry
+    earlier = [other for other in committed_steps(partial.parent) if other < step]
+    source = _source_of_link(partial.parent, earlier, step, keeping)
+    entry = _linked(source, partial) if source else None
+    if entry is not None:
+        return entry
     save_file(dict(carried), partial / CARRIED_FILE)
     return seal(partial / CARRIED_FILE)
+
+
+def _source_of_link(directory: Path, earlier: list[int], step: int, keeping: CheckpointConfig) -> Path | None:
+    """The newest checkpoint whose copy is another one than that of the checkpoint which will stay beside `step`."""
+    beside = [other for other in kept_steps([*earlier, step], keeping) if other < step]
+    if not beside:
+        return None
+    copy = checkpoint_path(directory, beside[-1]) / CARRIED_FILE
+    others = (checkpoint_path(directory, other) for other in reversed(earlier))
+    return next((other for other in others if not _same_copy(other / CARRIED_FILE, copy)), None)
+
+
+def _same_copy(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:  # one of them is gone: not to be linked from
+        return True
 
 
 def _linked(source: Path, partial: Path) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from benchmarks.faults.lab import Lab, same_end, same_state
 from data_prep.shards import ShardSet
 from pipeline.config import load_recipe
 from pipeline.errors import EXIT_USER
-from pipeline.runtime.checkpoint import committed_steps
+from pipeline.runtime.checkpoint import CARRIED_FILE, committed_steps
 from tests.conftest import write_fp32_config
 from tests.dist.fork_server import ForkServer
 
@@ -94,6 +94,20 @@ def test_offload_saves_and_resumes_bit_for_bit(ranks: int, lab: Lab) -> None:
     copy = lab.fresh("copy")
     assert lab.live(run_dir, ranks, {**settings, "steps": 9}, 2, [{"kind": "resave", "to": str(copy)}]) == 0
     assert same_state(copy / "step-00000008", whole / "checkpoints" / "step-00000008")
+
+
+@pytest.mark.parametrize(("keep", "keep_every"), [(1, 2), (1, 3), (2, None)])
+def test_the_two_newest_checkpoints_share_no_bytes(keep: int, keep_every: int | None, lab: Lab) -> None:
+    """What is carried along is linked from save to save, but never from the checkpoint that stays beside the new one."""
+    settings = {**STEPS, "checkpoint.keep": keep, "checkpoint.keep_every": keep_every, "metrics.log_every": 1}
+    run_dir = lab.fresh("run")
+    for steps in (7, 8):
+        assert lab.live(run_dir, 1, {**settings, "steps": steps}) == 0
+        kept = committed_steps(run_dir / "checkpoints")
+        before, newest = (run_dir / "checkpoints" / f"step-{step:08d}" / CARRIED_FILE for step in kept[-2:])
+        assert not newest.samefile(before), kept
+        copies = {file.stat().st_ino for file in run_dir.glob(f"checkpoints/*/{CARRIED_FILE}")}
+        assert len(copies) == 2, "as many copies as checkpoints: nothing was linked"
 
 
 @pytest.mark.parametrize("error", ["MemoryError", "SystemExit"])  # one that is caught, one that ends the thread
