@@ -77,7 +77,7 @@ def use_stock_checkpoints(trainer: Any, options: dict[str, Any]) -> None:
 
 def _kill_in_this_save(options: dict[str, Any], directory: Path) -> None:
     """SIGKILL to this rank at a named point of DeepSpeed's save."""
-    if int(os.environ["RANK"]) != options["rank"]:
+    if int(os.environ["RANK"]) != options["victim"]:
         return
     import builtins
 
@@ -123,7 +123,7 @@ def killed_with_stock_checkpoints(lab: Lab) -> Counter[str]:
         _life_to_a_random_kill(lab, run_dir, [PAUSE, stock], choice, in_startup=number % IN_STARTUP == IN_STARTUP - 1)
         ends[_next_life(lab, run_dir, [stock], report, good)] += 1
     for rank, operation, call in NAMED_POINTS * REPEATS:
-        point = {"kill_in": _newest_stock(run_dir) + INTERVAL, "rank": rank, "operation": operation, "call": call}
+        point = {"kill_in": _newest_stock(run_dir) + INTERVAL, "victim": rank, "operation": operation, "call": call}
         lab.live(run_dir, 2, SETTINGS, mishaps=[{**stock, **point}])
         ends[_next_life(lab, run_dir, [stock], report, good)] += 1
     return ends
