@@ -13,10 +13,11 @@ from typing import Any, cast
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig
 
-from pipeline.distillation.families import family_of, usable_positions
+from pipeline.distillation.families import POSITIONS_AFTER_PADDING, family_of, usable_positions
 from pipeline.distillation.tap import tap
+from pipeline.distillation.vocabulary import MAP_FILE, read_vocabulary
 from pipeline.errors import UserError
 from pipeline.evaluation.trained_as import trained_as
 
@@ -65,11 +66,7 @@ def load_encoder(name: str, values_layer: int | None = None) -> Encoder:
         where = path if Path(path).is_dir() else f"{path} (no such directory, so taken for a hub name)"
         raise UserError(f"no encoder can be loaded from {where}: {_one_line(error)}") from None
     tokenizer = _load_tokenizer(path)
-    if len(tokenizer) > model.config.vocab_size:
-        raise UserError(
-            f"{path}: the tokenizer has {len(tokenizer)} pieces, the model only {model.config.vocab_size} embeddings: "
-            "they do not belong together. Put the model's own tokenizer files there."
-        )
+    refuse_other_tokenizer(path, tokenizer, model.config)
     num_layers = model.config.num_hidden_layers
     layer = values_layer or named_layer or trained_as(path).get("student_layer") or num_layers
     if not 1 <= layer <= num_layers:
@@ -97,6 +94,30 @@ def _load_tokenizer(path: str) -> Any:
             f"{path} has a model but no tokenizer that loads ({_one_line(error)}). "
             "Copy the tokenizer files of the model that it was distilled from beside it."
         ) from None
+
+
+def refuse_other_tokenizer(path: str, tokenizer: Any, config: PretrainedConfig) -> None:
+    """A `UserError` where ids of this tokenizer are not this model's.
+
+    Sizes may differ: multilingual-e5 has 250 037 embeddings for 250 002 pieces. The padding id says more, but only where
+    positions are counted from it: BERT models with XLM-R's tokenizer (e5-small) are published with padding 0 for 1.
+    """
+    problem = ""
+    if len(tokenizer) > config.vocab_size:
+        problem = f"the tokenizer has {len(tokenizer)} pieces, the model only {config.vocab_size} embeddings"
+    pads = (tokenizer.pad_token_id, config.pad_token_id)
+    if config.model_type in POSITIONS_AFTER_PADDING and None not in pads and pads[0] != pads[1]:
+        problem = f"padding is id {pads[0]} of the tokenizer and id {pads[1]} of the model"
+    kept = Path(path) / MAP_FILE
+    if kept.is_file():
+        size = len(read_vocabulary(path))
+        if not size == len(tokenizer) == config.vocab_size:
+            problem = f"{MAP_FILE} keeps {size} pieces, the tokenizer has {len(tokenizer)}, the model {config.vocab_size} embeddings"
+    if problem:
+        raise UserError(
+            f"{path}: {problem}: they do not belong together. Put the model's own tokenizer files there (for a cut vocabulary: "
+            "make the model with `python -m pipeline trim`)."
+        )
 
 
 def _one_line(error: Exception) -> str:

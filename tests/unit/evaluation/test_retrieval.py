@@ -22,6 +22,8 @@ from pipeline.evaluation.retrieval import (
     read_pairs,
     read_pairs_file,
 )
+from tests.tiny_encoders import tiny_encoder
+from tests.unit.data_prep.test_fast_tokenizer import word_piece
 
 REPO = Path(__file__).resolve().parents[3]
 TEXTS = ["Hello world!", "Ein längerer Satz, der in mehr Stücke zerfällt als der erste.", "你好，世界", "да"]
@@ -158,6 +160,23 @@ def test_a_tokenizer_of_another_vocabulary(tiny_teacher: Path, tmp_path: Path) -
         (tmp_path / name).write_bytes((tiny_teacher / name).read_bytes())
     with pytest.raises(UserError, match="only 100 embeddings"):
         load_encoder(str(tmp_path))
+
+
+def test_a_smaller_tokenizer_with_another_padding(tiny_teacher: Path, tmp_path: Path) -> None:
+    """BERT's kind beside an XLM-R: every id of it is an id of the model, and means another piece."""
+    other = word_piece(tmp_path / "other")
+    for name in ("config.json", "model.safetensors"):
+        (other / name).write_bytes((tiny_teacher / name).read_bytes())
+    with pytest.raises(UserError, match="padding is id 0 of the tokenizer and id 1 of the model"):
+        load_encoder(str(other))
+
+
+def test_a_bert_with_the_tokenizer_of_xlm_r(tiny_teacher: Path, tmp_path: Path) -> None:
+    """multilingual-e5-small and its kin: more embeddings than pieces, padding 0 in the config and 1 in the tokenizer."""
+    tiny_encoder("bert", vocab_size=2037, pad_token_id=0).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "sentencepiece.bpe.model"):
+        (tmp_path / name).write_bytes((tiny_teacher / name).read_bytes())
+    assert load_encoder(str(tmp_path)).tokenizer.pad_token_id == 1
 
 
 def test_a_layer_that_is_not_there(tiny_teacher: Path) -> None:

@@ -20,6 +20,7 @@ from pipeline.distillation.teacher import load_encoder, load_teacher
 from pipeline.distillation.vocabulary import cut_embedding, read_vocabulary
 from pipeline.doctor_recipe import count_parameters
 from pipeline.errors import UserError
+from pipeline.evaluation.encoder import load_encoder as load_with_tokenizer
 from pipeline.export import trim
 from pipeline.planning.encoders import build_encoders
 
@@ -148,6 +149,15 @@ def test_a_vocabulary_of_another_tokenizer(tiny_teacher: Path, vocabulary: Path,
     with pytest.raises(UserError, match="XLM-R's kind"):
         trim.trim(other, read_vocabulary(vocabulary), tmp_path / "small")
     assert not (tmp_path / "small").exists()
+
+
+def test_a_smaller_tokenizer_beside_the_whole_model(tiny_teacher: Path, vocabulary: Path, tmp_path: Path) -> None:
+    mixed = Path(shutil.copytree(vocabulary, tmp_path / "mixed"))
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(tiny_teacher / name, mixed / name)
+    size = len(read_vocabulary(vocabulary))
+    with pytest.raises(UserError, match=f"keeps {size} pieces, the tokenizer has {size}, the model 2002 embeddings"):
+        load_with_tokenizer(str(mixed))
 
 
 def test_a_model_with_fewer_embeddings(tiny_teacher: Path, vocabulary: Path) -> None:
