@@ -136,7 +136,7 @@ def model_card(directory: Path, measured: Sequence[Path] = ()) -> str:
         _loading(directory, half=str(config.dtype).endswith("float16")),
         USE + ("\n" + UNTRAINED_TAIL if recipe and recipe.get("relations", {}).get("tail", "none") == "none" else ""),
     ]
-    if figures := measured_sections([*measured, directory]):
+    if figures := measured_sections([*measured, directory], lineage.get("steps")):
         parts += ["## What was measured", figures]
     if (directory / VOCABULARY_FILE).is_file():
         parts.append(_vocabulary(json.loads((directory / VOCABULARY_FILE).read_text(encoding="utf-8"))))

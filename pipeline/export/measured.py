@@ -19,8 +19,8 @@ POOLINGS = {"output": "output", "last_input": "input of the last layer", "values
 SUFFIXES = {"output": "", "last_input": "_last_input", "values": "_values"}
 
 
-def measured_sections(directories: Iterable[Path]) -> str:
-    """Every figure that the directories hold."""
+def measured_sections(directories: Iterable[Path], steps: int | None) -> str:
+    """Every figure that the directories hold of a student of so many steps."""
     parts: list[str] = []
     for directory in dict.fromkeys(directories):
         for name, section in (
@@ -29,7 +29,10 @@ def measured_sections(directories: Iterable[Path]) -> str:
             ("onnx/check.json", _onnx),
         ):
             if (directory / name).is_file():
-                parts += section(_read_json(directory / name))
+                found = _read_json(directory / name)
+                if name == "demo.json" and found.get("steps") != steps:
+                    continue  # the run went on after the demo: these are figures of an earlier student
+                parts += section(found)
         if (directory / "metrics.jsonl").is_file():
             parts += _heldout_of_run(directory / "metrics.jsonl")
     return "\n\n".join(parts)

@@ -69,7 +69,8 @@ def test_the_card_tells_what_was_measured(student: Path, tmp_path: Path) -> None
         for stage in ("teacher", "before", "after")
         for suffix in ("", "_values", "_last_input")
     }
-    (run / "demo.json").write_text(json.dumps({**means, "after_mean": 0.804, "per_pair": {"de": pair}}))
+    demo = {**means, "after_mean": 0.804, "per_pair": {"de": pair}, "steps": 12}
+    (run / "demo.json").write_text(json.dumps(demo))
     points = [
         {"step": 0, "heldout/mean": 3.25, "heldout/de": 3.5},
         {"step": 12, "heldout/mean": 0.5, "heldout/de": 0.75},
@@ -93,6 +94,10 @@ def test_the_card_tells_what_was_measured(student: Path, tmp_path: Path) -> None
     written = (student / CARD_FILE).stat().st_mtime_ns
     main(["card", str(student), str(run)])
     assert (student / CARD_FILE).stat().st_mtime_ns == written
+    (run / "demo.json").write_text(json.dumps({**demo, "steps": 8}))
+    main(["card", str(student), str(run)])
+    assert "student after training" not in (student / CARD_FILE).read_text(), "the run went on after its demo"
+    assert "| de | 3.500 | 0.750 |" in (student / CARD_FILE).read_text()
 
 
 def test_every_task_of_an_evaluation_has_its_table(student: Path, evaluated: Path) -> None:
