@@ -3,7 +3,7 @@
     python -m pipeline report runs/quickstart            writes runs/quickstart/report.html
 
 In: what a run leaves behind (recipe.yaml, run.json, lives.json, metrics.jsonl, TensorBoard images, checkpoints,
-retrieval results). Out: a page with curves, tables, relation maps and the recipe; it loads nothing from anywhere.
+retrieval results, an evaluation). Out: a page with curves, tables, relation maps and the recipe; it loads nothing from anywhere.
 Works on a running run.
 """
 
@@ -27,9 +27,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pipeline import report_plots as plots
 from pipeline import report_time as times
 from pipeline.errors import UserError
+from pipeline.report_retrieval import read_retrieval
 from pipeline.runtime.checkpoint import committed_steps
 
-STAGES = ("teacher", "before", "after")
 POOLING_NAMES = {"output": "output", "last_input": "input of the last layer", "values": "values of the distilled layer"}
 MAPS_COLORS = "magma"
 RECIPE_ROWS = {
@@ -67,12 +67,13 @@ def render(run_dir: Path) -> str:
     metrics = read_metrics(run_dir)
     about, recipe = _read_json(run_dir / "run.json"), _read_recipe(run_dir)
     events = times.events_of(run_dir, metrics, committed_steps(run_dir / "checkpoints"))
-    retrieval = read_retrieval(run_dir)
+    retrieval = read_retrieval(run_dir, metrics[-1]["step"], recipe.get("teacher"))
+    compared = "Retrieval before and after" if "before" in retrieval else "Retrieval"
     languages = "On rows that training never saw; the three lowest and the three highest languages are named."
     sections = [
         ("Loss", "Training loss: the sum, and each relation by itself (logarithmic).", plots.loss_curves(metrics)),
         ("Held-out loss per language", languages, plots.heldout_curves(metrics) + heldout_table(metrics)),
-        ("Retrieval before and after", "Share of sentences whose nearest neighbour in the other language is their "
+        (compared, "Share of sentences whose nearest neighbour in the other language is their "
          "translation, both directions.", retrieval_section(retrieval)),
         ("Throughput", f"Tokens per second. {MARKS}", plots.throughput(metrics, events)),
         ("Learning rate and health", MARKS, plots.health(metrics, events)),
@@ -120,15 +121,6 @@ def read_metrics(run_dir: Path) -> times.Points:
     return points
 
 
-def read_retrieval(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """Results by stage, from `retrieval/*.json` that the demo leaves."""
-    return {
-        stage: json.loads(path.read_text(encoding="utf-8"))["result"]
-        for stage in STAGES
-        if (path := run_dir / "retrieval" / f"{stage}.json").is_file()
-    }
-
-
 def subtitle(about: dict[str, Any], recipe: dict[str, Any]) -> str:
     """One line: what was distilled from what, on what."""
     student = recipe.get("student", {})
@@ -153,6 +145,8 @@ def facts(run_dir: Path, metrics: times.Points, retrieval: dict[str, dict[str, A
     if {"before", "after"} <= retrieval.keys():
         before, after = (retrieval[stage]["mean"]["output"] for stage in ("before", "after"))
         shown["retrieval"] = f"{before:.3f} → {after:.3f}"
+    elif "student" in retrieval:
+        shown["retrieval"] = f"{retrieval['student']['mean']['output']:.3f}"
     if speeds:
         shown["tokens per second"] = f"{speeds[len(speeds) // 2]:,.0f}"
     cells = "".join(

@@ -155,7 +155,7 @@ def _scaled(points: Sequence[tuple[float, int]], factor: float) -> tuple[list[fl
 def retrieval_bars(results: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> str:
     """Mean accuracy per pooling, one bar per model."""
     figure, (axes,) = _figure(1, 2.2)
-    colors = dict(zip(("teacher", "before", "after"), (FAINT, COLORS[1], COLORS[0]), strict=True))
+    colors = dict(zip(results, (FAINT, COLORS[1], COLORS[0]) if len(results) > 2 else (FAINT, COLORS[0]), strict=False))
     for offset, (stage, result) in enumerate(results.items()):
         places = [index + 0.27 * (offset - (len(results) - 1) / 2) for index in range(len(names))]
         bars = axes.bar(places, [result["mean"][pooling] for pooling in names], 0.25, label=stage, color=colors[stage])

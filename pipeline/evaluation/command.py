@@ -21,9 +21,10 @@ import transformers
 from pipeline.config import apply_override, build_section
 from pipeline.errors import UserError
 from pipeline.evaluation import heldout_task, mlqa, plots, results, retrieval, speed, sts, xnli
-from pipeline.evaluation.encoder import load_encoder
+from pipeline.evaluation.encoder import Encoder, load_encoder
 from pipeline.evaluation.grid import encoder_fingerprint
 from pipeline.evaluation.ranks import Ranks, joined
+from pipeline.evaluation.trained_as import trained_as
 from pipeline.lineage import fingerprint
 
 
@@ -98,7 +99,7 @@ def evaluate(models: list[str], tasks: list[str], config: EvaluationConfig, outp
     """Every task on every model. What is finished is on disk before the next task begins, beside earlier tasks' figures."""
     encoders = [load_encoder(name) for name in models]
     path = output / results.FILE
-    models_of = {e.name: fingerprint([encoder_fingerprint(e), e.values_layer]) for e in encoders if ranks.is_main}
+    about = {encoder.name: _identity(encoder) for encoder in encoders if ranks.is_main}
     for name in tasks:
         task, settings = TASKS[name], getattr(config, name)
         if not (task.shared or ranks.is_main):
@@ -107,11 +108,17 @@ def evaluate(models: list[str], tasks: list[str], config: EvaluationConfig, outp
         found = task.evaluate(encoders, settings, *places)
         if ranks.is_main:
             print(task.table(found), end="\n\n", flush=True)
-            results.add(path, models_of, name, found, dataclasses.asdict(settings))
+            results.add(path, about, name, found, dataclasses.asdict(settings))
     if ranks.is_main:
         there = results.read(path)["tasks"]
         plots.draw({name: there[name] for name in TASKS if name in there}, path.with_suffix(".png"))
         print(f"written: {path} and {path.with_suffix('.png').name}, with {', '.join(there)}")
+
+
+def _identity(encoder: Encoder) -> dict[str, Any]:
+    """What tells apart two models of one name, and for how many steps this one was trained, where it says so."""
+    content = fingerprint([encoder_fingerprint(encoder), encoder.values_layer])
+    return {"fingerprint": content, "steps": trained_as(encoder.path).get("steps")}
 
 
 def read_overrides(overrides: list[str]) -> EvaluationConfig:

@@ -29,10 +29,10 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is no evaluation ({error}). Move it away, or name another --output.") from None
 
 
-def add(path: Path, models: dict[str, str], task: str, results: dict[str, Any], settings: dict[str, Any]) -> None:
+def add(path: Path, models: dict[str, Any], task: str, results: dict[str, Any], settings: dict[str, Any]) -> None:
     """Put one task's results into the file, in the place of earlier ones of that task.
 
-    `models` are names with a fingerprint each. Figures of other models (or of the same names with other weights) would
+    `models` are names with what identifies each. Figures of other models (or of the same names with other weights) would
     stand beside these as if they belonged together, so that file gets another name first. It is read anew each time, as
     another job may have added a task meanwhile.
     """

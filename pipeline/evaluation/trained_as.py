@@ -28,12 +28,13 @@ DEFAULTS: dict[str, Any] = {
 
 
 def trained_as(model: str | Path) -> dict[str, Any]:
-    """`DEFAULTS` with the values of the model's recipe, and its `student_layer`; empty without lineage."""
+    """`DEFAULTS` with the values of the model's recipe, its `student_layer`, its `steps`; empty without lineage."""
     path = Path(model) / "lineage.json"
     if not path.is_file():
         return {}
     try:
-        recipe = json.loads(path.read_text(encoding="utf-8")).get("recipe")
+        lineage = json.loads(path.read_text(encoding="utf-8"))
+        recipe = lineage.get("recipe")
         relations = dict(recipe.get("relations", {})) if recipe else {}
         # of several matched pairs the one highest in the student, which stands nearest to what a user gets
         one = {side: relations.get(f"{side}_layer") for side in ("teacher", "student")}
@@ -44,4 +45,4 @@ def trained_as(model: str | Path) -> dict[str, Any]:
     if not recipe:  # trimmed, never trained here
         return {}
     found = {key: recipe.get(key, relations.get(key, default)) for key, default in DEFAULTS.items()}
-    return {**found, **layers}
+    return {**found, **layers, "steps": lineage.get("steps")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -85,6 +86,38 @@ def test_a_run_that_has_only_begun(run_dir: Path) -> None:
     page = render(run_dir)
     assert "no end marker" in page
     assert "Retrieval before" not in page
+
+
+def test_retrieval_of_an_evaluation(run_dir: Path) -> None:
+    """What slurm/evaluate.sh leaves, with a third model that is not of this run."""
+    stages = {path.stem: json.loads(path.read_text())["result"] for path in (run_dir / "retrieval").iterdir()}
+    shutil.rmtree(run_dir / "retrieval")
+    (run_dir / "recipe.yaml").write_text("teacher: some/teacher\nseq_len: 128\n")
+    student = "elsewhere/quick <b>start/student"
+    results = {student: stages["after"], "other": stages["before"], "some/teacher@19": stages["teacher"]}
+    models = {name: {"fingerprint": "x", "steps": 8 if name == student else None} for name in results}
+    (run_dir / "evaluation").mkdir()
+    report = run_dir / "evaluation" / "evaluation.json"
+    report.write_text(json.dumps({"models": models, "tasks": {"retrieval": results}}))
+    page = render(run_dir)
+    assert "<h2>Retrieval</h2>" in page
+    assert '<div class="fact">retrieval<b>0.875</b></div>' in page
+    rows = re.findall(r"<tr><td>(\w+)</td><td>output</td><td>([\d.]+)</td>", page)
+    assert rows == [("teacher", "0.975"), ("student", "0.875")]
+    models[student]["steps"] = 4
+    report.write_text(json.dumps({"models": models, "tasks": {"retrieval": results}}))
+    page = render(run_dir)
+    assert "<td>student of 4 steps</td>" in page, "the run went on after its evaluation"
+    assert '<div class="fact">retrieval' not in page
+
+
+def test_a_run_that_went_on_after_its_demo(run_dir: Path) -> None:
+    (run_dir / "demo_training.json").write_text(json.dumps({"steps": 4}))
+    page = render(run_dir)
+    assert "<td>after 4 steps</td>" in page
+    assert '<div class="fact">retrieval' not in page
+    (run_dir / "demo_training.json").write_text(json.dumps({"steps": 8}))
+    assert '<div class="fact">retrieval<b>0.700 → 0.875</b></div>' in render(run_dir)
 
 
 def test_the_command_writes_the_page(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
