@@ -9,6 +9,7 @@ fp16 does not underflow. Used by `distiller.py`; the backends are `relation_tile
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -67,8 +68,8 @@ def relation_kl_by_row(
     segments: Sequence[Sequence[int]] | None = None,
 ) -> torch.Tensor:
     """The loss of each row, [B]; its mean is `relation_kl`."""
-    check_heads(teacher_BLD.shape[-1], num_relation_heads, "teacher")
-    check_heads(student_BLD.shape[-1], num_relation_heads, "student")
+    check_heads(teacher_BLD.shape[-1], num_relation_heads, "teacher", student_BLD.shape[-1])
+    check_heads(student_BLD.shape[-1], num_relation_heads, "student", teacher_BLD.shape[-1])
     if teacher_BLD.shape[:2] != student_BLD.shape[:2]:
         raise ValueError(f"teacher {tuple(teacher_BLD.shape)} and student {tuple(student_BLD.shape)} differ in [B, L]")
     if backend != "auto" and backend not in BACKENDS:
@@ -97,10 +98,11 @@ def default_backend(student_BLD: torch.Tensor) -> str:
     return "chunked"
 
 
-def check_heads(width: int, num_relation_heads: int, whose: str) -> None:
-    """A `UserError` naming the head counts that would do, where `num_relation_heads` does not divide `width`."""
+def check_heads(width: int, num_relation_heads: int, whose: str, other_width: int = 0) -> None:
+    """A `UserError` where `num_relation_heads` does not divide `width`, naming the head counts that would do: those that
+    divide the other model's width as well, if it is known."""
     if num_relation_heads < 1 or width % num_relation_heads:
-        divisors = ", ".join(str(n) for n in range(1, width + 1) if width % n == 0)
+        divisors = ", ".join(str(n) for n in range(1, width + 1) if math.gcd(width, other_width) % n == 0)
         raise UserError(
             f"{num_relation_heads} relation heads do not divide the {whose}'s width of {width}. "
             f"Set `relations.heads` to one of: {divisors}"
