@@ -83,7 +83,7 @@ def assemble(recipe: Recipe, recipe_path: Path, ds_path: Path, launch: Launch) -
         teacher_model, relations.teacher_taps, DTYPES[teacher_precision], "cpu", **relations.tap_options
     )
     del teacher_model  # what lies above the distilled layer is freed here
-    check_heads(teacher.widths[0], relations.heads, "teacher")
+    check_heads(teacher.widths[0], relations.heads, "teacher", student.tapped.widths[0])
     distiller = DistillModule(_place(teacher, recipe, teacher_precision, launch), student.tapped, relations)
     engine = StudentEngine(distiller, student.trained, recipe.optimizer, config)
     return Parts(source, student, distiller, engine, batch, config, precision, teacher_precision, warnings)

@@ -157,10 +157,12 @@ def weights_finding(name: str) -> Finding:
 def shape_finding(recipe: Recipe, shards_are_there: bool) -> Finding:
     """Known family, layers and heads that exist, and the shards' tokenizer."""
     config, teacher, student = blank_models(recipe)
-    tapped = tap(teacher, recipe.relations.teacher_taps or config.num_hidden_layers, **recipe.relations.tap_options)
-    check_heads(tapped.widths[0], recipe.relations.heads, "teacher")
-    tapped_student = tap(student, recipe.relations.student_taps or recipe.student.layers)
-    check_heads(tapped_student.widths[0], recipe.relations.heads, "student")
+    relations, num_layers = recipe.relations, config.num_hidden_layers
+    tapped = tap(teacher, relations.teacher_taps or num_layers, **relations.tap_options, whose="teacher")
+    tapped_student = tap(student, relations.student_taps or recipe.student.layers, whose="student")
+    widths = {"teacher": tapped.widths[0], "student": tapped_student.widths[0]}
+    check_heads(widths["teacher"], relations.heads, "teacher", widths["student"])
+    check_heads(widths["student"], relations.heads, "student", widths["teacher"])
     if shards_are_there:
         check_fit(recipe, ShardSet(recipe.data), teacher)
     agrees = "; tokenizer as the shards'" if shards_are_there else ""

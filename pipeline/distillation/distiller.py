@@ -7,6 +7,7 @@ parameters, state or checkpoints, and no engine converts or partitions it.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -54,8 +55,11 @@ class RelationsConfig:
         for pair in self.pairs:
             if pair not in known:
                 raise UserError(f"`relations.pairs` names {pair!r}; a relation is one of {', '.join(known)}")
-        if not self.pairs or min(self.pairs.values()) < 0 or not any(self.pairs.values()):
-            raise UserError("`relations.pairs` needs at least one relation with a positive weight, and none below zero")
+        _check_weights("relations.pairs", list(self.pairs.values()))
+        if self.layers:
+            _check_weights("relations.layers", [pair.weight for pair in self.layers])
+        if not 0 <= self.tail_weight < math.inf:
+            raise UserError(f"`relations.tail_weight` is {self.tail_weight}; it must be a number of at least 0")
         if self.backend != "auto" and self.backend not in BACKENDS:
             raise UserError(f"`relations.backend` is {self.backend!r}; it must be one of auto, {', '.join(BACKENDS)}")
         if self.layers is not None and (not self.layers or self.teacher_layer or self.student_layer):
@@ -142,9 +146,12 @@ class DistillModule(nn.Module):
         self.backend_report: list[str] = []
         self.part_weights = _part_weights(config)
         self.part_names = list(self.part_weights)
-        check_heads(student_tapped.widths[0], config.heads, "student")
-        if isinstance(teacher, FrozenTeacher):
-            check_heads(teacher.widths[0], config.heads, "teacher")
+        width = student_tapped.widths[0]
+        teacher_width = (
+            teacher.widths[0] if isinstance(teacher, FrozenTeacher) else width
+        )  # else seen at the first batch
+        check_heads(width, config.heads, "student", teacher_width)
+        check_heads(teacher_width, config.heads, "teacher", width)
 
     def forward(
         self, input_ids_BL: torch.Tensor, lengths_B: torch.Tensor | None = None, segments: torch.Tensor | None = None
@@ -274,6 +281,14 @@ def _part_weights(config: RelationsConfig) -> dict[str, float]:
             for name, weight in config.pairs.items()
         }
     return weights if config.tail == "none" else {**weights, OUTPUT: config.tail_weight}
+
+
+def _check_weights(key: str, weights: list[float]) -> None:
+    """Numbers of at least 0, not all 0: a weight below would drive the student away, and NaN would spoil every step."""
+    if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+        raise UserError(
+            f"`{key}` has the weights {weights}; at least one must be above zero, none below zero, and all must be finite"
+        )
 
 
 def _letters(pair: str) -> tuple[int, int]:

@@ -102,7 +102,7 @@ def build_student(
     if config.checkpointing:
         _recompute_activations(model)
     tapped_layer = config.layers if distilled_layer is None else distilled_layer
-    return split_student(model, tap(model, tapped_layer, with_output, after_rotary))
+    return split_student(model, tap(model, tapped_layer, with_output, after_rotary, whose="student"))
 
 
 def split_student(model: PreTrainedModel, tapped: TappedEncoder) -> Student:

@@ -25,22 +25,32 @@ Projections = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def tap(
-    hf_model: PreTrainedModel, layer: int | Sequence[int], with_output: bool = False, after_rotary: bool = False
+    hf_model: PreTrainedModel,
+    layer: int | Sequence[int],
+    with_output: bool = False,
+    after_rotary: bool = False,
+    whose: str | None = None,
 ) -> TappedEncoder:
     """Module `(input_ids, attention_mask=None) -> (q_BLD, k_BLD, v_BLD)` of layer `layer`, counted from 1.
 
     A list of layers gives a list of such triples, in the list's order. With `with_output` all layers run and the last
     hidden state comes after the projections: `(projections, hidden_BLD)`. `after_rotary` reads Q and K with their
-    rotary position embedding (ModernBERT), otherwise as the projections give them.
+    rotary position embedding (ModernBERT), otherwise as the projections give them. `whose` ("teacher" or "student") is
+    for the words in which a layer that is not there is refused.
     """
-    return TappedEncoder(hf_model, layer, with_output, after_rotary)
+    return TappedEncoder(hf_model, layer, with_output, after_rotary, whose)
 
 
 class TappedEncoder(nn.Module):
     """See `tap`. `model` is the cut skeleton; its parameters are those of the model that was tapped."""
 
     def __init__(
-        self, hf_model: PreTrainedModel, layer: int | Sequence[int], with_output: bool, after_rotary: bool
+        self,
+        hf_model: PreTrainedModel,
+        layer: int | Sequence[int],
+        with_output: bool,
+        after_rotary: bool,
+        whose: str | None = None,
     ) -> None:
         super().__init__()
         family = family_of(hf_model.config)
@@ -55,7 +65,11 @@ class TappedEncoder(nn.Module):
         num_layers = len(cast(nn.ModuleList, hf_model.get_submodule(family.layers)))
         for number in self.layers:
             if not 1 <= number <= num_layers:
-                raise UserError(f"layer {number} of a {hf_model.config.model_type} model with layers 1 to {num_layers}")
+                mend = f". Set `relations.{whose}_layer` or `relations.layers`" if whose else ""
+                raise UserError(
+                    f"there is no layer {number} in the {whose or 'model'}: a {hf_model.config.model_type} with layers 1 to "
+                    f"{num_layers}{mend}"
+                )
         self.model = _cut(hf_model, family, set(self.layers), with_output, after_rotary)
         self._taps = {n: cast(TapLayer, self.model.get_submodule(f"{family.layers}.{n - 1}")) for n in self.layers}
 

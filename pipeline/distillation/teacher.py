@@ -87,7 +87,7 @@ def load_teacher(
     """The frozen teacher cut above `layer` (None: the last). It takes `model` over: parameters are converted in place,
     so build the student first. Dropping `model` afterwards frees the layers above the cut."""
     last = model.config.num_hidden_layers
-    tapped = tap(model, last if layer is None else layer, with_output, after_rotary)
+    tapped = tap(model, last if layer is None else layer, with_output, after_rotary, whose="teacher")
     return FrozenTeacher(tapped.requires_grad_(False).to(device=device, dtype=dtype))
 
 

@@ -107,7 +107,7 @@ def build_encoders(recipe: Recipe, teacher_config: Path | None = None) -> Encode
     if recipe.vocabulary is not None:
         config.vocab_size = len(read_vocabulary(recipe.vocabulary))
     teacher_layers = config.num_hidden_layers
-    teacher = tap(_on_meta(config), relations.teacher_taps or teacher_layers, **options)
+    teacher = tap(_on_meta(config), relations.teacher_taps or teacher_layers, **options, whose="teacher")
     chosen = copied_layers(teacher_layers, recipe.student.layers, recipe.student.init_layers, max(teacher.layers))
     model = _on_meta(student_hf_config(config, recipe.student, chosen))
     if "embeddings" in recipe.student.freeze:
@@ -115,9 +115,9 @@ def build_encoders(recipe: Recipe, teacher_config: Path | None = None) -> Encode
     if recipe.student.checkpointing:
         model.config.use_cache = False  # of no use to an encoder, and transformers warns where it meets recomputation
         model.activation_checkpointing_enable({"use_reentrant": False})
-    student = tap(model.train(), relations.student_taps or recipe.student.layers, **options)
-    check_heads(teacher.widths[0], relations.heads, "teacher")
-    check_heads(student.widths[0], relations.heads, "student")
+    student = tap(model.train(), relations.student_taps or recipe.student.layers, **options, whose="student")
+    check_heads(teacher.widths[0], relations.heads, "teacher", student.widths[0])
+    check_heads(student.widths[0], relations.heads, "student", teacher.widths[0])
     shapes = [tuple(p.shape) for p in student.parameters() if p.requires_grad]
     trained = sum(torch.Size(shape).numel() for shape in shapes)
     return Encoders(

@@ -92,15 +92,24 @@ def test_unknown_architecture_lists_the_known(refused: Run, tmp_path: Path, tiny
 
 
 def test_layer_out_of_range(refused: Run) -> None:
-    error = refused("relations.teacher_layer=9")
-    assert "9" in error
-    assert "4" in error
+    for whose, last in (("teacher", 4), ("student", 2)):
+        error = refused(f"relations.{whose}_layer=9")
+        assert f"no layer 9 in the {whose}" in error
+        assert f"layers 1 to {last}" in error
+        assert f"relations.{whose}_layer" in error
 
 
 def test_relation_heads_that_do_not_divide(refused: Run) -> None:
     error = refused("relations.heads=7")
     assert "7" in error
-    assert "6, 8, 12, 16, 24" in error
+    assert "one of: 1, 2, 3, 4, 6, 8, 12, 24" in error
+    error = refused("relations.heads=24", "student.hidden=32")  # the teacher's width is 48
+    assert error.endswith("one of: 1, 2, 4, 8, 16")
+
+
+@pytest.mark.parametrize("override", ["relations.tail_weight=-1", "relations.pairs={q-q: .nan}"])
+def test_weights_that_are_no_weights(refused: Run, override: str) -> None:
+    assert override.partition("=")[0] in refused(override)
 
 
 def test_attention_heads_that_do_not_divide(refused: Run) -> None:

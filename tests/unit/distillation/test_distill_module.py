@@ -189,7 +189,16 @@ def test_the_backend_is_settled_at_the_first_batch_and_reported():
         ({"pairs": {"q-x": 1.0}}, "'q-x'.*q-q, q-k"),
         ({"pairs": {"qq": 1.0}}, "'qq'"),
         ({"pairs": {}}, "at least one"),
-        ({"pairs": {"q-q": -1.0}}, "below zero"),
+        ({"pairs": {"q-q": -1.0}}, "relations.pairs.*below zero"),
+        ({"pairs": {"q-q": 1.0, "v-v": float("nan")}}, "relations.pairs.*finite"),
+        ({"pairs": {"q-q": float("inf")}}, "relations.pairs.*finite"),
+        ({"pairs": {"q-q": 0.0, "v-v": 0.0}}, "relations.pairs.*above zero"),
+        ({"layers": [LayerPair(1, 1), LayerPair(2, 2, -1.0)]}, "relations.layers.*below zero"),
+        ({"layers": [LayerPair(1, 1, float("nan"))]}, "relations.layers.*finite"),
+        ({"layers": [LayerPair(1, 1, 0.0)]}, "relations.layers.*above zero"),
+        ({"tail_weight": -1.0}, "relations.tail_weight"),
+        ({"tail_weight": float("nan")}, "relations.tail_weight"),
+        ({"tail_weight": float("inf")}, "relations.tail_weight"),
         ({"backend": "fast"}, "auto, chunked, flash"),
         ({"layers": [LayerPair(1, 1)], "teacher_layer": 3}, "relations.layers"),
         ({"layers": [LayerPair(1, 1), LayerPair(1, 1, 2.0)]}, "twice"),
@@ -200,9 +209,11 @@ def test_impossible_relations_say_why(options, words):
         RelationsConfig(**options)
 
 
-def test_layer_zero_is_not_taken_for_the_last():
-    with pytest.raises(UserError, match="layer 0"):
-        make(RelationsConfig(heads=12, student_layer=0))
+@pytest.mark.parametrize(("whose", "layer"), [("student", 0), ("student", 3), ("teacher", 5)])
+def test_a_layer_that_is_not_there_says_whose(whose, layer):
+    """Layer 0 is not taken for the last."""
+    with pytest.raises(UserError, match=f"no layer {layer} in the {whose}.*`relations.{whose}_layer`"):
+        make(RelationsConfig(heads=12, **{f"{whose}_layer": layer}))
 
 
 @pytest.mark.parametrize(("heads", "whose"), [(16, "student's width of 24"), (10, "student's width of 24")])
@@ -212,7 +223,7 @@ def test_heads_are_checked_before_the_first_batch(heads, whose):
 
 
 def test_the_teachers_heads_are_checked_too():
-    with pytest.raises(UserError, match="teacher's width of 48"):
+    with pytest.raises(UserError, match=r"teacher's width of 48.*one of: 1, 2, 4$"):
         make(RelationsConfig(heads=5), hidden=20, heads=2)
 
 

@@ -82,7 +82,7 @@ def test_no_graph_outlives_its_step():
 
 @pytest.mark.parametrize("layer", [0, 5, -1])
 def test_layer_out_of_range(layer):
-    with pytest.raises(UserError, match=f"layer {layer} .* 1 to 4"):
+    with pytest.raises(UserError, match=f"layer {layer} in the model.* 1 to 4"):
         tap(tiny_encoder("bert"), layer)
 
 
