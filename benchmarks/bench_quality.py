@@ -36,7 +36,7 @@ from pipeline.data.batches import BatchSource
 from pipeline.distillation.distiller import DistillModule, RelationsConfig
 from pipeline.distillation.student import Student, StudentConfig, build_student
 from pipeline.distillation.tap import tap
-from pipeline.distillation.teacher import load_encoder
+from pipeline.distillation.teacher import cast_parameters, load_encoder
 from pipeline.evaluation.encoder import POOLINGS, Encoder
 from pipeline.evaluation.retrieval import RetrievalConfig, evaluate_retrieval
 from pipeline.runtime.schedule import OptimizerConfig, learning_rate, parameter_groups
@@ -119,7 +119,7 @@ class SharedTeacher:
 
     def __init__(self, model, layers: list[int], dtype: torch.dtype) -> None:
         self.layers = layers
-        self.tapped = tap(model, layers, with_output=True).to(dtype).eval()
+        self.tapped = cast_parameters(tap(model, layers, with_output=True), dtype).eval()
         self.batch: torch.Tensor | None = None
 
     def reader(self, relations: RelationsConfig):

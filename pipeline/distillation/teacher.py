@@ -88,7 +88,15 @@ def load_teacher(
     so build the student first. Dropping `model` afterwards frees the layers above the cut."""
     last = model.config.num_hidden_layers
     tapped = tap(model, last if layer is None else layer, with_output, after_rotary, whose="teacher")
-    return FrozenTeacher(tapped.requires_grad_(False).to(device=device, dtype=dtype))
+    return FrozenTeacher(cast_parameters(tapped.requires_grad_(False), dtype).to(device))
+
+
+def cast_parameters(module: nn.Module, dtype: torch.dtype):
+    """The module with its parameters in `dtype` and its buffers as they were: ModernBERT's rotary frequencies in bf16
+    would turn position 512 by up to .5 radians too far or not far enough, and position 8192 by 8."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return module
 
 
 class FrozenTeacher(nn.Module):

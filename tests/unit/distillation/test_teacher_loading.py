@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from copy import deepcopy as copy_module
 
 import pytest
 import torch
@@ -55,6 +56,18 @@ def test_frozen_and_without_a_graph(saved):
     query, _, _ = teacher(random_rows(2, 12))
     assert query.dtype == torch.bfloat16
     assert query.is_inference()
+
+
+def test_half_precision_leaves_rotary_positions_exact():
+    """Frequencies in bf16 would be phase errors that grow with the position (here: 4.5e-2 in Q and K)."""
+    whole, rows = tiny_encoder("modernbert", max_position_embeddings=512), random_rows(1, 512)
+    exact, half = (
+        load_teacher(copy_module(whole), 1, dtype, after_rotary=True) for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert {b.dtype for b in half.buffers() if b.is_floating_point()} == {torch.float32}
+    for rounded, true in zip(half(rows), exact(rows), strict=True):
+        assert rounded.dtype == torch.bfloat16
+        assert (rounded.float() - true).norm() < 1e-2 * true.norm()
 
 
 def test_dropout_is_off_even_in_training(saved):
