@@ -35,6 +35,7 @@ from pipeline.planning.encoders import read_config
 from pipeline.runtime import dist
 from pipeline.runtime.ds_config import split_batch
 from pipeline.runtime.engine import StudentEngine, partition_teacher
+from tests.dist.ports import free_port
 
 COLLECTIVES = ("all_reduce", "reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather", "broadcast")
 
@@ -134,7 +135,7 @@ def count_collectives() -> dict[str, list[int]]:
 def run_case(case: dict[str, Any]) -> list[dict[str, Any]]:
     """Fork the ranks of one case and collect their reports."""
     context = multiprocessing.get_context("fork")
-    port = dist.free_port()
+    port = free_port()
     with tempfile.TemporaryDirectory() as temporary:
         files = [Path(temporary) / f"{rank}.json" for rank in range(case["ranks"])]
         ranks = [context.Process(target=run_rank, args=(case, rank, port, file)) for rank, file in enumerate(files)]

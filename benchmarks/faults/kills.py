@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import statistics
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -159,8 +160,18 @@ def _killed_at(lab: Lab, rank: int, operation: str, call: int) -> bool:
     mishap = {"kind": "at call", "save": 6, "rank": rank, "operation": operation, "call": call}
     code = lab.live(run_dir, 2, settings, mishaps=[mishap])
     there = newest_step(run_dir)
+    said = run_dir.with_suffix(".log").read_text()[-1500:]
     again = lab.live(run_dir, 2, settings)
-    return code != 0 and there in (4, 6) and again == 0 and same_end(run_dir, lab.untouched(2, settings))
+    kept = code != 0 and there in (4, 6) and again == 0 and same_end(run_dir, lab.untouched(2, settings))
+    if not kept:
+        said_again = run_dir.with_suffix(".log").read_text()[-1500:]
+        print(
+            f"not kept: SIGKILL of rank {rank} at {operation} {call}: code {code}, newest step {there}, then code {again}\n"
+            f"-- the killed life said:\n{said}\n-- the next one:\n{said_again}",
+            file=sys.stderr,
+            flush=True,
+        )
+    return kept
 
 
 # -- figures 5 and 7

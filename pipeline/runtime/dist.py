@@ -44,10 +44,8 @@ def read_launch() -> Launch:
     environment.setdefault("WORLD_SIZE", "1")
     environment.setdefault("LOCAL_RANK", "0")
     environment.setdefault("MASTER_ADDR", "127.0.0.1")
-    if "MASTER_PORT" not in environment:
-        if environment["WORLD_SIZE"] != "1":
-            raise UserError("WORLD_SIZE is set but MASTER_PORT is not: start with deepspeed, torchrun or srun")
-        environment["MASTER_PORT"] = str(free_port())
+    if "MASTER_PORT" not in environment and environment["WORLD_SIZE"] != "1":
+        raise UserError("WORLD_SIZE is set but MASTER_PORT is not: start with deepspeed, torchrun or srun")
     local_rank = int(environment["LOCAL_RANK"])
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -96,20 +94,16 @@ def _scontrol(kind: str, name: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def init_process_group(launch: Launch, timeout_s: float) -> None:
     """Join the other ranks: NCCL beside GPUs, gloo otherwise. `timeout_s` bounds every later collective."""
     if torch_dist.is_initialized():
         return
     backend = "nccl" if launch.device.type == "cuda" else "gloo"
+    alone = torch_dist.HashStore() if launch.world_size == 1 else None  # one process needs no port to meet itself
+    timeout = timedelta(seconds=timeout_s)
     try:
         torch_dist.init_process_group(
-            backend, rank=launch.rank, world_size=launch.world_size, timeout=timedelta(seconds=timeout_s)
+            backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout, store=alone
         )
     except torch_dist.DistNetworkError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"

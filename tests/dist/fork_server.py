@@ -21,6 +21,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tests.dist.ports import free_port
+
 REPO = Path(__file__).resolve().parent.parent.parent
 SECONDS_TO_FOLLOW = 5.0  # ranks that outlive one that died are given so long, then killed, as by a launcher
 TRAIN = "pipeline/train.py"
@@ -71,8 +73,6 @@ class ForkServer:
         self, num_ranks: int, arguments: Iterable[str], log: Path, script: str = TRAIN, mishaps: Iterable[Any] = ()
     ) -> Job:
         """Fork `num_ranks` ranks of `script`; what they print goes to `log`. `mishaps`: tests/dist/mishaps.py."""
-        from pipeline.runtime.dist import free_port
-
         log.parent.mkdir(parents=True, exist_ok=True)
         request = {"num_ranks": num_ranks, "argv": [script, *arguments], "log": str(log), "mishaps": list(mishaps)}
         assert self._process.stdin is not None
@@ -93,6 +93,7 @@ class ForkServer:
             *lines, self._text = (self._text + said).split(b"\n")
             for message in map(json.loads, lines):
                 if "ranks" in message:
+                    self.codes.pop(message["job"], None)  # of an earlier job: process numbers come round again
                     self._ranks[message["job"]] = message["ranks"]
                 else:
                     self.codes[message["job"]] = message["code"]
@@ -231,7 +232,7 @@ def _fork_rank(rank: int, request: Request) -> int:
         from tests.dist.mishaps import arrange
 
         arrange(request["mishaps"], rank)
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        runpy.run_path(str(REPO / sys.argv[0]), run_name="__main__")  # a mishap may have moved this rank elsewhere
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1

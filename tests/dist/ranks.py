@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.runtime.dist import free_port
 from tests.conftest import REPO
+from tests.dist.ports import free_port
 
 
 def run_ranks(

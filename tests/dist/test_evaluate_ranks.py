@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.__main__ import main
-from pipeline.runtime.dist import free_port
+from tests.dist.ports import free_port
 from tests.dist.runs import end_group, start
 from tests.unit.evaluation.labelled_pairs import write_xnli
 
