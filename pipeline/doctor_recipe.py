@@ -7,7 +7,6 @@ this takes seconds whatever their size; weights are looked at by their files' he
 from __future__ import annotations
 
 import contextlib
-import re
 import resource
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from pipeline.dry_run import nearest_directory
 from pipeline.errors import UserError
 from pipeline.runtime import ds_config, preflight
 from pipeline.runtime.engine import device_precisions
+from pipeline.runtime.memory import available_memory_bytes
 
 FILES_OPEN_ANYWAY = 256  # by Python, torch and TensorBoard
 
@@ -212,13 +212,6 @@ def memory_finding(sizes: Sizes, num_ranks: int) -> Finding:
         mend = "start fewer ranks on this node, or take one with more memory"
         return Finding("warn", "memory", f"{what}; {available / 2**30:.1f} GiB are free for {num_ranks} of them", mend)
     return Finding("ok", "memory", what)
-
-
-def available_memory_bytes() -> int:
-    """What processes can still have without swapping."""
-    found = re.search(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 def disk_finding(recipe: Recipe, sizes: Sizes, run_dir: Path) -> Finding:
