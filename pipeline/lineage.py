@@ -16,6 +16,8 @@ from typing import Any
 
 from pipeline.config import Recipe, as_tree
 
+REPO = Path(__file__).resolve().parent.parent
+CODE = ("pipeline", "data_prep")
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "sentencepiece", "safetensors", "numpy")
 # What may change between two lives of one run: it decides how long, how often and how cut, not what is computed.
 MAY_CHANGE = (
@@ -42,6 +44,14 @@ def mathematics(recipe: Recipe) -> dict[str, Any]:
     return flat
 
 
+def code_fingerprint(repo: Path = REPO) -> str:
+    """Short hash over the code itself, whether or not it is a checkout and whatever was changed in it."""
+    digest = hashlib.sha256()
+    for path in sorted(path for package in CODE for path in (repo / package).rglob("*.py")):
+        digest.update(path.relative_to(repo).as_posix().encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
 def fingerprint(value: Any) -> str:
     """Short hash of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
@@ -51,6 +61,7 @@ def describe_run(recipe: Recipe, **facts: Any) -> dict[str, Any]:
     """The content of `run.json`; `facts` are added as given. Nothing of the environment's variables is recorded."""
     return {
         "git_commit": git_commit(),
+        "code_fingerprint": code_fingerprint(),
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in PACKAGES},
         "host": socket.gethostname(),
@@ -62,14 +73,13 @@ def describe_run(recipe: Recipe, **facts: Any) -> dict[str, Any]:
 
 def git_commit() -> str:
     """Commit of the code, with `+changes` when the tree differs from it; "unknown" outside a checkout."""
-    repo = Path(__file__).resolve().parent.parent
     try:
-        commit = _git(repo, "rev-parse", "--short=12", "HEAD")
-        return commit + ("+changes" if _git(repo, "status", "--porcelain", "--untracked-files=no") else "")
+        commit = _git("rev-parse", "--short=12", "HEAD")
+        return commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError, subprocess.TimeoutExpired):
         return "unknown"
 
 
-def _git(repo: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(repo), *arguments], capture_output=True, text=True, check=True, timeout=20)
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(REPO), *arguments], capture_output=True, text=True, check=True, timeout=20)
     return done.stdout.strip()

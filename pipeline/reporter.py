@@ -46,6 +46,11 @@ class Reporter:
         self._first_step = first_step
         self._interval = _Interval()
 
+    @property
+    def first_is_evaluated(self) -> bool:
+        """Whether an earlier life has logged the held-out loss of the step that this one begins after. For rank 0."""
+        return "heldout/mean" in self.metrics.known_of_first_step
+
     def begin_interval(self) -> None:
         self._interval = _Interval()
 

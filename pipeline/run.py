@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -45,10 +46,13 @@ def run_from_files(
         trace.enter_context(writable_without_trace(run_dir))
     stop = StopRequests(run_dir / "STOP", recipe.guard.deadline_margin_s)
     stop.listen()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while the ranks wait for each other, there is nothing to be saved
     slowest_s = max(recipe.guard.hang_timeout_s, recipe.guard.slow_timeout_s)
     dist.init_process_group(launch, slowest_s * COLLECTIVE_TIMEOUT_MARGIN)
+    stop.listen()
+    kind = "dry-run-stacks" if only_try else "stacks"  # a dry run leaves those of earlier lives where they are
     try:
-        with Watchdog(recipe.guard, logs / f"stacks-rank{launch.rank}.txt") as watchdog:
+        with Watchdog(recipe.guard, logs / f"{kind}-rank{launch.rank}.txt") as watchdog:
             marks = dist.gather_json(process_mark(os.getpid()), launch.device)
             watchdog.take_along([mark for mark in marks if mark])
             parts = assemble(recipe, recipe_path, ds_path, launch)

@@ -22,13 +22,13 @@ from pipeline.config import Recipe, as_tree
 from pipeline.data.batches import Batch, Prefetcher
 from pipeline.errors import SickRunError, UserError
 from pipeline.evaluation.heldout import heldout_losses
-from pipeline.lineage import fingerprint, git_commit, mathematics
+from pipeline.lineage import code_fingerprint, fingerprint, mathematics
 from pipeline.reporter import Reporter, StepReport
 from pipeline.runtime import checkpoint, dist, preflight
 from pipeline.runtime.checkpoint_writer import CheckpointWriter, SaveOutcome
 from pipeline.runtime.dist import Launch
 from pipeline.runtime.ds_config import loss_scale_floor
-from pipeline.runtime.guard import BadStepCounter, SpikeDetector, StopRequests, Watchdog, record_spike
+from pipeline.runtime.guard import BadStepCounter, SpikeDetector, StopRequests, Watchdog, leave_word, record_spike
 from pipeline.runtime.lives import FALL_BACK_AFTER, GIVE_UP_AFTER, Lives
 from pipeline.runtime.schedule import learning_rate
 
@@ -87,7 +87,7 @@ class Trainer:
             if first >= self.recipe.steps:
                 self.reporter.metrics.say(f"{self.run_dir} already has its {self.recipe.steps} steps; nothing to do")
                 if self.launch.is_main and not (self.run_dir / "DONE").exists():  # killed after its last save
-                    (self.run_dir / "DONE").write_text(f"done: {self.recipe.steps} steps\n")
+                    leave_word(self.run_dir / "DONE", f"done: {self.recipe.steps} steps\n")
                 return
             self._begin(first)
             pin = self.launch.device.type == "cuda"
@@ -99,7 +99,7 @@ class Trainer:
     def prepare(self, allow_change: bool) -> int:
         """What `run` does before its first step: the number of steps that are done."""
         self._check_before()
-        return self._resume(allow_change)
+        return self._resume(allow_change, is_a_life=False)
 
     def steps_from(self, first: int) -> Iterator[StepReport]:
         """Training steps and nothing else: no report, no save."""
@@ -111,7 +111,7 @@ class Trainer:
 
     def _train(self, first: int, batches: Prefetcher) -> None:
         floor = loss_scale_floor(self.parts.ds_config)
-        bad_steps = BadStepCounter(self.recipe.guard, self.run_dir / "bad_batch.json", floor)
+        bad_steps = BadStepCounter(self.recipe.guard, self.run_dir / "bad_batch.json", floor, self.launch.is_main)
         stream = iter(batches)
         self.watchdog.feed_before_slow_work()
         self.reporter.begin_interval()
@@ -124,7 +124,7 @@ class Trainer:
             self._after_save(self.writer.poll())
             reason = self._stop_reason()
             last = done == self.recipe.steps
-            if last or done % self.recipe.eval_every == 0:
+            if last or (done % self.recipe.eval_every == 0 and not reason):  # else the next life does: time is short
                 self._evaluate(done)
             if last or reason or done % self.recipe.save_every == 0:
                 self._save(done, must=last or reason is not None)
@@ -136,15 +136,18 @@ class Trainer:
         """Can this run save, and do all ranks run the same thing? Nothing is trained before both are known."""
         found: dict[str, Any] = {"problem": None, "shards": []}
         if self.launch.is_main:
-            num_present = len(checkpoint.committed_steps(self.checkpoints))
-            disk = (self.checkpoint_bytes, self.recipe.checkpoint.keep, num_present)
+            present, keeping = checkpoint.committed_steps(self.checkpoints), self.recipe.checkpoint
+            every = keeping.keep_every or self.recipe.steps + 1
+            milestones = self.recipe.steps // every - sum(step % every == 0 for step in present)
+            disk = (self.checkpoint_bytes, keeping.keep, len(present), milestones)
             found["problem"] = preflight.problem_on_disk(self.run_dir, *disk)
         if self.recipe.guard.verify_shards:
             mine = self.source.shards.all_shards()[self.launch.rank :: self.launch.world_size]
             found["shards"] = preflight.damaged_shards(mine, self.watchdog.feed_before_slow_work)
         preflight.refuse_problems(dist.gather_json(found, self.launch.device), self.recipe.data)
+        preflight.check_shared(self.run_dir, self.launch)
         facts = {
-            "code": git_commit(),
+            "code": code_fingerprint(),
             "recipe": fingerprint(as_tree(self.recipe)),
             "data": self.data_fingerprint,
         }
@@ -154,12 +157,13 @@ class Trainer:
         """Everything that is written before the first step of this life."""
         self.reporter.describe(first)
         if self.launch.is_main:
-            self.lives.begin(first, self.launch.world_size)
-            for marker in ("DONE", "PREEMPTED", "STOP"):
+            preflight.settle(self.run_dir)
+            for marker in ("DONE", "PREEMPTED"):
                 (self.run_dir / marker).unlink(missing_ok=True)
-        dist.barrier()
-        if first == 0:
-            self._evaluate(0)
+            self.stop.forget_leftover()
+        is_evaluated = dist.broadcast_json(self.reporter.first_is_evaluated, self.launch.device)
+        if first % self.recipe.eval_every == 0 and not is_evaluated:
+            self._evaluate(first)
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -185,9 +189,10 @@ class Trainer:
 
     # -- checkpoints
 
-    def _resume(self, allow_change: bool) -> int:
+    def _resume(self, allow_change: bool, is_a_life: bool = True) -> int:
         """Load the newest whole checkpoint, chosen by rank 0 for all. Returns the number of finished steps."""
         self.lives = Lives(self.run_dir)
+        self.stop.saw_earlier_saves(self.lives.slowest_save_s)
         decision = dist.broadcast_json(self._choose() if self.launch.is_main else None, self.launch.device)
         if decision["crash_loop"]:
             raise SickRunError(decision["crash_loop"])
@@ -196,14 +201,19 @@ class Trainer:
         for problem in decision["problems"]:
             if self.launch.is_main:
                 print(f"warning: checkpoint passed over: {problem}", flush=True)
-        if decision["path"] is None:
+        reader = checkpoint.CheckpointReader(Path(decision["path"])) if decision["path"] else None
+        if reader is not None:
+            self._refuse_changes(reader.state, allow_change)
+            reader.check_names(self.parts.student.trained)
+        first = reader.state["step"] if reader is not None else 0
+        if is_a_life and self.launch.is_main and first < self.recipe.steps:
+            self.lives.begin(first, self.launch.world_size)  # before the load: a crash in it is counted
+        if reader is None:
             return 0
-        reader = checkpoint.CheckpointReader(Path(decision["path"]))
-        self._refuse_changes(reader.state, allow_change)
-        reader.check_names(self.parts.student.trained)
         self.engine.load(reader.read, reader.state["adam_step"], reader.state["scaler"])
         self.parts.student.carried.update(reader.carried())
         self.skipped_steps = reader.state["skipped_steps"]
+        self.parts.distiller.keep_backend(reader.state.get("relation_backend"))
         self.spikes.losses.extend(reader.state.get("last_losses", []))
         self.saved_step = reader.state["step"]
         if self.launch.is_main:
@@ -268,6 +278,7 @@ class Trainer:
             "world_size": self.launch.world_size,
             "zero_stage": self.engine.stage,
             "precision": self.parts.precision,
+            "relation_backend": self.parts.distiller.backend,
             "recipe": mathematics(self.recipe),
             "recipe_fingerprint": fingerprint(mathematics(self.recipe)),
             "data_fingerprint": self.data_fingerprint,
@@ -287,7 +298,7 @@ class Trainer:
             return
         self.saved_step = outcome.step
         if self.launch.is_main:
-            self.lives.saved(outcome.step)
+            self.lives.saved(outcome.step, outcome.seconds)
             checkpoint.prune(self.checkpoints, self.recipe.checkpoint, outcome.step)
 
     # -- reports
@@ -342,7 +353,7 @@ class Trainer:
     def _finish(self, marker: str, line: str) -> None:
         if self.launch.is_main:
             self.lives.end(marker)
-            (self.run_dir / marker).write_text(line + "\n")
+            leave_word(self.run_dir / marker, line + "\n")
         self.reporter.metrics.say(f"{line}. Checkpoints: {self.checkpoints}")
 
 

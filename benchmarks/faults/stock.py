@@ -53,7 +53,7 @@ def use_stock_checkpoints(trainer: Any, options: dict[str, Any]) -> None:
 
         poll = wait
 
-    def resume(self: Any, allow_change: bool) -> int:
+    def resume(self: Any, *unused: Any) -> int:
         self.lives = Lives(self.run_dir)
         self.lives._lives.clear()  # no crash-loop guard: it is not DeepSpeed's
         report = Path(f"{options['report']}-{self.launch.rank}.json")
@@ -66,6 +66,8 @@ def use_stock_checkpoints(trainer: Any, options: dict[str, Any]) -> None:
         first = int(Path(path).parent.name.removeprefix("step")) if path else 0
         report.write_text(json.dumps({"problem": None, "step": first}))
         self.saved_step = first
+        if self.launch.is_main:
+            self.lives.begin(first, self.launch.world_size)
         return first
 
     import pipeline.trainer

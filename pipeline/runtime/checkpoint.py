@@ -56,12 +56,12 @@ def commit(partial: Path, final: Path, files: Mapping[str, Any]) -> None:
     assert not _not_a_whole_set(files), "what is committed lets older checkpoints go"
     manifest = partial / "manifest.json"
     manifest.write_text(_manifest_text(files), encoding="utf-8")
-    _sync(manifest)
-    _sync(partial)
+    sync(manifest)
+    sync(partial)
     if final.exists():  # the same step again, after a fall-back to an older checkpoint
         _discard(final)
     partial.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def seal(path: Path) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def _not_a_whole_set(names: Iterable[str]) -> str | None:
     return f"the manifest does not list just the files of {world_size} rank(s): {differing[:3]}" if differing else None
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

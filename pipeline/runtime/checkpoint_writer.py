@@ -32,6 +32,7 @@ from pipeline.runtime.checkpoint import (
     kept_steps,
     seal,
 )
+from pipeline.runtime.memory import available_memory_bytes
 
 if TYPE_CHECKING:
     from pipeline.runtime.engine import StudentEngine
@@ -171,15 +172,6 @@ class CheckpointWriter:
         now_s = time.monotonic()
         stopped_s = pending.stopped_s + now_s - stopped_from_s
         return SaveOutcome(pending.step, "; ".join(problems) or None, now_s - pending.began_s, stopped_s)
-
-
-def available_memory_bytes() -> int:
-    """What this host can still give without swapping; without Linux's own word for it, plenty."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return 2**62
 
 
 def _attempt(action: Callable[[], object]) -> str | None:

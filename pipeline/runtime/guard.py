@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import itertools
 import json
 import math
 import os
@@ -27,6 +28,8 @@ from pipeline.errors import EXIT_HUNG, SickRunError, UserError
 
 ProcessMark = list[Any]
 TIME_FOR_OTHER_STACKS_S = 3.0  # ranks that wait for the same dead one notice within a second of each other
+BACKSTOP_MARGIN_S = 30.0  # beyond the watchdog's own patience; it needs a few seconds once it has begun
+TIME_FOR_CONSOLE_S = 2.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -59,9 +62,10 @@ class StopRequests:
 
     def __init__(self, stop_file: Path, margin_s: float):
         self._stop_file = stop_file
+        self._leftover = _identity(stop_file)
         self._signal: signal.Signals | None = None
         self._end_time_s = float(os.environ.get("SLURM_JOB_END_TIME", "inf"))
-        self._margin_s = margin_s
+        self.margin_s = margin_s
 
     def listen(self) -> None:
         for number in STOP_SIGNALS:
@@ -72,16 +76,34 @@ class StopRequests:
 
     def saw_save(self, seconds: float) -> None:
         """A save took so long: leave room for three of them."""
-        self._margin_s = max(self._margin_s, 3 * seconds)
+        self.margin_s = max(self.margin_s, 3 * seconds)
+
+    def saw_earlier_saves(self, seconds: float) -> None:
+        """The slowest save of an earlier life. One slow day must not leave a life no time to train: half of it at most."""
+        self.margin_s = max(self.margin_s, min(3 * seconds, (self._end_time_s - time.time()) / 2))
+
+    def forget_leftover(self) -> None:
+        """Delete a STOP file that was there before this life began; one made since then is a wish to stop."""
+        if self._leftover is not None and self._leftover == _identity(self._stop_file):
+            self._stop_file.unlink(missing_ok=True)
 
     @property
     def reason(self) -> str | None:
         """Why this rank wishes to stop, or None."""
         if self._signal is not None:
             return f"signal {self._signal.name}"
-        if time.time() > self._end_time_s - self._margin_s:
-            return f"deadline: less than {self._margin_s:.0f} s to the end of the job's time"
+        if time.time() > self._end_time_s - self.margin_s:
+            return f"deadline: less than {self.margin_s:.0f} s to the end of the job's time"
         return f"file {self._stop_file.name}" if self._stop_file.exists() else None
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    """Which file this is and when it was last touched; no clock of another machine has a say."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 class SpikeDetector:
@@ -120,17 +142,27 @@ def record_spike(file: Path, step: int, loss: float, score: float, skipped: bool
         lines.write(json.dumps(entry) + "\n")
 
 
+def leave_word(file: Path, text: str) -> None:
+    """Write a marker or report at a run's end. A full disk costs the file, never the exit code."""
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        print(f"warning: {file} not written: {error}", flush=True)
+
+
 class BadStepCounter:
     """Counts non-finite steps in a row and stops the run, naming the batch, when there are too many.
 
     Dynamic fp16 loss scaling overflows on purpose while it looks for its scale: such a step counts only once the scale
     has fallen to its floor, or when the loss itself is not finite. `loss_scale_floor`: infinite for a fixed scale.
+    Loss and skipped steps are the same on all ranks, so the one that `writes` knows all there is to write.
     """
 
-    def __init__(self, config: GuardConfig, report: Path, loss_scale_floor: float = 1.0):
+    def __init__(self, config: GuardConfig, report: Path, loss_scale_floor: float = 1.0, writes: bool = True):
         self._config = config
         self._report = report
         self._floor = loss_scale_floor
+        self._writes = writes
         self.in_a_row = 0
 
     def observe(
@@ -141,7 +173,8 @@ class BadStepCounter:
         self.in_a_row = self.in_a_row + 1 if bad else 0
         if self.in_a_row < self._config.max_bad_steps:
             return
-        self._report.write_text(json.dumps({"step": step, "loss": str(loss), "rows": rows()}, indent=1))
+        if self._writes:
+            leave_word(self._report, json.dumps({"step": step, "loss": str(loss), "rows": rows()}, indent=1))
         raise SickRunError(
             f"{self.in_a_row} steps in a row were not finite, the last one step {step} (loss {loss}). No parameter was "
             f"changed by them. {self._report} names languages and rows of the last batch. Look at that text, lower "
@@ -152,7 +185,9 @@ class BadStepCounter:
 class Watchdog:
     """Ends the process when nothing was finished for a while: a rank that waits for a dead one waits for ever.
 
-    `stacks` takes the stacks of this rank, when it bites, when another rank of this host does, or on SIGQUIT.
+    `stacks` takes the stacks of this rank, when it bites, when another rank of this host does, or on SIGQUIT; those of an
+    earlier life are kept under another name. Where a call that never gives the interpreter back keeps the watchdog
+    itself from running, faulthandler's own thread, which needs no interpreter, writes the stacks and ends the process.
     """
 
     def __init__(self, config: GuardConfig, stacks: Path):
@@ -170,6 +205,7 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         self._stacks.parent.mkdir(parents=True, exist_ok=True)
+        _set_aside(self._stacks)
         self._file = open(self._stacks, "w", encoding="utf-8")
         # `kill -QUIT` asks a rank for its stacks; the handler is C code, so it answers out of any call
         faulthandler.register(signal.SIGQUIT, file=self._file, all_threads=True)
@@ -179,6 +215,7 @@ class Watchdog:
 
     def __exit__(self, *exception: object) -> None:
         self._stopped.set()
+        faulthandler.cancel_dump_traceback_later()
         faulthandler.unregister(signal.SIGQUIT)
         if self._stacks.exists() and self._stacks.stat().st_size == 0:
             self._stacks.unlink()
@@ -188,11 +225,16 @@ class Watchdog:
 
     def feed(self) -> None:
         """Something was finished."""
-        self._due = time.monotonic() + self._config.hang_timeout_s
+        self._wait(self._config.hang_timeout_s)
 
     def feed_before_slow_work(self) -> None:
         """What comes next may take longer than a step."""
-        self._due = time.monotonic() + max(self._config.slow_timeout_s, self._config.hang_timeout_s)
+        self._wait(max(self._config.slow_timeout_s, self._config.hang_timeout_s))
+
+    def _wait(self, seconds: float) -> None:
+        self._due = time.monotonic() + seconds
+        if self._file is not None:
+            faulthandler.dump_traceback_later(seconds + BACKSTOP_MARGIN_S, file=self._file, exit=True)
 
     def _watch(self) -> None:
         while not self._stopped.wait(min(1.0, self._config.hang_timeout_s / 4)):
@@ -202,22 +244,35 @@ class Watchdog:
     def _bite(self) -> None:
         assert self._file is not None
         faulthandler.dump_traceback(self._file, all_threads=True)
+        speaker = threading.Thread(target=self._say_so, daemon=True)
+        speaker.start()
+        speaker.join(TIME_FOR_CONSOLE_S)  # whoever reads a full pipe may hang as well
+        self._send_to_siblings(signal.SIGQUIT, signal.SIGCONT)  # a stopped process answers once it goes on
+        time.sleep(TIME_FOR_OTHER_STACKS_S)
+        self._send_to_siblings(signal.SIGKILL)
+        os._exit(EXIT_HUNG)
+
+    def _say_so(self) -> None:
         print(
             f"error: nothing finished in time (guard.hang_timeout_s is {self._config.hang_timeout_s:.0f}); the stacks of "
             f"all threads are in {self._stacks}. Another rank has died or hangs: look at its log",
             file=sys.stderr,
             flush=True,
         )
-        self._send_to_siblings(signal.SIGQUIT, signal.SIGCONT)  # a stopped process answers once it goes on
-        time.sleep(TIME_FOR_OTHER_STACKS_S)
-        self._send_to_siblings(signal.SIGKILL)
-        os._exit(EXIT_HUNG)
 
     def _send_to_siblings(self, *numbers: signal.Signals) -> None:
         for mark in self._siblings:
             for number in numbers:
                 if process_mark(mark[1]) == mark:  # the number may belong to somebody else by now
                     os.kill(mark[1], number)
+
+
+def _set_aside(stacks: Path) -> None:
+    """Rename what an earlier life has left: `earlier-1-stacks-rank0.txt`, the next one 2."""
+    if stacks.exists() and stacks.stat().st_size > 0:
+        numbers = itertools.count(1)
+        names = (stacks.with_name(f"earlier-{number}-{stacks.name}") for number in numbers)
+        stacks.rename(next(name for name in names if not name.exists()))
 
 
 def process_mark(pid: int) -> ProcessMark | None:

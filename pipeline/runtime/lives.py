@@ -40,13 +40,20 @@ class Lives:
             count += 1
         return count
 
+    @property
+    def slowest_save_s(self) -> float:
+        """Of the last life that saved: what a save may take on the disks of these days."""
+        return next((life["slowest_save_s"] for life in reversed(self._lives) if "slowest_save_s" in life), 0.0)
+
     def begin(self, first_step: int, world_size: int) -> None:
         life = {"first_step": first_step, "saved_steps": [], "ended": None, "time_s": round(time.time(), 1)}
         self._lives.append({**life, "host": socket.gethostname(), "world_size": world_size})
         self._write()
 
-    def saved(self, step: int) -> None:
-        self._lives[-1]["saved_steps"].append(step)
+    def saved(self, step: int, seconds: float) -> None:
+        life = self._lives[-1]
+        life["saved_steps"].append(step)
+        life["slowest_save_s"] = round(max(seconds, life.get("slowest_save_s", 0.0)), 1)
         self._write()
 
     def end(self, how: str) -> None:

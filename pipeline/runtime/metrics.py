@@ -40,14 +40,16 @@ class Metrics:
 
     def __init__(self, run_dir: Path, active: bool, first_step: int, steps: int):
         self.active = active
+        self.known_of_first_step: set[str] = set()  # tags that an earlier life has written
         if not active:
             return
         self._board_dir = run_dir / "tensorboard"
-        # purge_step drops what a killed life wrote past the checkpoint that this life resumes from
-        self._board: SummaryWriter | None = SummaryWriter(str(self._board_dir), purge_step=first_step, flush_secs=30)
+        # What a killed life wrote past the checkpoint that this life resumes from is dropped: purge_step and later.
+        purge_step = first_step + 1 if first_step else 0
+        self._board: SummaryWriter | None = SummaryWriter(str(self._board_dir), purge_step=purge_step, flush_secs=30)
         self._has_warned = False
         path = run_dir / "metrics.jsonl"
-        _truncate_after(path, first_step)
+        self.known_of_first_step = _truncate_after(path, first_step)
         self._lines = open(path, "a", encoding="utf-8")
         self._bar = tqdm(
             total=steps, initial=first_step, unit="step", desc="distil", disable=not sys.stderr.isatty(), leave=False
@@ -121,17 +123,20 @@ class Metrics:
             self._going_on(self._lines.close)
 
 
-def _truncate_after(path: Path, first_step: int) -> None:
-    """Drop lines of steps that will be done again, and a line that a kill cut short."""
+def _truncate_after(path: Path, first_step: int) -> set[str]:
+    """Drop lines of steps that will be done again, and a line that a kill cut short. The tags that `first_step` has."""
     if not path.exists():
-        return
-    kept = []
+        return set()
+    kept, tags = [], set()
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if 0 < first_step >= json.loads(line)["step"]:  # a run that begins again measures step 0 again
+            row = json.loads(line)
+            if 0 < first_step >= row["step"]:  # a run that begins again measures step 0 again
                 kept.append(line)
+                tags |= set(row) if row["step"] == first_step else set()
         except (json.JSONDecodeError, KeyError):
             continue
     shorter = path.with_suffix(".tmp")
     shorter.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     shorter.replace(path)
+    return tags

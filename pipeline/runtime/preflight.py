@@ -6,8 +6,11 @@ the rank or the file and the mend. Used by trainer.py.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -17,9 +20,12 @@ import xxhash
 
 from data_prep.shards import Shard
 from pipeline.errors import UserError
+from pipeline.runtime import dist
+from pipeline.runtime.checkpoint import sync
 
 STALE_LOCK_AGE_S = 600.0
 HASH_BLOCK_BYTES = 4 << 20
+SHARED_PATIENCE_S = 10.0  # a network file system may show another node's file a little later
 
 
 def check_run_dir(run_dir: Path) -> None:
@@ -48,16 +54,60 @@ def check_disk(run_dir: Path, checkpoint_bytes: int, num_checkpoints: int, num_p
         )
 
 
-def problem_on_disk(run_dir: Path, checkpoint_bytes: int, num_checkpoints: int, num_present: int) -> str | None:
+def milestones_warning(run_dir: Path, checkpoint_bytes: int, num_milestones: int) -> str | None:
+    """Milestones come over weeks and may be moved away meanwhile: too little room for them all is no refusal."""
+    needed, free = checkpoint_bytes * num_milestones, shutil.disk_usage(run_dir).free
+    if free >= needed:
+        return None
+    return (
+        f"the {num_milestones} milestones still to come (checkpoint.keep_every) take up to {needed / 2**30:.1f} GiB, "
+        f"{run_dir} has {free / 2**30:.1f} GiB free. Raise checkpoint.keep_every, or move milestones away in time"
+    )
+
+
+def problem_on_disk(
+    run_dir: Path, checkpoint_bytes: int, num_checkpoints: int, num_present: int, num_milestones: int
+) -> str | None:
     """What keeps rank 0 from saving here, for all ranks to know; warns of what may be in the way."""
     try:
         check_run_dir(run_dir)
         check_disk(run_dir, checkpoint_bytes, num_checkpoints, num_present)
     except UserError as error:
         return str(error)
+    if warning := milestones_warning(run_dir, checkpoint_bytes, num_milestones):
+        print(f"warning: {warning}", flush=True)
     for lock in stale_build_locks():
         print(f"warning: {lock} was left by a killed compilation; delete it if a start hangs", flush=True)
     return None
+
+
+def check_shared(run_dir: Path, launch: dist.Launch) -> None:
+    """All ranks must mean the same directory: what rank 0 writes into it, every one of them finds there."""
+    name = dist.broadcast_json(f".shared-{secrets.token_hex(8)}", launch.device)  # new: no node remembers it as missing
+    token = run_dir / name
+    if launch.is_main:
+        with contextlib.suppress(OSError):  # then not even rank 0 finds it
+            token.touch()
+    dist.barrier()
+    deadline = time.monotonic() + SHARED_PATIENCE_S
+    while not (found := token.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    ranks = dist.gather_json([socket.gethostname(), found], launch.device)
+    if launch.is_main:
+        token.unlink(missing_ok=True)
+    if blind := sorted({host for host, found in ranks if not found}):
+        raise UserError(
+            f"{run_dir} is not one directory for all ranks: what rank 0 writes there on {ranks[0][0]} is not found on "
+            f"{', '.join(blind)}. Take a --run-dir on a file system that all nodes share"
+        )
+
+
+def settle(run_dir: Path) -> None:
+    """Make `checkpoints/`, and let a power failure take neither its name nor those of the directories above it."""
+    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    for directory in (run_dir, *run_dir.absolute().parents[:2]):
+        with contextlib.suppress(OSError):  # one that may be entered but not read
+            sync(directory)
 
 
 def check_agreement(facts_by_rank: Sequence[dict[str, Any]]) -> None:
@@ -67,7 +117,7 @@ def check_agreement(facts_by_rank: Sequence[dict[str, Any]]) -> None:
             if value != facts_by_rank[0][name]:
                 raise UserError(
                     f"rank {rank} has another {name} than rank 0 ({value} instead of {facts_by_rank[0][name]}). Is every "
-                    "node on the same commit, and are recipe and shards the same files everywhere?"
+                    "node on the same commit with the same changes, and are recipe and shards the same files everywhere?"
                 )
 
 

@@ -12,6 +12,8 @@ A mishap is a dictionary: `kind`, `rank` (absent: every rank), and when. Steps c
     witness    nothing goes wrong: every micro-batch that the student is fed is appended to `file`
     resave     nothing goes wrong: what was loaded is saved again to the directory `to`
     no memory  a save finds none left for a snapshot
+    stop file  STOP is made while the run starts, after it has begun to listen for it
+    elsewhere  the rank starts in the directory `directory` and with `environment` in its environment, as on another node
     stock      checkpoints are DeepSpeed's own (benchmarks/faults/stock.py)
 """
 
@@ -37,6 +39,10 @@ def arrange(mishaps: list[Mishap], rank: int) -> None:
     mine = [mishap for mishap in mishaps if mishap.get("rank", rank) == rank]
     if not mine:
         return
+    for mishap in mine:
+        if mishap["kind"] == "elsewhere":
+            os.chdir(mishap.get("directory", "."))
+            os.environ |= mishap.get("environment", {})
     from pipeline.runtime import checkpoint_writer
     from pipeline.runtime.checkpoint_writer import CheckpointWriter
     from pipeline.trainer import Trainer
@@ -46,6 +52,8 @@ def arrange(mishaps: list[Mishap], rank: int) -> None:
     _around_saves(CheckpointWriter, [m for m in mine if m["kind"] in ("at call", "file size")])
     if "no memory" in kinds:
         checkpoint_writer.available_memory_bytes = lambda: 0
+    if "stop file" in kinds:
+        _make_stop_file_in_start_up(Trainer)
     if "resave" in kinds:
         _resave_what_was_loaded(Trainer, CheckpointWriter, Path(kinds["resave"][0]["to"]))
     if "stock" in kinds:
@@ -88,11 +96,21 @@ def _unlucky(engine: type, mishaps: list[Mishap], now: dict[str, int]) -> type:
     return type("Unlucky", (engine,), {"__call__": call})
 
 
+def _make_stop_file_in_start_up(trainer: Any) -> None:
+    check = trainer._check_before
+
+    def check_and_touch(self: Any) -> None:
+        check(self)
+        (self.run_dir / "STOP").touch()
+
+    trainer._check_before = check_and_touch
+
+
 def _resave_what_was_loaded(trainer: Any, writer: Any, directory: Path) -> None:
     resume = trainer._resume
 
-    def resume_and_save(self: Any, allow_change: bool) -> int:
-        first = resume(self, allow_change)
+    def resume_and_save(self: Any, *arguments: Any) -> int:
+        first = resume(self, *arguments)
         if first:
             copy = writer(directory, self.engine, self.parts.student.carried, self.launch.rank)
             copy.begin(self._state(first))

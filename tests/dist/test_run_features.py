@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from benchmarks.faults.lab import Lab, same_end, same_state
+from benchmarks.faults.lab import Lab, same_end, same_state, wait_until
 from data_prep.shards import ShardSet
 from pipeline.config import load_recipe
 from pipeline.errors import EXIT_USER
+from pipeline.lineage import code_fingerprint
 from pipeline.runtime.checkpoint import CARRIED_FILE, committed_steps
 from tests.conftest import write_fp32_config
 from tests.dist.fork_server import ForkServer
+from tests.dist.runs import curve, end_group
 
 STEPS = {"steps": 8, "save_every": 1, "eval_every": 8, "checkpoint.keep": 10}
 
@@ -69,9 +75,83 @@ def test_damaged_shards_are_found_before_step_1_if_asked(lab: Lab) -> None:
     assert not (run_dir / "metrics.jsonl").exists()
 
 
+def test_a_directory_that_is_not_the_same_for_all_ranks_is_refused(lab: Lab) -> None:
+    """Two nodes, each with a disk of its own under the same name: here, a relative name in two directories."""
+    ends = []
+    for name in ("one", "other"):
+        (lab.directory / name).mkdir()
+        ends.append({"kind": "elsewhere", "rank": len(ends), "directory": str(lab.directory / name)})
+    log = lab.directory / "log"
+    job = lab.server.start(2, [*lab.arguments(2, STEPS), "--run-dir", "runs/new"], log, mishaps=ends)
+    assert job.wait(120) == EXIT_USER
+    assert "runs/new is not one directory for all ranks" in log.read_text()
+    assert socket.gethostname() in log.read_text()
+    assert "step 1/" not in log.read_text()
+    assert not list(lab.directory.rglob(".shared-*"))
+
+
+def test_a_stop_file_made_during_the_start_is_heard_and_an_older_one_is_not(lab: Lab) -> None:
+    run_dir = lab.fresh("run")
+    settings = {**STEPS, "steps": 3, "eval_every": 3}
+    assert lab.live(run_dir, 1, settings, mishaps=[{"kind": "stop file"}]) == 0
+    assert "file STOP) after step 1" in (run_dir / "PREEMPTED").read_text()
+    assert lab.live(run_dir, 1, settings) == 0, "the file is still there"
+    assert (run_dir / "DONE").exists()
+    assert not (run_dir / "STOP").exists()
+
+
+def test_ctrl_c_ends_a_rank_that_waits_for_the_others(lab: Lab) -> None:
+    run_dir = lab.fresh("run")
+    job = lab.begin(run_dir, 1, STEPS, mishaps=[{"kind": "elsewhere", "environment": {"WORLD_SIZE": "2"}}])
+    try:
+        wait_until(lambda: "run directory" in run_dir.with_suffix(".log").read_text())
+        time.sleep(1.0)  # now it waits for rank 1, which never comes
+        os.kill(job.ranks[0], signal.SIGINT)
+        assert job.wait(30) != 0
+    finally:
+        end_group(job)
+
+
+def test_a_stop_at_an_evaluation_leaves_it_to_the_next_life(lab: Lab) -> None:
+    """What is left of the job's time goes into the save; the curves in the end are those of an untouched run."""
+    settings = {**STEPS, "eval_every": 4}
+    run_dir = lab.fresh("run")
+    assert lab.live(run_dir, 2, settings, mishaps=[{"kind": "signal", "signal": "SIGTERM", "step": 3}]) == 0
+    assert list(curve(run_dir, "heldout/mean")) == [0]
+    assert lab.live(run_dir, 2, settings) == 0
+    assert same_end(run_dir, lab.untouched(2, settings))
+    assert list(curve(run_dir, "heldout/mean")) == [0, 4, 8]
+
+
+def test_a_crash_while_loading_is_counted(lab: Lab) -> None:
+    """Lives that end before their first step are lives: without them a crash loop would never be noticed."""
+    run_dir = lab.fresh("run")
+    assert lab.live(run_dir, 1, {**STEPS, "steps": 2}) == 0
+    (run_dir / "recipe.yaml").unlink()
+    (run_dir / "recipe.yaml").mkdir()  # in the way of what is written before step 1
+    assert lab.live(run_dir, 1, STEPS) != 0
+    first, second = json.loads((run_dir / "lives.json").read_text())
+    assert first["ended"] == "DONE"
+    assert first["slowest_save_s"] >= 0
+    assert (second["first_step"], second["ended"], second["saved_steps"]) == (2, None, [])
+
+
+def test_an_old_process_number_is_not_an_old_exit_code(server: ForkServer, tmp_path: Path) -> None:
+    """Numbers come round again after 32768 processes, which a sweep starts."""
+    script = tmp_path / "short.py"
+    script.write_text("import time\ntime.sleep(0.5)\n")
+    server.codes |= dict.fromkeys(range(1, 1 << 17), 7)
+    job = server.start(1, [], tmp_path / "log", script=str(script))
+    assert job.poll() is None
+    assert job.wait(30) == 0
+    server.codes.clear()
+
+
 def test_run_directory_tells_ranks_hosts_and_backend(lab: Lab) -> None:
-    run_dir = lab.untouched(2, STEPS)
+    """Also where one rank has no git: what is compared between ranks is the code itself."""
+    run_dir = lab.untouched(2, STEPS, mishaps=[{"kind": "elsewhere", "rank": 1, "environment": {"PATH": ""}}])
     run = json.loads((run_dir / "run.json").read_text())
+    assert run["code_fingerprint"] == code_fingerprint()
     assert len(run["hosts"]) == 2
     assert run["relation_backend"] == "chunked", "chosen, not only asked for"
     assert "step 8/8" in (run_dir / "logs" / "rank0.log").read_text()

@@ -25,7 +25,7 @@ from pipeline.distillation.student import build_student
 from pipeline.distillation.teacher import load_encoder, load_teacher
 from pipeline.errors import EXIT_SICK
 from pipeline.runtime.board import board_tag
-from pipeline.runtime.checkpoint import read_model_weights
+from pipeline.runtime.checkpoint import committed_steps, read_model_weights
 from tests.conftest import REPO
 from tests.dist.runs import curve, end_group, finish, launcher, metrics, start, train, wait_for_line
 
@@ -181,6 +181,7 @@ def test_kill_and_resume_repeats_the_losses(
         end_group(process)
     text = finish(start(command, log), log)
     assert "resumed from" in text
+    assert "relation backend chunked: kept" in text
     whole = plain_run if num_ranks == 1 else two_rank_run
     assert curve(run_dir) == curve(whole)
     assert same_weights(run_dir, whole)
@@ -204,6 +205,23 @@ def test_interrupt_saves_and_resumes(tmp_path: Path, plain_run: Path, arguments:
     assert not (run_dir / "PREEMPTED").exists()
     assert curve(run_dir) == curve(plain_run)
     assert same_weights(run_dir, plain_run)
+    board = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    assert [point.step for point in board.Scalars(board_tag("loss/total"))] == list(curve(run_dir)), "of both lives"
+
+
+def test_a_signal_to_one_rank_stops_the_launchers_whole_job(tmp_path: Path, arguments: list[str]) -> None:
+    """USR1 to one of two ranks under `deepspeed`: both save the step that they are at, and the launcher ends well."""
+    run_dir, log = tmp_path / "run", tmp_path / "run.log"
+    forever = ["--set", "steps=100000", "--set", "save_every=100000"]
+    process = start([*launcher("deepspeed", 2), *arguments, "--run-dir", str(run_dir), *forever], log)
+    try:
+        wait_for_line(log, "step 2/", process)
+        os.kill(max(int(pid) for pid in ranks_of(process.pid)), signal.SIGUSR1)
+        assert process.wait(120) == 0, log.read_text()[-3000:]
+    finally:
+        end_group(process)
+    assert "SIGUSR1" in (run_dir / "PREEMPTED").read_text()
+    assert committed_steps(run_dir / "checkpoints") == [max(curve(run_dir))], "a step was lost"
 
 
 def test_crash_loop_falls_back_and_then_stops(tmp_path: Path, plain_run: Path, arguments: list[str]) -> None:
@@ -261,4 +279,5 @@ def test_finished_run_is_left_alone(plain_run: Path, arguments: list[str]) -> No
     before = {p: p.stat().st_mtime_ns for p in plain_run.rglob("*") if p.is_file() and "tensorboard" not in str(p)}
     assert "nothing to do" in train("python", 1, plain_run, arguments)
     after = {p: p.stat().st_mtime_ns for p in plain_run.rglob("*") if p.is_file() and "tensorboard" not in str(p)}
-    assert {p.name for p in before if before[p] != after.get(p)} <= {"metrics.jsonl", "rank0.log"}
+    changed = {str(p.relative_to(plain_run)) for p in before.keys() | after if before.get(p) != after.get(p)}
+    assert changed - {"metrics.jsonl", "logs/rank0.log"} == set()

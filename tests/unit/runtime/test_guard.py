@@ -14,7 +14,15 @@ import pytest
 
 from pipeline.errors import EXIT_HUNG, SickRunError, UserError
 from pipeline.runtime import preflight
-from pipeline.runtime.guard import STOP_SIGNALS, BadStepCounter, GuardConfig, SpikeDetector, StopRequests
+from pipeline.runtime.guard import (
+    STOP_SIGNALS,
+    BadStepCounter,
+    GuardConfig,
+    SpikeDetector,
+    StopRequests,
+    Watchdog,
+    leave_word,
+)
 from pipeline.runtime.lives import Lives
 from tests.conftest import REPO
 
@@ -56,6 +64,27 @@ def test_deadline_leaves_room_for_the_saves_that_were_seen(tmp_path: Path, monke
     assert "900 s" in str(stop.reason)
 
 
+def test_an_earlier_lifes_save_counts_up_to_half_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 500))
+    stop = StopRequests(tmp_path / "STOP", margin_s=60)
+    stop.saw_earlier_saves(70)
+    assert stop.margin_s == 210
+    stop.saw_earlier_saves(10_000)  # a day of slow disks must not end every later life at its first step
+    assert 240 < stop.margin_s < 260
+    assert stop.reason is None
+
+
+def test_a_full_disk_changes_no_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    leave_word(Path("/dev/full"), "done")
+    assert "warning: /dev/full not written" in capsys.readouterr().out
+    with pytest.raises(SickRunError):
+        BadStepCounter(GuardConfig(max_bad_steps=1), Path("/dev/full")).observe(0, NAN, True, 1.0, lambda: [])
+    report = tmp_path / "bad_batch.json"
+    with pytest.raises(SickRunError, match=str(report)):
+        BadStepCounter(GuardConfig(max_bad_steps=1), report, writes=False).observe(0, NAN, True, 1.0, lambda: [])
+    assert not report.exists(), "written by a rank that should not"
+
+
 def test_spikes_stand_out_and_do_not_hide_the_next() -> None:
     spikes = SpikeDetector(GuardConfig(spike_window=20, spike_sigmas=6))
     ordinary = [1.0 + 0.02 * (step % 5) for step in range(30)]
@@ -68,14 +97,15 @@ def test_spikes_stand_out_and_do_not_hide_the_next() -> None:
 
 
 def test_crashes_in_a_row_are_counted_across_lives(tmp_path: Path) -> None:
-    for saved, ended, crashes in [([], None, 1), ([], None, 2), ([7], None, 0), ([], None, 1), ([], "PREEMPTED", 0)]:
+    for saved, ended, crashes in [([], None, 1), ([], None, 2), ([7, 9], None, 0), ([], None, 1), ([], "PREEMPTED", 0)]:
         lives = Lives(tmp_path)
         lives.begin(0, world_size=2)
         for step in saved:
-            lives.saved(step)
+            lives.saved(step, seconds=30.0 - step)
         if ended:
             lives.end(ended)
         assert Lives(tmp_path).crashes_in_a_row == crashes
+    assert Lives(tmp_path).slowest_save_s == 23.0
 
 
 def test_preflight_names_what_is_in_the_way(tmp_path: Path) -> None:
@@ -120,17 +150,56 @@ def test_loss_scaling_may_overflow_until_its_floor(tmp_path: Path) -> None:
         counter.observe(17, 1.0, True, 1.0, lambda: [])
 
 
+def stuck(stacks: Path, how: str, before: str = "") -> list[str]:
+    """A program that does `how` for a minute under a watchdog of half a second."""
+    program = f"""
+import ctypes, os, time
+from pathlib import Path
+from pipeline.runtime import guard
+def stuck_here():
+    {how}
+{before}
+with guard.Watchdog(guard.GuardConfig(hang_timeout_s=0.5, slow_timeout_s=0.5), Path({str(stacks)!r})):
+    stuck_here()
+"""
+    return [sys.executable, "-c", program]
+
+
 def test_watchdog_dumps_stacks_and_ends_the_process(tmp_path: Path) -> None:
     stacks = tmp_path / "logs" / "stacks.txt"
-    program = (
-        "import time\nfrom pathlib import Path\nfrom pipeline.runtime.guard import GuardConfig, Watchdog\n"
-        "def stuck_here():\n    time.sleep(60)\n"
-        f"with Watchdog(GuardConfig(hang_timeout_s=0.5, slow_timeout_s=0.5), Path({str(stacks)!r})):\n    stuck_here()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, timeout=60)
+    command = stuck(stacks, "time.sleep(60)")
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=60)
     assert done.returncode == EXIT_HUNG
     assert "stuck_here" in stacks.read_text()
     assert str(stacks) in done.stderr
+
+
+def test_a_call_that_keeps_the_interpreter_is_ended_too(tmp_path: Path) -> None:
+    """No Python thread runs any more, the watchdog's neither."""
+    stacks = tmp_path / "logs" / "stacks.txt"
+    command = stuck(stacks, "ctypes.PyDLL(None).sleep(60)", "guard.BACKSTOP_MARGIN_S = 1.0")
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=40)
+    assert done.returncode == 1
+    assert "stuck_here" in stacks.read_text()
+
+
+def test_a_console_that_nobody_reads_holds_no_watchdog(tmp_path: Path) -> None:
+    fill = "os.set_blocking(2, False)\ntry:\n    while os.write(2, b'x' * 4096): pass\nexcept BlockingIOError: pass\n"
+    command = stuck(tmp_path / "stacks.txt", "time.sleep(60)", fill + "os.set_blocking(2, True)")
+    process = subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE)
+    try:
+        assert process.wait(40) == EXIT_HUNG
+    finally:
+        process.kill()
+
+
+def test_stacks_of_earlier_lives_are_kept(tmp_path: Path) -> None:
+    stacks = tmp_path / "logs" / "stacks-rank0.txt"
+    for text in ("first", "second", ""):
+        with Watchdog(GuardConfig(), stacks):
+            stacks.write_text(text)
+    kept = {path.name: path.read_text() for path in stacks.parent.iterdir()}
+    assert kept == {"earlier-1-stacks-rank0.txt": "first", "earlier-2-stacks-rank0.txt": "second"}
 
 
 def test_fed_watchdog_stays_quiet(tmp_path: Path) -> None:
