@@ -22,6 +22,9 @@ from pipeline.errors import UserError
 MAP_FILE = "vocabulary.json"
 MODEL_FILE = "sentencepiece.bpe.model"
 FORMAT = ("minilmv2-vocabulary", 1)
+# Models whose ids are SentencePiece's plus one: XLM-R (BGE-M3, e5-base and e5-large too), and BERT bodies with its tokenizer
+# (e5-small, Multilingual-MiniLM). Others may hold a file of the same name and number its pieces otherwise: CamemBERT adds 4.
+MODEL_TYPES = ("xlm-roberta", "xlm-roberta-xl", "bert")
 LEADING_SPECIALS = [0, 1, 2, 3]  # <s> <pad> </s> <unk>; the last id is <mask>
 MAKE_IT = "python -m data_prep trim-vocab --tokenizer TEACHER --shards SHARDS --languages xx,yy --output"
 
@@ -89,6 +92,11 @@ def _problem_of(old_ids: list[int], source_size: int, size: int) -> str | None:
 
 def cut_embedding(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
     """Replace the model's word embedding by its kept rows, in place; everything else stays the very same tensors."""
+    if model.config.model_type not in MODEL_TYPES:
+        raise UserError(
+            f"a {model.config.model_type} model does not number its pieces as XLM-R does, so {vocabulary.directory} does not fit "
+            f"it. A vocabulary can be cut for {', '.join(MODEL_TYPES)}"
+        )
     whole = cast(nn.Embedding, model.get_input_embeddings())
     if whole.num_embeddings < vocabulary.source_vocab_size:
         raise UserError(

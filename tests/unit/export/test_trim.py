@@ -23,6 +23,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.encoder import load_encoder as load_with_tokenizer
 from pipeline.export import trim
 from pipeline.planning.encoders import build_encoders
+from tests.tiny_encoders import tiny_encoder
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +166,18 @@ def test_a_model_with_fewer_embeddings(tiny_teacher: Path, vocabulary: Path) -> 
     model.resize_token_embeddings(500)
     with pytest.raises(UserError, match="only 500 embeddings"):
         cut_embedding(model, read_vocabulary(vocabulary))
+
+
+@pytest.mark.parametrize(("model_type", "fits"), [("camembert", False), ("deberta-v2", False), ("bert", True)])
+def test_only_models_with_ids_of_xlm_r_are_cut(vocabulary: Path, model_type: str, fits: bool) -> None:
+    """CamemBERT adds 4 to a piece's number: its 2005 rows are enough for 2002 old ids, and are other pieces'."""
+    model, kept = tiny_encoder(model_type, vocab_size=2005), read_vocabulary(vocabulary)
+    if fits:
+        cut_embedding(model, kept)
+        assert model.get_input_embeddings().num_embeddings == len(kept)
+    else:
+        with pytest.raises(UserError, match=f"a {model_type} model does not number its pieces as XLM-R does"):
+            cut_embedding(model, kept)
 
 
 def test_a_wrong_cut_is_noticed_and_leaves_nothing(
