@@ -5,7 +5,8 @@ In: a tokenizer in XLM-R's layout and a `Usage`. Out: a directory with the Sente
 Shards are prepared with it, teacher and student are cut by it (recipe key `vocabulary`, `python -m pipeline trim`).
 
 Why ids map one to one: a unigram tokenizer takes the best-scoring split of a text into pieces. Removing pieces that the
-best split does not use leaves it the best one, so text whose pieces are all kept is split as before.
+best split does not use leaves it the best one among splits into pieces. Splits with `<unk>` can gain: its score is the
+lowest piece's less 10, which rises when that piece goes. So a sample of every language is split again, and must agree.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
 
 `--vocabulary DIR` leaves the student only the pieces that `python -m data_prep trim-vocab` kept.
 `--sentence-transformers` lets SentenceTransformer(DIR) load it too. `--onnx` adds onnx/model.onnx and
-onnx/model_int8.onnx, checked against torch on the sentences of --check-pairs. `--push OWNER/NAME` uploads the result
+onnx/model_int8.onnx, checked against torch on the sentences of --check-pairs and on lines of --check-text in languages
+that have no pairs. `--push OWNER/NAME` uploads the result
 to a private repository of a model hub; nothing else here needs one.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,13 +25,16 @@ from transformers import AutoConfig
 from pipeline.distillation.families import usable_positions
 from pipeline.distillation.vocabulary import read_vocabulary
 from pipeline.evaluation.retrieval import RetrievalConfig, read_pairs
+from pipeline.export.check_lines import read_check_lines
 from pipeline.export.hf import DTYPES, Extra, export_run
-from pipeline.export.onnx import add_onnx
+from pipeline.export.onnx import add_onnx, checked_on, int8_warning
 from pipeline.export.push import check_login, push
 from pipeline.export.sentence_vectors import add_sentence_transformers
 from pipeline.export.trim import trim, trimming_lines
 
 CHECK_PAIRS = 30  # of each language
+CHECK_LINES = 30  # of each language without pairs
+SAMPLE_TEXT = Path("samples/cc100")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sentence-transformers", action="store_true", help="loads as a SentenceTransformer too")
     parser.add_argument("--onnx", action="store_true", help="ONNX files in fp32 and int8")
     parser.add_argument("--check-pairs", default="samples/parallel", help="directory of en-XX.tsv for the ONNX check")
+    parser.add_argument(
+        "--check-text", type=Path, help=f"directory of LANG.txt(.xz) for it; default: {SAMPLE_TEXT}, where that is"
+    )
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload the export to this repository, private if new")
 
 
@@ -49,13 +57,17 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.sentence_transformers:
         extras.append(_add_sentence_transformers)
     if arguments.onnx:
-        read_pairs(RetrievalConfig(pairs=arguments.check_pairs))  # a wrong path should come to light at once
-        extras.append(lambda directory: _add_onnx(directory, arguments.check_pairs))
+        # read before anything is exported: a wrong path should come to light at once
+        further = further_lines(arguments.check_pairs, arguments.check_text)
+        extras.append(lambda directory: _add_onnx(directory, arguments.check_pairs, further))
     if arguments.push:
         check_login(arguments.push)
     student = _export(arguments, extras)
     if arguments.onnx:
-        print(onnx_lines(json.loads((student / "onnx" / "check.json").read_text(encoding="utf-8"))))
+        check = json.loads((student / "onnx" / "check.json").read_text(encoding="utf-8"))
+        print(onnx_lines(check))
+        if warning := int8_warning(check):
+            print(warning, file=sys.stderr, flush=True)
     size_mb = (student / "model.safetensors").stat().st_size / 1e6
     print(f"exported: {student} ({size_mb:.0f} MB). Load it with AutoModel.from_pretrained({str(student)!r})")
     if arguments.push:
@@ -80,14 +92,21 @@ def _add_sentence_transformers(directory: Path) -> None:
     add_sentence_transformers(directory, config.hidden_size, usable_positions(config))
 
 
-def _add_onnx(directory: Path, pairs: str) -> None:
+def further_lines(pairs: str, text: Path | None) -> dict[str, list[str]]:
+    """What the ONNX files are checked on beside the pairs."""
+    paired = {"en", *read_pairs(RetrievalConfig(pairs=pairs))}
+    directory = text or SAMPLE_TEXT
+    return read_check_lines(directory, paired, CHECK_LINES) if text or directory.is_dir() else {}
+
+
+def _add_onnx(directory: Path, pairs: str, further: dict[str, list[str]]) -> None:
     longest = min(128, usable_positions(AutoConfig.from_pretrained(directory)))
-    add_onnx(directory, RetrievalConfig(pairs=pairs, max_pairs=CHECK_PAIRS, max_length=longest))
+    add_onnx(directory, RetrievalConfig(pairs=pairs, max_pairs=CHECK_PAIRS, max_length=longest), further)
 
 
 def onnx_lines(check: dict) -> str:
     """What the check found, for the console."""
-    title = f"ONNX against torch on {check['sentences']} sentences, {len(check['languages'])} language pairs:"
+    title = f"ONNX against torch on {checked_on(check)}:"
     lines = [title, f"  torch  retrieval {check['torch']['retrieval_mean']:.3f}"]
     for name in ("fp32", "int8"):
         found = check[name]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.export.onnx import checked_on, int8_warning
 
 STAGES = {"teacher": "teacher", "before": "student before training", "after": "student after training"}
 POOLINGS = {"output": "output", "last_input": "input of the last layer", "values": "values of the distilled layer"}
@@ -172,10 +173,10 @@ def _onnx(check: dict[str, Any]) -> list[str]:
         ]
         for name in ("fp32", "int8")
     ]
-    about = f"{check['sentences']} sentences of {len(check['languages'])} language pairs"
     return [
-        f"### ONNX files\n\nChecked against torch on {about} (`pipeline export --onnx`).",
+        f"### ONNX files\n\nChecked against torch on {checked_on(check)} (`pipeline export --onnx`).",
         markdown_table(["", "MB", "retrieval", "greatest difference of a hidden state"], rows),
+        *filter(None, [int8_warning(check)]),
     ]
 
 

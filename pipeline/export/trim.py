@@ -10,6 +10,7 @@ embedding rows and the smaller tokenizer. Checked before it gets its name: hidde
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,6 @@ from pipeline.distillation.vocabulary import MODEL_FILE, Vocabulary, cut_embeddi
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder, load_encoder
 from pipeline.export.hf import LINEAGE_FILE, Extra, export_student
-from pipeline.tokenizer_identity import tokenizer_sha256
 
 CHECKED_ROWS = 64
 CHECKED_TOKENS = 62  # of each row: it must fit into the smallest model
@@ -52,9 +52,10 @@ def trim(
 ) -> dict[str, Any]:
     """Write the trimmed model to `output`, in the precision of `source`. With `run_dir`, `source` is but a passing export
     of that run."""
-    if not (source / MODEL_FILE).is_file():
+    model_file = source / MODEL_FILE
+    if not model_file.is_file():
         raise UserError(f"{source} has no {MODEL_FILE}; only XLM-R's kind of vocabulary can be trimmed here.")
-    vocabulary.refuse_other_source(tokenizer_sha256(source), str(source))
+    vocabulary.refuse_other_source(hashlib.sha256(model_file.read_bytes()).hexdigest(), str(source))
     encoder = load_encoder(str(source))
     parameters_before = encoder.model.num_parameters()
     rows_BL = random_rows(vocabulary)

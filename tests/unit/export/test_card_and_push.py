@@ -78,9 +78,14 @@ def test_the_card_tells_what_was_measured(student: Path, tmp_path: Path) -> None
     (run / "metrics.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points) + '{"step": 13, "he')
     (student / "onnx").mkdir()
     found = {"retrieval_mean": 0.641, "greatest_difference": 1.5e-6}
-    check = {"languages": ["de"], "sentences": 4, "megabytes": {"fp32": 8, "int8": 2}}
+    check = {
+        "languages": ["de"],
+        "further_languages": ["he", "uk"],
+        "sentences": 4,
+        "megabytes": {"fp32": 8, "int8": 2},
+    }
     (student / "onnx" / "check.json").write_text(
-        json.dumps({**check, "torch": found, "fp32": found, "int8": {**found, "retrieval_mean": 0.631}})
+        json.dumps({**check, "torch": found, "fp32": found, "int8": {**found, "retrieval_mean": 0.601}})
     )
     main(["card", str(student), str(run)])
     card = (student / CARD_FILE).read_text()
@@ -88,7 +93,9 @@ def test_the_card_tells_what_was_measured(student: Path, tmp_path: Path) -> None
         "| student after training, output | 0.804 |",
         "| student after training | 0.803 |",
         "| de | 3.500 | 0.750 |",
-        "| ONNX int8 | 2 | 0.631 | 1.5e-06 |",
+        "| ONNX int8 | 2 | 0.601 | 1.5e-06 |",
+        "the int8 file loses 0.040 of retrieval accuracy",
+        "4 sentences of 1 language pairs and 2 further languages",
     ):
         assert text in card, text
     written = (student / CARD_FILE).stat().st_mtime_ns

@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.encoder import load_encoder, sentence_vectors
 from pipeline.evaluation.retrieval import RetrievalConfig
 from pipeline.export import onnx
-from pipeline.export.command import onnx_lines
+from pipeline.export.command import CHECK_LINES, further_lines, onnx_lines
 from pipeline.export.hf import export_student
 from pipeline.export.sentence_vectors import add_sentence_transformers
 
@@ -58,6 +58,10 @@ def test_onnx_gives_the_hidden_states_of_torch(exported: Path) -> None:
     assert (check["languages"], check["sentences"]) == (["de"], 4)
     assert check["megabytes"]["int8"] < check["megabytes"]["fp32"]
     assert "fp32   retrieval" in onnx_lines(check)
+    assert onnx.int8_warning(check) == ""
+    for int8, warned in ((0.88, False), (0.8799, True)):
+        check["torch"]["retrieval_mean"], check["int8"]["retrieval_mean"] = 0.9, int8
+        assert ("loses 0.020 of retrieval" in onnx.int8_warning(check)) == warned
 
     session = onnxruntime.InferenceSession(str(exported / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"])
     model, tokenizer = AutoModel.from_pretrained(exported).eval(), AutoTokenizer.from_pretrained(exported)
@@ -77,6 +81,32 @@ def test_a_difference_is_noticed_and_measured(tiny_teacher: Path, pairs: Retriev
     assert onnx.compare_runs(encoder, runs, pairs)["fp32"]["greatest_difference"] == 0.0  # padding does not count
     runs["fp32"] = lambda ids, mask: right(ids, mask) + 0.25
     assert onnx.compare_runs(encoder, runs, pairs)["fp32"]["greatest_difference"] == pytest.approx(0.25, abs=1e-5)
+    (word,) = encoder.tokenizer("да", add_special_tokens=False)["input_ids"][-1:]
+    runs["fp32"] = lambda ids, mask: right(ids, mask) + 0.5 * (ids == word).unsqueeze(-1)
+    assert onnx.compare_runs(encoder, runs, pairs)["fp32"]["greatest_difference"] == 0.0
+    check = onnx.compare_runs(encoder, runs, pairs, {"ru": ["да"]})
+    assert check["fp32"]["greatest_difference"] == pytest.approx(0.5, abs=1e-5), "lines without a pair count, too"
+    assert (check["languages"], check["further_languages"], check["sentences"]) == (["de"], ["ru"], 5)
+
+
+def test_every_sample_language_is_in_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPO)
+    further = further_lines("samples/parallel", None)
+    paired = {path.stem.removeprefix("en-") for path in Path("samples/parallel").glob("en-*.tsv")}
+    samples = {path.name.removesuffix(".txt.xz") for path in Path("samples/cc100").iterdir()}
+    assert (set(further) | paired | {"en"}, set(further) & paired) == (samples, set())
+    assert all(len(lines) == CHECK_LINES and all(lines) for lines in further.values())
+    monkeypatch.chdir(tmp_path)
+    pairs = str(REPO / "samples" / "parallel")
+    assert further_lines(pairs, None) == {}, "outside the repository there are no samples"
+    with pytest.raises(UserError, match="--check-text"):
+        further_lines(pairs, tmp_path)
+    (tmp_path / "xx.txt").write_text("\n eins \n\nzwei")
+    (tmp_path / "yy.txt.xz").write_bytes(b"not compressed")
+    with pytest.raises(UserError, match=r"yy\.txt\.xz cannot be read"):
+        further_lines(pairs, tmp_path)
+    (tmp_path / "yy.txt.xz").unlink()
+    assert further_lines(pairs, tmp_path) == {"xx": ["eins", "zwei"]}
 
 
 @pytest.mark.parametrize("difference", [2e-4, float("nan")])
