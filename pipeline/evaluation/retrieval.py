@@ -80,7 +80,7 @@ def read_pairs_file(path: Path, max_pairs: int) -> Pairs:
     """The first `max_pairs` pairs of one file."""
     pairs: Pairs = []
     try:
-        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}). Convert it first.") from None
     for number, line in enumerate(lines[:max_pairs], start=1):

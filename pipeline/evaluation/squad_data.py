@@ -54,6 +54,11 @@ def read_qa(
             "the task mlqa needs SQuAD v1.1 to train on and MLQA: --set mlqa.train=train-v1.1.json (or "
             "datasets:rajpurkar/squad) --set mlqa.data=MLQA_V1"
         )
+    if directory.startswith(FROM_LIBRARY):
+        raise UserError(
+            f"mlqa.data is {directory!r}, but MLQA is read from a directory only: unpack MLQA_V1.zip and name where, "
+            "--set mlqa.data=MLQA_V1 (mlqa.train may be datasets:rajpurkar/squad)"
+        )
     dev, test = (
         {x: read_squad(_find(directory, split, x, languages), max_evaluation) for x in languages}
         for split in ("dev", "test")
@@ -81,7 +86,7 @@ def _find(directory: str, split: str, language: str, languages: list[str]) -> Pa
 def read_squad(path: Path, most: int | None = None) -> list[Question]:
     """The first `most` questions of one file; what is wrong is named by its place in the file."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:  # not UTF-8, or not JSON
         raise UserError(f"{path} is not readable JSON: {error}") from None
     questions: list[Question] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def read_scored_pairs(path: Path, columns: list[str]) -> ScoredPairs:
         raise UserError(f"there is no file {path}. Name existing ones: --set 'sts.files=[pairs.tsv]'")
     tab = path.suffix == ".tsv"
     pairs = ScoredPairs([], [], [])
-    with open(path, encoding="utf-8", newline="") as text:
+    with open(path, encoding="utf-8-sig", newline="") as text:
         # TSV files of this field do not quote: a quotation mark there is part of the sentence
         rows = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE) if tab else csv.reader(text)
         positions = None
@@ -115,14 +116,19 @@ def score_file(encoder: Encoder, pairs: ScoredPairs, config: StsConfig) -> dict[
     texts = [config.prefix + text for text in pairs.first + pairs.second]
     vectors, _ = sentence_vectors(encoder, texts, config.max_length, config.batch_size)
     half = len(pairs.first)
-    return {
-        pooling: spearman((rows[:half] * rows[half:]).sum(dim=1).numpy(), np.array(pairs.scores))
-        for pooling, rows in vectors.items()
-    }
+    found = {}
+    for pooling, rows in vectors.items():
+        cosines = (rows[:half] * rows[half:]).sum(dim=1).numpy()
+        if len(np.unique(cosines)) < 2:
+            print(f"warning: {encoder.name}, {pooling}: all pairs are equally alike, no ranking: 0", file=sys.stderr)
+        found[pooling] = spearman(cosines, np.array(pairs.scores))
+    return found
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Correlation of the ranks; equal values share the mean of their ranks."""
+    """Correlation of the ranks; equal values share the mean of their ranks. Where all are equal nothing is ranked: 0."""
+    if len(np.unique(a)) < 2 or len(np.unique(b)) < 2:
+        return 0.0
     return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
 
 

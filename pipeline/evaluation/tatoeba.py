@@ -56,7 +56,7 @@ def read_line_pairs(english: Path, other: Path, max_pairs: int) -> list[tuple[st
 
 def _lines(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}). Convert it first.") from None
     return [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []

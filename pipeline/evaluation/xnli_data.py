@@ -128,7 +128,7 @@ def tsv_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
         for number, raw in enumerate(lines, start=1):
             where = f"{path}, line {number}"
             try:
-                cells = raw.decode("utf-8").rstrip("\r\n").split("\t")
+                cells = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n").split("\t")
             except UnicodeDecodeError as error:
                 raise UserError(
                     f"{where}: not UTF-8 (byte {error.start} of the line). Convert the file first."

@@ -235,6 +235,10 @@ def test_missing_data_and_languages(official: Path, tmp_path: Path) -> None:
         read(MlqaConfig())
     with pytest.raises(UserError, match=r"no dev-context-de-question-de\.json below .*; it has en, hi, zh.*\[en\]"):
         read(config(official, languages=["en", "de"]))
+    library = config(official)
+    library.data = "datasets:facebook/mlqa"
+    with pytest.raises(UserError, match="from a directory only"):
+        read(library)
     missing = config(official)
     missing.train = str(tmp_path / "train.json")
     with pytest.raises(UserError, match=r"there is no .*train\.json"):
@@ -261,6 +265,11 @@ def test_a_bad_question_is_named(official: Path, tmp_path: Path, change, message
     path.write_text(json.dumps(tree))
     with pytest.raises(UserError, match=message):
         read_squad(path)
+
+
+def test_a_byte_order_mark_is_no_content(official: Path, tmp_path: Path) -> None:
+    (tmp_path / "marked.json").write_text((official / "train-v1.1.json").read_text(), encoding="utf-8-sig")
+    assert read_squad(tmp_path / "marked.json") == read_squad(official / "train-v1.1.json")
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"data": []}', '{"data": 3}', "\xff"])

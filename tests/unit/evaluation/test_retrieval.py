@@ -108,6 +108,11 @@ def test_a_malformed_line_is_named_by_number(tmp_path: Path, bad: str) -> None:
         read_pairs_file(path, max_pairs=10)
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_sentence(tmp_path: Path) -> None:
+    path = write_pairs(tmp_path, "xx", "\ufeffa\tb\nc\td\n")
+    assert read_pairs_file(path, max_pairs=9) == [("a", "b"), ("c", "d")]
+
+
 def test_too_few_pairs(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at least 2"):
         read_pairs_file(write_pairs(tmp_path, "xx", "a\tb\n"), max_pairs=10)

@@ -72,6 +72,12 @@ def test_a_header_line_names_the_columns(tmp_path: Path) -> None:
     assert (pairs.first, pairs.second, pairs.scores) == (['A "quoted', "c"], ["b", "d"], [3.5, 1.0])
 
 
+def test_a_header_line_behind_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text("sentence1,score,sentence2\na,1,b\nc,2,d\n", encoding="utf-8-sig")
+    assert read_scored_pairs(path, COLUMNS).scores == [1.0, 2.0]
+
+
 def test_without_a_header_the_first_three_columns_count(tmp_path: Path) -> None:
     path = tmp_path / "pairs.csv"
     path.write_text('"one, two",b,5\nc,d,0\n')
@@ -126,6 +132,25 @@ def test_scores_that_are_the_models_own_cosines_correlate_fully(tiny_teacher: Pa
     path.write_text("".join(f"{a}\t{b}\t{cosine:.8f}\n" for (a, b), cosine in zip(sentences, cosines, strict=True)))
     result = evaluate_sts([encoder], StsConfig(files=[str(path)], max_length=60))[str(tiny_teacher)]
     assert result["mean"]["output"] == pytest.approx(1.0)
+
+
+def test_an_encoder_that_has_collapsed_ranks_nothing(
+    tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same vector for every text: no ranking, no NaN in evaluation.json, and a warning."""
+    model = AutoModel.from_pretrained(tiny_teacher, add_pooling_layer=False)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    model.save_pretrained(tmp_path / "flat")
+    for name in ("tokenizer.json", "tokenizer_config.json", "sentencepiece.bpe.model"):
+        (tmp_path / "flat" / name).write_bytes((tiny_teacher / name).read_bytes())
+    path = tmp_path / "pairs.tsv"
+    path.write_text("a\tb\t1\nc\td\t2\n")
+    settings = ["--set", f"sts.files=[{path}]", "--set", "sts.max_length=60"]
+    main(["evaluate", str(tmp_path / "flat"), "--tasks", "sts", "--output", str(tmp_path), *settings])
+    (result,) = json.loads((tmp_path / "evaluation.json").read_text())["tasks"]["sts"].values()
+    assert result["mean"] == {"output": 0.0, "last_input": 0.0, "values": 0.0}
+    assert "all pairs are equally alike" in capsys.readouterr().err
 
 
 def test_the_command_does_both(tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

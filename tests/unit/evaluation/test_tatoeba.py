@@ -22,7 +22,7 @@ def config(directory: Path, **settings: object) -> RetrievalConfig:
 
 def test_line_n_is_the_translation_of_line_n(tmp_path: Path) -> None:
     write(tmp_path, "deu", "Hallo\nJa \u2028 doch\nNein\n", "Hello\nYes\nNo\n")
-    write(tmp_path, "xyz", "a\nb\n", "c\nd")
+    write(tmp_path, "xyz", "\ufeffa\nb\n", "c\nd")  # a byte-order mark is no text
     pairs = read_pairs(config(tmp_path))
     assert pairs == {
         "de": [("Hello", "Hallo"), ("Yes", "Ja \u2028 doch"), ("No", "Nein")],
