@@ -2,7 +2,8 @@
 
 In: a task (how to load the model, its loss, how a language is scored), tokenised rows, settings. Out: what every epoch
 scored on the development languages, and the test score of the best epoch. Every rank holds the whole model and takes
-its share of each global batch; gradients are summed over ranks, so the number of ranks changes nothing but speed.
+its share of each global batch; gradients are summed over ranks, so the number of ranks changes nothing but speed, up to
+dropout's draws: masks differ per rank and micro-batch.
 """
 
 from __future__ import annotations

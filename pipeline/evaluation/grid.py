@@ -23,7 +23,8 @@ from pipeline.evaluation.finetune import Cell, FinetuneConfig, FinetuneTask, Sco
 from pipeline.evaluation.ranks import Ranks
 from pipeline.lineage import fingerprint
 
-NO_EFFECT = ("learning_rates", "seeds", "micro_batch")  # settings that change nothing within one cell
+# Settings that change nothing within one cell. micro_batch is none of them: dropout draws a mask per micro-batch.
+NO_EFFECT = ("learning_rates", "seeds")
 
 
 def run_grids(

@@ -121,7 +121,11 @@ def test_a_finished_cell_is_kept_and_only_the_missing_one_is_run(
     result = evaluate_xnli([encoder], both, alone(), tmp_path)[encoder.name]
     assert [cell["dev_mean"] == 99.0 for cell in result["cells"]] == [True, False]
     assert "finished before, kept" in capsys.readouterr().out
-    for other in (config(pairs, epochs=1, max_train=90), config(pairs, epochs=2)):
+    for other in (
+        config(pairs, epochs=1, max_train=90),
+        config(pairs, epochs=2),
+        config(pairs, epochs=1, micro_batch=5),
+    ):
         result = evaluate_xnli([encoder], other, alone(), tmp_path)[encoder.name]
         assert result["dev_mean"] != 99.0, "other data or settings make another cell"
 
@@ -163,6 +167,12 @@ def test_both_layouts_are_read(pairs: Path) -> None:
     assert data.test["en"].labels == [0, 1, 2, 0]
     assert data.test["sw"].labels == [1, 2, 0, 1]
     assert "world" in data.test["en"].second[0]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_header(pairs: Path, tmp_path: Path) -> None:
+    for path in pairs.rglob("*.tsv"):
+        (tmp_path / path.name).write_text(path.read_text(), encoding="utf-8-sig")
+    assert read(config(tmp_path)) == read(config(pairs))
 
 
 def test_the_library_gives_the_same_pairs(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
