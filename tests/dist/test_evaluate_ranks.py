@@ -1,4 +1,4 @@
-"""Evaluation on two ranks, killed without warning and finished by one: the same figures as one rank that nobody touched."""
+"""Evaluation on two ranks, under the real launcher or killed and finished by one: the same figures as one rank alone."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 
 from pipeline.__main__ import main
 from tests.dist.ports import free_port
-from tests.dist.runs import end_group, start
+from tests.dist.runs import end_group, finish, launcher, start
 from tests.unit.evaluation.labelled_pairs import write_xnli
+from tests.unit.evaluation.questions import ANSWER, write_mlqa
 
 PATIENCE_S = 120
 
@@ -58,3 +59,25 @@ def test_two_ranks_killed_in_flight_end_where_one_rank_ends(
     heldout_of_one = json.loads((once / "evaluation.json").read_text())["tasks"]["heldout"]
     (two,), (one,) = heldout_of_two.values(), heldout_of_one.values()
     assert two["per_language"] == pytest.approx(one["per_language"], rel=1e-6)
+
+
+def test_questions_under_the_real_launcher(tiny_teacher: Path, tmp_path: Path) -> None:
+    """`deepspeed --module pipeline evaluate` on two ranks: the last batch and the last question have one rank only."""
+    data = write_mlqa(tmp_path / "data", {"en": ANSWER, "zh": ANSWER}, train=21, evaluation=3)
+    settings = [f"train={data / 'train-v1.1.json'}", f"data={data}", "languages=[en, zh]", "learning_rates=[3e-3]"]
+    settings += ["epochs=2", "batch=10", "max_length=32", "stride=8"]
+    command = ["evaluate", str(tiny_teacher), "--tasks", "mlqa"]
+    command += [word for setting in settings for word in ("--set", f"mlqa.{setting}")]
+    one, two = tmp_path / "one", tmp_path / "two"
+    main([*command, "--output", str(one)])
+    line = [*launcher("deepspeed", 2)[:-1], "--module", "pipeline", *command, "--output", str(two)]
+    log = finish(start(line, tmp_path / "two.log"), tmp_path / "two.log")
+    assert log.count("MLQA, F1 / exact match") == 1, "rank 0 alone speaks"
+
+    (expected,), (got,) = (
+        [*json.loads((at / "evaluation.json").read_text())["tasks"]["mlqa"].values()] for at in (one, two)
+    )
+    losses = [[epoch["loss"] for epoch in result["cells"][0]["epochs"]] for result in (expected, got)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert got["test"] == expected["test"]
+    assert got["dev_mean"] == expected["dev_mean"]
