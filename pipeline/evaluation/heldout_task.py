@@ -77,12 +77,12 @@ def evaluate_heldout(encoders: list[Encoder], config: HeldoutConfig, ranks: Rank
     for encoder in [teacher, *encoders]:
         _check_fit(encoder, source, config.data)
     relations = RelationsConfig(**{key: chosen[key] for key in ("heads", "pairs", "after_rotary")}, backend="chunked")
-    options = relations.tap_options
-    frozen = FrozenTeacher(tap(teacher.model, teacher.values_layer, **options))
+    frozen = FrozenTeacher(tap(teacher.model, teacher.values_layer, after_rotary=relations.after_rotary))
     num_rows = sum(len(source.heldout(language)) for language in source.languages)
     results = {}
     for encoder in encoders:
-        distiller = DistillModule(frozen, tap(encoder.model, encoder.values_layer, **options), relations)
+        student = tap(encoder.model, encoder.values_layer, after_rotary=relations.after_rotary)
+        distiller = DistillModule(frozen, student, relations)
         chunks = -(-num_rows // config.batch_size)
         bar = tqdm(
             total=-(-chunks // ranks.world_size), desc=f"held-out loss of {encoder.name}", unit="batch", disable=None
