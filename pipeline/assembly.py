@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from pipeline.distillation.student import Student, build_student
 from pipeline.distillation.teacher import FrozenTeacher, check_vocabulary, load_encoder, load_teacher
 from pipeline.distillation.vocabulary import cut_embedding, read_vocabulary
 from pipeline.errors import UserError
-from pipeline.runtime import ds_config
+from pipeline.runtime import dist, ds_config
 from pipeline.runtime.dist import Launch
 from pipeline.runtime.ds_config import BatchShape, Precisions
 from pipeline.runtime.engine import StudentEngine, device_precisions, partition_teacher
@@ -84,7 +85,8 @@ def assemble(recipe: Recipe, recipe_path: Path, ds_path: Path, launch: Launch) -
     )
     del teacher_model  # what lies above the distilled layer is freed here
     check_heads(teacher.widths[0], relations.heads, "teacher", student.tapped.widths[0])
-    distiller = DistillModule(_place(teacher, recipe, teacher_precision, launch), student.tapped, relations)
+    placed = _place(teacher, recipe, teacher_precision, launch)
+    distiller = DistillModule(placed, student.tapped, relations, partial(dist.gather_json, device=launch.device))
     engine = StudentEngine(distiller, student.trained, recipe.optimizer, config)
     return Parts(source, student, distiller, engine, batch, config, precision, teacher_precision, warnings)
 

@@ -3,12 +3,14 @@
 Every candidate is checked against the float64 oracle on the run's own head sizes, precision and device, on one row of
 its length (1024 tokens of it at most) and two heads: once as a run begins (student far from the teacher) and once as it
 ends (close to it, where rounding weighs most). Those that agree are timed on all heads. On a CPU nothing is timed:
-`chunked` has won there in every measurement. `relations.backend` pins the choice and skips the check.
+`chunked` has won there in every measurement. The ranks share what they found and come to one choice.
+`relations.backend` pins the choice and skips the check.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -36,9 +38,22 @@ NEAR_KL, TRIAL_NOISE = 0.01, 0.05
 MIN_CHECKED_HEAD_DIM = 2  # with one channel all rows of a map are nearly equal, and fp32 cancels to 3e-5 in any form
 
 
+Gather = Callable[[dict[str, float]], list[dict[str, float]]]
+
+
+def alone(found: dict[str, float]) -> list[dict[str, float]]:
+    """What all ranks found, where there is but one."""
+    return [found]
+
+
 @torch.enable_grad()
-def choose_backend(teacher_BLD: torch.Tensor, student_BLD: torch.Tensor, num_heads: int) -> tuple[str, list[str]]:
-    """The backend for tensors of this kind, and what was found, one line per candidate."""
+def choose_backend(
+    teacher_BLD: torch.Tensor, student_BLD: torch.Tensor, num_heads: int, gather: Gather = alone
+) -> tuple[str, list[str]]:
+    """The backend for tensors of this kind, and what was found, one line per candidate.
+
+    `gather` gives every rank what each rank found; all must call this together.
+    """
     timed = student_BLD.device.type != "cpu"
     report, seconds = [], {}
     for name in BACKENDS if timed else ("chunked",):
@@ -50,15 +65,21 @@ def choose_backend(teacher_BLD: torch.Tensor, student_BLD: torch.Tensor, num_hea
             seconds[name] = _time(name, teacher_BLD, student_BLD, num_heads) if timed else 0.0
             found += f", {seconds[name] * 1e3:.2f} ms" if timed else ""
         report.append(f"relation backend {name}: {found}")
-    if not seconds:
+    best = fastest_of_all(gather(seconds))
+    if best is None:
         raise UserError(
-            f"no backend of the relation loss agrees with the float64 oracle on {student_BLD.device} (teacher "
+            f"no backend of the relation loss agrees with the float64 oracle on every rank (here {student_BLD.device}; teacher "
             f"{teacher_BLD.shape[-1]} wide in {teacher_BLD.dtype}, student {student_BLD.shape[-1]} wide in "
             f"{student_BLD.dtype}, {num_heads} heads, {student_BLD.shape[1]} tokens): {'; '.join(report)}. Another build "
             "of torch or another device may be right; `relations.backend: chunked` trains without this check"
         )
-    best = min(seconds, key=seconds.__getitem__)
     return best, [*report, f"relation backend chosen: {best}"]
+
+
+def fastest_of_all(seconds_of_ranks: list[dict[str, float]]) -> str | None:
+    """Of the backends that are right on every rank, the one whose slowest rank is fastest: the same answer on each."""
+    right = [name for name in BACKENDS if all(name in seconds for seconds in seconds_of_ranks)]
+    return min(right, key=lambda name: max(seconds[name] for seconds in seconds_of_ranks), default=None)
 
 
 def _check(name: str, teacher_BLD: torch.Tensor, student_BLD: torch.Tensor, num_heads: int) -> tuple[str, bool]:

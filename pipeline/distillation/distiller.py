@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from pipeline.distillation.backend_choice import choose_backend
+from pipeline.distillation.backend_choice import Gather, alone, choose_backend
 from pipeline.distillation.relations import BACKENDS, check_heads, relation_kl, relation_kl_by_row
 from pipeline.distillation.tap import Projections, TappedEncoder
 from pipeline.distillation.teacher import FrozenTeacher
@@ -134,11 +134,14 @@ class DistillModule(nn.Module):
     `part_names`' order.
 
     `teacher` is any callable with the tap's call and results. Both must have been tapped as `config` says
-    (`teacher_taps`, `student_taps`, `tap_options`).
+    (`teacher_taps`, `student_taps`, `tap_options`). `gather` is how ranks agree on a backend at the first batch.
     """
 
-    def __init__(self, teacher: Callable, student_tapped: TappedEncoder, config: RelationsConfig) -> None:
+    def __init__(
+        self, teacher: Callable, student_tapped: TappedEncoder, config: RelationsConfig, gather: Gather = alone
+    ) -> None:
         super().__init__()
+        self._gather = gather
         self.student = student_tapped
         self.config = config
         self._teacher = (teacher,)  # a tuple hides it from the module tree
@@ -262,10 +265,21 @@ class DistillModule(nn.Module):
         real_BL = extent.real_tokens(distance_BL)
         return distance_BL.mean() if real_BL is None else ((distance_BL * real_BL).sum(1) / real_BL.sum(1)).mean()
 
+    def keep_backend(self, name: str | None) -> None:
+        """Go on with what an earlier life of the run chose: a new choice by the clock could differ, and with it the
+        last bits of every later step. What the recipe pins stays."""
+        if self.backend == "auto" and name in BACKENDS:
+            self.backend = name
+            self.backend_report = [
+                f"relation backend {name}: kept, the run began with it (`relations.backend` pins another)"
+            ]
+
     def _settle_backend(self, teacher_BLD: torch.Tensor, student_BLD: torch.Tensor) -> None:
         """On the first batch, when the shape, the precision and the device are known."""
         if self.backend == "auto":
-            self.backend, self.backend_report = choose_backend(teacher_BLD, student_BLD, self.config.heads)
+            self.backend, self.backend_report = choose_backend(
+                teacher_BLD, student_BLD, self.config.heads, self._gather
+            )
             for line in self.backend_report:
                 logger.info(line)
 

@@ -48,8 +48,8 @@ def flash_relation(
     y_S = x_S if student_keys_BLD is None else gather(student_keys_BLD)
     kl_SN, grad_queries, grad_keys = _four_attentions(x_T, y_T, x_S, y_S, mask_SN, with_gradient)
     rows_S = torch.tensor([span.row for span in spans], device=student_BLD.device)
-    kl_B = torch.zeros(student_BLD.shape[0], dtype=kl_SN.dtype, device=student_BLD.device)
-    kl_B.index_add_(0, rows_S, kl_SN.sum(1))
+    is_of_row_BS = torch.arange(student_BLD.shape[0], device=student_BLD.device)[:, None] == rows_S
+    kl_B = torch.where(is_of_row_BS, kl_SN.sum(1), 0.0).sum(1)  # `index_add_` adds in any order on a GPU
     if not with_gradient:
         return RelationSums(kl_B, None, None)
     if student_keys_BLD is None:

@@ -16,6 +16,7 @@ from pipeline.distillation.backend_choice import (
     TOLERANCES,
     check_pair,
     choose_backend,
+    fastest_of_all,
     gradient_error,
 )
 from pipeline.distillation.oracle import relation_kl_reference
@@ -90,6 +91,27 @@ def test_a_missing_kernel_is_passed_over(monkeypatch):
     monkeypatch.setitem(relations.BACKENDS, "chunked", missing)
     with pytest.raises(UserError, match=r"chunked: not usable here \(no kernel here\)"):
         choose_backend(*tensors(), 4)
+
+
+@pytest.mark.parametrize(
+    ("seconds_of_ranks", "best"),
+    [
+        ([{"chunked": 2.0, "flash": 1.0}], "flash"),
+        ([{"chunked": 2.0, "flash": 1.0}, {"chunked": 2.0, "flash": 3.0}], "chunked"),
+        ([{"chunked": 2.0, "flash": 1.0}, {"chunked": 2.0}], "chunked"),
+        ([{"flash": 1.0}, {"chunked": 2.0}], None),
+        ([{}, {}], None),
+    ],
+)
+def test_ranks_come_to_one_choice(seconds_of_ranks, best):
+    """Whatever each rank's clock says, and never a backend that one of them does not have."""
+    assert fastest_of_all(seconds_of_ranks) == best
+    assert fastest_of_all(seconds_of_ranks[::-1]) == best
+
+
+def test_what_another_rank_lacks_is_not_chosen():
+    with pytest.raises(UserError, match="on every rank"):
+        choose_backend(*tensors(), 4, gather=lambda found: [found, {}])
 
 
 def test_the_choice_is_the_same_at_every_start_and_leaves_randomness_alone():

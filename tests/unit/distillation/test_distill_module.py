@@ -183,6 +183,21 @@ def test_the_backend_is_settled_at_the_first_batch_and_reported():
     assert module.backend_report[-1] == "relation backend chosen: chunked"
 
 
+def test_a_resumed_run_keeps_its_backend():
+    module, _, _ = make()
+    module.keep_backend("flash")
+    module(random_rows(2, 20))
+    assert module.backend == "flash"
+    assert "flash: kept" in module.backend_report[0]
+    for name in (None, "auto", "a backend of another version"):
+        fresh, _, _ = make()
+        fresh.keep_backend(name)
+        assert fresh.backend == "auto"
+    pinned, _, _ = make(RelationsConfig(heads=12, backend="chunked"))
+    pinned.keep_backend("flash")
+    assert pinned.backend == "chunked"
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
