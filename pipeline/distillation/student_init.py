@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from pipeline.distillation.families import Family
 from pipeline.errors import UserError
 
+GRAM_BLOCK_ROWS = 8192  # in float64 at once: all 250 002 rows of XLM-R-large, twice, would be 4 GB
+
 
 def copied_layers(num_teacher_layers: int, num_layers: int, named: list[int] | None, teacher_layer: int) -> list[int]:
     """Teacher layers that the student's layers correspond to, counted from 1; by default the last is the distilled
@@ -64,7 +66,10 @@ def project_embeddings(teacher: PreTrainedModel, student: PreTrainedModel) -> No
             f"`student.init: project` keeps principal components of the teacher's embeddings, of which there are "
             f"{width}; the student is {narrow} wide. Use a narrower student or `student.init: random`"
         )
-    _, vectors_DD = torch.linalg.eigh(words_VD.T.double() @ words_VD.double())
+    gram_DD = torch.zeros(width, width, dtype=torch.float64, device=words_VD.device)
+    for block_ND in words_VD.split(GRAM_BLOCK_ROWS):
+        gram_DD += block_ND.T.double() @ block_ND.double()
+    _, vectors_DD = torch.linalg.eigh(gram_DD)
     basis_Dd = vectors_DD[:, -narrow:].flip(1).to(words_VD.dtype)  # eigenvalues come in ascending order
     own = dict(student.named_modules())
     for name, module in teacher.named_modules():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModel
 
+from pipeline.distillation import student_init
 from pipeline.distillation.student import StudentConfig, build_student
 from pipeline.errors import UserError
 from tests.tiny_encoders import CONFIGS, random_rows, tiny_encoder
@@ -116,6 +117,16 @@ def test_projection_keeps_the_embeddings_similarities():
     singular = torch.linalg.svdvals(words)
     lost = (words @ words.T - half @ half.T).norm()
     assert torch.allclose(lost, singular[24:].pow(4).sum().sqrt(), rtol=1e-3)
+
+
+def test_projection_takes_the_embeddings_in_blocks(monkeypatch):
+    """Whatever the size of a block, with a last one that is not full."""
+    weights = []
+    for rows in (1000, 7):
+        monkeypatch.setattr(student_init, "GRAM_BLOCK_ROWS", rows)
+        student = build(tiny_encoder("xlm-roberta"), init="project", hidden=24, heads=4)
+        weights.append(student.model.get_input_embeddings().weight.detach())
+    assert torch.allclose(*weights, atol=1e-5)
 
 
 def test_a_student_of_another_family():

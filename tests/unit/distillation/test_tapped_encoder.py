@@ -80,6 +80,13 @@ def test_no_graph_outlives_its_step():
     assert all(layer_tap._kept is None for layer_tap in tapped._taps.values())
 
 
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_attention_is_the_fused_one_wherever_there_is_one(model_type):
+    """MPNet and DeBERTa-v2 add position terms to their logits, and this transformers has no fused form of that."""
+    expected = "eager" if model_type in ("mpnet", "deberta-v2") else "sdpa"
+    assert tap(tiny_encoder(model_type), 1).model.config._attn_implementation == expected
+
+
 @pytest.mark.parametrize("layer", [0, 5, -1])
 def test_layer_out_of_range(layer):
     with pytest.raises(UserError, match=f"layer {layer} in the model.* 1 to 4"):
