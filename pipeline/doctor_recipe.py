@@ -192,7 +192,9 @@ def blank_models(recipe: Recipe) -> tuple[PretrainedConfig, PreTrainedModel, Pre
 def count_parameters(recipe: Recipe) -> Sizes:
     """As a run would split them: what the tap reaches is trained, less what is frozen."""
     _, teacher, student = blank_models(recipe)
-    tapped = tap(student, recipe.relations.student_taps or recipe.student.layers, **recipe.relations.tap_options)
+    tapped = tap(
+        student, recipe.relations.student_taps or recipe.student.layers, **recipe.relations.tap_options, whose="student"
+    )
     reached = {id(parameter): parameter.numel() for parameter in tapped.parameters()}
     if recipe.student.freeze:
         reached.pop(id(student.get_input_embeddings().weight))
