@@ -99,7 +99,8 @@ def init_process_group(launch: Launch, timeout_s: float) -> None:
     if torch_dist.is_initialized():
         return
     backend = "nccl" if launch.device.type == "cuda" else "gloo"
-    alone = torch_dist.HashStore() if launch.world_size == 1 else None  # one process needs no port to meet itself
+    # One process meets itself at a port that the kernel picks and keeps: nobody can take it in between.
+    alone = torch_dist.TCPStore("127.0.0.1", 0, 1, is_master=True) if launch.world_size == 1 else None
     timeout = timedelta(seconds=timeout_s)
     try:
         torch_dist.init_process_group(

@@ -64,7 +64,7 @@ def test_a_directory_that_cannot_be_written_to(training: TrainingProcess, words:
 
 def test_steps_that_are_never_taken_are_an_end(training: TrainingProcess, words: list[object], tmp_path: Path) -> None:
     """A gradient that is not finite at every step: all are skipped, and the dry run says so instead of trying for ever."""
-    endless = ["--set", "relations.pairs={q-q: .inf}", "--set", "steps=3"]
+    endless = ["--set", "relations.pairs={q-q: 3.0e38}", "--set", "steps=3"]
     sick = training.run(*words, "--run-dir", tmp_path / "run", "--dry-run", *endless)
     assert sick.code == EXIT_SICK
     assert "3 steps in a row" in sick.err
