@@ -1,6 +1,6 @@
 """The one file that decides over a model's token ids, and its hash, by which shards and smaller vocabularies know it.
 
-In: a model's directory or hub name. Used before a run (assembly.py), by the held-out evaluation and by trimming.
+In: a model's directory or hub name. Used before a run (assembly.py) and by the held-out evaluation.
 """
 
 from __future__ import annotations

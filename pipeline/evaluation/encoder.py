@@ -100,7 +100,7 @@ def refuse_other_tokenizer(path: str, tokenizer: Any, config: PretrainedConfig) 
     """A `UserError` where ids of this tokenizer are not this model's.
 
     Sizes may differ: multilingual-e5 has 250 037 embeddings for 250 002 pieces. The padding id says more, but only where
-    positions are counted from it: BERT models with XLM-R's tokenizer (e5-small) are published with padding 0 for 1.
+    positions are counted from it: a BERT body with XLM-R's tokenizer (e5-small) works with BertConfig's 0 beside its 1.
     """
     problem = ""
     if len(tokenizer) > config.vocab_size:

@@ -177,7 +177,7 @@ def test_a_smaller_tokenizer_with_another_padding(tiny_teacher: Path, tmp_path: 
 
 
 def test_a_bert_with_the_tokenizer_of_xlm_r(tiny_teacher: Path, tmp_path: Path) -> None:
-    """multilingual-e5-small and its kin: more embeddings than pieces, padding 0 in the config and 1 in the tokenizer."""
+    """As e5-small is built: more embeddings than pieces; padding is BertConfig's 0 and the tokenizer's 1, which is no harm."""
     tiny_encoder("bert", vocab_size=2037, pad_token_id=0).save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json", "sentencepiece.bpe.model"):
         (tmp_path / name).write_bytes((tiny_teacher / name).read_bytes())
