@@ -20,6 +20,7 @@ import numpy as np
 import xxhash
 
 from data_prep.layout import FORMAT_NAME, FORMAT_VERSION, HEADER_BYTES, TOKEN_DTYPE, Identity, header, sections
+from data_prep.numbering import numbered_alike
 
 BOS_ID, PAD_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 MANIFEST_NAME = "manifest.json"
@@ -38,13 +39,14 @@ class DataError(ValueError):
 def tokenizer_file(path: Path) -> Path:
     """The one file that decides over ids: `path` itself, or what a Hugging Face directory holds.
 
-    XLM-R's `sentencepiece.bpe.model` comes first, unless the directory says that its tokenizer is another family's; then
-    `tokenizer.json`; then any other SentencePiece model. Its sha256 stands in the shards' manifest.
+    XLM-R's `sentencepiece.bpe.model` comes first, unless the directory says that its tokenizer is another family's, or says
+    nothing and its `tokenizer.json` gives the pieces other ids; then `tokenizer.json`, which states its ids; then any other
+    SentencePiece model. Its sha256 stands in the shards' manifest.
     """
     if path.is_file():
         return path
     names = [*SENTENCEPIECE_NAMES[:1], FAST_TOKENIZER_NAME, *SENTENCEPIECE_NAMES[1:]]
-    if (path / FAST_TOKENIZER_NAME).is_file() and not _tokenizer_class(path).startswith("XLMRoberta"):
+    if (path / FAST_TOKENIZER_NAME).is_file() and not _is_xlmr(path):
         names.sort(key=lambda name: name != FAST_TOKENIZER_NAME)
     for name in names:
         if (path / name).is_file():
@@ -57,13 +59,16 @@ def tokenizer_file(path: Path) -> Path:
     )
 
 
-def _tokenizer_class(directory: Path) -> str:
-    """What `tokenizer_config.json` calls the tokenizer; XLM-R's where it says nothing."""
+def _is_xlmr(directory: Path) -> bool:
+    """By the class that `tokenizer_config.json` names; where it names none, by the ids of the two files."""
     try:
         name = json.loads((directory / TOKENIZER_CONFIG_NAME).read_bytes()).get("tokenizer_class")
     except (OSError, ValueError, AttributeError):
         name = None
-    return name if isinstance(name, str) else "XLMRoberta"
+    if isinstance(name, str):
+        return name.startswith("XLMRoberta")
+    model = directory / SENTENCEPIECE_NAMES[0]
+    return model.is_file() and numbered_alike(model, directory / FAST_TOKENIZER_NAME)
 
 
 class Shard:

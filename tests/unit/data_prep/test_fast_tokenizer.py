@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, CamembertTokenizer, XLMRobertaTokenizer
 
 from data_prep.prepare import PrepareConfig, prepare
-from data_prep.shards import DataError, ShardSet, tokenizer_file
+from data_prep.shards import BOS_ID, DataError, ShardSet, tokenizer_file
 from data_prep.tokenizer import FastTokenizer, SentencePieceTokenizer, open_tokenizer
 
 LINES = ["The [SEP] quick brown fox's den, unaffordable.", "Ein </s> zweiter Satz 你好 [CLS]", "third line é", "x"]
@@ -102,8 +102,39 @@ def test_the_directory_says_which_file_decides(tiny_tokenizer: Path, tmp_path: P
     assert isinstance(open_tokenizer(both), FastTokenizer)
     shutil.copy(tiny_tokenizer / "tokenizer_config.json", both)
     assert isinstance(open_tokenizer(both), SentencePieceTokenizer)
-    (both / "tokenizer_config.json").unlink()
-    assert tokenizer_file(both).name == "sentencepiece.bpe.model"
+
+
+@pytest.mark.parametrize("config", [None, {"model_max_length": 512}], ids=["no config", "config without a class"])
+@pytest.mark.parametrize(
+    ("family", "deciding"),
+    [(XLMRobertaTokenizer, "sentencepiece.bpe.model"), (CamembertTokenizer, "tokenizer.json")],
+)
+def test_a_directory_that_names_no_class_is_judged_by_its_ids(
+    family, deciding: str, config: dict | None, tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    """CamemBERT's SentencePiece model is called as XLM-R's is, and its pieces stand elsewhere."""
+    directory = Path(shutil.copytree(tiny_tokenizer, tmp_path / "tokenizer"))
+    reference = family.from_pretrained(directory)
+    reference.save_pretrained(directory)  # the library's own conversion to tokenizer.json
+    (directory / "tokenizer_config.json").unlink()
+    if config is not None:
+        (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    encoder = open_tokenizer(directory)
+    assert encoder.path.name == deciding
+    line = "The quick brown fox and a second sentence"
+    begin, *expected = reference(line)["input_ids"]
+    assert encoder.encode_lines([line.encode()])[0].tolist() == expected
+    assert encoder.special_ids.get("bos", BOS_ID) == begin
+    (directory / "tokenizer.json").unlink()
+    assert tokenizer_file(directory).name == "sentencepiece.bpe.model"
+
+
+def test_a_tokenizer_json_that_cannot_be_read_is_not_passed_over(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(tiny_tokenizer, tmp_path / "tokenizer"))
+    (directory / "tokenizer_config.json").unlink()
+    (directory / "tokenizer.json").write_text('{"model": {"vocab": ')
+    with pytest.raises(DataError, match=r"not a tokenizer\.json that can be read"):
+        open_tokenizer(directory)
 
 
 def test_what_is_no_encoders_tokenizer_is_refused(tmp_path: Path) -> None:
