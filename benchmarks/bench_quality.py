@@ -32,8 +32,10 @@ from transformers import AutoTokenizer
 
 from benchmarks.measure import arguments, publish
 from data_prep.shards import ShardSet
+from pipeline.assembly import CALIBRATION_TOKENS
 from pipeline.data.batches import BatchSource
 from pipeline.distillation.distiller import DistillModule, RelationsConfig
+from pipeline.distillation.projection import Calibration
 from pipeline.distillation.student import Student, StudentConfig, build_student
 from pipeline.distillation.tap import tap
 from pipeline.distillation.teacher import cast_parameters, load_encoder
@@ -54,14 +56,19 @@ class Variant:
     student: StudentConfig = dataclasses.field(default_factory=lambda: COPIED)
     relations: RelationsConfig = dataclasses.field(default_factory=lambda: BASE)
     rate: float = 5e-4
+    calibrated: bool = True  # a projected student: its layers too, not its embeddings alone
 
 
-def changed(student: dict | None = None, relations: dict | None = None, rate: float = 5e-4) -> Variant:
-    return Variant(dataclasses.replace(COPIED, **(student or {})), dataclasses.replace(BASE, **(relations or {})), rate)
+def changed(
+    student: dict | None = None, relations: dict | None = None, rate: float = 5e-4, calibrated: bool = True
+) -> Variant:
+    student_config = dataclasses.replace(COPIED, **(student or {}))
+    return Variant(student_config, dataclasses.replace(BASE, **(relations or {})), rate, calibrated)
 
 
 RANDOM = {"init": "random", "freeze": []}
 NARROW = {"hidden": 192, "heads": 12}
+PROJECTED = {**NARROW, "init": "project"}
 ODD = {"init_layers": [1, 3, 5, 7, 9, 11]}
 UPPER = {"init_layers": [1, 3, 5, 8, 10, 12]}
 MSE_10 = {"tail": "mse", "tail_weight": 10.0}
@@ -97,8 +104,16 @@ VARIANTS: dict[str, Variant] = {
     "random": changed(RANDOM),
     "random_tail_mse_10": changed(RANDOM, MSE_10),
     "narrow_random": changed({**RANDOM, **NARROW}),
-    "narrow_project": changed({**NARROW, "init": "project", "freeze": []}),
-    "narrow_project_frozen": changed({**NARROW, "init": "project"}),
+    "narrow_embeddings": changed({**PROJECTED, "freeze": []}, calibrated=False),
+    "narrow_embeddings_frozen": changed(PROJECTED, calibrated=False),
+    "narrow_project": changed({**PROJECTED, "freeze": []}),
+    "narrow_project_frozen": changed(PROJECTED),
+    "narrow_project_frozen_lr_2e-3": changed(PROJECTED, rate=2e-3),
+    "narrow_project_mse_100_lr_1e-3": changed({**PROJECTED, "freeze": []}, MSE_100, rate=1e-3),
+    "narrow_project_frozen_mse_100_lr_1e-3": changed(PROJECTED, MSE_100, rate=1e-3),
+    "narrow_project_frozen_mse_100_lr_2e-3": changed(PROJECTED, MSE_100, rate=2e-3),
+    "narrow_project_frozen_mse_100_lr_4e-3": changed(PROJECTED, MSE_100, rate=4e-3),
+    "narrow_upper_project_frozen_mse_100_lr_2e-3": changed({**PROJECTED, **UPPER}, MSE_100, rate=2e-3),
 }
 
 
@@ -138,17 +153,29 @@ class SharedTeacher:
 class Run:
     """One variant in training."""
 
-    def __init__(self, name: str, variant: Variant, whole_teacher, teacher: SharedTeacher, seed: int, dtype) -> None:
+    def __init__(
+        self, name: str, variant: Variant, whole_teacher, teacher: SharedTeacher, source: BatchSource, seed: int, dtype
+    ) -> None:
         self.name, self.variant = name, variant
-        relations = variant.relations
+        relations, calibration = variant.relations, None
+        if variant.calibrated:
+            rows_BL = torch.from_numpy(source.batch(np.arange(CALIBRATION_TOKENS // TOKENS)))
+            calibration = Calibration(rows_BL, relations.heads)
         self.student: Student = build_student(
-            whole_teacher, variant.student, seed, None, relations.teacher_taps, **relations.tap_options
+            whole_teacher,
+            variant.student,
+            seed,
+            None,
+            relations.teacher_taps,
+            **relations.tap_options,
+            calibration=calibration,
         )
+        basis_Dd = self.student.basis_Dd
         self.student.carried.clear()  # this run goes on in the model itself, nothing is put back at its end
         if "embeddings" in variant.student.freeze and variant.student.init == "layers":
             self.student.model.get_input_embeddings().weight.data = whole_teacher.get_input_embeddings().weight.data
         tapped = InPrecision(self.student.tapped, dtype)
-        self.module = DistillModule(teacher.reader(relations), tapped, relations).train()
+        self.module = DistillModule(teacher.reader(relations), tapped, relations, basis_Dd=basis_Dd).train()
         judged = InPrecision(tap(self.student.model, variant.student.layers), dtype)
         self.judge = DistillModule(teacher.reader(BASE), judged, BASE)
         self.optimizer_config = OptimizerConfig(lr=variant.rate, warmup_steps=10)
@@ -223,8 +250,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     teacher = SharedTeacher(load_encoder(options.teacher), layers, dtype)
     encoder = Encoder("teacher", whole_teacher, tokenizer, last, options.teacher)
     figures = {"teacher": evaluate_retrieval(encoder, RETRIEVAL)["mean"]}
-    runs = [Run(name, variant, whole_teacher, teacher, options.seed, dtype) for name, variant in chosen.items()]
-    for run in {str(run.variant.student): run for run in reversed(runs)}.values():  # the first of each start
+    runs = [Run(name, variant, whole_teacher, teacher, source, options.seed, dtype) for name, variant in chosen.items()]
+    for run in {
+        str([run.variant.student, run.variant.calibrated]): run for run in reversed(runs)
+    }.values():  # the first of each start
         figures[f"{run.name}, untrained"] = run.judge_now(source, tokenizer)
     for step, batch in enumerate(tqdm(list(_batches(source, options.steps, options.rows)), unit="step")):
         for run in runs:

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipeline.assembly import open_data, student_of
 from pipeline.config import Recipe
-from pipeline.distillation.student import build_student
 from pipeline.distillation.teacher import load_encoder as load_teacher_encoder
 from pipeline.evaluation.encoder import Encoder, load_encoder
 from pipeline.evaluation.retrieval import evaluate_retrieval, retrieval_table
@@ -47,15 +47,8 @@ def compare(recipe: Recipe, run_dir: Path) -> str:
 def untrained_student(recipe: Recipe) -> Encoder:
     """The student as training starts it, with the teacher's tokenizer."""
     teacher = load_encoder(recipe.teacher)
-    relations = recipe.relations
-    student = build_student(
-        load_teacher_encoder(recipe.teacher),
-        recipe.student,
-        recipe.seed,
-        relations.student_layer,
-        relations.teacher_layer,
-    )
-    layer = relations.student_layer or recipe.student.layers
+    student = student_of(recipe, load_teacher_encoder(recipe.teacher), open_data(recipe))
+    layer = recipe.relations.student_layer or recipe.student.layers
     model = student.model.eval().to(teacher.device)
     return Encoder("student before training", model, teacher.tokenizer, layer, path=recipe.teacher)
 

@@ -12,13 +12,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from data_prep.shards import ShardSet
 from pipeline.config import Recipe
 from pipeline.data.batches import BatchSource
 from pipeline.distillation.distiller import DistillModule
 from pipeline.distillation.families import FAMILIES, check_length
+from pipeline.distillation.projection import Calibration
 from pipeline.distillation.relations import check_heads
 from pipeline.distillation.student import Student, build_student
 from pipeline.distillation.teacher import FrozenTeacher, check_vocabulary, load_encoder, load_teacher
@@ -30,6 +33,7 @@ from pipeline.runtime.ds_config import BatchShape, Precisions
 from pipeline.runtime.engine import StudentEngine, device_precisions, partition_teacher
 from pipeline.tokenizer_identity import tokenizer_sha256
 
+CALIBRATION_TOKENS = 8192  # on which `student.init: project` measures the teacher's states
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -72,23 +76,37 @@ def assemble(recipe: Recipe, recipe_path: Path, ds_path: Path, launch: Launch) -
         cut_teacher(recipe.vocabulary, recipe.teacher, teacher_model)
     check_fit(recipe, source.shards, teacher_model)
     relations = recipe.relations
-    student = build_student(
-        teacher_model,
-        recipe.student,
-        recipe.seed,
-        relations.student_taps,
-        relations.teacher_taps,
-        **relations.tap_options,
-    )
+    student = student_of(recipe, teacher_model, source, launch.device)
     teacher = load_teacher(
         teacher_model, relations.teacher_taps, DTYPES[teacher_precision], "cpu", **relations.tap_options
     )
     del teacher_model  # what lies above the distilled layer is freed here
     check_heads(teacher.widths[0], relations.heads, "teacher", student.tapped.widths[0])
     placed = _place(teacher, recipe, teacher_precision, launch)
-    distiller = DistillModule(placed, student.tapped, relations, partial(dist.gather_json, device=launch.device))
+    gather = partial(dist.gather_json, device=launch.device)
+    distiller = DistillModule(placed, student.tapped, relations, gather, student.basis_Dd)
     engine = StudentEngine(distiller, student.trained, recipe.optimizer, config)
     return Parts(source, student, distiller, engine, batch, config, precision, teacher_precision, warnings)
+
+
+def student_of(
+    recipe: Recipe, teacher_model: PreTrainedModel, source: BatchSource, device: torch.device | str = "cpu"
+) -> Student:
+    """The recipe's student as training starts it; a projected one is measured on the first rows of the run."""
+    relations, calibration = recipe.relations, None
+    if recipe.student.init == "project":
+        num_rows = min(math.ceil(CALIBRATION_TOKENS / recipe.seq_len), recipe.steps * recipe.global_batch)
+        rows_BL = source.batch(np.arange(num_rows))
+        calibration = Calibration(torch.from_numpy(rows_BL).long().to(device), relations.heads)
+    return build_student(
+        teacher_model,
+        recipe.student,
+        recipe.seed,
+        relations.student_taps,
+        relations.teacher_taps,
+        **relations.tap_options,
+        calibration=calibration,
+    )
 
 
 def _place(teacher: FrozenTeacher, recipe: Recipe, precision: str, launch: Launch) -> Callable:

@@ -211,7 +211,10 @@ class Trainer:
         if reader is None:
             return 0
         self.engine.load(reader.read, reader.state["adam_step"], reader.state["scaler"])
-        self.parts.student.carried.update(reader.carried())
+        student = self.parts.student
+        student.carried.update(reader.carried())
+        self.engine.load_frozen(student.frozen, student.carried)
+        self.parts.distiller.basis_Dd = student.basis_Dd
         self.skipped_steps = reader.state["skipped_steps"]
         self.parts.distiller.keep_backend(reader.state.get("relation_backend"))
         self.spikes.losses.extend(reader.state.get("last_losses", []))

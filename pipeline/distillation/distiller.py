@@ -135,13 +135,20 @@ class DistillModule(nn.Module):
 
     `teacher` is any callable with the tap's call and results. Both must have been tapped as `config` says
     (`teacher_taps`, `student_taps`, `tap_options`). `gather` is how ranks agree on a backend at the first batch.
+    `basis_Dd` says on which components a narrower student's output stands (`Student.basis_Dd`).
     """
 
     def __init__(
-        self, teacher: Callable, student_tapped: TappedEncoder, config: RelationsConfig, gather: Gather = alone
+        self,
+        teacher: Callable,
+        student_tapped: TappedEncoder,
+        config: RelationsConfig,
+        gather: Gather = alone,
+        basis_Dd: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         self._gather = gather
+        self.basis_Dd = basis_Dd  # no buffer: an engine in half precision would round it
         self.student = student_tapped
         self.config = config
         self._teacher = (teacher,)  # a tuple hides it from the module tree
@@ -256,12 +263,17 @@ class DistillModule(nn.Module):
             return relation_kl(
                 teacher_BLD, student_BLD, self.config.heads, backend=self.backend, **extent.of_relations()
             )
-        if teacher_BLD.shape != student_BLD.shape:
+        target_BLD = teacher_BLD.float()
+        if self.basis_Dd is not None:
+            self.basis_Dd = self.basis_Dd.to(target_BLD.device)
+            target_BLD = target_BLD @ self.basis_Dd
+        if target_BLD.shape != student_BLD.shape:
             raise UserError(
                 f"`relations.tail: mse` needs equal widths, not {teacher_BLD.shape[-1]} (teacher) and "
-                f"{student_BLD.shape[-1]} (student); use `tail: relation`"
+                f"{student_BLD.shape[-1]} (student), or a student whose layers are projected (`student.init: project`); "
+                "use `tail: relation`"
             )
-        distance_BL = (student_BLD.float() - teacher_BLD.float()).square().mean(-1)
+        distance_BL = (student_BLD.float() - target_BLD).square().mean(-1)
         real_BL = extent.real_tokens(distance_BL)
         return distance_BL.mean() if real_BL is None else ((distance_BL * real_BL).sum(1) / real_BL.sum(1)).mean()
 

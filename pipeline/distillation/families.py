@@ -18,6 +18,8 @@ class Family:
 
     layers: str = "encoder.layer"
     projections: tuple[str, ...] = ("attention.self.query", "attention.self.key", "attention.self.value")
+    # attention's output, FFN in, FFN out; None: layers that `student.init: project` leaves at random
+    products: tuple[str, str, str] | None = ("attention.output.dense", "intermediate.dense", "output.dense")
     norm_before: str | None = None  # the layer's norm in front of its projections (pre-norm architectures)
     after_layers: tuple[str, ...] = ()  # modules that the model applies to the last layer's output
     after_first_layer: str | None = None  # a module that the model applies to the first layer's output
@@ -41,18 +43,21 @@ FAMILIES: dict[str, Family] = {
     "electra": Family(has_pooler=False),
     "mpnet": Family(
         projections=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
+        products=None,  # its position bias belongs to the heads
         layer_returns=1,
         takes_block_mask=False,
     ),
     "distilbert": Family(
         layers="transformer.layer",
         projections=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+        products=("attention.out_lin", "ffn.lin1", "ffn.lin2"),
         has_pooler=False,
         ffn_key="hidden_dim",
         dropout_keys=("dropout", "attention_dropout"),
     ),
     "deberta-v2": Family(  # Q and K of the content; the position terms of its attention are not part of them
         projections=("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj"),
+        products=None,
         after_first_layer="encoder.conv",
         layer_returns=2,
         takes_block_mask=False,
@@ -61,6 +66,7 @@ FAMILIES: dict[str, Family] = {
     "modernbert": Family(  # mmBERT too
         layers="layers",
         projections=("attn.Wqkv",),
+        products=None,
         norm_before="attn_norm",
         after_layers=("final_norm",),
         layer_attributes=("attention_type",),

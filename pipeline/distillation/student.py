@@ -8,6 +8,7 @@ touches. How weights start is `student_init.py`.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,11 +18,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from pipeline.distillation.families import FAMILIES, POSITIONS_AFTER_PADDING, family_of, usable_positions
-from pipeline.distillation.student_init import copied_layers, copy_layers, project_embeddings
+from pipeline.distillation.projection import Calibration, can_project_layers, project_layers
+from pipeline.distillation.student_init import copied_layers, copy_layers, project_embeddings, refuse_wider
 from pipeline.distillation.tap import TappedEncoder, tap
 from pipeline.errors import UserError
 
 FREEZABLE = ("embeddings",)
+BASIS = "projection.basis"  # its name among what is carried along; no weight of the model
+logger = logging.getLogger(__name__)
 # What a student of another family than its teacher keeps: whatever belongs to the tokenizer they share.
 TOKENIZER_KEYS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
 
@@ -35,8 +39,8 @@ class StudentConfig:
     heads: int = 12  # attention heads, not relation heads
     ffn: int | None = None  # None: 4 x hidden
     family: str | None = None  # None: the teacher's; another model type needs `init: random`
-    init: Literal["random", "layers", "project"] = "random"  # layers: copied from the teacher; project: embeddings
-    init_layers: list[int] | None = None  # teacher layers to copy, counted from 1; None: evenly up to the distilled one
+    init: Literal["random", "layers", "project"] = "random"  # layers: copied from the teacher; project: made narrower
+    init_layers: list[int] | None = None  # teacher layers to start from, from 1; None: evenly up to the distilled one
     freeze: list[str] = field(default_factory=list)  # "embeddings": the word embedding matrix gets no gradient
     dropout: float | None = None  # None: the teacher's
     checkpointing: bool = False  # recompute activations in backward: less memory, a third more work
@@ -65,12 +69,24 @@ class StudentConfig:
 
 @dataclass
 class Student:
-    """A student in training. `trained` and `carried` together are the model's state, by Hugging Face name."""
+    """A student in training. `trained` and `carried` together are the model's state, by Hugging Face name; a projected
+    student also carries its basis, which a later life of the run must not measure anew."""
 
     model: PreTrainedModel
     tapped: TappedEncoder
     trained: dict[str, nn.Parameter]
     carried: dict[str, torch.Tensor]
+
+    @property
+    def basis_Dd(self) -> torch.Tensor | None:
+        """On which components of the teacher's hidden states a projected student's stand."""
+        return self.carried.get(BASIS)
+
+    @property
+    def frozen(self) -> dict[str, nn.Parameter]:
+        """What the forward uses and training leaves alone, by Hugging Face name."""
+        in_use = {id(parameter) for parameter in self.tapped.parameters() if not parameter.requires_grad}
+        return {name: parameter for name, parameter in self.model.named_parameters() if id(parameter) in in_use}
 
 
 def build_student(
@@ -81,9 +97,13 @@ def build_student(
     teacher_layer: int | Sequence[int] | None = None,
     with_output: bool = False,
     after_rotary: bool = False,
+    calibration: Calibration | None = None,
 ) -> Student:
     """Build the student of a whole fp32 teacher. `distilled_layer` is the student's tapped layer (or list of layers),
     `teacher_layer` the teacher's (None: the last of each); `with_output` and `after_rotary` are `tap`'s.
+
+    `init: project` needs `calibration` to project layers; without it, and in families whose layers are of another kind,
+    it projects the embeddings alone.
 
     Frozen are the word embeddings if `freeze` says so; position embeddings and the embedding norm are always trained.
     """
@@ -93,16 +113,26 @@ def build_student(
     num_teacher_layers = teacher.config.num_hidden_layers
     chosen = copied_layers(num_teacher_layers, config.layers, config.init_layers, highest or num_teacher_layers)
     model = _blank_model(student_hf_config(teacher.config, config, chosen), seed)
+    family, basis_Dd = family_of(teacher.config), None
+    tapped_layer = config.layers if distilled_layer is None else distilled_layer
     if config.init == "layers":
-        copy_layers(teacher, model, family_of(teacher.config), chosen)
+        copy_layers(teacher, model, family, chosen)
     elif config.init == "project":
-        project_embeddings(teacher, model)
+        refuse_wider(teacher, model)
+        if calibration is not None and can_project_layers(teacher, family):
+            tapped_layers = {tapped_layer} if isinstance(tapped_layer, int) else set(tapped_layer)
+            basis_Dd = project_layers(teacher, model, family, chosen, tapped_layers, calibration)
+        else:
+            logger.info("student.init: project: the embeddings alone; layers start at random")
+            project_embeddings(teacher, model)
     if "embeddings" in config.freeze:
         model.get_input_embeddings().weight.requires_grad_(False)
     if config.checkpointing:
         _recompute_activations(model)
-    tapped_layer = config.layers if distilled_layer is None else distilled_layer
-    return split_student(model, tap(model, tapped_layer, with_output, after_rotary, whose="student"))
+    student = split_student(model, tap(model, tapped_layer, with_output, after_rotary, whose="student"))
+    if basis_Dd is not None:
+        student.carried[BASIS] = basis_Dd
+    return student
 
 
 def split_student(model: PreTrainedModel, tapped: TappedEncoder) -> Student:

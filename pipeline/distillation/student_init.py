@@ -1,6 +1,6 @@
 """Where a student's first weights come from: copies of teacher layers, or the teacher's embeddings, projected.
 
-Used by `student.py`. What is not set here keeps the architecture's random start.
+Used by `student.py`; projected layers are `projection.py`. What is not set keeps the architecture's random start.
 """
 
 from __future__ import annotations
@@ -53,29 +53,50 @@ def copy_layers(teacher: PreTrainedModel, student: PreTrainedModel, family: Fami
     student.load_state_dict({name: source[name] for name in own})
 
 
+def refuse_wider(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    """There are no more principal components than channels."""
+    width, narrow = embedding_width(teacher), embedding_width(student)
+    if narrow > width:
+        raise UserError(
+            f"`student.init: project` keeps principal components of the teacher's hidden states, of which there are "
+            f"{width}; the student is {narrow} wide. Use a narrower student or `student.init: random`"
+        )
+
+
 @torch.no_grad()
-def project_embeddings(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
-    """Word, position and token-type embeddings on the principal components of the teacher's word embeddings.
+def project_embeddings(
+    teacher: PreTrainedModel, student: PreTrainedModel, basis_Dd: torch.Tensor | None = None
+) -> None:
+    """Word, position and token-type embeddings on `basis_Dd`, by default the principal components of the word embeddings.
 
     The components are not centred: the mean vector is part of what the norm behind the embeddings expects.
     """
-    words_VD = _embedding(teacher).weight
-    width, narrow = words_VD.shape[1], _embedding(student).weight.shape[1]
-    if narrow > width:
-        raise UserError(
-            f"`student.init: project` keeps principal components of the teacher's embeddings, of which there are "
-            f"{width}; the student is {narrow} wide. Use a narrower student or `student.init: random`"
-        )
-    gram_DD = torch.zeros(width, width, dtype=torch.float64, device=words_VD.device)
-    for block_ND in words_VD.split(GRAM_BLOCK_ROWS):
-        gram_DD += block_ND.T.double() @ block_ND.double()
-    _, vectors_DD = torch.linalg.eigh(gram_DD)
-    basis_Dd = vectors_DD[:, -narrow:].flip(1).to(words_VD.dtype)  # eigenvalues come in ascending order
+    width = embedding_width(teacher)
+    if basis_Dd is None:
+        words_VD = _embedding(teacher).weight
+        gram_DD = torch.zeros(width, width, dtype=torch.float64, device=words_VD.device)
+        for block_ND in words_VD.split(GRAM_BLOCK_ROWS):
+            gram_DD += block_ND.T.double() @ block_ND.double()
+        basis_Dd = principal_components(gram_DD, embedding_width(student))
     own = dict(student.named_modules())
     for name, module in teacher.named_modules():
         target = own.get(name)
         if isinstance(module, nn.Embedding) and isinstance(target, nn.Embedding) and module.embedding_dim == width:
-            target.weight.copy_(module.weight @ basis_Dd)
+            target.weight.copy_(module.weight @ basis_Dd.to(module.weight))
+
+
+def principal_components(gram_DD: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` first eigenvectors of X^T X (float64), [D, count], largest first. Their signs are settled (the entry
+    of largest magnitude is positive), so that every machine finds the same ones."""
+    _, vectors_DD = torch.linalg.eigh(gram_DD)  # eigenvalues come in ascending order
+    first_Dn = vectors_DD[:, len(gram_DD) - count :].flip(1)
+    largest_1n = first_Dn.abs().argmax(0, keepdim=True)
+    return first_Dn * first_Dn.gather(0, largest_1n).sign()
+
+
+def embedding_width(model: PreTrainedModel) -> int:
+    """Channels of the word embedding; ELECTRA's may have fewer than its hidden states."""
+    return _embedding(model).weight.shape[1]
 
 
 def _embedding(model: PreTrainedModel) -> nn.Embedding:

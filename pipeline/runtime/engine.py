@@ -184,6 +184,14 @@ class StudentEngine:
                 setattr(self._zero.loss_scaler, name, type(getattr(self._zero.loss_scaler, name))(value))
         self._refresh_low_precision()
 
+    @torch.no_grad()
+    def load_frozen(self, frozen: Mapping[str, torch.nn.Parameter], weights: Mapping[str, torch.Tensor]) -> None:
+        """Parameters without gradient, from a checkpoint: what this start computed for them may have other last bits, or
+        come from a teacher or a text that has changed since."""
+        for name, parameter in frozen.items():
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
+                parameter.copy_(weights[name])
+
     def _refresh_low_precision(self) -> None:
         if self.stage != 3:
             self._zero.update_lp_params()

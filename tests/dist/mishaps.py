@@ -14,6 +14,7 @@ A mishap is a dictionary: `kind`, `rank` (absent: every rank), and when. Steps c
     no memory  a save finds none left for a snapshot
     stop file  STOP is made while the run starts, after it has begun to listen for it
     elsewhere  the rank starts in the directory `directory` and with `environment` in its environment, as on another node
+    other text a projected student is measured on `tokens` tokens
     stock      checkpoints are DeepSpeed's own (benchmarks/faults/stock.py)
 """
 
@@ -43,6 +44,7 @@ def arrange(mishaps: list[Mishap], rank: int) -> None:
         if mishap["kind"] == "elsewhere":
             os.chdir(mishap.get("directory", "."))
             os.environ |= mishap.get("environment", {})
+    from pipeline import assembly
     from pipeline.runtime import checkpoint_writer
     from pipeline.runtime.checkpoint_writer import CheckpointWriter
     from pipeline.trainer import Trainer
@@ -52,6 +54,8 @@ def arrange(mishaps: list[Mishap], rank: int) -> None:
     _around_saves(CheckpointWriter, [m for m in mine if m["kind"] in ("at call", "file size")])
     if "no memory" in kinds:
         checkpoint_writer.available_memory_bytes = lambda: 0
+    if "other text" in kinds:
+        assembly.CALIBRATION_TOKENS = kinds["other text"][0]["tokens"]
     if "stop file" in kinds:
         _make_stop_file_in_start_up(Trainer)
     if "resave" in kinds:

@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from transformers import AutoModel
 
 from benchmarks.faults.lab import Lab, same_end, same_state, wait_until
 from data_prep.shards import ShardSet
 from pipeline.config import load_recipe
 from pipeline.errors import EXIT_USER
+from pipeline.export.hf import export_run
 from pipeline.lineage import code_fingerprint
 from pipeline.runtime.checkpoint import CARRIED_FILE, committed_steps
 from tests.conftest import write_fp32_config
@@ -59,6 +61,29 @@ def test_a_spike_changes_nothing_and_its_rows_are_recorded(stage: int, lab: Lab)
     assert (stopped / "PREEMPTED").exists()
     assert lab.live(stopped, 2, settings, stage, [spike]) == 0
     assert same_end(stopped, run_dir)
+
+
+@pytest.mark.parametrize(("stage", "freeze"), [(2, True), (3, True), (1, False)])
+def test_a_projected_student_keeps_its_basis_for_life(stage: int, freeze: bool, lab: Lab, tmp_path: Path) -> None:
+    """A second life that would measure another basis goes on with the first one's: embeddings, tail term and all."""
+    settings = {
+        **STEPS,
+        "student.init": "project",
+        "student.freeze": ["embeddings"] if freeze else [],
+        "relations.tail": "mse",
+        "relations.tail_weight": 10.0,
+    }
+    whole = lab.untouched(2, settings, stage)
+    stopped = lab.fresh("stopped")
+    assert lab.live(stopped, 2, settings, stage, [{"kind": "signal", "signal": "SIGUSR1", "step": 3}]) == 0
+    assert lab.live(stopped, 2, settings, stage, [{"kind": "other text", "tokens": 70}]) == 0
+    assert same_end(stopped, whole)
+    first, last = ((run / "checkpoints" / f"step-{8:08d}" / CARRIED_FILE).read_bytes() for run in (whole, stopped))
+    assert first == last
+    other = lab.untouched(2, settings, stage, [{"kind": "other text", "tokens": 70}])
+    assert not same_end(other, whole), "another basis makes another run"
+    model = AutoModel.from_pretrained(export_run(stopped, tmp_path / "student"))
+    assert model.config.hidden_size == 24
 
 
 def test_damaged_shards_are_found_before_step_1_if_asked(lab: Lab) -> None:
