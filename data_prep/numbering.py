@@ -1,7 +1,7 @@
 """Whether a SentencePiece model, read in XLM-R's layout, and a tokenizer.json give the same pieces the same ids.
 
 In: the two files of one directory. Out: a verdict. Used by `tokenizer_file` in shards.py where a directory holds both and
-does not say whose they are: CamemBERT's files are called as XLM-R's are, and its pieces stand four ids further on.
+does not say whose they are: CamemBERT's files are called as XLM-R's are, and its pieces stand three ids further on.
 """
 
 from __future__ import annotations
