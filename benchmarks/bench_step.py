@@ -86,6 +86,7 @@ def step_variants(vocabulary: int, input_ids: torch.Tensor) -> dict[str, Callabl
     return {
         "obvious": obvious_step(),
         "own, fp32": own_step(load_teacher(whole, 12), False),
+        "own, fp32, embeddings frozen": own_step(load_teacher(whole, 12), True),
         "own, bf16 teacher": own_step(half_teacher, False),
         "own, bf16 teacher, embeddings frozen": own_step(half_teacher, True),
     }
@@ -104,12 +105,19 @@ def compare(quick: bool) -> tuple[list[list], list[list]]:
             name = f"B{batch} L{length}"
             gain = seconds["obvious"] / seconds[way]
             rows.append([name, way, seconds[way], gain, peaks[way], peaks[way] / peaks["obvious"]])
-            shares.append([name, way, *time_shares(run)])
+            shares.append([name, way, *time_shares(run, 1 if quick else 5)])
     return rows, shares
 
 
-def time_shares(run: Callable[[], None]) -> list[str]:
-    """Percent of CPU time in the models' products (linear layers and attention), in the relation loss, elsewhere."""
+def time_shares(run: Callable[[], None], repeats: int) -> list[str]:
+    """Percent of CPU time in the models' products (linear layers and attention), in the relation loss, elsewhere:
+    medians of several profiles."""
+    parts = torch.tensor([_profiled_parts(run) for _ in range(repeats)]).median(0).values
+    return [f"{100 * part:.0f} %" for part in (*parts.tolist(), 1 - float(parts.sum()))]
+
+
+def _profiled_parts(run: Callable[[], None]) -> tuple[float, float]:
+    """Shares of the models' products and of the relation loss in one step."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         run()
     events = profiler.key_averages()
@@ -118,7 +126,7 @@ def time_shares(run: Callable[[], None]) -> list[str]:
     # Attention's backward hands its work to kernels that are listed under their own names.
     products += sum(event.cpu_time_total for event in events if event.key in MODEL_PRODUCTS_BACKWARD)
     relation = sum(event.cpu_time_total for event in events if event.key in RELATION_LOSS)
-    return [f"{100 * part / total:.0f} %" for part in (products, relation, total - products - relation)]
+    return products / total, relation / total
 
 
 def cut_saving(quick: bool) -> float:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from copy import deepcopy as copy_module
 
 import pytest
@@ -12,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.distillation.teacher import check_vocabulary, load_encoder, load_teacher
 from pipeline.errors import UserError
+from tests.conftest import REPO
 from tests.tiny_encoders import CONFIGS, VOCABULARY, random_rows, tiny_encoder
 
 
@@ -46,6 +50,25 @@ def test_a_sharded_file_set_loads(tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     with torch.no_grad():
         assert torch.equal(load_encoder(tmp_path)(rows)[0], model(rows)[0])
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1.25), (torch.float16, 1.75)], ids=str)
+def test_a_sharded_teacher_is_not_held_twice(dtype, most, tmp_path):
+    """Most bytes above a process that has loaded a small one, in sizes of the teacher in fp32; half-precision files
+    take another half while they are read."""
+    big = tiny_encoder("xlm-roberta-xl", hidden_size=768, intermediate_size=3072, num_hidden_layers=4).to(dtype)
+    big.save_pretrained(tmp_path / "big", max_shard_size="20MB")
+    tiny_encoder("xlm-roberta-xl").save_pretrained(tmp_path / "small")
+    program = (
+        "from benchmarks.obvious import added_peak_mb; from pipeline.distillation.teacher import load_encoder\n"
+        "load_encoder('small'); print('peak', added_peak_mb(lambda: load_encoder('big')))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    peak_mb = float(done.stdout.split("peak ")[1])
+    size_mb = 4 * big.num_parameters() / 2**20
+    assert 0.9 * size_mb < peak_mb < most * size_mb
 
 
 def test_frozen_and_without_a_graph(saved):
