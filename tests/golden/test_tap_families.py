@@ -10,7 +10,7 @@ from transformers.masking_utils import sdpa_mask
 
 from pipeline.distillation.families import FAMILIES, family_of
 from pipeline.distillation.tap import tap
-from tests.tiny_encoders import CONFIGS, padded_rows, random_rows, tiny_encoder
+from tests.tiny_encoders import CONFIGS, MODERNBERT_LAYERS, padded_rows, random_rows, tiny_encoder
 
 
 def projections_of_whole_forward(model, layer: int, input_ids, mask):
@@ -46,6 +46,26 @@ def test_packed_rows(model_type, layer):
     expected, _ = projections_of_whole_forward(model, layer, rows, None)
     with torch.no_grad():
         assert_same(tap(model, layer)(rows), expected)
+
+
+@pytest.mark.parametrize("model_type", [name for name in CONFIGS if name not in ("mpnet", "deberta-v2")])
+def test_packed_rows_need_no_mask(model_type, monkeypatch):
+    """Without padding attention gets no mask, so that its fast kernels apply; only ModernBERT's windows are masks."""
+    masks, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*arguments, attn_mask=None, **keywords):
+        masks.append(attn_mask)
+        return attend(*arguments, attn_mask=attn_mask, **keywords)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    model = tiny_encoder(model_type)
+    with torch.no_grad():
+        tap(model, 4)(random_rows(2, 40))
+        tap(model, 4)(*padded_rows([40, 9]))
+    windows = MODERNBERT_LAYERS[:3] if model_type == "modernbert" else ["full_attention"] * 3
+    assert [mask is None for mask in masks[:3]] == [kind == "full_attention" for kind in windows]
+    assert not any(mask is None for mask in masks[3:])
+    assert len(masks) == 6
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
