@@ -155,7 +155,7 @@ def test_recomputed_activations_change_nothing(model_type, dropout):
         sum(x_BLD.square().sum() for x_BLD in student.tapped(rows)).backward()
         gradients.append([parameter.grad for parameter in student.trained.values()])
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
-    assert calls == [0, 1, 1], "the layer ran a second time, in backward"
+    assert calls.count(1) == 2 * calls.count(0) > 0, "the layer ran a second time, in backward"
 
 
 @pytest.mark.parametrize(

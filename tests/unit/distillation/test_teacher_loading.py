@@ -156,11 +156,15 @@ def test_vocabulary_of_the_shards_must_fit(saved):
         check_vocabulary(model, VOCABULARY + 1, "artifacts/shards")
 
 
-def test_a_compiled_teacher_gives_the_same(saved):
-    """With the `aot_eager` compiler, which traces but builds nothing: what fails in practice is the tracing."""
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_teacher_gives_the_same(backend, saved, tmp_path, monkeypatch):
+    """What fails in practice is the tracing, which needs no compiler; where there is one, it builds as well."""
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("no compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     teacher, rows = load_teacher(load_encoder(saved), 1), random_rows(2, 12)
     expected = teacher(rows)
-    teacher.compile(backend="aot_eager")
+    teacher.compile(backend=backend)
     for mine, theirs in zip(teacher(rows), expected, strict=True):
         assert torch.allclose(mine, theirs, atol=1e-5)
     assert teacher(rows)[0].is_inference()
