@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,7 +219,30 @@ def memory_finding(sizes: Sizes, num_ranks: int) -> Finding:
 
 
 def disk_finding(recipe: Recipe, sizes: Sizes, run_dir: Path) -> Finding:
-    """Room for all the checkpoints that stay."""
-    preflight.check_disk(nearest_directory(run_dir), sizes.checkpoint_bytes, recipe.checkpoint.keep, 0)
-    what = f"{recipe.checkpoint.keep} checkpoints of {sizes.checkpoint_bytes / 2**30:.2f} GiB fit"
-    return Finding("ok", "disk", what)
+    """Room for the newest checkpoints, and for the milestones that a run leaves over its whole length."""
+    keeping, where = recipe.checkpoint, nearest_directory(run_dir)
+    preflight.check_disk(where, sizes.checkpoint_bytes, keeping.keep, 0)
+    what = f"{keeping.keep} checkpoints of {sizes.checkpoint_bytes / 2**30:.2f} GiB"
+    num_milestones = recipe.steps // keeping.keep_every if keeping.keep_every else 0
+    if num_milestones == 0:
+        return Finding("ok", "disk", f"{what} fit")
+    # A milestone shares what is carried along with the newest ones (checkpoint_writer.py), wherever files can be linked.
+    milestone_bytes = 12 * sizes.trained if files_can_be_linked(where) else sizes.checkpoint_bytes
+    needed = sizes.checkpoint_bytes * (keeping.keep + 1) + milestone_bytes * num_milestones
+    what += f" and {num_milestones} milestones (checkpoint.keep_every) of {milestone_bytes / 2**30:.2f} GiB"
+    free = shutil.disk_usage(where).free
+    if free < needed:
+        what += f" take {needed / 2**30:.1f} GiB with the one being written, {where} has {free / 2**30:.1f} GiB free"
+        return Finding("warn", "disk", what, "raise checkpoint.keep_every, or move milestones away in time")
+    return Finding("ok", "disk", f"{what} fit")
+
+
+def files_can_be_linked(directory: Path) -> bool:
+    """Two names for one file: what a checkpoint's unchanging weights are kept with."""
+    try:
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".doctor-") as probe:
+            (Path(probe) / "one").touch()
+            (Path(probe) / "two").hardlink_to(Path(probe) / "one")
+    except OSError:
+        return False
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.__main__ import main
+from pipeline.config import load_recipe
 from pipeline.doctor_machine import (
     REPO,
     Finding,
@@ -22,7 +24,7 @@ from pipeline.doctor_machine import (
     slurm_finding,
     version_findings,
 )
-from pipeline.doctor_recipe import recipe_findings
+from pipeline.doctor_recipe import Sizes, disk_finding, recipe_findings
 from pipeline.errors import EXIT_USER, exit_code_of
 
 Look = Callable[..., list[Finding]]
@@ -36,6 +38,10 @@ def look(tiny_recipe: Path, fp32_config: Path, tmp_path: Path) -> Look:
         return recipe_findings(tiny_recipe, list(overrides), fp32_config, tmp_path / "run", ranks, check_hashes)
 
     return findings
+
+
+def no_links(*_: object, **__: object) -> None:
+    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
 
 def the_failure(findings: list[Finding]) -> Finding:
@@ -134,6 +140,28 @@ def test_what_does_not_divide(look: Look) -> None:
 
 def test_too_small_a_disk(look: Look) -> None:
     assert "checkpoint.keep" in the_failure(look("checkpoint.keep=1000000000")).what
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_milestones_count_towards_the_disk(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    """In hundredths of what is free: 1 trained, 20 carried along. Two checkpoints take 42; ten milestones 10, or 210 unlinked."""
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)  # as on FAT
+    hundredth = shutil.disk_usage(tmp_path).free // 100
+    sizes = Sizes(teacher=0, trained=hundredth // 12, carried=hundredth * 20 // 4)
+
+    def found(*overrides: str) -> Finding:
+        return disk_finding(load_recipe(tiny_recipe, ["checkpoint.keep=1", *overrides]), sizes, tmp_path / "run")
+
+    assert found().status == "ok"
+    assert "milestones" not in found().what
+    ten = found("checkpoint.keep_every=400", "steps=4399")
+    assert (ten.status, "10 milestones" in ten.what) == ("ok" if links else "warn", True)
+    many = found("checkpoint.keep_every=50", "steps=4000")
+    assert (many.status, "checkpoint.keep_every" in many.mend) == ("warn", True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_directory_that_cannot_be_written_to() -> None:
