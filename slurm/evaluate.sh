@@ -4,6 +4,7 @@
 #   sbatch slurm/evaluate.sh RUN_DIR [arguments of `python -m pipeline evaluate`: --tasks, --set; default: --tasks retrieval]
 #
 # Leaves RUN_DIR/student (Hugging Face directory), RUN_DIR/evaluation/evaluation.json and .png, and the report page.
+# A student that was exported there after the run's end is taken as it is; jobs on one run directory wait for each other's export.
 # With `sbatch --gpus-per-node=8 ...` one process per GPU shares the tasks that fine-tune (xnli, mlqa). A job that was
 # cut off goes on where it was: finished places of their grid, and epochs, are kept.
 #SBATCH --job-name=evaluate
@@ -41,8 +42,23 @@ print(recipe["teacher"] + (f"@{layer}" if layer else ""))' "$run_dir/recipe.yaml
 on_node() {
   srun --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${SRUN_OPTIONS[@]}" "${CONTAINER[@]}" "$PYTHON" "$@"
 }
+
+# Two exports into one directory would tear each other's files, and a later one the files that another job reads.
+export_once() {
+  exec 9>>"$run_dir/student.lock"
+  if command -v flock >/dev/null && ! flock 9; then
+    note "$run_dir has no file locks: do not start another evaluation of it before the export is done"
+  fi
+  if [[ $run_dir/student/lineage.json -nt $run_dir/DONE ]]; then
+    note "$run_dir/student is there already"
+  else
+    on_node -m pipeline export "$run_dir" --output "$run_dir/student" 9>&-
+  fi
+  exec 9>&-
+}
+
 note "job $SLURM_JOB_ID on $(hostname): $run_dir against $teacher"
-on_node -m pipeline export "$run_dir" --output "$run_dir/student"
+export_once
 evaluate=(-m pipeline evaluate)
 gpus=${SLURM_GPUS_ON_NODE:-1}
 if ((gpus > 1)); then

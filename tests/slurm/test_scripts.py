@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,41 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     done = bash("distill_xlmr.sh", *arguments, PROCESSES_PER_NODE="1")
     assert done.returncode == 0, done.stderr
     assert "is finished: done: 12 steps" in done.stdout
+
+
+def test_two_evaluations_export_one_student(tmp_path: Path) -> None:
+    """Both jobs at once, then a third after more training. Slurm's part is left out; Python's is to say what it was called for."""
+    run_dir, calls = tmp_path / "run", tmp_path / "calls"
+    run_dir.mkdir()
+    (run_dir / "recipe.yaml").write_text("teacher: some/teacher\n")
+    (run_dir / "DONE").write_text("done: 12 steps\n")
+    os.utime(run_dir / "DONE", (1, 1))
+    programs = {
+        "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
+        "python": f"""
+            [[ $1 == -c ]] && exec {shlex.quote(sys.executable)} "$@"
+            echo "begin $3" >>{shlex.quote(str(calls))}
+            [[ $3 != export ]] || {{ mkdir "$6.tmp" && sleep 1 && touch "$6.tmp/lineage.json" && rm -rf "$6" && mv "$6.tmp" "$6"; }}
+            echo "end $3" >>{shlex.quote(str(calls))}""",
+    }
+    for name, lines in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "PYTHON": str(tmp_path / "python")}
+
+    def evaluate() -> subprocess.CompletedProcess[str]:
+        return bash("evaluate.sh", str(run_dir), **environment)
+
+    with ThreadPoolExecutor() as pool:
+        both = [pool.submit(evaluate) for _ in range(2)]
+    assert [job.result().returncode for job in both] == [0, 0], [job.result().stderr for job in both]
+    lines = calls.read_text().splitlines()
+    assert lines[:2] == ["begin export", "end export"], "nobody evaluates before the student is there"
+    assert [lines.count(f"begin {verb}") for verb in ("export", "evaluate", "report")] == [1, 2, 2]
+    os.utime(run_dir / "DONE")
+    os.utime(run_dir / "student" / "lineage.json", (1, 1))
+    assert evaluate().returncode == 0
+    assert calls.read_text().splitlines().count("begin export") == 2
 
 
 def test_dry_run_shows_every_command_and_submits_nothing(tmp_path: Path) -> None:
