@@ -94,7 +94,7 @@ def describe_parts(recipe: Recipe, parts: Parts, launch: Launch) -> dict[str, st
         "teacher": f"{recipe.teacher}, read at layer {matched}, {parts.teacher_precision}, "
         f"{recipe.teacher_options.placement}",
         "student": f"{student.layers} layers x {student.hidden}, {parts.precision}: {parts.num_trained / 1e6:.1f} M "
-        f"parameters trained, {parts.num_carried / 1e6:.1f} M carried along",
+        f"parameters trained, {parts.num_carried / 1e6:.1f} M carried along; start: {parts.student.start}",
         "data": f"{len(parts.source.languages)} languages in {recipe.data}, rows of {recipe.seq_len} tokens",
         "batch": f"micro-batch {batch.micro_batch} x accumulation {batch.accumulation} x {launch.world_size} rank(s) = "
         f"{recipe.global_batch} rows, {tokens:,} tokens a step",

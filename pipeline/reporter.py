@@ -86,7 +86,7 @@ class Reporter:
         self.metrics.say(
             f"student in {self.parts.precision}: {self.parts.num_trained / 1e6:.1f} M parameters trained, "
             f"{self.parts.num_carried / 1e6:.1f} M carried "
-            f"along; teacher in {self.parts.teacher_precision}; {len(self.parts.source.languages)} languages; "
+            f"along, start: {self.parts.student.start}; teacher in {self.parts.teacher_precision}; {len(self.parts.source.languages)} languages; "
             f"{self.launch.world_size} rank(s) x {self.parts.batch.micro_batch} rows x {self.parts.batch.accumulation}"
         )
 

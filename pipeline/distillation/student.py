@@ -8,7 +8,6 @@ touches. How weights start is `student_init.py`.
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -25,7 +24,6 @@ from pipeline.errors import UserError
 
 FREEZABLE = ("embeddings",)
 BASIS = "projection.basis"  # its name among what is carried along; no weight of the model
-logger = logging.getLogger(__name__)
 # What a student of another family than its teacher keeps: whatever belongs to the tokenizer they share.
 TOKENIZER_KEYS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
 
@@ -76,6 +74,7 @@ class Student:
     tapped: TappedEncoder
     trained: dict[str, nn.Parameter]
     carried: dict[str, torch.Tensor]
+    start: str = ""  # in words, for people
 
     @property
     def basis_Dd(self) -> torch.Tensor | None:
@@ -115,21 +114,25 @@ def build_student(
     model = _blank_model(student_hf_config(teacher.config, config, chosen), seed)
     family, basis_Dd = family_of(teacher.config), None
     tapped_layer = config.layers if distilled_layer is None else distilled_layer
+    start, layers = "random", ", ".join(map(str, chosen))
     if config.init == "layers":
+        start = f"the teacher's layers {layers}"
         copy_layers(teacher, model, family, chosen)
     elif config.init == "project":
         refuse_wider(teacher, model)
         if calibration is not None and can_project_layers(teacher, family):
             tapped_layers = {tapped_layer} if isinstance(tapped_layer, int) else set(tapped_layer)
             basis_Dd = project_layers(teacher, model, family, chosen, tapped_layers, calibration)
+            start = f"the teacher's layers {layers} on {config.hidden} principal components of its states"
         else:
-            logger.info("student.init: project: the embeddings alone; layers start at random")
+            start = f"the teacher's embeddings alone, on {config.hidden} principal components; layers random"
             project_embeddings(teacher, model)
     if "embeddings" in config.freeze:
         model.get_input_embeddings().weight.requires_grad_(False)
     if config.checkpointing:
         _recompute_activations(model)
     student = split_student(model, tap(model, tapped_layer, with_output, after_rotary, whose="student"))
+    student.start = start
     if basis_Dd is not None:
         student.carried[BASIS] = basis_Dd
     return student

@@ -78,7 +78,9 @@ def test_what_fits_into_fewer_channels_keeps_its_logits(layer):
 
 def test_the_basis_holds_most_of_the_hidden_states():
     teacher = tiny_encoder("bert")
-    basis_Dd = project(teacher).basis_Dd
+    student = project(teacher)
+    assert student.start == "the teacher's layers 2, 4 on 24 principal components of its states"
+    basis_Dd = student.basis_Dd
     assert torch.allclose(basis_Dd.T @ basis_Dd, torch.eye(24), atol=1e-5)
     with torch.no_grad():
         states_ND = teacher(random_rows(4, 40, seed=6)).last_hidden_state.flatten(0, 1)
@@ -103,11 +105,10 @@ def test_norms_bring_the_student_nearest_to_the_projected_teacher(model_type):
 
 
 @pytest.mark.parametrize("model_type", EMBEDDINGS_ALONE)
-def test_other_layers_start_at_random_and_say_so(model_type, caplog):
+def test_other_layers_start_at_random_and_say_so(model_type):
     teacher = tiny_encoder(model_type)
-    with caplog.at_level("INFO"):
-        student = project(teacher)
-    assert "embeddings alone" in caplog.text
+    student = project(teacher)
+    assert student.start == "the teacher's embeddings alone, on 24 principal components; layers random"
     assert student.basis_Dd is None
     without = project(teacher, calibration=None)
     assert all(torch.equal(student.trained[name], without.trained[name]) for name in student.trained)
