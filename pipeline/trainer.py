@@ -124,10 +124,12 @@ class Trainer:
             self._after_save(self.writer.poll())
             reason = self._stop_reason()
             last = done == self.recipe.steps
-            if last or (done % self.recipe.eval_every == 0 and not reason):  # else the next life does: time is short
+            if reason:  # before all else: time is short
+                self._save(done, must=True)
+            if last or (done % self.recipe.eval_every == 0 and not reason):  # else the next life does
                 self._evaluate(done)
-            if last or reason or done % self.recipe.save_every == 0:
-                self._save(done, must=last or reason is not None)
+            if last or done % self.recipe.save_every == 0:
+                self._save(done, must=last)
             if reason and not last:
                 return self._finish("PREEMPTED", f"stopped on request ({reason}) after step {done}")
         self._finish("DONE", f"done: {self.recipe.steps} steps")

@@ -23,7 +23,7 @@ from pipeline.lineage import code_fingerprint
 from pipeline.runtime.checkpoint import CARRIED_FILE, committed_steps
 from tests.conftest import write_fp32_config
 from tests.dist.fork_server import ForkServer
-from tests.dist.runs import curve, end_group
+from tests.dist.runs import curve, end_group, metrics
 
 STEPS = {"steps": 8, "save_every": 1, "eval_every": 8, "checkpoint.keep": 10}
 
@@ -146,6 +146,15 @@ def test_a_stop_at_an_evaluation_leaves_it_to_the_next_life(lab: Lab) -> None:
     assert lab.live(run_dir, 2, settings) == 0
     assert same_end(run_dir, lab.untouched(2, settings))
     assert list(curve(run_dir, "heldout/mean")) == [0, 4, 8]
+
+
+def test_a_stop_in_the_last_step_saves_before_it_evaluates(lab: Lab) -> None:
+    settings, run_dir = {**STEPS, "steps": 2}, lab.fresh("run")
+    assert lab.live(run_dir, 1, settings, mishaps=[{"kind": "signal", "signal": "SIGTERM", "step": 1}]) == 0
+    in_the_end = [row for row in metrics(run_dir) if row["step"] == 2]
+    order = [tag for row in in_the_end for tag in row if tag in ("speed/save_stall_seconds", "heldout/mean")]
+    assert order == ["speed/save_stall_seconds", "heldout/mean"]
+    assert (run_dir / "DONE").exists()
 
 
 def test_a_crash_while_loading_is_counted(lab: Lab) -> None:
