@@ -18,7 +18,7 @@ from pipeline.dry_run import dry_run, writable_without_trace
 from pipeline.errors import EXIT_DONE
 from pipeline.runtime import dist
 from pipeline.runtime.guard import StopRequests, Watchdog, process_mark
-from pipeline.runtime.rank_log import keep_output
+from pipeline.runtime.rank_log import keep_crash, keep_output
 from pipeline.trainer import Trainer
 
 COLLECTIVE_TIMEOUT_MARGIN = 1.5  # the watchdog should bite first: it knows where every thread stands
@@ -48,10 +48,10 @@ def run_from_files(
     stop.listen()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while the ranks wait for each other, there is nothing to be saved
     slowest_s = max(recipe.guard.hang_timeout_s, recipe.guard.slow_timeout_s)
-    dist.init_process_group(launch, slowest_s * COLLECTIVE_TIMEOUT_MARGIN)
-    stop.listen()
     kind = "dry-run-stacks" if only_try else "stacks"  # a dry run leaves those of earlier lives where they are
     try:
+        dist.init_process_group(launch, slowest_s * COLLECTIVE_TIMEOUT_MARGIN)
+        stop.listen()
         with Watchdog(recipe.guard, logs / f"{kind}-rank{launch.rank}.txt") as watchdog:
             marks = dist.gather_json(process_mark(os.getpid()), launch.device)
             watchdog.take_along([mark for mark in marks if mark])
@@ -65,6 +65,10 @@ def run_from_files(
                 trainer.run(allow_change)
         if only_try:
             dist.barrier()  # every rank has closed its files
+    except Exception as error:
+        if not only_try:
+            keep_crash(logs / f"rank{launch.rank}.log", error)  # at once: leaving the other ranks can hang
+        raise
     finally:
         dist.shut_down()
         trace.close()

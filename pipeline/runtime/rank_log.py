@@ -10,9 +10,11 @@ import contextlib
 import logging
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any, TextIO
 
+from data_prep.shards import DataError
 from pipeline.errors import UserError
 
 
@@ -40,6 +42,18 @@ class _Twice:
         return getattr(self._console, name)
 
 
+def keep_crash(log: Path, error: Exception) -> None:
+    """What ended this process before `keep_output` is appended to `log`; nothing is made for what a user can mend."""
+    if isinstance(error, UserError | DataError) or isinstance(
+        sys.stderr, _Twice
+    ):  # then the interpreter's own lines come
+        return
+    with contextlib.suppress(OSError):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(_beginning() + "".join(traceback.format_exception(error)))
+
+
 def keep_output(log: Path) -> None:
     """From now on whatever this process prints is appended to `log`, too."""
     try:
@@ -47,7 +61,7 @@ def keep_output(log: Path) -> None:
         file = open(log, "a", encoding="utf-8")
     except OSError as error:
         raise UserError(f"the log {log} cannot be written ({error}); take another --run-dir") from None
-    file.write(f"-- {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n")
+    file.write(_beginning())
     consoles = {id(stream): _Twice(stream, file) for stream in (sys.stdout, sys.stderr)}
     loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict]
     for handler in [handler for logger in [logging.root, *loggers] for handler in logger.handlers]:
@@ -55,3 +69,8 @@ def keep_output(log: Path) -> None:
         if id(held) in consoles:
             vars(handler)["stream"] = consoles[id(held)]
     sys.stdout, sys.stderr = consoles[id(sys.stdout)], consoles[id(sys.stderr)]
+
+
+def _beginning() -> str:
+    """The line that a life opens with."""
+    return f"-- {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n"
