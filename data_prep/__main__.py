@@ -85,10 +85,14 @@ def add_merge(verb: argparse.ArgumentParser) -> None:
 
 
 def add_stats(verb: argparse.ArgumentParser) -> None:
+    verb.description = (
+        "Shares and epochs are of tokens and alpha alone: a recipe's sampling_unit, language_weights, languages and\n"
+        "max_epochs, and the rows held out, are not in them."
+    )
     verb.add_argument("shards", type=Path)
     verb.add_argument("--alpha", type=float, default=0.3)
     verb.add_argument("--seq-len", type=int, default=512)
-    verb.add_argument("--samples", type=int, help="rows that a planned run will read: steps x global batch")
+    verb.add_argument("--samples", type=int, help="rows that a planned run will read, for epochs: steps x global batch")
     verb.add_argument("--plot", type=Path, metavar="PNG", help="draw shares and epochs")
     verb.set_defaults(run=run_stats)
 
