@@ -1,10 +1,11 @@
 """A teacher whole on every rank, against one whose parameters are spread over the ranks: memory and losses.
 
-    OMP_NUM_THREADS=1 python benchmarks/bench_placement.py [--quick] [--json FILE]
+    OMP_NUM_THREADS=1 python benchmarks/bench_placement.py [--ranks 2 4] [--defaults] [--quick] [--json FILE]
 
-Real gloo ranks, `teacher_options.placement: replicated` and `zero3`, a student that is small beside its teacher. Memory: most
-bytes of tensors alive on a rank in the second optimizer step, from torch's profiler. That both placements come to the same
-losses is held by `tests/dist/`.
+Real gloo ranks, `teacher_options.placement: replicated` and `zero3`, a student that is small beside its teacher; with
+`--defaults` also a `zero3` that keeps what it gathered, as DeepSpeed does by default. Memory: most bytes of tensors alive
+on a rank in the second optimizer step, from torch's profiler. That both placements come to the same losses is held by
+`tests/dist/`.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from benchmarks.measure import arguments, publish
 from benchmarks.plan_cases import Case, teacher_shape
 
 PLACEMENTS = ("replicated", "zero3")
+DEFAULTS = "zero3, DeepSpeed's defaults"
 
 
-def case(placement: str, ranks: int, hidden: int, layers: int) -> Case:
+def case(name: str, ranks: int, hidden: int, layers: int) -> Case:
+    placement = "replicated" if name == "replicated" else "zero3"
     recipe = {
         "teacher_options.placement": placement,
         "relations.heads": 12,
@@ -36,7 +39,8 @@ def case(placement: str, ranks: int, hidden: int, layers: int) -> Case:
     }
     small_buckets = {"reduce_bucket_size": 100_000}  # the default, 2 GB, would hide all else
     shape = teacher_shape(layers, hidden, 1000)
-    return Case(f"{placement}, {ranks} ranks", recipe, shape, ranks=ranks, zero=small_buckets)
+    keep = name == DEFAULTS
+    return Case(f"{name}, {ranks} ranks", recipe, shape, ranks=ranks, zero=small_buckets, keep_gathered=keep)
 
 
 def teacher_megabytes(hidden: int, layers: int) -> float:
@@ -45,10 +49,14 @@ def teacher_megabytes(hidden: int, layers: int) -> float:
 
 
 def main() -> None:
-    options = arguments(__doc__).parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="numbers of ranks (--quick: 2)")
+    parser.add_argument("--defaults", action="store_true", help="measure DeepSpeed's defaults too")
+    options = parser.parse_args()
     hidden, layers = (192, 4) if options.quick else (768, 12)
-    ranks = (2,) if options.quick else (2, 4)
-    cases = [case(placement, number, hidden, layers) for number in ranks for placement in PLACEMENTS]
+    ranks = [2] if options.quick else options.ranks
+    names = [*PLACEMENTS, DEFAULTS] if options.defaults else PLACEMENTS
+    cases = [case(name, number, hidden, layers) for number in ranks for name in names]
     with tempfile.TemporaryDirectory() as temporary:
         reports = run_for_real(cases, Path(temporary))
     whole = teacher_megabytes(hidden, layers)

@@ -40,6 +40,7 @@ class Case:
     precision: str = "fp32"
     ranks: int = 1
     zero: dict[str, Any] = field(default_factory=dict)
+    keep_gathered: bool = False  # a partitioned teacher keeps what it gathered, as far as DeepSpeed's defaults go
 
     @property
     def overrides(self) -> list[str]:
@@ -65,6 +66,7 @@ class Case:
             "precision": self.precision,
             "ranks": self.ranks,
             "zero": self.zero,
+            "keep_gathered": self.keep_gathered,
         }
 
     def plan(self, directory: Path) -> Plan:

@@ -20,6 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import deepspeed
 import torch
 import torch.distributed
 from torch.profiler import ProfilerActivity, profile
@@ -37,6 +38,7 @@ from pipeline.runtime.ds_config import split_batch
 from pipeline.runtime.engine import StudentEngine, partition_teacher
 from tests.dist.ports import free_port
 
+GATHER_LIMITS = ("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size")
 COLLECTIVES = ("all_reduce", "reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather", "broadcast")
 
 
@@ -53,6 +55,8 @@ def build(case: dict[str, Any], recipe: Recipe, launch: dist.Launch) -> tuple[St
     teacher = load_teacher(model, relations.teacher_taps, dtype, "cpu", **relations.tap_options)
     del model
     placed = teacher
+    if case.get("keep_gathered"):
+        use_default_limits()
     if recipe.teacher_options.placement == "zero3":
         placed = partition_teacher(teacher, case["precision"])  # type: ignore[assignment]
     batch = split_batch(recipe.global_batch, recipe.micro_batch_per_gpu, launch.world_size)
@@ -70,6 +74,17 @@ def build(case: dict[str, Any], recipe: Recipe, launch: dist.Launch) -> tuple[St
     }
     module = DistillModule(placed, student.tapped, relations)
     return StudentEngine(module, student.trained, recipe.optimizer, ds_config), batch.micro_batch, batch.accumulation
+
+
+def use_default_limits() -> None:
+    """From now on this rank's engines keep as many gathered parameters as DeepSpeed does by default."""
+    initialize = deepspeed.initialize
+
+    def without_limits(config: dict[str, Any], **keywords: Any) -> Any:
+        zero = {key: value for key, value in config["zero_optimization"].items() if key not in GATHER_LIMITS}
+        return initialize(config={**config, "zero_optimization": zero}, **keywords)
+
+    deepspeed.initialize = without_limits
 
 
 def optimizer_step(engine: StudentEngine, ids_BL: torch.Tensor, accumulation: int) -> None:
