@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.assembly import open_data, student_of
+from pipeline.assembly import cut_teacher, open_data, student_of
 from pipeline.config import Recipe
 from pipeline.distillation.teacher import load_encoder as load_teacher_encoder
 from pipeline.evaluation.encoder import Encoder, load_encoder
@@ -47,7 +47,10 @@ def compare(recipe: Recipe, run_dir: Path) -> str:
 def untrained_student(recipe: Recipe) -> Encoder:
     """The student as training starts it, with the teacher's tokenizer."""
     teacher = load_encoder(recipe.teacher)
-    student = student_of(recipe, load_teacher_encoder(recipe.teacher), open_data(recipe))
+    whole = load_teacher_encoder(recipe.teacher)
+    if recipe.vocabulary is not None:
+        cut_teacher(recipe.vocabulary, recipe.teacher, whole)
+    student = student_of(recipe, whole, open_data(recipe))
     layer = recipe.relations.student_layer or recipe.student.layers
     model = student.model.eval().to(teacher.device)
     return Encoder("student before training", model, teacher.tokenizer, layer, path=recipe.teacher)

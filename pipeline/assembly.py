@@ -24,6 +24,7 @@ from pipeline.distillation.families import FAMILIES, check_length
 from pipeline.distillation.projection import Calibration
 from pipeline.distillation.relations import check_heads
 from pipeline.distillation.student import Student, build_student
+from pipeline.distillation.tap import tap
 from pipeline.distillation.teacher import FrozenTeacher, check_vocabulary, load_encoder, load_teacher
 from pipeline.distillation.vocabulary import cut_embedding, read_vocabulary
 from pipeline.errors import UserError
@@ -58,7 +59,7 @@ class Parts:
 
     @property
     def num_carried(self) -> int:
-        """Parameters and buffers of the student that training never touches."""
+        """Values in checkpoints that training never touches: the student's, and a projected one's basis."""
         return sum(tensor.numel() for tensor in self.student.carried.values())
 
 
@@ -75,13 +76,16 @@ def assemble(recipe: Recipe, recipe_path: Path, ds_path: Path, launch: Launch) -
     if recipe.vocabulary is not None:
         cut_teacher(recipe.vocabulary, recipe.teacher, teacher_model)
     check_fit(recipe, source.shards, teacher_model)
-    relations = recipe.relations
-    student = student_of(recipe, teacher_model, source, launch.device)
+    check_taps(recipe, teacher_model)
+    relations, spread = recipe.relations, recipe.teacher_options.placement == "zero3"
+    # A teacher that is to be spread may not fit on one device.
+    student = student_of(recipe, teacher_model, source, "cpu" if spread else launch.device)
+    if recipe.student.init == "project":
+        dist.take_from_main([*student.model.parameters(), *student.carried.values()], launch.device)
     teacher = load_teacher(
         teacher_model, relations.teacher_taps, DTYPES[teacher_precision], "cpu", **relations.tap_options
     )
     del teacher_model  # what lies above the distilled layer is freed here
-    check_heads(teacher.widths[0], relations.heads, "teacher", student.tapped.widths[0])
     placed = _place(teacher, recipe, teacher_precision, launch)
     gather = partial(dist.gather_json, device=launch.device)
     distiller = DistillModule(placed, student.tapped, relations, gather, student.basis_Dd)
@@ -147,6 +151,15 @@ def cut_teacher(vocabulary: str, teacher: str, model: Any) -> None:
     kept = read_vocabulary(vocabulary)
     kept.refuse_other_source(tokenizer_sha256(teacher), teacher)
     cut_embedding(model, kept)
+
+
+def check_taps(recipe: Recipe, teacher_model: PreTrainedModel) -> None:
+    """Layers that are there and heads that divide both widths, before the teacher does any work."""
+    relations, width = recipe.relations, recipe.student.hidden
+    taps = relations.teacher_taps or teacher_model.config.num_hidden_layers
+    teacher = tap(teacher_model, taps, **relations.tap_options, whose="teacher")
+    check_heads(teacher.widths[0], relations.heads, "teacher", width)
+    check_heads(width, relations.heads, "student", teacher.widths[0])
 
 
 def check_fit(recipe: Recipe, shards: ShardSet, teacher_model: Any) -> None:

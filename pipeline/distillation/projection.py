@@ -76,7 +76,7 @@ def project_layers(
         nn.Module.to(model, device)
     student.eval()
     states = _observe(teacher, family, chosen, calibration.rows_BL)
-    normed = {name: torch.cat(parts) for name, parts in states.normed.items()}
+    normed = {name: torch.cat(states.normed.pop(name)) for name in list(states.normed)}
     gram_DD = torch.stack([(x_ND.T @ x_ND).double() / x_ND.double().square().sum() for x_ND in normed.values()]).sum(0)
     basis_Dd = principal_components(gram_DD, student.config.hidden_size).float()
     project_embeddings(teacher, student, basis_Dd)

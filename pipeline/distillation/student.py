@@ -23,7 +23,7 @@ from pipeline.distillation.tap import TappedEncoder, tap
 from pipeline.errors import UserError
 
 FREEZABLE = ("embeddings",)
-BASIS = "projection.basis"  # its name among what is carried along; no weight of the model
+BASIS = "projection.basis"  # its name among what is carried along: no weight of the model (runtime/checkpoint.py)
 # What a student of another family than its teacher keeps: whatever belongs to the tokenizer they share.
 TOKENIZER_KEYS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
 

@@ -18,7 +18,6 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig
 from transformers.utils import cached_file
 
 from pipeline.distillation.families import family_of
-from pipeline.distillation.student import BASIS
 from pipeline.errors import UserError
 from pipeline.export.card import LINEAGE_FILE, VOCABULARY_FILE, lineage_of, write_card
 from pipeline.runtime.checkpoint import read_model_weights
@@ -44,7 +43,6 @@ def export_run(run_dir: Path, output: Path, extras: Sequence[Extra] = (), dtype:
     if not run_dir.is_dir():
         raise UserError(f"there is no run directory {run_dir}. Train first; its --run-dir is what export reads.")
     weights, state = read_model_weights(run_dir)
-    weights.pop(BASIS, None)
     run = _read_json(run_dir / "run.json")
     config = AutoConfig.from_pretrained(_existing(run_dir / "student_config.json"))
     recipe_text = _existing(run_dir / "recipe.yaml").read_text(encoding="utf-8")

@@ -27,6 +27,7 @@ from pipeline.runtime.schedule import MOMENTS
 FORMAT_VERSION = 1
 KINDS = ("weight", *MOMENTS)
 CARRIED_FILE = "carried.safetensors"
+BESIDE_WEIGHTS = "projection."  # how names in it begin that are no weights of the model
 _STEP_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")  # one name per step
 _FRAGMENT = re.compile(r"[^:]+:[0-9]+")
 _FILE_NAME = re.compile(r"state\.json|carried\.safetensors|(weight|exp_avg|exp_avg_sq)-\d{5}-of-\d{5}\.safetensors")
@@ -297,7 +298,7 @@ def read_model_weights(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict[str
             "deepspeed pipeline/train.py --deepspeed ds_configs/zero2.json --run-dir " + str(run_dir)
         )
     reader = CheckpointReader(checkpoint)
-    weights = reader.carried()
+    weights = {name: tensor for name, tensor in reader.carried().items() if not name.startswith(BESIDE_WEIGHTS)}
     for name, shape in reader.state["parameters"].items():
         numel = int(torch.Size(shape).numel())
         weights[name] = reader.read("weight", name, 0, numel).reshape(shape)

@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -155,6 +156,14 @@ def gather_json(value: Any, device: torch.device) -> list[Any]:
 def broadcast_json(value: Any, device: torch.device) -> Any:
     """Rank 0's JSON value on every rank."""
     return gather_json(value if torch_dist.get_rank() == 0 else None, device)[0]
+
+
+def take_from_main(tensors: Iterable[torch.Tensor], device: torch.device) -> None:
+    """Give every rank rank 0's values, in place: what each computed for itself may differ where their machines do."""
+    for tensor in tensors:
+        moved = tensor.detach().to(device)
+        torch_dist.broadcast(moved, 0)
+        tensor.detach().copy_(moved)
 
 
 def shut_down() -> None:

@@ -80,6 +80,8 @@ def test_a_projected_student_keeps_its_basis_for_life(stage: int, freeze: bool, 
     assert same_end(stopped, whole)
     first, last = ((run / "checkpoints" / f"step-{8:08d}" / CARRIED_FILE).read_bytes() for run in (whole, stopped))
     assert first == last
+    unlike = lab.untouched(2, settings, stage, [{"kind": "other text", "tokens": 70, "rank": 1}])
+    assert same_end(unlike, whole), "rank 0's measure is everybody's"
     other = lab.untouched(2, settings, stage, [{"kind": "other text", "tokens": 70}])
     assert not same_end(other, whole), "another basis makes another run"
     model = AutoModel.from_pretrained(export_run(stopped, tmp_path / "student"))

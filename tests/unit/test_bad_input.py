@@ -110,6 +110,20 @@ def test_weights_that_are_no_weights(refused: Run, override: str) -> None:
     assert override.partition("=")[0] in refused(override)
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("relations.teacher_layer=99", "no layer 99 in the teacher"),
+        ("relations.teacher_layer=-1", "no layer -1 in the teacher"),
+        ("relations.heads=7", "7"),
+        ("relations.heads=0", "0"),
+        ("student.hidden=96", "the student is 96 wide"),
+    ],
+)
+def test_a_projected_student_is_refused_before_the_teacher_runs(override: str, words: str, refused: Run) -> None:
+    assert words in refused("student.init=project", override)
+
+
 def test_attention_heads_that_do_not_divide(refused: Run) -> None:
     assert "student.heads" in refused("student.heads=5")
 
