@@ -202,11 +202,6 @@ class StudentEngine:
             self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
 
 
-MAX_GATHERED_PARAMETERS = (
-    10_000_000  # of a partitioned teacher on one rank: the matrix in use and what is fetched ahead
-)
-
-
 def partition_teacher(teacher: torch.nn.Module, precision: str) -> Callable:
     """A frozen module whose parameters are spread over the ranks by a ZeRO-3 engine of its own, without optimizer.
 
