@@ -47,6 +47,9 @@ def read_launch() -> Launch:
     environment.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in environment and environment["WORLD_SIZE"] != "1":
         raise UserError("WORLD_SIZE is set but MASTER_PORT is not: start with deepspeed, torchrun or srun")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        if not environment[name].isdecimal():
+            raise UserError(f"{name} is {environment[name]!r}, not a number: start with deepspeed, torchrun or srun")
     local_rank = int(environment["LOCAL_RANK"])
     device = torch.device("cpu")
     if torch.cuda.is_available():

@@ -47,6 +47,13 @@ def refused(
         signal.signal(number, handler)
 
 
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
+def test_a_rank_that_is_no_number(name: str, refused: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setenv(name, "two")
+    assert f"{name} is 'two'" in refused()
+
+
 def test_missing_recipe_lists_the_recipes(refused: Run) -> None:
     error = refused(recipe=Path("recipes/quikstart.yaml"))
     assert "recipes/quikstart.yaml" in error
