@@ -7,14 +7,15 @@ does not say whose they are: CamemBERT's files are called as XLM-R's are, and it
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
-XLMR_SPECIAL_IDS = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
 SPM_CONTROL_PIECES = 3  # <unk>, <s>, </s> come first in the model; every piece after them is its place + 1
 
 
-def numbered_alike(model: Path, fast: Path) -> bool:
-    """Every piece of `model` has the id in `fast` that XLM-R would give it. Not where either cannot be read."""
+def numbered_alike(model: Path, fast: Path, special_ids: Mapping[str, int]) -> bool:
+    """Every piece of `model`, and each of XLM-R's special ones, has the id in `fast` that XLM-R would give it. Not
+    where either cannot be read."""
     import sentencepiece  # training reads shards, and opens no tokenizer
 
     try:
@@ -22,7 +23,7 @@ def numbered_alike(model: Path, fast: Path) -> bool:
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):
         return False
-    if any(ids.get(piece) != number for piece, number in XLMR_SPECIAL_IDS.items()):
+    if any(ids.get(piece) != number for piece, number in special_ids.items()):
         return False
     numbers = range(SPM_CONTROL_PIECES, pieces.get_piece_size())
     return all(ids.get(pieces.id_to_piece(number)) == number + 1 for number in numbers)

@@ -68,7 +68,8 @@ def _is_xlmr(directory: Path) -> bool:
     if isinstance(name, str):
         return name.startswith("XLMRoberta")
     model = directory / SENTENCEPIECE_NAMES[0]
-    return model.is_file() and numbered_alike(model, directory / FAST_TOKENIZER_NAME)
+    special_ids = {"<s>": BOS_ID, "<pad>": PAD_ID, "</s>": EOS_ID, "<unk>": UNK_ID}
+    return model.is_file() and numbered_alike(model, directory / FAST_TOKENIZER_NAME, special_ids)
 
 
 class Shard:

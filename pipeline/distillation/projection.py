@@ -99,7 +99,7 @@ def _observe(teacher: PreTrainedModel, family: Family, chosen: list[int], rows_B
             stack.callback(module.register_forward_hook(keep).remove)
 
         for name, module in teacher.named_modules():
-            if isinstance(module, nn.LayerNorm) and not name.startswith(family.layers):
+            if isinstance(module, nn.LayerNorm) and not name.startswith(family.layers + "."):
                 watch(module, partial(states.keep_normed, name))
         for number, source in enumerate(chosen):
             own, layer = f"{family.layers}.{number}.", teacher.get_submodule(f"{family.layers}.{source - 1}")

@@ -44,9 +44,8 @@ class _Twice:
 
 def keep_crash(log: Path, error: Exception) -> None:
     """What ended this process before `keep_output` is appended to `log`; nothing is made for what a user can mend."""
-    if isinstance(error, UserError | DataError) or isinstance(
-        sys.stderr, _Twice
-    ):  # then the interpreter's own lines come
+    the_interpreter_will_tell = isinstance(sys.stderr, _Twice)
+    if isinstance(error, UserError | DataError) or the_interpreter_will_tell:
         return
     with contextlib.suppress(OSError):
         log.parent.mkdir(parents=True, exist_ok=True)
