@@ -1,36 +1,20 @@
 """The DeepSpeed JSON: read, checked against the recipe, and resolved to what this machine can run.
 
 The recipe owns batch, learning rate and clipping; the JSON owns ZeRO stage, precision, communication, offload and the
-optimizer's implementation. DeepSpeed itself ignores unknown keys in silence and turns `"auto"` fp16 off in silence, so
+optimizer's implementation. DeepSpeed itself silently ignores unknown keys and turns `"auto"` fp16 off, so
 nothing reaches it unresolved. No DeepSpeed import here: engine.py hands the result over.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError, did_you_mean
+from pipeline.errors import UserError
+from pipeline.runtime import ds_schema
 from pipeline.runtime.schedule import OptimizerConfig
-
-KNOWN_KEYS = (
-    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping optimizer fp16 bf16 "
-    "zero_optimization zero_force_ds_cpu_optimizer communication_data_type prescale_gradients "
-    "gradient_predivide_factor data_types activation_checkpointing wall_clock_breakdown steps_per_print comms_logger "
-    "flops_profiler memory_breakdown dump_state aio checkpoint disable_allgather seq_parallel_communication_data_type"
-).split()
-OWNED_BY_RECIPE = {
-    "scheduler": "the recipe's `optimizer.warmup_steps` and `optimizer.decay` are the schedule",
-    "tensorboard": "TensorBoard is always written, to the run directory",
-    "wandb": "metrics go to TensorBoard and metrics.jsonl in the run directory",
-    "csv_monitor": "metrics go to TensorBoard and metrics.jsonl in the run directory",
-    "torch_autocast": "it leaves state behind that breaks later engines of the process; use fp16 or bf16",
-    "amp": "DeepSpeed removed it; use fp16 or bf16",
-    "elasticity": "DeepSpeed removed it; checkpoints here load at any number of ranks",
-}
 
 
 @dataclass(frozen=True)
@@ -71,22 +55,12 @@ def split_batch(global_batch: int, micro_batch: int, world_size: int) -> BatchSh
 
 
 def read_ds_json(path: Path) -> dict[str, Any]:
-    """The JSON as written. Unknown keys and keys that the recipe owns are refused by name."""
+    """The JSON as written, checked to its last level (ds_schema.py). Raises `UserError`."""
     if not path.is_file():
         known = ", ".join(sorted(str(p) for p in Path("ds_configs").glob("*.json"))) or "none"
         raise UserError(f"there is no DeepSpeed config at {path}. Configs here: {known}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} must hold a JSON object")
-    for key in config:
-        if key in OWNED_BY_RECIPE:
-            raise UserError(f"{path}: remove `{key}`; {OWNED_BY_RECIPE[key]}")
-        if key not in KNOWN_KEYS:
-            hint = did_you_mean(key, KNOWN_KEYS)
-            raise UserError(f"{path}: unknown key `{key}` (DeepSpeed would ignore it in silence); {hint}")
+    config = ds_schema.parse(path)
+    ds_schema.check(config, path)
     return config
 
 
@@ -126,14 +100,11 @@ def _take(config: dict[str, Any], owned: dict[str, Any], where: str, recipe_path
 
 def _resolve_optimizer(config: dict[str, Any], optimizer: OptimizerConfig, path: Path, recipe_path: str) -> None:
     section = copy.deepcopy(config.get("optimizer", {"type": "AdamW", "params": {}}))
-    if section.get("type") != "AdamW":
-        raise UserError(f"{path}: optimizer.type is {section.get('type')!r}; the recipe's optimizer is AdamW")
     parameters = section.setdefault("params", {})
-    if not parameters.setdefault("torch_adam", True):
-        raise UserError(
-            f"{path}: optimizer.params.torch_adam must be true: DeepSpeed's own Adam compiles at start and keeps its "
-            "step count where a checkpoint by parameter name cannot restore it exactly"
-        )
+    section.setdefault("type", "AdamW")
+    parameters.setdefault("torch_adam", True)
+    if parameters.get("fused") and parameters.get("foreach"):
+        raise UserError(f"{path} sets both `fused` and `foreach` in `optimizer.params`; keep one")
     owned = {"lr": optimizer.lr, "betas": list(optimizer.betas), "eps": optimizer.eps}
     _take(parameters, {**owned, "weight_decay": optimizer.weight_decay}, f"{path} optimizer.params", recipe_path)
     config["optimizer"] = section
@@ -166,9 +137,12 @@ def _check_stage(config: dict[str, Any], path: Path) -> None:
             f"{path}: zero_optimization.stage is {stage}; use 1, 2 or 3. (Stage 0 with fp16 is broken in DeepSpeed 0.19: "
             "updates come out far too small; stage 1 on one GPU costs the same)"
         )
+    if stage != 3 and zero.get("offload_param", {}).get("device", "none") != "none":
+        raise UserError(
+            f"{path} asks for `offload_param` at stage {stage}, where DeepSpeed ignores it: set zero_optimization.stage to 3, "
+            "or remove it"
+        )
     offload = zero.get("offload_optimizer", {}).get("device", "none")
-    if offload == "nvme" or zero.get("offload_param", {}).get("device", "none") == "nvme":
-        raise UserError(f"{path}: offload to nvme is not supported by this pipeline's checkpoints; use cpu")
     if offload != "none":
         config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW runs on the offloaded partition, uncompiled
 
