@@ -206,7 +206,8 @@ def run_stats(parsed: argparse.Namespace) -> int:
 
 
 def run_trim_vocab(parsed: argparse.Namespace) -> int:
-    from data_prep.discovery import LanguageRules, discover
+    from data_prep.discovery import LanguageRules, ReadOptions, survey
+    from data_prep.intake import announce
     from data_prep.tokenizer import SentencePieceTokenizer
     from data_prep.usage import usage_of_shards, usage_of_text
     from data_prep.vocabulary import TrimOptions, trim_vocabulary, trimming_table
@@ -226,7 +227,9 @@ def run_trim_vocab(parsed: argparse.Namespace) -> int:
         usage = usage_of_shards(shards)
     else:
         rules = LanguageRules.read(parsed.language_map, None)
-        usage = usage_of_text(discover(parsed.input, rules, parsed.text_field), tokenizer, parsed.workers)
+        surveyed = survey(parsed.input, rules, ReadOptions(parsed.text_field))
+        announce(surveyed, surveyed.sources)
+        usage = usage_of_text(surveyed.sources, tokenizer, parsed.workers)
     options = TrimOptions(languages or sorted(usage.counts), options.min_count, options.coverage)
     print(trimming_table(trim_vocabulary(tokenizer, usage, options, parsed.output)))
     print(f"vocabulary: {parsed.output}. Prepare shards with it: prepare ... --tokenizer {parsed.output}")

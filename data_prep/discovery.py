@@ -9,7 +9,7 @@ from pathlib import Path
 from data_prep.languages import CC100
 from data_prep.names import shown
 from data_prep.shards import LANGUAGE_PATTERN, DataError
-from data_prep.sources import MAX_BROKEN_LINES, SUFFIXES, HubSource, Source, kind_of
+from data_prep.sources import KNOWN_KINDS, MAX_BROKEN_LINES, HubSource, Source, kind_of
 from data_prep.walk import LEFT_OUT, NotTaken, walk
 
 IGNORED = "-"
@@ -166,7 +166,7 @@ def _pattern(name: str) -> str:
 
 
 def _what_is_there(not_taken: list[NotTaken]) -> str:
-    looked_for = f"Looked for *{', *'.join(SUFFIXES)}."
+    looked_for = f"Looked for {KNOWN_KINDS}."
     return f"{looked_for} What is there was not taken: {'; '.join(summary(not_taken, 3))}." if not_taken else looked_for
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from data_prep.blocks import Block, cut_blocks
 from data_prep.broken import BrokenLines, OtherEncoding
 from data_prep.clean import CleanOptions
@@ -89,7 +91,9 @@ class Lane:
     def _refuse_other_options(self) -> None:
         """A run with other options may have begun the directory anew before this one had its first language."""
         if read_run(self._settings.output)["options_xxh3_128"] != self._settings.identity.options_xxh3_128:
-            raise DataError(f"{self._settings.output} has been begun anew with other options meanwhile. Nothing was written.")
+            raise DataError(
+                f"{self._settings.output} has been begun anew with other options meanwhile. Nothing was written."
+            )
 
     def _take_back(self, source: int) -> None:
         """Every shard that holds text of this source or a later one."""
@@ -224,7 +228,7 @@ class Lane:
         broken = self._broken.warning(self._counts)
         self._commit(complete=True)
         for warning in [*([broken] if broken else []), *warnings_of(self._counts)]:
-            print(f"warning: {self.language}: {warning}", file=sys.stderr)
+            tqdm.write(f"warning: {self.language}: {warning}", file=sys.stderr)  # above the bar, not behind it
 
 
 def check_sources(language: str, sources: list[Source], journal: Journal) -> None:

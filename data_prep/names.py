@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from pathlib import Path
 
 
@@ -15,3 +17,11 @@ def shown(path: Path | str) -> str:
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in kept_name(str(path))
     )
+
+
+def quoted(path: Path | str) -> str:
+    """A path for a shell command that is printed to be pasted."""
+    if shown(path) == str(path):
+        return shlex.quote(str(path))
+    escaped = (chr(byte) if 32 <= byte < 127 and byte not in b"'\\" else f"\\x{byte:02x}" for byte in os.fsencode(path))
+    return "$'" + "".join(escaped) + "'"

@@ -8,7 +8,6 @@ wrong with it is said. `discovery.py` finds the files and their languages.
 from __future__ import annotations
 
 import io
-import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,17 +18,15 @@ import xxhash
 
 from data_prep.layout import file_digest
 from data_prep.lines import BYTE_ORDER_MARK, ends_lines_with_cr, with_line_feeds
-from data_prep.names import shown
-from data_prep.other_encodings import broken_lines, likely_encoding, wide_encoding
+from data_prep.names import quoted, shown
+from data_prep.other_encodings import SAMPLE_LINES, broken_lines, likely_encoding, wide_encoding
 from data_prep.records import JSON_TO_LINES, BrokenRecord, Records, WrongField, from_hub, from_json_lines, from_parquet
 from data_prep.shards import DataError
 from data_prep.unpack import PACKINGS, UNPACKING_ERRORS, PackedError, WindowTooLarge, rewriting, unpacked
 
 START_BYTES = 1 << 18  # of the content of a file: what it is judged by before anything of it is used
 TEXT_KINDS, JSON_KINDS = (".txt",), (".jsonl", ".ndjson")
-SUFFIXES = (*(kind + packed for kind in (".txt", ".jsonl", ".ndjson") for packed in PACKINGS), ".parquet") + tuple(
-    f".json{packed}" for packed in PACKINGS[1:]
-)
+KNOWN_KINDS = f"*.txt, *.jsonl, *.ndjson (each plain or {', '.join(PACKINGS[1:])}), *.json packed so, *.parquet"
 _CONTROL_BYTES = bytes(set(range(32)) - set(b"\t\n\v\f\r\x1b"))
 _MAGIC = {b"\x1f\x8b": ".gz", b"\xfd7zXZ\0": ".xz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2"}
 MAX_BROKEN_LINES = 0.05  # share of a file's lines that may be no UTF-8
@@ -127,11 +124,10 @@ class Source:
             ) from error
 
     def _too_large_a_window(self) -> str:
-        packed, name = shlex.quote(str(self.path)), str(self.path)
-        target = shlex.quote(name[: -len(".zst")])
+        packed, target = quoted(self.path), quoted(str(self.path)[: -len(".zst")])
         return (
             f"{shown(self.path)} was packed with a window of more than 128 MB, which is not read. Unpack it and move the "
-            f"packed file away: `zstd -d --long=31 {packed} -o {target} && mv {packed} {packed}.unpacked`. Then run the same "
+            f"packed file away: zstd -d --long=31 {packed} -o {target} && mv {packed} {packed}.unpacked. Then run the same "
             "command."
         )
 
@@ -160,7 +156,7 @@ class Source:
     def _refuse_other_encodings(self, start: bytes, packing: str) -> None:
         """What the start of a file shows already: it is no text, or most of its lines are in another encoding."""
         if encoding := wide_encoding(start, self.language):
-            raise DamagedSource(self._not_utf8(f"it is {encoding}", encoding, packing))
+            raise DamagedSource(self._not_utf8("its start shows it", encoding, packing))
         control = len(start) - len(start.translate(None, _CONTROL_BYTES))
         if control > len(start) // 20:
             kind = next((packed for magic, packed in _MAGIC.items() if start.startswith(magic)), None)
@@ -174,7 +170,7 @@ class Source:
             return
         num_lines = sum(map(bool, map(bytes.strip, start.split(b"\n"))))
         if 2 * len(broken) > num_lines:
-            lines = [line for _, line in broken]
+            lines = [line for _, line in broken[:SAMPLE_LINES]]  # not the last one, which may be cut
             problem = f"{len(broken)} of its first {num_lines} lines are not, line {broken[0][0] + 1} the first"
             raise DamagedSource(self._not_utf8(problem, likely_encoding(lines, self.language), packing))
 

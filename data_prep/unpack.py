@@ -9,11 +9,12 @@ from __future__ import annotations
 import bz2
 import io
 import lzma
-import shlex
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from data_prep.names import quoted
 
 PACKED_BYTES = 1 << 16  # read from the file at a time
 UNPACKED_BYTES = 1 << 18  # most that is unpacked at a time
@@ -27,7 +28,7 @@ UNPACKING_ERRORS = (EOFError, lzma.LZMAError, zlib.error)
 
 def rewriting(path: Path, command: str, packing: str) -> str:
     """A line for a shell that sends the content of a file through `command`, in its own place."""
-    file, written = shlex.quote(str(path)), shlex.quote(f"{path}.new")
+    file, written = quoted(path), quoted(f"{path}.new")
     send = f"{UNPACK_COMMANDS[packing]} < {file} | {command}" if packing else f"{command} < {file}"
     return f"{send}{PACK_COMMANDS[packing]} > {written} && mv {written} {file}"
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from data_prep.names import kept_name, shown
 from data_prep.shards import RUN_NAME, DataError
-from data_prep.sources import SUFFIXES, kind_of
+from data_prep.sources import KNOWN_KINDS, kind_of
 
 UNKNOWN_KIND = "of a kind that is not read"
 NO_TEXT = "no text of a language (README, LICENSE, checksums)"
@@ -84,7 +84,7 @@ def walk(given: str, is_mapped: Callable[[Path], bool]) -> Walk:
     if is_about_text(path.name) and not is_mapped(path):
         result.leave(path, NO_TEXT)
     elif kind_of(path.name, by_name=True) is None:
-        raise DataError(f"{shown(path)}: unknown kind of file; known are *{', *'.join(SUFFIXES)}.")
+        raise DataError(f"{shown(path)}: unknown kind of file; known are {KNOWN_KINDS}.")
     else:
         result.found.append(Found(path, kept_name(path.name), (status.st_dev, status.st_ino), by_name=True))
     return result
