@@ -10,10 +10,9 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
+import numpy as np
+
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_OTHER_SEPARATORS = (b"\xe2\x80\xa8", b"\xe2\x80\xa9", b"\xc2\x85")  # U+2028, U+2029, U+0085
-# "Ã", "Ð", "Ñ" and "â€" before what only the second byte of a letter becomes
-_ENCODED_TWICE = (b"\xc3\x83\xc2", b"\xc3\x90\xc2", b"\xc3\x91\xc2", b"\xc3\xa2\xc2\x80", b"\xc3\xa2\xe2\x82\xac")
 # No-break space, U+0085, the spaces U+1680 and U+2000 to U+200A, zero-width U+200B to U+200F, U+2028, U+2029, U+202F, U+205F,
 # U+2060, U+3000, U+FEFF
 _BLANK = rb"\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8f\xa8\xa9\xaf]|\xe2\x81[\x9f\xa0]|\xe3\x80\x80|\xef\xbb\xbf"
@@ -33,11 +32,26 @@ def text_lines(text: bytes) -> list[bytes]:
 def oddities(text: bytes) -> Counter[str]:
     """What other programs take for line ends inside lines, and UTF-8 that was taken for another encoding and encoded again."""
     lone = text.count(b"\r") and len(re.findall(rb"\r(?!\r*\n)(?!\Z)", text))
+    separators, twice = _odd_characters(text)
     return Counter(
-        carriage_returns_in_lines=lone,
-        unicode_separators_in_lines=sum(map(text.count, _OTHER_SEPARATORS)),
-        characters_encoded_twice=sum(map(text.count, _ENCODED_TWICE)),
+        carriage_returns_in_lines=lone, unicode_separators_in_lines=separators, characters_encoded_twice=twice
     )
+
+
+def _odd_characters(text: bytes) -> tuple[int, int]:
+    """U+2028, U+2029 and U+0085; "Ã", "Ð", "Ñ" and "â" before what the next byte of a letter becomes when it is encoded again.
+
+    Looking for each of these byte sequences with `count` costs a twelfth of what tokenising does, this a hundredth.
+    """
+    padded = np.frombuffer(b"\0\0" + text + b"\0\0", np.uint8)
+    c2, e2 = np.flatnonzero(padded == 0xC2), np.flatnonzero(padded == 0xE2)
+    separators = np.count_nonzero(padded[c2 + 1] == 0x85)
+    separators += np.count_nonzero((padded[e2 + 1] == 0x80) & (padded[e2 + 2] | 1 == 0xA9))
+    is_behind_c3 = padded[c2 - 2] == 0xC3
+    twice = np.count_nonzero(is_behind_c3 & np.isin(padded[c2 - 1], (0x83, 0x90, 0x91)))
+    twice += np.count_nonzero(is_behind_c3 & (padded[c2 - 1] == 0xA2) & (padded[c2 + 1] == 0x80))
+    twice += np.count_nonzero((padded[e2 - 2] == 0xC3) & (padded[e2 - 1] == 0xA2) & (padded[e2 + 1] == 0x82))
+    return int(separators), int(twice)
 
 
 def ends_lines_with_cr(start: bytes, is_all: bool) -> bool:

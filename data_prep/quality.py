@@ -105,6 +105,10 @@ def warnings_of(counts: Mapping[str, int]) -> list[str]:
         found.append(f"{records} records have no text and were left out ({kinds})")
     if files := counts.get("files_with_cr_line_ends"):
         found.append(f"{files} files have CR alone as line end; it was read as one")
+    if files := counts.get("files_of_json"):
+        found.append(
+            f"{files} files named .txt hold JSON records, which were taken as text; name them .jsonl if that is wrong"
+        )
     if files := counts.get("files_empty"):
         found.append(f"{files} files are empty")
     for name, what in (

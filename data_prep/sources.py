@@ -8,6 +8,7 @@ wrong with it is said. `discovery.py` finds the files and their languages.
 from __future__ import annotations
 
 import io
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,7 +23,15 @@ from data_prep.names import quoted, shown
 from data_prep.other_encodings import SAMPLE_LINES, broken_lines, likely_encoding, wide_encoding
 from data_prep.records import JSON_TO_LINES, BrokenRecord, Records, WrongField, from_hub, from_json_lines, from_parquet
 from data_prep.shards import DataError
-from data_prep.unpack import PACKINGS, UNPACKING_ERRORS, PackedError, WindowTooLarge, rewriting, unpacked
+from data_prep.unpack import (
+    PACKINGS,
+    UNPACKING_ERRORS,
+    PackedError,
+    PackedWithDictionary,
+    WindowTooLarge,
+    rewriting,
+    unpacked,
+)
 
 START_BYTES = 1 << 18  # of the content of a file: what it is judged by before anything of it is used
 TEXT_KINDS, JSON_KINDS = (".txt",), (".jsonl", ".ndjson")
@@ -83,7 +92,10 @@ class Source:
 
     def stamp(self) -> dict[str, int]:
         """What tells at once that a file is the one it was."""
-        status = self.path.stat()
+        try:
+            status = self.path.stat()
+        except OSError as error:
+            raise DataError(f"Cannot read {shown(self.path)}: {error.strerror}.") from error
         return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
 
     def changed_since(self, record: dict[str, Any]) -> bool:
@@ -111,6 +123,11 @@ class Source:
             raise DamagedSource(f"{shown(self.path)}: {error}. Then run the same command again.") from error
         except WindowTooLarge as error:
             raise DamagedSource(self._too_large_a_window()) from error
+        except PackedWithDictionary as error:
+            raise DamagedSource(
+                f"{shown(self.path)} was packed with a zstd dictionary, which is not in it. Unpack it with that dictionary "
+                "(zstd -d -D DICTIONARY) and move the packed file away. Then run the same command."
+            ) from error
         except MemoryError as error:
             raise DataError(
                 f"{shown(self.path)} needs more memory to unpack than there is (byte {self.position})."
@@ -120,8 +137,22 @@ class Source:
                 raise DataError(f"Cannot read {shown(self.path)}: {error.strerror}.") from error
             raise DamagedSource(
                 f"{shown(self.path)} is damaged or cut short: reading stopped at byte {self.position} of "
-                f"{self.path.stat().st_size} ({error}). Put a complete file in its place and run the same command."
+                f"{self.stamp()['bytes']} ({error}). {self._what_it_starts_as()}Put a complete file in its place and run the same "
+                "command."
             ) from error
+
+    def _what_it_starts_as(self) -> str:
+        """Where a packed file is none of its name's kind."""
+        _, packing = kind_of(self.path.name, by_name=True) or ("", "")
+        with open(self.path, "rb") as file:
+            start = file.read(16)
+        looks_like = next((packed for magic, packed in _MAGIC.items() if start.startswith(magic)), "")
+        if not packing or looks_like == packing or any(magic.startswith(start) for magic in _MAGIC):
+            return ""
+        if looks_like:
+            return f"It starts as a {looks_like} file does: name it so. "
+        is_text = start.isascii() and not start.translate(None, bytes(range(32, 127)) + b"\t\n\r")
+        return f"It starts as a text does that is not packed: name it so, without {packing}. " if is_text else ""
 
     def _too_large_a_window(self) -> str:
         packed, target = quoted(self.path), quoted(str(self.path)[: -len(".zst")])
@@ -147,6 +178,8 @@ class Source:
     def _text(self, start: bytes, pieces: Iterator[bytes]) -> Iterator[bytes]:
         if not start:
             self.counts["files_empty"] += 1
+        if _is_json_line(start.split(b"\n", 1)[0]):
+            self.counts["files_of_json"] += 1
         text = _after(start.removeprefix(BYTE_ORDER_MARK), pieces)
         if ends_lines_with_cr(start, is_all=len(start) < START_BYTES):
             self.counts["files_with_cr_line_ends"] += 1
@@ -237,6 +270,16 @@ class _Counted(io.RawIOBase):
         self._source.position += count
         self.hasher.update(memoryview(buffer)[:count])
         return count
+
+
+def _is_json_line(line: bytes) -> bool:
+    """Whether a line of what should be text is a JSON record."""
+    if not line.startswith(b"{") or not line.rstrip().endswith(b"}"):
+        return False
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _long_start(pieces: Iterator[bytes], size: int) -> Iterator[bytes]:

@@ -19,6 +19,7 @@ from data_prep.names import quoted
 PACKED_BYTES = 1 << 16  # read from the file at a time
 UNPACKED_BYTES = 1 << 18  # most that is unpacked at a time
 XZ_MAGIC = b"\xfd7zXZ\0"
+ZSTD_DICTIONARY_MESSAGE = "Dictionary mismatch"
 ZSTD_WINDOW_MESSAGE = "too much memory"  # libzstd on a frame packed with --long above 27
 PACKINGS = ("", ".xz", ".gz", ".zst", ".bz2")
 UNPACK_COMMANDS = {".xz": "xz -dc", ".gz": "gzip -dc", ".zst": "zstd -dc --long=31", ".bz2": "bzip2 -dc"}
@@ -35,6 +36,10 @@ def rewriting(path: Path, command: str, packing: str) -> str:
 
 class PackedError(ValueError):
     """What a packed file holds where a stream was expected."""
+
+
+class PackedWithDictionary(ValueError):
+    """A zstd frame that needs a file beside it."""
 
 
 class WindowTooLarge(ValueError):
@@ -139,6 +144,8 @@ def _zstd(raw: io.RawIOBase) -> Iterator[bytes]:
     except OSError as error:
         if ZSTD_WINDOW_MESSAGE in str(error):
             raise WindowTooLarge(str(error)) from error
+        if ZSTD_DICTIONARY_MESSAGE in str(error):
+            raise PackedWithDictionary(str(error)) from error
         raise
     if not num_bytes and not raw.tell():
         raise EOFError("the file is empty")

@@ -188,3 +188,11 @@ def test_records_of_a_dataset_are_treated_alike(tmp_path: Path) -> None:
     source = discover([f"hf:{directory}"], LanguageRules(language="sv"), "body")["sv"][0]
     with pytest.raises(DataError, match=r"have no field 'body'; they have text, n.*--text-field"):
         list(source.chunks())
+
+
+def test_json_lines_named_as_text_are_told(
+    tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "in" / "sv.txt", GOOD)
+    assert prepare(tiny_tokenizer, tmp_path) == 0
+    assert "1 files named .txt hold JSON records, which were taken as text" in capsys.readouterr().err

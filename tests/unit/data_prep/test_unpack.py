@@ -126,3 +126,29 @@ def test_another_date_of_the_same_bytes_is_no_change(tmp_path: Path) -> None:
     read_first = next(chunks)
     os.utime(path, (1, 1))
     assert read_first + b"".join(chunks) == FIRST * 1000
+
+
+@pytest.mark.skipif(shutil.which("zstd") is None, reason="needs the zstd command")
+def test_a_zstd_dictionary_is_no_damage(tmp_path: Path) -> None:
+    for number in range(200):
+        (tmp_path / f"{number}.sample").write_bytes(b"%d is a number of the sample %d\n" % (number, number**3) * 9)
+    samples = [str(path) for path in tmp_path.glob("*.sample")]
+    subprocess.run(["zstd", "-q", "--train", *samples, "-o", "dict", "--maxdict=2000"], cwd=tmp_path, check=True, capture_output=True)
+    command = ["zstd", "-qc", "-D", "dict"]
+    packed = subprocess.run(command, cwd=tmp_path, input=FIRST, capture_output=True, check=True).stdout
+    with pytest.raises(DamagedSource, match=r"en\.txt\.zst was packed with a zstd dictionary.*zstd -d -D DICTIONARY"):
+        read(tmp_path / "en.txt.zst", packed)
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [(gzip.compress(FIRST), "It starts as a .gz file does: name it so"), (FIRST, "that is not packed: name it so, without .xz")],
+)
+def test_a_file_that_is_not_what_its_name_says_is_told(tmp_path: Path, data: bytes, told: str) -> None:
+    with pytest.raises(DamagedSource, match=told):
+        read(tmp_path / "en.txt.xz", data)
+
+
+def test_a_file_that_goes_away_fails_alone(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"Cannot read .*gone\.txt: No such file"):
+        list(Source("en", tmp_path / "gone.txt", "gone.txt").chunks())
