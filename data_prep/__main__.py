@@ -7,6 +7,7 @@ python -m data_prep verify shards/
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ from data_prep.shards import DataError, ShardSet
 
 
 def main(arguments: list[str] | None = None) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are not UTF-8
     parsed = build_parser().parse_args(arguments)
     try:
         return parsed.run(parsed)
@@ -45,7 +48,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_prepare(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
-        "--input", nargs="+", required=True, metavar="PATH", help="files, directories, or hf:NAME[:CONFIG[:SPLIT]]"
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files, directories, or hf:NAME[:CONFIG[:SPLIT]]; read are "
+        ".txt, .jsonl, .ndjson (plain or .xz .gz .zst .bz2), packed .json (JSON lines) and .parquet",
     )
     verb.add_argument(
         "--tokenizer", type=Path, required=True, help="SentencePiece .model, tokenizer.json, or a directory with one"
@@ -55,6 +63,13 @@ def add_prepare(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--language", metavar="xx", help="this language alone; also names a file whose name does not")
     verb.add_argument("--language-map", type=Path, metavar="FILE", help="lines of: PATTERN LANGUAGE ('-': leave out)")
     verb.add_argument("--text-field", default="text", help="field of JSON lines and Parquet (default: text)")
+    verb.add_argument(
+        "--bad-records", choices=["skip", "fail"], default="skip",
+        help="records without text (null, empty, not text, without the field): count and skip them (default), or fail",
+    )  # fmt: skip
+    verb.add_argument(
+        "--strict-input", action="store_true", help="fail, before any work, if anything below --input is not taken"
+    )
     verb.add_argument("--redo", nargs="+", default=[], metavar="xx", help="throw these languages away and start again")
     verb.add_argument(
         "--add", action="store_true", help="take new languages into an output that was begun without them"
@@ -67,6 +82,10 @@ def add_prepare(verb: argparse.ArgumentParser) -> None:
 
 def add_cleaning(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--broken-text", choices=["replace", "skip", "fail"], help="lines that are not UTF-8")
+    group.add_argument(
+        "--max-broken-lines", type=float, metavar="SHARE",
+        help="of a file's lines; more are refused as another encoding (default: 0.05; 1: never)",
+    )  # fmt: skip
     group.add_argument("--control-characters", choices=["keep", "remove"])
     group.add_argument("--script-check", action="store_true", default=None, help="drop lines in a foreign script")
     group.add_argument("--min-document-chars", type=int, metavar="N", help="drop shorter documents")
@@ -117,10 +136,13 @@ def run_prepare(parsed: argparse.Namespace) -> int:
     from data_prep.blocks import BLOCK_BYTES
     from data_prep.discovery import LanguageRules
     from data_prep.prepare import DEFAULT_SHARD_TOKENS, PrepareConfig, prepare
+    from data_prep.sources import MAX_BROKEN_LINES
 
     for name in ("workers", "shard_tokens", "block_bytes", "dedup_memory_mb"):
         if getattr(parsed, name) is not None and getattr(parsed, name) < 1:
             raise DataError(f"--{name.replace('_', '-')} {getattr(parsed, name)}: at least 1 is needed.")
+    if parsed.max_broken_lines is not None and not 0 <= parsed.max_broken_lines <= 1:
+        raise DataError(f"--max-broken-lines {parsed.max_broken_lines}: a share from 0 to 1 is needed.")
     names = CleanOptions().as_dict()
     cleaning = {name: getattr(parsed, name) for name in names if getattr(parsed, name) is not None}
     config = PrepareConfig(
@@ -135,6 +157,9 @@ def run_prepare(parsed: argparse.Namespace) -> int:
         block_bytes=parsed.block_bytes or BLOCK_BYTES,
         redo=parsed.redo,
         may_add=parsed.add,
+        strict_input=parsed.strict_input,
+        bad_records=parsed.bad_records,
+        max_broken_lines=MAX_BROKEN_LINES if parsed.max_broken_lines is None else parsed.max_broken_lines,
     )
     if missing := prepare(config):
         print(f"{parsed.language} is done; still to be prepared: {', '.join(missing)} (then: merge {parsed.output})")
@@ -155,6 +180,7 @@ def run_merge(parsed: argparse.Namespace) -> int:
 
 
 def run_verify(parsed: argparse.Namespace) -> int:
+    from data_prep.quality import qualities, quality_table
     from data_prep.verify import verify
 
     problems = verify(parsed.shards, show_progress=True)
@@ -163,6 +189,7 @@ def run_verify(parsed: argparse.Namespace) -> int:
     if problems:
         print("Copy whole files in, or make the languages again: prepare ... --redo LANGUAGE", file=sys.stderr)
     else:
+        print(quality_table(qualities(ShardSet(parsed.shards))))
         print(f"{parsed.shards}: all {len(ShardSet(parsed.shards).all_shards())} shards are whole")
     return 2 if problems else 0
 
@@ -179,7 +206,8 @@ def run_stats(parsed: argparse.Namespace) -> int:
 
 
 def run_trim_vocab(parsed: argparse.Namespace) -> int:
-    from data_prep.discovery import LanguageRules, discover
+    from data_prep.discovery import LanguageRules, ReadOptions, survey
+    from data_prep.intake import announce
     from data_prep.tokenizer import SentencePieceTokenizer
     from data_prep.usage import usage_of_shards, usage_of_text
     from data_prep.vocabulary import TrimOptions, trim_vocabulary, trimming_table
@@ -199,7 +227,9 @@ def run_trim_vocab(parsed: argparse.Namespace) -> int:
         usage = usage_of_shards(shards)
     else:
         rules = LanguageRules.read(parsed.language_map, None)
-        usage = usage_of_text(discover(parsed.input, rules, parsed.text_field), tokenizer, parsed.workers)
+        surveyed = survey(parsed.input, rules, ReadOptions(parsed.text_field))
+        announce(surveyed, surveyed.sources)
+        usage = usage_of_text(surveyed.sources, tokenizer, parsed.workers)
     options = TrimOptions(languages or sorted(usage.counts), options.min_count, options.coverage)
     print(trimming_table(trim_vocabulary(tokenizer, usage, options, parsed.output)))
     print(f"vocabulary: {parsed.output}. Prepare shards with it: prepare ... --tokenizer {parsed.output}")

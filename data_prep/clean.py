@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.lines import text_lines
 from data_prep.scripts import shares_in_script
 from data_prep.shards import DataError
 
@@ -38,7 +39,7 @@ class CleanOptions:
 
 def split_documents(text: bytes) -> tuple[list[bytes], np.ndarray]:
     """The non-blank lines of a block without surrounding white space, and the number of each one's document."""
-    lines = [line.strip() for line in text.split(b"\n")]
+    lines = text_lines(text)
     is_text = np.fromiter(map(len, lines), np.int64, len(lines)) > 0
     document = np.cumsum(~is_text)
     return [line for line in lines if line], document[is_text]
@@ -78,7 +79,7 @@ def _mend_broken(lines: list[bytes], policy: str, counts: Counter[str]) -> tuple
     if policy == "fail":
         raise DataError(
             f"{len(broken)} lines of a block are not UTF-8, the first is {mended[broken[0]].decode()[:80]!r}. "
-            "Mend the file, or prepare with --broken-text replace or skip."
+            "Fix the file, or prepare with --broken-text replace or skip."
         )
     counts["lines_broken"] += len(broken)
     if policy == "skip":

@@ -13,6 +13,7 @@ import numpy as np
 import xxhash
 
 from data_prep.clean import CleanOptions
+from data_prep.lines import text_lines
 from data_prep.shards import DataError
 
 
@@ -39,7 +40,7 @@ class Deduplicator:
         counts: Counter[str] = Counter()
         if not self.is_active:
             return text, counts
-        lines = [line.strip() for line in text.split(b"\n")]
+        lines = text_lines(text)
         if self._unit == "lines":
             numbers = [number for number, line in enumerate(lines) if line]
             repeated = self._seen_before([lines[number] for number in numbers])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_prep.clean import CleanOptions, clean, split_documents
+from data_prep.lines import oddities
 from data_prep.tokenizer import Tokenizer
 
 
@@ -23,9 +24,14 @@ class Encoded:
 def encode_block(tokenizer: Tokenizer, text: bytes, language: str, options: CleanOptions) -> Encoded:
     """Ids of every line and its end token; lines and documents without a single piece are left out."""
     lines, document_of_line = split_documents(text)
+    num_read = len(lines)
     lines, document_of_line, counts = clean(lines, document_of_line, language, options)
+    counts.update(oddities(text))
+    counts["lines_read"] += num_read
     ids, lengths = tokenizer.encode_lines(lines)
     assert len(lengths) == len(lines)
+    if tokenizer.unk_id is not None:
+        counts["unknown_tokens"] += int(np.count_nonzero(ids == tokenizer.unk_id))
     with_pieces = lengths > 1
     counts["lines"] += int(with_pieces.sum())
     if not with_pieces.all():

@@ -15,15 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from data_prep.blocks import Block, cut_blocks
+from data_prep.broken import BrokenLines, OtherEncoding
 from data_prep.clean import CleanOptions
 from data_prep.dedup import Deduplicator
 from data_prep.encode import Encoded
 from data_prep.journal import Entry, Journal
 from data_prep.layout import TOKEN_DTYPE, Identity, sync_directory
+from data_prep.manifest import read_run
+from data_prep.names import shown
+from data_prep.quality import warnings_of
 from data_prep.shards import DataError
 from data_prep.sources import DamagedSource, Source
-from data_prep.workers import WorkerPool
+from data_prep.workers import WorkerDied, WorkerPool
 from data_prep.writer import ShardWriter
 
 
@@ -55,6 +61,7 @@ class _InFlight:
     counts: Counter[str]
     encoded: Future[Encoded]
     position: int
+    first_line: int  # of the block in the text of its source, from 0
 
 
 class Lane:
@@ -69,16 +76,34 @@ class Lane:
         journal = Journal(self.directory)
         with journal.locked():
             self._journal = journal = Journal.read(self.directory)
+            self._refuse_other_options()
             check_sources(self.language, self.sources, journal)
             if journal.complete:
                 return
             journal.rewind()
             sync_directory(self._settings.output)
-            self._continue()
+            try:
+                self._continue()
+            except OtherEncoding as error:  # the converted file is another text, which must not be told to --redo
+                self._take_back(error.source_index)
+                raise
+
+    def _refuse_other_options(self) -> None:
+        """A run with other options may have begun the directory anew before this one had its first language."""
+        if read_run(self._settings.output)["options_xxh3_128"] != self._settings.identity.options_xxh3_128:
+            raise DataError(
+                f"{self._settings.output} has been begun anew with other options meanwhile. Nothing was written."
+            )
+
+    def _take_back(self, source: int) -> None:
+        """Every shard that holds text of this source or a later one."""
+        self._journal.entries = [entry for entry in self._journal.entries if entry.source < source]
+        self._journal.rewind()
 
     def _continue(self) -> None:
         last = self._journal.last
         self._counts: Counter[str] = Counter(last.counts if last else {})
+        self._broken = BrokenLines(self.sources, self._settings.clean.broken_text)
         self._num_finished = len(self._journal.finished_sources)
         self._newly_finished: list[dict[str, Any]] = []
         self._place = (last.source, last.text_end, last.text_xxh3_128) if last else (0, 0, "")
@@ -117,25 +142,28 @@ class Lane:
             if done and not deduplicator.is_active:
                 continue
             resume_at = last.text_end if last is not None and index == last.source and not done else 0
-            held = Block(b"", 0, "")
+            held, line, held_line = Block(b"", 0, ""), 0, 0
             for block in cut_blocks(source.chunks(), self._settings.block_bytes):
                 if self._settings.stop.is_set():
                     raise Stopped
                 if done or block.end <= resume_at:
                     deduplicator.filter(block.text)
+                    line += block.text.count(b"\n")
                     held = Block(b"", block.end, block.digest)
                     if last is not None and block.end == resume_at and block.digest != last.text_xxh3_128:
                         break
                     continue
                 self._check_resumed(source, resume_at, held, last)
                 if held.text:
-                    yield self._submit(held, index, None, deduplicator)
-                held = block
+                    yield self._submit(held, index, held_line, None, deduplicator)
+                held, held_line = block, line
+                line += block.text.count(b"\n")
             if not done:
                 self._check_resumed(source, resume_at, held, last)
                 record = {"name": source.name, **stamp, "xxh3_128": source.digest}
                 record |= {"text_bytes": held.end, "text_xxh3_128": held.digest}
-                yield self._submit(held, index, record, deduplicator)
+                record |= {"counts": dict(source.counts)} if source.counts else {}
+                yield self._submit(held, index, held_line, record, deduplicator)
 
     def _check_resumed(self, source: Source, resume_at: int, held: Block, last: Entry | None) -> None:
         """The text before the resume point must end in a block there and hash to what it did."""
@@ -147,19 +175,31 @@ class Lane:
                 f"Restore the file, or make the language again: --redo {self.language}."
             )
 
-    def _submit(self, block: Block, source: int, finished: Any, deduplicator: Deduplicator) -> _InFlight:
+    def _submit(
+        self, block: Block, source: int, first_line: int, finished: Any, deduplicator: Deduplicator
+    ) -> _InFlight:
         text, counts = deduplicator.filter(block.text)
         counts["documents_split"] += block.was_split
         position = self._bytes_before[source] + self.sources[source].position
-        return _InFlight(block, source, finished, counts, self._pool.submit(text, self.language), position)
+        encoded = self._pool.submit(text, self.language)
+        return _InFlight(block, source, finished, counts, encoded, position, first_line)
 
     def _write(self, item: _InFlight) -> None:
-        encoded = item.encoded.result()
+        try:
+            encoded = item.encoded.result()
+        except WorkerDied:
+            raise
+        except DataError as error:
+            path = shown(self.sources[item.source].path)
+            raise DataError(f"{path}, in the text after line {item.first_line}: {error}") from error
+        is_end = item.finished is not None
+        self._broken.add(item.source, item.block.text, item.first_line, encoded.counts, is_end)
         self._counts.update(item.counts)
         self._counts.update(encoded.counts)
         self._counts["text_bytes"] += len(item.block.text)
         if item.finished:
             self._newly_finished.append(item.finished)
+            self._counts.update(item.finished.get("counts", {}))
         self._place = (item.source, item.block.end, item.block.digest)
         if encoded.tokens:
             if self._writer is None:
@@ -179,17 +219,22 @@ class Lane:
 
     def _end(self) -> None:
         if self._writer is None and not self._journal.shards:
-            names = ", ".join(str(source.path) for source in self.sources)
-            raise DataError(f"there is no text in {names}. Remove it from the input or replace it.")
+            names = ", ".join(shown(source.path) for source in self.sources)
+            left_out = "; ".join(warnings_of(self._counts))
+            raise DataError(
+                f"there is no text in {names}. Remove it from the input or replace it."
+                + (f" ({left_out})" if left_out else "")
+            )
+        broken = self._broken.warning(self._counts)
         self._commit(complete=True)
-        if split := self._counts["documents_split"]:
-            print(f"warning: {self.language}: {split} times a document was cut for being over 2 MiB", file=sys.stderr)
+        for warning in [*([broken] if broken else []), *warnings_of(self._counts)]:
+            tqdm.write(f"warning: {self.language}: {warning}", file=sys.stderr)  # above the bar, not behind it
 
 
 def check_sources(language: str, sources: list[Source], journal: Journal) -> None:
     """Sources that were read to their end must still be the files they were."""
     finished = journal.finished_sources
-    mend = f"Restore it, or make the language again: --redo {language}."
+    fix = f"Restore it, or make the language again: --redo {language}."
     if journal.complete and len(sources) > len(finished):
         new = ", ".join(sorted({source.name for source in sources} - {record["name"] for record in finished}))
         raise DataError(f"it was finished without {new}. To make it again from all files: --redo {language}.")
@@ -197,9 +242,9 @@ def check_sources(language: str, sources: list[Source], journal: Journal) -> Non
         source = sources[number] if number < len(sources) else None
         if source is None or source.name != record["name"]:
             found = source.name if source else "no file"
-            raise DataError(f"file {number + 1} was {record['name']}; the input now has {found} there. {mend}")
+            raise DataError(f"file {number + 1} was {record['name']}; the input now has {found} there. {fix}")
         if source.changed_since(record):
             raise DataError(
-                f"{source.path} is not the file that {journal.directory} was made from ({record['bytes']} bytes with "
-                f"hash {record['xxh3_128'][:8]} then, {source.stamp()['bytes']} bytes now). {mend}"
+                f"{shown(source.path)} is not the file that {journal.directory} was made from ({record['bytes']} bytes with "
+                f"hash {record['xxh3_128'][:8]} then, {source.stamp()['bytes']} bytes now). {fix}"
             )

@@ -21,10 +21,9 @@ from data_prep.blocks import MAX_DOCUMENT_BYTES
 from data_prep.clean import CleanOptions
 from data_prep.journal import JOURNAL_NAME, Journal
 from data_prep.layout import FORMAT_NAME, FORMAT_VERSION, locked, sync_directory, write_durably
-from data_prep.shards import LANGUAGE_PATTERN, MANIFEST_NAME, DataError, manifest_digest
+from data_prep.shards import LANGUAGE_PATTERN, MANIFEST_NAME, RUN_NAME, DataError, manifest_digest
 from data_prep.tokenizer import Tokenizer
 
-RUN_NAME = "prepare.json"
 LOCK_NAME = "prepare.lock.tmp"
 
 
@@ -71,22 +70,43 @@ def changing(output: Path) -> Iterator[None]:
 
 def begin_output(output: Path, about: dict[str, Any], languages: list[str], may_add: bool) -> None:
     """Make the directory, or make sure that it was begun with the same tokenizer, options and languages."""
-    if (output / RUN_NAME).is_file() and not _new_languages(output, about, languages, may_add):
+    if (
+        (output / RUN_NAME).is_file()
+        and not _holds_nothing_of(output, about)
+        and not _new_languages(output, about, languages, may_add)
+    ):
         return
     with changing(output):
         _begin(output, about, languages, may_add)
 
 
 def _begin(output: Path, about: dict[str, Any], languages: list[str], may_add: bool) -> None:
-    if (output / RUN_NAME).is_file():
+    if (output / RUN_NAME).is_file() and not _holds_nothing_of(output, about):
         if new := _new_languages(output, about, languages, may_add):
             (output / MANIFEST_NAME).unlink(missing_ok=True)
             begun = read_run(output)
             write_run(output, begun, sorted({*new, *begun["languages"]}))
         return
-    if {path.name for path in output.iterdir()} - {RUN_NAME + ".tmp", LOCK_NAME}:
+    if not (output / RUN_NAME).is_file() and {path.name for path in output.iterdir()} - {RUN_NAME + ".tmp", LOCK_NAME}:
         raise DataError(f"{output} is not empty and no output of prepare. Give --output a new or empty directory.")
     write_run(output, about, languages)
+
+
+def _holds_nothing_of(output: Path, about: dict[str, Any]) -> bool:
+    """Whether the directory was begun with other options and has nothing of them: no shard, and no run that makes one."""
+    begun = read_run(output)
+    if begun["options"] == about["options"]:
+        return False
+    journals = [Journal.read(output / language) for language in begun["languages"] if (output / language).is_dir()]
+    if any(journal.entries for journal in journals):
+        return False
+    try:
+        for journal in journals:
+            with journal.locked():
+                pass
+    except DataError:
+        return False
+    return True
 
 
 def _new_languages(output: Path, about: dict[str, Any], languages: list[str], may_add: bool) -> list[str]:

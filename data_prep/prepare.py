@@ -21,14 +21,15 @@ from tqdm import tqdm
 
 from data_prep.blocks import BLOCK_BYTES
 from data_prep.clean import CleanOptions
-from data_prep.discovery import LanguageRules, discover
+from data_prep.discovery import LanguageRules, ReadOptions, survey
 from data_prep.disk import estimated_bytes, refuse_if_full
+from data_prep.intake import announce, refuse_what_is_left, refuse_wrong_field, same_texts, write_list
 from data_prep.journal import Journal
 from data_prep.lane import Lane, LaneSettings, Stopped, check_sources
 from data_prep.layout import Identity
 from data_prep.manifest import begin_output, describe, finish
 from data_prep.shards import MANIFEST_NAME, DataError
-from data_prep.sources import Source
+from data_prep.sources import MAX_BROKEN_LINES, Source
 from data_prep.tokenizer import Tokenizer, open_tokenizer
 from data_prep.workers import WorkerDied, WorkerPool
 
@@ -50,17 +51,29 @@ class PrepareConfig:
     redo: list[str] = field(default_factory=list)
     may_add: bool = False
     quiet: bool = False
+    strict_input: bool = False
+    bad_records: str = "skip"  # or fail: records without text
+    max_broken_lines: float = MAX_BROKEN_LINES
 
 
 def prepare(config: PrepareConfig) -> list[str]:
     """Run to the end. Gives the languages still to be prepared; with none, the manifest has been written."""
-    everything = discover(config.inputs, config.rules, config.text_field)
+    surveyed = survey(
+        config.inputs, config.rules, ReadOptions(config.text_field, config.bad_records, config.max_broken_lines)
+    )
+    everything = surveyed.sources
+    chosen = {config.rules.language: everything[config.rules.language]} if config.rules.language else everything
+    if not config.quiet:
+        announce(surveyed, chosen)
+    if config.strict_input:
+        refuse_what_is_left(surveyed)
     tokenizer = open_tokenizer(config.tokenizer)
     about = describe(tokenizer, config.clean, config.shard_tokens, config.block_bytes, config.text_field)
+    refuse_wrong_field(config.output, chosen)
     begin_output(config.output, about, list(everything), config.may_add)
+    write_list(config.output, surveyed)
     throw_away(config, everything)
     identity = Identity(tokenizer.sha256, tokenizer.vocab_size, about["options_xxh3_128"])
-    chosen = {config.rules.language: everything[config.rules.language]} if config.rules.language else everything
     try:
         failures = run_lanes(config, chosen, tokenizer, identity)
     except OSError as error:
@@ -71,6 +84,8 @@ def prepare(config: PrepareConfig) -> list[str]:
         ) from error
     if failures:
         raise DataError(f"{len(failures)} of {len(chosen)} languages could not be finished. " + " | ".join(failures))
+    for same in same_texts(config.output, list(chosen)):
+        print(f"warning: {same}", file=sys.stderr)
     return finish(config.output)
 
 

@@ -1,37 +1,105 @@
 """Sources that hold records instead of lines (JSON lines, Parquet, Hugging Face datasets) as CC-100's kind of text.
 
-One record is one document: its lines stay lines, blank lines inside it are left out, a blank line ends it.
+One record is one document: its lines stay lines, blank lines inside it are left out, a blank line ends it. A record without
+usable text is counted and left out (`--bad-records skip`) or an error; most records without it mean a wrong `--text-field`.
 """
 
 from __future__ import annotations
 
-import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from data_prep.lines import BYTE_ORDER_MARK, ends_lines_with_cr, text_lines
 from data_prep.shards import DataError
 
 RECORDS_PER_CHUNK = 256
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+RECORDS_PROBED = 200  # fewer than a chunk, so that nothing has been handed on when a wrong field is refused
+MAX_FIELDS_NAMED = 12
+POLICIES = ("skip", "fail")
+MISSING, NOT_TEXT = "records_without_field", "records_not_text"
+JSON_TO_LINES = "python -c 'import json, sys; [print(json.dumps(one)) for one in json.load(sys.stdin)]'"
 
 
 class BrokenRecord(ValueError):
     """A record that cannot be read; the message says which and why."""
 
 
-def document(text: Any, where: str) -> bytes:
-    """One record's text as the lines of one document."""
-    if not isinstance(text, str):
-        raise BrokenRecord(f"{where} is no text but {type(text).__name__}")
-    raw = text.encode("utf-8", "surrogatepass")
-    lines = [line for line in raw.split(b"\n") if line.strip()]
-    return b"\n".join(lines) + b"\n\n" if lines else b""
+class WrongField(ValueError):
+    """The records have their text elsewhere; the message says what they have."""
 
 
-def _joined(documents: Iterable[bytes]) -> Iterator[bytes]:
-    """A few hundred documents at a time; never an empty piece, which would mean the end."""
+class Records:
+    """Takes the text out of the records of one source. `counts` gets what had none, by kind."""
+
+    def __init__(self, text_field: str, policy: str, counts: Counter[str]) -> None:
+        self.text_field, self.counts, self._policy = text_field, counts, policy
+        self._fields: Counter[str] = Counter()
+        self._num_records = 0
+        self._types: Counter[str] = Counter()
+
+    def document(self, record: Any, where: str) -> bytes:
+        """Lines of one document; empty where the record has no text and is left out."""
+        self._num_records += 1
+        lines, problem = b"", self._problem(record)
+        if problem is None:
+            lines = _lines_of(record[self.text_field])
+            problem = None if lines else ("records_empty", "is empty")
+        if problem is not None:
+            self.counts[problem[0]] += 1
+        if self._num_records == RECORDS_PROBED:
+            self.refuse_wrong_field()
+        if problem is not None and self._policy == "fail":
+            raise BrokenRecord(
+                f"field {self.text_field!r} of {where} {problem[1]}. Fix that record, or leave such records out with "
+                "--bad-records skip"
+            )
+        return lines
+
+    def _problem(self, record: Any) -> tuple[str, str] | None:
+        """The kind under which a record without usable text is counted, and words for it."""
+        if not isinstance(record, dict) or self.text_field not in record:
+            if isinstance(record, dict) and len(self._fields) < 1000:
+                self._fields.update(record.keys())
+            return MISSING, "is missing"
+        value = record[self.text_field]
+        if value is None:
+            return "records_null", "is null"
+        if not isinstance(value, str | bytes):
+            self._types[type(value).__name__] += 1
+            return NOT_TEXT, f"is no text but {type(value).__name__}"
+        return None
+
+    def refuse_wrong_field(self) -> None:
+        """Raises where most of the records so far have no such field, or something else than text in it."""
+        if 2 * self.counts[MISSING] > self._num_records:
+            fields = [name for name, _ in self._fields.most_common(MAX_FIELDS_NAMED)]
+            has = f"they have {', '.join(fields)}" if fields else "they are no records with fields"
+            raise WrongField(
+                f"{self.counts[MISSING]} of its first {self._num_records} records have no field {self.text_field!r}; {has}. "
+                "Name the field that holds the text with --text-field"
+            )
+        if 2 * self.counts[NOT_TEXT] > self._num_records:
+            raise WrongField(
+                f"field {self.text_field!r} is {self._types.most_common(1)[0][0]} in {self.counts[NOT_TEXT]} of its first "
+                f"{self._num_records} records, not text. Name the field that holds the text with --text-field"
+            )
+
+
+def _lines_of(text: str | bytes) -> bytes:
+    raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    if ends_lines_with_cr(raw, is_all=True):
+        raw = raw.replace(b"\r", b"\n")
+    lines = raw.split(b"\n")
+    kept = [line for line, stripped in zip(lines, text_lines(raw), strict=True) if stripped]
+    return b"\n".join(kept) + b"\n\n" if kept else b""
+
+
+def _joined(documents: Iterable[bytes], records: Records) -> Iterator[bytes]:
+    """A few hundred documents at a time; never an empty piece, which would mean the end. The last comes after the field has
+    been judged."""
     held: list[bytes] = []
     for one in documents:
         held.append(one)
@@ -39,49 +107,116 @@ def _joined(documents: Iterable[bytes]) -> Iterator[bytes]:
             if chunk := b"".join(held):
                 yield chunk
             held = []
+    records.refuse_wrong_field()
     if chunk := b"".join(held):
         yield chunk
 
 
-def from_json_lines(stream: io.BufferedIOBase, text_field: str) -> Iterator[bytes]:
+def from_json_lines(chunks: Iterator[bytes], records: Records, to_lines: str) -> Iterator[bytes]:
+    """`chunks`: the file's content in pieces. `to_lines`: the command that makes JSON lines of one JSON array."""
+
     def documents() -> Iterator[bytes]:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                # bytes that are not UTF-8 go on as they are broken: what becomes of them is a cleaning option's to say
-                record = json.loads(line.removeprefix(_BYTE_ORDER_MARK).decode("utf-8", "surrogateescape"))
-            except ValueError as error:
-                raise BrokenRecord(f"line {number} is not JSON: {error}") from error
-            if not isinstance(record, dict) or text_field not in record:
-                raise BrokenRecord(f"line {number} has no field {text_field!r}")
-            yield document(record[text_field], f"field {text_field!r} of line {number}")
+        for number, line in enumerate(_lines(chunks), start=1):
+            stripped = line.removeprefix(BYTE_ORDER_MARK).strip()
+            if stripped:
+                yield records.document(_json_record(stripped, number, to_lines), f"line {number}")
 
-    return _joined(documents())
+    return _joined(documents(), records)
 
 
-def from_parquet(path: Path, text_field: str, on_progress: Any) -> Iterator[bytes]:
+def _json_record(line: bytes, number: int, to_lines: str) -> Any:
+    try:
+        # bytes that are not UTF-8 go on as they are broken: what becomes of them is a cleaning option's to say
+        record = json.loads(line.decode("utf-8", "surrogateescape"))
+    except RecursionError as error:
+        raise BrokenRecord(f"line {number} nests its values too deeply. Remove that line") from error
+    except ValueError as error:
+        if line in (b"{", b"[") or (number == 1 and line.startswith(b"[")):
+            raise BrokenRecord(
+                f"line {number} begins a JSON text of several lines; one record a line is read. Convert it: {to_lines}"
+            ) from error
+        raise BrokenRecord(f"line {number} is not JSON: {error}. Correct or remove that line") from error
+    if isinstance(record, list):
+        raise BrokenRecord(f"line {number} is a JSON array; one record a line is read. Convert it: {to_lines}")
+    return record
+
+
+def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Lines of JSON, in which a raw CR can be nothing but a line end; a number of them is a line of the file."""
+    held: list[bytes] = []
+    for chunk in chunks:
+        head, *rest = chunk.split(b"\n")
+        held.append(head)
+        for line in rest:
+            yield from _at_carriage_returns(b"".join(held))
+            held = [line]
+    if last := b"".join(held):
+        yield from _at_carriage_returns(last)
+
+
+def _at_carriage_returns(line: bytes) -> list[bytes]:
+    return line.removesuffix(b"\r").split(b"\r") if b"\r" in line else [line]
+
+
+def from_parquet(path: Path, records: Records, on_progress: Any) -> Iterator[bytes]:
     """`on_progress(share)` is told how much of the file has been read."""
     import pyarrow
     import pyarrow.parquet
+
+    text_field = records.text_field
+
+    def documents() -> Iterator[bytes]:
+        number = 0
+        for batch in file.iter_batches(batch_size=RECORDS_PER_CHUNK, columns=[text_field]):
+            for text in _parquet_texts(batch.column(0)):
+                number += 1
+                yield records.document({text_field: text}, f"row {number}")
+            on_progress(number / max(1, file.metadata.num_rows))
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
         if text_field not in file.schema_arrow.names:
             names = ", ".join(file.schema_arrow.names)
-            raise BrokenRecord(f"there is no column {text_field!r}; its columns are {names}")
-        number = 0
-        for batch in file.iter_batches(batch_size=RECORDS_PER_CHUNK, columns=[text_field]):
-            texts = batch.column(0).to_pylist()
-            number += len(texts)
-            on_progress(number / max(1, file.metadata.num_rows))
-            if chunk := b"".join(document(text, f"a value near row {number}") for text in texts):
-                yield chunk
+            raise WrongField(
+                f"there is no column {text_field!r}; its columns are {names}. Name the one that holds the text with "
+                "--text-field"
+            )
+        kind = file.schema_arrow.field(text_field).type
+        if not _holds_text(kind):
+            raise WrongField(
+                f"column {text_field!r} is of type {kind}, not text; its columns are {_typed(file.schema_arrow)}. Name the "
+                "one that holds the text with --text-field"
+            )
+        yield from _joined(documents(), records)
     except (pyarrow.ArrowException, OSError) as error:
-        raise BrokenRecord(f"not a whole Parquet file: {error}") from error
+        raise EOFError(f"not a complete Parquet file: {error}") from error
 
 
-def from_hub(specification: str, text_field: str) -> Iterator[bytes]:
+def _typed(schema: Any) -> str:
+    return ", ".join(f"{column.name} ({column.type})" for column in schema)
+
+
+def _holds_text(kind: Any) -> bool:
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    is_text = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary)
+    return any(check(kind) for check in (*is_text, types.is_binary_view, types.is_null))
+
+
+def _parquet_texts(column: Any) -> list[bytes | None]:
+    """As bytes: a string column that was written with bytes that are not UTF-8 is read like such a text file."""
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pyarrow.types.is_null(column.type):
+        return [None] * len(column)
+    return column.cast(pyarrow.large_binary()).to_pylist()
+
+
+def from_hub(specification: str, records: Records) -> Iterator[bytes]:
     """`NAME_OR_DIRECTORY[:CONFIG[:SPLIT]]` through the `datasets` library, streaming."""
     import datasets
 
@@ -89,16 +224,23 @@ def from_hub(specification: str, text_field: str) -> Iterator[bytes]:
     try:
         if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(name)
-            records = loaded[split or "train"] if isinstance(loaded, datasets.DatasetDict) else loaded
+            found = loaded[split or "train"] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:
-            records = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+            found = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"Dataset {specification!r} cannot be opened: {error}.") from error
 
     def documents() -> Iterator[bytes]:
-        for number, record in enumerate(records, start=1):
-            if text_field not in record:
-                raise BrokenRecord(f"record {number} has no field {text_field!r}; it has {', '.join(record)}")
-            yield document(record[text_field], f"field {text_field!r} of record {number}")
+        number, rows = 0, iter(found)
+        while True:
+            try:
+                record = next(rows, None)
+            except Exception as error:  # the library lets through whatever its readers raise
+                reason = " ".join(str(error).split())
+                raise BrokenRecord(f"record {number + 1} cannot be read ({type(error).__name__}: {reason})") from error
+            if record is None:
+                return
+            number += 1
+            yield records.document(record, f"record {number}")
 
-    return _joined(documents())
+    return _joined(documents(), records)

@@ -23,7 +23,7 @@ from data_prep.layout import FORMAT_NAME, FORMAT_VERSION, HEADER_BYTES, TOKEN_DT
 from data_prep.numbering import numbered_alike
 
 BOS_ID, PAD_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
-MANIFEST_NAME = "manifest.json"
+MANIFEST_NAME, RUN_NAME = "manifest.json", "prepare.json"
 SENTENCEPIECE_NAMES = ("sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
 FAST_TOKENIZER_NAME, TOKENIZER_CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
 LANGUAGE_PATTERN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,62}[A-Za-z0-9])?")
@@ -131,7 +131,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of an output directory, checked for format version and for names that stay inside it."""
     file = path / MANIFEST_NAME
     if not file.is_file():
-        raise DataError(f"No shards at {path}: {file} is missing. Make them with `{PREPARE_HINT.format(path=path)}`.")
+        raise DataError(_why_no_manifest(path))
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT_NAME or manifest["version"] != FORMAT_VERSION:
@@ -151,6 +151,22 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise
         raise DataError(f"{file} is damaged ({type(error).__name__}: {error}). Prepare the shards again.") from error
     return manifest
+
+
+def _why_no_manifest(path: Path) -> str:
+    parts = path.with_name(path.name + ".parts")  # where tasks of a Slurm array prepare their languages
+    if (path / RUN_NAME).is_file():
+        return (
+            f"The shards at {path} are unfinished: `python -m data_prep prepare` began them and has not reached the end. Run "
+            "the same prepare command again; it continues after the last finished shard. (To use the finished languages "
+            f"alone: python -m data_prep merge {path} --partial)"
+        )
+    if parts.is_dir():
+        return (
+            f"The shards at {path} are unfinished: their languages in {parts} have not been merged. When all of them are "
+            f"done: python -m data_prep merge {path} --from {parts}/*"
+        )
+    return f"No shards at {path}: {path / MANIFEST_NAME} is missing. Make them with `{PREPARE_HINT.format(path=path)}`."
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.quality import QUALITY_COLUMNS, Quality, qualities, quality_cells
 from data_prep.shards import DataError, ShardSet
 
 
@@ -20,6 +21,7 @@ class LanguageStats:
     raw_share: float
     share: float  # at the run's temperature
     epochs: float | None  # passes over the language in the planned run
+    quality: Quality
 
 
 def collect(shards: ShardSet, alpha: float, seq_len: int, num_samples: int | None) -> list[LanguageStats]:
@@ -30,6 +32,7 @@ def collect(shards: ShardSet, alpha: float, seq_len: int, num_samples: int | Non
     raw = tokens / tokens.sum()
     smoothed = np.where(tokens > 0, raw**alpha, 0)
     smoothed /= smoothed.sum()
+    sound = qualities(shards)
     rows = [shards.num_rows(language, seq_len) for language in shards.languages]
     return [
         LanguageStats(
@@ -41,6 +44,7 @@ def collect(shards: ShardSet, alpha: float, seq_len: int, num_samples: int | Non
             raw_share=float(raw[index]),
             share=float(smoothed[index]),
             epochs=num_samples * float(smoothed[index]) / rows[index] if num_samples and rows[index] else None,
+            quality=sound[index],
         )
         for index, language in enumerate(shards.languages)
     ]
@@ -49,19 +53,20 @@ def collect(shards: ShardSet, alpha: float, seq_len: int, num_samples: int | Non
 def table(rows: list[LanguageStats], alpha: float) -> str:
     """Markdown, with a last line for all languages together."""
     lines = [
-        f"| language | documents | tokens | text MB | shards MB | share | share at alpha {alpha:g} | epochs |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        f"| language | documents | tokens | text MB | shards MB | share | share at alpha {alpha:g} | epochs "
+        f"| {QUALITY_COLUMNS} |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for row in rows:
         epochs = "" if row.epochs is None else f"{row.epochs:.2f}"
         lines.append(
             f"| {row.language} | {row.documents:,} | {row.tokens:,} | {row.text_bytes / 1e6:.2f} "
-            f"| {row.shard_bytes / 1e6:.2f} | {row.raw_share:.2%} | {row.share:.2%} | {epochs} |"
+            f"| {row.shard_bytes / 1e6:.2f} | {row.raw_share:.2%} | {row.share:.2%} | {epochs} | {quality_cells(row.quality)} |"
         )
     lines.append(
         f"| all {len(rows)} | {sum(row.documents for row in rows):,} | {sum(row.tokens for row in rows):,} "
         f"| {sum(row.text_bytes for row in rows) / 1e6:.2f} | {sum(row.shard_bytes for row in rows) / 1e6:.2f} "
-        "| 100% | 100% | |"
+        "| 100% | 100% | | | | | |"
     )
     return "\n".join(lines)
 

@@ -31,6 +31,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     library: Mapping[str, str]  # name and version of what encodes: another one may split differently
     special_ids: Mapping[str, int]  # `bos` and `eos` where they are not XLM-R's
+    unk_id: int | None
 
     def encode_lines(self, lines: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all lines, each with its end token, as one uint32 array, and each line's number of ids."""
@@ -47,6 +48,7 @@ class SentencePieceTokenizer:
 
     library: Mapping[str, str] = {"sentencepiece": sentencepiece.__version__}
     special_ids: Mapping[str, int] = {}
+    unk_id: int | None = UNK_ID
 
     def __init__(self, path: str | Path) -> None:
         self.path = tokenizer_file(Path(path))
@@ -110,6 +112,8 @@ class FastTokenizer:
         self.special_ids: Mapping[str, int] = {"bos": begin, "eos": self._end}
         # A literal "</s>" in web text is text. Some models have it as a piece of their own all the same: left out.
         self._tokenizer.encode_special_tokens = True
+        unknown = getattr(self._tokenizer.model, "unk_token", None)  # byte-level models have none
+        self.unk_id: int | None = self._tokenizer.token_to_id(unknown) if unknown else None
         added = self._tokenizer.get_added_tokens_decoder()
         self.num_pieces = self._tokenizer.get_vocab_size(with_added_tokens=False)
         # Ids may have gaps, so the largest one decides.

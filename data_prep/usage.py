@@ -5,7 +5,8 @@ In: a shard directory, or files as `prepare` takes them. Out: a `Usage`, from wh
 
 from __future__ import annotations
 
-from collections import deque
+import sys
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -14,9 +15,11 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.blocks import cut_blocks
+from data_prep.broken import BrokenLines
 from data_prep.clean import CleanOptions
 from data_prep.encode import Encoded
 from data_prep.layout import TOKEN_DTYPE
+from data_prep.quality import warnings_of
 from data_prep.shards import EOS_ID, ShardSet
 from data_prep.sources import Source
 from data_prep.tokenizer import Tokenizer
@@ -74,12 +77,26 @@ def usage_of_text(texts: dict[str, list[Source]], tokenizer: Tokenizer, num_work
 
 
 def _encoded(sources: list[Source], language: str, pool: WorkerPool, num_workers: int) -> Iterator[Encoded]:
-    """Blocks in order, a few ahead of the counting."""
-    pending: deque[Future[Encoded]] = deque()
-    for source in sources:
+    """Blocks in order, a few ahead of the counting; text in another encoding is refused at the end of the language."""
+    pending: deque[tuple[int, int, bytes, Future[Encoded]]] = deque()
+    broken, counts = BrokenLines(sources, CleanOptions().broken_text), Counter[str]()
+
+    def finished() -> Encoded:
+        index, first_line, text, encoded = pending.popleft()
+        broken.add(index, text, first_line, encoded.result().counts, is_end=False)
+        counts.update(encoded.result().counts)
+        return encoded.result()
+
+    for index, source in enumerate(sources):
+        first_line = 0
         for block in cut_blocks(source.chunks()):
-            pending.append(pool.submit(block.text, language))
+            pending.append((index, first_line, block.text, pool.submit(block.text, language)))
+            first_line += block.text.count(b"\n")
             if len(pending) > 2 * num_workers:
-                yield pending.popleft().result()
+                yield finished()
+        counts.update(source.counts)
     while pending:
-        yield pending.popleft().result()
+        yield finished()
+    for warning in [broken.warning(counts), *warnings_of(counts)]:
+        if warning:
+            print(f"warning: {language}: {warning}", file=sys.stderr)

@@ -60,7 +60,9 @@ def test_prepare_verify_stats_by_the_real_command(tiny_tokenizer: Path, tmp_path
     assert (made.returncode, made.stdout) == (0, f"shards ready: {output}\n"), made.stderr
     assert "tokens/s" in made.stderr
     checked = run("verify", output)
-    assert (checked.returncode, checked.stdout) == (0, f"{output}: all 2 shards are whole\n")
+    assert checked.returncode == 0
+    assert checked.stdout.endswith(f"{output}: all 2 shards are whole\n")
+    assert "| sw | 0.00% |" in checked.stdout
     shown = run("stats", output, "--seq-len", "64", "--samples", "1000", "--plot", plot)
     assert shown.returncode == 0, shown.stderr
     table = [line.split("|")[1:-1] for line in shown.stdout.splitlines() if line.startswith("|")]

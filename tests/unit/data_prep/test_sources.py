@@ -112,9 +112,13 @@ def test_a_damaged_file_is_named_with_the_place(tmp_path: Path, packing: str) ->
     ("line", "message"),
     [
         ('{"text": "whole"}\n{"text": "cut', "line 2 is not JSON"),
-        ('{"body": "other field"}\n', "line 1 has no field 'text'"),
-        ("[1, 2]\n", "line 1 has no field 'text'"),
-        ('{"text": 5}\n', "field 'text' of line 1 is no text but int"),
+        (
+            '{"body": "other field", "id": 1}\n',
+            "1 of its first 1 records have no field 'text'; they have body, id.*--text-field",
+        ),
+        ("[1, 2]\n", "line 1 is a JSON array; one record a line is read"),
+        ('{"text": 5}\n', "field 'text' is int in 1 of its first 1 records, not text"),
+        ('{"text": "deep", "meta": ' + "[" * 100_000 + "]" * 100_000 + "}\n", "line 1 nests its values too deeply"),
     ],
 )
 def test_bad_json_lines_are_named_by_number(tmp_path: Path, line: str, message: str) -> None:

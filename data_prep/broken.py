@@ -1,0 +1,90 @@
+"""Lines that are not UTF-8, counted while a language is read: a few are normal in web text, many are another encoding.
+
+A file is judged when all of it has been read (a large one that is clearly in another encoding sooner), a language at its end.
+What was made of a refused file is taken back, so that the same command works with the converted one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from data_prep.names import shown
+from data_prep.other_encodings import SAMPLE_LINES, broken_lines
+from data_prep.shards import DataError
+from data_prep.sources import Source
+
+MIN_BROKEN = 3  # one broken line in a file of ten is no other encoding
+ENOUGH_LINES, CLEARLY_BROKEN = 20_000, 0.5  # lines after which more than half broken is enough to stop
+
+
+class OtherEncoding(DataError):
+    """A source in another encoding than UTF-8. `source_index`: what came before it in the language stands."""
+
+    def __init__(self, message: str, source_index: int) -> None:
+        super().__init__(message)
+        self.source_index = source_index
+
+
+class BrokenLines:
+    """Of one language, fed block by block in order."""
+
+    def __init__(self, sources: list[Source], policy: str) -> None:
+        self._sources, self._policy = sources, policy
+        self._index = -1
+        self._first: tuple[int, int] | None = None  # source and line of the first broken line of this run
+        self._sample: list[bytes] = []  # of the source that is being read
+        self._start_source(0)
+
+    def _start_source(self, index: int) -> None:
+        self._index, self._read, self._broken, self._first_here = index, 0, 0, 0
+        self._sample = []
+
+    def add(self, index: int, text: bytes, first_line: int, counts: Mapping[str, int], is_end: bool) -> None:
+        """One encoded block of source `index`, which starts in line `first_line` (from 0) of its text."""
+        if index != self._index:
+            self._start_source(index)
+        self._read += counts.get("lines_read", 0)
+        self._broken += counts.get("lines_broken", 0)
+        if counts.get("lines_broken") and len(self._sample) < SAMPLE_LINES:
+            for number, line in broken_lines(text):
+                if not self._sample:
+                    self._first_here = first_line + number + 1
+                    self._first = self._first or (index, self._first_here)
+                self._sample.append(line)
+                if len(self._sample) == SAMPLE_LINES:
+                    break
+        share = self._broken / max(1, self._read)
+        limit = self._sources[index].max_broken_lines
+        is_clear = self._read >= ENOUGH_LINES and share > max(limit, CLEARLY_BROKEN)
+        if self._broken >= MIN_BROKEN and share > limit and (is_end or is_clear):
+            raise OtherEncoding(self._refusal(share, limit), index)
+
+    def _refusal(self, share: float, limit: float) -> str:
+        source = self._sources[self._index]
+        return (
+            f"{shown(source.path)}: {self._broken} of {self._read} lines ({share:.0%}) are not UTF-8, the first is line "
+            f"{self._first_here}: {self._sample[0].decode('utf-8', 'backslashreplace')[:60]!r}. "
+            f"{source.how_to_convert(self._sample)}. Then run the same command again; nothing of this file was kept. (More "
+            f"than {limit:.0%} of broken lines are taken with --max-broken-lines 1.)"
+        )
+
+    def warning(self, counts: Mapping[str, int]) -> str | None:
+        """About the whole language, at its end; `counts` are all of it. Raises where its files are many and each too small to
+        be judged alone."""
+        broken, read = counts.get("lines_broken", 0), counts.get("lines_read", 0)
+        if not broken:
+            return None
+        share, limit = broken / max(1, read, broken), self._sources[0].max_broken_lines
+        what = "left out" if self._policy == "skip" else "kept with U+FFFD in place of what is broken"
+        where = (
+            f", the first in line {self._first[1]} of {shown(self._sources[self._first[0]].path)}"
+            if self._first
+            else ""
+        )
+        if broken >= MIN_BROKEN and share > limit:
+            raise OtherEncoding(
+                f"{broken} of {read} lines ({share:.0%}) are not UTF-8{where}. Convert those files (iconv -f ENCODING -t UTF-8) "
+                "and run the same command again, or take the lines as they are with --max-broken-lines 1.",
+                self._first[0] if self._first else 0,
+            )
+        return f"{broken} of {read} lines ({share:.2%}) are not UTF-8{where}; they were {what}"

@@ -1,0 +1,85 @@
+"""What `prepare` says of its input before any work: which files it takes for which language, and which it leaves and why.
+
+Also what can be told wrong by then: a `--text-field` that the records do not have, and with `--strict-input` anything that is left.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from data_prep.discovery import Survey, summary
+from data_prep.journal import Journal
+from data_prep.layout import write_durably
+from data_prep.names import shown
+from data_prep.shards import DataError
+from data_prep.sources import Source, WrongTextField
+from data_prep.walk import KNOWN_REASONS
+
+NAMES_PER_REASON, NAMES_PER_LANGUAGE = 20, 3
+NOT_TAKEN_NAME = "not_taken.tsv"
+
+
+def announce(survey: Survey, chosen: dict[str, list[Source]]) -> None:
+    """One line per language that is taken, one per reason for what is not; on standard error."""
+    for language, sources in chosen.items():
+        names = [shown(source.name) for source in sources[:NAMES_PER_LANGUAGE]]
+        more = [f"{len(sources) - len(names)} more"] if len(sources) > len(names) else []
+        size = sum(source.stamp()["bytes"] for source in sources)
+        print(f"input: {language}: {size:,} bytes in {len(sources)} files: {', '.join(names + more)}", file=sys.stderr)
+    for line in summary(survey.not_taken, NAMES_PER_REASON):
+        print(f"warning: not taken: {line}", file=sys.stderr)
+    for pattern in survey.unmatched:
+        print(f"warning: the language map's {pattern!r} matches no file of the input", file=sys.stderr)
+
+
+def refuse_what_is_left(survey: Survey) -> None:
+    """`--strict-input`."""
+    left = [one for one in survey.not_taken if not one.reason.startswith(KNOWN_REASONS)]
+    if left:
+        raise DataError(
+            f"--strict-input: {len(left)} of what is below the input is not taken: {'; '.join(summary(left, NAMES_PER_REASON))}."
+            " Nothing was prepared. Move it away, rename it, leave it out with --language-map FILE (lines of: PATTERN -), or do "
+            "without --strict-input."
+        )
+
+
+def refuse_wrong_field(output: Path, chosen: dict[str, list[Source]]) -> None:
+    """The first file of records of each language that is still to be made is looked into, before the output is begun with a
+    wrong --text-field."""
+    for language, sources in chosen.items():
+        first = next((source for source in sources if source.holds_records), None)
+        if first is None or Journal.read(output / language).complete:
+            continue
+        try:
+            next(first.chunks(), None)
+        except WrongTextField:
+            raise
+        except DataError:
+            continue  # its own lane will say what is wrong with it
+
+
+def write_list(output: Path, survey: Survey) -> None:
+    """All that was not taken, with its reason: `not_taken.tsv`, or no such file where there is nothing."""
+    path = output / NOT_TAKEN_NAME
+    if survey.not_taken:
+        lines = (f"{one.reason}\t{shown(one.path)}\n" for one in survey.not_taken)
+        write_durably(path, "".join(lines))
+        print(f"not taken: complete list in {shown(path)}", file=sys.stderr)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def same_texts(output: Path, languages: list[str]) -> list[str]:
+    """Sources whose text is the same to the byte under different names, in one language or two."""
+    first: dict[tuple[int, str], str] = {}
+    found = []
+    for language in languages:
+        for record in Journal.read(output / language).finished_sources:
+            if not record["text_bytes"]:
+                continue
+            name = f"{shown(record['name'])} ({language})"
+            other = first.setdefault((record["text_bytes"], record["text_xxh3_128"]), name)
+            if other != name:
+                found.append(f"{other} and {name} hold the same text, and both are in the shards")
+    return found
