@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import xxhash
 
+from data_prep.lines import BLANK_LINE
+
 BLOCK_BYTES = 1 << 20
 MAX_DOCUMENT_BYTES = 1 << 21  # one line of 2 MiB costs SentencePiece 50 MB of memory
 
@@ -59,6 +61,8 @@ def cut_blocks(
 def _after_last_blank_line(buffer: bytearray, limit: int) -> int:
     """Where the text after the last blank line before `limit` starts; 0 if there is none."""
     unix, windows = buffer.rfind(b"\n\n", 0, limit), buffer.rfind(b"\n\r\n", 0, limit)
+    if unix < 0 and windows < 0:
+        return max((match.end() for match in BLANK_LINE.finditer(bytes(memoryview(buffer)[:limit]))), default=0)
     return max(unix + 2 if unix >= 0 else 0, windows + 3 if windows >= 0 else 0)
 
 

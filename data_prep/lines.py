@@ -1,6 +1,6 @@
 """Where lines of text end, and which of them are blank; the same for a text file, a record and a block on its way to the encoder.
 
-A line ends at LF (or CR LF). CR alone ends lines only in a text that has no LF, as old Macs wrote it; U+2028, U+0085, vertical
+A line ends at LF (or CR LF). CR alone ends lines only in a text that has (almost) no LF, as old Macs wrote it; U+2028, U+0085, vertical
 tab and form feed end none: they are counted. A line of white space alone is blank, whichever white space that is.
 """
 
@@ -18,7 +18,10 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BLANK = rb"\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8f\xa8\xa9\xaf]|\xe2\x81[\x9f\xa0]|\xe3\x80\x80|\xef\xbb\xbf"
 _BLANK_STARTS = frozenset(b"\xc2\xe1\xe2\xe3\xef")
 _ALL_BLANK = re.compile(rb"(?:[ \t\r\v\f]|" + _BLANK + rb")+")
+BLANK_LINE = re.compile(rb"\n" + _ALL_BLANK.pattern + rb"\n")
 MIN_CR_SHARE = 1 / 4096  # CRs per byte of a long start without LF that make it a text with CR as line end
+
+CR_PER_LF = 20
 
 
 def text_lines(text: bytes) -> list[bytes]:
@@ -55,10 +58,11 @@ def _odd_characters(text: bytes) -> tuple[int, int]:
 
 
 def ends_lines_with_cr(start: bytes, is_all: bool) -> bool:
-    """Whether a text of which this is the start (or all) has CR alone as its line end."""
-    if b"\n" in start or b"\r" not in start:
+    """Whether a text of which this is the start (or all) has CR alone as its line end; a few LFs, at its end say, may be in it."""
+    num_lf, num_cr = start.count(b"\n"), start.count(b"\r")
+    if not num_cr or num_cr <= CR_PER_LF * num_lf:
         return False
-    return is_all or start.count(b"\r") > len(start) * MIN_CR_SHARE
+    return is_all or num_cr > len(start) * MIN_CR_SHARE
 
 
 def with_line_feeds(chunks: Iterator[bytes]) -> Iterator[bytes]:

@@ -26,9 +26,9 @@ def pieces(data: bytes, sizes: list[int]) -> list[bytes]:
     return result
 
 
-text = st.lists(st.sampled_from(["word ", "täglich", "\n", "\n\n", "\r\n\r\n", "你好", "x" * 70]), max_size=120).map(
-    lambda parts: "".join(parts).encode()
-)
+text = st.lists(
+    st.sampled_from(["word ", "täglich", "\n", "\n\n", "\r\n\r\n", "\n\u00a0\n", "你好", "x" * 70]), max_size=120
+).map(lambda parts: "".join(parts).encode())
 
 
 @settings(max_examples=80, deadline=None)
@@ -43,7 +43,7 @@ def test_delivery_in_other_pieces_changes_nothing(data: bytes, sizes: list[int])
         assert len(block.text) <= 256
 
 
-@pytest.mark.parametrize("separator", [b"\n\n", b"\r\n\r\n"])
+@pytest.mark.parametrize("separator", [b"\n\n", b"\r\n\r\n", b"\n \t\n", b"\n\xc2\xa0\n", b"\n\xe3\x80\x80\r\n"])
 def test_documents_stay_whole_where_they_fit(separator: bytes) -> None:
     documents = [b"%04d" % number + b" tail" * (number % 30) for number in range(80)]
     cut = small_blocks([separator.join(documents)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+import os
 import subprocess
 from pathlib import Path
 
@@ -94,20 +95,37 @@ def test_one_file_in_another_encoding_among_many_is_refused_and_the_files_before
     folder.mkdir(parents=True)
     for number in range(4):
         (folder / f"part-{number}.txt").write_bytes(mostly_ascii(3000, 0).replace(b"line", b"part %d" % number))
-    (folder / "part-2.txt").write_bytes(mostly_ascii(1000, 100))
+    in_documents = mostly_ascii(6000, 600).replace(
+        b"9\n", b"9\n\n"
+    )  # of which shards are made before all of it is read
+    (folder / "part-2.txt").write_bytes(in_documents)
     sizes = ("--shard-tokens", "3000", "--block-bytes", "20000")
     assert prepare(tiny_tokenizer, tmp_path, *sizes) == 2
     assert (
-        "en/part-2.txt: 100 of 1000 lines (10%) are not UTF-8, the first is line 10: '\\\\xe9t\\\\xe9 number 9'"
+        "en/part-2.txt: 600 of 6000 lines (10%) are not UTF-8, the first is line 10: '\\\\xe9t\\\\xe9 number 9'"
         in refusal(capsys)
     )
     kept = {name: data for name, data in content(tmp_path / "out").items() if name.endswith(".tok")}
     assert kept
-    (folder / "part-2.txt").write_bytes(mostly_ascii(1000, 100).decode("latin-1").encode())
+    (folder / "part-2.txt").write_bytes(in_documents.decode("latin-1").encode())
     assert prepare(tiny_tokenizer, tmp_path, *sizes) == 0
     finished = content(tmp_path / "out")
     assert {name: finished[name] for name in kept} == kept
     ShardSet(tmp_path / "out")
+
+
+def test_the_command_works_for_a_name_that_is_not_utf8(
+    tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "in" / "en"
+    folder.mkdir(parents=True)
+    name = os.fsdecode(b"it's \xe9.txt")
+    (folder / name).write_bytes(mostly_ascii(100, 50))
+    assert prepare(tiny_tokenizer, tmp_path) == 2
+    command = "iconv -f " + refusal(capsys).split("iconv -f ", 1)[1].split(". Then run")[0]
+    subprocess.run(["bash", "-c", command], check=True)
+    assert (folder / name).read_bytes() == mostly_ascii(100, 50).decode("latin-1").encode()
+    assert prepare(tiny_tokenizer, tmp_path) == 0
 
 
 def test_many_small_files_are_judged_together(

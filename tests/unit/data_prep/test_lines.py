@@ -36,6 +36,10 @@ def test_documents_and_lines_are_the_same_with_any_line_end(tmp_path: Path, line
         assert got == expected
 
 
+def test_a_line_feed_at_the_end_of_a_text_with_cr_changes_nothing(tmp_path: Path) -> None:
+    assert documents(read(tmp_path / "en.txt", TEXT.replace(b"\n", b"\r") + b"\n")) == documents(TEXT)
+
+
 def test_cr_alone_ends_lines_to_the_end_of_a_long_file_with_other_line_ends_behind(tmp_path: Path) -> None:
     old = TEXT.replace(b"\n", b"\r") * (START_BYTES // len(TEXT) + 2)
     got = read(tmp_path / "en.txt", old + TEXT.replace(b"\n", b"\r\n"))

@@ -177,3 +177,13 @@ def test_a_fast_tokenizer_of_another_vocabulary(tiny_teacher: Path) -> None:
         cut_fast_tokenizer(tree, [*pieces[:9], "other", *pieces[10:]], kept, path)
     with pytest.raises(DataError, match="not of the same vocabulary"):
         cut_fast_tokenizer({**tree, "model": {"type": "BPE", "vocab": {"a": 1}}}, pieces, kept, path)
+
+
+def test_text_in_another_encoding_is_not_counted(
+    tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "de.txt").write_bytes(b"gr\xfcn\ngr\xfcn\ngr\xfcn\nrot\n" * 2)
+    arguments = ["trim-vocab", "--tokenizer", str(tiny_tokenizer), "--input", str(tmp_path), "--workers", "1"]
+    assert main([*arguments, "--output", str(tmp_path / "vocabulary")]) == 2
+    assert "6 of 8 lines (75%) are not UTF-8, the first in line 1 of" in capsys.readouterr().err
+    assert not (tmp_path / "vocabulary").exists()

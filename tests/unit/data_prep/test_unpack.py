@@ -133,7 +133,12 @@ def test_a_zstd_dictionary_is_no_damage(tmp_path: Path) -> None:
     for number in range(200):
         (tmp_path / f"{number}.sample").write_bytes(b"%d is a number of the sample %d\n" % (number, number**3) * 9)
     samples = [str(path) for path in tmp_path.glob("*.sample")]
-    subprocess.run(["zstd", "-q", "--train", *samples, "-o", "dict", "--maxdict=2000"], cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run(
+        ["zstd", "-q", "--train", *samples, "-o", "dict", "--maxdict=2000"],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
     command = ["zstd", "-qc", "-D", "dict"]
     packed = subprocess.run(command, cwd=tmp_path, input=FIRST, capture_output=True, check=True).stdout
     with pytest.raises(DamagedSource, match=r"en\.txt\.zst was packed with a zstd dictionary.*zstd -d -D DICTIONARY"):
@@ -142,7 +147,10 @@ def test_a_zstd_dictionary_is_no_damage(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("data", "told"),
-    [(gzip.compress(FIRST), "It starts as a .gz file does: name it so"), (FIRST, "that is not packed: name it so, without .xz")],
+    [
+        (gzip.compress(FIRST), "It starts as a .gz file does: name it so"),
+        (FIRST, "that is not packed: name it so, without .xz"),
+    ],
 )
 def test_a_file_that_is_not_what_its_name_says_is_told(tmp_path: Path, data: bytes, told: str) -> None:
     with pytest.raises(DamagedSource, match=told):
