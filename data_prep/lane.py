@@ -9,9 +9,9 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class LaneSettings:
     window: int
     on_progress: Callable[[str, int, int], None]  # language, bytes of its sources read, new tokens
     stop: threading.Event
+    compared: Mapping[str, Counter[str]] = field(default_factory=dict)  # lines whose ids were, of languages now begun
 
 
 @dataclass
@@ -78,7 +79,7 @@ class Lane:
 
     def _continue(self) -> None:
         last = self._journal.last
-        self._counts: Counter[str] = Counter(last.counts if last else {})
+        self._counts: Counter[str] = Counter(last.counts if last else self._settings.compared.get(self.language))
         self._num_finished = len(self._journal.finished_sources)
         self._newly_finished: list[dict[str, Any]] = []
         self._place = (last.source, last.text_end, last.text_xxh3_128) if last else (0, 0, "")

@@ -12,6 +12,8 @@ import os
 import shutil
 import sys
 import threading
+from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -23,10 +25,12 @@ from data_prep.blocks import BLOCK_BYTES
 from data_prep.clean import CleanOptions
 from data_prep.discovery import LanguageRules, discover
 from data_prep.disk import estimated_bytes, refuse_if_full
+from data_prep.id_check import RECORD, check_languages
 from data_prep.journal import Journal
 from data_prep.lane import Lane, LaneSettings, Stopped, check_sources
 from data_prep.layout import Identity
 from data_prep.manifest import begin_output, describe, finish
+from data_prep.reference import describe_reference
 from data_prep.shards import MANIFEST_NAME, DataError
 from data_prep.sources import Source
 from data_prep.tokenizer import Tokenizer, open_tokenizer
@@ -52,17 +56,27 @@ class PrepareConfig:
     quiet: bool = False
 
 
+@dataclass(frozen=True)
+class Checked:
+    """What is known of the tokenizer before the first shard."""
+
+    identity: Identity
+    compared: Mapping[str, Counter[str]]  # per language that is begun: lines whose ids were compared
+
+
 def prepare(config: PrepareConfig) -> list[str]:
     """Run to the end. Gives the languages still to be prepared; with none, the manifest has been written."""
     everything = discover(config.inputs, config.rules, config.text_field)
     tokenizer = open_tokenizer(config.tokenizer)
     about = describe(tokenizer, config.clean, config.shard_tokens, config.block_bytes, config.text_field)
+    chosen = {config.rules.language: everything[config.rules.language]} if config.rules.language else everything
+    compared = check_languages(config.tokenizer, tokenizer, not_begun(config, chosen))
+    about[RECORD] = describe_reference(config.tokenizer, tokenizer.path)
     begin_output(config.output, about, list(everything), config.may_add)
     throw_away(config, everything)
     identity = Identity(tokenizer.sha256, tokenizer.vocab_size, about["options_xxh3_128"])
-    chosen = {config.rules.language: everything[config.rules.language]} if config.rules.language else everything
     try:
-        failures = run_lanes(config, chosen, tokenizer, identity)
+        failures = run_lanes(config, chosen, tokenizer, Checked(identity, compared))
     except OSError as error:
         reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
         raise DataError(
@@ -72,6 +86,15 @@ def prepare(config: PrepareConfig) -> list[str]:
     if failures:
         raise DataError(f"{len(failures)} of {len(chosen)} languages could not be finished. " + " | ".join(failures))
     return finish(config.output)
+
+
+def not_begun(config: PrepareConfig, sources: dict[str, list[Source]]) -> dict[str, list[Source]]:
+    """Languages of which no shard is there yet: their ids are compared with the tokenizer's before the first one."""
+    return {
+        name: of_language
+        for name, of_language in sources.items()
+        if name in config.redo or Journal.read(config.output / name).last is None
+    }
 
 
 def throw_away(config: PrepareConfig, everything: dict[str, list[Source]]) -> None:
@@ -86,7 +109,10 @@ def throw_away(config: PrepareConfig, everything: dict[str, list[Source]]) -> No
 
 
 def run_lanes(
-    config: PrepareConfig, sources: dict[str, list[Source]], tokenizer: Tokenizer, identity: Identity
+    config: PrepareConfig,
+    sources: dict[str, list[Source]],
+    tokenizer: Tokenizer,
+    checked: Checked,
 ) -> list[str]:
     """All languages, the largest first; what could not be finished, one sentence per language."""
     failures: list[str] = []
@@ -99,14 +125,14 @@ def run_lanes(
         free = refuse_if_full(config.output, needed)
         total = sum(size_of(sources[name]) for name in todo)
         with closing(Progress(total, needed, free, config.quiet)) as progress:
-            _run_together(config, {name: sources[name] for name in todo}, identity, pool, progress, failures)
+            _run_together(config, {name: sources[name] for name in todo}, checked, pool, progress, failures)
     return sorted(failures)
 
 
 def _run_together(
     config: PrepareConfig,
     todo: dict[str, list[Source]],
-    identity: Identity,
+    checked: Checked,
     pool: WorkerPool,
     progress: Progress,
     failures: list[str],
@@ -114,7 +140,15 @@ def _run_together(
     """A lane per language, a few at a time; a language that fails leaves the others alone."""
     window, stop = 2 * config.num_workers + 2, threading.Event()
     settings = LaneSettings(
-        config.output, identity, config.clean, config.shard_tokens, config.block_bytes, window, progress.update, stop
+        config.output,
+        checked.identity,
+        config.clean,
+        config.shard_tokens,
+        config.block_bytes,
+        window,
+        progress.update,
+        stop,
+        checked.compared,
     )
 
     def run_lane(language: str) -> None:

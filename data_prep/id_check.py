@@ -1,0 +1,213 @@
+"""Ids in shards must be those of the teacher's tokenizer: lines of every language are encoded both ways and compared.
+
+In: the tokenizer that prepare opened and sampled lines. Out: how many lines were compared and how many differ, or a `DataError`
+with the first line that differs, its ids and the fix. `prepare` runs it before anything is written; a run compares again
+(`check_again`) where tokenizer or libraries are not the ones that the manifest names.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.awkward import LINES, added_lines, composed, special_lines
+from data_prep.child import in_child
+from data_prep.line_sample import sample_lines
+from data_prep.reference import (
+    XLMR_CONFIG,
+    Reference,
+    RowOfIds,
+    describe_reference,
+    directory_of,
+    model_config,
+    reference_of,
+)
+from data_prep.shards import (
+    BOS_ID,
+    EOS_ID,
+    SENTENCEPIECE_NAMES,
+    TOKENIZER_CONFIG_NAME,
+    DataError,
+    named_family,
+    save_command,
+)
+from data_prep.sources import Source
+from data_prep.tokenizer import FastTokenizer, Tokenizer, open_tokenizer
+
+RECORD = "ids_compared_with"  # in prepare.json and the manifest
+COMPARED, DIFFERING = "lines_compared", "lines_compared_differing"  # in the counts of a language
+# SentencePiece and the Hugging Face tokenizer split 0.02 to 0.05 % of lines otherwise, between splits that score the same.
+NEAR_TIES = 0.01
+FEWEST_NEAR_TIES = 2  # of a language with few lines
+POSITIONS_FROM_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
+SHOWN_IDS = 8
+
+
+@dataclass
+class Comparison:
+    """Of the lines of one language."""
+
+    num_lines: int = 0
+    differing: list[tuple[str, list[int], RowOfIds]] = field(default_factory=list)
+
+
+def check_languages(given: Path, tokenizer: Tokenizer, languages: dict[str, list[Source]]) -> dict[str, Counter[str]]:
+    """Compare for every language, in a process of its own; counts per language. Raises `DataError`.
+
+    A process of its own, since transformers brings torch and threads: neither may be in this one when it forks its
+    tokenising processes, nor stay in its memory.
+    """
+    if not languages:
+        return {}
+    found = in_child(lambda: _compare_languages(given, tokenizer, languages), f"comparing ids with those of {given}")
+    return {language: Counter(counts) for language, counts in found.items()}
+
+
+def _compare_languages(
+    given: Path, tokenizer: Tokenizer, languages: dict[str, list[Source]]
+) -> dict[str, dict[str, int]]:
+    with reference_of(given, tokenizer.path) as reference:
+        checked = _Checked(given, tokenizer, reference)
+        checked.rows_and_awkward_lines()
+        return {name: checked.language(name, sample_lines(name, sources)) for name, sources in languages.items()}
+
+
+def check_again(manifest: dict[str, Any], given: Path) -> str:
+    """Before a run: that tokenizer `given` still has the ids that the shards were made with. Says what was looked at."""
+    tokenizer = open_tokenizer(given)
+    if manifest.get(RECORD) == describe_reference(given, tokenizer.path):
+        return "ids compared with the tokenizer's when they were prepared"
+    with reference_of(given, tokenizer.path) as reference:
+        num_lines = _Checked(given, tokenizer, reference).rows_and_awkward_lines()
+    return f"ids compared with the tokenizer's on {num_lines} lines"
+
+
+class _Checked:
+    """One tokenizer beside its reference."""
+
+    def __init__(self, given: Path, tokenizer: Tokenizer, reference: Reference) -> None:
+        self._given, self._tokenizer, self._reference = given, tokenizer, reference
+        self._is_exact = isinstance(tokenizer, FastTokenizer)  # one library on both sides: no near-ties
+
+    def rows_and_awkward_lines(self) -> int:
+        """What every tokenizer is tried on; gives the number of lines."""
+        comparison = self._compare([*LINES, *added_lines(self._reference.added)])
+        if comparison.differing:
+            raise self._refusal(comparison, "a line that every tokenizer is tried on")
+        self._refuse_other_ends()
+        self._refuse_special_ids()
+        self._refuse_other_padding()
+        return comparison.num_lines
+
+    def language(self, name: str, lines: list[str]) -> dict[str, int]:
+        comparison = self._compare(lines)
+        unexplained = self._unexplained(comparison)
+        allowed = 0 if self._is_exact else max(FEWEST_NEAR_TIES, int(NEAR_TIES * comparison.num_lines))
+        if len(unexplained.differing) > allowed:
+            raise self._refusal(unexplained, f"a line of {name}")
+        return {COMPARED: comparison.num_lines, DIFFERING: len(comparison.differing)}
+
+    def _compare(self, lines: list[str]) -> Comparison:
+        """Lines with a special token's text are compared without it: there the reference gives the token, prepare text."""
+        lines = [text for line in lines if (text := _without(line, self._reference.special))]
+        comparison = Comparison(num_lines=len(lines))
+        for line, ours, row in zip(lines, _ids(self._tokenizer, lines), self._reference.rows(lines), strict=True):
+            if ours != row.ids:
+                comparison.differing.append((line, ours, row))
+        return comparison
+
+    def _unexplained(self, comparison: Comparison) -> Comparison:
+        """What is left of it once characters of several code points are composed, which the two libraries do differently."""
+        differing = comparison.differing
+        if self._is_exact or not differing:
+            return comparison
+        still = {line for line, _, _ in self._compare([composed(line) for line, _, _ in differing]).differing}
+        return Comparison(comparison.num_lines, [found for found in differing if composed(found[0]) in still])
+
+    def _refuse_other_ends(self) -> None:
+        ends = [self._tokenizer.special_ids.get("bos", BOS_ID)], [self._tokenizer.special_ids.get("eos", EOS_ID)]
+        row = self._reference.rows(["a line"])[0]
+        if (row.begin, row.end) != ends:
+            raise DataError(
+                f"{self._tokenizer.path} begins and ends rows with the ids {ends[0]} and {ends[1]}; AutoTokenizer of "
+                f"{self._given} ({self._reference.class_name}) puts {self._names(row.begin)} before a text and "
+                f"{self._names(row.end)} after it. Nothing was written. {self._fix()}"
+            )
+
+    def _refuse_special_ids(self) -> None:
+        """Text that spells a special token is text: its id in the middle of a row would be read as the token."""
+        lines = special_lines(self._reference.special)
+        for line, ids in zip(lines, _ids(self._tokenizer, lines), strict=True):
+            if wrong := sorted(set(ids) & self._reference.special_ids):
+                raise DataError(
+                    f"{self._tokenizer.path} turns the text {line!r} into ids with {self._names(wrong)}, a special token of "
+                    f"{self._given}. Nothing was written. {self._fix()}"
+                )
+
+    def _refuse_other_padding(self) -> None:
+        """Where positions are counted from the id of padding, another id there moves every position."""
+        directory = directory_of(self._given, self._tokenizer.path)
+        config = model_config(directory) if directory is not None else {}
+        pad_id = config.get("pad_token_id", self._reference.pad_id)
+        if config.get("model_type") in POSITIONS_FROM_PADDING and pad_id != self._reference.pad_id:
+            raise DataError(
+                f"{directory}/config.json has pad_token_id {pad_id}, the tokenizer's padding is "
+                f"{self._reference.pad_id}; models of type {config['model_type']} count positions from it. Write "
+                f'"pad_token_id": {self._reference.pad_id} there, or give the tokenizer that belongs to the model.'
+            )
+
+    def _refusal(self, comparison: Comparison, where: str) -> DataError:
+        line, ours, row = comparison.differing[0]
+        pairs = zip(ours, row.ids, strict=False)
+        start = next((n for n, (one, other) in enumerate(pairs) if one != other), min(len(ours), len(row.ids)))
+        here = slice(start, start + SHOWN_IDS)
+        return DataError(
+            f"Ids from {self._tokenizer.path} are not those of AutoTokenizer.from_pretrained({str(self._given)!r}) "
+            f"({self._reference.class_name}), with which the model is used: {len(comparison.differing)} of "
+            f"{comparison.num_lines} lines differ. The first, {where}: {line[:100]!r} from token {start} on is "
+            f"{self._names(ours[here])} in shards and {self._names(row.ids[here])} for the model. Nothing was written. "
+            f"{self._fix()}"
+        )
+
+    def _names(self, ids: list[int]) -> str:
+        return " ".join(f"{number} {piece!r}" for number, piece in zip(ids, self._reference.pieces(ids), strict=True))
+
+    def _fix(self) -> str:
+        directory = directory_of(self._given, self._tokenizer.path)
+        if directory is None:
+            return "Give the directory of the model's tokenizer instead, with its tokenizer_config.json."
+        path = self._tokenizer.path
+        family = named_family(directory) or ""
+        is_kept = path.name == SENTENCEPIECE_NAMES[0] and family.startswith("XLMRoberta")
+        if not self._is_exact and self._reference.num_ids < self._tokenizer.num_pieces // 2:
+            config = shlex.quote(json.dumps(XLMR_CONFIG))
+            return (
+                f"AutoTokenizer finds no vocabulary of a {family} model there. If the model has XLM-R's tokenizer, say so: "
+                f"echo {config} > {shlex.quote(str(directory / TOKENIZER_CONFIG_NAME))} and run the same command again; "
+                "else copy the model's tokenizer files there."
+            )
+        command = save_command(directory, path.name if is_kept else None)
+        return (
+            f"Where AutoTokenizer is right, let it write a tokenizer.json that has its ids: {command} and run the same "
+            "command again. Where the directory names the wrong class, correct tokenizer_config.json."
+        )
+
+
+def _ids(tokenizer: Tokenizer, lines: list[str]) -> list[list[int]]:
+    """Ids of every line without its end token."""
+    ids, lengths = tokenizer.encode_lines([line.encode("utf-8", "replace") for line in lines])
+    return [part[:-1].tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] if lines else []
+
+
+def _without(line: str, special: Iterable[str]) -> str:
+    for text in special:
+        if text in line:
+            line = line.replace(text, " ")
+    return line.strip()
