@@ -19,7 +19,7 @@ import numpy as np
 
 from data_prep.awkward import LINES, added_lines, composed, special_lines
 from data_prep.child import in_child
-from data_prep.line_sample import sample_lines
+from data_prep.line_sample import LineSample, sample_lines
 from data_prep.reference import (
     XLMR_CONFIG,
     Reference,
@@ -29,17 +29,10 @@ from data_prep.reference import (
     model_config,
     reference_of,
 )
-from data_prep.shards import (
-    BOS_ID,
-    EOS_ID,
-    SENTENCEPIECE_NAMES,
-    TOKENIZER_CONFIG_NAME,
-    DataError,
-    named_family,
-    save_command,
-)
+from data_prep.shards import BOS_ID, EOS_ID, SENTENCEPIECE_NAMES, DataError
 from data_prep.sources import Source
 from data_prep.tokenizer import FastTokenizer, Tokenizer, open_tokenizer
+from data_prep.tokenizer_files import TOKENIZER_CONFIG_NAME, named_family, save_command
 
 RECORD = "ids_compared_with"  # in prepare.json and the manifest
 COMPARED, DIFFERING = "lines_compared", "lines_compared_differing"  # in the counts of a language
@@ -106,13 +99,14 @@ class _Checked:
         self._refuse_other_padding()
         return comparison.num_lines
 
-    def language(self, name: str, lines: list[str]) -> dict[str, int]:
-        comparison = self._compare(lines)
+    def language(self, name: str, sample: LineSample) -> dict[str, int]:
+        comparison = self._compare(sample.lines)
         unexplained = self._unexplained(comparison)
         allowed = 0 if self._is_exact else max(FEWEST_NEAR_TIES, int(NEAR_TIES * comparison.num_lines))
         if len(unexplained.differing) > allowed:
             raise self._refusal(unexplained, f"a line of {name}")
-        return {COMPARED: comparison.num_lines, DIFFERING: len(comparison.differing)}
+        counts = {COMPARED: comparison.num_lines, DIFFERING: len(comparison.differing)}
+        return counts if sample.is_whole else {}  # else counted by the run that has the language's undamaged files
 
     def _compare(self, lines: list[str]) -> Comparison:
         """Lines with a special token's text are compared without it: there the reference gives the token, prepare text."""

@@ -43,7 +43,7 @@ class LaneSettings:
     window: int
     on_progress: Callable[[str, int, int], None]  # language, bytes of its sources read, new tokens
     stop: threading.Event
-    compared: Mapping[str, Counter[str]] = field(default_factory=dict)  # lines whose ids were, of languages now begun
+    compared: Mapping[str, Counter[str]] = field(default_factory=dict)  # lines whose ids were, per language
 
 
 @dataclass
@@ -79,7 +79,8 @@ class Lane:
 
     def _continue(self) -> None:
         last = self._journal.last
-        self._counts: Counter[str] = Counter(last.counts if last else self._settings.compared.get(self.language))
+        self._counts: Counter[str] = Counter(last.counts if last else {})
+        self._counts |= self._settings.compared.get(self.language, Counter())
         self._num_finished = len(self._journal.finished_sources)
         self._newly_finished: list[dict[str, Any]] = []
         self._place = (last.source, last.text_end, last.text_xxh3_128) if last else (0, 0, "")

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from contextlib import closing, suppress
+from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 from data_prep.clean import split_documents
@@ -20,13 +21,22 @@ LINES_OF_EACH_KIND = 100
 LINE_BYTES = 2000
 
 
-def sample_lines(language: str, sources: list[Source]) -> list[str]:
-    """At most three times `LINES_OF_EACH_KIND` lines, without repetitions."""
-    per_source = [_first_lines(source) for source in _spread(sources)]
-    lines = list(dict.fromkeys(line for found in per_source for line in found))
-    first = [line for found in per_source for line in found[: LINES_OF_EACH_KIND // len(per_source)]]
+@dataclass(frozen=True)
+class LineSample:
+    """Lines of one language, without repetitions."""
+
+    lines: list[str]
+    is_whole: bool  # not where a file is damaged: once it is replaced, the sample will be another
+
+
+def sample_lines(language: str, sources: list[Source]) -> LineSample:
+    """At most three times `LINES_OF_EACH_KIND` lines."""
+    starts = [_first_lines(source) for source in _spread(sources)]
+    lines = list(dict.fromkeys(line for start in starts for line in start.lines))
+    first = [line for start in starts for line in start.lines[: LINES_OF_EACH_KIND // len(starts)]]
     chosen = random.Random(f"lines of {language}").sample(lines, min(LINES_OF_EACH_KIND, len(lines)))
-    return list(dict.fromkeys([*first, *chosen, *_rarest(lines)]))
+    chosen = list(dict.fromkeys([*first, *chosen, *_rarest(lines)]))
+    return LineSample(chosen, all(start.is_whole for start in starts))
 
 
 def _spread(sources: list[Source]) -> list[Source]:
@@ -35,20 +45,24 @@ def _spread(sources: list[Source]) -> list[Source]:
     return [sources[number * (len(sources) - 1) // max(count - 1, 1)] for number in range(count)]
 
 
-def _first_lines(source: Source) -> list[str]:
+def _first_lines(source: Source) -> LineSample:
     """Lines of the start of a file; what is damaged there is for the language's own run to say."""
-    text = bytearray()
+    text, is_whole = bytearray(), True
     if not isinstance(source, HubSource) and not source.path.is_file():
-        return []  # a pipe can be read only once
+        return LineSample([], True)  # a pipe can be read only once
     chunks: Any = source.chunks()
-    with suppress(DataError, OSError), closing(chunks):
-        for chunk in chunks:
-            text += chunk
-            if len(text) >= READ_BYTES:
-                del text[text.rfind(b"\n") + 1 or READ_BYTES :]
-                break
+    try:
+        with closing(chunks):
+            for chunk in chunks:
+                text += chunk
+                if len(text) >= READ_BYTES:
+                    del text[text.rfind(b"\n") + 1 or READ_BYTES :]
+                    break
+    except (DataError, OSError):
+        is_whole = False
     # A line that is cut may end inside a character, which is left out.
-    return [line[:LINE_BYTES].decode("utf-8", "ignore") for line in split_documents(bytes(text))[0]]
+    lines = [line[:LINE_BYTES].decode("utf-8", "ignore") for line in split_documents(bytes(text))[0]]
+    return LineSample(lines, is_whole)
 
 
 def _rarest(lines: list[str]) -> list[str]:

@@ -25,7 +25,7 @@ from data_prep.blocks import BLOCK_BYTES
 from data_prep.clean import CleanOptions
 from data_prep.discovery import LanguageRules, discover
 from data_prep.disk import estimated_bytes, refuse_if_full
-from data_prep.id_check import RECORD, check_languages
+from data_prep.id_check import COMPARED, RECORD, check_languages
 from data_prep.journal import Journal
 from data_prep.lane import Lane, LaneSettings, Stopped, check_sources
 from data_prep.layout import Identity
@@ -61,7 +61,7 @@ class Checked:
     """What is known of the tokenizer before the first shard."""
 
     identity: Identity
-    compared: Mapping[str, Counter[str]]  # per language that is begun: lines whose ids were compared
+    compared: Mapping[str, Counter[str]]  # per language: lines whose ids were compared just now
 
 
 def prepare(config: PrepareConfig) -> list[str]:
@@ -70,7 +70,7 @@ def prepare(config: PrepareConfig) -> list[str]:
     tokenizer = open_tokenizer(config.tokenizer)
     about = describe(tokenizer, config.clean, config.shard_tokens, config.block_bytes, config.text_field)
     chosen = {config.rules.language: everything[config.rules.language]} if config.rules.language else everything
-    compared = check_languages(config.tokenizer, tokenizer, not_begun(config, chosen))
+    compared = check_languages(config.tokenizer, tokenizer, to_compare(config, chosen))
     about[RECORD] = describe_reference(config.tokenizer, tokenizer.path)
     begin_output(config.output, about, list(everything), config.may_add)
     throw_away(config, everything)
@@ -88,13 +88,18 @@ def prepare(config: PrepareConfig) -> list[str]:
     return finish(config.output)
 
 
-def not_begun(config: PrepareConfig, sources: dict[str, list[Source]]) -> dict[str, list[Source]]:
-    """Languages of which no shard is there yet: their ids are compared with the tokenizer's before the first one."""
+def to_compare(config: PrepareConfig, sources: dict[str, list[Source]]) -> dict[str, list[Source]]:
+    """Languages still to be written whose ids were not compared with the tokenizer's: before their first shard."""
+    journals = {name: Journal.read(config.output / name) for name in sources}
     return {
         name: of_language
         for name, of_language in sources.items()
-        if name in config.redo or Journal.read(config.output / name).last is None
+        if name in config.redo or not (journals[name].complete or is_compared(journals[name]))
     }
+
+
+def is_compared(journal: Journal) -> bool:
+    return journal.last is not None and COMPARED in journal.last.counts
 
 
 def throw_away(config: PrepareConfig, everything: dict[str, list[Source]]) -> None:

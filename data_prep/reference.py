@@ -16,16 +16,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from data_prep.shards import (
+from data_prep.shards import SENTENCEPIECE_NAMES, DataError
+from data_prep.tokenizer_files import (
+    CONFIG_NAME,
     FAST_TOKENIZER_NAME,
-    SENTENCEPIECE_NAMES,
+    OTHER_VOCABULARY_NAMES,
     TOKENIZER_CONFIG_NAME,
-    DataError,
     named_family,
     save_command,
 )
 
-CONFIG_NAME = "config.json"
 DECIDING_CONFIG_KEYS = ("model_type", "tokenizer_class", "pad_token_id")  # of the model's config.json
 DECIDING_FILES = (
     FAST_TOKENIZER_NAME,
@@ -33,10 +33,8 @@ DECIDING_FILES = (
     *SENTENCEPIECE_NAMES,
     "special_tokens_map.json",
     "added_tokens.json",
-    "spm.model",
-    "vocab.txt",
-    "vocab.json",
     "merges.txt",
+    *OTHER_VOCABULARY_NAMES,
 )
 XLMR_CONFIG = {"tokenizer_class": "XLMRobertaTokenizer"}
 

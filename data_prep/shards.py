@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import mmap
 import re
-import shlex
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
@@ -22,22 +21,11 @@ import xxhash
 
 from data_prep.layout import FORMAT_NAME, FORMAT_VERSION, HEADER_BYTES, TOKEN_DTYPE, Identity, header, sections
 from data_prep.numbering import adds_words, numbered_alike
+from data_prep.tokenizer_files import FAST_TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, no_tokenizer_in
 
 BOS_ID, PAD_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 MANIFEST_NAME = "manifest.json"
 SENTENCEPIECE_NAMES = ("sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
-FAST_TOKENIZER_NAME, TOKENIZER_CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
-OTHER_VOCABULARY_NAMES = (
-    "spm.model",
-    "vocab.txt",
-    "vocab.json",
-    "bpe.codes",
-    "tekken.json",
-)  # AutoTokenizer reads these
-_GIVE_TOKENIZER = (
-    "Give a SentencePiece .model file, a tokenizer.json, or a directory with one (XLM-R ships sentencepiece.bpe.model). From "
-    "the Hub: hf download FacebookAI/xlm-roberta-large sentencepiece.bpe.model --local-dir DIR."
-)
 LANGUAGE_PATTERN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,62}[A-Za-z0-9])?")
 _SHARD_FILE = re.compile(r"(?P<language>[^/]+)/(?P<number>[0-9]{5})\.tok")
 PREPARE_HINT = "python -m data_prep prepare --input TEXT --tokenizer MODEL_OR_DIR --output {path}"
@@ -63,51 +51,7 @@ def tokenizer_file(path: Path) -> Path:
     for name in names:
         if (path / name).is_file():
             return path / name
-    raise DataError(_without_tokenizer(path, names))
-
-
-def _without_tokenizer(path: Path, names: Sequence[str]) -> str:
-    """What to do about a directory from which no ids can be read; the fix depends on what else it holds."""
-    if not path.is_dir():
-        return f"Tokenizer {path} does not exist. {_GIVE_TOKENIZER}"
-    other = [name for name in OTHER_VOCABULARY_NAMES if (path / name).is_file()]
-    if not other:
-        return f"Tokenizer {path} holds none of {', '.join(names)}. {_GIVE_TOKENIZER}"
-    first = (
-        ""
-        if named_family(path)
-        else f"copy the model's config.json into {path}, which says whose tokenizer that is, then "
-    )
-    return (
-        f"Tokenizer {path} holds {' and '.join(other)}, from which ids are not read here, and no tokenizer.json. Make one, "
-        f"once: {first}{save_command(path)} and run the same command again."
-    )
-
-
-def save_command(directory: Path, superseded: str | None = None) -> str:
-    """A shell command by which AutoTokenizer writes a `tokenizer.json`; a file that is `superseded` by it is renamed."""
-    name = json.dumps(str(directory))  # double quotes: the shell's are single
-    code = f"from transformers import AutoTokenizer; AutoTokenizer.from_pretrained({name}).save_pretrained({name})"
-    if superseded is not None:
-        file = str(directory / superseded)
-        code += f"; import os; os.rename({json.dumps(file)}, {json.dumps(file + '.unused')})"
-    return f"python -c {shlex.quote(code)}"
-
-
-def named_family(directory: Path) -> str | None:
-    """The class that `tokenizer_config.json` names, else what `config.json` says that the model is; None: neither does."""
-    for name, keys in (
-        (TOKENIZER_CONFIG_NAME, ("tokenizer_class",)),
-        ("config.json", ("tokenizer_class", "model_type")),
-    ):
-        try:
-            content = json.loads((directory / name).read_bytes())
-            named = next((content[key] for key in keys if isinstance(content.get(key), str)), None)
-        except (OSError, ValueError, AttributeError):
-            named = None
-        if named:
-            return named
-    return None
+    raise DataError(no_tokenizer_in(path, names))
 
 
 def _is_xlmr(directory: Path) -> bool:
