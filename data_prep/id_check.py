@@ -72,14 +72,20 @@ def _compare_languages(
         return {name: checked.language(name, sample_lines(name, sources)) for name, sources in languages.items()}
 
 
-def check_again(manifest: dict[str, Any], given: Path) -> str:
-    """Before a run: that tokenizer `given` still has the ids that the shards were made with. Says what was looked at."""
+def check_again(manifest: dict[str, Any], given: Path) -> tuple[str, list[str]]:
+    """Before a run: tokenizer `given` has the ids that the shards were made with. What was looked at, and warnings."""
     tokenizer = open_tokenizer(given)
+    warnings = []
+    if (unknown := tokenizer.special_ids.get("unk")) != manifest["tokenizer"].get("unk"):
+        warnings.append(
+            f"the shards were prepared by a version that left out unknown words ({given} gives them the id {unknown}); where "
+            "the text has some, rows differ from what the model reads elsewhere. Prepare them again to have them in"
+        )
     if manifest.get(RECORD) == describe_reference(given, tokenizer.path):
-        return "ids compared with the tokenizer's when they were prepared"
+        return "ids compared with AutoTokenizer's when the shards were prepared", warnings
     with reference_of(given, tokenizer.path) as reference:
         num_lines = _Checked(given, tokenizer, reference).rows_and_awkward_lines()
-    return f"ids compared with the tokenizer's on {num_lines} lines"
+    return f"ids compared with AutoTokenizer's on {num_lines} lines", warnings
 
 
 class _Checked:
@@ -132,7 +138,7 @@ class _Checked:
             raise DataError(
                 f"{self._tokenizer.path} begins and ends rows with the ids {ends[0]} and {ends[1]}; AutoTokenizer of "
                 f"{self._given} ({self._reference.class_name}) puts {self._names(row.begin)} before a text and "
-                f"{self._names(row.end)} after it. Nothing was written. {self._fix()}"
+                f"{self._names(row.end)} after it. {self._fix()}"
             )
 
     def _refuse_special_ids(self) -> None:
@@ -142,7 +148,7 @@ class _Checked:
             if wrong := sorted(set(ids) & self._reference.special_ids):
                 raise DataError(
                     f"{self._tokenizer.path} turns the text {line!r} into ids with {self._names(wrong)}, a special token of "
-                    f"{self._given}. Nothing was written. {self._fix()}"
+                    f"{self._given}. {self._fix()}"
                 )
 
     def _refuse_other_padding(self) -> None:
@@ -166,7 +172,7 @@ class _Checked:
             f"Ids from {self._tokenizer.path} are not those of AutoTokenizer.from_pretrained({str(self._given)!r}) "
             f"({self._reference.class_name}), with which the model is used: {len(comparison.differing)} of "
             f"{comparison.num_lines} lines differ. The first, {where}: {line[:100]!r} from token {start} on is "
-            f"{self._names(ours[here])} in shards and {self._names(row.ids[here])} for the model. Nothing was written. "
+            f"{self._names(ours[here])} in shards and {self._names(row.ids[here])} for the model. "
             f"{self._fix()}"
         )
 

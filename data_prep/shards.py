@@ -241,6 +241,12 @@ class ShardSet:
         }
         return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
+    def compare_ids(self, tokenizer: Path) -> tuple[str, list[str]]:
+        """That AutoTokenizer of the directory gives the ids of these shards: what was looked at, and warnings. DataError."""
+        from data_prep.id_check import check_again  # opens tokenizers, which nothing else in reading shards does
+
+        return check_again(self.manifest, tokenizer)
+
     def num_tokens(self, language: str) -> int:
         return sum(shard.num_tokens for shard in self.shards(language))
 
