@@ -9,6 +9,8 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable
 
+MOST_TEXTS = 500  # added or special tokens that are tried
+
 LINES = (
     # ordinary sentences in many scripts: pieces with other ids show at once
     "All human beings are born free and equal in dignity and rights.",
@@ -57,15 +59,19 @@ LINES = (
 
 def special_lines(special: Iterable[str]) -> list[str]:
     """Every special token's text inside a line, where it must stay text."""
-    return [f"before {text} after{text}" for text in sorted(special)]
+    return [f"before {text} after{text}" for text in _some(special)]
 
 
 def added_lines(added: Iterable[str]) -> list[str]:
-    """Every added word as a word, inside a word, in upper case, and beside another line's text."""
-    lines = []
-    for text in sorted(added):
-        lines += [f"before {text} after", f"in{text}side", text.upper(), text]
+    """Every added word as a word, inside a word, in upper case, and alone."""
+    lines = [line for text in _some(added) for line in (f"before {text} after", f"in{text}side", text.upper(), text)]
     return [stripped for line in lines if (stripped := line.strip())]
+
+
+def _some(texts: Iterable[str]) -> list[str]:
+    """All, or as many of thousands as are enough to see that they are read at all: the same ones every time."""
+    ordered = sorted(texts)
+    return ordered[:: -(-len(ordered) // MOST_TEXTS) or 1]
 
 
 def composed(line: str) -> str:

@@ -29,7 +29,7 @@ from data_prep.reference import (
     model_config,
     reference_of,
 )
-from data_prep.shards import BOS_ID, EOS_ID, SENTENCEPIECE_NAMES, DataError
+from data_prep.shards import BOS_ID, EOS_ID, SENTENCEPIECE_NAMES, UNK_ID, DataError
 from data_prep.sources import Source
 from data_prep.tokenizer import FastTokenizer, Tokenizer, open_tokenizer
 from data_prep.tokenizer_files import TOKENIZER_CONFIG_NAME, named_family, save_command
@@ -97,6 +97,7 @@ class _Checked:
 
     def rows_and_awkward_lines(self) -> int:
         """What every tokenizer is tried on; gives the number of lines."""
+        self._refuse_other_rows()
         comparison = self._compare([*LINES, *added_lines(self._reference.added)])
         if comparison.differing:
             raise self._refusal(comparison, "a line that every tokenizer is tried on")
@@ -131,6 +132,16 @@ class _Checked:
         still = {line for line, _, _ in self._compare([composed(line) for line, _, _ in differing]).differing}
         return Comparison(comparison.num_lines, [found for found in differing if composed(found[0]) in still])
 
+    def _refuse_other_rows(self) -> None:
+        """Rows of shards are one token, text, one token: no other kind of tokenizer can be read at all."""
+        row = self._reference.rows(["a line"])[0]
+        if (len(row.begin), len(row.end)) != (1, 1):
+            raise DataError(
+                f"AutoTokenizer of {self._given} ({self._reference.class_name}) puts {self._names(row.begin) or 'nothing'} "
+                f"before a text and {self._names(row.end) or 'nothing'} after it; an encoder's puts one special token at each "
+                "end ([CLS] and [SEP], or <s> and </s>). Give the tokenizer of an encoder."
+            )
+
     def _refuse_other_ends(self) -> None:
         ends = [self._tokenizer.special_ids.get("bos", BOS_ID)], [self._tokenizer.special_ids.get("eos", EOS_ID)]
         row = self._reference.rows(["a line"])[0]
@@ -144,8 +155,9 @@ class _Checked:
     def _refuse_special_ids(self) -> None:
         """Text that spells a special token is text: its id in the middle of a row would be read as the token."""
         lines = special_lines(self._reference.special)
+        not_text = self._reference.special_ids - {self._tokenizer.special_ids.get("unk", UNK_ID)}
         for line, ids in zip(lines, _ids(self._tokenizer, lines), strict=True):
-            if wrong := sorted(set(ids) & self._reference.special_ids):
+            if wrong := sorted(set(ids) & not_text):
                 raise DataError(
                     f"{self._tokenizer.path} turns the text {line!r} into ids with {self._names(wrong)}, a special token of "
                     f"{self._given}. {self._fix()}"
@@ -196,7 +208,7 @@ class _Checked:
         command = save_command(directory, path.name if is_kept else None)
         return (
             f"Where AutoTokenizer is right, let it write a tokenizer.json that has its ids: {command} and run the same "
-            "command again. Where the directory names the wrong class, correct tokenizer_config.json."
+            "command again. Where the directory names a wrong class or setting (do_lower_case, say), correct tokenizer_config.json."
         )
 
 

@@ -23,7 +23,6 @@ from data_prep.tokenizer_files import (
     OTHER_VOCABULARY_NAMES,
     TOKENIZER_CONFIG_NAME,
     named_family,
-    save_command,
 )
 
 DECIDING_CONFIG_KEYS = ("model_type", "tokenizer_class", "pad_token_id")  # of the model's config.json
@@ -151,7 +150,7 @@ def _cannot_load(name: Path, error: Exception) -> str:
     directory = name if name.is_dir() else name.parent
     return (
         f"{name}: AutoTokenizer.from_pretrained cannot load this tokenizer ({type(error).__name__}: {reason}), so nothing says "
-        f"that ids in shards would be the model's. Files of the tokenizer may be missing in {directory}, or "
-        f"{TOKENIZER_CONFIG_NAME} or {CONFIG_NAME} name a class whose files are not there. Copy them from where the model came "
-        f"from; where its tokenizer loads, {save_command(directory)} writes all of it."
+        f"that ids in shards would be the model's. A file of the tokenizer is missing in {directory}, or "
+        f"{TOKENIZER_CONFIG_NAME} or {CONFIG_NAME} names a class whose files are not there. Copy all files but the weights from "
+        "where the model came from (from the Hub: hf download MODEL --include '*.json' '*.model' '*.txt' --local-dir DIR)."
     )

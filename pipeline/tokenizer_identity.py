@@ -27,7 +27,13 @@ def deciding_file(model: str | Path) -> Path:
     directory = Path(model).expanduser()
     if not directory.is_dir():
         found = [
-            cached_file(str(model), name, _raise_exceptions_for_missing_entries=False, trust_remote_code=False)
+            cached_file(
+                str(model),
+                name,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,  # offline, a file that the hub lacks looks like one not cached
+                trust_remote_code=False,
+            )
             for name in FETCHED
         ]
         directory = Path(next((str(file) for file in found if file), str(model))).parent
