@@ -63,6 +63,11 @@ def check_languages(given: Path, tokenizer: Tokenizer, languages: dict[str, list
     return {language: Counter(counts) for language, counts in found.items()}
 
 
+def check_tokenizer(given: Path, tokenizer: Tokenizer) -> None:
+    """The same without any text: for what is made of a tokenizer alone, as a smaller vocabulary is."""
+    in_child(lambda: _compare_languages(given, tokenizer, {}), f"comparing ids with those of {given}")
+
+
 def _compare_languages(
     given: Path, tokenizer: Tokenizer, languages: dict[str, list[Source]]
 ) -> dict[str, dict[str, int]]:

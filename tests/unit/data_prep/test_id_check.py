@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 from tokenizers import AddedToken, Tokenizer
-from transformers import AutoTokenizer, XLMRobertaTokenizer
+from transformers import AutoTokenizer
 
+from data_prep.__main__ import main
 from data_prep.awkward import LINES, composed
 from data_prep.line_sample import sample_lines
 from data_prep.manifest import make_manifest, read_run, take_in, write_manifest
@@ -99,10 +101,9 @@ def assert_ids_are_the_models(text: Path, tokenizer: Path, output: Path) -> Shar
     [
         {"tokenizer_config": {"tokenizer_class": "CamembertTokenizer"}},
         {"config": {"model_type": "camembert"}},
-        {"tokenizer_config": {**XLMR, "add_prefix_space": False}},
         {"tokenizer_config": XLMR, "added_tokens": {"zblorg": 2002, "😀": 2003}},
     ],
-    ids=["CamemBERT by class", "CamemBERT by model type", "no space before the first word", "added words"],
+    ids=["CamemBERT by class", "CamemBERT by model type", "added words"],
 )
 def test_a_model_that_is_not_numbered_as_xlmrs_is_refused_and_the_printed_fix_works(
     files: dict, model_alone: Callable[..., Path], text: Path, tmp_path: Path
@@ -112,8 +113,9 @@ def test_a_model_that_is_not_numbered_as_xlmrs_is_refused_and_the_printed_fix_wo
     assert re.search(
         r"sentencepiece\.bpe\.model are not those of AutoTokenizer\.from_pretrained\(.*lines differ", message
     )
+    assert message.count(f'AutoTokenizer.from_pretrained("{directory}").save_pretrained("{directory}")') == 1
     assert re.search(r"The first, a line that every tokenizer is tried on: '.*' from token \d+ on is \d+ '", message)
-    paste(message)
+    AutoTokenizer.from_pretrained(directory).save_pretrained(directory)
     assert_ids_are_the_models(text, directory, tmp_path / "shards")
 
 
@@ -182,24 +184,34 @@ def test_a_few_lines_may_differ_as_splits_that_score_the_same_do(tiny_tokenizer:
     assert (counts["lines_compared"], counts["lines_compared_differing"]) == (len(TEXT) + 2, 2)
 
 
-def test_decomposed_vietnamese_and_half_width_kana_are_no_other_tokenizer(teacher_tokenizer: Path) -> None:
+def test_decomposed_vietnamese_and_half_width_kana_are_no_other_tokenizer(tmp_path: Path) -> None:
     """The two libraries compose characters of several code points differently; the composed line is the same to both."""
-    lines = ["Tie\u0302\u0301ng Vie\u0323\u0302t", "ｶﾞｷﾞｸﾞ ﾊﾟﾋﾟ", "next\u0085line"]
-    reference, encoder = XLMRobertaTokenizer.from_pretrained(teacher_tokenizer), open_tokenizer(teacher_tokenizer)
+    lines = [*["Tie\u0302\u0301ng Vie\u0323\u0302t"] * 9, *["ｶﾞｷﾞｸﾞ ﾊﾟﾋﾟ"] * 9]
+    directory = tmp_path / "tokenizer"
+    directory.mkdir()
+    texts = ["tiếng việt số một", "カキクケコ ガギグゲゴ ハヒフヘホ パピプペポ ゙ ゚", *LINES]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts * 10),
+        model_prefix=str(directory / "sentencepiece.bpe"),
+        vocab_size=600,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        minloglevel=2,
+    )
+    write(directory / "tokenizer_config.json", XLMR)
+    reference, encoder = AutoTokenizer.from_pretrained(directory), open_tokenizer(directory)
 
-    def ids(line: str) -> list[int]:
-        return encoder.encode_lines([line.encode()])[0].tolist()
+    def differ(line: str) -> bool:
+        return encoder.encode_lines([line.encode()])[0].tolist() != reference(line)["input_ids"][1:]
 
-    assert all(ids(line) != reference(line)["input_ids"][1:] for line in lines)
-    assert all(ids(composed(line)) == reference(composed(line))["input_ids"][1:] for line in lines)
-
-
-@pytest.fixture(scope="module")
-def teacher_tokenizer() -> Path:
-    directory = REPO / "artifacts" / "teacher"
-    if not (directory / "sentencepiece.bpe.model").is_file():
-        pytest.skip("needs artifacts/teacher (make demo makes it)")
-    return directory
+    assert all(map(differ, lines))
+    assert not any(differ(composed(line)) for line in lines)
+    (tmp_path / "vi.txt").write_text(
+        "\n".join(f"{line} {number}" for number, line in enumerate(lines)), encoding="utf-8"
+    )
+    run([str(tmp_path / "vi.txt")], directory, tmp_path / "shards")
+    counts = ShardSet(tmp_path / "shards").manifest["languages"]["vi"]["counts"]
+    assert (counts["lines_compared"], counts["lines_compared_differing"]) == (18, 18)
 
 
 @pytest.mark.parametrize("files", ["spm.model", "vocab.txt", "vocab.json"])
@@ -225,7 +237,10 @@ def test_a_vocabulary_that_only_transformers_reads_names_the_command_that_makes_
         (directory / "tokenizer.json").unlink()
     message = refusal(text, directory, tmp_path / "shards")
     assert f"holds {files}, from which ids are not read here" in message
-    paste(message)
+    if files == "spm.model":
+        paste(message)
+    else:
+        AutoTokenizer.from_pretrained(directory).save_pretrained(directory)
     assert_ids_are_the_models(text, directory, tmp_path / "shards")
 
 
@@ -369,6 +384,33 @@ def test_the_counts_survive_a_merge_and_old_outputs_have_none(tiny_tokenizer: Pa
     write(tmp_path / "merged" / "manifest.json", make_manifest(tmp_path / "merged", old))
     assert run(text, tiny_tokenizer, tmp_path / "merged") == []
     assert "ids_compared_with" not in ShardSet(tmp_path / "merged").manifest
+
+
+def test_shards_without_unknown_words_are_told_from_later_ones(text: Path, tmp_path: Path) -> None:
+    """What older versions made of WordPiece: their outputs are not continued, and a run that reads them says so."""
+    directory = word_piece(tmp_path / "tokenizer")
+    run(text, directory, tmp_path / "shards")
+    what, warnings = ShardSet(tmp_path / "shards").compare_ids(directory)
+    assert (what, warnings) == ("ids compared with AutoTokenizer's when the shards were prepared", [])
+    old = read_run(tmp_path / "shards")
+    del old["tokenizer"]["unk"], old["ids_compared_with"]
+    write(tmp_path / "shards" / "prepare.json", old)
+    write_manifest(tmp_path / "shards")
+    what, warnings = ShardSet(tmp_path / "shards").compare_ids(directory)
+    assert re.fullmatch(r"ids compared with AutoTokenizer's on \d\d lines", what)
+    assert ["left out unknown words" in warning for warning in warnings] == [True]
+    with pytest.raises(DataError, match="unk is None there and 1 here"):
+        run(text, directory, tmp_path / "shards")
+
+
+def test_a_vocabulary_is_not_cut_from_a_model_that_is_not_xlmrs(
+    model_alone: Callable[..., Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = model_alone(tokenizer_config={"tokenizer_class": "CamembertTokenizer"})
+    words = ["trim-vocab", "--tokenizer", directory, "--input", text, "--output", tmp_path / "small", "--workers", 1]
+    assert main([str(word) for word in words]) == 2
+    assert "(CamembertTokenizer)" in capsys.readouterr().err
+    assert not (tmp_path / "small").exists()
 
 
 def test_transformers_and_torch_stay_out_of_the_process_that_forks_its_workers(
