@@ -30,7 +30,7 @@ from data_prep.journal import Journal
 from data_prep.lane import Lane, LaneSettings, Stopped, check_sources
 from data_prep.layout import Identity
 from data_prep.manifest import begin_output, describe, finish
-from data_prep.reference import describe_reference
+from data_prep.reference import assumption, describe_reference
 from data_prep.shards import MANIFEST_NAME, DataError
 from data_prep.sources import Source
 from data_prep.tokenizer import Tokenizer, open_tokenizer
@@ -70,6 +70,8 @@ def prepare(config: PrepareConfig) -> list[str]:
     tokenizer = open_tokenizer(config.tokenizer)
     about = describe(tokenizer, config.clean, config.shard_tokens, config.block_bytes, config.text_field)
     chosen = {config.rules.language: everything[config.rules.language]} if config.rules.language else everything
+    if not config.quiet and (note := assumption(config.tokenizer, tokenizer.path)):
+        print(note, file=sys.stderr)
     compared = check_languages(config.tokenizer, tokenizer, to_compare(config, chosen))
     about[RECORD] = describe_reference(config.tokenizer, tokenizer.path)
     begin_output(config.output, about, list(everything), config.may_add)

@@ -95,19 +95,28 @@ def reference_of(given: Path, file: Path) -> Iterator[Reference]:
     """The reference of `--tokenizer given`, of which `file` is what prepare reads.
 
     A file that stands alone, or a directory that says nothing of its tokenizer's class, has no AutoTokenizer. A SentencePiece
-    model is then taken to be XLM-R's, as its name says, and compared with XLM-R's class; a tokenizer.json states all itself.
+    model is then taken to be XLM-R's, and compared with XLM-R's class; a tokenizer.json states all itself.
     """
     directory = directory_of(given, file)
     if directory is not None:
         yield Reference(directory, given)
         return
     with tempfile.TemporaryDirectory(prefix="tokenizer-") as alone:
-        if file.suffix == ".json":
-            (Path(alone) / FAST_TOKENIZER_NAME).symlink_to(file.absolute())
-        else:
-            (Path(alone) / SENTENCEPIECE_NAMES[0]).symlink_to(file.absolute())
-            (Path(alone) / TOKENIZER_CONFIG_NAME).write_text(json.dumps(XLMR_CONFIG))
+        _lay_out(file, Path(alone))
         yield Reference(Path(alone), given)
+
+
+def _lay_out(file: Path, directory: Path) -> None:
+    """A directory of the file alone, under the names that tokenizers' classes look for, and of what says its class."""
+    names = [FAST_TOKENIZER_NAME] if file.suffix == ".json" else [*SENTENCEPIECE_NAMES, "spm.model"]
+    for name in names:
+        (directory / name).symlink_to(file.absolute())
+    if named_family(file.parent) is not None:
+        for name in (TOKENIZER_CONFIG_NAME, CONFIG_NAME):
+            if (file.parent / name).is_file():
+                (directory / name).symlink_to((file.parent / name).absolute())
+    elif file.suffix != ".json":
+        (directory / TOKENIZER_CONFIG_NAME).write_text(json.dumps(XLMR_CONFIG))
 
 
 def directory_of(given: Path, file: Path) -> Path | None:
@@ -115,6 +124,16 @@ def directory_of(given: Path, file: Path) -> Path | None:
     directory = given if given.is_dir() else given.parent
     says_enough = named_family(directory) is not None or (directory / FAST_TOKENIZER_NAME).is_file()
     return directory if file.name in DECIDING_FILES and says_enough else None
+
+
+def assumption(given: Path, file: Path) -> str | None:
+    """What has to be taken for granted where nothing names the class of a SentencePiece model."""
+    if file.suffix == ".json" or named_family(file.parent) is not None or directory_of(given, file) is not None:
+        return None
+    return (
+        f"note: nothing beside {file} says whose tokenizer it is (no tokenizer_config.json or config.json): taken to be numbered "
+        "as XLM-R's. A run compares it with its teacher's tokenizer."
+    )
 
 
 def describe_reference(given: Path, file: Path) -> dict[str, str]:

@@ -135,7 +135,20 @@ def test_a_file_is_compared_with_the_tokenizer_of_its_directory(
     model_alone: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
     directory = model_alone(tokenizer_config={"tokenizer_class": "CamembertTokenizer"})
-    assert "35 of 35 lines differ" in refusal(text, directory / "sentencepiece.bpe.model", tmp_path / "shards")
+    shutil.copy(directory / "sentencepiece.bpe.model", directory / "umberto.model")
+    for name in ("sentencepiece.bpe.model", "umberto.model"):
+        assert "35 of 35 lines differ" in refusal(text, directory / name, tmp_path / "shards")
+
+
+def test_a_model_beside_which_nothing_says_whose_it_is(
+    model_alone: Callable[..., Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = model_alone()
+    run(text, directory, tmp_path / "shards", quiet=False)
+    assert f"note: nothing beside {directory}/sentencepiece.bpe.model says whose tokenizer" in capsys.readouterr().err
+    write(directory / "tokenizer_config.json", XLMR)
+    run(text, directory, tmp_path / "again", quiet=False)
+    assert "note:" not in capsys.readouterr().err
 
 
 def test_two_files_that_disagree_are_refused_and_the_printed_fix_leaves_one(
