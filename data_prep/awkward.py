@@ -14,7 +14,7 @@ MOST_TEXTS = 500  # added or special tokens that are tried
 LINES = (
     # ordinary sentences in many scripts: pieces with other ids show at once
     "All human beings are born free and equal in dignity and rights.",
-    "Alle Menschen sind frei und gleich an Würde und Rechten geboren.",
+    "Jeder Mensch ist frei und gleich an Würde und Rechten geboren.",
     "Tous les êtres humains naissent libres et égaux en dignité et en droits: où était l’élève, à côté de Noël?",
     "Все люди рождаются свободными и равными в своём достоинстве. Їжак, ґанок.",
     "人人生而自由，在尊严和权利上一律平等。東京都",
