@@ -1,7 +1,7 @@
 """Lines on which tokenizers of different make part ways: tried on every tokenizer, whatever its text looks like.
 
 Left out is that in which SentencePiece and the Hugging Face tokenizer made from the same model are known to differ, although
-the model is the same: `composed` of such a line is a line on which they agree, unless two of its splits score the same.
+the model is the same: `composed` of such a line is a line on which they agree.
 """
 
 from __future__ import annotations

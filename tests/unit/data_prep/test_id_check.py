@@ -23,7 +23,7 @@ from data_prep.line_sample import sample_lines
 from data_prep.manifest import make_manifest, read_run, take_in, write_manifest
 from data_prep.shards import DataError, ShardSet
 from data_prep.sources import Source
-from data_prep.tokenizer import open_tokenizer
+from data_prep.tokenizer import SentencePieceTokenizer, open_tokenizer
 from tests.conftest import REPO, SAMPLES
 from tests.unit.data_prep.corpus import run
 from tests.unit.data_prep.families import byte_bpe, word_piece
@@ -189,8 +189,42 @@ def test_a_word_that_only_the_text_of_a_language_has_is_compared_too(
     assert "The first, a line of de: " in message
 
 
-def test_a_few_lines_may_differ_as_splits_that_score_the_same_do(tiny_tokenizer: Path, tmp_path: Path) -> None:
-    """A real near-tie: U+0085 is a blank to one library and an unknown character to the other."""
+def test_splits_that_score_the_same_are_no_other_tokenizer(tmp_path: Path) -> None:
+    """A run of dots is `..` `.` to one library and `.` `..` to the other, by rounding alone: in a fixed line as in the text."""
+    directory = tmp_path / "tokenizer"
+    directory.mkdir()
+    lines = [f"{number} words… and more" for number in range(20)]
+    train(directory, ["tiếng việt số một", "カキクケコ ガギグゲゴ ハヒフヘホ パピプペポ ゙ ゚"])
+    reference, encoder = AutoTokenizer.from_pretrained(directory), open_tokenizer(directory)
+    pairs = [
+        (encoder.encode_lines([line.encode()])[0].tolist()[:-1], reference(line)["input_ids"][1:-1]) for line in lines
+    ]
+    differing = [pair for pair in pairs if pair[0] != pair[1]]
+    assert len(differing) > 2
+    assert isinstance(encoder, SentencePieceTokenizer)
+    assert all(encoder.are_near_tie(*pair) for pair in differing)
+    assert not encoder.are_near_tie(differing[0][0], differing[0][1][1:])
+    (tmp_path / "en.txt").write_text("\n".join(lines))
+    run([str(tmp_path / "en.txt")], directory, tmp_path / "shards")
+    counts = ShardSet(tmp_path / "shards").manifest["languages"]["en"]["counts"]
+    assert (counts["lines_compared"], counts["lines_compared_differing"]) == (len(lines), len(differing))
+
+
+def train(directory: Path, texts: list[str]) -> None:
+    """A SentencePiece model of these texts and the fixed lines, in XLM-R's layout."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*texts, *LINES] * 10),
+        model_prefix=str(directory / "sentencepiece.bpe"),
+        vocab_size=600,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        minloglevel=2,
+    )
+    write(directory / "tokenizer_config.json", XLMR)
+
+
+def test_a_few_lines_may_differ(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    """U+0085 is a blank to one library and an unknown character to the other."""
     (tmp_path / "en.txt").write_bytes("\n".join([*TEXT, "one\u0085two", "three\u0085four"]).encode())
     run([str(tmp_path / "en.txt")], tiny_tokenizer, tmp_path / "shards")
     counts = ShardSet(tmp_path / "shards").manifest["languages"]["en"]["counts"]
@@ -202,16 +236,7 @@ def test_decomposed_vietnamese_and_half_width_kana_are_no_other_tokenizer(tmp_pa
     lines = [*["Tie\u0302\u0301ng Vie\u0323\u0302t"] * 9, *["ｶﾞｷﾞｸﾞ ﾊﾟﾋﾟ"] * 9]
     directory = tmp_path / "tokenizer"
     directory.mkdir()
-    texts = ["tiếng việt số một", "カキクケコ ガギグゲゴ ハヒフヘホ パピプペポ ゙ ゚", *LINES]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts * 10),
-        model_prefix=str(directory / "sentencepiece.bpe"),
-        vocab_size=600,
-        hard_vocab_limit=False,
-        character_coverage=1.0,
-        minloglevel=2,
-    )
-    write(directory / "tokenizer_config.json", XLMR)
+    train(directory, ["tiếng việt số một", "カキクケコ ガギグゲゴ ハヒフヘホ パピプペポ ゙ ゚"])
     reference, encoder = AutoTokenizer.from_pretrained(directory), open_tokenizer(directory)
 
     def differ(line: str) -> bool:
