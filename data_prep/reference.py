@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,6 +52,7 @@ class Reference:
     """AutoTokenizer of one directory."""
 
     def __init__(self, directory: Path, name: Path) -> None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no threads: a run may fork later
         from transformers import AutoTokenizer
         from transformers.utils import logging
 

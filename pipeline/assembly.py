@@ -188,7 +188,10 @@ def check_ids(recipe: Recipe, shards: ShardSet, launch: Launch) -> list[str]:
     if launch.is_main:
         try:
             _, warnings = compare_ids(recipe.tokenizer, shards)
-        except ValueError as error:  # DataError, UserError: on every rank, or the others would wait for this one
+        except (
+            ValueError,
+            OSError,
+        ) as error:  # DataError, UserError: on every rank, or the others would wait for this one
             problem = str(error)
     if problem := dist.broadcast_json(problem, launch.device):
         raise UserError(problem)
