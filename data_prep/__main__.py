@@ -207,6 +207,7 @@ def run_stats(parsed: argparse.Namespace) -> int:
 
 def run_trim_vocab(parsed: argparse.Namespace) -> int:
     from data_prep.discovery import LanguageRules, ReadOptions, survey
+    from data_prep.id_check import check_tokenizer
     from data_prep.intake import announce
     from data_prep.tokenizer import SentencePieceTokenizer
     from data_prep.usage import usage_of_shards, usage_of_text
@@ -217,6 +218,7 @@ def run_trim_vocab(parsed: argparse.Namespace) -> int:
     if parsed.workers < 1:
         raise DataError(f"--workers {parsed.workers}: at least 1 is needed.")
     tokenizer = SentencePieceTokenizer(parsed.tokenizer)
+    check_tokenizer(parsed.tokenizer, tokenizer)
     if parsed.shards:
         shards = ShardSet(parsed.shards)
         if shards.tokenizer_sha256 != tokenizer.sha256:

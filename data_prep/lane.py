@@ -9,9 +9,9 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class LaneSettings:
     window: int
     on_progress: Callable[[str, int, int], None]  # language, bytes of its sources read, new tokens
     stop: threading.Event
+    compared: Mapping[str, Counter[str]] = field(default_factory=dict)  # lines whose ids were, per language
 
 
 @dataclass
@@ -104,6 +105,7 @@ class Lane:
         last = self._journal.last
         self._counts: Counter[str] = Counter(last.counts if last else {})
         self._broken = BrokenLines(self.sources, self._settings.clean.broken_text)
+        self._counts |= self._settings.compared.get(self.language, Counter())
         self._num_finished = len(self._journal.finished_sources)
         self._newly_finished: list[dict[str, Any]] = []
         self._place = (last.source, last.text_end, last.text_xxh3_128) if last else (0, 0, "")

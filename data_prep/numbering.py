@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 SPM_CONTROL_PIECES = 3  # <unk>, <s>, </s> come first in the model; every piece after them is its place + 1
@@ -27,6 +28,21 @@ def numbered_alike(model: Path, fast: Path, special_ids: Mapping[str, int]) -> b
         return False
     numbers = range(SPM_CONTROL_PIECES, pieces.get_piece_size())
     return all(ids.get(pieces.id_to_piece(number)) == number + 1 for number in numbers)
+
+
+def adds_words(fast: Path) -> bool:
+    """Whether a tokenizer.json has words of its own beside the model's pieces (a model fine-tuned with added tokens)."""
+    try:
+        status = fast.stat()
+        return _adds_words(fast, status.st_mtime_ns, status.st_size)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+@lru_cache(maxsize=8)
+def _adds_words(fast: Path, mtime_ns: int, size: int) -> bool:
+    """Remembered, as a run asks several times and XLM-R's file of 17 MB takes .3 s to parse."""
+    return any(not token["special"] for token in json.loads(fast.read_bytes())["added_tokens"])
 
 
 def fast_ids(fast: Path) -> dict[str, int]:

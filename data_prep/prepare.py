@@ -12,6 +12,8 @@ import os
 import shutil
 import sys
 import threading
+from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -23,11 +25,13 @@ from data_prep.blocks import BLOCK_BYTES
 from data_prep.clean import CleanOptions
 from data_prep.discovery import LanguageRules, ReadOptions, survey
 from data_prep.disk import estimated_bytes, refuse_if_full
+from data_prep.id_check import COMPARED, RECORD, check_languages
 from data_prep.intake import announce, refuse_what_is_left, refuse_wrong_field, same_texts, write_list
 from data_prep.journal import Journal
 from data_prep.lane import Lane, LaneSettings, Stopped, check_sources
 from data_prep.layout import Identity
 from data_prep.manifest import begin_output, describe, finish
+from data_prep.reference import assumption, describe_reference
 from data_prep.shards import MANIFEST_NAME, DataError
 from data_prep.sources import MAX_BROKEN_LINES, Source
 from data_prep.tokenizer import Tokenizer, open_tokenizer
@@ -56,6 +60,14 @@ class PrepareConfig:
     max_broken_lines: float = MAX_BROKEN_LINES
 
 
+@dataclass(frozen=True)
+class Checked:
+    """What is known of the tokenizer before the first shard."""
+
+    identity: Identity
+    compared: Mapping[str, Counter[str]]  # per language: lines whose ids were compared just now
+
+
 def prepare(config: PrepareConfig) -> list[str]:
     """Run to the end. Gives the languages still to be prepared; with none, the manifest has been written."""
     surveyed = survey(
@@ -70,12 +82,16 @@ def prepare(config: PrepareConfig) -> list[str]:
     tokenizer = open_tokenizer(config.tokenizer)
     about = describe(tokenizer, config.clean, config.shard_tokens, config.block_bytes, config.text_field)
     refuse_wrong_field(config.output, chosen)
+    if not config.quiet and (note := assumption(config.tokenizer, tokenizer.path)):
+        print(note, file=sys.stderr)
+    compared = check_languages(config.tokenizer, tokenizer, to_compare(config, chosen))
+    about[RECORD] = describe_reference(config.tokenizer, tokenizer.path)
     begin_output(config.output, about, list(everything), config.may_add)
     write_list(config.output, surveyed)
     throw_away(config, everything)
     identity = Identity(tokenizer.sha256, tokenizer.vocab_size, about["options_xxh3_128"])
     try:
-        failures = run_lanes(config, chosen, tokenizer, identity)
+        failures = run_lanes(config, chosen, tokenizer, Checked(identity, compared))
     except OSError as error:
         reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
         raise DataError(
@@ -87,6 +103,20 @@ def prepare(config: PrepareConfig) -> list[str]:
     for same in same_texts(config.output, list(chosen)):
         print(f"warning: {same}", file=sys.stderr)
     return finish(config.output)
+
+
+def to_compare(config: PrepareConfig, sources: dict[str, list[Source]]) -> dict[str, list[Source]]:
+    """Languages still to be written whose ids were not compared with the tokenizer's: before their first shard."""
+    journals = {name: Journal.read(config.output / name) for name in sources}
+    return {
+        name: of_language
+        for name, of_language in sources.items()
+        if name in config.redo or not (journals[name].complete or is_compared(journals[name]))
+    }
+
+
+def is_compared(journal: Journal) -> bool:
+    return journal.last is not None and COMPARED in journal.last.counts
 
 
 def throw_away(config: PrepareConfig, everything: dict[str, list[Source]]) -> None:
@@ -101,7 +131,10 @@ def throw_away(config: PrepareConfig, everything: dict[str, list[Source]]) -> No
 
 
 def run_lanes(
-    config: PrepareConfig, sources: dict[str, list[Source]], tokenizer: Tokenizer, identity: Identity
+    config: PrepareConfig,
+    sources: dict[str, list[Source]],
+    tokenizer: Tokenizer,
+    checked: Checked,
 ) -> list[str]:
     """All languages, the largest first; what could not be finished, one sentence per language."""
     failures: list[str] = []
@@ -114,14 +147,14 @@ def run_lanes(
         free = refuse_if_full(config.output, needed)
         total = sum(size_of(sources[name]) for name in todo)
         with closing(Progress(total, needed, free, config.quiet)) as progress:
-            _run_together(config, {name: sources[name] for name in todo}, identity, pool, progress, failures)
+            _run_together(config, {name: sources[name] for name in todo}, checked, pool, progress, failures)
     return sorted(failures)
 
 
 def _run_together(
     config: PrepareConfig,
     todo: dict[str, list[Source]],
-    identity: Identity,
+    checked: Checked,
     pool: WorkerPool,
     progress: Progress,
     failures: list[str],
@@ -129,7 +162,15 @@ def _run_together(
     """A lane per language, a few at a time; a language that fails leaves the others alone."""
     window, stop = 2 * config.num_workers + 2, threading.Event()
     settings = LaneSettings(
-        config.output, identity, config.clean, config.shard_tokens, config.block_bytes, window, progress.update, stop
+        config.output,
+        checked.identity,
+        config.clean,
+        config.shard_tokens,
+        config.block_bytes,
+        window,
+        progress.update,
+        stop,
+        checked.compared,
     )
 
     def run_lane(language: str) -> None:

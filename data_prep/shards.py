@@ -20,12 +20,12 @@ import numpy as np
 import xxhash
 
 from data_prep.layout import FORMAT_NAME, FORMAT_VERSION, HEADER_BYTES, TOKEN_DTYPE, Identity, header, sections
-from data_prep.numbering import numbered_alike
+from data_prep.numbering import adds_words, numbered_alike
+from data_prep.tokenizer_files import FAST_TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, no_tokenizer_in
 
 BOS_ID, PAD_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 MANIFEST_NAME, RUN_NAME = "manifest.json", "prepare.json"
 SENTENCEPIECE_NAMES = ("sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
-FAST_TOKENIZER_NAME, TOKENIZER_CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
 LANGUAGE_PATTERN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,62}[A-Za-z0-9])?")
 _SHARD_FILE = re.compile(r"(?P<language>[^/]+)/(?P<number>[0-9]{5})\.tok")
 PREPARE_HINT = "python -m data_prep prepare --input TEXT --tokenizer MODEL_OR_DIR --output {path}"
@@ -40,8 +40,8 @@ def tokenizer_file(path: Path) -> Path:
     """The one file that decides over ids: `path` itself, or what a Hugging Face directory holds.
 
     XLM-R's `sentencepiece.bpe.model` comes first, unless the directory says that its tokenizer is another family's, or says
-    nothing and its `tokenizer.json` gives the pieces other ids; then `tokenizer.json`, which states its ids; then any other
-    SentencePiece model. Its sha256 stands in the shards' manifest.
+    nothing and its `tokenizer.json` gives the pieces other ids, or that file adds words to it; then `tokenizer.json`, which
+    states its ids; then any other SentencePiece model. Its sha256 stands in the shards' manifest.
     """
     if path.is_file():
         return path
@@ -51,12 +51,7 @@ def tokenizer_file(path: Path) -> Path:
     for name in names:
         if (path / name).is_file():
             return path / name
-    what = "holds none of " + ", ".join(names) if path.is_dir() else "does not exist"
-    raise DataError(
-        f"Tokenizer {path} {what}. Give a SentencePiece .model file, a tokenizer.json, or a directory with one (XLM-R "
-        "ships sentencepiece.bpe.model). From the Hub: hf download FacebookAI/xlm-roberta-large sentencepiece.bpe.model "
-        "--local-dir DIR."
-    )
+    raise DataError(no_tokenizer_in(path, names))
 
 
 def _is_xlmr(directory: Path) -> bool:
@@ -65,11 +60,14 @@ def _is_xlmr(directory: Path) -> bool:
         name = json.loads((directory / TOKENIZER_CONFIG_NAME).read_bytes()).get("tokenizer_class")
     except (OSError, ValueError, AttributeError):
         name = None
+    fast = directory / FAST_TOKENIZER_NAME
+    if adds_words(fast):
+        return False
     if isinstance(name, str):
         return name.startswith("XLMRoberta")
     model = directory / SENTENCEPIECE_NAMES[0]
     special_ids = {"<s>": BOS_ID, "<pad>": PAD_ID, "</s>": EOS_ID, "<unk>": UNK_ID}
-    return model.is_file() and numbered_alike(model, directory / FAST_TOKENIZER_NAME, special_ids)
+    return model.is_file() and numbered_alike(model, fast, special_ids)
 
 
 class Shard:
@@ -258,6 +256,12 @@ class ShardSet:
             "shards": {language: [shard.xxh3_128 for shard in self._shards[language]] for language in self.languages},
         }
         return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+    def compare_ids(self, tokenizer: Path) -> tuple[str, list[str]]:
+        """That AutoTokenizer of the directory gives the ids of these shards: what was looked at, and warnings. DataError."""
+        from data_prep.id_check import check_again  # opens tokenizers, which nothing else in reading shards does
+
+        return check_again(self.manifest, tokenizer)
 
     def num_tokens(self, language: str) -> int:
         return sum(shard.num_tokens for shard in self.shards(language))

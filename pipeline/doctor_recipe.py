@@ -37,6 +37,7 @@ from pipeline.errors import UserError
 from pipeline.runtime import ds_config, preflight
 from pipeline.runtime.engine import device_precisions
 from pipeline.runtime.memory import available_memory_bytes
+from pipeline.tokenizer_identity import compare_ids
 
 FILES_OPEN_ANYWAY = 256  # by Python, torch and TensorBoard
 
@@ -69,6 +70,8 @@ def recipe_findings(
     teacher = teacher_findings(recipe, shards_are_there=shards.status != "fail")
     found += teacher
     if all(finding.status == "ok" for finding in teacher):
+        if shards.status != "fail":
+            found.append(guarded("ids", lambda: ids_finding(recipe)))
         sizes = count_parameters(recipe)
         found += [memory_finding(sizes, num_ranks), guarded("disk", lambda: disk_finding(recipe, sizes, run_dir))]
     return found
@@ -95,6 +98,16 @@ def shards_finding(recipe: Recipe) -> Finding:
         f"{recipe.data}: {len(source.languages)} languages, {tokens / 1e6:,.1f} M tokens, sizes as in the manifest; the run "
         f"reads {epochs:.1f} times as many",
     )
+
+
+def ids_finding(recipe: Recipe) -> Finding:
+    """Ids in the shards are those that users of the teacher's tokenizer get."""
+    what, warnings = compare_ids(recipe.tokenizer, ShardSet(recipe.data))
+    if warnings:
+        return Finding(
+            "warn", "ids", "; ".join([what, *warnings]), "python -m data_prep prepare ... --output NEW_DIRECTORY"
+        )
+    return Finding("ok", "ids", what)
 
 
 def more_about_shards(recipe: Recipe, check_hashes: bool) -> Iterator[Finding]:

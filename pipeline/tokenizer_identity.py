@@ -10,9 +10,16 @@ from pathlib import Path
 
 from transformers.utils import cached_file
 
-from data_prep.shards import tokenizer_file
+from data_prep.shards import ShardSet, tokenizer_file
 
-FETCHED = ("tokenizer_config.json", "sentencepiece.bpe.model", "tokenizer.json")  # from the hub
+FETCHED = (  # from the hub: what decides over ids, and what AutoTokenizer reads beside it
+    "tokenizer_config.json",
+    "sentencepiece.bpe.model",
+    "tokenizer.json",
+    "config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 
 def deciding_file(model: str | Path) -> Path:
@@ -20,11 +27,22 @@ def deciding_file(model: str | Path) -> Path:
     directory = Path(model).expanduser()
     if not directory.is_dir():
         found = [
-            cached_file(str(model), name, _raise_exceptions_for_missing_entries=False, trust_remote_code=False)
+            cached_file(
+                str(model),
+                name,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,  # offline, a file that the hub lacks looks like one not cached
+                trust_remote_code=False,
+            )
             for name in FETCHED
         ]
         directory = Path(next((str(file) for file in found if file), str(model))).parent
     return tokenizer_file(directory)
+
+
+def compare_ids(model: str | Path, shards: ShardSet) -> tuple[str, list[str]]:
+    """That the model's own tokenizer, as its users load it, gives the ids of the shards: what was looked at, and warnings."""
+    return shards.compare_ids(deciding_file(model).parent)
 
 
 def tokenizer_sha256(model: str | Path) -> str:

@@ -10,12 +10,16 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from data_prep.id_check import check_languages
+from data_prep.sources import Source
+from data_prep.tokenizer import open_tokenizer
 from demo import teacher
 from demo.golden import GOLDEN_IDS, TeacherCheckError, check_vectors
 from demo.packed_model import PackedModel
 from pipeline.errors import UserError
 
-TEACHER = Path(__file__).resolve().parents[2] / "artifacts" / "teacher"
+REPO = Path(__file__).resolve().parents[2]
+TEACHER, SAMPLES = REPO / "artifacts" / "teacher", REPO / "samples" / "cc100"
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +56,16 @@ def test_ids_are_those_of_xlm_r(loaded) -> None:
     tokenizer = loaded[1]
     assert {text: tokenizer(text)["input_ids"] for text in GOLDEN_IDS} == GOLDEN_IDS
     assert tokenizer.convert_tokens_to_ids(["<s>", "<pad>", "</s>", "<unk>", "<mask>"]) == [0, 1, 2, 3, 250001]
+
+
+def test_ids_that_prepare_writes_are_those_of_xlm_r(directory: Path) -> None:
+    """And those of AutoTokenizer on every line that a tokenizer is tried on, and on the samples but for near-ties."""
+    tokenizer = open_tokenizer(directory)
+    assert {text: [0, *tokenizer.encode_lines([text.encode()])[0].tolist()] for text in GOLDEN_IDS} == GOLDEN_IDS
+    samples = {name: [Source(name, SAMPLES / f"{name}.txt.xz", name)] for name in ("ja", "vi", "fa", "th")}
+    counts = check_languages(directory, tokenizer, samples)
+    assert min(count["lines_compared"] for count in counts.values()) > 50
+    assert sum(count["lines_compared_differing"] for count in counts.values()) <= 2
 
 
 def test_made_twice_is_left_alone(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,6 +142,16 @@ def test_tokenizer_of_other_shards(refused: Run, tmp_path: Path, tiny_teacher: P
     assert "another tokenizer" in refused(f"teacher={other}")
 
 
+def test_a_tokenizer_whose_ids_are_other_than_the_shards(refused: Run, tmp_path: Path, tiny_teacher: Path) -> None:
+    """The same SentencePiece model, whose hash the shards name, read otherwise by whoever loads the teacher."""
+    other = copy_of(tiny_teacher, tmp_path)
+    settings = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps({**settings, "add_prefix_space": False}))
+    error = refused(f"teacher={other}")
+    assert "are not those of AutoTokenizer.from_pretrained" in error
+    assert "save_pretrained" in error
+
+
 def test_token_id_beyond_the_vocabulary(refused: Run, tmp_path: Path, tiny_teacher: Path) -> None:
     from transformers import AutoModel
 

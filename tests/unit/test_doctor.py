@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.__main__ import main as prepare_main
 from pipeline.__main__ import main
 from pipeline.config import load_recipe
 from pipeline.doctor_machine import (
@@ -72,6 +73,7 @@ def test_a_healthy_machine_and_run(
     assert "ok    tensorboard  starts and answers" in out
     assert "every hash as in the manifest" in out
     assert "tokenizer as the shards'" in out
+    assert "ok    ids          ids compared with AutoTokenizer's on" in out
     assert not list(tmp_path.iterdir())
 
 
@@ -123,6 +125,26 @@ def test_teacher_of_an_unknown_family_and_of_other_shards(look: Look, tiny_teach
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
     assert "xlm-roberta" in the_failure(look(f"teacher={other}")).what
+
+
+def test_ids_of_another_tokenizer(look: Look, tiny_teacher: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    settings = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "CamembertTokenizer"}))
+    (other / "tokenizer.json").unlink()
+    failure = the_failure(look(f"teacher={other}"))
+    assert (failure.subject, "CamembertTokenizer" in failure.what) == ("ids", True)
+
+
+def test_ids_that_were_compared_with_this_very_tokenizer(
+    look: Look, tiny_teacher: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    """The manifest names what they were compared with; a copy of the tokenizer's directory is the same."""
+    shards, teacher = tmp_path / "shards", shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    text = str(REPO / "samples" / "cc100" / "sw.txt.xz")
+    assert prepare_main(["prepare", "--input", text, "--tokenizer", str(tiny_teacher), "--output", str(shards)]) == 0
+    found = {finding.subject: finding for finding in look(f"teacher={teacher}", f"data={shards}")}
+    assert found["ids"] == Finding("ok", "ids", "ids compared with AutoTokenizer's when the shards were prepared")
 
 
 def test_hub_name_that_is_not_there_yet(look: Look) -> None:

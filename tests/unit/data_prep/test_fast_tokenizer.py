@@ -8,50 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, trainers
 from transformers import AutoTokenizer, CamembertTokenizer, XLMRobertaTokenizer
 
 from data_prep.prepare import PrepareConfig, prepare
 from data_prep.shards import BOS_ID, DataError, ShardSet, tokenizer_file
 from data_prep.tokenizer import FastTokenizer, SentencePieceTokenizer, open_tokenizer
+from tests.unit.data_prep.families import WORDS, byte_bpe, save, word_piece
 
 LINES = ["The [SEP] quick brown fox's den, unaffordable.", "Ein </s> zweiter Satz 你好 [CLS]", "third line é", "x"]
-WORDS = ["the quick brown fox jumps over the lazy dog", "ein zweiter satz steht hier", "third line of text"] * 20
-
-
-def word_piece(directory: Path) -> Path:
-    """BERT's kind: [CLS] ... [SEP], not at ids 0 and 2."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer.train_from_iterator(WORDS, trainers.WordPieceTrainer(vocab_size=120, special_tokens=special))
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    return save(tokenizer, directory, "BertTokenizer", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]")
-
-
-def byte_bpe(directory: Path) -> Path:
-    """RoBERTa's kind: <s> ... </s>, merges over bytes."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(WORDS, trainer)
-    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
-    return save(tokenizer, directory, "RobertaTokenizer", bos_token="<s>", eos_token="</s>")
-
-
-def save(tokenizer: Tokenizer, directory: Path, tokenizer_class: str, **tokens: str) -> Path:
-    directory.mkdir()
-    tokenizer.enable_truncation(4)  # what a file says about lengths is not for shards
-    pad = "<pad>" if tokenizer.token_to_id("<pad>") else "[PAD]"
-    tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad) or 0, pad_token=pad)
-    tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "made_for": tokenizer_class, **tokens}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-    return directory
 
 
 @pytest.mark.parametrize("make", [word_piece, byte_bpe])
@@ -67,7 +32,7 @@ def test_rows_are_what_the_hugging_face_tokenizer_gives(make, tmp_path: Path) ->
     ends = encoder.special_ids
     for line, of_line in zip(LINES, lines, strict=True):
         assert of_line[-1] == ends["eos"]
-        assert not set(of_line[:-1].tolist()) & set(ends.values())
+        assert not set(of_line[:-1].tolist()) & {ends["bos"], ends["eos"]}
         if line in plain:
             expected = reference(line, add_special_tokens=True, truncation=False, padding=False)["input_ids"]
             assert [ends["bos"], *of_line.tolist()] == expected

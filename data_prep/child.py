@@ -1,0 +1,60 @@
+"""Something done in a forked process, whose memory, threads and modules end with it; its result comes back as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from data_prep.shards import DataError
+
+
+def in_child(work: Callable[[], Any], what: str) -> Any:
+    """The JSON-able result of `work`; a `DataError` there is one here. Call it before any thread starts: it forks."""
+    reading, writing = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        _work_and_exit(work, writing)
+    os.close(writing)
+    try:
+        with open(reading, "rb") as reply:
+            text = reply.read()
+    except BaseException:  # Ctrl-C: nobody waits for the result
+        os.kill(child, signal.SIGKILL)
+        raise
+    finally:
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status != 0:
+        raise DataError(
+            f"The process that was {what} ended with status {status} (negative: killed by that signal; -9 is mostly too "
+            "little memory). Nothing was written; what it printed stands above."
+        )
+    found = json.loads(text)
+    if "error" in found:
+        raise DataError(found["error"])
+    return found["result"]
+
+
+def _work_and_exit(work: Callable[[], Any], writing: int) -> None:
+    """The child's part; it never returns into the parent's code."""
+    status = 1
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is the parent's to report
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of the parent's tokenizers did not come along
+        try:
+            found = {"result": work()}
+        except DataError as error:
+            found = {"error": str(error)}
+        with open(writing, "wb") as reply:
+            reply.write(json.dumps(found).encode("utf-8", "surrogatepass"))
+        status = 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(status)

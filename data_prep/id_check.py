@@ -1,0 +1,239 @@
+"""Ids in shards must be those of the teacher's tokenizer: lines of every language are encoded both ways and compared.
+
+In: the tokenizer that prepare opened and sampled lines. Out: how many lines were compared and how many differ, or a `DataError`
+with the first line that differs, its ids and the fix. `prepare` runs it before anything is written; a run compares again
+(`check_again`) where tokenizer or libraries are not the ones that the manifest names.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.awkward import LINES, added_lines, composed, special_lines
+from data_prep.child import in_child
+from data_prep.line_sample import LineSample, sample_lines
+from data_prep.reference import (
+    XLMR_CONFIG,
+    Reference,
+    RowOfIds,
+    describe_reference,
+    directory_of,
+    model_config,
+    reference_of,
+)
+from data_prep.shards import BOS_ID, EOS_ID, SENTENCEPIECE_NAMES, UNK_ID, DataError
+from data_prep.sources import Source
+from data_prep.tokenizer import FastTokenizer, SentencePieceTokenizer, Tokenizer, open_tokenizer
+from data_prep.tokenizer_files import TOKENIZER_CONFIG_NAME, named_family, save_command
+
+RECORD = "ids_compared_with"  # in prepare.json and the manifest
+COMPARED, DIFFERING = "lines_compared", "lines_compared_differing"  # in the counts of a language
+# Of the lines of a language that may differ for no known reason; of real text 0 do, beside .02 to .05 % of near-ties.
+MOST_UNEXPLAINED = 0.01
+FEWEST_UNEXPLAINED = 2  # of a language with few lines
+POSITIONS_FROM_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
+SHOWN_IDS = 8
+
+
+@dataclass
+class Comparison:
+    """Of the lines of one language."""
+
+    num_lines: int = 0
+    differing: list[tuple[str, list[int], RowOfIds]] = field(default_factory=list)
+
+
+def check_languages(given: Path, tokenizer: Tokenizer, languages: dict[str, list[Source]]) -> dict[str, Counter[str]]:
+    """Compare for every language, in a process of its own; counts per language. Raises `DataError`.
+
+    A process of its own, since transformers brings torch and threads: neither may be in this one when it forks its
+    tokenising processes, nor stay in its memory.
+    """
+    if not languages:
+        return {}
+    found = in_child(lambda: _compare_languages(given, tokenizer, languages), f"comparing ids with those of {given}")
+    return {language: Counter(counts) for language, counts in found.items()}
+
+
+def check_tokenizer(given: Path, tokenizer: Tokenizer) -> None:
+    """The same without any text: for what is made of a tokenizer alone, as a smaller vocabulary is."""
+    in_child(lambda: _compare_languages(given, tokenizer, {}), f"comparing ids with those of {given}")
+
+
+def _compare_languages(
+    given: Path, tokenizer: Tokenizer, languages: dict[str, list[Source]]
+) -> dict[str, dict[str, int]]:
+    with reference_of(given, tokenizer.path) as reference:
+        checked = _Checked(given, tokenizer, reference)
+        checked.rows_and_awkward_lines()
+        return {name: checked.language(name, sample_lines(name, sources)) for name, sources in languages.items()}
+
+
+def check_again(manifest: dict[str, Any], given: Path) -> tuple[str, list[str]]:
+    """Before a run: tokenizer `given` has the ids that the shards were made with. What was looked at, and warnings."""
+    tokenizer = open_tokenizer(given)
+    warnings = []
+    if (unknown := tokenizer.special_ids.get("unk")) != manifest["tokenizer"].get("unk"):
+        warnings.append(
+            f"the shards were prepared by a version that left out unknown words ({given} gives them the id {unknown}); where "
+            "the text has some, rows differ from what the model reads elsewhere. Prepare them again to have them in"
+        )
+    if manifest.get(RECORD) == describe_reference(given, tokenizer.path):
+        return "ids compared with AutoTokenizer's when the shards were prepared", warnings
+    with reference_of(given, tokenizer.path) as reference:
+        num_lines = _Checked(given, tokenizer, reference).rows_and_awkward_lines()
+    return f"ids compared with AutoTokenizer's on {num_lines} lines", warnings
+
+
+class _Checked:
+    """One tokenizer beside its reference."""
+
+    def __init__(self, given: Path, tokenizer: Tokenizer, reference: Reference) -> None:
+        self._given, self._tokenizer, self._reference = given, tokenizer, reference
+        self._is_exact = isinstance(tokenizer, FastTokenizer)  # one library on both sides: no near-ties
+
+    def rows_and_awkward_lines(self) -> int:
+        """What every tokenizer is tried on; gives the number of lines."""
+        self._refuse_other_rows()
+        comparison = self._compare([*LINES, *added_lines(self._reference.added)])
+        if (left := self._less_near_ties(comparison)).differing:
+            raise self._refusal(left, "a line that every tokenizer is tried on")
+        self._refuse_other_ends()
+        self._refuse_special_ids()
+        self._refuse_other_padding()
+        return comparison.num_lines
+
+    def language(self, name: str, sample: LineSample) -> dict[str, int]:
+        comparison = self._compare(sample.lines)
+        unexplained = self._unexplained(comparison)
+        allowed = 0 if self._is_exact else max(FEWEST_UNEXPLAINED, int(MOST_UNEXPLAINED * comparison.num_lines))
+        if len(unexplained.differing) > allowed:
+            raise self._refusal(unexplained, f"a line of {name}")
+        counts = {COMPARED: comparison.num_lines, DIFFERING: len(comparison.differing)}
+        return counts if sample.is_whole else {}  # else counted by the run that has the language's undamaged files
+
+    def _compare(self, lines: list[str]) -> Comparison:
+        """Lines with a special token's text are compared without it: there the reference gives the token, prepare text."""
+        lines = [text for line in lines if (text := _without(line, self._reference.special))]
+        comparison = Comparison(num_lines=len(lines))
+        for line, ours, row in zip(lines, _ids(self._tokenizer, lines), self._reference.rows(lines), strict=True):
+            if ours != row.ids:
+                comparison.differing.append((line, ours, row))
+        return comparison
+
+    def _less_near_ties(self, comparison: Comparison) -> Comparison:
+        """Without lines of which either split is the best one: the two libraries round otherwise."""
+        tokenizer = self._tokenizer
+        if not isinstance(tokenizer, SentencePieceTokenizer):
+            return comparison
+        left = [found for found in comparison.differing if not tokenizer.are_near_tie(found[1], found[2].ids)]
+        return Comparison(comparison.num_lines, left)
+
+    def _unexplained(self, comparison: Comparison) -> Comparison:
+        """Without near-ties and without lines that agree once characters of several code points are composed."""
+        left = self._less_near_ties(comparison)
+        if self._is_exact or not left.differing:
+            return left
+        again = self._less_near_ties(self._compare([composed(line) for line, _, _ in left.differing]))
+        still = {line for line, _, _ in again.differing}
+        return Comparison(left.num_lines, [found for found in left.differing if composed(found[0]) in still])
+
+    def _refuse_other_rows(self) -> None:
+        """Rows of shards are one token, text, one token: no other kind of tokenizer can be read at all."""
+        row = self._reference.rows(["a line"])[0]
+        if (len(row.begin), len(row.end)) != (1, 1):
+            raise DataError(
+                f"AutoTokenizer of {self._given} ({self._reference.class_name}) puts {self._names(row.begin) or 'nothing'} "
+                f"before a text and {self._names(row.end) or 'nothing'} after it; an encoder's puts one special token at each "
+                "end ([CLS] and [SEP], or <s> and </s>). Give the tokenizer of an encoder."
+            )
+
+    def _refuse_other_ends(self) -> None:
+        ends = [self._tokenizer.special_ids.get("bos", BOS_ID)], [self._tokenizer.special_ids.get("eos", EOS_ID)]
+        row = self._reference.rows(["a line"])[0]
+        if (row.begin, row.end) != ends:
+            raise DataError(
+                f"{self._tokenizer.path} begins and ends rows with the ids {ends[0]} and {ends[1]}; AutoTokenizer of "
+                f"{self._given} ({self._reference.class_name}) puts {self._names(row.begin)} before a text and "
+                f"{self._names(row.end)} after it. {self._fix()}"
+            )
+
+    def _refuse_special_ids(self) -> None:
+        """Text that spells a special token is text: its id in the middle of a row would be read as the token."""
+        lines = special_lines(self._reference.special)
+        not_text = self._reference.special_ids - {self._tokenizer.special_ids.get("unk", UNK_ID)}
+        for line, ids in zip(lines, _ids(self._tokenizer, lines), strict=True):
+            if wrong := sorted(set(ids) & not_text):
+                raise DataError(
+                    f"{self._tokenizer.path} turns the text {line!r} into ids with {self._names(wrong)}, a special token of "
+                    f"{self._given}. {self._fix()}"
+                )
+
+    def _refuse_other_padding(self) -> None:
+        """Where positions are counted from the id of padding, another id there moves every position."""
+        directory = directory_of(self._given, self._tokenizer.path)
+        config = model_config(directory) if directory is not None else {}
+        pad_id = config.get("pad_token_id", self._reference.pad_id)
+        if config.get("model_type") in POSITIONS_FROM_PADDING and pad_id != self._reference.pad_id:
+            raise DataError(
+                f"{directory}/config.json has pad_token_id {pad_id}, the tokenizer's padding is "
+                f"{self._reference.pad_id}; models of type {config['model_type']} count positions from it. Write "
+                f'"pad_token_id": {self._reference.pad_id} there, or give the tokenizer that belongs to the model.'
+            )
+
+    def _refusal(self, comparison: Comparison, where: str) -> DataError:
+        line, ours, row = comparison.differing[0]
+        pairs = zip(ours, row.ids, strict=False)
+        start = next((n for n, (one, other) in enumerate(pairs) if one != other), min(len(ours), len(row.ids)))
+        here = slice(start, start + SHOWN_IDS)
+        return DataError(
+            f"Ids from {self._tokenizer.path} are not those of AutoTokenizer.from_pretrained({str(self._given)!r}) "
+            f"({self._reference.class_name}), with which the model is used: {len(comparison.differing)} of "
+            f"{comparison.num_lines} lines differ. The first, {where}: {line[:100]!r} from token {start} on is "
+            f"{self._names(ours[here])} in shards and {self._names(row.ids[here])} for the model. "
+            f"{self._fix()}"
+        )
+
+    def _names(self, ids: list[int]) -> str:
+        return " ".join(f"{number} {piece!r}" for number, piece in zip(ids, self._reference.pieces(ids), strict=True))
+
+    def _fix(self) -> str:
+        directory = directory_of(self._given, self._tokenizer.path)
+        if directory is None:
+            return "Give the directory of the model's tokenizer instead, with its tokenizer_config.json."
+        path = self._tokenizer.path
+        family = named_family(directory) or ""
+        is_kept = path.name == SENTENCEPIECE_NAMES[0] and family.startswith("XLMRoberta")
+        if not self._is_exact and self._reference.num_ids < self._tokenizer.num_pieces // 2:
+            config = shlex.quote(json.dumps(XLMR_CONFIG))
+            return (
+                f"AutoTokenizer finds no vocabulary of a {family} model there. If the model has XLM-R's tokenizer, say so: "
+                f"echo {config} > {shlex.quote(str(directory / TOKENIZER_CONFIG_NAME))} and run the same command again; "
+                "else copy the model's tokenizer files there."
+            )
+        command = save_command(directory, path.name if is_kept else None)
+        return (
+            f"Where AutoTokenizer is right, let it write a tokenizer.json that has its ids: {command} and run the same "
+            "command again. Where the directory names a wrong class or setting (do_lower_case, say), correct tokenizer_config.json."
+        )
+
+
+def _ids(tokenizer: Tokenizer, lines: list[str]) -> list[list[int]]:
+    """Ids of every line without its end token."""
+    ids, lengths = tokenizer.encode_lines([line.encode("utf-8", "replace") for line in lines])
+    return [part[:-1].tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] if lines else []
+
+
+def _without(line: str, special: Iterable[str]) -> str:
+    for text in special:
+        if text in line:
+            line = line.replace(text, " ")
+    return line.strip()
