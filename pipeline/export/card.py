@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 from safetensors import safe_open
-from transformers import AutoConfig
 
+from pipeline.distillation.loading import load_config
 from pipeline.errors import UserError
 from pipeline.export.measured import measured_sections
 
@@ -100,6 +100,7 @@ def lineage_of(run: dict[str, Any], state: dict[str, Any], recipe_text: str) -> 
         "git_commit": run["git_commit"],
         "packages": run["packages"],
         "precision": state["precision"],
+        **({"identity": state["identity"]} if state.get("identity") else {}),
         "recipe": recipe,
     }
 
@@ -115,7 +116,7 @@ def write_card(directory: Path, measured: Sequence[Path] = ()) -> None:
 def model_card(directory: Path, measured: Sequence[Path] = ()) -> str:
     """The model card: what it is, how to load it, what was measured, where it comes from."""
     lineage = json.loads((directory / LINEAGE_FILE).read_text(encoding="utf-8"))
-    config = AutoConfig.from_pretrained(directory)
+    config = load_config(directory, "student")
     weights = directory / "model.safetensors"
     recipe = lineage.get("recipe")
     sizes = (

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from pipeline.assembly import open_data
 from pipeline.config import load_recipe
 from pipeline.errors import UserError
+from pipeline.identity import identity_of
 from pipeline.lineage import mathematics
+from pipeline.runtime.dist import Launch
 from pipeline.trainer import Trainer
 
 
 def resume(recipe_file: Path, before: list[str], now: list[str], allow_change: bool = False) -> None:
     """A run begun with the overrides `before` and continued with `now`: the trainer's own check, nothing else of it."""
     begun, recipe = load_recipe(recipe_file, before), load_recipe(recipe_file, now)
-    state = {"recipe": mathematics(begun), "data_fingerprint": open_data(begun).fingerprint}
+    state = {
+        "recipe": mathematics(begun),
+        "data_fingerprint": open_data(begun).fingerprint,
+        "identity": identity_of(begun.teacher, begun.vocabulary),
+    }
     trainer = Trainer.__new__(Trainer)
     trainer.recipe, trainer.run_dir = recipe, Path("runs/begun")
+    trainer.launch = Launch(0, 1, 0, torch.device("cpu"))
+    trainer.parts = SimpleNamespace(identity=identity_of(recipe.teacher, recipe.vocabulary))
     trainer.data_fingerprint = open_data(recipe).fingerprint
     trainer._refuse_changes(state, allow_change)
 

@@ -107,7 +107,7 @@ def test_missing_directory_names_the_command(name):
 
 def test_hub_name_without_network_is_one_paragraph(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"(?s)'no-such-owner/no-such-model' could not be loaded.*network") as caught:
+    with pytest.raises(UserError, match=r"(?s)'no-such-owner/no-such-model' cannot be loaded.*network") as caught:
         load_encoder("no-such-owner/no-such-model")
     assert "\n" not in str(caught.value)
 
@@ -122,7 +122,7 @@ def test_without_safetensors(copy):
 def test_truncated_safetensors(copy):
     file = copy / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(UserError, match=f"(?s){copy.name}.*could not be loaded"):
+    with pytest.raises(UserError, match=f"(?s){copy.name}.*cannot be loaded"):
         load_encoder(copy)
 
 
