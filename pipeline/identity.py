@@ -18,7 +18,7 @@ import xxhash
 
 from data_prep.shards import FAST_TOKENIZER_NAME, SENTENCEPIECE_NAMES
 from pipeline.distillation.model_files import ModelFiles, Tensor, read_model
-from pipeline.distillation.vocabulary import MAP_FILE
+from pipeline.distillation.vocabulary import MAP_FILE, read_vocabulary
 from pipeline.errors import UserError
 from pipeline.tokenizer_identity import deciding_file
 
@@ -43,7 +43,7 @@ def identity_of(teacher: str, vocabulary: str | None = None) -> Identity:
     files = read_model(teacher)
     identity = {WEIGHTS: weights_hash(files), CONFIG: config_hash(files.config)}
     if vocabulary is not None:
-        identity[VOCABULARY] = hash_file(Path(vocabulary).expanduser() / MAP_FILE)
+        identity[VOCABULARY] = hash_file(read_vocabulary(vocabulary).directory / MAP_FILE)
     return {**identity, **tokenizer_identity(vocabulary or teacher)}
 
 

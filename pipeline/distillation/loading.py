@@ -58,6 +58,8 @@ def load_encoder(name_or_path: str | Path, whose: str = "teacher") -> PreTrained
         raise files.lacking(", ".join(sorted(loaded["missing_keys"])[:3]))
     _refuse_non_finite(files, model)
     model.config._name_or_path = files.name
+    if files.directory.parent.name == "snapshots":  # of the hub's cache: which commit this was
+        model.config._commit_hash = files.directory.name
     return model.eval()
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pipeline.assembly import open_data
 from pipeline.config import load_recipe
@@ -51,6 +53,19 @@ def test_a_change_is_named_and_needs_to_be_asked_for(
     with pytest.raises(UserError, match=rf"{named}.*--allow-change"):
         resume(tiny_recipe, before, now)
     resume(tiny_recipe, before, now, allow_change=True)
+
+
+def test_the_same_teacher_elsewhere_is_no_change_and_another_one_is(
+    tiny_recipe: Path, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(tiny_teacher, tmp_path / "copy")
+    resume(tiny_recipe, [], [f"teacher={copy}"])
+    tensors = load_file(copy / "model.safetensors")
+    tensors["encoder.layer.3.output.LayerNorm.bias"][0] += 1
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"teacher weights: \w{12} -> \w{12}\).*--allow-change"):
+        resume(tiny_recipe, [], [f"teacher={copy}"])
+    resume(tiny_recipe, [], [f"teacher={copy}"], allow_change=True)
 
 
 @pytest.mark.parametrize("now", ["steps=24", "save_every=1", "micro_batch_per_gpu=2"])
