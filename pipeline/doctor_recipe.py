@@ -117,11 +117,9 @@ def more_about_shards(recipe: Recipe, check_hashes: bool) -> Iterator[Finding]:
 def teacher_findings(recipe: Recipe, shards_are_there: bool) -> list[Finding]:
     """Weights without pickle, a family that can be read, layers, heads, tokenizer."""
     path = Path(recipe.teacher).expanduser()
-    if not path.is_dir() and not looks_like_path(recipe.teacher):
-        if not is_cached(recipe.teacher):
-            mend = f"on a node with network: hf download {recipe.teacher} (compute nodes then read the cache, HF_HOME)"
-            return [Finding("warn", "teacher", f"{recipe.teacher} is a hub name and not in the cache yet", mend)]
-        return [guarded("teacher", lambda: shape_finding(recipe, shards_are_there))]
+    if not path.is_dir() and not looks_like_path(recipe.teacher) and not is_cached(recipe.teacher):
+        mend = f"on a node with network: hf download {recipe.teacher} (compute nodes then read the cache, HF_HOME)"
+        return [Finding("warn", "teacher", f"{recipe.teacher} is a hub name and not in the cache yet", mend)]
     weights = guarded("teacher", lambda: weights_finding(recipe.teacher))
     if weights.status == "fail":
         return [weights]

@@ -53,7 +53,7 @@ def load_encoder(name_or_path: str | Path, whose: str = "teacher") -> PreTrained
                 **pooler,
             )
     except Exception as error:  # of a dozen kinds: the library checks a config by using it
-        raise files.refusal(f"{type(error).__name__}: {one_line(error)}", FETCH) from None
+        raise files.refusal(f"{type(error).__name__}: {one_line(error)}", _fix_of(error)) from None
     if loaded["missing_keys"]:
         raise files.lacking(", ".join(sorted(loaded["missing_keys"])[:3]))
     _refuse_non_finite(files, model)
@@ -61,6 +61,15 @@ def load_encoder(name_or_path: str | Path, whose: str = "teacher") -> PreTrained
     if files.directory.parent.name == "snapshots":  # of the hub's cache: which commit this was
         model.config._commit_hash = files.directory.name
     return model.eval()
+
+
+def _fix_of(error: Exception) -> str:
+    """Of what the files themselves do not show."""
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return "Free memory, or start fewer ranks on this machine"
+    if isinstance(error, ImportError):
+        return "Install the package that is named, or choose a model that needs none"
+    return FETCH
 
 
 def load_config(name_or_path: str | Path, whose: str = "teacher", is_cached: bool = False) -> PretrainedConfig:

@@ -238,6 +238,15 @@ def test_trimmed_and_compared_with_are_no_others(
         assert not Path(output).exists()
 
 
+@pytest.mark.parametrize("kind", ["gptq", "code of its own", "weights: cut", "config: deep"])
+def test_no_card_is_written_of_one(kind: str, spoilt: Callable[[Spoil], Path], capsys: pytest.CaptureFixture) -> None:
+    spoil, cause = MODELS[kind]
+    directory = spoilt(spoil)
+    (directory / "lineage.json").write_text(json.dumps({"teacher": "a", "recipe": {"steps": 1}}))
+    assert re.search(cause, refusal_of(lambda: main(["card", str(directory)]), capsys))
+    assert not (directory / "README.md").exists()
+
+
 @pytest.mark.parametrize("kind", SOME)
 def test_plan_and_doctor_see_what_they_read_of_it(
     kind: str, spoilt: Callable[[Spoil], Path], tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
