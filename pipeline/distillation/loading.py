@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig,
 from pipeline.distillation.families import family_of
 from pipeline.distillation.model_files import (
     CONFIG_FILE,
+    LFS_POINTER,
     ModelFiles,
     encoder_name,
     find_directory,
@@ -32,6 +34,7 @@ from pipeline.distillation.model_files import (
 )
 from pipeline.errors import UserError
 
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 FETCH = "Its config.json and its weights do not belong together, or one of them is corrupt: fetch both again"
 
 
@@ -103,6 +106,7 @@ def blank_model(
 
 def load_tokenizer(name_or_path: str | Path, whose: str = "model") -> Any:
     """The Hugging Face tokenizer of a model."""
+    _refuse_tokenizer_files(Path(name_or_path), str(name_or_path), whose)
     try:
         return AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=False)
     except BaseException as error:  # a panic of the Rust library is no Exception
@@ -112,6 +116,28 @@ def load_tokenizer(name_or_path: str | Path, whose: str = "model") -> Any:
             *(whose, str(name_or_path), f"no tokenizer that loads: {one_line(error)}"),
             "Copy the tokenizer files of the model that it was distilled from beside it",
         ) from None
+
+
+def _refuse_tokenizer_files(directory: Path, name: str, whose: str) -> None:
+    """What transformers would read past: code of the tokenizer's own (it takes a class of the family instead) and files
+    that git-lfs has not fetched."""
+    for path in sorted(directory.glob("*")) if directory.is_dir() else ():
+        if path.suffix in (".json", ".model", ".txt") and path.is_file():
+            with open(path, "rb") as file:
+                if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                    raise refusal(whose, name, f"{path} is a Git LFS pointer", f"Run: git -C {path.parent} lfs pull")
+    about = directory / TOKENIZER_CONFIG_FILE
+    try:
+        code = about.is_file() and json.loads(about.read_bytes()).get("auto_map")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise refusal(
+            whose, name, f"{about} is not readable JSON of a tokenizer ({one_line(error)})", "Fetch it again"
+        ) from None
+    if code:
+        raise refusal(
+            *(whose, name, f"`auto_map` in {about} asks for the tokenizer's own code, which is never run here"),
+            "Where the family's own class is right, take `auto_map` out; otherwise choose another model",
+        )
 
 
 def with_head(head: Any, encoder: PreTrainedModel, name_or_path: str | Path, **settings: Any) -> Any:

@@ -107,8 +107,8 @@ MODELS: dict[str, tuple[Spoil, str]] = {
     ),
     "an adapter beside": (file("adapter_config.json", b"{}"), "adapter"),
     "a weight under two names": (weights(lambda w: w.update({f"roberta.{LAYER}": w[LAYER] + 1})), "twice"),
-    "another width": (config(hidden_size=96), "config.json"),
-    "more rows in the config": (config(vocab_size=3000), "config.json"),
+    "another width": (config(hidden_size=96), r"is \[\d+(, \d+)*\] in its files and \["),
+    "more rows in the config": (config(vocab_size=3000), r"\[2002, 48\] in its files and \[3000, 48\]"),
     "NaN": (weights(lambda w: w[LAYER].__setitem__(0, float("nan"))), f"NaN or infinity in `{LAYER}`"),
     "infinity": (weights(lambda w: w[LAYER].__setitem__(0, float("inf"))), "NaN or infinity"),
     "8-bit weights": (weights(lambda w: w.update({LAYER: w[LAYER].to(torch.int8)})), "unquantised"),
@@ -236,6 +236,27 @@ def test_trimmed_and_compared_with_are_no_others(
     for command in (trim, ["evaluate", str(tiny_teacher), *words, "--set", "heldout.seq_len=32"]):
         assert re.search(cause, refusal_of(lambda command=command: main(command), capsys))
         assert not Path(output).exists()
+
+
+TOKENIZERS = {
+    "code of its own": ("tokenizer_config.json", b'{"auto_map": {"AutoTokenizer": ["evil.T", null]}}', "own code"),
+    "a list": ("tokenizer_config.json", b"[]", "not readable JSON"),
+    "a pointer": ("sentencepiece.bpe.model", POINTER, "lfs pull"),
+    "empty": ("tokenizer.json", b"{}", "no tokenizer that loads"),
+    "deep": ("tokenizer.json", b"[" * 200_000, "no tokenizer that loads"),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_no_such_tokenizer_is_evaluated(
+    kind: str, spoilt: Callable[[Spoil], Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    name, content, cause = TOKENIZERS[kind]
+    directory = spoilt(file(name, content))
+    (directory / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    words = ["evaluate", str(directory), "--tasks", "speed", "--output", str(tmp_path / "evaluation")]
+    assert re.search(cause, refusal_of(lambda: main(words), capsys))
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("kind", ["gptq", "code of its own", "weights: cut", "config: deep"])
