@@ -20,18 +20,8 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from pipeline.distillation.families import family_of
-from pipeline.distillation.model_files import (
-    CONFIG_FILE,
-    LFS_POINTER,
-    ModelFiles,
-    encoder_name,
-    find_directory,
-    is_harmless,
-    one_line,
-    read_config,
-    read_model,
-    refusal,
-)
+from pipeline.distillation.model_config import CONFIG_FILE, LFS_POINTER, one_line, read_config, refusal
+from pipeline.distillation.model_files import ModelFiles, encoder_name, find_directory, is_harmless, read_model
 from pipeline.errors import UserError
 
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
