@@ -241,7 +241,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Train and judge the chosen variants side by side."""
     torch.manual_seed(0)
     whole_teacher = load_encoder(options.teacher)
-    tokenizer = AutoTokenizer.from_pretrained(options.teacher)
+    tokenizer = AutoTokenizer.from_pretrained(options.teacher, trust_remote_code=False)
     source = BatchSource(ShardSet(options.data), TOKENS, alpha=0.3, seed=options.seed, heldout_rows_per_language=4)
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     chosen = {name: VARIANTS[name] for name in options.only}

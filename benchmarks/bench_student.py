@@ -64,7 +64,7 @@ def torch_form(name: str, directory: Path) -> Form:
         return encoder.model(input_ids=input_ids_BL, attention_mask=mask_BL).last_hidden_state
 
     file = directory / "model.safetensors"
-    return Form(name, run, encoder, file, count_parameters(file))
+    return Form(name, run, encoder, file, count_parameters(directory))
 
 
 def onnx_form(name: str, like: Form, precision: str) -> Form:

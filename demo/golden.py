@@ -42,11 +42,12 @@ class TeacherCheckError(RuntimeError):
 
 def check_teacher(directory: Path) -> float:
     """Smallest cosine between the directory's sentence vectors and the engine's; raises if ids or vectors are off."""
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     for text, ids in GOLDEN_IDS.items():
         if tokenizer(text)["input_ids"] != ids:
             raise TeacherCheckError(f"{directory}: {text!r} becomes {tokenizer(text)['input_ids']}, not {ids}.")
-    return check_vectors(AutoModel.from_pretrained(directory, add_pooling_layer=False, dtype=torch.float32), tokenizer)
+    model = AutoModel.from_pretrained(directory, add_pooling_layer=False, dtype=torch.float32, trust_remote_code=False)
+    return check_vectors(model, tokenizer)
 
 
 def check_vectors(model: torch.nn.Module, tokenizer) -> float:

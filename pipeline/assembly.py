@@ -10,13 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from data_prep.shards import ShardSet
+from data_prep.shards import DataError, ShardSet
 from pipeline.config import Recipe
 from pipeline.data.batches import BatchSource
 from pipeline.distillation.distiller import DistillModule
@@ -28,13 +28,15 @@ from pipeline.distillation.tap import tap
 from pipeline.distillation.teacher import FrozenTeacher, check_vocabulary, load_encoder, load_teacher
 from pipeline.distillation.vocabulary import cut_embedding, read_vocabulary
 from pipeline.errors import UserError
-from pipeline.runtime import dist, ds_config
+from pipeline.identity import Identity, identity_of
+from pipeline.runtime import dist, ds_config, preflight
 from pipeline.runtime.dist import Launch
 from pipeline.runtime.ds_config import BatchShape, Precisions
 from pipeline.runtime.engine import StudentEngine, device_precisions, partition_teacher
 from pipeline.tokenizer_identity import compare_ids, tokenizer_sha256
 
 CALIBRATION_TOKENS = 8192  # on which `student.init: project` measures the teacher's states
+T = TypeVar("T")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -51,6 +53,7 @@ class Parts:
     precision: str
     teacher_precision: str
     warnings: list[str]
+    identity: Identity  # of teacher, tokenizer and vocabulary, by content
 
     @property
     def num_trained(self) -> int:
@@ -72,12 +75,9 @@ def assemble(recipe: Recipe, recipe_path: Path, ds_path: Path, launch: Launch) -
     source = open_data(recipe)
     teacher_precision = _teacher_precision(recipe, precision, can, launch.device)
 
-    teacher_model = load_encoder(recipe.teacher)
-    if recipe.vocabulary is not None:
-        cut_teacher(recipe.vocabulary, recipe.teacher, teacher_model)
-    check_fit(recipe, source.shards, teacher_model)
+    teacher_model, identity = _on_all_ranks(lambda: open_teacher(recipe, source.shards), launch)
+    preflight.check_agreement(dist.gather_json(identity, launch.device))
     warnings += check_ids(recipe, source.shards, launch)
-    check_taps(recipe, teacher_model)
     relations, spread = recipe.relations, recipe.teacher_options.placement == "zero3"
     # A teacher that is to be spread may not fit on one device.
     student = student_of(recipe, teacher_model, source, "cpu" if spread else launch.device)
@@ -91,7 +91,32 @@ def assemble(recipe: Recipe, recipe_path: Path, ds_path: Path, launch: Launch) -
     gather = partial(dist.gather_json, device=launch.device)
     distiller = DistillModule(placed, student.tapped, relations, gather, student.basis_Dd)
     engine = StudentEngine(distiller, student.trained, recipe.optimizer, config)
-    return Parts(source, student, distiller, engine, batch, config, precision, teacher_precision, warnings)
+    return Parts(source, student, distiller, engine, batch, config, precision, teacher_precision, warnings, identity)
+
+
+def open_teacher(recipe: Recipe, shards: ShardSet) -> tuple[PreTrainedModel, Identity]:
+    """The whole teacher, checked against the rest of the recipe, and what it is by content."""
+    identity = identity_of(recipe.teacher, recipe.vocabulary)
+    model = load_encoder(recipe.teacher)
+    if recipe.vocabulary is not None:
+        cut_teacher(recipe.vocabulary, recipe.teacher, model)
+    check_fit(recipe, shards, model)
+    check_taps(recipe, model)
+    return model, identity
+
+
+def _on_all_ranks(make: Callable[[], T], launch: Launch) -> T:
+    """What `make` gives, or on every rank the error of the first rank that has one: the others would wait for it."""
+    made, problem = None, None
+    try:
+        made = make()
+    except (UserError, DataError) as error:
+        problem = str(error)
+    problems = dist.gather_json(problem, launch.device)
+    for rank, found in enumerate(problems):
+        if found is not None:
+            raise UserError(found if None not in problems else f"rank {rank}: {found}")
+    return cast(T, made)
 
 
 def student_of(

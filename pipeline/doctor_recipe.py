@@ -17,19 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from data_prep.shards import ShardSet
 from pipeline.assembly import check_fit, open_data
 from pipeline.config import Recipe, load_recipe
-from pipeline.distillation.families import family_of
+from pipeline.distillation.loading import blank_model, load_config, refuse_other_weights
+from pipeline.distillation.model_files import looks_like_path, read_model
 from pipeline.distillation.relations import check_heads
 from pipeline.distillation.student import student_hf_config
 from pipeline.distillation.student_init import copied_layers
 from pipeline.distillation.tap import tap
-from pipeline.distillation.teacher import check_files, looks_like_path
 from pipeline.distillation.vocabulary import read_vocabulary
 from pipeline.doctor_machine import Finding, guarded
 from pipeline.dry_run import nearest_directory
@@ -131,11 +130,9 @@ def more_about_shards(recipe: Recipe, check_hashes: bool) -> Iterator[Finding]:
 def teacher_findings(recipe: Recipe, shards_are_there: bool) -> list[Finding]:
     """Weights without pickle, a family that can be read, layers, heads, tokenizer."""
     path = Path(recipe.teacher).expanduser()
-    if not path.is_dir() and not looks_like_path(recipe.teacher):
-        if not is_cached(recipe.teacher):
-            mend = f"on a node with network: hf download {recipe.teacher} (compute nodes then read the cache, HF_HOME)"
-            return [Finding("warn", "teacher", f"{recipe.teacher} is a hub name and not in the cache yet", mend)]
-        return [guarded("teacher", lambda: shape_finding(recipe, shards_are_there))]
+    if not path.is_dir() and not looks_like_path(recipe.teacher) and not is_cached(recipe.teacher):
+        mend = f"on a node with network: hf download {recipe.teacher} (compute nodes then read the cache, HF_HOME)"
+        return [Finding("warn", "teacher", f"{recipe.teacher} is a hub name and not in the cache yet", mend)]
     weights = guarded("teacher", lambda: weights_finding(recipe.teacher))
     if weights.status == "fail":
         return [weights]
@@ -145,28 +142,23 @@ def teacher_findings(recipe: Recipe, shards_are_there: bool) -> list[Finding]:
 def is_cached(name: str) -> bool:
     """Config and weights of a hub model are on this machine."""
     try:
-        cached_file(name, "config.json", local_files_only=True)
+        cached_file(name, "config.json", local_files_only=True, trust_remote_code=False)
     except OSError:
         return False
     for weights in ("model.safetensors", "model.safetensors.index.json"):
         with contextlib.suppress(OSError):
-            cached_file(name, weights, local_files_only=True)
+            cached_file(name, weights, local_files_only=True, trust_remote_code=False)
             return True
     return False
 
 
 def weights_finding(name: str) -> Finding:
-    """The files are there and their headers can be read."""
-    files = sorted(check_files(name).glob("*.safetensors"))
-    num_tensors = 0
-    for file in files:
-        try:
-            with safe_open(file, "pt") as tensors:
-                num_tensors += len(tensors.keys())
-        except (SafetensorError, OSError) as error:
-            return Finding("fail", "teacher", f"{file} is damaged ({error})", "fetch it again")
-    size = sum(file.stat().st_size for file in files)
-    return Finding("ok", "teacher", f"{name}: {num_tensors} tensors, {size / 2**30:.2f} GiB of safetensors")
+    """The files are there, their headers can be read, and they hold what a model of its config has."""
+    files = read_model(name)
+    refuse_other_weights(files, load_config(name))
+    tensors = files.tensors
+    size = sum(file.stat().st_size for file in {tensor.file for tensor in tensors.values()})
+    return Finding("ok", "teacher", f"{name}: {len(tensors)} tensors, {size / 2**30:.2f} GiB of safetensors")
 
 
 def shape_finding(recipe: Recipe, shards_are_there: bool) -> Finding:
@@ -187,11 +179,7 @@ def shape_finding(recipe: Recipe, shards_are_there: bool) -> Finding:
 
 def blank_models(recipe: Recipe) -> tuple[PretrainedConfig, PreTrainedModel, PreTrainedModel]:
     """The teacher's config, and teacher and student without storage."""
-    try:
-        config = AutoConfig.from_pretrained(recipe.teacher, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the config of {recipe.teacher} cannot be read: {str(error).splitlines()[0]}") from None
-    family_of(config)
+    config = load_config(recipe.teacher)
     if recipe.vocabulary is not None:
         config.vocab_size = len(read_vocabulary(recipe.vocabulary))
     num_layers = config.num_hidden_layers
@@ -199,7 +187,7 @@ def blank_models(recipe: Recipe) -> tuple[PretrainedConfig, PreTrainedModel, Pre
     highest = taps if isinstance(taps, int) else max(taps)
     chosen = copied_layers(num_layers, recipe.student.layers, recipe.student.init_layers, highest)
     with torch.device("meta"):
-        teacher = AutoModel.from_config(config)
+        teacher = blank_model(config, recipe.teacher)
         student = AutoModel.from_config(student_hf_config(config, recipe.student, chosen))
     return config, teacher, student
 

@@ -10,6 +10,7 @@ import json
 import platform
 import socket
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ MAY_CHANGE = (
 )
 
 
+KNOWN_BY_CONTENT = ("teacher", "vocabulary")  # identity.py
+
+
 def mathematics(recipe: Recipe) -> dict[str, Any]:
     """The part of a recipe that must not change within one run, flattened to dotted keys."""
     tree = {key: value for key, value in as_tree(recipe).items() if key not in MAY_CHANGE}
@@ -42,6 +46,15 @@ def mathematics(recipe: Recipe) -> dict[str, Any]:
         else:
             flat[key] = value
     return flat
+
+
+def changed_keys(begun: Mapping[str, Any], recipe: Recipe, by_path: bool) -> list[str]:
+    """Keys of a run's mathematics that are no longer what it was begun with. Without `by_path` another place of teacher
+    and vocabulary is none: what is there is compared by content. A key that a newer version has added counts with its default."""
+    now, then = mathematics(recipe), {**mathematics(Recipe()), **begun}
+    differing = [key for key in now if now[key] != then.get(key)]
+    is_elsewhere = {key for key in KNOWN_BY_CONTENT if not by_path and None not in (then.get(key), now[key])}
+    return [f"{key}: {then.get(key)} -> {now[key]}" for key in differing if key not in is_elsewhere]
 
 
 def code_fingerprint(repo: Path = REPO) -> str:

@@ -68,6 +68,7 @@ class Reporter:
             "teacher_precision": self.parts.teacher_precision,
             "teacher": self.recipe.teacher,
             "vocabulary": self.recipe.vocabulary,
+            "identity": self.parts.identity,
             "data_fingerprint": self.parts.source.fingerprint,
             "languages": list(self.parts.source.languages),
             "first_step": first_step,

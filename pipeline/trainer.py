@@ -22,7 +22,8 @@ from pipeline.config import Recipe, as_tree
 from pipeline.data.batches import Batch, Prefetcher
 from pipeline.errors import SickRunError, UserError
 from pipeline.evaluation.heldout import heldout_losses
-from pipeline.lineage import code_fingerprint, fingerprint, mathematics
+from pipeline.identity import changes
+from pipeline.lineage import changed_keys, code_fingerprint, fingerprint, mathematics
 from pipeline.reporter import Reporter, StepReport
 from pipeline.runtime import checkpoint, dist, preflight
 from pipeline.runtime.checkpoint_writer import CheckpointWriter, SaveOutcome
@@ -206,7 +207,7 @@ class Trainer:
         reader = checkpoint.CheckpointReader(Path(decision["path"])) if decision["path"] else None
         if reader is not None:
             self._refuse_changes(reader.state, allow_change)
-            reader.check_names(self.parts.student.trained)
+            reader.check_shapes(self.engine.shapes, self.parts.student.carried)
         first = reader.state["step"] if reader is not None else 0
         if is_a_life and self.launch.is_main and first < self.recipe.steps:
             self.lives.begin(first, self.launch.world_size)  # before the load: a crash in it is counted
@@ -242,16 +243,29 @@ class Trainer:
         return {**decision, "path": str(path) if path else None, "problems": problems}
 
     def _refuse_changes(self, state: dict[str, Any], allow_change: bool) -> None:
-        # A key that a newer version of this code has added counts with its default.
-        now, then = mathematics(self.recipe), {**mathematics(Recipe()), **state["recipe"]}
-        changed = [f"{key}: {then.get(key)} -> {now.get(key)}" for key in now if now[key] != then.get(key)]
+        """Teacher and vocabulary are compared by content where the checkpoint knows it, else by path."""
+        known = state.get("identity")
+        changed = changed_keys(state["recipe"], self.recipe, by_path=known is None)
         if state["data_fingerprint"] != self.data_fingerprint:
             changed.append(f"data: {state['data_fingerprint']} -> {self.data_fingerprint}")
+        if known is None:
+            self._say(
+                "warning: this checkpoint was made before checkpoints knew their teacher by content: if other weights are at "
+                f"{self.recipe.teacher} by now, nothing notices"
+            )
+        else:
+            changed += changes(known, self.parts.identity)
         if changed and not allow_change:
             raise UserError(
-                f"{self.run_dir} was begun with another recipe or other data ({'; '.join(changed)}). Set it back, take "
+                f"{self.run_dir} was begun with another recipe, teacher or data ({'; '.join(changed)}). Set it back, take "
                 "another --run-dir, or add --allow-change to go on from this checkpoint all the same"
             )
+        if changed:
+            self._say(f"warning: --allow-change: this run goes on with something else ({'; '.join(changed)})")
+
+    def _say(self, line: str) -> None:
+        if self.launch.is_main:
+            print(line, flush=True)
 
     def _save(self, step: int, must: bool) -> None:
         """Begin a save; the files are written beside the training. With `must` it is waited for and may not fail."""
@@ -287,6 +301,7 @@ class Trainer:
             "recipe": mathematics(self.recipe),
             "recipe_fingerprint": fingerprint(mathematics(self.recipe)),
             "data_fingerprint": self.data_fingerprint,
+            "identity": self.parts.identity,
             "parameters": self.engine.shapes,
         }
 

@@ -30,22 +30,38 @@ class Family:
     has_pooler: bool = True  # the class takes `add_pooling_layer`
     ffn_key: str = "intermediate_size"
     dropout_keys: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+    prefix: str = "roberta"  # what the names of the encoder's weights begin with in a class with a head
+    # What a file may hold beside the encoder: the heads that the family's classes put on top of it
+    heads: tuple[str, ...] = ("pooler", "lm_head", "classifier", "qa_outputs")
+    positions_key: str | None = None  # a config key without which the embeddings of positions are left over
+    learned_positions: bool = True  # one vector per position: `position_embedding_type` may be nothing but absolute
 
 
-_BERT = Family()
+# Buffers that older releases saved: position_ids, the token types of an unsegmented text, rotary frequencies.
+BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids", "rotary_emb.inv_freq")
+_ROBERTA = Family()
 
 FAMILIES: dict[str, Family] = {
-    "bert": _BERT,
-    "roberta": _BERT,
-    "xlm-roberta": _BERT,
-    "camembert": _BERT,
+    "bert": Family(prefix="bert", heads=("pooler", "cls", "classifier", "qa_outputs")),
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "camembert": _ROBERTA,
     "xlm-roberta-xl": Family(norm_before="attention.self_attn_layer_norm", after_layers=("encoder.LayerNorm",)),
-    "electra": Family(has_pooler=False),
+    "electra": Family(
+        has_pooler=False,
+        prefix="electra",
+        heads=(
+            *("discriminator_predictions", "generator_predictions", "generator_lm_head"),
+            *("classifier", "qa_outputs", "sequence_summary"),
+        ),
+    ),
     "mpnet": Family(
         projections=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
         products=None,  # its position bias belongs to the heads
         layer_returns=1,
         takes_block_mask=False,
+        prefix="mpnet",
+        learned_positions=False,
     ),
     "distilbert": Family(
         layers="transformer.layer",
@@ -54,6 +70,12 @@ FAMILIES: dict[str, Family] = {
         has_pooler=False,
         ffn_key="hidden_dim",
         dropout_keys=("dropout", "attention_dropout"),
+        prefix="distilbert",
+        heads=(
+            *("vocab_transform", "vocab_layer_norm", "vocab_projector"),
+            *("pre_classifier", "classifier", "qa_outputs"),
+        ),
+        learned_positions=False,
     ),
     "deberta-v2": Family(  # Q and K of the content; the position terms of its attention are not part of them
         projections=("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj"),
@@ -62,6 +84,10 @@ FAMILIES: dict[str, Family] = {
         layer_returns=2,
         takes_block_mask=False,
         has_pooler=False,
+        prefix="deberta",
+        heads=("pooler", "cls", "lm_head", "lm_predictions", "mask_predictions", "classifier", "qa_outputs"),
+        positions_key="position_biased_input",  # DeBERTa-v3's MLM decoder alone reads its absolute positions
+        learned_positions=False,
     ),
     "modernbert": Family(  # mmBERT too
         layers="layers",
@@ -74,6 +100,9 @@ FAMILIES: dict[str, Family] = {
         rotary_head_dim="attn.head_dim",
         has_pooler=False,
         dropout_keys=("embedding_dropout", "attention_dropout", "mlp_dropout"),
+        prefix="model",
+        heads=("head", "decoder", "lm_head", "classifier"),
+        learned_positions=False,
     ),
 }
 
@@ -98,13 +127,16 @@ def check_length(config: PretrainedConfig, seq_len: int, teacher: str) -> None:
 
 def family_of(config: PretrainedConfig) -> Family:
     """The table's row for a config; an unknown architecture is a `UserError` that lists the known ones."""
-    if config.model_type not in FAMILIES:
+    return family_of_type(config.model_type, getattr(config, "is_decoder", False))
+
+
+def family_of_type(model_type: str, is_decoder: bool = False) -> Family:
+    """`family_of` before there is a config object."""
+    if model_type not in FAMILIES:
         raise UserError(
-            f"model type {config.model_type!r} is not one whose Q, K and V can be read. Known: {', '.join(FAMILIES)}. "
+            f"model type {model_type!r} is not one whose Q, K and V can be read. Known: {', '.join(FAMILIES)}. "
             "A new one is a row in pipeline/distillation/families.py and a golden test"
         )
-    if getattr(config, "is_decoder", False):
-        raise UserError(
-            f"this {config.model_type} model is a decoder (`is_decoder: true`); distillation needs an encoder"
-        )
-    return FAMILIES[config.model_type]
+    if is_decoder:
+        raise UserError(f"this {model_type} model is a decoder (`is_decoder: true`); distillation needs an encoder")
+    return FAMILIES[model_type]

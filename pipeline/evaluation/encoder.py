@@ -13,8 +13,9 @@ from typing import Any, cast
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 
+from pipeline.distillation import loading
 from pipeline.distillation.families import POSITIONS_AFTER_PADDING, family_of, usable_positions
 from pipeline.distillation.tap import tap
 from pipeline.distillation.vocabulary import MAP_FILE, read_vocabulary
@@ -58,13 +59,7 @@ def load_encoder(name: str, values_layer: int | None = None) -> Encoder:
     """Load `DIR_OR_HUB_NAME` or `DIR_OR_HUB_NAME@LAYER`; without a layer, values are those of the distilled one, which
     the model's lineage names, else of the last."""
     path, named_layer = split_name(name)
-    try:
-        model_config = AutoConfig.from_pretrained(path)
-        pooler = {"add_pooling_layer": False} if family_of(model_config).has_pooler else {}
-        model = AutoModel.from_pretrained(path, use_safetensors=True, dtype=torch.float32, **pooler)
-    except (OSError, ValueError) as error:
-        where = path if Path(path).is_dir() else f"{path} (no such directory, so taken for a hub name)"
-        raise UserError(f"no encoder can be loaded from {where}: {_one_line(error)}") from None
+    model = loading.load_encoder(path, whose="model")
     tokenizer = _load_tokenizer(path)
     refuse_other_tokenizer(path, tokenizer, model.config)
     num_layers = model.config.num_hidden_layers
@@ -72,7 +67,7 @@ def load_encoder(name: str, values_layer: int | None = None) -> Encoder:
     if not 1 <= layer <= num_layers:
         raise UserError(f"{path} has layers 1 to {num_layers}; there is no layer {layer} to take values from.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Encoder(name, model.eval().to(device), tokenizer, layer, path)
+    return Encoder(name, cast(Any, model).to(device), tokenizer, layer, path)
 
 
 def split_name(name: str) -> tuple[str, int | None]:
@@ -83,17 +78,14 @@ def split_name(name: str) -> tuple[str, int | None]:
 
 
 def _load_tokenizer(path: str) -> Any:
-    directory = Path(path)
+    directory = Path(path).expanduser()
     has_files = any(found for pattern in VOCABULARY_FILES for found in directory.glob(pattern))
-    try:
-        if directory.is_dir() and not has_files:  # transformers would quietly make one without vocabulary
-            raise OSError(f"none of {', '.join(VOCABULARY_FILES)}")
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, TypeError) as error:
+    if directory.is_dir() and not has_files:  # transformers would quietly make one without vocabulary
         raise UserError(
-            f"{path} has a model but no tokenizer that loads ({_one_line(error)}). "
+            f"{path} has a model but no tokenizer (none of {', '.join(VOCABULARY_FILES)}). "
             "Copy the tokenizer files of the model that it was distilled from beside it."
-        ) from None
+        )
+    return loading.load_tokenizer(directory if directory.is_dir() else path)
 
 
 def refuse_other_tokenizer(path: str, tokenizer: Any, config: PretrainedConfig) -> None:
@@ -118,10 +110,6 @@ def refuse_other_tokenizer(path: str, tokenizer: Any, config: PretrainedConfig) 
             f"{path}: {problem}: they do not belong together. Put the model's own tokenizer files there (for a cut vocabulary: "
             "make the model with `python -m pipeline trim`)."
         )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 @torch.inference_mode()

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 from tqdm import tqdm
 
+from pipeline.distillation.loading import with_head
 from pipeline.errors import SickRunError, UserError
 from pipeline.evaluation import cell_state
 from pipeline.evaluation.encoder import Encoder
@@ -79,24 +79,8 @@ class Cell:
 
 
 def load_with_head(head: Any, encoder: Encoder, **settings: Any) -> Any:
-    """The encoder with a new head of a Hugging Face class; a body that is not whole is a `UserError`."""
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # that the head is new is no news here
-    try:
-        model, found = head.from_pretrained(
-            encoder.path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **settings
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"no {head.__name__} can be made of {encoder.path}: {' '.join(str(error).split())[:300]}"
-        ) from None
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-    body = f"{model.base_model_prefix}."
-    missing = [name for name in found["missing_keys"] if name.startswith(body) and "pooler" not in name]
-    if missing:
-        raise UserError(f"{encoder.path} lacks {len(missing)} of its encoder's weights, the first is {missing[0]}")
-    return model.to(encoder.device)
+    """The encoder with a new head of a Hugging Face class."""
+    return with_head(head, encoder.model, encoder.path, **settings).to(encoder.device)
 
 
 def finetune(

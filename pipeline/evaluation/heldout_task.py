@@ -7,6 +7,7 @@ relations are by default those of the students' `lineage.json`. Used by `pipelin
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from data_prep.shards import ShardSet
 from pipeline.data.batches import BatchSource
 from pipeline.distillation.distiller import DistillModule, RelationsConfig
+from pipeline.distillation.model_files import read_model
 from pipeline.distillation.tap import tap
 from pipeline.distillation.teacher import FrozenTeacher, check_vocabulary
 from pipeline.errors import UserError
@@ -23,6 +25,7 @@ from pipeline.evaluation.encoder import Encoder, load_encoder, split_name
 from pipeline.evaluation.heldout import heldout_losses
 from pipeline.evaluation.ranks import Ranks
 from pipeline.evaluation.trained_as import DEFAULTS, trained_as
+from pipeline.identity import WEIGHTS, weights_hash
 from pipeline.tokenizer_identity import deciding_file, tokenizer_sha256
 
 
@@ -76,6 +79,8 @@ def evaluate_heldout(encoders: list[Encoder], config: HeldoutConfig, ranks: Rank
     teacher = _load_teacher(config.teacher, chosen["teacher_layer"])
     for encoder in [teacher, *encoders]:
         _check_fit(encoder, source, config.data)
+    if ranks.is_main:
+        warn_of_other_teachers(encoders, teacher)
     relations = RelationsConfig(**{key: chosen[key] for key in ("heads", "pairs", "after_rotary")}, backend="chunked")
     frozen = FrozenTeacher(tap(teacher.model, teacher.values_layer, after_rotary=relations.after_rotary))
     num_rows = sum(len(source.heldout(language)) for language in source.languages)
@@ -99,6 +104,22 @@ def evaluate_heldout(encoders: list[Encoder], config: HeldoutConfig, ranks: Rank
             **{**chosen, "teacher_layer": teacher.values_layer, "rows": num_rows},
         }
     return results
+
+
+def warn_of_other_teachers(encoders: list[Encoder], teacher: Encoder) -> None:
+    """Another teacher than a student's own may be asked for; that its loss never was trained for is said."""
+    own = {encoder.name: trained_as(encoder.path).get("identity", {}).get(WEIGHTS) for encoder in encoders}
+    if not any(own.values()):
+        return
+    given = weights_hash(read_model(teacher.path))
+    others = [f"{name} ({hash_own[:12]})" for name, hash_own in own.items() if hash_own and hash_own != given]
+    if others:
+        print(
+            f"warning: {', '.join(others)} learned from a teacher with other weights than {teacher.name} ({given[:12]}): "
+            "this held-out loss compares with a model that was not their teacher",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def settings_of(encoders: list[Encoder], config: HeldoutConfig) -> dict[str, Any]:

@@ -28,7 +28,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def trained_as(model: str | Path) -> dict[str, Any]:
-    """`DEFAULTS` with the values of the model's recipe, its `student_layer`, its `steps`; empty without lineage."""
+    """`DEFAULTS` with the values of the model's recipe, its `student_layer`, `steps` and teacher by content; empty without lineage."""
     path = Path(model) / "lineage.json"
     if not path.is_file():
         return {}
@@ -45,4 +45,4 @@ def trained_as(model: str | Path) -> dict[str, Any]:
     if not recipe:  # trimmed, never trained here
         return {}
     found = {key: recipe.get(key, relations.get(key, default)) for key, default in DEFAULTS.items()}
-    return {**found, **layers, "steps": lineage.get("steps")}
+    return {**found, **layers, "steps": lineage.get("steps"), "identity": lineage.get("identity") or {}}

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import safe_open
-from transformers import AutoConfig
 
+from pipeline.distillation.loading import load_config
+from pipeline.distillation.model_files import read_model
 from pipeline.errors import UserError
 from pipeline.export.measured import measured_sections
 
@@ -100,6 +100,7 @@ def lineage_of(run: dict[str, Any], state: dict[str, Any], recipe_text: str) -> 
         "git_commit": run["git_commit"],
         "packages": run["packages"],
         "precision": state["precision"],
+        **({"identity": state["identity"]} if state.get("identity") else {}),
         "recipe": recipe,
     }
 
@@ -115,11 +116,11 @@ def write_card(directory: Path, measured: Sequence[Path] = ()) -> None:
 def model_card(directory: Path, measured: Sequence[Path] = ()) -> str:
     """The model card: what it is, how to load it, what was measured, where it comes from."""
     lineage = json.loads((directory / LINEAGE_FILE).read_text(encoding="utf-8"))
-    config = AutoConfig.from_pretrained(directory)
+    config = load_config(directory, "student")
     weights = directory / "model.safetensors"
     recipe = lineage.get("recipe")
     sizes = (
-        f"{config.num_hidden_layers} layers, width {config.hidden_size}, {count_parameters(weights) / 1e6:.1f} M parameters, "
+        f"{config.num_hidden_layers} layers, width {config.hidden_size}, {count_parameters(directory) / 1e6:.1f} M parameters, "
         f"{config.vocab_size:,} pieces, {weights.stat().st_size / 1e6:.0f} MB"
     )
     if recipe is not None:
@@ -148,10 +149,9 @@ def model_card(directory: Path, measured: Sequence[Path] = ()) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def count_parameters(weights: Path) -> int:
-    """Numbers in a safetensors file, from its header alone."""
-    with safe_open(weights, framework="pt") as file:
-        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+def count_parameters(student: Path) -> int:
+    """Numbers in a student's safetensors file, from its header alone."""
+    return sum(math.prod(tensor.shape) for tensor in read_model(student, "student").tensors.values())
 
 
 def _front_matter(lineage: dict[str, Any], directory: Path) -> str:

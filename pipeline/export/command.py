@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import transformers
-from transformers import AutoConfig
 
 from pipeline.distillation.families import usable_positions
+from pipeline.distillation.loading import load_config
 from pipeline.distillation.vocabulary import read_vocabulary
 from pipeline.evaluation.retrieval import RetrievalConfig, read_pairs
 from pipeline.export.check_lines import read_check_lines
@@ -88,7 +88,7 @@ def _export(arguments: argparse.Namespace, extras: Sequence[Extra]) -> Path:
 
 
 def _add_sentence_transformers(directory: Path) -> None:
-    config = AutoConfig.from_pretrained(directory)
+    config = load_config(directory, "model")
     add_sentence_transformers(directory, config.hidden_size, usable_positions(config))
 
 
@@ -100,7 +100,7 @@ def further_lines(pairs: str, text: Path | None) -> dict[str, list[str]]:
 
 
 def _add_onnx(directory: Path, pairs: str, further: dict[str, list[str]]) -> None:
-    longest = min(128, usable_positions(AutoConfig.from_pretrained(directory)))
+    longest = min(128, usable_positions(load_config(directory, "model")))
     add_onnx(directory, RetrievalConfig(pairs=pairs, max_pairs=CHECK_PAIRS, max_length=longest), further)
 
 

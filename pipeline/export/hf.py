@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig
+from transformers import AutoModel, AutoTokenizer, PretrainedConfig
 from transformers.utils import cached_file
 
 from pipeline.distillation.families import family_of
+from pipeline.distillation.loading import config_of
 from pipeline.errors import UserError
 from pipeline.export.card import LINEAGE_FILE, VOCABULARY_FILE, lineage_of, write_card
+from pipeline.identity import refuse_other_tokenizer_files, warn_of_other_teacher
 from pipeline.runtime.checkpoint import read_model_weights
 
 Extra = Callable[[Path], object]
@@ -44,9 +46,11 @@ def export_run(run_dir: Path, output: Path, extras: Sequence[Extra] = (), dtype:
         raise UserError(f"there is no run directory {run_dir}. Train first; its --run-dir is what export reads.")
     weights, state = read_model_weights(run_dir)
     run = _read_json(run_dir / "run.json")
-    config = AutoConfig.from_pretrained(_existing(run_dir / "student_config.json"))
+    config = config_of(_existing(run_dir / "student_config.json"), str(run_dir), "student")
     recipe_text = _existing(run_dir / "recipe.yaml").read_text(encoding="utf-8")
     tokenizer = run.get("vocabulary") or run["teacher"]
+    refuse_other_tokenizer_files(state.get("identity", {}), tokenizer, run_dir)
+    warn_of_other_teacher(state.get("identity", {}), run["teacher"])
     return export_student(
         weights, config, tokenizer, output, lineage_of(run, state, recipe_text), extras, dtype, measured=[run_dir]
     )
@@ -124,8 +128,9 @@ def copy_tokenizer(name: str, directory: Path) -> None:
             shutil.copyfile(path, directory / path.name)
         return
     try:
-        AutoTokenizer.from_pretrained(name).save_pretrained(directory)
-        originals = [cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in HASHED_FILES]
+        AutoTokenizer.from_pretrained(name, trust_remote_code=False).save_pretrained(directory)
+        more: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False, "trust_remote_code": False}
+        originals = [cached_file(name, file, **more) for file in HASHED_FILES]
     except (OSError, ValueError) as error:
         raise UserError(
             f"the tokenizer {name} is not to be had: {' '.join(str(error).split())[:300]}. If the teacher's directory (or "

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig
 
+from pipeline.distillation.loading import load_config
 from pipeline.distillation.vocabulary import MODEL_FILE, Vocabulary, cut_embedding, read_vocabulary
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder, load_encoder
@@ -77,7 +77,7 @@ def trim(
         output,
         lineage,
         [lambda directory: check_equal(states_before, directory, rows_BL), *extras],
-        dtype=torch.float16 if AutoConfig.from_pretrained(source).dtype == torch.float16 else torch.float32,
+        dtype=torch.float16 if load_config(source, "model").dtype == torch.float16 else torch.float32,
     )
     return report
 

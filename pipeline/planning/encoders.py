@@ -6,16 +6,16 @@ tapped by the same code that trains, so that every count below is of the modules
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from pipeline.config import Recipe
 from pipeline.distillation.families import check_length, family_of
+from pipeline.distillation.loading import blank_model, config_of
 from pipeline.distillation.relations import check_heads
 from pipeline.distillation.student import student_hf_config
 from pipeline.distillation.student_init import copied_layers
@@ -152,12 +152,9 @@ def read_config(teacher: str, config_file: Path | None) -> PretrainedConfig:
 
 def _config_from_file(path: Path) -> PretrainedConfig:
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return config_of(path, str(path), "teacher")
+    except OSError as error:
         raise UserError(f"{path} is not a readable config.json of a teacher: {error}") from None
-    if not isinstance(tree, dict) or "model_type" not in tree:
-        raise UserError(f"{path} has no `model_type`; pass the config.json that lies beside a Hugging Face model")
-    return _checked(tree, str(path))
 
 
 def _checked(tree: dict[str, Any], where: str) -> PretrainedConfig:
@@ -172,7 +169,5 @@ def _checked(tree: dict[str, Any], where: str) -> PretrainedConfig:
 
 def _on_meta(config: PretrainedConfig) -> PreTrainedModel:
     """The architecture without weights. Families with eager attention only keep it; the others get the rehearsal's."""
-    family = family_of(config)
-    pooler = {"add_pooling_layer": False} if family.has_pooler else {}
     with torch.device("meta"):
-        return AutoModel.from_config(config, attn_implementation=ATTENTION, dtype=torch.float32, **pooler)
+        return blank_model(config, config.model_type, attn_implementation=ATTENTION)

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -274,19 +274,33 @@ class CheckpointReader:
             )
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
-    def check_names(self, names: Iterable[str]) -> None:
-        """The student of this run and the one of the checkpoint must train the same parameters."""
-        saved, wanted = {name for kind, name in self._pieces if kind == "weight"}, set(names)
-        if saved != wanted:
-            differing = ", ".join(sorted(saved ^ wanted)[:3])
+    def check_shapes(
+        self, trained: Mapping[str, Sequence[int]], frozen: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        """The student of this run and the one of the checkpoint must have the same parameters in the same shapes: a flat
+        fragment would fit into a smaller matrix, with other numbers in every row."""
+        saved = {name: tuple(shape) for name, shape in self.state["parameters"].items()}
+        wanted = {name: tuple(shape) for name, shape in trained.items()}
+        if frozen is not None:
+            wanted |= {name: tuple(tensor.shape) for name, tensor in frozen.items()}
+            saved |= {name: tuple(tensor.shape) for name, tensor in self.carried().items()}
+        missing = {name for kind, name in self._pieces if kind == "weight"} ^ set(trained)
+        differing = sorted(missing | {name for name in saved.keys() | wanted if saved.get(name) != wanted.get(name)})
+        if differing:
+            name = differing[0]
             raise UserError(
-                f"{self._path} was written by a run that trains other parameters (for example {differing}). "
-                "Take another --run-dir, or set the recipe's student section back"
+                f"{self._path} was written by a run with another student: {len(differing)} parameters differ, the first is "
+                f"{name}, {_shape(saved.get(name))} there and {_shape(wanted.get(name))} here. Take another --run-dir, or "
+                "set the recipe's student section back (with --allow-change too: no weight fits into another shape)"
             )
 
     def carried(self) -> dict[str, torch.Tensor]:
         with safe_open(self._path / CARRIED_FILE, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _shape(shape: Sequence[int] | None) -> str:
+    return "absent" if shape is None else " x ".join(map(str, shape)) or "a number"
 
 
 def read_model_weights(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

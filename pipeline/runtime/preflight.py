@@ -117,7 +117,7 @@ def check_agreement(facts_by_rank: Sequence[dict[str, Any]]) -> None:
             if value != facts_by_rank[0][name]:
                 raise UserError(
                     f"rank {rank} has another {name} than rank 0 ({value} instead of {facts_by_rank[0][name]}). Is every "
-                    "node on the same commit with the same changes, and are recipe and shards the same files everywhere?"
+                    "node on the same commit with the same changes, and are recipe, teacher and shards the same files everywhere?"
                 )
 
 

@@ -71,7 +71,7 @@ def execute(run: dict[str, Any], launch: dist.Launch) -> dict[str, Any]:
     first = 0
     if "load" in run:
         reader = checkpoint.CheckpointReader(Path(run["load"]))
-        reader.check_names(engine.shapes)
+        reader.check_shapes(engine.shapes)
         engine.load(reader.read, reader.state["adam_step"], reader.state["scaler"])
         first = reader.state["step"]
         if run.get("resave"):

@@ -194,6 +194,25 @@ def test_weights_of_a_language_that_is_not_there(refused: Run) -> None:
     assert "xx" in refused("language_weights={hi: 1, sw: 1, he: 1, tr: 1, xx: 2}")
 
 
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda config: {**config, "quantization_config": {"quant_method": "fp8"}}, "unquantised"),
+        (lambda config: {**config, "num_hidden_layers": 3}, "does not use"),
+        (lambda config: {**config, "num_hidden_layers": 10**9}, "num_hidden_layers"),
+        (lambda config: {**config, "auto_map": {"AutoModel": "evil.Model"}}, "auto_map"),
+    ],
+)
+def test_teacher_that_would_not_be_what_was_trained(
+    spoil: Callable[[dict], dict], words: str, refused: Run, tmp_path: Path, tiny_teacher: Path
+) -> None:
+    other = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    (other / "config.json").write_text(json.dumps(spoil(json.loads((other / "config.json").read_text()))))
+    error = refused(f"teacher={other}")
+    assert words in error
+    assert str(other) in error
+
+
 def test_nan_in_the_teacher(refused: Run, tmp_path: Path, tiny_teacher: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from pipeline.assembly import open_data
 from pipeline.config import load_recipe
 from pipeline.errors import UserError
+from pipeline.identity import identity_of
 from pipeline.lineage import mathematics
+from pipeline.runtime.dist import Launch
 from pipeline.trainer import Trainer
 
 
 def resume(recipe_file: Path, before: list[str], now: list[str], allow_change: bool = False) -> None:
     """A run begun with the overrides `before` and continued with `now`: the trainer's own check, nothing else of it."""
     begun, recipe = load_recipe(recipe_file, before), load_recipe(recipe_file, now)
-    state = {"recipe": mathematics(begun), "data_fingerprint": open_data(begun).fingerprint}
+    state = {
+        "recipe": mathematics(begun),
+        "data_fingerprint": open_data(begun).fingerprint,
+        "identity": identity_of(begun.teacher, begun.vocabulary),
+    }
     trainer = Trainer.__new__(Trainer)
     trainer.recipe, trainer.run_dir = recipe, Path("runs/begun")
+    trainer.launch = Launch(0, 1, 0, torch.device("cpu"))
+    trainer.parts = SimpleNamespace(identity=identity_of(recipe.teacher, recipe.vocabulary))
     trainer.data_fingerprint = open_data(recipe).fingerprint
     trainer._refuse_changes(state, allow_change)
 
@@ -41,6 +53,19 @@ def test_a_change_is_named_and_needs_to_be_asked_for(
     with pytest.raises(UserError, match=rf"{named}.*--allow-change"):
         resume(tiny_recipe, before, now)
     resume(tiny_recipe, before, now, allow_change=True)
+
+
+def test_the_same_teacher_elsewhere_is_no_change_and_another_one_is(
+    tiny_recipe: Path, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(tiny_teacher, tmp_path / "copy")
+    resume(tiny_recipe, [], [f"teacher={copy}"])
+    tensors = load_file(copy / "model.safetensors")
+    tensors["encoder.layer.3.output.LayerNorm.bias"][0] += 1
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"teacher weights: \w{12} -> \w{12}\).*--allow-change"):
+        resume(tiny_recipe, [], [f"teacher={copy}"])
+    resume(tiny_recipe, [], [f"teacher={copy}"], allow_change=True)
 
 
 @pytest.mark.parametrize("now", ["steps=24", "save_every=1", "micro_batch_per_gpu=2"])

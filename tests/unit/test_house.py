@@ -98,6 +98,16 @@ def test_never(path: Path) -> None:
             )
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPO)))
+def test_no_model_brings_its_own_code(path: Path) -> None:
+    """An Auto class that is not told asks at the terminal, and `yes` in a pipe answers."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and re.fullmatch(r"Auto\w+\.from_(pretrained|config)", ast.unparse(node.func)):
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            is_blank = node.func.attr == "from_config"  # type: ignore[attr-defined]  # a config that was read here
+            assert is_blank or given.get("trust_remote_code") == "False", f"{path}:{node.lineno}"
+
+
 def _in_docstring(path: Path, line: int) -> bool:
     return any(
         isinstance(node, ast.Expr)

@@ -13,8 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.distillation.model_files import read_model
 from pipeline.distillation.teacher import check_vocabulary, load_encoder, load_teacher
 from pipeline.errors import UserError
+from pipeline.identity import weights_hash
 from tests.conftest import REPO
 from tests.tiny_encoders import CONFIGS, VOCABULARY, random_rows, tiny_encoder
 
@@ -107,9 +109,41 @@ def test_missing_directory_names_the_command(name):
 
 def test_hub_name_without_network_is_one_paragraph(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"(?s)'no-such-owner/no-such-model' could not be loaded.*network") as caught:
+    with pytest.raises(UserError, match=r"(?s)'no-such-owner/no-such-model' cannot be loaded.*network") as caught:
         load_encoder("no-such-owner/no-such-model")
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A filled cache in the hub's place, which holds one model, in several files."""
+    revision = "0123456789" * 4
+    snapshot = tmp_path / "cache" / "models--some--teacher" / "snapshots" / revision
+    tiny_encoder("bert").save_pretrained(snapshot, max_shard_size="50KB")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(revision)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return snapshot
+
+
+def test_a_hub_name_is_read_from_the_cache(hub):
+    model, rows = load_encoder("some/teacher"), random_rows(2, 12)
+    with torch.no_grad():
+        assert torch.equal(model(rows)[0], tiny_encoder("bert")(rows)[0])
+    assert model.config._commit_hash == hub.name
+    assert weights_hash(read_model("some/teacher")) == weights_hash(read_model(hub))
+
+
+def test_a_hub_name_is_checked_like_a_directory(hub):
+    index = hub / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00001-of", "../model-00001-of"))
+    with pytest.raises(UserError, match=r"the teacher 'some/teacher' cannot be loaded: .*names '\.\./model-00001"):
+        load_encoder("some/teacher")
+    index.unlink()
+    (hub / "pytorch_model.bin").write_bytes(b"never read")
+    with pytest.raises(UserError, match=r"'some/teacher' cannot be loaded: .*safetensors|no safetensors file of it"):
+        load_encoder("some/teacher")
 
 
 def test_without_safetensors(copy):
@@ -122,7 +156,7 @@ def test_without_safetensors(copy):
 def test_truncated_safetensors(copy):
     file = copy / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(UserError, match=f"(?s){copy.name}.*could not be loaded"):
+    with pytest.raises(UserError, match=f"(?s){copy.name}.*cannot be loaded"):
         load_encoder(copy)
 
 

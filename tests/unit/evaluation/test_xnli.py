@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
 
 from pipeline.__main__ import main
 from pipeline.errors import UserError, exit_code_of
@@ -20,6 +22,8 @@ from pipeline.evaluation.finetune import Cell, FinetuneTask, finetune
 from pipeline.evaluation.grid import choose
 from pipeline.evaluation.ranks import alone
 from pipeline.evaluation.xnli import XnliConfig, classification_loss, evaluate_xnli, make_task, read
+from tests.conftest import TINY_VOCAB
+from tests.tiny_encoders import tiny_encoder
 from tests.unit.evaluation.labelled_pairs import write_xnli
 
 
@@ -250,16 +254,41 @@ def test_missing_files_and_languages(pairs: Path, tmp_path: Path) -> None:
 # -- the models
 
 
-def test_an_encoder_that_is_not_whole(encoder: Encoder, tiny_teacher: Path, pairs: Path, tmp_path: Path) -> None:
+def test_an_encoder_that_is_not_whole(tiny_teacher: Path, tmp_path: Path) -> None:
     weights = load_file(tiny_teacher / "model.safetensors")
     dropped = next(name for name in weights if name.endswith("layer.2.output.dense.weight"))
     save_file(
         {name: w for name, w in weights.items() if name != dropped}, tmp_path / "model.safetensors", {"format": "pt"}
     )
     (tmp_path / "config.json").write_bytes((tiny_teacher / "config.json").read_bytes())
-    encoder.path = str(tmp_path)
-    with pytest.raises(UserError, match="lacks 1 of its encoder's weights"):
-        task_of(encoder, config(pairs)).load()
+    with pytest.raises(UserError, match=f"lack weights of the encoder: 1 of them.*{dropped}"):
+        load_encoder(str(tmp_path))
+
+
+def test_a_head_in_the_files_is_not_taken_for_a_new_one(tiny_teacher: Path, pairs: Path, tmp_path: Path) -> None:
+    """A checkpoint that was fine-tuned already, for as many classes or for others, starts afresh; its body is kept."""
+    for num_labels in (3, 7):
+        directory = shutil.copytree(tiny_teacher, tmp_path / str(num_labels))
+        tuned = AutoModelForSequenceClassification.from_pretrained(tiny_teacher, num_labels=num_labels)
+        tuned.classifier.out_proj.weight.data.fill_(5.0)
+        tuned.save_pretrained(directory)
+        encoder = load_encoder(str(directory))
+        model = task_of(encoder, config(pairs)).load()
+        assert model.classifier.out_proj.weight.shape[0] == 3
+        assert model.classifier.out_proj.weight.abs().max() < 2
+        body = dict(encoder.model.named_parameters())
+        assert all(torch.equal(parameter, body[name]) for name, parameter in model.roberta.named_parameters())
+        model.roberta.embeddings.word_embeddings.weight.data.zero_()
+        assert body["embeddings.word_embeddings.weight"].abs().max() > 0  # a copy, not the encoder's own
+
+
+def test_a_pooler_in_the_files_is_kept(tmp_path: Path, tiny_tokenizer: Path, pairs: Path) -> None:
+    """BERT's classes read their pooler: a trained one is part of what is fine-tuned."""
+    shutil.copytree(tiny_tokenizer, tmp_path, dirs_exist_ok=True)
+    saved = tiny_encoder("bert", vocab_size=TINY_VOCAB)
+    saved.save_pretrained(tmp_path)
+    model = task_of(load_encoder(str(tmp_path)), config(pairs)).load()
+    assert torch.equal(model.bert.pooler.dense.weight, saved.pooler.dense.weight)
 
 
 def test_the_head_alone_is_new(encoder: Encoder, pairs: Path) -> None:

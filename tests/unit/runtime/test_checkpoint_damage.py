@@ -60,7 +60,11 @@ def test_whole_checkpoint_reads_back_across_ranks(pair: tuple[Path, Path]) -> No
     with pytest.raises(UserError, match="other frozen parts"):
         reader.read("weight", "encoder.weight", 30, 20)
     with pytest.raises(UserError, match=r"encoder\.bias"):
-        reader.check_names(["encoder.weight", "encoder.bias"])
+        reader.check_shapes({"encoder.weight": [5, 8], "encoder.bias": [8]})
+    for trained, tail in (([8, 5], 3), ([5, 4], 3), ([5, 8], 4)):  # 20 of 40 numbers would be there to be read
+        with pytest.raises(UserError, match=r"encoder\.weight, 5 x 8 there|tail, 3 there and 4 here"):
+            reader.check_shapes({"encoder.weight": trained}, {"tail": torch.zeros(tail)})
+    reader.check_shapes({"encoder.weight": [5, 8]}, {"tail": torch.zeros(3)})
 
 
 def damage_somehow(choice: random.Random, newer: Path, older: Path) -> str:
