@@ -28,6 +28,7 @@ from pipeline.distillation.tap import tap
 from pipeline.distillation.teacher import FrozenTeacher, check_vocabulary, load_encoder, load_teacher
 from pipeline.distillation.vocabulary import cut_embedding, read_vocabulary
 from pipeline.errors import UserError
+from pipeline.recipe_warnings import recipe_warnings
 from pipeline.runtime import dist, ds_config
 from pipeline.runtime.dist import Launch
 from pipeline.runtime.ds_config import BatchShape, Precisions
@@ -70,6 +71,7 @@ def assemble(recipe: Recipe, recipe_path: Path, ds_path: Path, launch: Launch) -
     config, warnings = ds_config.resolve(ds_path, str(recipe_path), recipe.optimizer, batch, launch.world_size, can)
     precision = ds_config.precision_of(config)
     source = open_data(recipe)
+    warnings += recipe_warnings(recipe, source)
     teacher_precision = _teacher_precision(recipe, precision, can, launch.device)
 
     teacher_model = load_encoder(recipe.teacher)

@@ -34,6 +34,7 @@ from pipeline.distillation.vocabulary import read_vocabulary
 from pipeline.doctor_machine import Finding, guarded
 from pipeline.dry_run import nearest_directory
 from pipeline.errors import UserError
+from pipeline.recipe_warnings import recipe_warnings
 from pipeline.runtime import ds_config, preflight
 from pipeline.runtime.engine import device_precisions
 from pipeline.runtime.memory import available_memory_bytes
@@ -98,8 +99,10 @@ def shards_finding(recipe: Recipe) -> Finding:
 
 
 def more_about_shards(recipe: Recipe, check_hashes: bool) -> Iterator[Finding]:
-    """Open files, and every byte's hash where that was asked for."""
+    """What a run would warn of, open files, and every byte's hash where that was asked for."""
     shards = ShardSet(recipe.data)
+    for text in recipe_warnings(recipe, open_data(recipe)):
+        yield Finding("warn", "recipe", text)
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     needed = len(shards.all_shards()) + FILES_OPEN_ANYWAY
     if limit != resource.RLIM_INFINITY and limit < needed:

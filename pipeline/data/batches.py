@@ -65,6 +65,7 @@ class BatchSource:
         self.shards, self.seq_len, self._separate = shards, seq_len, documents == "separate"
         self.languages = sorted(set(languages)) if languages else list(shards.languages)
         rows = [shards.num_rows(language, seq_len) for language in self.languages]
+        self.rows_per_language = dict(zip(self.languages, rows, strict=True))
         self.heldout_counts = heldout = [heldout_count(count, heldout_rows_per_language) for count in rows]
         self._refuse_too_small(rows, heldout)
         self._split = HeldOut(rows, heldout)
@@ -127,6 +128,16 @@ class BatchSource:
                 f"held-out rows need {need} tokens. Prepare more text, use a shorter row (--set seq_len=N), or leave them "
                 "out (--set languages=[...])."
             )
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Each language's share of the samples, for the whole run."""
+        return dict(zip(self.languages, self._sampler.weights.tolist(), strict=True))
+
+    @property
+    def uncapped_shares(self) -> dict[str, float]:
+        """The same before `max_epochs` lowered it."""
+        return dict(zip(self.languages, self._sampler.uncapped_weights.tolist(), strict=True))
 
     def locate(self, sample_numbers: np.ndarray) -> list[tuple[str, int]]:
         """Language and row in the shards of each sample: what a report on a bad batch names."""
