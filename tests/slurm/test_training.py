@@ -30,8 +30,13 @@ def time_limited_job(training: Training, tmp_path_factory: pytest.TempPathFactor
 def test_two_nodes_with_two_ranks_give_the_losses_of_one_process(
     training: Training, plain_run: Path, tmp_path: Path
 ) -> None:
-    """Ranks per node are counted from the (pretended) GPUs, as on a real cluster."""
-    job = training.submit(tmp_path / "run", "--nodes=2", "--gpus-per-node=2", PROCESSES_PER_NODE="")
+    """Ranks per node are counted from the (pretended) GPUs, as on a real cluster; that they train on CPUs has to be said."""
+    asked = ("--nodes=2", "--gpus-per-node=2")
+    refused = training.submit(tmp_path / "refused", *asked, PROCESSES_PER_NODE="")
+    job = training.submit(tmp_path / "run", *asked, PROCESSES_PER_NODE="", ALLOW_CPU_RANKS="1")
+    assert refused.wait_end() == "FAILED"
+    assert "Slurm has allotted 2 GPU(s)" in (refused.run_dir / "FAILED").read_text()
+    assert refused.facts()["JobName"] == "refused-train"
     assert job.wait_end() == "COMPLETED", job.log
     assert curve(job.run_dir) == pytest.approx(curve(plain_run), rel=1e-5)
     assert curve(job.run_dir, "heldout/mean") == pytest.approx(curve(plain_run, "heldout/mean"), rel=1e-5)
