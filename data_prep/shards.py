@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import mmap
 import re
+import shlex
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from data_prep.command_line import module_command
 from data_prep.layout import FORMAT_NAME, FORMAT_VERSION, HEADER_BYTES, TOKEN_DTYPE, Identity, header, sections
 from data_prep.numbering import numbered_alike
 
@@ -111,7 +113,7 @@ class Shard:
         if mapped[:HEADER_BYTES] != self.expected_header():
             raise DataError(
                 f"The header of shard {self.path} is not the one its manifest describes: the file is damaged or was "
-                f"swapped. `python -m data_prep verify {self.path.parent.parent}` finds what is wrong."
+                f"swapped. `{module_command('data_prep', 'verify', self.path.parent.parent)}` finds what is wrong."
             )
         return mapped
 
@@ -131,7 +133,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of an output directory, checked for format version and for names that stay inside it."""
     file = path / MANIFEST_NAME
     if not file.is_file():
-        raise DataError(f"No shards at {path}: {file} is missing. Make them with `{PREPARE_HINT.format(path=path)}`.")
+        raise DataError(
+            f"No shards at {path}: {file} is missing. Make them with `{PREPARE_HINT.format(path=shlex.quote(str(path)))}`."
+        )
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT_NAME or manifest["version"] != FORMAT_VERSION:
@@ -141,8 +145,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
             )
         if manifest["manifest_xxh3_128"] != manifest_digest(manifest):
             raise DataError(
-                f"{file} is damaged or was edited: its hash does not fit. `python -m data_prep merge {path}` writes it "
-                "again from the journals."
+                f"{file} is damaged or was edited: its hash does not fit. "
+                f"`{module_command('data_prep', 'merge', path)}` writes it again from the journals."
             )
         identity_of(manifest)
         check_manifest(path, manifest)
@@ -289,8 +293,8 @@ class ShardSet:
             position = int(out.max(axis=1).argmax())
             raise DataError(
                 f"Token id {int(out.max())} in row {rows[position]} of {languages[language_index[position]]} in "
-                f"{self.path} is beyond the vocabulary of {self.vocab_size}: the shard is damaged. `python -m data_prep "
-                f"verify {self.path}` finds where."
+                f"{self.path} is beyond the vocabulary of {self.vocab_size}: the shard is damaged. "
+                f"`{module_command('data_prep', 'verify', self.path)}` finds where."
             )
         return out
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import reprlib
+import shlex
 import sys
 import types
 import typing
@@ -96,7 +97,7 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
     try:
         recipe = build_section(Recipe, tree, "")
     except UserError as error:
-        where = f"{path}" + (f" with --set {' '.join(overrides)}" if overrides else "")
+        where = f"{path}" + "".join(f" --set {shlex.quote(override)}" for override in overrides)
         raise UserError(f"{where}: {error}") from None
     return recipe
 

@@ -6,6 +6,7 @@ In: the run directory. Out: a list of `Finding`. Used by doctor.py; `Finding` al
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -131,7 +132,10 @@ def lock_findings() -> list[Finding]:
     locks = preflight.stale_build_locks()
     if not locks:
         return [Finding("ok", "locks", "no stale compilation lock")]
-    return [Finding("warn", "locks", f"{lock} was left by a killed compilation", f"rm {lock}") for lock in locks]
+    return [
+        Finding("warn", "locks", f"{lock} was left by a killed compilation", f"rm {shlex.quote(str(lock))}")
+        for lock in locks
+    ]
 
 
 def run_dir_finding(run_dir: Path) -> Finding:

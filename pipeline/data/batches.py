@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import queue
+import shlex
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -123,11 +124,20 @@ class BatchSource:
         ]
         if small:
             need = (self.seq_len - 2) * (2 if any(heldout) else 1)
+            enough = [
+                language for language, count, kept in zip(self.languages, rows, heldout, strict=True) if count > kept
+            ]
+            named = f"languages=[{','.join(enough)}]"
+            leave_out = f"--set {shlex.quote(named)}" if enough else "prepare other languages"
             raise DataError(
                 f"Too little text at sequence length {self.seq_len} in {', '.join(small)}: one row for training and the "
-                f"held-out rows need {need} tokens. Prepare more text, use a shorter row (--set seq_len=N), or leave them "
-                "out (--set languages=[...])."
+                f"held-out rows need {need} tokens. Prepare more text, use a shorter row (--set seq_len={self._longest_row()}), or "
+                f"leave them out ({leave_out})."
             )
+
+    def _longest_row(self) -> int:
+        """The sequence length at which every language has a row for training and one held out."""
+        return max(3, min(self.shards.num_tokens(language) for language in self.languages) // 2 + 2)
 
     @property
     def shares(self) -> dict[str, float]:

@@ -130,9 +130,15 @@ def init_process_group(launch: Launch, timeout_s: float) -> None:
         if "EADDRINUSE" in str(error):
             raise UserError(
                 f"another program listens on {address}, where the ranks would meet (another run on this machine?). "
-                "Take another port: deepspeed --master_port N pipeline/train.py ..., or torchrun --master_port N ..."
+                f"Take another port: deepspeed --master_port {_free_port()} pipeline/train.py ..., or the same option of torchrun"
             ) from None
         raise UserError(f"the ranks could not meet at {address}: {str(error).splitlines()[0]}") from None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
