@@ -44,10 +44,10 @@ read_arguments() {
 # What an earlier life or job says about this one. A finished run that is asked for more steps, or for something else, is
 # training's to continue or to reject.
 refuse_to_loop() {
-  local code=0
+  local code=0 answer
   if [[ -f $run_dir/DONE ]]; then
-    on_node slurm/lib/is_finished.py "$recipe" "$run_dir" "${train_arguments[@]}" || code=$?
-    if ((code == 0)); then
+    answer=$(on_node slurm/lib/is_finished.py "$recipe" "$run_dir" "${train_arguments[@]}") || code=$?
+    if [[ $answer == finished ]]; then
       note "$run_dir is finished: $(<"$run_dir/DONE")"
       exit 0
     fi

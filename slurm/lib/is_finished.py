@@ -1,4 +1,4 @@
-"""Is a run with the marker DONE what this job asks for? Exit code 0: yes, nothing to train; 1: no, let training look at it.
+"""Is a run with the marker DONE what this job asks for? Prints `finished`, or `asked for more`: then training looks at it.
 
 python slurm/lib/is_finished.py RECIPE RUN_DIR [arguments of pipeline/train.py]        (distill_xlmr.sh, before it starts ranks)
 
@@ -34,10 +34,11 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[])
     arguments, _ = parser.parse_known_args()
     try:
-        return 0 if is_finished(arguments.recipe, arguments.run_dir, arguments.set) else 1
+        print("finished" if is_finished(arguments.recipe, arguments.run_dir, arguments.set) else "asked for more")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    return 0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,22 @@ def test_the_jobs_own_time_limit(time_limited_job: Job, plain_run: Path) -> None
     assert "USR1 received" in job.log
     assert re.search(r"stopped on request \(.*\) after step \d+", job.log)
     assert same_weights(job.run_dir, plain_run)
+
+
+def test_a_finished_run_is_trained_further_or_left_alone(training: Training, plain_run: Path, tmp_path: Path) -> None:
+    """As pipeline/train.py does it: two more steps are taken, the same steps are there already, another seed is rejected."""
+    run_dir = Path(shutil.copytree(plain_run, tmp_path / "run"))
+    more = training.submit(run_dir, extra=("--set", "steps=14"))
+    assert more.wait_end() == "COMPLETED", more.log
+    assert max(curve(run_dir)) == 14
+    assert (run_dir / "DONE").read_text() == "done: 14 steps\n"
+    again = training.submit(run_dir, extra=("--set", "steps=14"))
+    assert again.wait_end() == "COMPLETED", again.log
+    assert "is finished: done: 14 steps" in again.log
+    other = training.submit(run_dir, extra=("--set", "steps=14", "--set", "seed=7"))
+    assert other.wait_end() == "FAILED", other.log
+    assert "seed: 0 -> 7" in (run_dir / "FAILED").read_text()
+    assert (run_dir / "DONE").exists(), "the fourteen steps are still there"
 
 
 def test_a_stop_file_ends_the_job(training: Training, tmp_path: Path) -> None:
