@@ -47,12 +47,18 @@ read_arguments() {
       --at-once) at_once=$2 ;;
       --chain) chain=$2 ;;
       --status) status=$(from_caller "$2") ;;
-      --languages) read -ra languages <<<"$2" ;;
+      --languages) read_languages "$2" ;;
       --evaluate) mapfile -t evaluate_arguments < <(xargs printf '%s\n' <<<"$2") ;; # knows quotes
       *) fail "unknown option $1 (see --help)" ;;
     esac
     shift 2
   done
+}
+
+# Separated by spaces or commas; a name that is there twice is one language, since two tasks would prepare the same shards.
+read_languages() {
+  mapfile -t languages < <(tr -s ' ,\t' '\n' <<<"$1" | awk 'NF && !seen[$0]++')
+  ((${#languages[@]})) || fail "--languages is empty; leave it out for all languages of --text"
 }
 
 # A relative path means the directory where this was called; one that is only in the repository means that.

@@ -303,7 +303,9 @@ def test_readme_and_checksums_are_no_languages(mixed_text: Path, tmp_path: Path)
         "empty",
     ):
         assert f"'{name}'" in done.stderr
-    assert commands_of(submit_all(*options, "--languages", "gsw de"))[0][-2:] == ["gsw", "de"]
+    for spelled in ("gsw de", "gsw,de", " gsw  de,gsw "):
+        assert commands_of(submit_all(*options, "--languages", spelled))[0][-3:] == ["s", "gsw", "de"]
+    assert "--languages is empty" in submit_all(*options, "--languages", " ").stderr
     refused = submit_all(*options, "--languages", "de en")
     assert refused.returncode == 2
     assert "no text of 'en'" in refused.stderr
