@@ -112,7 +112,7 @@ def more_about_shards(recipe: Recipe, check_hashes: bool) -> Iterator[Finding]:
         command = [sys.executable, "-m", "data_prep", "verify", recipe.data]
         done = subprocess.run(command, capture_output=True, text=True)
         problems = [line.removeprefix("error: ") for line in done.stderr.splitlines() if line.startswith("error: ")]
-        mend = "copy whole files in, or make the languages again: python -m data_prep prepare ... --redo LANGUAGE"
+        mend = (done.stderr.strip().splitlines() or [""])[-1]  # names the languages to make again
         yield from (Finding("fail", "shards", problem, mend) for problem in problems)
         if not problems:
             yield Finding("ok", "shards", "every hash as in the manifest")

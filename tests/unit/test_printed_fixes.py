@@ -136,13 +136,16 @@ def test_a_manifest_that_was_edited(prepared: tuple[str, Path, Path]) -> None:
 
 
 def test_a_shard_that_was_swapped_is_found_by_the_command(prepared: tuple[str, Path, Path]) -> None:
-    _, shards, _ = prepared
+    prepare, shards, _ = prepared
     victim = shards / "sw" / "00000.tok"
     victim.write_bytes(b"x" + victim.read_bytes()[1:])
     with pytest.raises(DataError) as error:
         ShardSet(shards).rows("sw", [0], 16)
     command = re.findall(r"`(.*? verify .*?)`", str(error.value))[0]
-    assert "sw/00000.tok" in error_of(command)
+    message = error_of(command)
+    assert "sw/00000.tok" in message
+    paste(f"{prepare} {re.findall(r'with (--redo .*)', message)[0]}")
+    paste(command)
 
 
 def test_a_language_that_is_in_both(prepared: tuple[str, Path, Path], tmp_path: Path) -> None:
