@@ -43,7 +43,7 @@ coverage: venv
 	coverage combine --quiet
 	coverage report --skip-covered --sort=cover
 
-# Ten planted bugs, each caught by the test that is there for it.
+# Planted bugs, each caught by the test that is there for it.
 mutants: venv
 	$(BIN)/python -m tests.mutants
 

@@ -187,7 +187,10 @@ def run_verify(parsed: argparse.Namespace) -> int:
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if problems:
-        print("Copy whole files in, or make the languages again: prepare ... --redo LANGUAGE", file=sys.stderr)
+        names = ShardSet(parsed.shards, check_sizes=False).languages
+        damaged = [name for name in names if any(f"{parsed.shards / name}/" in problem for problem in problems)]
+        redo = " ".join(["--redo", *damaged]) if damaged else "--redo LANGUAGE"
+        print(f"Copy whole files in, or make them again: the command that prepared them with {redo}", file=sys.stderr)
     else:
         print(quality_table(qualities(ShardSet(parsed.shards))))
         print(f"{parsed.shards}: all {len(ShardSet(parsed.shards).all_shards())} shards are whole")

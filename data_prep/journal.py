@@ -75,7 +75,8 @@ class Journal:
             digest, _, text = line.rstrip(b"\n").partition(b" ")
             if xxhash.xxh3_64_hexdigest(text).encode() != digest:
                 raise DataError(
-                    f"{journal.path} is damaged in line {number}. Make the language again: --redo {directory.name}."
+                    f"{journal.path} is damaged in line {number}. Make the language again: the same command with "
+                    f"--redo {directory.name}"
                 )
             entry = Entry(**json.loads(text))
             if entry.shard is not None and not _is_whole(directory, entry.shard):

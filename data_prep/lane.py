@@ -174,7 +174,7 @@ class Lane:
         if (held.end, held.digest) != (resume_at, last.text_xxh3_128):
             raise DataError(
                 f"The first {resume_at} bytes of text of {source.path} are not those that {self.directory} was begun with. "
-                f"Restore the file, or make the language again: --redo {self.language}."
+                f"Restore the file, or make the language again: the same command with --redo {self.language}"
             )
 
     def _submit(
@@ -236,10 +236,12 @@ class Lane:
 def check_sources(language: str, sources: list[Source], journal: Journal) -> None:
     """Sources that were read to their end must still be the files they were."""
     finished = journal.finished_sources
-    fix = f"Restore it, or make the language again: --redo {language}."
+    fix = f"Restore it, or make the language again: the same command with --redo {language}"
     if journal.complete and len(sources) > len(finished):
         new = ", ".join(sorted({source.name for source in sources} - {record["name"] for record in finished}))
-        raise DataError(f"it was finished without {new}. To make it again from all files: --redo {language}.")
+        raise DataError(
+            f"it was finished without {new}. To make it again from all files: the same command with --redo {language}"
+        )
     for number, record in enumerate(finished):
         source = sources[number] if number < len(sources) else None
         if source is None or source.name != record["name"]:

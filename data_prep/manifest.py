@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import xxhash
 
 from data_prep.blocks import MAX_DOCUMENT_BYTES
 from data_prep.clean import CleanOptions
+from data_prep.command_line import module_command
 from data_prep.journal import JOURNAL_NAME, Journal
 from data_prep.layout import FORMAT_NAME, FORMAT_VERSION, locked, sync_directory, write_durably
 from data_prep.shards import LANGUAGE_PATTERN, MANIFEST_NAME, RUN_NAME, DataError, manifest_digest
@@ -117,8 +119,8 @@ def _new_languages(output: Path, about: dict[str, Any], languages: list[str], ma
     if new and not may_add:
         raise DataError(
             f"{output} was begun with {', '.join(begun['languages'])}; the input now also has {', '.join(new)}. Nothing "
-            "was changed. Add --add to take them in, or give --output a new directory and join the two with `python -m "
-            f"data_prep merge {output} --from DIRECTORY`."
+            "was changed. Add --add to take them in, or give --output a new directory and join the two with "
+            f"`{module_command('data_prep', 'merge', output, '--from')} DIRECTORY`."
         )
     return new
 
@@ -184,8 +186,8 @@ def write_manifest(output: Path, allow_partial: bool = False) -> None:
         missing = unfinished(output)
         if missing and (not allow_partial or len(missing) == len(read_run(output)["languages"])):
             raise DataError(
-                f"{output}: not finished are {', '.join(missing)}. Run prepare for them, then `python -m data_prep merge "
-                f"{output}` (with --partial to do without them)."
+                f"{output}: not finished are {', '.join(missing)}. Run prepare for them, then "
+                f"`{module_command('data_prep', 'merge', output)}` (with --partial to do without them)."
             )
         text = _manifest_text(output, missing)
         if not _has_manifest(output, text):
@@ -257,7 +259,8 @@ def _take_in(output: Path, other: Path, theirs: dict[str, Any]) -> list[str]:
     differing = [language for language in arrived if not _same_journal(output / language, other / language)]
     if differing:
         raise DataError(
-            f"{', '.join(differing)} is in both {output} and {other}, and not the same. Nothing was copied; remove one."
+            f"{', '.join(differing)} is in both {output} and {other}, and not the same. Nothing was copied. To keep those of "
+            f"{other}: rm -r {shlex.join(str(output / language) for language in differing)}"
         )
     new = [language for language in finished if language not in arrived]
     for language in new:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import mmap
 import re
+import shlex
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from data_prep.command_line import module_command
 from data_prep.layout import FORMAT_NAME, FORMAT_VERSION, HEADER_BYTES, TOKEN_DTYPE, Identity, header, sections
 from data_prep.numbering import adds_words, numbered_alike
 from data_prep.tokenizer_files import FAST_TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, no_tokenizer_in
@@ -109,7 +111,7 @@ class Shard:
         if mapped[:HEADER_BYTES] != self.expected_header():
             raise DataError(
                 f"The header of shard {self.path} is not the one its manifest describes: the file is damaged or was "
-                f"swapped. `python -m data_prep verify {self.path.parent.parent}` finds what is wrong."
+                f"swapped. `{module_command('data_prep', 'verify', self.path.parent.parent)}` finds what is wrong."
             )
         return mapped
 
@@ -139,8 +141,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
             )
         if manifest["manifest_xxh3_128"] != manifest_digest(manifest):
             raise DataError(
-                f"{file} is damaged or was edited: its hash does not fit. `python -m data_prep merge {path}` writes it "
-                "again from the journals."
+                f"{file} is damaged or was edited: its hash does not fit. "
+                f"`{module_command('data_prep', 'merge', path)}` writes it again from the journals."
             )
         identity_of(manifest)
         check_manifest(path, manifest)
@@ -157,14 +159,14 @@ def _why_no_manifest(path: Path) -> str:
         return (
             f"The shards at {path} are unfinished: `python -m data_prep prepare` began them and has not reached the end. Run "
             "the same prepare command again; it continues after the last finished shard. (To use the finished languages "
-            f"alone: python -m data_prep merge {path} --partial)"
+            f"alone: {module_command('data_prep', 'merge', path, '--partial')})"
         )
     if parts.is_dir():
         return (
             f"The shards at {path} are unfinished: their languages in {parts} have not been merged. When all of them are "
-            f"done: python -m data_prep merge {path} --from {parts}/*"
+            f"done: {module_command('data_prep', 'merge', path, '--from')} {shlex.quote(str(parts))}/*"
         )
-    return f"No shards at {path}: {path / MANIFEST_NAME} is missing. Make them with `{PREPARE_HINT.format(path=path)}`."
+    return f"No shards at {path}: {path / MANIFEST_NAME} is missing. Make them with `{PREPARE_HINT.format(path=shlex.quote(str(path)))}`."
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:
@@ -309,8 +311,8 @@ class ShardSet:
             position = int(out.max(axis=1).argmax())
             raise DataError(
                 f"Token id {int(out.max())} in row {rows[position]} of {languages[language_index[position]]} in "
-                f"{self.path} is beyond the vocabulary of {self.vocab_size}: the shard is damaged. `python -m data_prep "
-                f"verify {self.path}` finds where."
+                f"{self.path} is beyond the vocabulary of {self.vocab_size}: the shard is damaged. "
+                f"`{module_command('data_prep', 'verify', self.path)}` finds where."
             )
         return out
 

@@ -6,6 +6,7 @@ In: a `Recipe`, a DeepSpeed JSON and this process's `Launch`. Out: `Parts`. Used
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +29,9 @@ from pipeline.distillation.tap import tap
 from pipeline.distillation.teacher import FrozenTeacher, check_vocabulary, load_encoder, load_teacher
 from pipeline.distillation.vocabulary import cut_embedding, read_vocabulary
 from pipeline.errors import UserError
+from pipeline.how_to_prepare import how_to_prepare, text_of
 from pipeline.identity import Identity, identity_of
+from pipeline.recipe_warnings import recipe_warnings
 from pipeline.runtime import dist, ds_config, preflight
 from pipeline.runtime.dist import Launch
 from pipeline.runtime.ds_config import BatchShape, Precisions
@@ -73,6 +76,7 @@ def assemble(recipe: Recipe, recipe_path: Path, ds_path: Path, launch: Launch) -
     config, warnings = ds_config.resolve(ds_path, str(recipe_path), recipe.optimizer, batch, launch.world_size, can)
     precision = ds_config.precision_of(config)
     source = open_data(recipe)
+    warnings += recipe_warnings(recipe, source)
     teacher_precision = _teacher_precision(recipe, precision, can, launch.device)
 
     teacher_model, identity = _on_all_ranks(lambda: open_teacher(recipe, source.shards), launch)
@@ -153,8 +157,7 @@ def open_data(recipe: Recipe) -> BatchSource:
     path = Path(recipe.data)
     if not path.is_dir():
         raise UserError(
-            f"there are no shards at {path}. Make them: python -m data_prep prepare --input samples/cc100 "
-            f"--tokenizer {recipe.tokenizer} --output {path}   (or set `data` to where they are; "
+            f"there are no shards at {path}. {how_to_prepare(recipe.tokenizer, path)}   (or set `data` to where they are; "
             "`make demo` makes teacher and shards)"
         )
     return BatchSource(
@@ -192,11 +195,12 @@ def check_fit(recipe: Recipe, shards: ShardSet, teacher_model: Any) -> None:
     """Teacher, tokenizer, shards and sequence length must belong together."""
     sha256 = tokenizer_sha256(recipe.tokenizer)
     if sha256 != shards.tokenizer_sha256:
+        again, text = f"{recipe.data.rstrip('/')}-{sha256[:8]}", text_of(shards)
         whose = "the teacher's" if recipe.vocabulary is None else "that of `vocabulary`"
         raise UserError(
             f"the shards in {recipe.data} were made with another tokenizer (sha256 {shards.tokenizer_sha256[:12]}) than "
-            f"{whose} (sha256 {sha256[:12]} in {recipe.tokenizer}). Prepare them again: python -m data_prep prepare "
-            f"--input TEXT --tokenizer {recipe.tokenizer} --output NEW_DIRECTORY"
+            f"{whose} (sha256 {sha256[:12]} in {recipe.tokenizer}). {how_to_prepare(recipe.tokenizer, again, text)}   (then "
+            f"train with {shlex.join(['--set', f'data={again}'])})"
         )
     for model_type in (teacher_model.config.model_type, recipe.student.family):
         if recipe.documents == "separate" and model_type and not FAMILIES[model_type].takes_block_mask:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import reprlib
+import shlex
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ from pipeline.distillation.student import StudentConfig
 from pipeline.distillation.teacher import TeacherConfig
 from pipeline.errors import UserError, did_you_mean
 from pipeline.evaluation.retrieval import RetrievalConfig
+from pipeline.recipe_text import Plain, apply_override, read_yaml
 from pipeline.runtime.checkpoint import CheckpointConfig
 from pipeline.runtime.guard import GuardConfig
 from pipeline.runtime.metrics import MetricsConfig
@@ -28,6 +31,13 @@ from pipeline.runtime.schedule import OptimizerConfig
 
 _SHORT = reprlib.Repr()  # a message shows the beginning of a value; nested aliases could make it terabytes long
 _SHORT.maxlevel = 2
+_TYPE_NAMES: dict[Any, str] = {str: "text", int: "int", float: "a finite number", bool: "true or false"}
+_SPOKEN_TRUTH = {
+    "yes": True,
+    "on": True,
+    "no": False,
+    "off": False,
+}  # as YAML 1.1 has it, where true or false is wanted
 
 
 @dataclass
@@ -68,6 +78,10 @@ class Recipe:
             raise UserError(f"seq_len is {self.seq_len}; a row is <s>, at least one token and </s>, so at least 3")
         if not 0 <= self.alpha <= 1:
             raise UserError(f"alpha is {self.alpha}; it must lie between 0 (equal shares) and 1 (natural shares)")
+        if self.languages == []:
+            raise UserError(
+                "languages is an empty list; name some, or leave the key out for every language of the shards"
+            )
 
     @property
     def tokenizer(self) -> str:
@@ -83,52 +97,9 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
     try:
         recipe = build_section(Recipe, tree, "")
     except UserError as error:
-        where = f"{path}" + (f" with --set {' '.join(overrides)}" if overrides else "")
+        where = f"{path}" + "".join(f" --set {shlex.quote(override)}" for override in overrides)
         raise UserError(f"{where}: {error}") from None
     return recipe
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping from a file; a missing file or anything but a mapping is a `UserError`."""
-    if not path.is_file():
-        known = ", ".join(sorted(str(p) for p in Path("recipes").glob("*.yaml"))) or "none"
-        raise UserError(f"there is no recipe at {path}. Recipes here: {known}")
-    try:
-        loader = _StrictLoader(path.read_text(encoding="utf-8"))
-        tree = loader.get_single_data()
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())[:500]}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold `key: value` pairs, not {type(tree).__name__}")
-    return tree
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Plain values only, as `safe_load`, and no key twice: the second would win in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
-        if twice is not None:
-            raise yaml.YAMLError(f"the key `{twice}` stands there twice{node.start_mark}")
-        return super().construct_mapping(node, deep)
-
-
-def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Put `a.b=c` into a nested mapping; `c` is read as YAML, so `null`, `[1, 2]` and `5e-4` work."""
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise UserError(f"--set {override}: write it as --set key=value or --set section.key=value")
-    *sections, last = key.split(".")
-    for section in sections:
-        child = tree.setdefault(section, {})
-        if not isinstance(child, dict):
-            raise UserError(f"--set {override}: `{section}` is a value, not a section")
-        tree = child
-    try:
-        tree[last] = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"--set {override}: the value is not readable YAML: {' '.join(str(error).split())}") from None
 
 
 def build_section(cls: type, tree: Any, where: str) -> Any:
@@ -140,23 +111,24 @@ def build_section(cls: type, tree: Any, where: str) -> Any:
         if key not in names:
             raise UserError(f"unknown key `{_join(where, str(key))}`; {did_you_mean(str(key), names)}")
     hints = typing.get_type_hints(cls)
-    values = {key: convert(hints[key], value, _join(where, key)) for key, value in tree.items()}
+    values = {str(key): convert(hints[key], value, _join(where, key)) for key, value in tree.items()}
     return cls(**values)
 
 
 def convert(hint: Any, value: Any, where: str) -> Any:
-    """Check a YAML value against a type hint; the only conversions are int -> float and text like `5e-4` -> float."""
+    """Check a YAML value against a type hint; a bare scalar (`Plain`) is read as what the hint asks for."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
+        if value is None or (isinstance(value, Plain) and value.value is None):
             return None
-        return _convert_union([a for a in arguments if a is not type(None)], value, where)
+        (hint,) = [a for a in arguments if a is not type(None)]  # every key's type is X or X | None
+        return convert(hint, value, where)
     if dataclasses.is_dataclass(hint):
         return build_section(typing.cast(type, hint), value, where)
     if origin is typing.Literal:
         if value not in arguments:
             raise UserError(f"`{where}` is {_SHORT.repr(value)}; it must be one of {', '.join(map(str, arguments))}")
-        return value
+        return arguments[arguments.index(value)]
     if origin in (list, tuple):
         if not isinstance(value, list):
             raise UserError(f"`{where}` must be a list like [a, b], not {_SHORT.repr(value)}")
@@ -168,27 +140,33 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     return _convert_scalar(hint, value, where)
 
 
-def _convert_union(hints: list[Any], value: Any, where: str) -> Any:
-    errors = []
-    for hint in hints:
-        try:
-            return convert(hint, value, where)
-        except UserError as error:
-            errors.append(str(error))
-    raise UserError(errors[0])
+def _convert_scalar(hint: type, value: Any, where: str) -> Any:
+    if hint is str and isinstance(value, str):
+        return _text(value, where)
+    is_bare = isinstance(value, Plain) or (isinstance(value, str) and hint is float)  # rates in quotes were always read
+    if hint is bool and is_bare and value.lower() in _SPOKEN_TRUTH:
+        return _SPOKEN_TRUTH[value.lower()]
+    try:
+        typed = Plain(value).value if is_bare else value
+    except ValueError:  # thousands of digits
+        typed = None
+    if hint is float and type(typed) in (int, float) and abs(typed) <= sys.float_info.max:
+        return float(typed)
+    if type(typed) is hint and hint is not float:
+        return typed
+    wanted = _TYPE_NAMES[hint]
+    if hint is int and type(typed) is float and typed.is_integer():
+        wanted += f" (write {int(typed)})"
+    raise UserError(f"`{where}` must be {wanted}, not {_SHORT.repr(str(value) if is_bare else value)}")
 
 
-def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
-    if hint is Any:
-        return value
-    if hint is float and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            raise UserError(f"`{where}` must be a number, not {_SHORT.repr(value)}") from None
-    if isinstance(value, bool) != (hint is bool) or not isinstance(value, hint):
-        raise UserError(f"`{where}` must be {hint.__name__}, not {_SHORT.repr(value)}")
-    return value
+def _text(value: str, where: str) -> str:
+    """Text as it stands there: `no` is Norwegian and 123 a directory. Only nothing at all has to be meant."""
+    if isinstance(value, Plain) and value.value is None:
+        raise UserError(
+            f"""`{where}` must be text, not {value or "empty"}; write it in quotes ("{value}") if it is meant"""
+        )
+    return str(value)
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:

@@ -6,6 +6,7 @@ In: the run directory. Out: a list of `Finding`. Used by doctor.py; `Finding` al
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -25,6 +26,7 @@ from data_prep.shards import DataError
 from pipeline.dry_run import without_trace
 from pipeline.errors import UserError
 from pipeline.runtime import preflight
+from pipeline.runtime.allotment import allotted_gpus, why_unseen
 
 REPO = Path(__file__).resolve().parent.parent
 OLDEST_PYTHON = (3, 11)
@@ -100,6 +102,9 @@ def device_findings() -> list[Finding]:
         )
         if len(names) > 1:
             found.append(Finding("warn", "devices", "GPUs of several kinds", "the slowest sets the pace: use one kind"))
+    elif allotted := allotted_gpus():
+        what = f"Slurm has allotted {allotted} GPU(s) here, and torch {torch.__version__} sees none"
+        found.append(Finding("fail", "devices", what, why_unseen()))
     elif shutil.which("nvidia-smi"):
         what = f"there is an nvidia-smi, but torch {torch.__version__} sees no GPU"
         mend = "install the torch build for your driver's CUDA (pytorch.org), and look at CUDA_VISIBLE_DEVICES"
@@ -127,7 +132,10 @@ def lock_findings() -> list[Finding]:
     locks = preflight.stale_build_locks()
     if not locks:
         return [Finding("ok", "locks", "no stale compilation lock")]
-    return [Finding("warn", "locks", f"{lock} was left by a killed compilation", f"rm {lock}") for lock in locks]
+    return [
+        Finding("warn", "locks", f"{lock} was left by a killed compilation", f"rm {shlex.quote(str(lock))}")
+        for lock in locks
+    ]
 
 
 def run_dir_finding(run_dir: Path) -> Finding:

@@ -33,6 +33,7 @@ from pipeline.distillation.vocabulary import read_vocabulary
 from pipeline.doctor_machine import Finding, guarded
 from pipeline.dry_run import nearest_directory
 from pipeline.errors import UserError
+from pipeline.recipe_warnings import recipe_warnings
 from pipeline.runtime import ds_config, preflight
 from pipeline.runtime.engine import device_precisions
 from pipeline.runtime.memory import available_memory_bytes
@@ -110,8 +111,10 @@ def ids_finding(recipe: Recipe) -> Finding:
 
 
 def more_about_shards(recipe: Recipe, check_hashes: bool) -> Iterator[Finding]:
-    """Open files, and every byte's hash where that was asked for."""
+    """What a run would warn of, open files, and every byte's hash where that was asked for."""
     shards = ShardSet(recipe.data)
+    for text in recipe_warnings(recipe, open_data(recipe)):
+        yield Finding("warn", "recipe", text)
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     needed = len(shards.all_shards()) + FILES_OPEN_ANYWAY
     if limit != resource.RLIM_INFINITY and limit < needed:
@@ -121,7 +124,7 @@ def more_about_shards(recipe: Recipe, check_hashes: bool) -> Iterator[Finding]:
         command = [sys.executable, "-m", "data_prep", "verify", recipe.data]
         done = subprocess.run(command, capture_output=True, text=True)
         problems = [line.removeprefix("error: ") for line in done.stderr.splitlines() if line.startswith("error: ")]
-        mend = "copy whole files in, or make the languages again: python -m data_prep prepare ... --redo LANGUAGE"
+        mend = (done.stderr.strip().splitlines() or [""])[-1]  # names the languages to make again
         yield from (Finding("fail", "shards", problem, mend) for problem in problems)
         if not problems:
             yield Finding("ok", "shards", "every hash as in the manifest")

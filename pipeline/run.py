@@ -17,6 +17,7 @@ from pipeline.config import load_recipe
 from pipeline.dry_run import dry_run, writable_without_trace
 from pipeline.errors import EXIT_DONE
 from pipeline.runtime import dist
+from pipeline.runtime.allotment import unused_gpu_warning
 from pipeline.runtime.guard import StopRequests, Watchdog, process_mark
 from pipeline.runtime.rank_log import keep_crash, keep_output
 from pipeline.trainer import Trainer
@@ -39,6 +40,8 @@ def run_from_files(
     if launch.is_main:
         note = " (no --recipe given)" if recipe_is_default else ""
         print(f"recipe {recipe_path}{note}, run directory {run_dir}", flush=True)
+        if warning := unused_gpu_warning():
+            print(f"warning: {warning}", flush=True)
     recipe = load_recipe(recipe_path, overrides)
     logs = run_dir / "logs"
     trace = contextlib.ExitStack()

@@ -6,8 +6,9 @@
 #   sbatch slurm/distill_xlmr.sh RECIPE DS_JSON RUN_DIR [further arguments of pipeline/train.py]
 #
 # Before the time limit Slurm sends USR1; the run saves, leaves the marker PREEMPTED, and this script requeues the job,
-# which then resumes. Marker DONE ends it. A run that fails by itself is not requeued. Environment: MAX_RESTARTS,
-# PROCESSES_PER_NODE, ON_PREEMPTION=requeue|end, SITE_ENV (default slurm/site.env). All of it: docs/slurm.md
+# which then resumes. Marker DONE ends it; submitted again with more steps it continues. A run that fails by itself is not
+# requeued. Environment: MAX_RESTARTS, PROCESSES_PER_NODE, ON_PREEMPTION=requeue|end, SITE_ENV (default slurm/site.env),
+# ALLOW_CPU_RANKS=1 (train on CPUs although the job has GPUs). All of it: docs/slurm.md
 #SBATCH --job-name=distill-xlmr
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -40,16 +41,29 @@ read_arguments() {
   processes=$(processes_per_node)
 }
 
-# What an earlier life or job says about this one.
+# What an earlier life or job says about this one. A finished run that is asked for more steps, or for something else, is
+# training's to continue or to reject.
 refuse_to_loop() {
+  local code=0 answer
   if [[ -f $run_dir/DONE ]]; then
-    note "$run_dir is finished: $(<"$run_dir/DONE")"
-    exit 0
+    answer=$(on_node slurm/lib/is_finished.py "$recipe" "$run_dir" "${train_arguments[@]}") || code=$?
+    if [[ $answer == finished ]]; then
+      note "$run_dir is finished: $(<"$run_dir/DONE")"
+      exit 0
+    fi
+    ((code != 2)) || fail "the recipe of this job cannot be read (see above)"
+    note "$run_dir has ended before ($(<"$run_dir/DONE")), and this job asks for something else: training decides"
   fi
+  done_before=$(mark_of "$run_dir/DONE")
   if ((life > max_restarts)); then
     fail "this is restart $life of job $SLURM_JOB_ID, and MAX_RESTARTS is $max_restarts. If all is well, submit it anew:" \
       "it goes on from the newest checkpoint in $run_dir"
   fi
+}
+
+# Which file this is; empty if there is none. Tells a marker of this attempt from one that was there before.
+mark_of() {
+  stat --format='%i %y' "$1" 2>/dev/null || true
 }
 
 announce() {
@@ -96,7 +110,7 @@ repeat_signal() {
 
 report_and_end() {
   local code=$1
-  if [[ -f $run_dir/DONE ]]; then
+  if [[ -f $run_dir/DONE ]] && { ((code == 0)) || [[ $(mark_of "$run_dir/DONE") != "$done_before" ]]; }; then
     note "$(<"$run_dir/DONE")"
     exit 0
   elif [[ -f $run_dir/PREEMPTED ]]; then
@@ -164,6 +178,7 @@ likely_cause() {
 
 enter_repository
 read_arguments "$@"
+name_job distill-xlmr "$(basename "$run_dir")-train"
 refuse_to_loop
 mkdir -p "$run_dir/logs"
 logs=$run_dir/logs/job$SLURM_JOB_ID-life$life

@@ -26,22 +26,19 @@ enter_repository
 run_dir=$1
 shift
 need_path RUN_DIR "$run_dir" "It is what the training job called --run-dir"
+name_job evaluate "$(basename "$run_dir")-evaluate"
 need_path RUN_DIR "$run_dir/DONE" "The run is not finished: submit slurm/distill_xlmr.sh again with the same run directory"
 (($#)) || set -- --tasks retrieval
 
 # The teacher is read at the layer that was distilled (of several, the one matched highest in the student); the student's own
 # layer stands in the lineage of its export.
-teacher=$(run_python -c '
+teacher=$(on_node -c '
 import sys, yaml
 recipe = yaml.safe_load(open(sys.argv[1], encoding="utf-8"))
 relations = recipe.get("relations", {})
 matched = relations.get("layers") or [{"teacher": relations.get("teacher_layer"), "student": None}]
 layer = max(matched, key=lambda pair: pair["student"] or 0)["teacher"]
 print(recipe["teacher"] + (f"@{layer}" if layer else ""))' "$run_dir/recipe.yaml")
-
-on_node() {
-  srun --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${SRUN_OPTIONS[@]}" "${CONTAINER[@]}" "$PYTHON" "$@"
-}
 
 # Two exports into one directory would tear each other's files, and a later one the files that another job reads.
 export_once() {

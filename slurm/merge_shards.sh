@@ -24,28 +24,42 @@ source slurm/lib/stages.sh
 (($# >= 1)) || fail "usage: sbatch slurm/merge_shards.sh SHARDS [LANGUAGE ...]"
 shards=$1
 parts=$(parts_of "$shards")
-need_path SHARDS "$parts" "Prepare first: sbatch --array=0-115%20 slurm/prepare_cc100.sh TEXT_DIR TOKENIZER $shards"
+need_path SHARDS "$parts" "Prepare first: sbatch --array=0-115%20 slurm/prepare_cc100.sh TEXT_DIR TOKENIZER ${shards@Q}"
 if (($# > 1)); then
   languages=("${@:2}")
 else
-  mapfile -t languages < <(ls "$parts")
+  languages=()
+  for part in "$parts"/*/; do
+    [[ ! -d $part ]] || languages+=("$(basename "$part")")
+  done
 fi
+((${#languages[@]})) || fail "SHARDS: $parts holds no language. Prepare first: sbatch --array=0-115%20" \
+  "slurm/prepare_cc100.sh TEXT_DIR TOKENIZER ${shards@Q}"
 
-arriving=() unfinished=()
+name_job merge-shards "$(basename "$shards")-merge"
+arriving=() unfinished=() differing=()
 for language in "${languages[@]}"; do
   if [[ ! -f $parts/$language/manifest.json ]]; then
     unfinished+=("$language")
   elif [[ ! -d $shards/$language ]]; then
     arriving+=("$parts/$language")
+  elif [[ -f $shards/$language/journal.jsonl ]] &&
+    ! cmp --silent "$parts/$language/$language/journal.jsonl" "$shards/$language/journal.jsonl"; then
+    differing+=("$language")
   fi
 done
 if ((${#unfinished[@]})); then
   fail "not finished: ${unfinished[*]}. Submit the array again (finished languages are skipped), or name the languages" \
-    "to be merged: sbatch slurm/merge_shards.sh $shards LANGUAGE ..."
+    "to be merged: sbatch slurm/merge_shards.sh ${shards@Q} LANGUAGE ..."
+fi
+
+if ((${#differing[@]})); then
+  fail "${differing[*]}: prepared again in $parts since $shards was merged, and not the same. If the new ones are meant:" \
+    "rm -r $(printf '%q ' "${differing[@]/#/$shards/}")and submit this again"
 fi
 
 note "merging ${#arriving[@]} of ${#languages[@]} languages into $shards (the others are there already)"
-run_python -m data_prep merge "$shards" ${arriving[@]+--from "${arriving[@]}"}
-run_python -m data_prep verify "$shards"
-run_python -m data_prep stats "$shards"
+on_node -m data_prep merge "$shards" ${arriving[@]+--from "${arriving[@]}"}
+on_node -m data_prep verify "$shards"
+on_node -m data_prep stats "$shards"
 note "finished: $shards. $parts may be removed; its shards are hard links to the same data"

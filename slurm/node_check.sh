@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Are these nodes fit for a run, and alike? Names the node that is not. Minutes, before a run of weeks.
 #
-#   sbatch --nodes 4 slurm/node_check.sh [RECIPE] [RUN_DIR]
+#   sbatch --nodes 4 slurm/node_check.sh [RECIPE] [RUN_DIR] [--set KEY=VALUE ...]
 #
-# On each node: GPUs and driver, versions, commit, clock, room and write access in the run directory, the recipe's shards
-# and teacher. Then one process per GPU meets the others and adds up 64 MiB. Environment: MIN_FREE_GB (default 20),
-# PROCESSES_PER_NODE, SITE_ENV.
+# On each node: GPUs and driver, whether torch sees and uses all that Slurm has allotted, versions, commit, room and write
+# access in the run directory, the recipe's shards and teacher. Then one process per GPU meets the others and adds up 64 MiB. Environment: MIN_FREE_GB (default 20),
+# PROCESSES_PER_NODE, SITE_ENV, ALLOW_CPU_RANKS=1 (CPUs are meant, though there are GPUs).
 #SBATCH --job-name=node-check
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -21,6 +21,10 @@ enter_repository
 
 recipe=${1:-recipes/xlmr_large_l12_h384.yaml}
 run_dir=${2:-runs/$(basename "$recipe" .yaml)}
+overrides=()
+for word in "${@:3}"; do
+  [[ $word == --set ]] || overrides+=("${word#--set=}")
+done
 need_path RECIPE "$recipe" "Recipes here: $(echo recipes/*.yaml)"
 need_number MIN_FREE_GB "${MIN_FREE_GB:-20}" 0
 processes=$(processes_per_node)
@@ -30,14 +34,14 @@ mapfile -t nodes < <(nodes_of_job)
 note "job $SLURM_JOB_ID: checking ${nodes[*]} for $recipe; reports in $reports"
 
 # A node that fails must not take the others' reports along: what is missing is what the comparison looks for.
-srun --kill-on-bad-exit=0 --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --output="$reports/%N.json" \
-  --error="$reports/%N.log" "${SRUN_OPTIONS[@]}" "${CONTAINER[@]}" "$PYTHON" slurm/lib/probe_node.py \
-  "$recipe" "$run_dir" "${MIN_FREE_GB:-20}" || true
+srun --kill-on-bad-exit=0 --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --output="${reports//%/%%}/%N.json" \
+  --error="${reports//%/%%}/%N.log" "${SRUN_OPTIONS[@]}" "${CONTAINER[@]}" "$PYTHON" slurm/lib/probe_node.py \
+  "$recipe" "$run_dir" "${MIN_FREE_GB:-20}" "${overrides[@]}" || true
 code=0
-run_python slurm/lib/compare_nodes.py "$reports" "${nodes[@]}" || code=1
+on_node slurm/lib/compare_nodes.py "$reports" "${nodes[@]}" || code=1
 
 srun --kill-on-bad-exit=0 --overcommit --ntasks="$((processes * ${#nodes[@]}))" --ntasks-per-node="$processes" \
-  --cpus-per-task=1 --output="$reports/ranks-%N.log" "${SRUN_OPTIONS[@]}" "${CONTAINER[@]}" "$PYTHON" \
+  --cpus-per-task=1 --output="${reports//%/%%}/ranks-%N.log" "${SRUN_OPTIONS[@]}" "${CONTAINER[@]}" "$PYTHON" \
   slurm/lib/probe_ranks.py || true
 for said in "reached the first rank" "adding up works"; do
   silent=()

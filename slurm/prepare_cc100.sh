@@ -3,8 +3,8 @@
 #
 #   sbatch --array=0-115%20 slurm/prepare_cc100.sh TEXT_DIR TOKENIZER SHARDS [LANGUAGE ...]
 #
-# TEXT_DIR holds en.txt.xz, zh-Hans.txt.xz, ...; without LANGUAGE it is all of them, in alphabetical order. Task number N
-# takes the N-th; numbers beyond the last end at once. What is finished is skipped, and what was interrupted goes on: to
+# TEXT_DIR holds en.txt.xz, zh-Hans.txt.xz, ..., or directories en/, zh-Hans/; without LANGUAGE it is all of them, in
+# alphabetical order. Task number N takes the N-th; numbers beyond the last end at once. What is finished is skipped, and what was interrupted goes on: to
 # mend a failed array, submit it again. PREPARE_OPTIONS, an array in the site's settings, goes to `data_prep prepare`.
 #SBATCH --job-name=prepare-cc100
 #SBATCH --nodes=1
@@ -25,7 +25,7 @@ source slurm/lib/stages.sh
 (($# >= 3)) || fail "usage: sbatch --array=0-115%20 slurm/prepare_cc100.sh TEXT_DIR TOKENIZER SHARDS [LANGUAGE ...]"
 text=$1 tokenizer=$2 shards=$3
 need_path TEXT_DIR "$text" "It is the directory of en.txt.xz, de.txt.xz, ..."
-need_path TOKENIZER "$tokenizer" "It is a SentencePiece model, or a directory with one (the teacher's)"
+need_path TOKENIZER "$tokenizer" "$(how_to_get_tokenizer "$tokenizer")"
 need_number SLURM_ARRAY_TASK_ID "${SLURM_ARRAY_TASK_ID:-'' (submit with --array)}" 0
 
 if (($# > 3)); then
@@ -38,15 +38,16 @@ if ((SLURM_ARRAY_TASK_ID >= ${#languages[@]})); then
   exit 0
 fi
 language=${languages[SLURM_ARRAY_TASK_ID]}
-files=("$text/$language".*)
-need_path LANGUAGE "${files[0]}" "Languages there: $(languages_of "$text" | tr '\n' ' ')"
+mapfile -t files < <(texts_of "$text" "$language")
+((${#files[@]})) || fail "LANGUAGE: there is no text $text/$language.txt.xz (or .txt, .jsonl, .parquet, or a directory" \
+  "$text/$language). Languages there: $(languages_of "$text" 2>/dev/null | tr '\n' ' ')"
 
 part=$(parts_of "$shards")/$language
 mkdir -p "$(dirname "$part")"
+name_job prepare-cc100 "$(basename "$shards")-prepare"
 note "task $SLURM_ARRAY_TASK_ID on $(hostname): $language from ${files[*]} into $part, ${SLURM_CPUS_PER_TASK:-1} workers"
 code=0
-srun --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${SRUN_OPTIONS[@]}" "${CONTAINER[@]}" "$PYTHON" \
-  -m data_prep prepare --input "${files[@]}" --language "$language" --tokenizer "$tokenizer" --output "$part" \
+on_node -m data_prep prepare --input "${files[@]}" --language "$language" --tokenizer "$tokenizer" --output "$part" \
   --workers "${SLURM_CPUS_PER_TASK:-1}" "${PREPARE_OPTIONS[@]}" || code=$?
 if ((code != 0)); then
   note "FAILED: $language (code $code). Jobs that depend on this array are cancelled. The reason stands above; mend it" \

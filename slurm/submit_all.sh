@@ -6,11 +6,12 @@
 #   slurm/submit_all.sh --from train --recipe recipes/xlmr_large_l12_h384.yaml     what comes before is there already
 #   slurm/submit_all.sh --status runs/xlmr_large_l12_h384                          how far it is, and what went wrong
 #
-# Options: --run-dir DIR, --ds JSON, --languages "de en sw", --at-once N (array tasks, default 20), --evaluate "ARGUMENTS",
+# --shards is where prepare and merge write and what training reads (`data`). Options: --run-dir DIR, --ds JSON, --languages "de en sw", --at-once N (array tasks, default 20), --evaluate "ARGUMENTS",
 # --chain N: for clusters that forbid requeueing, N training jobs that follow each other instead of one that requeues.
 # Each stage starts when the one before has succeeded; when that fails, Slurm cancels the rest. sbatch options per stage
 # stand in the site's settings. Job numbers are recorded in RUN_DIR/jobs.tsv.
 set -euo pipefail
+caller=$PWD
 cd "$(dirname "$0")/.."
 export SLURM_SUBMIT_DIR=$PWD
 # shellcheck source=slurm/lib/job.sh
@@ -18,6 +19,7 @@ source slurm/lib/job.sh
 # shellcheck source=slurm/lib/stages.sh
 source slurm/lib/stages.sh
 STAGES=(prepare merge train evaluate)
+LAST_LINES=12 MOST_LOGS=5 # of failed jobs, that --status shows
 
 read_arguments() {
   text='' tokenizer='' shards='' recipe='' run_dir='' ds_json=ds_configs/zero2.json nodes=1 first=prepare at_once=20
@@ -25,28 +27,47 @@ read_arguments() {
   while (($#)); do
     case $1 in
       --dry-run) dry_run=yes && shift && continue ;;
-      --help | -h) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0" && exit 0 ;;
+      --help | -h) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' slurm/submit_all.sh && exit 0 ;;
       --) shift && train_arguments=("$@") && break ;;
+    esac
+    case $1 in
+      --set | --set=* | --allow-change) fail "$1 is an argument of pipeline/train.py: put it behind --, at the end (-- --set steps=7)" ;;
+      --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" && continue ;;
     esac
     (($# >= 2)) || fail "$1 needs a value, or is no option of this script (see --help)"
     case $1 in
-      --text) text=$2 ;;
-      --tokenizer) tokenizer=$2 ;;
-      --shards) shards=$2 ;;
-      --recipe) recipe=$2 ;;
-      --run-dir) run_dir=$2 ;;
-      --ds) ds_json=$2 ;;
+      --text) text=$(from_caller "$2") ;;
+      --tokenizer) tokenizer=$(from_caller "$2") ;;
+      --shards) shards=$(from_caller "$2") ;;
+      --recipe) recipe=$(from_caller "$2") ;;
+      --run-dir) run_dir=$(from_caller "$2") ;;
+      --ds) ds_json=$(from_caller "$2") ;;
       --nodes) nodes=$2 ;;
       --from) first=$2 ;;
       --at-once) at_once=$2 ;;
       --chain) chain=$2 ;;
-      --status) status=$2 ;;
-      --languages) read -ra languages <<<"$2" ;;
-      --evaluate) read -ra evaluate_arguments <<<"$2" ;;
+      --status) status=$(from_caller "$2") ;;
+      --languages) read_languages "$2" ;;
+      --evaluate) mapfile -t evaluate_arguments < <(xargs printf '%s\n' <<<"$2") ;; # knows quotes
       *) fail "unknown option $1 (see --help)" ;;
     esac
     shift 2
   done
+}
+
+# Separated by spaces or commas; a name that is there twice is one language, since two tasks would prepare the same shards.
+read_languages() {
+  mapfile -t languages < <(tr -s ' ,\t' '\n' <<<"$1" | awk 'NF && !seen[$0]++')
+  ((${#languages[@]})) || fail "--languages is empty; leave it out for all languages of --text"
+}
+
+# A relative path means the directory where this was called; one that is only in the repository means that.
+from_caller() { # PATH
+  if [[ $1 == /* || $caller == "$PWD" || -z $1 ]] || [[ -e $1 && ! -e $caller/$1 ]]; then
+    printf '%s\n' "$1"
+  else
+    realpath --canonicalize-missing -- "$caller/$1"
+  fi
 }
 
 check_arguments() {
@@ -60,20 +81,83 @@ check_arguments() {
   run_dir=${run_dir:-runs/$(basename "$recipe" .yaml)}
   if [[ $first == prepare ]]; then
     need_path --text "${text:-(not given)}" "It is the directory of en.txt.xz, de.txt.xz, ..."
-    need_path --tokenizer "${tokenizer:-(not given)}" "It is a SentencePiece model, or a directory with one"
+    need_path --tokenizer "${tokenizer:-(not given)}" "$(how_to_get_tokenizer "${tokenizer:-TEACHER}")"
     ((${#languages[@]})) || mapfile -t languages < <(languages_of "$text")
-    ((${#languages[@]})) || fail "--text: $text holds no files like en.txt.xz"
+    ((${#languages[@]})) || fail "--text: $text holds no text of a CC-100 language (en.txt.xz, zh-Hans.jsonl.gz, sw/part-1.txt)"
+    check_languages
   fi
   if [[ $first == prepare || $first == merge ]]; then
-    [[ -n $shards ]] || fail "--shards is missing: the directory that the recipe calls \`data\`"
+    [[ -n $shards ]] || fail "--shards is missing: the directory where the token shards go, and that training reads"
   fi
+  [[ -z $shards ]] || pass_on_shards
+  refuse_while_queued
+}
+
+check_languages() {
+  local language most
+  for language in "${languages[@]}"; do
+    [[ -n $(texts_of "$text" "$language") ]] || fail "--languages: there is no text of '$language' in $text. Languages" \
+      "there: $(languages_of "$text" 2>/dev/null | tr '\n' ' ')"
+  done
+  most=$(scontrol show config 2>/dev/null | sed -n 's/^MaxArraySize *= *//p') || true
+  if [[ -n $most ]] && ((${#languages[@]} > most)); then
+    fail "--text: ${#languages[@]} languages, and this cluster's job arrays have at most $most tasks (MaxArraySize)." \
+      "Submit them in parts: --languages \"...\""
+  fi
+}
+
+# Training reads what was prepared: --shards goes before the caller's own --set, and the two must agree.
+pass_on_shards() {
+  local word previous='' other of_recipe
+  for word in "${train_arguments[@]}"; do
+    other=''
+    [[ $previous != --set || $word != data=* ]] || other=${word#data=}
+    [[ $word != --set=data=* ]] || other=${word#--set=data=}
+    if [[ -n $other ]] && ! same_path "$(unquoted "$other")" "$shards"; then
+      fail "--shards is $shards, and --set data=$other would let training read something else. Leave one of them out"
+    fi
+    previous=$word
+  done
+  of_recipe=$(sed -n 's/^data:[[:space:]]*//p' "$recipe" | sed 's/[[:space:]]#.*$//;s/[[:space:]]*$//')
+  if [[ -n $of_recipe ]] && ! same_path "$(unquoted "$of_recipe")" "$shards"; then
+    note "training reads $shards (--shards) instead of $(unquoted "$of_recipe") (data in $recipe)" >&2
+  fi
+  if [[ $shards =~ ^[A-Za-z0-9_./][A-Za-z0-9_./\ +=@-]*$ ]]; then
+    train_arguments=(--set "data=$shards" "${train_arguments[@]}")
+  else # in YAML's quotes
+    train_arguments=(--set "data='${shards//\'/\'\'}'" "${train_arguments[@]}")
+  fi
+}
+
+unquoted() { # VALUE, which may stand in YAML's quotes
+  sed "s/^'\(.*\)'\$/\1/;s/^\"\(.*\)\"\$/\1/;s/''/'/g" <<<"$1"
+}
+
+same_path() { # PATH PATH
+  [[ $(realpath --canonicalize-missing -- "$1") == $(realpath --canonicalize-missing -- "$2") ]]
+}
+
+# Two jobs at one run directory, or two arrays at one set of shards, would get into each other's way.
+refuse_while_queued() {
+  local stage number rest state active=() numbers=()
+  [[ -f $run_dir/jobs.tsv && -z $dry_run ]] || return 0
+  while IFS=$'\t' read -r stage number rest; do
+    state=$(squeue --noheader "--jobs=$number" --format=%T 2>/dev/null | sort -u | xargs) || true
+    if [[ -n $state && ! ($stage == evaluate && $first == evaluate) ]]; then
+      active+=("$stage $number ($state)")
+      numbers+=("$number")
+    fi
+  done <"$run_dir/jobs.tsv"
+  ((${#active[@]} == 0)) || fail "$run_dir has jobs in the queue already: ${active[*]}. Wait for them, or end them first:" \
+    "scancel ${numbers[*]}"
 }
 
 # submit STAGE DEPENDENCY SBATCH_ARGUMENT ...: sets `job` to the new job's number, records it.
 submit() {
   local stage=$1 dependency=$2
   shift 2
-  local command=(sbatch --parsable --kill-on-invalid-dep=yes ${dependency:+"--dependency=$dependency"} "$@")
+  local command=(sbatch --parsable "--job-name=$(basename "$run_dir")-$stage" --kill-on-invalid-dep=yes
+    ${dependency:+"--dependency=$dependency"} "$@")
   if [[ -n $dry_run ]]; then
     job="<$stage>"
     echo "${command[*]@Q}"
@@ -89,7 +173,8 @@ submit() {
 submit_stages() {
   local logs=$run_dir/logs before='' link
   job='' jobs=()
-  [[ -n $dry_run ]] || mkdir -p "$logs"
+  [[ -n $dry_run ]] || mkdir -p "$logs" || fail "--run-dir: $logs cannot be made. Take another --run-dir"
+  logs=${logs//%/%%} # sbatch replaces %j and the like
   if [[ $first == prepare ]]; then
     submit prepare '' "--array=0-$((${#languages[@]} - 1))%$at_once" "--output=$logs/prepare-%A_%a.log" \
       "${PREPARE_SBATCH[@]}" slurm/prepare_cc100.sh "$text" "$tokenizer" "$shards" "${languages[@]}"
@@ -119,7 +204,7 @@ show_status() {
   while IFS=$'\t' read -r stage number at; do
     state=$(state_of "$number")
     printf '%-9s job %-8s queued %s  %s\n' "$stage" "$number" "$at" "$state"
-    if [[ $state == *FAILED* || $state == *CANCELLED* || $state == *TIMEOUT* ]]; then explain "$stage" "$number"; fi
+    if [[ $state =~ FAIL|CANCELLED|TIMEOUT|OUT_OF_MEMORY|DEADLINE ]]; then explain "$stage" "$number" "$state"; fi
   done <"$run_dir/jobs.tsv"
   local marker
   for marker in DONE PREEMPTED FAILED; do
@@ -135,16 +220,34 @@ state_of() {
   xargs <<<"${states:-forgotten by Slurm}"
 }
 
-explain() {
-  local log found=''
+# Why a stage failed: its logs' own error lines, and how each log ends. Of an array, the tasks that did not finish.
+explain() { # STAGE JOB STATE
+  local log has_log='' unfinished=()
   for log in "$run_dir/logs/$1-$2.log" "$run_dir/logs/$1-$2"_*.log; do
-    if [[ -f $log ]] && grep -qE '^(error:|\[.*\] FAILED)' "$log"; then
-      found=yes
-      printf '  %s:\n' "$log"
-      grep -E '^(error:|\[.*\] FAILED)' "$log" | tail -n 3 | sed 's/^/    /'
-    fi
+    [[ -f $log ]] || continue
+    has_log=yes
+    if [[ $log == *_*.log ]] && grep -qE '^\[.*\] (finished: |task [0-9]+: there are only)' <(tail -n 1 "$log"); then continue; fi
+    unfinished+=("$log")
   done
-  [[ -n $found ]] || echo "  never started: what it depends on did not succeed, or it was cancelled by hand"
+  if [[ -z $has_log && $3 == *CANCELLED* ]]; then
+    echo "  never started: what it depends on did not succeed, or it was cancelled by hand"
+  elif [[ -z $has_log ]]; then
+    echo "  no log $run_dir/logs/$1-$2*.log: the node failed before the script began, or could not write there. See: scontrol show job $2"
+  fi
+  for log in "${unfinished[@]:0:MOST_LOGS}"; do end_of "$log"; done
+  if ((${#unfinished[@]} > MOST_LOGS)); then echo "  and $((${#unfinished[@]} - MOST_LOGS)) more: $run_dir/logs/$1-$2_*.log"; fi
+}
+
+end_of() { # LOG
+  printf '  the end of %s:\n' "$1"
+  if [[ -s $1 ]]; then
+    tail -n "$LAST_LINES" "$1" | cut -c 1-500 | sed 's/^/    /'
+    # An error further up, as where Slurm's own lines come last.
+    grep -E '^(error:|\[.*\] FAILED)' "$1" | tail -n 3 | cut -c 1-500 | grep -vFf <(tail -n "$LAST_LINES" "$1" | cut -c 1-500) |
+      sed 's/^/    above: /' || true
+  else
+    echo "    (nothing was written)"
+  fi
 }
 
 read_arguments "$@"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import queue
+import shlex
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -65,6 +66,7 @@ class BatchSource:
         self.shards, self.seq_len, self._separate = shards, seq_len, documents == "separate"
         self.languages = sorted(set(languages)) if languages else list(shards.languages)
         rows = [shards.num_rows(language, seq_len) for language in self.languages]
+        self.rows_per_language = dict(zip(self.languages, rows, strict=True))
         self.heldout_counts = heldout = [heldout_count(count, heldout_rows_per_language) for count in rows]
         self._refuse_too_small(rows, heldout)
         self._split = HeldOut(rows, heldout)
@@ -122,11 +124,30 @@ class BatchSource:
         ]
         if small:
             need = (self.seq_len - 2) * (2 if any(heldout) else 1)
+            enough = [
+                language for language, count, kept in zip(self.languages, rows, heldout, strict=True) if count > kept
+            ]
+            named = f"languages=[{','.join(enough)}]"
+            leave_out = f"--set {shlex.quote(named)}" if enough else "prepare other languages"
             raise DataError(
                 f"Too little text at sequence length {self.seq_len} in {', '.join(small)}: one row for training and the "
-                f"held-out rows need {need} tokens. Prepare more text, use a shorter row (--set seq_len=N), or leave them "
-                "out (--set languages=[...])."
+                f"held-out rows need {need} tokens. Prepare more text, use a shorter row (--set seq_len={self._longest_row()}), or "
+                f"leave them out ({leave_out})."
             )
+
+    def _longest_row(self) -> int:
+        """The sequence length at which every language has a row for training and one held out."""
+        return max(3, min(self.shards.num_tokens(language) for language in self.languages) // 2 + 2)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Each language's share of the samples, for the whole run."""
+        return dict(zip(self.languages, self._sampler.weights.tolist(), strict=True))
+
+    @property
+    def uncapped_shares(self) -> dict[str, float]:
+        """The same before `max_epochs` lowered it."""
+        return dict(zip(self.languages, self._sampler.uncapped_weights.tolist(), strict=True))
 
     def locate(self, sample_numbers: np.ndarray) -> list[tuple[str, int]]:
         """Language and row in the shards of each sample: what a report on a bad batch names."""

@@ -121,6 +121,7 @@ class TemperatureSampler:
             raise DataError(f"max_epochs is {max_epochs}; it must be above 0 (or left out for no limit).")
         base = self.rows_per_language if sizes is None else np.asarray(sizes)
         self.weights = temperature_weights(base, alpha) if weights is None else _normalised(weights, len(base))
+        self.uncapped_weights = self.weights
         caps = None
         if max_epochs is not None:
             caps = np.maximum(1, np.floor(self.rows_per_language * max_epochs)).astype(np.int64)

@@ -121,7 +121,7 @@ def check_length(config: PretrainedConfig, seq_len: int, teacher: str) -> None:
     longest = usable_positions(config)
     if seq_len > longest:
         raise UserError(
-            f"seq_len is {seq_len}, but {teacher} has positions for {longest} tokens; set seq_len to {longest} or less"
+            f"seq_len is {seq_len}, but {teacher} has positions for {longest} tokens; take --set seq_len={longest} or less"
         )
 
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -308,8 +309,8 @@ def read_model_weights(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict[str
     checkpoint, _ = newest_whole(run_dir / "checkpoints")
     if checkpoint is None:
         raise UserError(
-            f"{run_dir} has no checkpoint. Train first: "
-            "deepspeed pipeline/train.py --deepspeed ds_configs/zero2.json --run-dir " + str(run_dir)
+            f"{run_dir} has no checkpoint. Train first: deepspeed pipeline/train.py --deepspeed ds_configs/zero2.json "
+            f"--run-dir {shlex.quote(str(run_dir))}   (--recipe FILE for another than recipes/quickstart.yaml)"
         )
     reader = CheckpointReader(checkpoint)
     weights = {name: tensor for name, tensor in reader.carried().items() if not name.startswith(BESIDE_WEIGHTS)}

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as torch_dist
 
 from pipeline.errors import UserError
+from pipeline.runtime.allotment import refuse_unseen_gpus
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,13 @@ def read_launch() -> Launch:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         if not environment[name].isdecimal():
             raise UserError(f"{name} is {environment[name]!r}, not a number: start with deepspeed, torchrun or srun")
+    refuse_unseen_gpus()
     local_rank = int(environment["LOCAL_RANK"])
     device = torch.device("cpu")
     if torch.cuda.is_available():
+        if torch.cuda.device_count() == 1 and local_rank > 0 and _is_slurm_task(environment):
+            # --gpus-per-task=1 or --gpu-bind: each task sees its own GPU alone, as cuda:0. DeepSpeed reads LOCAL_RANK too.
+            local_rank, environment["LOCAL_RANK"] = 0, "0"
         if local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"local rank {local_rank} has no GPU of its own: this node shows {torch.cuda.device_count()}. "
@@ -61,6 +66,16 @@ def read_launch() -> Launch:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     return Launch(int(environment["RANK"]), int(environment["WORLD_SIZE"]), local_rank, device)
+
+
+def _is_slurm_task(environment: Any) -> bool:
+    """Whether srun started this rank itself, rather than a launcher that starts several, on a node with a GPU for each."""
+    on_node = environment.get("SLURM_GPUS_ON_NODE", "")
+    return (
+        environment.get("SLURM_STEP_NUM_TASKS") == environment["WORLD_SIZE"]
+        and environment.get("SLURM_LOCALID") == environment["LOCAL_RANK"]
+        and (not on_node.isdecimal() or int(on_node) > int(environment["LOCAL_RANK"]))
+    )
 
 
 def _map_slurm(environment: Any) -> None:
@@ -115,9 +130,15 @@ def init_process_group(launch: Launch, timeout_s: float) -> None:
         if "EADDRINUSE" in str(error):
             raise UserError(
                 f"another program listens on {address}, where the ranks would meet (another run on this machine?). "
-                "Take another port: deepspeed --master_port N pipeline/train.py ..., or torchrun --master_port N ..."
+                f"Take another port: deepspeed --master_port {_free_port()} pipeline/train.py ..., or the same option of torchrun"
             ) from None
         raise UserError(f"the ranks could not meet at {address}: {str(error).splitlines()[0]}") from None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

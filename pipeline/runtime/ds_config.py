@@ -38,7 +38,9 @@ class Precisions:
 def split_batch(global_batch: int, micro_batch: int, world_size: int) -> BatchShape:
     """Rows per rank and micro-step, and accumulation. Raises `UserError` that names values which do divide."""
     if global_batch % world_size:
-        near = world_size * max(1, round(global_batch / world_size))
+        # whole micro-batches on every rank, where there is room for one
+        unit = world_size * min(micro_batch, max(1, global_batch // world_size))
+        near = unit * max(1, round(global_batch / unit))
         raise UserError(
             f"global_batch {global_batch} does not divide by {world_size} ranks; "
             f"take --set global_batch={near}, or another number of GPUs"
@@ -47,9 +49,11 @@ def split_batch(global_batch: int, micro_batch: int, world_size: int) -> BatchSh
     micro_batch = min(micro_batch, per_rank)
     if per_rank % micro_batch:
         fits = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
+        largest = max(size for size in fits if size <= micro_batch)
         raise UserError(
             f"global_batch {global_batch} over {world_size} ranks is {per_rank} rows a rank, which does not divide into "
-            f"micro-batches of {micro_batch}; micro_batch_per_gpu could be {', '.join(map(str, fits))}"
+            f"micro-batches of {micro_batch}; micro_batch_per_gpu could be {', '.join(map(str, fits))}: "
+            f"--set micro_batch_per_gpu={largest}"
         )
     return BatchShape(micro_batch, per_rank // micro_batch)
 

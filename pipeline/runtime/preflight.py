@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shlex
 import shutil
 import socket
 import time
@@ -18,6 +19,7 @@ from typing import Any
 
 import xxhash
 
+from data_prep.command_line import module_command
 from data_prep.shards import Shard
 from pipeline.errors import UserError
 from pipeline.runtime import dist
@@ -77,7 +79,7 @@ def problem_on_disk(
     if warning := milestones_warning(run_dir, checkpoint_bytes, num_milestones):
         print(f"warning: {warning}", flush=True)
     for lock in stale_build_locks():
-        print(f"warning: {lock} was left by a killed compilation; delete it if a start hangs", flush=True)
+        print(f"warning: a killed compilation left a lock; if a start hangs: rm {shlex.quote(str(lock))}", flush=True)
     return None
 
 
@@ -144,7 +146,7 @@ def refuse_problems(found_by_rank: Sequence[dict[str, Any]], data: str) -> None:
     if damaged:
         raise UserError(
             f"{', '.join(damaged[:3])}{' and others' if len(damaged) > 3 else ''}: damaged, the hash is not the "
-            f"manifest's. `python -m data_prep verify {data}` says where; copy the files again or prepare them again"
+            f"manifest's. `{module_command('data_prep', 'verify', data)}` says where; copy the files again or prepare them again"
         )
 
 

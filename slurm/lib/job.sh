@@ -54,9 +54,17 @@ load_site() {
   fi
 }
 
-# Python on this host, inside the site's container if there is one.
-run_python() {
-  "${CONTAINER[@]}" "$PYTHON" "$@"
+# Python on the job's first node, inside the site's container: `srun` has to start it, as one kind of container (pyxis)
+# comes with srun's options, and the batch script itself is always outside.
+on_node() {
+  srun --nodes=1 --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${SRUN_OPTIONS[@]}" "${CONTAINER[@]}" "$PYTHON" "$@"
+}
+
+# What `squeue` shows for this job: the run's name first. A name given to sbatch stays.
+name_job() { # DEFAULT_OF_THE_SCRIPT NAME
+  if [[ ${SLURM_JOB_NAME:-} == "$1" ]]; then
+    scontrol update "jobid=$SLURM_JOB_ID" "jobname=$2" &>/dev/null || true # only a name
+  fi
 }
 
 # -- nodes
@@ -104,7 +112,7 @@ start_ranks() {
   # PET_ is torchrun's own prefix for its options: only the node knows its number.
   # shellcheck disable=SC2016  # expanded on the node
   exec srun --kill-on-bad-exit=1 --wait=60 --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
-    --output="$prefix-%N.log" "${SRUN_OPTIONS[@]}" \
+    --output="${prefix//%/%%}-%N.log" "${SRUN_OPTIONS[@]}" \
     bash -c 'trap "" TERM USR1 USR2; export PET_NODE_RANK=$SLURM_NODEID; exec "$@"' launcher \
     "${CONTAINER[@]}" "$PYTHON" -m torch.distributed.run --nnodes="${SLURM_JOB_NUM_NODES:-1}" \
     --nproc-per-node="$processes" --master-addr="$master" --master-port="$port" --max-restarts=0 \

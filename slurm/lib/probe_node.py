@@ -1,6 +1,6 @@
 """What one node is like, as one line of JSON: `facts`, which must be the same on all nodes, and `problems`.
 
-python slurm/lib/probe_node.py RECIPE RUN_DIR MIN_FREE_GB          (node_check.sh runs it once per node)
+python slurm/lib/probe_node.py RECIPE RUN_DIR MIN_FREE_GB [KEY=VALUE ...]          (node_check.sh runs it once per node)
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+import torch  # noqa: E402
+
 from data_prep.shards import ShardSet  # noqa: E402
 from pipeline.config import load_recipe  # noqa: E402
 from pipeline.lineage import PACKAGES, git_commit, metadata  # noqa: E402
+from pipeline.runtime.allotment import allotted_gpus, refuse_unseen_gpus  # noqa: E402
 
 
 def graphics_cards() -> str:
@@ -32,6 +35,18 @@ def graphics_cards() -> str:
     done = subprocess.run(query, capture_output=True, text=True, timeout=60)
     cards = done.stdout.strip().splitlines()
     return f"{len(cards)} x {cards[0].replace(', ', ', driver ')}" if cards else done.stderr.strip()
+
+
+def check_gpus() -> None:
+    """torch sees every GPU that Slurm has allotted here, and computes on each."""
+    refuse_unseen_gpus()
+    seen, allotted = torch.cuda.device_count(), allotted_gpus()
+    if seen and seen < allotted:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        raise RuntimeError(f"{allotted} GPUs are allotted, torch sees {seen} (CUDA_VISIBLE_DEVICES is {visible!r})")
+    for number in range(seen):
+        if float(torch.ones(1024, device=f"cuda:{number}").sum()) != 1024:
+            raise RuntimeError(f"GPU {number} does not add up 1024 ones")
 
 
 def check_run_dir(run_dir: Path, min_free_gb: int) -> None:
@@ -50,7 +65,7 @@ def check_teacher(teacher: str) -> None:
         (Path(teacher) / "config.json").read_bytes()
 
 
-def main(recipe_path: Path, run_dir: Path, min_free_gb: int) -> None:
+def main(recipe_path: Path, run_dir: Path, min_free_gb: int, overrides: list[str]) -> None:
     problems: list[str] = []
     facts: dict[str, Any] = {"gpus": graphics_cards(), "python": platform.python_version(), "commit": git_commit()}
     facts |= {name: metadata.version(name) for name in PACKAGES}
@@ -62,7 +77,9 @@ def main(recipe_path: Path, run_dir: Path, min_free_gb: int) -> None:
             problems.append(f"{type(error).__name__}: {error}")
             return None
 
-    recipe = load_recipe(recipe_path, [])
+    facts["GPUs that torch sees"] = torch.cuda.device_count()
+    recipe = load_recipe(recipe_path, overrides)
+    attempt(check_gpus)
     attempt(lambda: check_run_dir(run_dir, min_free_gb))
     attempt(lambda: check_teacher(recipe.teacher))
     shards = attempt(lambda: ShardSet(Path(recipe.data)))
@@ -71,4 +88,4 @@ def main(recipe_path: Path, run_dir: Path, min_free_gb: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

@@ -6,10 +6,57 @@ parts_of() { # SHARDS
   echo "${1%/}.parts"
 }
 
-# Languages of a directory of texts, by the files' names: en.txt.xz, zh-Hans.jsonl.gz, sw.parquet
-languages_of() { # TEXT_DIR
+how_to_get_tokenizer() { # TOKENIZER
+  echo "It is a SentencePiece model, or a directory with one: the teacher's. Of a hub name (on a node with network):" \
+    "hf download ${1@Q} --local-dir DIRECTORY"
+}
+
+# What data_prep reads, by the end of a file's name (a test compares this with data_prep's own list).
+is_text() { # FILE
+  [[ $1 =~ \.((txt|jsonl)(\.(xz|gz|zst))?|parquet)$ ]]
+}
+
+# The names of CC-100's languages, from data_prep's own table.
+known_languages() {
+  sed -n '/^CC100/,/split()/{s/"""/ /g;s/\.split()//;s/^CC100.*frozenset(//;p}' data_prep/languages.py | tr -s ' )' '\n'
+}
+
+# The text files of one language: TEXT_DIR/de.txt.xz, de.part-1.jsonl, ..., and everything below TEXT_DIR/de/
+texts_of() { # TEXT_DIR LANGUAGE
   local file
-  for file in "$1"/*.*; do
-    if [[ -f $file ]]; then basename "$file" | cut -d. -f1; fi
-  done | sort -u
+  for file in "$1/$2".*; do
+    if [[ -f $file ]] && is_text "$file"; then printf '%s\n' "$file"; fi
+  done
+  if [[ -d $1/$2 ]]; then printf '%s\n' "$1/$2"; fi
+}
+
+# Languages of a directory of texts, by the names of its files and directories: en.txt.xz, zh-Hans.jsonl.gz, sw/part-1.txt.
+# What has another name (README.txt, SHA256SUMS, index.html) is no language; it is listed on standard error.
+languages_of() { # TEXT_DIR
+  local entry name known found=() left_out=()
+  known=$'\n'$(known_languages)$'\n'
+  for entry in "$1"/* "$1"/.[!.]*; do
+    [[ -e $entry || -L $entry ]] || continue # a pattern that nothing matches
+    name=$(basename "$entry")
+    if [[ $known == *$'\n'"${name%%.*}"$'\n'* && ${name%%.*} ]] && holds_text "$entry"; then
+      found+=("${name%%.*}")
+    else
+      left_out+=("${name@Q}")
+    fi
+  done
+  if ((${#left_out[@]})); then
+    note "$1: not taken, as by its name no text of a CC-100 language: ${left_out[*]:0:10}$( ((${#left_out[@]} <= 10)) ||
+      echo " and $((${#left_out[@]} - 10)) more"). A language of another name has to be named: --languages, or LANGUAGE" >&2
+  fi
+  ((${#found[@]} == 0)) || printf '%s\n' "${found[@]}" | LC_ALL=C sort -u
+}
+
+# A text file, or a directory named like a language alone with one below it.
+holds_text() { # FILE_OR_DIRECTORY
+  if [[ -d $1 ]]; then
+    [[ ${1##*/} != *.* ]] && [[ $(find -L "$1" -type f -regextype posix-extended \
+      -regex '.*\.((txt|jsonl)(\.(xz|gz|zst))?|parquet)' -print -quit) ]]
+  else
+    [[ -f $1 ]] && is_text "$1"
+  fi
 }

@@ -69,3 +69,14 @@ def test_steps_that_are_never_taken_are_an_end(training: TrainingProcess, words:
     assert sick.code == EXIT_SICK
     assert "3 steps in a row" in sick.err
     assert not list(tmp_path.iterdir())
+
+
+def test_what_the_recipe_does_not_expect_is_said_once_before_step_1(
+    training: TrainingProcess, words: list[object], tmp_path: Path
+) -> None:
+    settings = ["--set", "steps=1", "--set", "heldout_rows=5000", "--run-dir", tmp_path / "run"]
+    for more in (["--dry-run"], []):
+        said = training.run(*words, *settings, *more).out
+        before_the_step = said.split("step 1/1")[0]
+        assert before_the_step.count("warning: held out is at most a tenth of a language") == 1, said
+        assert said.count("held out is at most a tenth") == 1

@@ -116,6 +116,13 @@ def test_run_directory_is_complete(plain_run: Path) -> None:
     assert sorted(p.name for p in (plain_run / "checkpoints").iterdir()) == ["step-00000008", "step-00000012"]
 
 
+def test_a_checkpoint_counts_rows(plain_run: Path) -> None:
+    """Twelve steps over a global batch of eight rows: what model card and lineage pass on."""
+    _, state = read_model_weights(plain_run)
+    assert (state["step"], state["samples"]) == (12, 96)
+    assert {row["step"]: row["samples"] for row in metrics(plain_run)}[12] == 96
+
+
 def test_tensorboard_and_jsonl_tell_the_same(plain_run: Path) -> None:
     board = EventAccumulator(str(plain_run / "tensorboard"), size_guidance={"images": 0, "tensors": 0})
     board.Reload()

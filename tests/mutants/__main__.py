@@ -20,9 +20,9 @@ from tests.mutants.bugs import BUGS, Bug
 PASSED, FAILED = 0, 1  # pytest's exit codes; any other means that the test did not run
 
 
-def copy_tree(target: Path) -> None:
-    """Tracked files and new ones, as they are now; not what git ignores."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+def copy_tree(target: Path, below: Sequence[str] = ()) -> None:
+    """Tracked files and new ones, as they are now; not what git ignores. `below`: these directories alone."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z", "--", *below]
     listed = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout
     for name in filter(None, listed.split("\0")):
         if (REPO / name).is_file():
@@ -58,7 +58,7 @@ def main(words: Sequence[str]) -> int:
         copy_tree(root)
         clean = run_tests(root, sorted({bug.test for bug in bugs}))
         if clean.returncode != PASSED:
-            print(f"{clean.stdout[-3000:]}\nthe tests do not pass without any bug; mend that first", file=sys.stderr)
+            print(f"{clean.stdout[-3000:]}\nthe tests do not pass without any bug; fix that first", file=sys.stderr)
             return 1
         print(f"{'bug':<30} {'file':<42} {'result':<11} test", flush=True)
         verdicts = []

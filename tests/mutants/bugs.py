@@ -1,6 +1,7 @@
-"""Ten bugs that a distillation is likely to have, as replacements of text, and the test that is there to catch each.
+"""Bugs that a distillation is likely to have, as replacements of text, and the test that is there to catch each.
 
-Every one trains without an error message and gives a student that is a little worse than it could be.
+Every one trains without an error message and gives a student that is a little worse than it could be. A bug that has come
+to change nothing (a factor that Adam divides away) would be caught by no test, and rightly: its probe shows that it does.
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ class StaleBugError(AssertionError):
 
 @dataclass(frozen=True)
 class Bug:
-    """`before` becomes `after` in `file`; `test` passes without that and fails with it."""
+    """`before` becomes `after` in `file`; `test` passes without that and fails with it.
+
+    `probe` names a function of probes.py whose figures the bug changes. Without one, `make test` runs `test` itself.
+    """
 
     name: str
     file: str
     before: str
     after: str
     test: str
+    probe: str = ""
 
     def plant(self, root: Path) -> None:
         """Change the file below `root`. Raises `StaleBugError` where the text is not there exactly once."""
@@ -42,6 +47,7 @@ BUGS = (
         "            return self.real_tokens(input_ids_BL)\n",
         "            return None\n",
         "tests/unit/distillation/test_distill_module.py::test_losses_are_the_papers",
+        "loss_of_padded_rows",
     ),
     Bug(
         "off-by-one layer",
@@ -49,6 +55,7 @@ BUGS = (
         "self.layers = [layer] if isinstance(layer, int) else list(layer)",
         "self.layers = [max(1, layer - 1)] if isinstance(layer, int) else list(layer)",
         "tests/golden/test_tap_families.py::test_packed_rows",
+        "tapped_projections",
     ),
     Bug(
         "moments not restored",
@@ -56,6 +63,7 @@ BUGS = (
         "fragment.view(state[name]).copy_(read(name, fragment.name, fragment.start, fragment.numel))",
         "read(name, fragment.name, fragment.start, fragment.numel)",
         "tests/dist/test_checkpoint.py::test_resumed_is_uninterrupted_bit_for_bit",
+        "resumed_moments",
     ),
     Bug(
         "sampler reset at a resume",
@@ -63,6 +71,7 @@ BUGS = (
         "start = step * self.recipe.global_batch + self.launch.rank * per_rank",
         "start = (step - first_step) * self.recipe.global_batch + self.launch.rank * per_rank",
         "tests/dist/test_train.py::test_kill_and_resume_repeats_the_losses[1]",
+        "sample_numbers_of_a_resumed_run",
     ),
     Bug(
         "wrong head split",
@@ -70,6 +79,7 @@ BUGS = (
         "return x_ND.t().to(dtype).reshape(num_heads, -1, x_ND.shape[0])",
         "return x_ND.t().to(dtype).reshape(-1, num_heads, x_ND.shape[0]).transpose(0, 1)",
         "tests/unit/distillation/test_relation_loss.py::test_far_student",
+        "relation_losses",
     ),
     Bug(
         "sqrt of the wrong size",
@@ -77,6 +87,7 @@ BUGS = (
         "scale_T, scale_S = teacher_HdR.shape[1] ** -0.5, student_HdR.shape[1] ** -0.5",
         "scale_T, scale_S = student_HdR.shape[1] ** -0.5, student_HdR.shape[1] ** -0.5",
         "tests/unit/distillation/test_relation_loss.py::test_far_student",
+        "relation_losses",
     ),
     Bug(
         "padded query counted",
@@ -84,6 +95,7 @@ BUGS = (
         "return spans, [sum(parts) for parts in segments]",
         "return spans, [length for _ in segments]",
         "tests/unit/distillation/test_relation_loss.py::test_any_shape_and_padding",
+        "relation_losses",
     ),
     Bug(
         "stale held-out split",
@@ -91,6 +103,7 @@ BUGS = (
         "return self._place_to_row(language_index, number + self.heldout_per_language[language_index])",
         "return self._place_to_row(language_index, number)",
         "tests/unit/data/test_batches.py::test_held_out_rows_are_never_in_a_batch",
+        "training_rows",
     ),
     Bug(
         "carried-along weights decayed",
@@ -98,13 +111,47 @@ BUGS = (
         "in_use = {id(parameter) for parameter in tapped.parameters() if parameter.requires_grad}",
         "in_use = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}",
         "tests/dist/test_train.py::test_export_is_the_trained_student",
+        "trained_names",
     ),
     Bug(
         "last micro-batch overweighted",
         "pipeline/trainer.py",
         "self.engine.backward(loss)",
-        "self.engine.backward(loss * (1.0 if totals is None else 1.5))",
+        "self.engine.backward(loss * (1.5 if 0 < micro == self.parts.batch.accumulation - 1 else 1.0))",
         "tests/dist/test_train.py::test_two_ranks_give_the_losses_of_one",
+        "direction_of_a_step",
+    ),
+    Bug(
+        "overflow guard for the teacher",
+        "pipeline/distillation/relation_tiles.py",
+        "max(_largest_diagonal(x_BLD, num_heads) for x_BLD in (teacher_BLD, student_BLD)) < MAX_DIAGONAL_LOG2",
+        "_largest_diagonal(teacher_BLD, num_heads) < MAX_DIAGONAL_LOG2",
+        "tests/unit/distillation/test_relation_loss.py::test_the_guard_looks_at_both_models",
+        "loss_of_a_large_student",
+    ),
+    Bug(
+        "row order ignores the seed",
+        "pipeline/data/sampler.py",
+        "mix(self.seed, _ROW_STREAM, language, epoch)",
+        "mix(0, _ROW_STREAM, language, epoch)",
+        "tests/unit/data/test_sampler.py::test_rows_of_a_language_come_in_another_order_under_another_seed",
+        "rows_by_seed",
+    ),
+    Bug(
+        "same dropout on every rank",
+        "pipeline/trainer.py",
+        "torch.manual_seed(dropout_seed(self.recipe.seed, step, self.launch.rank))",
+        "torch.manual_seed(dropout_seed(self.recipe.seed, step, 0))",
+        "tests/unit/test_train_step.py::test_dropout_differs_by_rank_step_and_seed",
+        "random_numbers_by_rank",
+    ),
+    Bug(
+        "samples written as steps",
+        "pipeline/trainer.py",
+        '"samples": step * self.recipe.global_batch,',
+        '"samples": step,',
+        "tests/dist/test_train.py::test_a_checkpoint_counts_rows",
+        "samples_in_a_checkpoint",
     ),
     Bug(
         "second xz stream dropped",

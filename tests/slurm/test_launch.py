@@ -6,8 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
+from pipeline.doctor_machine import device_findings
 from pipeline.errors import UserError
+from pipeline.runtime.allotment import allotted_gpus
 from pipeline.runtime.dist import read_launch
 
 TASK = {
@@ -26,7 +29,11 @@ TASK = {
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
     """Nothing of a launcher, and a `scontrol` that knows the nodes localhost and 'far'."""
     for name in [*os.environ]:
-        if name.startswith("SLURM") or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if (
+            name.startswith("SLURM")
+            or name == "ALLOW_CPU_RANKS"
+            or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        ):
             monkeypatch.delenv(name)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")  # so that what read_launch sets is taken back after the test
@@ -94,3 +101,58 @@ def test_a_batch_script_without_srun_is_one_process(environment: pytest.MonkeyPa
 def test_a_launcher_below_srun_has_the_last_word(environment: pytest.MonkeyPatch) -> None:
     start(environment, RANK="1", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="12345")
     assert read_launch().world_size == 2
+
+
+@pytest.mark.parametrize(
+    ("slurm", "expected"),
+    [
+        ({"SLURM_STEP_ID": "2", "SLURM_STEP_GPUS": "0,1", "SLURM_GPUS_ON_NODE": "2"}, 2),
+        ({"SLURM_STEP_ID": "2", "SLURM_STEP_GPUS": "3", "SLURM_GPUS_ON_NODE": "8"}, 1),  # --gpus-per-task=1
+        ({"SLURM_STEP_ID": "2", "SLURM_STEP_GPUS": "0-3,6"}, 5),
+        ({"SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_GPUS": "0,1,2,3,4,5,6,7"}, 8),  # a batch script
+        ({"SLURM_JOB_GPUS": "0,1"}, 2),
+        ({"SLURM_STEP_ID": "2", "SLURM_JOB_GPUS": "0,1"}, 0),  # a step that asked for none, in a job with some
+        ({"SLURM_STEP_ID": "2", "SLURM_GPUS_ON_NODE": "0"}, 0),
+        ({}, 0),
+    ],
+)
+def test_gpus_that_slurm_has_allotted(slurm: dict[str, str], expected: int) -> None:
+    assert allotted_gpus(slurm) == expected
+
+
+def test_no_cpu_rank_on_allotted_gpus(environment: pytest.MonkeyPatch) -> None:
+    environment.setattr(torch.cuda, "is_available", lambda: False)
+    start(environment, SLURM_STEP_GPUS="0,1", CUDA_VISIBLE_DEVICES="")
+    with pytest.raises(UserError, match=r"has allotted 2 .*sees none.*export ALLOW_CPU_RANKS=1") as error:
+        read_launch()
+    assert "build of torch for CPUs" in str(error.value) or "CUDA_VISIBLE_DEVICES is empty" in str(error.value)
+    environment.setenv("ALLOW_CPU_RANKS", "1")
+    assert read_launch().device.type == "cpu"
+
+
+def test_the_doctor_fails_for_gpus_that_torch_does_not_see(environment: pytest.MonkeyPatch) -> None:
+    environment.setattr(torch.cuda, "is_available", lambda: False)
+    environment.setattr(torch.cuda, "device_count", lambda: 0)
+    start(environment, SLURM_STEP_GPUS="0")
+    assert next(finding.status for finding in device_findings()) == "fail"
+
+
+@pytest.mark.parametrize(
+    ("on_node", "ranks_local", "expected"),
+    [("4", {}, 0), ("", {}, 0), ("1", {}, None), ("4", {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, None)],
+)
+def test_a_task_that_sees_its_own_gpu_alone(
+    environment: pytest.MonkeyPatch, on_node: str, ranks_local: dict[str, str], expected: int | None
+) -> None:
+    """--gpus-per-task=1: cuda:0 for every local rank. Two ranks that share a node's only GPU stay refused."""
+    environment.setattr(torch.cuda, "is_available", lambda: True)
+    environment.setattr(torch.cuda, "device_count", lambda: 1)
+    environment.setattr(torch.cuda, "set_device", lambda device: None)
+    start(environment, SLURM_STEP_GPUS="1", SLURM_GPUS_ON_NODE=on_node, **ranks_local, MASTER_PORT="12345")
+    if expected is None:
+        with pytest.raises(UserError, match="local rank 1 has no GPU of its own"):
+            read_launch()
+        return
+    launch = read_launch()
+    assert (launch.device, launch.local_rank, launch.rank) == (torch.device("cuda", 0), 0, 5)
+    assert os.environ["LOCAL_RANK"] == "0", "DeepSpeed takes its device from there"

@@ -111,15 +111,13 @@ def test_a_chain_of_jobs_where_requeueing_is_forbidden(
 def test_node_check_names_the_bad_node(
     cluster: Cluster, site_env: Path, tiny_recipe: Path, tiny_shards: Path, tmp_path: Path
 ) -> None:
-    """First both nodes are well; then the shards vanish on one of them."""
+    """First both nodes are well; then the shards vanish on one of them; then GPUs are allotted that torch does not see."""
 
-    def check() -> str:
-        log = tmp_path / "check.log"
-        options = ["--nodes=2", "--gpus-per-node=0", "--cpus-per-task=2", f"--output={log}", "--wait"]
+    def check(num_gpus: int = 0) -> str:
+        log = tmp_path / f"check-{num_gpus}.log"
+        options = ["--nodes=2", f"--gpus-per-node={num_gpus}", "--cpus-per-task=2", f"--output={log}"]
         environment = {"SITE_ENV": str(site_env), "PROCESSES_PER_NODE": "1", "MIN_FREE_GB": "0"}
-        job = cluster.submit(
-            *options[:-1], "slurm/node_check.sh", str(tiny_recipe), str(tmp_path / "run"), **environment
-        )
+        job = cluster.submit(*options, "slurm/node_check.sh", str(tiny_recipe), str(tmp_path / "run"), **environment)
         state = cluster.wait_state(job, "COMPLETED", "FAILED")
         return f"{state}\n{log.read_text()}"
 
@@ -134,6 +132,10 @@ def test_node_check_names_the_bad_node(
     assert ill.startswith("FAILED"), ill
     assert "BAD n2: DataError" in ill
     assert "BAD n1: DataError" not in ill
+    blind = check(num_gpus=2)
+    assert blind.startswith("FAILED"), blind
+    for node in ("n1", "n2"):
+        assert f"BAD {node}: UserError: Slurm has allotted 2 GPU(s) on {node} to this job, and torch" in blind
 
 
 @pytest.mark.usefixtures("slurm_here")

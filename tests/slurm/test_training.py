@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,13 @@ def time_limited_job(training: Training, tmp_path_factory: pytest.TempPathFactor
 def test_two_nodes_with_two_ranks_give_the_losses_of_one_process(
     training: Training, plain_run: Path, tmp_path: Path
 ) -> None:
-    """Ranks per node are counted from the (pretended) GPUs, as on a real cluster."""
-    job = training.submit(tmp_path / "run", "--nodes=2", "--gpus-per-node=2", PROCESSES_PER_NODE="")
+    """Ranks per node are counted from the (pretended) GPUs, as on a real cluster; that they train on CPUs has to be said."""
+    asked = ("--nodes=2", "--gpus-per-node=2")
+    refused = training.submit(tmp_path / "refused", *asked, PROCESSES_PER_NODE="")
+    job = training.submit(tmp_path / "run", *asked, PROCESSES_PER_NODE="", ALLOW_CPU_RANKS="1")
+    assert refused.wait_end() == "FAILED"
+    assert "Slurm has allotted 2 GPU(s)" in (refused.run_dir / "FAILED").read_text()
+    assert refused.facts()["JobName"] == "refused-train"
     assert job.wait_end() == "COMPLETED", job.log
     assert curve(job.run_dir) == pytest.approx(curve(plain_run), rel=1e-5)
     assert curve(job.run_dir, "heldout/mean") == pytest.approx(curve(plain_run, "heldout/mean"), rel=1e-5)
@@ -139,6 +145,22 @@ def test_the_jobs_own_time_limit(time_limited_job: Job, plain_run: Path) -> None
     assert "USR1 received" in job.log
     assert re.search(r"stopped on request \(.*\) after step \d+", job.log)
     assert same_weights(job.run_dir, plain_run)
+
+
+def test_a_finished_run_is_trained_further_or_left_alone(training: Training, plain_run: Path, tmp_path: Path) -> None:
+    """As pipeline/train.py does it: two more steps are taken, the same steps are there already, another seed is rejected."""
+    run_dir = Path(shutil.copytree(plain_run, tmp_path / "run"))
+    more = training.submit(run_dir, extra=("--set", "steps=14"))
+    assert more.wait_end() == "COMPLETED", more.log
+    assert max(curve(run_dir)) == 14
+    assert (run_dir / "DONE").read_text() == "done: 14 steps\n"
+    again = training.submit(run_dir, extra=("--set", "steps=14"))
+    assert again.wait_end() == "COMPLETED", again.log
+    assert "is finished: done: 14 steps" in again.log
+    other = training.submit(run_dir, extra=("--set", "steps=14", "--set", "seed=7"))
+    assert other.wait_end() == "FAILED", other.log
+    assert "seed: 0 -> 7" in (run_dir / "FAILED").read_text()
+    assert (run_dir / "DONE").exists(), "the fourteen steps are still there"
 
 
 def test_a_stop_file_ends_the_job(training: Training, tmp_path: Path) -> None:

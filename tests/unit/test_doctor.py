@@ -91,6 +91,11 @@ def test_missing_shards_name_the_command(look: Look, tmp_path: Path) -> None:
     assert "python -m data_prep prepare" in the_failure(look(f"data={tmp_path / 'nowhere'}")).what
 
 
+def test_what_a_run_would_warn_of_is_to_look_at(look: Look) -> None:
+    found = [finding.what for finding in look("optimizer.warmup_steps=40") if finding.status == "warn"]
+    assert any("optimizer.warmup_steps is 40" in what for what in found), found
+
+
 def test_damaged_shards_name_the_file(look: Look, tiny_shards: Path, tmp_path: Path) -> None:
     shards = shutil.copytree(tiny_shards, tmp_path / "shards")
     victim = next((shards / "tr").glob("*.tok"))

@@ -64,7 +64,8 @@ def test_little_text_keeps_little_apart(rows: int, wanted: int, kept: int) -> No
 
 def test_too_little_text_names_languages_tokens_and_need(shards: ShardSet) -> None:
     with pytest.raises(
-        DataError, match=rf"sw \({shards.num_tokens('sw')} tokens\).* need 7996 tokens.*--set languages"
+        DataError,
+        match=rf"sw \({shards.num_tokens('sw')} tokens\).* need 7996 tokens.*--set seq_len=1325.*--set 'languages=.tr.'",
     ):
         make_source(shards, seq_len=4000)
     assert make_source(shards, seq_len=4000, languages=["tr"]).languages == ["tr"]

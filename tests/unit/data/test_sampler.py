@@ -94,6 +94,18 @@ def test_seeds_give_other_orders_with_the_same_shares() -> None:
     assert np.mean(one[1] == other[1]) < 0.1
 
 
+def test_rows_of_a_language_come_in_another_order_under_another_seed() -> None:
+    """Visit by visit, so that another order of the languages cannot hide the same order of the rows."""
+    orders = []
+    for seed in (0, 1):
+        sampler = TemperatureSampler([50, 500], 0.3, seed)
+        numbers = np.arange(sampler.cycle)  # whole: its visits of a language count from 0 without a gap
+        (language, row), (_, visit) = sampler(numbers), sampler.visits(numbers)
+        mine = language == 1
+        orders.append(row[mine][visit[mine].argsort()][:400])
+    assert np.mean(orders[0] == orders[1]) < 0.1
+
+
 def test_cycles_and_epochs_come_in_another_order_each_time() -> None:
     sampler = TemperatureSampler([40, 400], 0.3, seed=0)
     language, row = sampler(np.arange(2 * sampler.cycle))

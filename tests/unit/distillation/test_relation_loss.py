@@ -180,6 +180,15 @@ def test_far_beyond_the_fixed_shift(backend):
     assert gradient_error < 2e-5
 
 
+@pytest.mark.parametrize("scales", [(40, 1), (1, 40)], ids=["teacher", "student"])
+def test_the_guard_looks_at_both_models(scales):
+    """One model's logits alone are beyond what a fixed shift can hold."""
+    teacher, student = make(2, 60, 32, 24)
+    loss_error, gradient_error, _ = errors(teacher * scales[0], [student * scales[1]], 4)
+    assert loss_error < 1e-3
+    assert gradient_error < 1e-3
+
+
 def test_just_below_the_fixed_shifts_limit():
     teacher, student = make(1, 60, 32, 24)
     limit = relation_tiles.MAX_DIAGONAL_LOG2 / relation_tiles.LOG2_E * 0.99

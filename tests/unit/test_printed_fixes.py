@@ -1,0 +1,209 @@
+"""The fix that an error message prints works when it is pasted: each one is pasted, and the refusal is gone.
+
+Directories have spaces in their names, since that is what an unquoted path breaks at.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_prep.command_line import module_command
+from data_prep.shards import DataError, ShardSet
+from pipeline.assembly import check_fit, open_data
+from pipeline.config import Recipe, load_recipe
+from pipeline.distillation.families import check_length
+from pipeline.doctor_recipe import blank_models
+from pipeline.errors import UserError
+from pipeline.how_to_prepare import how_to_prepare
+from pipeline.runtime.ds_config import split_batch
+from tests.conftest import REPO, SAMPLES
+
+ANOTHER_TOKENIZER = b"\xc0\x0c\x01"  # a field that SentencePiece does not know: other bytes, the same pieces
+
+
+def paste(command: str) -> str:
+    """What a shell makes of the command, in the root of the repository; it must succeed."""
+    done = subprocess.run(["/bin/bash", "-c", command], cwd=REPO, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-1000:]}{done.stderr[-2000:]}"
+    return done.stdout
+
+
+def setting_in(message: str, key: str) -> str:
+    """The value of `--set` for this key, as a shell hands it over."""
+    words = shlex.split(message[message.index("--set ", message.index(key) - 10) :].partition(")")[0].split(" (")[0])
+    assert words[1].startswith(key), message
+    return words[1]
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, tiny_recipe: Path, tiny_teacher: Path) -> Path:
+    """The tiny recipe with a teacher and shards whose paths have spaces; the shards are still to be made."""
+    teacher = shutil.copytree(tiny_teacher, tmp_path / "my teacher")
+    path = tmp_path / "my recipe.yaml"
+    lines = [line for line in tiny_recipe.read_text().splitlines() if not line.startswith(("teacher:", "data:"))]
+    path.write_text("\n".join([f"teacher: {teacher}", f"data: {tmp_path / 'my shards'}", *lines, ""]))
+    return path
+
+
+def refused(recipe: Recipe) -> str:
+    """What the run says about its shards."""
+    with pytest.raises((UserError, DataError)) as error:
+        check_fit(recipe, open_data(recipe).shards, blank_models(recipe)[1])
+    return str(error.value)
+
+
+def test_missing_shards_and_then_another_tokenizer(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPO)
+    recipe = load_recipe(recipe_file, ["seq_len=16"])
+    message = refused(recipe)
+    paste(re.findall(r"Make them: (.*?)   \(or", message)[0])
+    check_fit(recipe, open_data(recipe).shards, blank_models(recipe)[1])
+
+    model = Path(recipe.teacher) / "sentencepiece.bpe.model"
+    model.write_bytes(model.read_bytes() + ANOTHER_TOKENIZER)
+    message = refused(recipe)
+    paste(re.findall(r"Make them: (.*?)   \(then", message)[0])
+    recipe = load_recipe(recipe_file, ["seq_len=16", setting_in(message, "data=")])
+    check_fit(recipe, open_data(recipe).shards, blank_models(recipe)[1])
+
+
+def test_without_a_tokenizer_no_command_is_printed_that_cannot_work(tmp_path: Path) -> None:
+    assert "python" not in how_to_prepare(str(tmp_path / "nowhere"), "out")
+    assert "Nor is there a tokenizer" in how_to_prepare("artifacts/no_teacher", "out")
+
+
+def test_a_tokenizer_of_the_hub_is_fetched_first() -> None:
+    fetch, prepare = how_to_prepare("some/model", "my shards").removeprefix("Make them: ").split(" && ")
+    words = shlex.split(prepare)
+    assert shlex.split(fetch)[-1] == words[words.index("--tokenizer") + 1]
+    known = subprocess.run(
+        [str(Path(sys.executable).parent / "hf"), "download", "--help"], capture_output=True, text=True
+    )
+    for option in (word for word in shlex.split(fetch) if word.startswith("--")):
+        assert option in known.stdout
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, tiny_tokenizer: Path) -> tuple[str, Path, Path]:
+    """The command that made shards of Swahili and Hebrew, their directory, and the Swahili text."""
+    text, shards = tmp_path / "my text", tmp_path / "my shards"
+    text.mkdir()
+    for language in ("sw", "he"):
+        shutil.copy(SAMPLES / "cc100" / f"{language}.txt.xz", text)
+    words = ["--input", text, "--tokenizer", tiny_tokenizer, "--output", shards, "--workers", 1]
+    command = module_command("data_prep", "prepare", *words)
+    paste(command)
+    return command, shards, text / "sw.txt.xz"
+
+
+def error_of(command: str) -> str:
+    done = subprocess.run(["/bin/bash", "-c", command], cwd=REPO, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2, done.stdout + done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize("what", ["text", "journal"])
+def test_redo(what: str, prepared: tuple[str, Path, Path]) -> None:
+    command, shards, text = prepared
+    if what == "text":
+        shutil.copy(SAMPLES / "cc100" / "he.txt.xz", text)
+    else:
+        journal = shards / "sw" / "journal.jsonl"
+        journal.write_bytes(b"0" * 16 + journal.read_bytes()[16:])
+    message = error_of(command)
+    (option,) = re.findall(r"the same command with (--redo \w+)", message)
+    paste(f"{command} {option}")
+    assert "sw" in ShardSet(shards).languages
+
+
+def test_a_manifest_that_was_edited(prepared: tuple[str, Path, Path]) -> None:
+    _, shards, _ = prepared
+    manifest = shards / "manifest.json"
+    manifest.write_text(
+        manifest.read_text().replace('"tokens": ', '"tokens":  ', 1).replace('"documents": 1', '"documents": 2', 1)
+    )
+    with pytest.raises(DataError) as error:
+        ShardSet(shards)
+    paste(re.findall(r"`(.*? merge .*?)`", str(error.value))[0])
+    ShardSet(shards)
+
+
+def test_a_shard_that_was_swapped_is_found_by_the_command(prepared: tuple[str, Path, Path]) -> None:
+    prepare, shards, _ = prepared
+    victim = shards / "sw" / "00000.tok"
+    victim.write_bytes(b"x" + victim.read_bytes()[1:])
+    with pytest.raises(DataError) as error:
+        ShardSet(shards).rows("sw", [0], 16)
+    command = re.findall(r"`(.*? verify .*?)`", str(error.value))[0]
+    message = error_of(command)
+    assert "sw/00000.tok" in message
+    paste(f"{prepare} {re.findall(r'with (--redo .*)', message)[0]}")
+    paste(command)
+
+
+def test_a_language_that_is_in_both(prepared: tuple[str, Path, Path], tmp_path: Path) -> None:
+    command, shards, text = prepared
+    shutil.copy(SAMPLES / "cc100" / "he.txt.xz", text)
+    other = tmp_path / "other shards"
+    paste(command.replace(shlex.quote(str(shards)), shlex.quote(str(other))))
+    merge = module_command("data_prep", "merge", shards, "--from", other)
+    message = error_of(merge)
+    paste(message[message.index("rm -r ") :])
+    paste(merge)
+
+
+@pytest.mark.parametrize(("global_batch", "micro", "ranks"), [(13, 4, 3), (100, 7, 8), (2, 32, 8), (96, 36, 1)])
+def test_a_batch_that_does_not_divide(global_batch: int, micro: int, ranks: int, tiny_recipe: Path) -> None:
+    settings = [f"global_batch={global_batch}", f"micro_batch_per_gpu={micro}"]
+    with pytest.raises(UserError) as error:
+        split_batch(global_batch, micro, ranks)
+    key = "global_batch=" if "--set global_batch" in str(error.value) else "micro_batch_per_gpu="
+    recipe = load_recipe(tiny_recipe, [*settings, setting_in(str(error.value).replace(", or", " ("), key)])
+    split_batch(recipe.global_batch, recipe.micro_batch_per_gpu, ranks)
+
+
+@pytest.mark.parametrize("key", ["seq_len=", "languages="])
+def test_too_little_text_for_a_row(key: str, tiny_recipe: Path) -> None:
+    settings = ["seq_len=4000"]
+    with pytest.raises(DataError) as error:
+        open_data(load_recipe(tiny_recipe, settings))
+    recipe = load_recipe(tiny_recipe, [*settings, setting_in(str(error.value), key)])
+    assert recipe.languages or recipe.seq_len < 4000
+    open_data(recipe)
+
+
+def test_rows_longer_than_the_teachers_positions(tiny_recipe: Path) -> None:
+    recipe = load_recipe(tiny_recipe, ["seq_len=100"])
+    config = blank_models(recipe)[0]
+    with pytest.raises(UserError) as error:
+        check_length(config, recipe.seq_len, recipe.teacher)
+    setting = setting_in(str(error.value).replace(" or less", " ("), "seq_len=")
+    check_length(config, load_recipe(tiny_recipe, [setting]).seq_len, recipe.teacher)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "key", "value"), [("alfa=0.4", "alpha", "0.4"), ("optimizer.warmup=3", "warmup_steps", "3")]
+)
+def test_the_nearest_key_is_a_key(wrong: str, key: str, value: str, tiny_recipe: Path) -> None:
+    with pytest.raises(UserError) as error:
+        load_recipe(tiny_recipe, [wrong])
+    (nearest,) = re.findall(r"did you mean `(\w+)`", str(error.value))
+    assert nearest == key
+    section = wrong.partition("=")[0].rpartition(".")[0]
+    load_recipe(tiny_recipe, [f"{section}.{nearest}={value}" if section else f"{nearest}={value}"])
+
+
+def test_commands_name_the_python_that_knows_this_project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert shlex.split(module_command("data_prep", "verify", "a b"))[1:] == ["-m", "data_prep", "verify", "a b"]
+    (tmp_path / "python").symlink_to("/bin/false")
+    paste(f"PATH={tmp_path}:$PATH {module_command('data_prep', '--help')}")
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    assert module_command("data_prep", "stats", "x") == "python -m data_prep stats x"

@@ -1,0 +1,46 @@
+"""One optimizer step of the trainer, with an engine that records what it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from pipeline.config import Recipe
+from pipeline.runtime import dist
+from tests.mutants.probes import batches, trainer_of
+
+
+@pytest.fixture(autouse=True)
+def process_group() -> Iterator[None]:
+    yield
+    dist.shut_down()
+
+
+def drawn(seed: int, step: int, rank: int) -> list[float]:
+    """The random numbers of a step's three micro-batches: what dropout makes its masks of."""
+    trainer = trainer_of(rank, world_size=2)
+    trainer.recipe = Recipe(**{**vars(trainer.recipe), "seed": seed})
+    trainer.train_step(step, batches())
+    return trainer.engine.random
+
+
+def test_dropout_differs_by_rank_step_and_seed() -> None:
+    first = drawn(seed=0, step=3, rank=0)
+    assert len(set(first)) == len(first), "every micro-batch has masks of its own"
+    for other in (drawn(0, 3, 1), drawn(0, 4, 0), drawn(1, 3, 0)):
+        assert not set(first) & set(other)
+    torch.manual_seed(99)
+    assert drawn(seed=0, step=3, rank=0) == first, "a resumed run drops what the uninterrupted one dropped"
+
+
+def test_micro_batches_weigh_the_same() -> None:
+    """The gradient of a step is the mean of its micro-batches' own gradients."""
+    trainer = trainer_of(rank=0)
+    trainer.train_step(0, batches())
+    layer = trainer.engine.layer
+    whole, layer.weight.grad = layer.weight.grad, None
+    for input_ids_BL, _ in batches():
+        trainer.engine.backward(trainer.engine(input_ids_BL)[0])
+    assert torch.allclose(whole, layer.weight.grad, atol=1e-7)
