@@ -136,13 +136,13 @@ def sentence_vectors(
     last_inputs: list[torch.Tensor] = []
     tapped = tap(encoder.model, layer=encoder.values_layer, with_output=True)
     last_layer = cast(torch.nn.ModuleList, tapped.model.get_submodule(family_of(encoder.model.config).layers))[-1]
-    hook = last_layer.register_forward_pre_hook(lambda module, arguments: last_inputs.append(arguments[0]))
-    for batch in tqdm(batches, desc=f"encoding with {encoder.name}", unit="batch", disable=None):
-        input_ids_BL, mask_BL = pad_rows([ids[i] for i in batch], encoder.tokenizer.pad_token_id, encoder.device)
-        (_, _, values_BLD), output_BLD = tapped(input_ids_BL, mask_BL)
-        for pooling, states_BLD in zip(POOLINGS, (output_BLD, last_inputs.pop(), values_BLD), strict=True):
-            vectors[pooling].append(_mean_over_tokens(states_BLD, mask_BL).cpu())
-    hook.remove()
+    # removed in any case: the layer is the model's own, and other tasks come after this one
+    with last_layer.register_forward_pre_hook(lambda module, arguments: last_inputs.append(arguments[0])):
+        for batch in tqdm(batches, desc=f"encoding with {encoder.name}", unit="batch", disable=None):
+            input_ids_BL, mask_BL = pad_rows([ids[i] for i in batch], encoder.tokenizer.pad_token_id, encoder.device)
+            (_, _, values_BLD), output_BLD = tapped(input_ids_BL, mask_BL)
+            for pooling, states_BLD in zip(POOLINGS, (output_BLD, last_inputs.pop(), values_BLD), strict=True):
+                vectors[pooling].append(_mean_over_tokens(states_BLD, mask_BL).cpu())
     back = torch.empty(len(order), dtype=torch.long)
     back[torch.tensor(order)] = torch.arange(len(order))
     return {pooling: torch.cat(parts)[back] for pooling, parts in vectors.items()}, sum(map(len, ids))

@@ -1,4 +1,4 @@
-"""Ten bugs that a distillation is likely to have, as replacements of text, and the test that is there to catch each.
+"""Bugs that a distillation is likely to have, as replacements of text, and the test that is there to catch each.
 
 Every one trains without an error message and gives a student that is a little worse than it could be.
 """
@@ -105,5 +105,12 @@ BUGS = (
         "self.engine.backward(loss)",
         "self.engine.backward(loss * (1.0 if totals is None else 1.5))",
         "tests/dist/test_train.py::test_two_ranks_give_the_losses_of_one",
+    ),
+    Bug(
+        "a task that leaves the model in training mode",
+        "pipeline/distillation/tap.py",
+        "            part.training = training\n",
+        "            part.training = True\n",
+        "tests/unit/evaluation/test_independent_tasks.py::test_no_task_depends_on_the_one_before_it",
     ),
 )

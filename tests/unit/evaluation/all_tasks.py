@@ -19,8 +19,8 @@ QUICK = {
 }
 
 
-def evaluate_everything(models: list[str], teacher: Path, shards: Path, directory: Path) -> Path:
-    """Returns the directory with `evaluation.json`."""
+def quick_settings(directory: Path) -> list[str]:
+    """What `--set` takes for every task, with the data that they need written to the directory."""
     pairs, questions = directory / "xnli_data", directory / "mlqa_data"
     write_xnli(pairs, train=12, evaluation=3, languages=("en", "de"))
     write_mlqa(questions, {"en": ANSWER, "zh": ANSWER}, train=12, evaluation=2)
@@ -28,11 +28,15 @@ def evaluate_everything(models: list[str], teacher: Path, shards: Path, director
     scored.write_text("a file\tthe file\t5\na file\tthe user\t1\non that system\tin this system\t3\n")
     settings = [f"{task}.{setting}" for task, of_task in QUICK.items() for setting in of_task]
     settings += [f"sts.files=[{scored}]", f"xnli.data={pairs}"]
-    settings += [f"mlqa.data={questions}", f"mlqa.train={questions / 'train-v1.1.json'}"]
+    return [*settings, f"mlqa.data={questions}", f"mlqa.train={questions / 'train-v1.1.json'}"]
+
+
+def evaluate_everything(models: list[str], teacher: Path, shards: Path, directory: Path) -> Path:
+    """Returns the directory with `evaluation.json`."""
     output = directory / "evaluation"
     main(
         ["evaluate", *models, "--tasks", ",".join(TASKS), "--output", str(output)]
         + ["--teacher", str(teacher), "--data", str(shards)]
-        + [word for setting in settings for word in ("--set", setting)]
+        + [word for setting in quick_settings(directory) for word in ("--set", setting)]
     )
     return output
