@@ -7,6 +7,7 @@ and from the attention values of the distilled layer. Used by every evaluation t
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -46,11 +47,20 @@ class Encoder:
         return next(self.model.parameters()).device
 
     def refuse_longer(self, length: int, setting: str) -> None:
-        """A `UserError` where `length` tokens, as `setting` (task.key) says, are more than the model takes."""
+        """A `UserError` where `length` tokens, as `setting` (task.key) says, are more than the model takes; a warning where
+        they are more than it was trained on and its further positions are random."""
         if length > self.max_positions:
             raise UserError(
                 f"{self.name} takes at most {self.max_positions} tokens, {setting} is {length}. "
                 f"Set it lower: --set {setting}={self.max_positions}"
+            )
+        longest = trained_as(self.path).get("longest")
+        if longest is not None and length > longest:
+            print(
+                f"warning: {self.name} was trained from random weights on rows of {longest} tokens, {setting} is {length}: "
+                f"longer texts meet position embeddings that no training touched. Cut them: --set {setting}={longest}",
+                file=sys.stderr,
+                flush=True,
             )
 
 
