@@ -46,7 +46,11 @@ def trained_as(model: str | Path) -> dict[str, Any]:
     if not recipe:  # trimmed, never trained here
         return {}
     found = {key: recipe.get(key, relations.get(key, default)) for key, default in DEFAULTS.items()}
-    about = {"steps": lineage.get("steps"), "trained_on": lineage.get("languages"), "longest": longest_of(recipe)}
+    about = {
+        "steps": lineage.get("steps"),
+        "trained_on": recipe.get("languages") or lineage.get("languages"),
+        "longest": longest_of(recipe),
+    }
     return {**found, **layers, **about}
 
 

@@ -252,7 +252,7 @@ def test_missing_data_and_languages(official: Path, tmp_path: Path) -> None:
         (lambda entry: entry.update(question="  "), "question q0: question or context is empty"),
         (
             lambda entry: entry["answers"][0].update(answer_start=9999),
-            r"question q0: the answer 'network' at character 9999",
+            r"question q0: the answer 'network' is not at character 9999",
         ),
         (lambda entry: entry["answers"][0].pop("text"), "question q0: lacks 'text'"),
         (lambda entry: entry.pop("id"), r"data\[0\]\.paragraphs\[0\]: lacks 'id'"),
