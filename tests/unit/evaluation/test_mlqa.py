@@ -355,7 +355,7 @@ def test_an_answer_that_is_not_there_is_refused(answer, message: str, tmp_path: 
 
 def test_offsets_of_another_kind_are_refused_as_a_whole(tmp_path: Path) -> None:
     answers = [(text, utf16(CONTEXT.index(text))) for text in ("station", "end", "town", "in the", "old town")]
-    with pytest.raises(UserError, match="5 of 405 answers .*UTF-16"):
+    with pytest.raises(UserError, match=r"5 of 405 answers .*UTF-16"):
         read_squad(squad_file(tmp_path / "squad.json", answers))
 
 
