@@ -27,6 +27,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pipeline import report_plots as plots
 from pipeline import report_time as times
 from pipeline.errors import UserError
+from pipeline.evaluation.languages import left_out_line
 from pipeline.report_retrieval import read_retrieval
 from pipeline.runtime.checkpoint import committed_steps
 
@@ -183,7 +184,10 @@ def retrieval_section(results: dict[str, dict[str, Any]]) -> str:
         for stage, result in results.items()
     ]
     content = table(["model", "pooled from", *languages, "mean"], rows, "two")
-    return plots.retrieval_bars(results, POOLING_NAMES) + content
+    left_out = html.escape(left_out_line(results))
+    return (
+        plots.retrieval_bars(results, POOLING_NAMES) + content + (f'<p class="note">{left_out}</p>' if left_out else "")
+    )
 
 
 def relation_maps(run_dir: Path) -> str:

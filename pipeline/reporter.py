@@ -19,6 +19,7 @@ import torch
 
 from pipeline.assembly import Parts
 from pipeline.config import Recipe, recipe_to_yaml
+from pipeline.distillation.student import dropout_of
 from pipeline.lineage import describe_run, mathematics
 from pipeline.runtime import dist
 from pipeline.runtime.dist import Launch
@@ -71,6 +72,12 @@ class Reporter:
             "identity": self.parts.identity,
             "data_fingerprint": self.parts.source.fingerprint,
             "languages": list(self.parts.source.languages),
+            "matched_layers": self.parts.student.matched,
+            # what `export` writes into config.json instead of the distillation's, with or without the teacher at hand
+            "dropout": {
+                "distillation": dropout_of(self.parts.student.model.config),
+                "config": self.parts.student.own_dropout,
+            },
             "first_step": first_step,
             "relation_backend": self.parts.distiller.backend,  # "auto" until the first batch has chosen
         }

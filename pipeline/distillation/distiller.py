@@ -18,7 +18,7 @@ from torch import nn
 
 from pipeline.distillation.backend_choice import Gather, alone, choose_backend
 from pipeline.distillation.relations import BACKENDS, check_heads, relation_kl, relation_kl_by_row
-from pipeline.distillation.tap import Projections, TappedEncoder
+from pipeline.distillation.tap import Projections, TappedEncoder, without_dropout
 from pipeline.distillation.teacher import FrozenTeacher
 from pipeline.errors import UserError
 
@@ -183,7 +183,8 @@ class DistillModule(nn.Module):
     ) -> torch.Tensor:
         """Weighted relation loss of every row, [B], without gradient, dropout or tail term: for held-out text."""
         extent = Extent(lengths_B, segments)
-        teacher, student = self._read_without_dropout(input_ids_BL, extent)
+        with without_dropout(self.student):
+            teacher, student = self._read(input_ids_BL, extent)
         losses = self._relation_losses(relation_kl_by_row, teacher, student, extent)
         return torch.stack([w * part for w, part in zip(self.part_weights.values(), losses, strict=False)]).sum(0)
 
@@ -202,7 +203,9 @@ class DistillModule(nn.Module):
         maps = []
         extent = Extent(None, None if segments is None else segments[:1])
         allowed_11LL = extent.attention_mask(input_ids_BL[:1])
-        for reading in self._read_without_dropout(input_ids_BL[:1], extent):
+        with without_dropout(self.student):
+            readings = self._read(input_ids_BL[:1], extent)
+        for reading in readings:
             queries_HLd, keys_HLd = (
                 x_BLD[0].float().unflatten(-1, (self.config.heads, -1)).transpose(0, 1)[:num_heads]
                 for x_BLD in self._tensors_of(pair, reading)
@@ -230,14 +233,6 @@ class DistillModule(nn.Module):
         with torch.inference_mode():
             teacher = self._teacher[0](input_ids_BL, mask)
         return self._unpack(teacher), self._unpack(self.student(input_ids_BL, mask))
-
-    def _read_without_dropout(self, input_ids_BL: torch.Tensor, extent: Extent) -> tuple[Readings, Readings]:
-        was_training = self.student.training
-        self.student.eval()
-        try:
-            return self._read(input_ids_BL, extent)
-        finally:
-            self.student.train(was_training)
 
     def _unpack(self, result: Any) -> Readings:
         taps, output_BLD = result if self.config.tail != "none" else (result, None)

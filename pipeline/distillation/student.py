@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -75,6 +75,8 @@ class Student:
     trained: dict[str, nn.Parameter]
     carried: dict[str, torch.Tensor]
     start: str = ""  # in words, for people
+    matched: list[tuple[int, int]] = field(default_factory=list)  # (teacher's layer, student's layer), from 1
+    own_dropout: dict[str, float] = field(default_factory=dict)  # by config key, as without `student.dropout`
 
     @property
     def basis_Dd(self) -> torch.Tensor | None:
@@ -133,6 +135,11 @@ def build_student(
         _recompute_activations(model)
     student = split_student(model, tap(model, tapped_layer, with_output, after_rotary, whose="student"))
     student.start = start
+    of_teacher = teacher_layer or num_teacher_layers
+    teacher_taps = [of_teacher] if isinstance(of_teacher, int) else list(of_teacher)
+    student.matched = list(zip(teacher_taps, student.tapped.layers, strict=True))
+    as_teacher = student_hf_config(teacher.config, replace(config, dropout=None), chosen)
+    student.own_dropout = dropout_of(as_teacher)
     if basis_Dd is not None:
         student.carried[BASIS] = basis_Dd
     return student
@@ -169,6 +176,11 @@ def student_hf_config(teacher: PretrainedConfig, config: StudentConfig, chosen: 
         for key in family.dropout_keys:
             setattr(changed, key, config.dropout)
     return changed
+
+
+def dropout_of(config: PretrainedConfig) -> dict[str, float]:
+    """What the body's dropout is, by config key; heads have keys of their own."""
+    return {key: getattr(config, key) for key in family_of(config).dropout_keys}
 
 
 def _other_family(teacher: PretrainedConfig, config: StudentConfig, model_type: str) -> PretrainedConfig:

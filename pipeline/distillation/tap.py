@@ -9,7 +9,8 @@ all.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from operator import attrgetter
 from typing import cast
 
@@ -41,8 +42,21 @@ def tap(
     return TappedEncoder(hf_model, layer, with_output, after_rotary, whose)
 
 
+@contextmanager
+def without_dropout(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; afterwards every submodule is in its own mode again. A tap shares its layers with the
+    model that was tapped, so one mode for all of them could switch dropout on in a model under evaluation."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
 class TappedEncoder(nn.Module):
-    """See `tap`. `model` is the cut skeleton; its parameters are those of the model that was tapped."""
+    """See `tap`. `model` is the cut skeleton; its parameters, and its mode, are those of the model that was tapped."""
 
     def __init__(
         self,
@@ -53,6 +67,7 @@ class TappedEncoder(nn.Module):
         whose: str | None = None,
     ) -> None:
         super().__init__()
+        self.training = hf_model.training  # torch's new modules start in training mode, whatever they are made of
         family = family_of(hf_model.config)
         if after_rotary and family.rotary_head_dim is None:
             raise UserError(
@@ -103,8 +118,10 @@ class TapLayer(nn.Module):
         super().__init__()
         for name in family.layer_attributes:
             setattr(self, name, getattr(layer, name))
-        self.norm = layer.get_submodule(family.norm_before) if family.norm_before else nn.Identity()
+        shared_norm = layer.get_submodule(family.norm_before) if family.norm_before else None
+        self.norm = nn.Identity().train(layer.training) if shared_norm is None else shared_norm
         self.projections = nn.ModuleList(layer.get_submodule(name) for name in family.projections)
+        self.training = self.projections.training = layer.training
         self.layer = layer if goes_on else None
         self.returns = family.layer_returns
         self.rotary_head_dim: int | None = None
@@ -151,10 +168,11 @@ def _cut(
         TapLayer(layer, family, with_output or number < last, after_rotary) if number in layers else layer
         for number, layer in enumerate(old_layers[:last], start=1)
     )
+    new_layers.training = old_layers.training
     _replace(model, family.layers, new_layers)
     if not with_output:
         for name in family.after_layers:
-            _replace(model, name, nn.Identity())
+            _replace(model, name, nn.Identity().train(hf_model.training))
         if last == 1 and family.after_first_layer:
             _replace(model, family.after_first_layer, None)
     return model

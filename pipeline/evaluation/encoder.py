@@ -7,6 +7,7 @@ and from the attention values of the distilled layer. Used by every evaluation t
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -47,11 +48,20 @@ class Encoder:
         return next(self.model.parameters()).device
 
     def refuse_longer(self, length: int, setting: str) -> None:
-        """A `UserError` where `length` tokens, as `setting` (task.key) says, are more than the model takes."""
+        """A `UserError` where `length` tokens, as `setting` (task.key) says, are more than the model takes; a warning where
+        they are more than it was trained on and its further positions are random."""
         if length > self.max_positions:
             raise UserError(
                 f"{self.name} takes at most {self.max_positions} tokens, {setting} is {length}. "
                 f"Set it lower: --set {setting}={self.max_positions}"
+            )
+        longest = trained_as(self.path).get("longest")
+        if longest is not None and length > longest:
+            print(
+                f"warning: {self.name} was trained from random weights on rows of {longest} tokens, {setting} is {length}: "
+                f"longer texts meet position embeddings that no training touched. Cut them: --set {setting}={longest}",
+                file=sys.stderr,
+                flush=True,
             )
 
 
@@ -124,13 +134,13 @@ def sentence_vectors(
     last_inputs: list[torch.Tensor] = []
     tapped = tap(encoder.model, layer=encoder.values_layer, with_output=True)
     last_layer = cast(torch.nn.ModuleList, tapped.model.get_submodule(family_of(encoder.model.config).layers))[-1]
-    hook = last_layer.register_forward_pre_hook(lambda module, arguments: last_inputs.append(arguments[0]))
-    for batch in tqdm(batches, desc=f"encoding with {encoder.name}", unit="batch", disable=None):
-        input_ids_BL, mask_BL = pad_rows([ids[i] for i in batch], encoder.tokenizer.pad_token_id, encoder.device)
-        (_, _, values_BLD), output_BLD = tapped(input_ids_BL, mask_BL)
-        for pooling, states_BLD in zip(POOLINGS, (output_BLD, last_inputs.pop(), values_BLD), strict=True):
-            vectors[pooling].append(_mean_over_tokens(states_BLD, mask_BL).cpu())
-    hook.remove()
+    # removed in any case: the layer is the model's own, and other tasks come after this one
+    with last_layer.register_forward_pre_hook(lambda module, arguments: last_inputs.append(arguments[0])):
+        for batch in tqdm(batches, desc=f"encoding with {encoder.name}", unit="batch", disable=None):
+            input_ids_BL, mask_BL = pad_rows([ids[i] for i in batch], encoder.tokenizer.pad_token_id, encoder.device)
+            (_, _, values_BLD), output_BLD = tapped(input_ids_BL, mask_BL)
+            for pooling, states_BLD in zip(POOLINGS, (output_BLD, last_inputs.pop(), values_BLD), strict=True):
+                vectors[pooling].append(_mean_over_tokens(states_BLD, mask_BL).cpu())
     back = torch.empty(len(order), dtype=torch.long)
     back[torch.tensor(order)] = torch.arange(len(order))
     return {pooling: torch.cat(parts)[back] for pooling, parts in vectors.items()}, sum(map(len, ids))

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 
 from pipeline.evaluation.encoder import VOCABULARY_FILES, Encoder
@@ -65,7 +66,8 @@ def run_grid(
         result = ranks.from_main(_finished(home / str(cell)) if ranks.is_main else None)
         if result is None:
             task = task or make_task()
-            result = finetune(task, config, cell, home / str(cell), ranks, encoder.name)
+            with torch.random.fork_rng():  # a cell seeds torch; what comes after it should not see that
+                result = finetune(task, config, cell, home / str(cell), ranks, encoder.name)
             if ranks.is_main:
                 _keep(home / str(cell), result)
         elif ranks.is_main:

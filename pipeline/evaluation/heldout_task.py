@@ -23,6 +23,7 @@ from pipeline.distillation.teacher import FrozenTeacher, check_vocabulary
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder, load_encoder, split_name
 from pipeline.evaluation.heldout import heldout_losses
+from pipeline.evaluation.languages import choose_languages, left_out_line
 from pipeline.evaluation.ranks import Ranks
 from pipeline.evaluation.trained_as import DEFAULTS, trained_as
 from pipeline.identity import WEIGHTS, weights_hash
@@ -67,8 +68,11 @@ def check_input(config: HeldoutConfig) -> None:
 def evaluate_heldout(encoders: list[Encoder], config: HeldoutConfig, ranks: Ranks) -> dict[str, dict[str, Any]]:
     """Per model: loss per language and its mean over languages. All ranks call it together and share the rows out."""
     chosen = settings_of(encoders, config)
+    shards = ShardSet(Path(config.data))
+    languages = choose_languages(shards.languages, config.languages, encoders, "heldout.languages", "shards")
+    chosen["languages"] = languages.chosen
     source = BatchSource(
-        ShardSet(Path(config.data)),
+        shards,
         seq_len=chosen["seq_len"],
         alpha=1.0,  # how training mixes languages; the held-out rows do not depend on it
         seed=0,
@@ -101,7 +105,7 @@ def evaluate_heldout(encoders: list[Encoder], config: HeldoutConfig, ranks: Rank
         mean = sum(losses.values()) / len(losses)
         results[encoder.name] = {
             **{"mean": mean, "per_language": losses, "values_layer": encoder.values_layer, "teacher": teacher.name},
-            **{**chosen, "teacher_layer": teacher.values_layer, "rows": num_rows},
+            **{**chosen, "teacher_layer": teacher.values_layer, "rows": num_rows, "left_out": languages.left_out},
         }
     return results
 
@@ -171,4 +175,4 @@ def heldout_table(results: dict[str, dict[str, Any]]) -> str:
     for name, result in results.items():
         figures = [*result["per_language"].values(), result["mean"]]
         lines.append(f"{name:<{width}}" + "".join(f"{figure:z9.4f}" for figure in figures))
-    return "\n".join(lines)
+    return "\n".join([*lines, *filter(None, [left_out_line(results)])])

@@ -7,7 +7,7 @@ means, for the learning rate and epoch with the best F1 on the development quest
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +18,12 @@ from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder
 from pipeline.evaluation.finetune import FinetuneConfig, FinetuneTask, Scores, load_with_head
 from pipeline.evaluation.grid import run_grids
+from pipeline.evaluation.languages import choose_languages, left_out_line
 from pipeline.evaluation.ranks import Ranks
 from pipeline.evaluation.squad_data import QaData, read_qa
 from pipeline.evaluation.squad_metrics import MLQA_LANGUAGES, exact_match, f1, mlqa_words, squad_words
 from pipeline.evaluation.squad_windows import WindowedQuestions, best_answers, cut_windows
+from pipeline.evaluation.token_rows import known_segments
 
 
 @dataclass
@@ -35,19 +37,20 @@ class MlqaConfig(FinetuneConfig):
     stride: int = 128  # tokens between the starts of two windows
     train: str = ""  # SQuAD v1.1's train-v1.1.json, or datasets:rajpurkar/squad
     data: str = ""  # directory with MLQA's dev and test files
-    languages: list[str] = field(default_factory=lambda: list(MLQA_LANGUAGES))
+    languages: list[str] | None = None  # None: those of MLQA's seven that the students were trained on
     rule: Literal["mlqa", "squad"] = "mlqa"  # how answers are compared; squad: as in SQuAD v1.1 and XQuAD
     max_train: int | None = None  # the first so many questions; None: all
     max_evaluation: int | None = None  # the first so many questions of each language; None: all
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.stride < 1 or not self.languages:
+        if self.stride < 1 or self.languages == []:
             raise UserError("mlqa.stride must be at least 1 and mlqa.languages name at least one language")
 
 
 def read(config: MlqaConfig) -> QaData:
-    return read_qa(config.train, config.data, config.languages, config.max_train, config.max_evaluation)
+    languages = list(config.languages or MLQA_LANGUAGES)
+    return read_qa(config.train, config.data, languages, config.max_train, config.max_evaluation)
 
 
 def evaluate_mlqa(
@@ -55,20 +58,25 @@ def evaluate_mlqa(
 ) -> dict[str, dict[str, Any]]:
     """Per model, the chosen cell's F1 and exact match in per cent; all ranks call it together."""
     data = read(config)
+    languages = choose_languages(list(data.dev), config.languages, encoders, "mlqa.languages", "test questions")
+    data = QaData(data.train, *({x: of[x] for x in languages.chosen} for of in (data.dev, data.test)))
     grids = run_grids(
         "mlqa",
         encoders,
         lambda encoder: make_task(encoder, data, config, ranks),
         *(data.fingerprint(), config, directory, ranks),
     )
-    return {name: {**grid, "train_questions": len(data.train)} for name, grid in grids.items()}
+    about = {"train_questions": len(data.train), "moved_answers": data.moved_answers, "left_out": languages.left_out}
+    return {name: {**grid, **about} for name, grid in grids.items()}
 
 
 def make_task(encoder: Encoder, data: QaData, config: MlqaConfig, ranks: Ranks) -> FinetuneTask:
     """Cut all windows once, for all cells."""
 
     def windows_of(questions: Any) -> WindowedQuestions:
-        return cut_windows(encoder.tokenizer, questions, config.max_length, config.stride)
+        windowed = cut_windows(encoder.tokenizer, questions, config.max_length, config.stride)
+        windowed.rows.segments = known_segments(windowed.rows.segments, encoder.model.config)
+        return windowed
 
     windowed = {
         split: {language: windows_of(questions) for language, questions in of_split.items()}
@@ -155,4 +163,11 @@ def mlqa_table(results: dict[str, dict[str, Any]]) -> str:
         lines.append(
             f"{name:<{width}}{cells} {result['dev_mean']:8.1f}  lr {result['learning_rate']:g}, epoch {epochs}"
         )
-    return "\n".join(lines)
+    notes = [moved_line(first), left_out_line(results)]
+    return "\n".join([*lines, *filter(None, notes)])
+
+
+def moved_line(result: dict[str, Any]) -> str:
+    """How many answers were not where their file says."""
+    count = result.get("moved_answers", 0)
+    return f"{count} answer(s) were found near their `answer_start`, not at it, and read there" if count else ""

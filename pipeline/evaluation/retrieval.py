@@ -8,7 +8,7 @@ evaluate` and by the demo.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import POOLINGS, Encoder, sentence_vectors
+from pipeline.evaluation.languages import Languages, choose_languages, left_out_line
 from pipeline.evaluation.tatoeba import SHORT_CODES, read_line_pairs, tatoeba_files
 
 Pairs = list[tuple[str, str]]
+HEADER_NAMES = ("en", "eng", "english", "source", "src", "sentence1", "text1")
 
 
 @dataclass
@@ -41,11 +43,8 @@ class RetrievalConfig:
 def read_pairs(config: RetrievalConfig) -> dict[str, Pairs]:
     """Language -> (English, other) sentences."""
     directory = Path(config.pairs)
-    tables = {path.stem.removeprefix("en-"): path for path in sorted(directory.glob("en-*.tsv"))}
-    line_files = tatoeba_files(directory)
-    known = sorted({*tables, *line_files})
-    if not known:
-        raise UserError(_nothing_in(directory))
+    tables, line_files = _files(directory)
+    known = known_languages(config)
     languages = config.languages or known
     if line_files:
         languages = [SHORT_CODES.get(language, language) for language in languages]
@@ -61,6 +60,20 @@ def read_pairs(config: RetrievalConfig) -> dict[str, Pairs]:
         else _enough(read_line_pairs(*line_files[language], config.max_pairs), line_files[language][1])
         for language in languages
     }
+
+
+def known_languages(config: RetrievalConfig) -> list[str]:
+    """Every language that the directory has pairs of."""
+    directory = Path(config.pairs)
+    tables, line_files = _files(directory)
+    if not tables and not line_files:
+        raise UserError(_nothing_in(directory))
+    return sorted({*tables, *line_files})
+
+
+def _files(directory: Path) -> tuple[dict[str, Path], dict[str, tuple[Path, Path]]]:
+    tables = {path.stem.removeprefix("en-"): path for path in sorted(directory.glob("en-*.tsv"))}
+    return tables, tatoeba_files(directory)
 
 
 def _nothing_in(directory: Path) -> str:
@@ -83,12 +96,23 @@ def read_pairs_file(path: Path, max_pairs: int) -> Pairs:
         lines = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}). Convert it first.") from None
+    width = lines[0].count("\t") + 1
     for number, line in enumerate(lines[:max_pairs], start=1):
         columns = [column.strip() for column in line.split("\t")]
+        if number == 1 and columns[0].casefold() in HEADER_NAMES:
+            raise UserError(
+                f"{path}, line 1, looks like a header: {line[:60]!r}. These files have none: English, a tab, the translation, "
+                "further columns. Delete that line."
+            )
+        if len(columns) > width:
+            raise UserError(
+                f"{path}, line {number}: {len(columns)} column(s), line 1 has {width}: {line[:60]!r}. A tab within a sentence "
+                "moves the columns behind it. Correct or delete that line."
+            )
         if len(columns) < 2 or not columns[0] or not columns[1]:
             raise UserError(
                 f"{path}, line {number}: expected an English sentence, a tab and its translation, "
-                f"got {len(columns)} column(s): {line[:60]!r}. Mend or delete that line."
+                f"got {len(columns)} column(s): {line[:60]!r}. Correct or delete that line."
             )
         pairs.append((columns[0], columns[1]))
     return _enough(pairs, path)
@@ -102,6 +126,8 @@ def _enough(pairs: Pairs, path: Path) -> Pairs:
 
 def evaluate_retrieval(encoder: Encoder, config: RetrievalConfig) -> dict[str, Any]:
     """Accuracy per pair and pooling (`to_english`, `from_english`, `mean`), and the mean over all pairs per pooling."""
+    known = known_languages(config)
+    left_out = _chosen(known, list(config.languages or known), [encoder]).left_out
     encoder.refuse_longer(config.max_length, "retrieval.max_length")
     started = time.perf_counter()
     pairs_of = read_pairs(config)
@@ -123,12 +149,24 @@ def evaluate_retrieval(encoder: Encoder, config: RetrievalConfig) -> dict[str, A
         "num_pairs": {language: len(pairs) for language, pairs in pairs_of.items()},
         "seconds": round(seconds, 3),
         "tokens_per_second": round(num_tokens / seconds, 1),
+        "left_out": left_out,
     }
 
 
 def evaluate_each(encoders: list[Encoder], config: RetrievalConfig) -> dict[str, dict[str, Any]]:
-    """`evaluate_retrieval` of every model, by the models' names."""
-    return {encoder.name: evaluate_retrieval(encoder, config) for encoder in encoders}
+    """`evaluate_retrieval` of every model, by the models' names, in languages that all students know."""
+    languages = _chosen(known_languages(config), config.languages, encoders)
+    config = replace(config, languages=languages.chosen)
+    return {
+        encoder.name: {**evaluate_retrieval(encoder, config), "left_out": languages.left_out} for encoder in encoders
+    }
+
+
+def _chosen(known: list[str], named: list[str] | None, encoders: list[Encoder]) -> Languages:
+    """English is in every pair."""
+    short = None if named is None else [x if x in known else SHORT_CODES.get(x, x) for x in named]
+    found = choose_languages(known, short, encoders, "retrieval.languages", "pairs")
+    return Languages(found.chosen, {x: why for x, why in found.left_out.items() if x != "en"})
 
 
 def both_directions(vectors: torch.Tensor, english: list[int], other: list[int]) -> dict[str, float]:
@@ -151,4 +189,4 @@ def retrieval_table(results: dict[str, dict[str, Any]]) -> str:
             figures = [result["per_pair"][language][pooling]["mean"] for language in languages]
             cells = "".join(f"{figure:9.3f}" for figure in [*figures, result["mean"][pooling]])
             lines.append(f"{name:<{width}}  {pooling:<12}{cells}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *filter(None, [left_out_line(results)])])

@@ -1,7 +1,7 @@
 """Semantic textual similarity: does the cosine of two sentences' vectors rank pairs as people do?
 
 In: an encoder and CSV or TSV files of sentence pairs with a score. Out: Spearman correlation per file, for each way of
-pooling. Columns are found by the names in a header line, or are the first three. Used by `pipeline evaluate`.
+pooling. Columns are found by the names in a header line; without one a file has three. Used by `pipeline evaluate`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import POOLINGS, Encoder, sentence_vectors
+from pipeline.evaluation.xnli_data import header_positions
 
 
 @dataclass
@@ -58,42 +60,84 @@ def read_scored_pairs(path: Path, columns: list[str]) -> ScoredPairs:
     """The pairs of one file; a bad line is named by number."""
     if not path.is_file():
         raise UserError(f"there is no file {path}. Name existing ones: --set 'sts.files=[pairs.tsv]'")
-    tab = path.suffix == ".tsv"
     pairs = ScoredPairs([], [], [])
-    with open(path, encoding="utf-8-sig", newline="") as text:
-        # TSV files of this field do not quote: a quotation mark there is part of the sentence
-        rows = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE) if tab else csv.reader(text)
-        positions = None
-        try:
-            for row in rows:
-                if positions is None:
-                    positions = _positions(row, columns)
-                    if positions != [0, 1, 2] or row[:3] == columns:
-                        continue
-                _add(pairs, row, positions, f"{path}, line {rows.line_num}")
-        except (UnicodeDecodeError, csv.Error) as error:
+    rows = _rows(path)
+    _, first = next(rows, ("", []))
+    header = [name.strip().casefold() for name in first]
+    positions, width = [0, 1, 2], len(first)
+    if {column.casefold() for column in columns} <= set(header):
+        positions = header_positions(header, columns, f"{path}, line 1")
+    elif first:
+        _refuse_unnamed_columns(first, columns, path)
+        _add(pairs, first, positions, f"{path}, line 1 (no header: it lacks {', '.join(columns)})")
+    for where, row in rows:
+        if len(row) != width:
             raise UserError(
-                f"{path}, after line {rows.line_num}: {error}. The file must be UTF-8 CSV or TSV."
-            ) from None
+                f"{where}: {len(row)} columns, the first line has {width}: {_shown(row)}. Correct or delete that line; in a .csv, "
+                "a sentence with a comma is put in quotation marks."
+            )
+        _add(pairs, row, positions, where)
     if len(set(pairs.scores)) < 2:
-        raise UserError(f"{path} holds {len(pairs.scores)} pair(s); a ranking needs at least two different scores.")
+        raise UserError(
+            f"{path} holds {len(pairs.scores)} pair(s); a ranking needs at least two different scores. Name a file with scores "
+            "(GLUE's test file has none)."
+        )
     return pairs
 
 
-def _positions(first_row: list[str], columns: list[str]) -> list[int]:
-    """Where the three columns are: by the header's names, else the first three."""
-    names = [name.strip() for name in first_row]
-    return [names.index(column) for column in columns] if set(columns) <= set(names) else [0, 1, 2]
+def _rows(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """(where, cells) of every line that is not blank. A cell that runs over several lines is refused: it is how one stray
+    quotation mark swallows all pairs up to the next."""
+    with open(path, encoding="utf-8-sig", newline="") as text:
+        # TSV files of this field do not quote: a quotation mark there is part of the sentence
+        unquoted = path.suffix.lower() == ".tsv"
+        rows = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE) if unquoted else csv.reader(text, strict=True)
+        before = 0
+        try:
+            for row in rows:
+                if rows.line_num > before + 1 and any("\n" in cell or "\r" in cell for cell in row):
+                    raise UserError(
+                        f"{path}, lines {before + 1} to {rows.line_num}: a cell with a line break, as a stray quotation mark "
+                        "makes one of all pairs up to the next mark. Double the quotation marks within a quoted cell, or write "
+                        "the file tab-separated and unquoted, as .tsv."
+                    )
+                before = rows.line_num
+                if any(cell.strip() for cell in row):
+                    yield f"{path}, line {rows.line_num}", row
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}, after line {before}: not UTF-8 ({error}). Convert the file first.") from None
+        except csv.Error as error:
+            raise UserError(
+                f"{path}, line {before + 1}: {error}. Double the quotation marks within a quoted cell, or write the file "
+                "tab-separated and unquoted, as .tsv."
+            ) from None
+
+
+def _refuse_unnamed_columns(first: list[str], columns: list[str], path: Path) -> None:
+    """Without a header only three columns are known by their places."""
+    if len(first) != 3:
+        raise UserError(
+            f"{path}, line 1: {len(first)} columns and no header with {', '.join(columns)}: {_shown(first)}. Add a header line "
+            "with these names, name the header's own with --set 'sts.columns=[FIRST, SECOND, SCORE]', or leave sentence, "
+            "sentence, score alone in the file (tabs separate columns in a .tsv, commas in any other file)."
+        )
+
+
+def _shown(cells: list[str]) -> str:
+    return " | ".join(f"{cell[:20]!r}" for cell in cells[:10])
 
 
 def _add(pairs: ScoredPairs, row: list[str], positions: list[int], where: str) -> None:
-    cells = [row[position].strip() if position < len(row) else "" for position in positions]
+    cells = [row[position].strip() for position in positions]
     try:
-        score = float(cells[2])
+        score = math.nan if "_" in cells[2] else float(cells[2])
     except ValueError:
         score = math.nan
     if not cells[0] or not cells[1] or not math.isfinite(score):
-        raise UserError(f"{where}: expected sentence, sentence, number; got {row[:4]!r}. Mend or delete that line.")
+        raise UserError(
+            f"{where}: expected sentence, sentence, number; got {_shown(cells)}. Correct or delete that line; a header's own "
+            "names are set with --set 'sts.columns=[FIRST, SECOND, SCORE]'."
+        )
     pairs.first.append(cells[0])
     pairs.second.append(cells[1])
     pairs.scores.append(score)

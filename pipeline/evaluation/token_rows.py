@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.evaluation.encoder import pad_rows
+from pipeline.evaluation.encoder import Encoder, pad_rows
 
 TEXTS_AT_ONCE = 1000  # the tokenizer's own lists are many times the size of the arrays that are kept
 
@@ -23,7 +23,7 @@ class TokenRows:
     """Row i: token ids, segment ids where the family has them (BERT), and its targets."""
 
     ids: list[np.ndarray]
-    segments: list[np.ndarray]  # empty where the tokenizer gives none
+    segments: list[np.ndarray]  # empty where the tokenizer gives none, or the model has no rows for them
     targets: torch.Tensor  # int64 [rows, targets per row]
 
     def __len__(self) -> int:
@@ -43,16 +43,28 @@ class TokenRows:
         return [order[start : start + size] for start in range(0, len(order), size)]
 
 
+def known_segments(segments: list[np.ndarray], model_config: Any) -> list[np.ndarray]:
+    """The tokenizer's segment ids if the model has an embedding row for each, else none, which it takes for all 0.
+
+    RoBERTa bodies with BERT's tokenizer (klue/roberta, guwenbert) have one row, DistilBERT none.
+    """
+    rows = getattr(model_config, "type_vocab_size", 0) or 0
+    return segments if rows > max((int(row.max()) for row in segments if len(row)), default=0) else []
+
+
 def tokenize_pairs(
-    tokenizer: Any, first: Sequence[str], second: Sequence[str], targets: Sequence[int], max_length: int
+    encoder: Encoder, first: Sequence[str], second: Sequence[str], targets: Sequence[int], max_length: int
 ) -> TokenRows:
     """Two texts a row, the longer one cut first where both together are too long."""
     ids, segments = [], []
     for start in range(0, len(first), TEXTS_AT_ONCE):
         stop = start + TEXTS_AT_ONCE
-        encoded = tokenizer(list(first[start:stop]), list(second[start:stop]), truncation=True, max_length=max_length)
+        encoded = encoder.tokenizer(
+            list(first[start:stop]), list(second[start:stop]), truncation=True, max_length=max_length
+        )
         ids += [np.array(row, dtype=np.int32) for row in encoded["input_ids"]]
         segments += [np.array(row, dtype=np.int8) for row in encoded.get("token_type_ids", [])]
+    segments = known_segments(segments, encoder.model.config)
     return TokenRows(ids, segments, torch.tensor(targets, dtype=torch.int64).reshape(len(ids), -1))
 
 

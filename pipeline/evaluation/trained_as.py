@@ -28,7 +28,8 @@ DEFAULTS: dict[str, Any] = {
 
 
 def trained_as(model: str | Path) -> dict[str, Any]:
-    """`DEFAULTS` with the values of the model's recipe, its `student_layer`, `steps` and teacher by content; empty without lineage."""
+    """`DEFAULTS` with the values of the model's recipe, and `student_layer`, `steps`, `identity` (teacher by content), `trained_on` (languages), `longest`
+    (`longest_of`); empty without lineage."""
     path = Path(model) / "lineage.json"
     if not path.is_file():
         return {}
@@ -45,4 +46,16 @@ def trained_as(model: str | Path) -> dict[str, Any]:
     if not recipe:  # trimmed, never trained here
         return {}
     found = {key: recipe.get(key, relations.get(key, default)) for key, default in DEFAULTS.items()}
-    return {**found, **layers, "steps": lineage.get("steps"), "identity": lineage.get("identity") or {}}
+    about = {
+        "steps": lineage.get("steps"),
+        "identity": lineage.get("identity") or {},
+        "trained_on": recipe.get("languages") or lineage.get("languages"),
+        "longest": longest_of(recipe),
+    }
+    return {**found, **layers, **about}
+
+
+def longest_of(recipe: dict[str, Any]) -> int | None:
+    """Up to how many tokens a student was trained, where it has nothing else for longer inputs: its position embeddings
+    began at random, and no row touched those behind `seq_len`. None: they began as the teacher's."""
+    return recipe["seq_len"] if (recipe.get("student") or {}).get("init") == "random" else None

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from pipeline.evaluation.encoder import Encoder
 from pipeline.evaluation.finetune import FinetuneConfig, FinetuneTask, Scores, load_with_head
 from pipeline.evaluation.grid import run_grids
+from pipeline.evaluation.languages import choose_languages, left_out_line
 from pipeline.evaluation.ranks import Ranks
 from pipeline.evaluation.token_rows import TokenRows, tokenize_pairs
 from pipeline.evaluation.xnli_data import LABELS, LabelledPairs, XnliData, read_xnli
@@ -27,7 +28,7 @@ class XnliConfig(FinetuneConfig):
 
     data: str = ""  # directory with the official files, or datasets:facebook/xnli
     train_language: str = "en"
-    languages: list[str] | None = None  # None: every language of xnli.dev.tsv
+    languages: list[str] | None = None  # None: every language of xnli.dev.tsv that the students were trained on
     max_train: int | None = None  # the first so many pairs; None: all
     max_evaluation: int | None = None  # the first so many pairs of each language; None: all
 
@@ -41,13 +42,15 @@ def evaluate_xnli(
 ) -> dict[str, dict[str, Any]]:
     """Per model, the chosen cell's test accuracy in per cent; all ranks call it together."""
     data = read(config)
+    languages = choose_languages(list(data.dev), config.languages, encoders, "xnli.languages", "test pairs")
+    data = XnliData(data.train, *({x: of[x] for x in languages.chosen} for of in (data.dev, data.test)))
     grids = run_grids(
         "xnli",
         encoders,
         lambda encoder: make_task(encoder, data, config, ranks),
         *(data.fingerprint(), config, directory, ranks),
     )
-    about = {"train_language": config.train_language, "train_pairs": len(data.train)}
+    about = {"train_language": config.train_language, "train_pairs": len(data.train), "left_out": languages.left_out}
     return {name: {**grid, **about} for name, grid in grids.items()}
 
 
@@ -55,7 +58,7 @@ def make_task(encoder: Encoder, data: XnliData, config: XnliConfig, ranks: Ranks
     """Tokenise everything once, for all cells."""
 
     def rows_of(pairs: LabelledPairs) -> TokenRows:
-        return tokenize_pairs(encoder.tokenizer, pairs.first, pairs.second, pairs.labels, config.max_length)
+        return tokenize_pairs(encoder, pairs.first, pairs.second, pairs.labels, config.max_length)
 
     rows = {
         split: {language: rows_of(pairs) for language, pairs in of_split.items()}
@@ -102,4 +105,4 @@ def xnli_table(results: dict[str, dict[str, Any]]) -> str:
         lines.append(
             f"{name:<{width}}{cells} {result['dev_mean']:8.1f}  lr {result['learning_rate']:g}, epoch {epochs}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *filter(None, [left_out_line(results)])])

@@ -7,7 +7,8 @@ In: a directory with `multinli.train.en.tsv` (XNLI-MT-1.0; columns premise, hypo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import filecmp
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,8 @@ def read_xnli(
     )
     if list(dev) != list(test):
         raise UserError(
-            f"xnli.dev.tsv has the languages {', '.join(dev)}, xnli.test.tsv has {', '.join(test)}. Choose among those of "
-            "both: --set xnli.languages=[...]"
+            f"xnli.dev.tsv has the languages {', '.join(dev)}, xnli.test.tsv has {', '.join(test)}. Choose those of both: --set "
+            f"'xnli.languages=[{', '.join(x for x in dev if x in test)}]'"
         )
     return XnliData(train, dev, test)
 
@@ -90,6 +91,16 @@ def _find(source: str, name: str) -> Path:
             f"{where}. Unpack XNLI-1.0.zip and XNLI-MT-1.0.zip side by side and name their directory: "
             "--set xnli.data=DIR, or --set xnli.data=datasets:facebook/xnli"
         )
+    return only_one(found)
+
+
+def only_one(found: list[Path]) -> Path:
+    """The file that was looked for; copies of it count as one."""
+    for other in found[1:]:
+        if not filecmp.cmp(found[0], other, shallow=False):
+            raise UserError(
+                f"{found[0]} and {other} differ, and only one can be read. Name a directory that has one of them."
+            )
     return found[0]
 
 
@@ -133,17 +144,35 @@ def tsv_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
                 raise UserError(
                     f"{where}: not UTF-8 (byte {error.start} of the line). Convert the file first."
                 ) from None
+            if len(cells) == 1 and not cells[0].strip():
+                continue
+            if "\r" in raw.decode("utf-8").rstrip("\r\n"):
+                raise UserError(
+                    f"{where}: a carriage return within the line. If lines end in one (old Macintosh files), convert the file: "
+                    f"tr '\\r' '\\n' < {path.name}"
+                )
             if not header:
-                header = cells
-                if missing := [column for column in columns if column not in header]:
-                    raise UserError(f"{where}: the header lacks {', '.join(missing)}; it has {', '.join(header)[:200]}")
-                positions = [header.index(column) for column in columns]
+                header = [cell.strip().casefold() for cell in cells]
+                positions = header_positions(header, columns, where)
                 continue
             if len(cells) != len(header):
                 raise UserError(
                     f"{where}: {len(cells)} columns, the header has {len(header)}. Mend or delete that line."
                 )
             yield (where, *(cells[position].strip() for position in positions))
+
+
+def header_positions(header: Sequence[str], columns: Sequence[str], where: str) -> list[int]:
+    """Where the columns are by the header's names (lower case); one that is missing or there twice is a `UserError`."""
+    seen = ", ".join(header)[:200]
+    wanted = [column.casefold() for column in columns]
+    if missing := [column for column, name in zip(columns, wanted, strict=True) if name not in header]:
+        raise UserError(
+            f"{where}: the header lacks {', '.join(missing)}; it has {seen}. Add a header line with these names, tab-separated."
+        )
+    if twice := [name for name in wanted if header.count(name) > 1]:
+        raise UserError(f"{where}: the header has {twice[0]} twice: {seen}. Rename the column that is not meant.")
+    return [header.index(name) for name in wanted]
 
 
 def _from_library(

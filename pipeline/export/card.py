@@ -17,9 +17,11 @@ from typing import Any
 
 import yaml
 
+from pipeline.distillation.families import usable_positions
 from pipeline.distillation.loading import load_config
 from pipeline.distillation.model_files import read_model
 from pipeline.errors import UserError
+from pipeline.evaluation.trained_as import longest_of
 from pipeline.export.measured import measured_sections
 
 LINEAGE_FILE, VOCABULARY_FILE, CARD_FILE = "lineage.json", "vocabulary.json", "README.md"
@@ -41,14 +43,16 @@ ONNX = "`onnx/model.onnx` (fp32) and `onnx/model_int8.onnx` take `input_ids` and
 FP16 = "The weights are stored in fp16; `dtype=torch.float32` computes in fp32, as CPUs should."
 USE = """The encoder is meant to be fine-tuned, or used for sentence vectors by the mean of `last_hidden_state` over real tokens.
 It has no pooler: `pooler_output`, where the class offers it, is random."""
-UNTRAINED_TAIL = """Training matched the queries, keys and values of the last layer; that layer's output and feed-forward weights are
-where they started."""
 LABELS = {
     "teacher": "teacher",
     "teacher_layer": "teacher layer (from 1)",
+    "student_layer": "student layer (from 1)",
+    "matched_layers": "matched layers",
     "relation_heads": "relation heads",
     "relations": "relations and weights",
+    "tail": "term for the output",
     "student_start": "student's start",
+    "dropout": "dropout in the distillation, in config.json",
     "steps": "steps",
     "samples": "samples (rows)",
     "seq_len": "tokens per row",
@@ -84,12 +88,15 @@ def lineage_of(run: dict[str, Any], state: dict[str, Any], recipe_text: str) -> 
     """Everything that a student can be traced by, from what the run itself wrote down."""
     recipe = yaml.safe_load(recipe_text)
     relations, student = recipe["relations"], recipe["student"]
+    tail = relations.get("tail", "none")
     return {
         "teacher": run["teacher"],
-        "teacher_layer": relations["teacher_layer"] or "last",
+        **_matched_layers(run, relations),
         "relation_heads": relations["heads"],
         "relations": relations["pairs"],
+        **({} if tail == "none" else {"tail": {tail: relations["tail_weight"]}}),
         "student_start": student["init"],
+        **({"dropout": run["dropout"]} if "dropout" in run else {}),
         "steps": state["step"],
         "samples": state["samples"],
         "seq_len": recipe["seq_len"],
@@ -102,6 +109,24 @@ def lineage_of(run: dict[str, Any], state: dict[str, Any], recipe_text: str) -> 
         "precision": state["precision"],
         **({"identity": state["identity"]} if state.get("identity") else {}),
         "recipe": recipe,
+    }
+
+
+def _matched_layers(run: dict[str, Any], relations: dict[str, Any]) -> dict[str, Any]:
+    """Which layers were matched: a number each, or lists and the weights of the pairs. Runs of earlier versions did not
+    write down which layer `null` stood for: the last one."""
+    pairs = relations.get("layers")
+    if not pairs:
+        ((teacher, student),) = run.get("matched_layers") or [
+            tuple(relations.get(f"{side}_layer") or "last" for side in ("teacher", "student"))
+        ]
+        return {"teacher_layer": teacher, "student_layer": student}
+    return {
+        "teacher_layer": [pair["teacher"] for pair in pairs],
+        "student_layer": [pair["student"] for pair in pairs],
+        "matched_layers": {
+            f"teacher {pair['teacher']} with student {pair['student']}, weight": pair["weight"] for pair in pairs
+        },
     }
 
 
@@ -135,7 +160,7 @@ def model_card(directory: Path, measured: Sequence[Path] = ()) -> str:
         f"# {'Trimmed encoder' if recipe is None else 'MiniLMv2 student'}, {config.num_hidden_layers} x {config.hidden_size}",
         f"{sizes}{origin}.",
         _loading(directory, half=str(config.dtype).endswith("float16")),
-        USE + ("\n" + UNTRAINED_TAIL if recipe and recipe.get("relations", {}).get("tail", "none") == "none" else ""),
+        "\n".join([USE, *_limits(lineage, config, directory)]),
     ]
     if figures := measured_sections([*measured, directory], lineage.get("steps")):
         parts += ["## What was measured", figures]
@@ -147,6 +172,52 @@ def model_card(directory: Path, measured: Sequence[Path] = ()) -> str:
         text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).rstrip()
         parts.append(f"## Recipe\n\n```yaml\n{text}\n```")
     return "\n\n".join(parts) + "\n"
+
+
+def _limits(lineage: dict[str, Any], config: Any, directory: Path) -> list[str]:
+    """What training did not reach: weights above the matched layers, positions behind its rows; and what it left out."""
+    recipe = lineage.get("recipe") or {}
+    lines = []
+    if recipe and recipe.get("relations", {}).get("tail", "none") == "none":
+        lines.append(_untrained_tail(lineage.get("student_layer", "last"), config.num_hidden_layers))
+    lines.append(length_note(directory))
+    dropout = lineage.get("dropout")
+    if dropout and dropout["distillation"] != dropout["config"]:
+        lines.append(
+            f"It was distilled with other dropout ({_cell(dropout['distillation'])}) than `config.json` says, which has the "
+            "teacher's, for fine-tuning."
+        )
+    return [line for line in lines if line]
+
+
+def _untrained_tail(student_layer: Any, num_layers: int) -> str:
+    """Nothing behind the projections of the highest matched layer has a gradient."""
+    layers = student_layer if isinstance(student_layer, list) else [student_layer]
+    numbers = sorted(num_layers if layer == "last" else layer for layer in layers)
+    which = "the last layer" if numbers == [num_layers] else f"layer {', '.join(map(str, numbers))} of {num_layers}"
+    of_top = "that layer's" if len(numbers) == 1 else f"layer {numbers[-1]}'s"
+    above = "" if numbers[-1] == num_layers else ", and all layers above it,"
+    return (
+        f"Training matched the queries, keys and values of {which}; {of_top} output and feed-forward weights{above} are "
+        "where they started."
+    )
+
+
+def length_note(directory: Path) -> str:
+    """Which inputs are longer than training's rows, and what then: nothing to say where rows had every position."""
+    recipe = json.loads((directory / LINEAGE_FILE).read_text(encoding="utf-8")).get("recipe") or {}
+    positions, trained = usable_positions(load_config(directory, "student")), recipe.get("seq_len")
+    if trained is None or trained >= positions:
+        return ""
+    if longest_of(recipe) is None:
+        return (
+            f"It was trained on rows of {trained} tokens. It takes {positions}; what serves positions behind {trained} is as "
+            "it came from the teacher."
+        )
+    return (
+        f"It was trained from random weights on rows of {trained} tokens and takes {positions}, but positions behind {trained} "
+        f"were never trained: cut inputs at {trained} tokens (the tokenizer and the sentence-transformers settings do)."
+    )
 
 
 def count_parameters(student: Path) -> int:

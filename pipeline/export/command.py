@@ -21,11 +21,12 @@ from pathlib import Path
 
 import transformers
 
-from pipeline.distillation.families import usable_positions
 from pipeline.distillation.loading import load_config
 from pipeline.distillation.vocabulary import read_vocabulary
 from pipeline.evaluation.retrieval import RetrievalConfig, read_pairs
+from pipeline.export.card import length_note
 from pipeline.export.check_lines import read_check_lines
+from pipeline.export.handover import longest_input
 from pipeline.export.hf import DTYPES, Extra, export_run
 from pipeline.export.onnx import add_onnx, checked_on, int8_warning
 from pipeline.export.push import check_login, push
@@ -70,6 +71,8 @@ def run(arguments: argparse.Namespace) -> None:
             print(warning, file=sys.stderr, flush=True)
     size_mb = (student / "model.safetensors").stat().st_size / 1e6
     print(f"exported: {student} ({size_mb:.0f} MB). Load it with AutoModel.from_pretrained({str(student)!r})")
+    if note := length_note(student):
+        print(note)
     if arguments.push:
         print(f"pushed: {push(student, arguments.push)}")
 
@@ -88,8 +91,7 @@ def _export(arguments: argparse.Namespace, extras: Sequence[Extra]) -> Path:
 
 
 def _add_sentence_transformers(directory: Path) -> None:
-    config = load_config(directory, "model")
-    add_sentence_transformers(directory, config.hidden_size, usable_positions(config))
+    add_sentence_transformers(directory, load_config(directory, "student").hidden_size, longest_input(directory))
 
 
 def further_lines(pairs: str, text: Path | None) -> dict[str, list[str]]:
@@ -100,7 +102,7 @@ def further_lines(pairs: str, text: Path | None) -> dict[str, list[str]]:
 
 
 def _add_onnx(directory: Path, pairs: str, further: dict[str, list[str]]) -> None:
-    longest = min(128, usable_positions(load_config(directory, "model")))
+    longest = min(128, longest_input(directory))
     add_onnx(directory, RetrievalConfig(pairs=pairs, max_pairs=CHECK_PAIRS, max_length=longest), further)
 
 

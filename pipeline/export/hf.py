@@ -21,6 +21,7 @@ from pipeline.distillation.families import family_of
 from pipeline.distillation.loading import config_of
 from pipeline.errors import UserError
 from pipeline.export.card import LINEAGE_FILE, VOCABULARY_FILE, lineage_of, write_card
+from pipeline.export.handover import hand_over, limit_tokenizer
 from pipeline.identity import refuse_other_tokenizer_files, warn_of_other_teacher
 from pipeline.runtime.checkpoint import read_model_weights
 
@@ -51,9 +52,8 @@ def export_run(run_dir: Path, output: Path, extras: Sequence[Extra] = (), dtype:
     tokenizer = run.get("vocabulary") or run["teacher"]
     refuse_other_tokenizer_files(state.get("identity", {}), tokenizer, run_dir)
     warn_of_other_teacher(state.get("identity", {}), run["teacher"])
-    return export_student(
-        weights, config, tokenizer, output, lineage_of(run, state, recipe_text), extras, dtype, measured=[run_dir]
-    )
+    lineage = lineage_of({**run, "dropout": hand_over(config, run)}, state, recipe_text)
+    return export_student(weights, config, tokenizer, output, lineage, extras, dtype, measured=[run_dir])
 
 
 def export_student(
@@ -86,6 +86,7 @@ def export_student(
         (temporary / "model.safetensors").chmod(0o644)  # safetensors writes 0600: nobody else could load it
         copy_tokenizer(tokenizer, temporary)
         (temporary / LINEAGE_FILE).write_text(json.dumps(lineage, indent=2) + "\n", encoding="utf-8")
+        limit_tokenizer(temporary)
         for extra in extras:
             extra(temporary)
         write_card(temporary, measured)

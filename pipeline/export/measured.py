@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.evaluation.languages import left_out_line
+from pipeline.evaluation.mlqa import moved_line
 from pipeline.export.onnx import checked_on, int8_warning
 
 STAGES = {"teacher": "teacher", "before": "student before training", "after": "student after training"}
@@ -61,6 +63,7 @@ def _retrieval_of_demo(report: dict[str, Any]) -> list[str]:
         markdown_table(["model, pooled from", "accuracy"], means),
         "Per language, pooled from the output:",
         markdown_table(["model", *per_pair], by_language),
+        *filter(None, [_sentence(left_out_line({"after": report}))]),
     ]
 
 
@@ -73,7 +76,12 @@ def _evaluation(report: dict[str, Any]) -> list[str]:
                 f"an evaluation.json holds a task {task!r}, of which no table is known: {', '.join(TABLES)}"
             )
         parts += [f"### {task}, by `pipeline evaluate`", TABLES[task](results)]
+        parts += filter(None, [_sentence(left_out_line(results))])
     return parts
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}." if text else ""
 
 
 def _retrieval(results: dict[str, Any]) -> str:
@@ -127,7 +135,9 @@ def _xnli(results: dict[str, Any]) -> str:
 
 def _mlqa(results: dict[str, Any]) -> str:
     about = f"In per cent, after fine-tuning on {next(iter(results.values()))['train_questions']:,} English questions."
-    return f"{about}\n\n{_by_language(results, {'f1': 'F1', 'exact_match': 'exact match'})}"
+    moved = _sentence(moved_line(next(iter(results.values()))))
+    table = _by_language(results, {"f1": "F1", "exact_match": "exact match"})
+    return "\n\n".join(filter(None, [about, table, moved]))
 
 
 def _by_language(results: dict[str, Any], measures: dict[str, str]) -> str:

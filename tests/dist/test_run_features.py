@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModel
 
 from benchmarks.faults.lab import Lab, same_end, same_state, wait_until
@@ -20,7 +21,7 @@ from pipeline.config import load_recipe
 from pipeline.errors import EXIT_USER
 from pipeline.export.hf import export_run
 from pipeline.lineage import code_fingerprint
-from pipeline.runtime.checkpoint import CARRIED_FILE, committed_steps
+from pipeline.runtime.checkpoint import CARRIED_FILE, committed_steps, read_model_weights
 from tests.conftest import write_fp32_config
 from tests.dist.fork_server import ForkServer
 from tests.dist.runs import curve, end_group, metrics
@@ -258,3 +259,28 @@ def test_without_memory_for_a_snapshot_a_save_is_written_at_once(lab: Lab) -> No
     run_dir = lab.fresh("run")
     assert lab.live(run_dir, 2, STEPS, mishaps=[{"kind": "no memory"}]) == 0
     assert same_end(run_dir, lab.untouched(2, STEPS))
+
+
+def test_the_student_is_handed_over_with_its_teachers_dropout(lab: Lab, tmp_path: Path) -> None:
+    """Distilled without dropout from several layers of a teacher whose config is gone at the time of the export."""
+    recipe = load_recipe(lab.recipe, [])
+    teacher = tmp_path / "teacher"
+    shutil.copytree(recipe.teacher, teacher)
+    config = json.loads((teacher / "config.json").read_text())
+    dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.2}
+    (teacher / "config.json").write_text(json.dumps({**config, **dropout}))
+    layers = [{"teacher": 2, "student": 1}, {"teacher": 4, "student": 2, "weight": 0.5}]
+    settings = {**STEPS, "steps": 2, "eval_every": 2, "teacher": str(teacher)}
+    run_dir = lab.untouched(
+        1, {**settings, "relations.teacher_layer": None, "relations.layers": layers, "student.dropout": 0.0}
+    )
+    (teacher / "config.json").unlink()
+    student = export_run(run_dir, tmp_path / "student")
+    assert dropout.items() <= json.loads((student / "config.json").read_text()).items()
+    lineage = json.loads((student / "lineage.json").read_text())
+    assert lineage["dropout"] == {"distillation": dict.fromkeys(dropout, 0.0), "config": dropout}
+    assert lineage["recipe"]["student"]["dropout"] == 0.0
+    assert (lineage["teacher_layer"], lineage["student_layer"]) == ([2, 4], [1, 2])
+    weights, _ = read_model_weights(run_dir)
+    model = AutoModel.from_pretrained(student, add_pooling_layer=False)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())

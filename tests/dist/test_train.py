@@ -24,6 +24,7 @@ from pipeline.distillation.distiller import DistillModule
 from pipeline.distillation.student import build_student
 from pipeline.distillation.teacher import load_encoder, load_teacher
 from pipeline.errors import EXIT_SICK
+from pipeline.export.hf import export_run
 from pipeline.runtime.board import board_tag
 from pipeline.runtime.checkpoint import committed_steps, read_model_weights
 from tests.conftest import REPO
@@ -150,6 +151,8 @@ def test_export_is_the_trained_student(plain_run: Path, tiny_recipe: Path, tmp_p
         text=True,
     )
     assert done.returncode == 0, done.stderr
+    lineage = json.loads((tmp_path / "student" / "lineage.json").read_text())
+    assert (lineage["steps"], lineage["teacher_layer"], lineage["student_layer"]) == (12, 3, 2)
     recipe = load_recipe(tiny_recipe, [])
     start = build_student(
         load_encoder(recipe.teacher), recipe.student, recipe.seed, None, recipe.relations.teacher_layer
@@ -174,6 +177,17 @@ def test_export_is_the_trained_student(plain_run: Path, tiny_recipe: Path, tmp_p
     with torch.no_grad():
         ours, theirs = start.model.eval()(**batch), exported.eval()(**batch)
     assert torch.equal(ours.last_hidden_state, theirs.last_hidden_state)
+
+
+def test_samples_are_rows(two_rank_run: Path, tmp_path: Path) -> None:
+    """Steps times the global batch, whatever each rank saw of it: in checkpoints, curves and the student's lineage."""
+    export_run(two_rank_run, tmp_path / "student")
+    lineage = json.loads((tmp_path / "student" / "lineage.json").read_text())
+    assert (lineage["steps"], lineage["samples"]) == (12, 12 * 8)
+    for step in (8, 12):
+        state = json.loads((two_rank_run / "checkpoints" / f"step-{step:08d}" / "state.json").read_text())
+        assert (state["step"], state["samples"]) == (step, step * 8)
+    assert {(row["step"], row["samples"]) for row in metrics(two_rank_run)} == {(s, s * 8) for s in range(13)}
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])

@@ -160,4 +160,11 @@ BUGS = (
         '        data, number = b"", number + 1\n',
         "tests/unit/data_prep/test_unpack.py::test_everything_behind_the_first_stream_is_read",
     ),
+    Bug(
+        "a task that leaves the model in training mode",
+        "pipeline/distillation/tap.py",
+        "            part.training = training\n",
+        "            part.training = True\n",
+        "tests/unit/evaluation/test_independent_tasks.py::test_no_task_depends_on_the_one_before_it",
+    ),
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pipeline.__main__ import main
 from pipeline.evaluation.command import TASKS
+from pipeline.evaluation.squad_metrics import MLQA_LANGUAGES
 from tests.unit.evaluation.labelled_pairs import write_xnli
 from tests.unit.evaluation.questions import ANSWER, write_mlqa
 
@@ -19,17 +20,24 @@ QUICK = {
 }
 
 
-def evaluate_everything(models: list[str], teacher: Path, shards: Path, directory: Path) -> Path:
-    """Returns the directory with `evaluation.json`."""
+def quick_settings(directory: Path) -> list[str]:
+    """What `--set` takes for every task, with the data that they need written to the directory."""
     pairs, questions = directory / "xnli_data", directory / "mlqa_data"
     write_xnli(pairs, train=12, evaluation=3, languages=("en", "de"))
-    write_mlqa(questions, {"en": ANSWER, "zh": ANSWER}, train=12, evaluation=2)
+    write_mlqa(questions, dict.fromkeys(MLQA_LANGUAGES, ANSWER), train=12, evaluation=2)
     scored = directory / "scored.tsv"
     scored.write_text("a file\tthe file\t5\na file\tthe user\t1\non that system\tin this system\t3\n")
     settings = [f"{task}.{setting}" for task, of_task in QUICK.items() for setting in of_task]
     settings += [f"sts.files=[{scored}]", f"xnli.data={pairs}"]
-    settings += [f"mlqa.data={questions}", f"mlqa.train={questions / 'train-v1.1.json'}"]
+    return [*settings, f"mlqa.data={questions}", f"mlqa.train={questions / 'train-v1.1.json'}"]
+
+
+def evaluate_everything(
+    models: list[str], teacher: Path, shards: Path, directory: Path, without: tuple[str, ...] = ()
+) -> Path:
+    """Returns the directory with `evaluation.json`; settings that begin with one of `without` keep their default."""
     output = directory / "evaluation"
+    settings = [setting for setting in quick_settings(directory) if not setting.startswith(without or "\0")]
     main(
         ["evaluate", *models, "--tasks", ",".join(TASKS), "--output", str(output)]
         + ["--teacher", str(teacher), "--data", str(shards)]

@@ -248,3 +248,16 @@ def test_overrides_reach_the_task() -> None:
 def test_more_tokens_than_the_model_has_positions(tiny_teacher: Path) -> None:
     with pytest.raises(UserError, match=r"at most 64 tokens.* --set retrieval.max_length=64"):
         evaluate_retrieval(load_encoder(str(tiny_teacher)), RetrievalConfig(max_length=65))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("English\tGerman\na\tb\nc\td\n", "line 1, looks like a header"),
+        ("a\tb\nc\tand\td\n", r"line 2: 3 column\(s\), line 1 has 2"),
+    ],
+)
+def test_a_header_or_a_tab_within_a_sentence(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "en-de.tsv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_pairs(RetrievalConfig(pairs=str(tmp_path)))

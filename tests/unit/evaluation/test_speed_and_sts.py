@@ -91,6 +91,37 @@ def test_a_header_in_the_usual_order_is_not_a_pair(tmp_path: Path) -> None:
     assert read_scored_pairs(path, COLUMNS).first == ["a", "c"]
 
 
+def test_names_of_columns_in_any_case_and_blank_lines(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.TSV"
+    path.write_bytes(b"\xef\xbb\xbfScore\tSentence1 \tSENTENCE2\r\n\r\n1\ta\tb\r\n2\tc\td\r\n\r\n")
+    assert read_scored_pairs(path, COLUMNS).first == ["a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('a,"b,1\nc,d,2\ne,f",3\ng,h,4\n', "lines 1 to 3: a cell with a line break"),
+        ('sentence1,sentence2,score\na,b,1\n"c" d,e,2\n', "line 3: .*Double the quotation marks"),
+        ('sentence1,sentence2,score\na,b,1\nc,"d,2\n', "line 3"),
+        ("sentence1,sentence2,score\na,b,1\nc, or so,d,2\n", "line 3: 4 columns, the first line has 3"),
+        ("sentence1,sentence2,score\na,b,1\nc,d\n", "line 3: 2 columns, the first line has 3"),
+        ("news,file,2014,1,3.5,a,b\nnews,file,2015,2,1.5,c,d\n", "7 columns and no header .*'2014'"),
+        ("a\tb\t1\nc\td\t2\n", "1 columns and no header"),
+        ("first,second,label\na,b,1\nc,d,2\n", r"no header: it lacks sentence1.*sts\.columns"),
+        ("sentence1,sentence1,sentence2,score\na,b,c,1\n", "sentence1 twice"),
+        ("a,b,1_0\nc,d,2\n", "line 1"),
+        ("a,b,inf\nc,d,2\n", "line 1"),
+        ("sentence1,sentence2,score\n", r"0 pair\(s\)"),
+        ("\n\n", r"0 pair\(s\)"),
+    ],
+)
+def test_what_a_table_cannot_mean_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_scored_pairs(path, COLUMNS)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -21,7 +21,9 @@ from pipeline.evaluation.encoder import Encoder, load_encoder
 from pipeline.evaluation.finetune import Cell, FinetuneTask, finetune
 from pipeline.evaluation.grid import choose
 from pipeline.evaluation.ranks import alone
+from pipeline.evaluation.token_rows import tokenize_pairs
 from pipeline.evaluation.xnli import XnliConfig, classification_loss, evaluate_xnli, make_task, read
+from pipeline.evaluation.xnli_data import read_xnli
 from tests.conftest import TINY_VOCAB
 from tests.tiny_encoders import tiny_encoder
 from tests.unit.evaluation.labelled_pairs import write_xnli
@@ -325,3 +327,55 @@ def test_the_table_has_every_language_and_the_average() -> None:
     lines = xnli.xnli_table({"student": {**result, "train_language": "en", "train_pairs": 9}}).splitlines()
     assert lines[1].split()[:4] == ["model", "de", "en", "average"]
     assert lines[2].split() == ["student", "71.2", "80.0", "75.6", "74.0", "lr", "4e-05,", "epoch", "3"]
+
+
+@pytest.mark.parametrize(("family", "changes"), [("roberta", {"type_vocab_size": 1}), ("distilbert", {}), ("bert", {})])
+def test_segment_ids_go_to_models_that_have_rows_for_them(family: str, changes: dict) -> None:
+    """BERT's tokenizer numbers the second sentence 1, whatever body stands beside it."""
+    model = tiny_encoder(family, **changes)
+
+    class Tokenizer:
+        def __call__(self, first, second, **_):
+            return {"input_ids": [[5, 6, 7]] * len(first), "token_type_ids": [[0, 1, 1]] * len(first)}
+
+    rows = tokenize_pairs(Encoder("m", model, Tokenizer(), 1, "m"), ["a"], ["b"], [0], 16)
+    inputs = rows.inputs([0], 1, torch.device("cpu"))
+    assert ("token_type_ids" in inputs) == (family == "bert")
+    model(**inputs)
+
+
+def test_header_names_in_any_case_and_columns_in_any_order(tmp_path: Path) -> None:
+    data = write_xnli(tmp_path / "xnli", train=3, evaluation=3, languages=("en",))
+    train = next(data.rglob("multinli.train.en.tsv"))
+    lines = [line.split("\t")[::-1] for line in train.read_text().splitlines()]
+    lines[0] = [name.upper() for name in lines[0]]
+    expected = read_xnli(str(data), "en", None, None, None).train
+    train.write_text("\n".join("\t".join(line) for line in lines) + "\n\n", encoding="utf-8-sig")
+    assert read_xnli(str(data), "en", None, None, None).train == expected
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("premise\thypo\tlabel", "premise\thypo\thypo\tlabel", "hypo twice"),
+        ("\n", "\r", "carriage return"),
+    ],
+)
+def test_other_layouts_are_refused(before: str, after: str, message: str, tmp_path: Path) -> None:
+    data = write_xnli(tmp_path / "xnli", train=3, evaluation=3, languages=("en",))
+    train = next(data.rglob("multinli.train.en.tsv"))
+    train.write_bytes(train.read_text().replace(before, after).encode())
+    with pytest.raises(UserError, match=message):
+        read_xnli(str(data), "en", None, None, None)
+
+
+def test_two_files_of_one_name_that_differ(tmp_path: Path) -> None:
+    data = write_xnli(tmp_path / "xnli", train=3, evaluation=3, languages=("en",))
+    train = next(data.rglob("multinli.train.en.tsv"))
+    (data / "older").mkdir()
+    copy = data / "older" / train.name
+    copy.write_bytes(train.read_bytes())
+    read_xnli(str(data), "en", None, None, None)
+    copy.write_bytes(train.read_bytes()[:-3])
+    with pytest.raises(UserError, match="differ, and only one can be read"):
+        read_xnli(str(data), "en", None, None, None)

@@ -1,0 +1,117 @@
+"""A student is measured in the languages that it was trained on, and every table says which ones it leaves out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.__main__ import main
+from pipeline.errors import UserError
+from pipeline.evaluation.encoder import Encoder
+from pipeline.evaluation.languages import choose_languages, covers, left_out_line
+from pipeline.export.measured import measured_sections
+from tests.unit.evaluation.all_tasks import evaluate_everything
+
+
+def encoder(directory: Path, languages: list[str] | None) -> Encoder:
+    """As much of one as the choice looks at."""
+    directory.mkdir()
+    if languages is not None:
+        write_lineage(directory, languages)
+    return Encoder(directory.name, None, None, 1, str(directory))
+
+
+def write_lineage(directory: Path, languages: list[str]) -> None:
+    recipe = {"seq_len": 32, "heldout_rows": 1, "languages": None, "relations": {"teacher_layer": 3, "heads": 12}}
+    (directory / "lineage.json").write_text(json.dumps({"steps": 1, "languages": languages, "recipe": recipe}))
+
+
+def test_languages_that_every_student_was_trained_on(tmp_path: Path) -> None:
+    encoders = [
+        encoder(tmp_path / "teacher", None),
+        encoder(tmp_path / "a", ["de", "en", "sw"]),
+        encoder(tmp_path / "b", ["de", "fr"]),
+    ]
+    found = choose_languages(["de", "fr", "sw", "th"], None, encoders, "xnli.languages", "test pairs")
+    assert found.chosen == ["de"]
+    assert found.left_out == {
+        "fr": "not trained: a",
+        "sw": "not trained: b",
+        "th": "not trained: a, b",
+        "en": "trained, but no test pairs",
+    }
+    line = left_out_line({"x": {"left_out": found.left_out}})
+    assert line.startswith("languages left out: fr (not trained: a); sw (not trained: b);")
+
+
+def test_named_languages_are_taken_as_they_are(tmp_path: Path) -> None:
+    encoders = [encoder(tmp_path / "a", ["de", "sw"])]
+    found = choose_languages(["de", "fr", "sw"], ["fr"], encoders, "xnli.languages", "test pairs")
+    assert found.chosen == ["fr"]
+    assert found.left_out == {"de": "not in xnli.languages", "sw": "not in xnli.languages"}
+
+
+def test_a_model_without_lineage_is_measured_in_everything(tmp_path: Path) -> None:
+    found = choose_languages(["de", "fr"], None, [encoder(tmp_path / "a", None)], "xnli.languages", "test pairs")
+    assert (found.chosen, found.left_out, left_out_line({"a": {"left_out": {}}})) == (["de", "fr"], {}, "")
+
+
+def test_no_language_in_common(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--set 'xnli\.languages=\[fr\]'"):
+        choose_languages(["fr"], None, [encoder(tmp_path / "a", ["de"])], "xnli.languages", "test pairs")
+
+
+@pytest.mark.parametrize(
+    ("trained", "language", "covered"),
+    [
+        ("zh-Hans", "zh", True),
+        ("zh", "cmn", True),
+        ("deu", "de", True),
+        ("no", "nb", True),
+        ("de", "da", False),
+        ("ur_roman", "ur", False),
+        ("hi", "hi_rom", False),
+    ],
+)
+def test_codes_of_one_language(trained: str, language: str, covered: bool) -> None:
+    assert covers([trained], language) == covered
+
+
+def test_every_table_and_the_card_say_it(
+    tiny_teacher: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tasks of all_tasks.py have de and sw pairs, en and de in XNLI, en and zh in MLQA, hi sw he tr in shards."""
+    student = tmp_path / "student"
+    student.mkdir()
+    for file in tiny_teacher.iterdir():
+        (student / file.name).write_bytes(file.read_bytes())
+    write_lineage(student, ["en", "de", "hi"])
+    output = evaluate_everything(
+        [str(student)], tiny_teacher, tiny_shards, tmp_path, without=("retrieval.languages", "mlqa.languages")
+    )
+    tasks = json.loads((output / "evaluation.json").read_text())["tasks"]
+    found = {name: results[str(student)] for name, results in tasks.items()}
+    assert list(found["heldout"]["per_language"]) == ["hi"]
+    assert found["heldout"]["left_out"]["de"] == "trained, but no shards"
+    assert found["heldout"]["left_out"]["sw"].startswith("not trained")
+    assert list(found["retrieval"]["per_pair"]) == ["de", "hi"]
+    assert list(found["xnli"]["test"]) == ["en", "de"] or list(found["xnli"]["test"]) == ["de", "en"]
+    assert found["xnli"]["left_out"] == {"hi": "trained, but no test pairs"}
+    assert capsys.readouterr().out.count("languages left out: ") == 4
+    card = measured_sections([output], None)
+    assert card.count("Languages left out: ") == 4
+
+
+def test_the_line_is_in_the_table_of_named_languages(tiny_teacher: Path, tmp_path: Path, capsys) -> None:
+    settings = [
+        "--set",
+        "retrieval.languages=[de]",
+        "--set",
+        "retrieval.max_pairs=4",
+        "--set",
+        "retrieval.max_length=60",
+    ]
+    main(["evaluate", str(tiny_teacher), "--output", str(tmp_path), *settings])
+    assert "languages left out: ar, el, " in capsys.readouterr().out
