@@ -107,16 +107,15 @@ def prepare(config: PrepareConfig) -> list[str]:
 
 def to_compare(config: PrepareConfig, sources: dict[str, list[Source]]) -> dict[str, list[Source]]:
     """Languages still to be written whose ids were not compared with the tokenizer's: before their first shard."""
-    journals = {name: Journal.read(config.output / name) for name in sources}
     return {
         name: of_language
         for name, of_language in sources.items()
-        if name in config.redo or not (journals[name].complete or is_compared(journals[name]))
+        if name in config.redo or not is_compared(Journal.read(config.output / name))
     }
 
 
 def is_compared(journal: Journal) -> bool:
-    return journal.last is not None and COMPARED in journal.last.counts
+    return journal.complete or (journal.last is not None and COMPARED in journal.last.counts)
 
 
 def throw_away(config: PrepareConfig, everything: dict[str, list[Source]]) -> None:

@@ -41,7 +41,7 @@ def hand_over(config: PretrainedConfig, run: dict[str, Any]) -> dict[str, dict[s
 def _dropout_of_teacher(config: PretrainedConfig, teacher: str, used: dict[str, float]) -> dict[str, float]:
     """For runs whose run.json does not record it: from the teacher, if it is still there."""
     try:
-        source = load_config(teacher, "teacher")
+        source = load_config(teacher, "teacher", is_cached=True)
     except UserError:
         source = None
     if source is None or source.model_type != config.model_type:
