@@ -11,9 +11,10 @@ how_to_get_tokenizer() { # TOKENIZER
     "hf download ${1@Q} --local-dir DIRECTORY"
 }
 
-# What data_prep reads, by the end of a file's name (a test compares this with data_prep's own list).
+# What data_prep reads, by the end of a file's name in small letters (a test compares this with data_prep's own rule).
+TEXT_ENDINGS='(txt|jsonl|ndjson)(\.(xz|gz|zst|bz2))?|json\.(xz|gz|zst|bz2)|parquet'
 is_text() { # FILE
-  [[ $1 =~ \.((txt|jsonl)(\.(xz|gz|zst))?|parquet)$ ]]
+  [[ ${1,,} =~ \.($TEXT_ENDINGS)$ ]]
 }
 
 # The names of CC-100's languages, from data_prep's own table.
@@ -55,7 +56,7 @@ languages_of() { # TEXT_DIR
 holds_text() { # FILE_OR_DIRECTORY
   if [[ -d $1 ]]; then
     [[ ${1##*/} != *.* ]] && [[ $(find -L "$1" -type f -regextype posix-extended \
-      -regex '.*\.((txt|jsonl)(\.(xz|gz|zst))?|parquet)' -print -quit) ]]
+      -iregex ".*\.($TEXT_ENDINGS)" -print -quit) ]]
   else
     [[ -f $1 ]] && is_text "$1"
   fi

@@ -14,6 +14,7 @@ A mishap is a dictionary: `kind`, `rank` (absent: every rank), and when. Steps c
     no memory  a save finds none left for a snapshot
     stop file  STOP is made while the run starts, after it has begun to listen for it
     elsewhere  the rank starts in the directory `directory` and with `environment` in its environment, as on another node
+    bug        the student cannot be built, for a reason that nobody foresaw
     other text a projected student is measured on `tokens` tokens
     stock      checkpoints are DeepSpeed's own (benchmarks/faults/stock.py)
 """
@@ -56,6 +57,8 @@ def arrange(mishaps: list[Mishap], rank: int) -> None:
         checkpoint_writer.available_memory_bytes = lambda: 0
     if "other text" in kinds:
         assembly.CALIBRATION_TOKENS = kinds["other text"][0]["tokens"]
+    if "bug" in kinds:
+        assembly.student_of = lambda *unused: [][0]
     if "stop file" in kinds:
         _make_stop_file_in_start_up(Trainer)
     if "resave" in kinds:

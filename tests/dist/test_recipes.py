@@ -9,11 +9,13 @@ Everything else (layer, relations, tail, initialisation, placement, optimizer, s
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
+from transformers import XLMRobertaTokenizer
 
 from tests.conftest import REPO, TINY_VOCAB
 from tests.dist.training_process import TrainingProcess
@@ -71,7 +73,10 @@ def make_teacher(teacher: Teacher, directory: Path, tokenizer: Path) -> Path:
         sizes["layer_types"] = [every_third[layer % 3] for layer in range(teacher.layers)]
     model = tiny_encoder(teacher.family, vocab_size=TINY_VOCAB, num_hidden_layers=teacher.layers, **sizes)
     model.save_pretrained(directory)
-    (directory / "sentencepiece.bpe.model").write_bytes((tokenizer / "sentencepiece.bpe.model").read_bytes())
+    # XLM-R's tokenizer beside another family's config, as multilingual-e5-small has it. Where the family's own class is
+    # another one, AutoTokenizer reads tokenizer.json.
+    shutil.copy(tokenizer / "sentencepiece.bpe.model", directory)
+    XLMRobertaTokenizer.from_pretrained(str(tokenizer)).save_pretrained(directory)
     return directory
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.languages import CC100
-from data_prep.sources import SUFFIXES
+from data_prep.sources import kind_of
+from data_prep.unpack import PACKINGS
 from pipeline.config import load_recipe, recipe_to_yaml
 from tests.conftest import REPO
 from tests.slurm.cluster import Cluster
@@ -324,9 +325,11 @@ def test_a_task_reads_the_texts_of_its_language_alone(mixed_text: Path, tmp_path
 
 def test_the_scripts_know_what_data_prep_knows() -> None:
     script = 'source slurm/lib/stages.sh; known_languages; for name in "$@"; do is_text "x$name" && echo "$name"; done'
-    suffixes = [*SUFFIXES, ".md5", ".txt.md5", ".html", ".tok"]
-    done = subprocess.run(["bash", "-c", script, "bash", *suffixes], cwd=REPO, capture_output=True, text=True)
-    assert set(done.stdout.split()) == {*CC100, *SUFFIXES}, "slurm/lib/stages.sh has another list than data_prep"
+    kinds = (".txt", ".jsonl", ".ndjson", ".json", ".parquet", ".TXT", ".md5", ".html", ".tok", ".csv", ".md")
+    endings = [kind + packing for kind in kinds for packing in (*PACKINGS, ".XZ", ".md5")]
+    done = subprocess.run(["bash", "-c", script, "bash", *endings], cwd=REPO, capture_output=True, text=True)
+    read = {ending for ending in endings if kind_of("x" + ending)}
+    assert set(done.stdout.split()) == {*CC100, *read}, "slurm/lib/stages.sh has another rule than data_prep"
 
 
 def test_training_reads_the_shards_that_are_prepared(tmp_path: Path) -> None:
