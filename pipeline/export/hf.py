@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModel, AutoTokenizer, PretrainedConfig
-from transformers.utils import cached_file
+from transformers import AutoModel, PretrainedConfig
 
 from pipeline.distillation.families import family_of
 from pipeline.distillation.loading import config_of
@@ -24,6 +23,7 @@ from pipeline.export.card import LINEAGE_FILE, VOCABULARY_FILE, lineage_of, writ
 from pipeline.export.handover import hand_over, limit_tokenizer
 from pipeline.identity import refuse_other_tokenizer_files, warn_of_other_teacher
 from pipeline.runtime.checkpoint import read_model_weights
+from pipeline.tokenizer_identity import tokenizer_directory
 
 Extra = Callable[[Path], object]
 TOKENIZER_FILES = (
@@ -37,7 +37,6 @@ TOKENIZER_FILES = (
     "merges.txt",
     VOCABULARY_FILE,
 )
-HASHED_FILES = ("sentencepiece.bpe.model", "tokenizer.json")  # either may be what `tokenizer_file` chooses
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -118,28 +117,13 @@ def check_weights(weights: Mapping[str, torch.Tensor], config: PretrainedConfig)
 
 
 def copy_tokenizer(name: str, directory: Path) -> None:
-    """The tokenizer's files, byte for byte; from a hub name, what the hub's tokenizer saves and the hub's own files that
-    shards know a tokenizer by."""
-    source = Path(name).expanduser()
-    if source.is_dir():
-        files = [path for pattern in TOKENIZER_FILES for path in source.glob(pattern)]
-        if not files:
-            raise UserError(f"{name} holds no tokenizer files, and a student without tokenizer cannot be used.")
-        for path in files:
-            shutil.copyfile(path, directory / path.name)
-        return
-    try:
-        AutoTokenizer.from_pretrained(name, trust_remote_code=False).save_pretrained(directory)
-        more: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False, "trust_remote_code": False}
-        originals = [cached_file(name, file, **more) for file in HASHED_FILES]
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"the tokenizer {name} is not to be had: {' '.join(str(error).split())[:300]}. If the teacher's directory (or "
-            "`vocabulary`) has moved, correct it in the run directory's run.json."
-        ) from None
-    for file, original in zip(HASHED_FILES, originals, strict=True):
-        if original is not None:
-            shutil.copyfile(original, directory / file)
+    """The tokenizer's files of a directory or hub name, byte for byte: shards know a tokenizer by them."""
+    source = tokenizer_directory(name)
+    files = [path for pattern in TOKENIZER_FILES for path in source.glob(pattern)]
+    if not files:
+        raise UserError(f"{name} holds no tokenizer files, and a student without tokenizer cannot be used.")
+    for path in files:
+        shutil.copyfile(path, directory / path.name)
 
 
 def _replace_directory(new: Path, final: Path) -> None:
