@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+import os
 import shutil
 import subprocess
 import sys
@@ -219,3 +220,10 @@ def test_bad_options_are_named(
 def test_verbs_on_nothing_name_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str) -> None:
     assert main([verb, str(tmp_path)]) == 2
     assert "python -m data_prep prepare" in one_paragraph(capsys)
+
+
+def test_a_tokenizer_whose_path_is_not_utf8(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    tokenizer = tmp_path / os.fsdecode(b"tok\xe9")
+    shutil.copytree(tiny_tokenizer, tokenizer)
+    assert run_command(SAMPLES / "cc100" / "sw.txt.xz", tokenizer, tmp_path / "shards") == 0
+    assert ShardSet(tmp_path / "shards").languages == ["sw"]
