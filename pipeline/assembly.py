@@ -33,6 +33,7 @@ from pipeline.how_to_prepare import how_to_prepare, text_of
 from pipeline.identity import Identity, identity_of
 from pipeline.recipe_warnings import recipe_warnings
 from pipeline.runtime import dist, ds_config, preflight
+from pipeline.runtime.determinism import deterministic_kernels
 from pipeline.runtime.dist import Launch
 from pipeline.runtime.ds_config import BatchShape, Precisions
 from pipeline.runtime.engine import StudentEngine, device_precisions, partition_teacher
@@ -94,8 +95,10 @@ def assemble(recipe: Recipe, recipe_path: Path, ds_path: Path, launch: Launch) -
     del teacher_model  # what lies above the distilled layer is freed here
     placed = _place(teacher, recipe, teacher_precision, launch)
     gather = partial(dist.gather_json, device=launch.device)
-    distiller = DistillModule(placed, student.tapped, relations, gather, student.basis_Dd)
-    engine = StudentEngine(distiller, student.trained, recipe.optimizer, config)
+    kernels = partial(deterministic_kernels, recipe.deterministic)
+    distiller = DistillModule(placed, student.tapped, relations, gather, student.basis_Dd, kernels)
+    engine = StudentEngine(distiller, student.trained, recipe.optimizer, config, recipe.deterministic)
+    warnings += engine.warnings
     return Parts(source, student, distiller, engine, batch, config, precision, teacher_precision, warnings, identity)
 
 

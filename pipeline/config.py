@@ -60,6 +60,7 @@ class Recipe:
     languages: list[str] | None = None  # None: every language of the shards
     heldout_rows: int = 16  # rows per language that are never trained on (at most a tenth of the language)
     seed: int = 0  # of the student's random start, the order of rows, and dropout
+    deterministic: bool = True  # on a GPU: kernels that add in a fixed order, so that a resume is bit for bit
     relations: RelationsConfig = field(default_factory=RelationsConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

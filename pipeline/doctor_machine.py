@@ -29,6 +29,7 @@ from pipeline.runtime import preflight
 from pipeline.runtime.allotment import allotted_gpus, why_unseen
 
 REPO = Path(__file__).resolve().parent.parent
+OPTIONAL = {"datasets": "for `hf:` inputs alone"}  # package: when it is needed; all others are needed always
 OLDEST_PYTHON = (3, 11)
 LAUNCHER_PORT = 29500  # where `deepspeed` and `torchrun` let the ranks meet unless they are told another
 FEW_FREE_BYTES = 5 * 2**30
@@ -80,7 +81,11 @@ def version_findings(requirements: Path) -> list[Finding]:
         try:
             installed = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found.append(Finding("fail", "versions", f"{name} is not installed", f"pip install {name}=={pinned}"))
+            what, fix = f"{name} is not installed", f"pip install {name}=={pinned}"
+            if name in OPTIONAL:
+                found.append(Finding("warn", "versions", f"{what}; it is needed {OPTIONAL[name]}", fix))
+            else:
+                found.append(Finding("fail", "versions", what, fix))
             continue
         if installed.split("+")[0] != pinned:
             what = f"{name} is {installed}, tested was {pinned}"

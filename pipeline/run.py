@@ -18,6 +18,7 @@ from pipeline.dry_run import dry_run, writable_without_trace
 from pipeline.errors import EXIT_DONE
 from pipeline.runtime import dist
 from pipeline.runtime.allotment import unused_gpu_warning
+from pipeline.runtime.determinism import fix_workspace
 from pipeline.runtime.guard import StopRequests, Watchdog, process_mark
 from pipeline.runtime.rank_log import keep_crash, keep_output
 from pipeline.trainer import Trainer
@@ -43,6 +44,8 @@ def run_from_files(
         if warning := unused_gpu_warning():
             print(f"warning: {warning}", flush=True)
     recipe = load_recipe(recipe_path, overrides)
+    if recipe.deterministic and launch.device.type == "cuda":
+        fix_workspace()
     logs = run_dir / "logs"
     trace = contextlib.ExitStack()
     if only_try and launch.is_main:  # the others make nothing before they have met this rank

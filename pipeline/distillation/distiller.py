@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -135,6 +136,7 @@ class DistillModule(nn.Module):
 
     `teacher` is any callable with the tap's call and results. Both must have been tapped as `config` says
     (`teacher_taps`, `student_taps`, `tap_options`). `gather` is how ranks agree on a backend at the first batch.
+    `around_student` makes a context for the student's forward, such as one that chooses its kernels.
     `basis_Dd` says on which components a narrower student's output stands (`Student.basis_Dd`).
     """
 
@@ -145,9 +147,11 @@ class DistillModule(nn.Module):
         config: RelationsConfig,
         gather: Gather = alone,
         basis_Dd: torch.Tensor | None = None,
+        around_student: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         super().__init__()
         self._gather = gather
+        self._around_student = around_student
         self.basis_Dd = basis_Dd  # no buffer: an engine in half precision would round it
         self.student = student_tapped
         self.config = config
@@ -232,7 +236,9 @@ class DistillModule(nn.Module):
         mask = extent.attention_mask(input_ids_BL)
         with torch.inference_mode():
             teacher = self._teacher[0](input_ids_BL, mask)
-        return self._unpack(teacher), self._unpack(self.student(input_ids_BL, mask))
+        with self._around_student():
+            student = self.student(input_ids_BL, mask)
+        return self._unpack(teacher), self._unpack(student)
 
     def _unpack(self, result: Any) -> Readings:
         taps, output_BLD = result if self.config.tail != "none" else (result, None)

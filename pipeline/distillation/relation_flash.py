@@ -35,9 +35,8 @@ def flash_relation(
     """Same contract as `chunked_relation`. Attention runs in `_attention_dtype`, everything else in fp32."""
     dtype = _attention_dtype([teacher_BLD, teacher_keys_BLD, student_BLD, student_keys_BLD], num_heads)
     longest = max(span.stop - span.start for span in spans)
-    real_SN = torch.zeros(len(spans), longest, dtype=torch.bool)
-    for row, span in enumerate(spans):
-        real_SN[row, : span.stop - span.start] = True
+    lengths_S = torch.tensor([span.stop - span.start for span in spans])
+    real_SN = torch.arange(longest) < lengths_S[:, None]
     mask_SN = None if bool(real_SN.all()) else real_SN.to(student_BLD.device)
 
     def gather(x_BLD: torch.Tensor) -> torch.Tensor:
@@ -118,7 +117,7 @@ def _attend(queries, keys, values, key_biases: list[torch.Tensor], scale: float)
 
 def _gather(x_BLD: torch.Tensor, spans: Sequence[Span], longest: int, num_heads: int) -> torch.Tensor:
     """[B, L, D] -> [S, A, N, d], short spans padded with zeros."""
-    if len(spans) == x_BLD.shape[0] and all(span.stop - span.start == x_BLD.shape[1] for span in spans):
+    if _are_whole_rows(spans, x_BLD):
         x_SND = x_BLD
     else:
         x_SND = x_BLD.new_zeros(len(spans), longest, x_BLD.shape[-1])
@@ -130,7 +129,16 @@ def _gather(x_BLD: torch.Tensor, spans: Sequence[Span], longest: int, num_heads:
 def _scatter(grad_SANd: torch.Tensor, spans: Sequence[Span], like_BLD: torch.Tensor) -> torch.Tensor:
     """The way back: [S, A, N, d] -> [B, L, D] in the tensor's own dtype, zero at padding."""
     grad_SND = grad_SANd.transpose(1, 2).flatten(2).to(like_BLD.dtype)
+    if _are_whole_rows(spans, like_BLD):
+        return grad_SND
     grad_BLD = torch.zeros_like(like_BLD)
     for row, span in enumerate(spans):
         grad_BLD[span.row, span.start : span.stop] = grad_SND[row, : span.stop - span.start]
     return grad_BLD
+
+
+def _are_whole_rows(spans: Sequence[Span], x_BLD: torch.Tensor) -> bool:
+    """Every row one span: then nothing needs to be copied row by row, which on a GPU costs a launch each."""
+    return len(spans) == x_BLD.shape[0] and all(
+        span.row == row and span.stop - span.start == x_BLD.shape[1] for row, span in enumerate(spans)
+    )

@@ -132,7 +132,7 @@ def build_student(
     if "embeddings" in config.freeze:
         model.get_input_embeddings().weight.requires_grad_(False)
     if config.checkpointing:
-        _recompute_activations(model)
+        recompute_activations(model)
     student = split_student(model, tap(model, tapped_layer, with_output, after_rotary, whose="student"))
     student.start = start
     of_teacher = teacher_layer or num_teacher_layers
@@ -206,7 +206,9 @@ def _blank_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
         return AutoModel.from_config(config, dtype=torch.float32, **pooler)
 
 
-def _recompute_activations(model: PreTrainedModel) -> None:
+def recompute_activations(model: PreTrainedModel) -> None:
     if not model.supports_gradient_checkpointing:
         raise UserError(f"{model.config.model_type} cannot recompute activations; set `student.checkpointing: false`")
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    # transformers renamed it between 5.17 and 5.23
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

@@ -9,12 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NoReturn
 
-from httpx2 import HTTPError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from pipeline.errors import UserError
+
+try:
+    from httpx2 import HTTPError
+except ModuleNotFoundError:  # huggingface_hub 1.x speaks through httpx
+    from httpx import HTTPError  # type: ignore[no-redef]
 
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN to a token that may write"
 

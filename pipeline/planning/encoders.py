@@ -17,7 +17,7 @@ from pipeline.config import Recipe
 from pipeline.distillation.families import check_length, family_of
 from pipeline.distillation.loading import blank_model, config_of
 from pipeline.distillation.relations import check_heads
-from pipeline.distillation.student import student_hf_config
+from pipeline.distillation.student import recompute_activations, student_hf_config
 from pipeline.distillation.student_init import copied_layers
 from pipeline.distillation.tap import TappedEncoder, tap
 from pipeline.distillation.vocabulary import read_vocabulary
@@ -114,7 +114,7 @@ def build_encoders(recipe: Recipe, teacher_config: Path | None = None) -> Encode
         model.get_input_embeddings().weight.requires_grad_(False)
     if recipe.student.checkpointing:
         model.config.use_cache = False  # of no use to an encoder, and transformers warns where it meets recomputation
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model)
     student = tap(model.train(), relations.student_taps or recipe.student.layers, **options, whose="student")
     check_heads(teacher.widths[0], relations.heads, "teacher", student.widths[0])
     check_heads(student.widths[0], relations.heads, "student", teacher.widths[0])

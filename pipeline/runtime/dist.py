@@ -121,10 +121,10 @@ def init_process_group(launch: Launch, timeout_s: float) -> None:
     # One process meets itself at a port that the kernel picks and keeps: nobody can take it in between.
     alone = torch_dist.TCPStore("127.0.0.1", 0, 1, is_master=True) if launch.world_size == 1 else None
     timeout = timedelta(seconds=timeout_s)
+    gpu = launch.device if backend == "nccl" else None  # else NCCL guesses at the first barrier, and warns of it
+    rank, size = launch.rank, launch.world_size
     try:
-        torch_dist.init_process_group(
-            backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout, store=alone
-        )
+        torch_dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=alone, device_id=gpu)
     except torch_dist.DistNetworkError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         if "EADDRINUSE" in str(error):

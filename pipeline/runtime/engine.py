@@ -20,7 +20,9 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 import deepspeed  # noqa: E402  (the accelerator is chosen, and the chatter turned down, before this import)
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 
+from pipeline.runtime.determinism import deterministic_kernels  # noqa: E402
 from pipeline.runtime.ds_config import Precisions  # noqa: E402
+from pipeline.runtime.multi_tensor import use_multi_tensor_checks  # noqa: E402
 from pipeline.runtime.schedule import MOMENTS, OptimizerConfig, parameter_groups  # noqa: E402
 
 
@@ -72,7 +74,9 @@ class StudentEngine:
         trained: Mapping[str, torch.nn.Parameter],
         optimizer: OptimizerConfig,
         config: dict[str, Any],
+        deterministic: bool = True,
     ):
+        self._deterministic = deterministic
         self.shapes = {name: list(parameter.shape) for name, parameter in trained.items()}
         self._names = {id(parameter): name for name, parameter in trained.items()}
         self.stage: int = config["zero_optimization"]["stage"]
@@ -85,6 +89,10 @@ class StudentEngine:
         )
         self._zero = self._engine.optimizer
         self._adam = self._zero.optimizer
+        # On a CPU nothing waits for launches, and the largest magnitude of many numbers takes longer there than two extremes.
+        takes_checks = self.stage in (1, 2) and not self._zero.cpu_offload and self.device.type == "cuda"
+        warning = use_multi_tensor_checks(self._zero, deepspeed.__version__) if takes_checks else None
+        self.warnings = [warning] if warning else []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
@@ -102,7 +110,8 @@ class StudentEngine:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients of one micro-batch; DeepSpeed divides by the number of micro-batches."""
-        self._engine.backward(loss)
+        with deterministic_kernels(self._deterministic):
+            self._engine.backward(loss)
 
     def step(self, learning_rate: float) -> StepResult | None:
         """After each micro-batch; None until the last of an optimizer step, then what the step did."""

@@ -6,6 +6,7 @@ group, so that a whole table of cases costs one start.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from deepspeed.accelerator import get_accelerator
 from pipeline.runtime import checkpoint, dist
 from pipeline.runtime.checkpoint_writer import CheckpointWriter
 from pipeline.runtime.engine import StudentEngine
+from pipeline.runtime.multi_tensor import TESTED_WITH, use_multi_tensor_checks
 from pipeline.runtime.schedule import OptimizerConfig
 
 OPTIMIZER = OptimizerConfig(lr=1e-2, warmup_steps=0, weight_decay=0.1)
@@ -61,13 +63,16 @@ def make_engine(run: dict[str, Any], world_size: int) -> StudentEngine:
         "bf16": {"enabled": run["precision"] == "bf16"},
         "steps_per_print": 2**62,
     }
-    return StudentEngine(module, dict(module.named_parameters()), OPTIMIZER, config)
+    engine = StudentEngine(module, dict(module.named_parameters()), OPTIMIZER, config)
+    if engine.stage < 3:  # what a GPU's engine does by itself
+        assert use_multi_tensor_checks(engine._zero, TESTED_WITH) is None
+    return engine
 
 
 def execute(run: dict[str, Any], launch: dist.Launch) -> dict[str, Any]:
     engine = make_engine(run, launch.world_size)
     directory = Path(run["directory"])
-    report: dict[str, Any] = {"losses": {}, "scales": {}, "skipped": [], "unharmed": True, "problem": None}
+    report: dict[str, Any] = {"losses": {}, "scales": {}, "skipped": [], "unharmed": True, "problem": None, "checks": []}
     first = 0
     if "load" in run:
         reader = checkpoint.CheckpointReader(Path(run["load"]))
@@ -83,6 +88,7 @@ def execute(run: dict[str, Any], launch: dist.Launch) -> dict[str, Any]:
             x[0, 0] = float("nan")
         loss = engine(x, y)
         engine.backward(loss)
+        report["checks"].append(checks_agree(engine))
         result = engine.step(1e-2)
         assert result is not None
         mean = float(dist.sum_over_ranks(loss.detach().clone().reshape(1)).item()) / launch.world_size
@@ -97,6 +103,24 @@ def execute(run: dict[str, Any], launch: dist.Launch) -> dict[str, Any]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     report["final"] = digest(engine)
     return report
+
+
+def checks_agree(engine: StudentEngine) -> list[bool]:
+    """ZeRO-1 and -2: overflow verdict and norm of every group are DeepSpeed's own, to the last bit; and the verdict."""
+    zero = engine._zero
+    if engine.stage == 3:
+        return []
+    verdict, own = zero.has_overflow_partitioned_grads_serial(), type(zero).has_overflow_partitioned_grads_serial(zero)
+    agree = [verdict.shape == own.shape, bool(verdict) == bool(own)]
+    for group, parameters in enumerate(zero.params_in_partition):
+        gradients = zero.averaged_gradients[group]
+        mine, theirs = (f(gradients, parameters) for f in (zero.get_grad_norm_direct, _own_norm(zero)))
+        agree.append(mine.dtype == theirs.dtype and bool(mine == theirs))
+    return agree
+
+
+def _own_norm(zero: Any) -> Any:
+    return functools.partial(type(zero).get_grad_norm_direct, zero)
 
 
 def batch(step: int, launch: dist.Launch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -71,6 +71,16 @@ def test_loss_scale_falls_and_rises_again(table: tuple[list[Any], Path]) -> None
     assert scales != sorted(scales, reverse=True), "the scale never rose again"
 
 
+def test_gradient_checks_are_deepspeeds_own_to_the_last_bit(table: tuple[list[Any], Path]) -> None:
+    """Norm and overflow verdict of all gradients at once, over two groups, steps that overflow among them."""
+    for report in table[0]:
+        for stage in (1, 2):
+            for precision in PRECISIONS:
+                checks = report[f"{stage} {precision}"]["checks"]
+                assert len(checks) == STEPS
+                assert all(len(step) > 2 and all(step) for step in checks), (stage, precision, checks)
+
+
 def test_fragments_of_all_ranks_tile_every_parameter(table: tuple[list[Any], Path]) -> None:
     _, base = table
     for stage in STAGES:

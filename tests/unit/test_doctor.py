@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.__main__ import main as prepare_main
+from pipeline import doctor_machine
 from pipeline.__main__ import main
 from pipeline.config import load_recipe
 from pipeline.doctor_machine import (
@@ -215,13 +216,19 @@ def test_port_in_use() -> None:
         assert "--master_port" in port_finding(other.getsockname()[1]).mend
 
 
-def test_versions_other_than_pinned(tmp_path: Path) -> None:
+def test_versions_other_than_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [finding.status for finding in version_findings(REPO / "requirements.txt")] == ["ok"]
     pins = tmp_path / "requirements.txt"
     pins.write_text("# why\nnumpy==1.0.0  # arrays\nno-such-package==3.2\n")
     old, missing = version_findings(pins)
     assert (old.status, old.mend) == ("warn", "pip install numpy==1.0.0")
     assert (missing.status, missing.mend) == ("fail", "pip install no-such-package==3.2")
+    monkeypatch.setitem(doctor_machine.OPTIONAL, "no-such-package", "for one kind of input")
+    missing = version_findings(pins)[1]
+    assert (missing.status, missing.what) == (
+        "warn",
+        "no-such-package is not installed; it is needed for one kind of input",
+    )
 
 
 def test_slurm_that_answers_and_that_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

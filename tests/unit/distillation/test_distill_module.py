@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -170,6 +172,30 @@ def test_maps_are_probabilities_of_the_asked_relation():
         query, key, _ = tap(whole, 4)(rows[:1])
     expected = (query[0, :, :4] @ key[0, :, :4].T / 2).softmax(-1)
     assert torch.allclose(maps[0, 0], expected, atol=1e-5)
+
+
+def test_only_the_student_runs_in_the_given_context():
+    """Kernels that repeat themselves cost speed, and the teacher's forward repeats itself anyway."""
+    inside: list[str] = []
+
+    @contextmanager
+    def around():
+        handles = [
+            module.student.model.register_forward_hook(lambda *_: inside.append("student")),
+            whole_teacher.register_forward_hook(lambda *_: inside.append("teacher")),
+        ]
+        yield
+        for handle in handles:
+            handle.remove()
+
+    relations = RelationsConfig(heads=12)
+    whole, plain, student = make(relations)[1], *make(relations)[::2]
+    whole_teacher = tap(whole, 4)
+    module = DistillModule(whole_teacher, student.tapped, relations, around_student=around)
+    loss, _ = module(random_rows(2, 10))
+    loss.backward()
+    assert inside == ["student"]
+    assert loss.item() == plain(random_rows(2, 10))[0].item()
 
 
 def test_the_backend_is_settled_at_the_first_batch_and_reported():
