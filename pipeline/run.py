@@ -17,7 +17,7 @@ from pipeline.dry_run import dry_run, writable_without_trace
 from pipeline.errors import EXIT_DONE
 from pipeline.runtime import dist
 from pipeline.runtime.allotment import unused_gpu_warning
-from pipeline.runtime.directory_lock import owned_by_rank_0
+from pipeline.runtime.directory_lock import owned_by_rank_0, refuse_run_directory
 from pipeline.runtime.guard import StopRequests, Watchdog, process_mark
 from pipeline.runtime.launcher_watch import watch_launchers
 from pipeline.runtime.rank_log import keep_crash, keep_output
@@ -44,6 +44,8 @@ def run_from_files(
         if warning := unused_gpu_warning():
             print(f"warning: {warning}", flush=True)
     recipe = load_recipe(recipe_path, overrides)
+    reads = {"the teacher": Path(recipe.teacher), "the shards": Path(recipe.data)}
+    refuse_run_directory(run_dir, {"recipe.yaml": recipe_path, "deepspeed.json": ds_path}, reads)
     logs = run_dir / "logs"
     trace, held = contextlib.ExitStack(), contextlib.ExitStack()
     if only_try and launch.is_main:  # the others make nothing before they have met this rank
