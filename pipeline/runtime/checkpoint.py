@@ -315,7 +315,7 @@ def read_model_weights(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict[str
         before = committed_steps(run_dir / "checkpoints")
         try:
             return _read_model_weights(run_dir)
-        except (UserError, OSError, SafetensorError, ValueError, KeyError):
+        except (UserError, OSError, SafetensorError, RuntimeError, ValueError, KeyError):  # RuntimeError: safe_open
             if set(before) <= set(committed_steps(run_dir / "checkpoints")):
                 raise  # nothing was pruned under the reader: what it found is so
     raise UserError(
