@@ -7,14 +7,53 @@ python -m data_prep verify shards/
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from data_prep.clean import CleanOptions
 from data_prep.command_line import EXIT_USER, CommandLine
+from data_prep.outputs import output_path
 from data_prep.shards import DataError, ShardSet
+
+STOPPED = "Stopped. Finished shards are kept; the same command goes on from there."
+TIME_TO_STOP_S = 5.0
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C ends the command within a few seconds, also where a thread waits for a file that does not come."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield  # started in the background with Ctrl-C ignored, or inside another program
+        return
+
+    def end() -> None:
+        print(STOPPED, file=sys.stderr, flush=True)
+        os._exit(130)
+
+    timers: list[threading.Timer] = []
+
+    def on_interrupt(number: int, frame: Any) -> None:
+        if not timers:
+            timers.append(threading.Timer(TIME_TO_STOP_S, end))
+            timers[0].daemon = True
+            timers[0].start()
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if timers and threading.active_count() <= 2:  # nobody is left to wait for
+            timers[0].cancel()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,12 +61,13 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are not UTF-8
     parsed = build_parser().parse_args(arguments)
     try:
-        return parsed.run(parsed)
+        with interruptible():
+            return parsed.run(parsed)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER
     except KeyboardInterrupt:
-        print("Stopped. Finished shards are kept; the same command goes on from there.", file=sys.stderr)
+        print(STOPPED, file=sys.stderr)
         return 130
 
 
@@ -58,7 +98,7 @@ def add_prepare(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--tokenizer", type=Path, required=True, help="SentencePiece .model, tokenizer.json, or a directory with one"
     )
-    verb.add_argument("--output", type=Path, required=True, help="directory of the shards")
+    verb.add_argument("--output", type=output_path, required=True, help="directory of the shards")
     verb.add_argument("--workers", type=int, default=os.cpu_count(), help="tokenising processes (default: all cores)")
     verb.add_argument("--language", metavar="xx", help="this language alone; also names a file whose name does not")
     verb.add_argument("--language-map", type=Path, metavar="FILE", help="lines of: PATTERN LANGUAGE ('-': leave out)")
@@ -125,7 +165,7 @@ def add_trim_vocab(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--min-count", type=int, default=1, metavar="N", help="keep pieces that occur at least so often")
     verb.add_argument("--coverage", type=float, default=1.0, metavar="SHARE", help="of each language's tokens, by its "
                       "most frequent pieces (default: 1, every piece that occurs)")  # fmt: skip
-    verb.add_argument("--output", type=Path, required=True, help="directory of the vocabulary")
+    verb.add_argument("--output", type=output_path, required=True, help="directory of the vocabulary")
     verb.add_argument("--workers", type=int, default=os.cpu_count(), help="tokenising processes for --input")
     verb.add_argument("--language-map", type=Path, metavar="FILE", help="lines of: PATTERN LANGUAGE ('-': leave out)")
     verb.add_argument("--text-field", default="text", help="field of JSON lines and Parquet (default: text)")

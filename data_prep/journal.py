@@ -16,7 +16,7 @@ from typing import Any
 
 import xxhash
 
-from data_prep.layout import locked
+from data_prep.ownership import LOCK_NAME, Taken, own
 from data_prep.shards import DataError
 
 JOURNAL_NAME = "journal.jsonl"
@@ -87,9 +87,12 @@ class Journal:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the language against a second run; the lock dies with the process."""
-        with locked(self.path, wait=False) as file:
-            if file is None:
-                raise DataError(f"Another run is preparing {self.directory} right now. Wait for it, or stop it first.")
+        try:
+            lock = own(self.directory / LOCK_NAME, str(self.directory))
+        except Taken as error:
+            raise Taken(f"Another run is preparing {self.directory} right now: {error}") from None
+        with lock:
+            self.path.touch()
             yield
 
     def rewind(self) -> None:

@@ -22,7 +22,9 @@ from data_prep.blocks import MAX_DOCUMENT_BYTES
 from data_prep.clean import CleanOptions
 from data_prep.command_line import module_command
 from data_prep.journal import JOURNAL_NAME, Journal
-from data_prep.layout import FORMAT_NAME, FORMAT_VERSION, locked, sync_directory, write_durably
+from data_prep.layout import FORMAT_NAME, FORMAT_VERSION, sync_directory, write_durably
+from data_prep.ownership import LOCK_NAME as OWNER_LOCK
+from data_prep.ownership import own_when_free
 from data_prep.shards import LANGUAGE_PATTERN, MANIFEST_NAME, RUN_NAME, DataError, manifest_digest
 from data_prep.tokenizer import Tokenizer
 
@@ -61,11 +63,11 @@ def changing(output: Path) -> Iterator[None]:
     """Alone among the processes that change what the directory is to hold; the tasks of an array begin together."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        with locked(output / LOCK_NAME, wait=True):
-            try:
-                yield
-            finally:
-                (output / LOCK_NAME).unlink(missing_ok=True)
+        with own_when_free(output / LOCK_NAME, str(output)):
+            for name in (RUN_NAME, MANIFEST_NAME):  # written under this lock alone: of a process that was killed
+                for leftover in output.glob(f"{name}.*.tmp"):
+                    leftover.unlink(missing_ok=True)
+            yield
     except OSError as error:
         raise DataError(f"Cannot write to {output}: {error.strerror}. Give --output a writable directory.") from error
 
@@ -89,7 +91,7 @@ def _begin(output: Path, about: dict[str, Any], languages: list[str], may_add: b
             begun = read_run(output)
             write_run(output, begun, sorted({*new, *begun["languages"]}))
         return
-    if not (output / RUN_NAME).is_file() and {path.name for path in output.iterdir()} - {RUN_NAME + ".tmp", LOCK_NAME}:
+    if not (output / RUN_NAME).is_file() and {path.name for path in output.iterdir()} - {LOCK_NAME}:
         raise DataError(f"{output} is not empty and no output of prepare. Give --output a new or empty directory.")
     write_run(output, about, languages)
 
@@ -266,7 +268,9 @@ def _take_in(output: Path, other: Path, theirs: dict[str, Any]) -> list[str]:
     for language in new:
         arriving = output / f"{language}.tmp"
         shutil.rmtree(arriving, ignore_errors=True)
-        shutil.copytree(other / language, arriving, copy_function=_link_or_copy)
+        shutil.copytree(
+            other / language, arriving, copy_function=_link_or_copy, ignore=shutil.ignore_patterns(OWNER_LOCK)
+        )
         arriving.rename(output / language)
     if not new:
         return []

@@ -24,6 +24,8 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from data_prep.outputs import output_path
+from data_prep.ownership import unique_name
 from pipeline import report_plots as plots
 from pipeline import report_time as times
 from pipeline.errors import UserError
@@ -51,13 +53,13 @@ MARKS = "Green lines are checkpoints, red dashes are restarts."
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="what --run-dir of the training named")
-    parser.add_argument("--output", type=Path, help="default: report.html in the run directory")
+    parser.add_argument("--output", type=output_path, help="default: report.html in the run directory")
 
 
 def run(arguments: argparse.Namespace) -> None:
     output = arguments.output or arguments.run_dir / "report.html"
     page = render(arguments.run_dir)
-    temporary = output.with_name(output.name + ".tmp")
+    temporary = unique_name(output, ".tmp")
     temporary.write_text(page, encoding="utf-8")
     temporary.replace(output)
     print(f"report: {output} ({output.stat().st_size / 1e6:.1f} MB)")

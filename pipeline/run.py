@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import time
 from pathlib import Path
 
@@ -18,7 +17,9 @@ from pipeline.dry_run import dry_run, writable_without_trace
 from pipeline.errors import EXIT_DONE
 from pipeline.runtime import dist
 from pipeline.runtime.allotment import unused_gpu_warning
+from pipeline.runtime.directory_lock import owned_by_rank_0, refuse_run_directory
 from pipeline.runtime.guard import StopRequests, Watchdog, process_mark
+from pipeline.runtime.launcher_watch import watch_launchers
 from pipeline.runtime.rank_log import keep_crash, keep_output
 from pipeline.trainer import Trainer
 
@@ -43,18 +44,23 @@ def run_from_files(
         if warning := unused_gpu_warning():
             print(f"warning: {warning}", flush=True)
     recipe = load_recipe(recipe_path, overrides)
+    reads = {"the teacher": Path(recipe.teacher), "the shards": Path(recipe.data)}
+    refuse_run_directory(run_dir, {"recipe.yaml": recipe_path, "deepspeed.json": ds_path}, reads)
     logs = run_dir / "logs"
-    trace = contextlib.ExitStack()
+    trace, held = contextlib.ExitStack(), contextlib.ExitStack()
     if only_try and launch.is_main:  # the others make nothing before they have met this rank
         trace.enter_context(writable_without_trace(run_dir))
     stop = StopRequests(run_dir / "STOP", recipe.guard.deadline_margin_s)
     stop.listen()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while the ranks wait for each other, there is nothing to be saved
+    stop.end_at_once()
+    watch_launchers(stop.launcher_has_gone)
     slowest_s = max(recipe.guard.hang_timeout_s, recipe.guard.slow_timeout_s)
     kind = "dry-run-stacks" if only_try else "stacks"  # a dry run leaves those of earlier lives where they are
     try:
         dist.init_process_group(launch, slowest_s * COLLECTIVE_TIMEOUT_MARGIN)
         stop.listen()
+        if not only_try:
+            held.enter_context(owned_by_rank_0(run_dir, launch))
         with Watchdog(recipe.guard, logs / f"{kind}-rank{launch.rank}.txt") as watchdog:
             marks = dist.gather_json(process_mark(os.getpid()), launch.device)
             watchdog.take_along([mark for mark in marks if mark])
@@ -74,5 +80,6 @@ def run_from_files(
         raise
     finally:
         dist.shut_down()
+        held.close()
         trace.close()
     return EXIT_DONE

@@ -51,6 +51,7 @@ class Trainer:
         self.data_fingerprint: str = parts.source.fingerprint
         self.skipped_steps = 0
         self.saved_step = -1
+        self.known_steps = set(checkpoint.committed_steps(self.checkpoints))  # those that this attempt may prune
         self.spikes = SpikeDetector(recipe.guard)
 
     # -- one step -----------------------------------------------------------------------------------------------------
@@ -320,7 +321,8 @@ class Trainer:
         self.saved_step = outcome.step
         if self.launch.is_main:
             self.lives.saved(outcome.step, outcome.seconds)
-            checkpoint.prune(self.checkpoints, self.recipe.checkpoint, outcome.step)
+            self.known_steps.add(outcome.step)
+            checkpoint.prune(self.checkpoints, self.recipe.checkpoint, outcome.step, self.known_steps)
 
     # -- reports
 

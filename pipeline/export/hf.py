@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer, PretrainedConfig
 from transformers.utils import cached_file
 
+from data_prep.outputs import refuse_places_of_the_user, replaced_directory
 from pipeline.distillation.families import family_of
 from pipeline.distillation.loading import config_of
 from pipeline.errors import UserError
-from pipeline.export.card import LINEAGE_FILE, VOCABULARY_FILE, lineage_of, write_card
+from pipeline.export.card import CARD_FILE, LINEAGE_FILE, VOCABULARY_FILE, lineage_of, write_card
 from pipeline.export.handover import hand_over, limit_tokenizer
 from pipeline.identity import refuse_other_tokenizer_files, warn_of_other_teacher
 from pipeline.runtime.checkpoint import read_model_weights
@@ -37,6 +38,20 @@ TOKENIZER_FILES = (
     "merges.txt",
     VOCABULARY_FILE,
 )
+PRODUCTS = (
+    *TOKENIZER_FILES,
+    LINEAGE_FILE,
+    CARD_FILE,
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors*",
+    "onnx",
+    "*_Pooling",
+    "*_Normalize",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+)  # of an export
 HASHED_FILES = ("sentencepiece.bpe.model", "tokenizer.json")  # either may be what `tokenizer_file` chooses
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -45,11 +60,15 @@ def export_run(run_dir: Path, output: Path, extras: Sequence[Extra] = (), dtype:
     """The newest whole checkpoint of a run directory as a Hugging Face directory, with the figures that lie there."""
     if not run_dir.is_dir():
         raise UserError(f"there is no run directory {run_dir}. Train first; its --run-dir is what export reads.")
+    refuse_places_of_the_user(output, "--output", {"the run directory": run_dir})
     weights, state = read_model_weights(run_dir)
     run = _read_json(run_dir / "run.json")
     config = config_of(_existing(run_dir / "student_config.json"), str(run_dir), "student")
     recipe_text = _existing(run_dir / "recipe.yaml").read_text(encoding="utf-8")
     tokenizer = run.get("vocabulary") or run["teacher"]
+    refuse_places_of_the_user(
+        output, "--output", {"the teacher": Path(run["teacher"]), "the tokenizer": Path(tokenizer)}
+    )
     refuse_other_tokenizer_files(state.get("identity", {}), tokenizer, run_dir)
     warn_of_other_teacher(state.get("identity", {}), run["teacher"])
     lineage = lineage_of({**run, "dropout": hand_over(config, run)}, state, recipe_text)
@@ -72,10 +91,7 @@ def export_student(
     architecture = check_weights(weights, config)
     if output.exists() and not (output / LINEAGE_FILE).is_file():
         raise UserError(f"{output} exists and is no earlier export, so it is left alone. Name another --output.")
-    temporary = output.with_name(output.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with replaced_directory(output, PRODUCTS) as temporary:
         config.architectures, config.dtype = [architecture], dtype
         config.save_pretrained(temporary)
         save_file(
@@ -90,9 +106,6 @@ def export_student(
         for extra in extras:
             extra(temporary)
         write_card(temporary, measured)
-        _replace_directory(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return output
 
 
@@ -140,16 +153,6 @@ def copy_tokenizer(name: str, directory: Path) -> None:
     for file, original in zip(HASHED_FILES, originals, strict=True):
         if original is not None:
             shutil.copyfile(original, directory / file)
-
-
-def _replace_directory(new: Path, final: Path) -> None:
-    """Give `new` the name `final`; what was there goes only when the new one is complete."""
-    old = final.with_name(final.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    new.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _existing(path: Path) -> Path:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 
+from data_prep.outputs import output_path, refuse_places_of_the_user
 from pipeline.distillation.loading import load_config
 from pipeline.distillation.vocabulary import MODEL_FILE, Vocabulary, cut_embedding, read_vocabulary
 from pipeline.errors import UserError
@@ -33,7 +34,9 @@ PADDING, UNKNOWN = 1, 3  # ids in every vocabulary of XLM-R's layout
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory with sentencepiece.bpe.model")
     parser.add_argument("--vocabulary", type=Path, required=True, help="output of `python -m data_prep trim-vocab`")
-    parser.add_argument("--output", type=Path, required=True, help="directory to write; an earlier export is replaced")
+    parser.add_argument(
+        "--output", type=output_path, required=True, help="directory to write; an earlier export is replaced"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -52,6 +55,7 @@ def trim(
 ) -> dict[str, Any]:
     """Write the trimmed model to `output`, in the precision of `source`. With `run_dir`, `source` is but a passing export
     of that run."""
+    refuse_places_of_the_user(output, "--output", {"the model": source, "the vocabulary": vocabulary.directory})
     model_file = source / MODEL_FILE
     if not model_file.is_file():
         raise UserError(f"{source} has no {MODEL_FILE}; only XLM-R's kind of vocabulary can be trimmed here.")

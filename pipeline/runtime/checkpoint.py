@@ -14,7 +14,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from pipeline.runtime.schedule import MOMENTS
 FORMAT_VERSION = 1
 KINDS = ("weight", *MOMENTS)
 CARRIED_FILE = "carried.safetensors"
+MOST_READS = 100  # of a run that saves and prunes while its checkpoint is read
 BESIDE_WEIGHTS = "projection."  # how names in it begin that are no weights of the model
 _STEP_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")  # one name per step
 _FRAGMENT = re.compile(r"[^:]+:[0-9]+")
@@ -106,15 +107,18 @@ def _discard(checkpoint: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def prune(directory: Path, config: CheckpointConfig, newest: int | None = None) -> None:
+def prune(
+    directory: Path, config: CheckpointConfig, newest: int | None = None, known: Container[int] | None = None
+) -> None:
     """Delete what `config` does not keep, and what interrupted saves left. Rank 0 alone calls it, after a commit.
 
     `newest` is the step just committed (None: the highest there is). Later ones were damaged or passed over when this
-    life began: they would count as the newest and push the whole ones out, so they go.
+    life began: they would count as the newest and push the whole ones out, so they go. `known` are the steps that this
+    life found when it began or wrote (None: all): others are somebody else's, and are neither counted nor deleted.
     """
     for leftover in directory.glob("*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
-    steps = committed_steps(directory)
+    steps = [step for step in committed_steps(directory) if known is None or step in known]
     kept = kept_steps([step for step in steps if newest is None or step <= newest], config)
     for step in reversed(steps):
         if step not in kept:
@@ -305,7 +309,21 @@ def _shape(shape: Sequence[int] | None) -> str:
 
 
 def read_model_weights(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """All fp32 weights of the newest whole checkpoint by HF name, trained and carried along, and its `state.json`."""
+    """All fp32 weights of the newest whole checkpoint by HF name, trained and carried along, and its `state.json`. A running
+    run may prune the one that is being read: then a newer one is taken."""
+    for _ in range(MOST_READS):
+        before = committed_steps(run_dir / "checkpoints")
+        try:
+            return _read_model_weights(run_dir)
+        except (UserError, OSError, SafetensorError, RuntimeError, ValueError, KeyError):  # RuntimeError: safe_open
+            if set(before) <= set(committed_steps(run_dir / "checkpoints")):
+                raise  # nothing was pruned under the reader: what it found is so
+    raise UserError(
+        f"{run_dir} prunes its checkpoints faster than one can be read. Raise checkpoint.keep, or wait until the run has ended"
+    )
+
+
+def _read_model_weights(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     checkpoint, _ = newest_whole(run_dir / "checkpoints")
     if checkpoint is None:
         raise UserError(

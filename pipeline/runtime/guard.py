@@ -30,7 +30,14 @@ ProcessMark = list[Any]
 TIME_FOR_OTHER_STACKS_S = 3.0  # ranks that wait for the same dead one notice within a second of each other
 BACKSTOP_MARGIN_S = 30.0  # beyond the watchdog's own patience; it needs a few seconds once it has begun
 TIME_FOR_CONSOLE_S = 2.0
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGHUP,  # the terminal or the connection has gone
+    signal.SIGXCPU,  # the limit of CPU time; the kernel sends it again every second, and kills at the hard limit
+)
 
 
 @dataclass
@@ -65,11 +72,27 @@ class StopRequests:
         self._leftover = _identity(stop_file)
         self._signal: signal.Signals | None = None
         self._end_time_s = float(os.environ.get("SLURM_JOB_END_TIME", "inf"))
+        self._orphaned = self._is_meeting = False
         self.margin_s = margin_s
 
     def listen(self) -> None:
+        self._is_meeting = False
         for number in STOP_SIGNALS:
-            signal.signal(number, self._on_signal)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup: a hangup is no wish
+                signal.signal(number, self._on_signal)
+
+    def end_at_once(self) -> None:
+        """Before the ranks have met there is nothing to save, and a rank that waits for the others hears no handler."""
+        self._is_meeting = True
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU):
+            if signal.getsignal(number) == self._on_signal:
+                signal.signal(number, signal.SIG_DFL)
+
+    def launcher_has_gone(self) -> None:
+        """Called from another thread: nobody above this rank would notice its end, or pass a signal on."""
+        self._orphaned = True
+        if self._is_meeting:
+            os._exit(128 + signal.SIGTERM)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self._signal = self._signal or signal.Signals(number)
@@ -92,6 +115,8 @@ class StopRequests:
         """Why this rank wishes to stop, or None."""
         if self._signal is not None:
             return f"signal {self._signal.name}"
+        if self._orphaned:
+            return "the launcher has gone"
         if time.time() > self._end_time_s - self.margin_s:
             return f"deadline: less than {self.margin_s:.0f} s to the end of the job's time"
         return f"file {self._stop_file.name}" if self._stop_file.exists() else None

@@ -46,6 +46,40 @@ def test_signal_becomes_a_reason(number: signal.Signals, tmp_path: Path, handler
     assert stop.reason == f"signal {number.name}"
 
 
+def test_a_second_signal_changes_nothing(tmp_path: Path, handlers: None) -> None:
+    stop = StopRequests(tmp_path / "STOP", 60)
+    stop.listen()
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):
+        os.kill(os.getpid(), number)
+    assert stop.reason == "signal SIGTERM"
+
+
+def test_under_nohup_a_hangup_is_no_wish_to_stop(tmp_path: Path, handlers: None) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopRequests(tmp_path / "STOP", 60)
+    stop.listen()
+    stop.end_at_once()
+    stop.listen()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert stop.reason is None
+
+
+def test_before_the_ranks_have_met_a_signal_ends_the_rank(tmp_path: Path, handlers: None) -> None:
+    stop = StopRequests(tmp_path / "STOP", 60)
+    stop.listen()
+    stop.end_at_once()
+    assert {signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)} == {signal.SIG_DFL}
+    stop.listen()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.reason == "signal SIGTERM"
+
+
+def test_a_launcher_that_has_gone_is_a_reason(tmp_path: Path) -> None:
+    stop = StopRequests(tmp_path / "STOP", 60)
+    stop.launcher_has_gone()
+    assert stop.reason == "the launcher has gone"
+
+
 def test_stop_file_becomes_a_reason(tmp_path: Path) -> None:
     stop = StopRequests(tmp_path / "STOP", 60)
     assert stop.reason is None
