@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import SickRunError, UserError
+from pipeline.json_files import read_json
 
 FILE = "evaluation.json"
 OTHER_MODELS_FILE = "evaluation.old.json"
@@ -21,7 +22,7 @@ def read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = read_json(path)
         if not isinstance(report["tasks"], dict):
             raise ValueError("`tasks` is no mapping")
         return report
