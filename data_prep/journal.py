@@ -126,10 +126,14 @@ def _entry_of(text: bytes) -> Entry | None:
         return None
     numbers += entry.counts.values()
     if entry.shard is not None:
-        if not isinstance(entry.shard, dict) or not isinstance(entry.shard.get("file"), str):
+        if not isinstance(entry.shard, dict) or not _is_file_name(entry.shard.get("file")):
             return None
         numbers += [entry.shard.get(key) for key in ("tokens", "documents", "bytes")]
     return entry if all(type(number) is int and number >= 0 for number in numbers) else None
+
+
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and 0 < len(name.encode("utf-8", "surrogatepass")) < 200 and name.isprintable()
 
 
 def _line(entry: Entry) -> bytes:

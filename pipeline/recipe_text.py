@@ -110,6 +110,6 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {shown(override)}: the value is not readable YAML: {error}") from None
     if isinstance(value, Plain) and value != text.strip():  # the rest was taken for a comment
         raise UserError(
-            f"""--set {override}: YAML reads `{value}` and no more; quote it: --set '{key}="{shown(text)}"'"""
+            f"""--set {shown(override)}: YAML reads `{shown(value)}` and no more; quote it: --set '{key}="{shown(text)}"'"""
         )
     tree[last] = Plain() if value is None else value

@@ -284,7 +284,7 @@ class CheckpointReader:
                 position = high
         if position != start + numel:
             raise UserError(
-                f"{self._path} has no {kind} of {name} from element {position}: it was written by a run with another "
+                f"{self._path} has no {kind} of {name[:200]} from element {position}: it was written by a run with another "
                 "student or other frozen parts. Take another --run-dir"
             )
         return torch.cat(parts) if len(parts) != 1 else parts[0]

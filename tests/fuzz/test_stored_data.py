@@ -63,7 +63,7 @@ def test_shard_manifest(tmp_path: Path, tiny_shards: Path) -> None:
 
         refused_or_done(read)
 
-    fuzz("shard manifest", trial)
+    fuzz("shard manifest", trial, kept=[(30375621, 1), (4424479, 2)])
 
 
 def test_shard_journal(tmp_path: Path, tiny_shards: Path) -> None:
@@ -84,7 +84,7 @@ def test_shard_journal(tmp_path: Path, tiny_shards: Path) -> None:
         refused_or_done(lambda: Journal.read(shards / "sw"))
         refused_or_done(lambda: write_manifest(shards))
 
-    fuzz("shard journal", trial)
+    fuzz("shard journal", trial, kept=[(3179, 1), (39, 3), (91550, 1)])
 
 
 def test_checkpoint(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_checkpoint(tmp_path: Path) -> None:
         refused_or_done(lambda: newest_whole(run_dir / "checkpoints"))
         refused_or_done(lambda: read_model_weights(run_dir))
 
-    fuzz("checkpoint manifest and state", trial)
+    fuzz("checkpoint manifest and state", trial, kept=[(1482899, 4), (104013, 4), (17445171, 1)])
 
 
 def test_run_directory_before_a_resume(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_run_directory_before_a_resume(tmp_path: Path) -> None:
         refused_or_done(lambda: results.read(good / "evaluation.json"))
         refused_or_done(lambda: resume(good))
 
-    fuzz("run directory", trial)
+    fuzz("run directory", trial, kept=[(18335178, 1), (3261165, 2), (119429, 2), (158, 1), (79579, 1)])
 
 
 def resume(run_dir: Path) -> None:
