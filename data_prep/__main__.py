@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import os
 import signal
 import sys
@@ -18,9 +17,28 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.clean import CleanOptions
-from data_prep.command_line import EXIT_USER, CommandLine
+from data_prep.command_line import (
+    EXIT_INTERRUPTED,
+    EXIT_USER,
+    CommandLine,
+    code_without_traceback,
+    print_bytes_as_they_come,
+)
 from data_prep.outputs import output_path
 from data_prep.shards import DataError, ShardSet
+
+RANGES: dict[str, tuple[float, float]] = {
+    "workers": (1, 4096),
+    "shard_tokens": (1, 2**40),
+    "block_bytes": (1, 2**30),
+    "dedup_memory_mb": (1, 2**62),
+    "min_document_chars": (0, 2**62),
+    "max_document_chars": (0, 2**62),
+    "alpha": (0, 1),
+    "seq_len": (3, 2**20),
+    "samples": (1, 2**62),
+    "min_count": (1, 2**62),
+}
 
 STOPPED = "Stopped. Finished shards are kept; the same command goes on from there."
 TIME_TO_STOP_S = 5.0
@@ -36,7 +54,7 @@ def interruptible() -> Iterator[None]:
 
     def end() -> None:
         print(STOPPED, file=sys.stderr, flush=True)
-        os._exit(130)
+        os._exit(EXIT_INTERRUPTED)
 
     timers: list[threading.Timer] = []
 
@@ -57,18 +75,21 @@ def interruptible() -> Iterator[None]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are not UTF-8
+    print_bytes_as_they_come()
     parsed = build_parser().parse_args(arguments)
     try:
         with interruptible():
-            return parsed.run(parsed)
+            code = parsed.run(parsed)
+            sys.stdout.flush()  # here, where a reader that has gone is no traceback
+            return code
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER
     except KeyboardInterrupt:
         print(STOPPED, file=sys.stderr)
-        return 130
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        return code_without_traceback(error)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -172,15 +193,27 @@ def add_trim_vocab(verb: argparse.ArgumentParser) -> None:
     verb.set_defaults(run=run_trim_vocab)
 
 
+def refuse_out_of_range(parsed: argparse.Namespace) -> None:
+    """A number that no machine and no corpus has is a slip of the hand, and would end in a traceback or in a full disk."""
+    for name, (least, most) in RANGES.items():
+        value = getattr(parsed, name, None)
+        if value is not None and not least <= value <= most:
+            option, wanted = name.replace("_", "-"), f"at least {least}" if value < least else f"at most {most}"
+            raise DataError(f"--{option} {str(value)[:24]}: {wanted} is needed.")
+
+
 def run_prepare(parsed: argparse.Namespace) -> int:
     from data_prep.blocks import BLOCK_BYTES
     from data_prep.discovery import LanguageRules
     from data_prep.prepare import DEFAULT_SHARD_TOKENS, PrepareConfig, prepare
     from data_prep.sources import MAX_BROKEN_LINES
 
-    for name in ("workers", "shard_tokens", "block_bytes", "dedup_memory_mb"):
-        if getattr(parsed, name) is not None and getattr(parsed, name) < 1:
-            raise DataError(f"--{name.replace('_', '-')} {getattr(parsed, name)}: at least 1 is needed.")
+    refuse_out_of_range(parsed)
+    if parsed.max_document_chars and parsed.max_document_chars < (parsed.min_document_chars or 0):
+        raise DataError(
+            f"--max-document-chars {parsed.max_document_chars} is below --min-document-chars {parsed.min_document_chars}: "
+            "no document would be kept."
+        )
     if parsed.max_broken_lines is not None and not 0 <= parsed.max_broken_lines <= 1:
         raise DataError(f"--max-broken-lines {parsed.max_broken_lines}: a share from 0 to 1 is needed.")
     names = CleanOptions().as_dict()
@@ -240,6 +273,7 @@ def run_verify(parsed: argparse.Namespace) -> int:
 def run_stats(parsed: argparse.Namespace) -> int:
     from data_prep.stats import collect, draw, table
 
+    refuse_out_of_range(parsed)
     rows = collect(ShardSet(parsed.shards), parsed.alpha, parsed.seq_len, parsed.samples)
     print(table(rows, parsed.alpha))
     if parsed.plot:
@@ -258,8 +292,7 @@ def run_trim_vocab(parsed: argparse.Namespace) -> int:
 
     languages = [language for language in (parsed.languages or "").split(",") if language]
     options = TrimOptions(languages, parsed.min_count, parsed.coverage)  # refused before anything is counted
-    if parsed.workers < 1:
-        raise DataError(f"--workers {parsed.workers}: at least 1 is needed.")
+    refuse_out_of_range(parsed)
     tokenizer = SentencePieceTokenizer(parsed.tokenizer)
     check_tokenizer(parsed.tokenizer, tokenizer)
     if parsed.shards:

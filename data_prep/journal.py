@@ -78,7 +78,11 @@ class Journal:
                     f"{journal.path} is damaged in line {number}. Make the language again: the same command with "
                     f"--redo {directory.name}"
                 )
-            entry = Entry(**json.loads(text))
+            if (entry := _entry_of(text)) is None:
+                raise DataError(
+                    f"{journal.path} was edited or made by another program: line {number} is no entry of a journal. Make "
+                    f"the language again: the same command with --redo {directory.name}"
+                )
             if entry.shard is not None and not _is_whole(directory, entry.shard):
                 break
             journal.entries.append(entry)
@@ -111,6 +115,28 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         self.entries.append(entry)
+
+
+def _entry_of(text: bytes) -> Entry | None:
+    """None where the hash fits and the content is still none of ours."""
+    try:
+        entry = Entry(**json.loads(text))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    numbers: list[Any] = [entry.source, entry.text_end]
+    lists = isinstance(entry.finished, list) and all(isinstance(source, dict) for source in entry.finished)
+    if not (lists and isinstance(entry.counts, dict) and type(entry.complete) is bool):
+        return None
+    numbers += entry.counts.values()
+    if entry.shard is not None:
+        if not isinstance(entry.shard, dict) or not _is_file_name(entry.shard.get("file")):
+            return None
+        numbers += [entry.shard.get(key) for key in ("tokens", "documents", "bytes")]
+    return entry if all(type(number) is int and number >= 0 for number in numbers) else None
+
+
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and 0 < len(name.encode("utf-8", "surrogatepass")) < 200 and name.isprintable()
 
 
 def _line(entry: Entry) -> bytes:

@@ -133,14 +133,22 @@ def read_run(output: Path) -> dict[str, Any]:
     try:
         run = json.loads(file.read_text(encoding="utf-8"))
         if run["format"] != FORMAT_NAME or run["version"] != FORMAT_VERSION:
-            raise DataError(f"{file} is of another format version ({run['version']!r}). Give --output a new directory.")
+            raise DataError(
+                f"{file} is of another format version ({str(run['version'])[:40]}). Give --output a new directory."
+            )
+        if not isinstance(run["languages"], list) or not all(
+            isinstance(run[part], dict) for part in ("tokenizer", "options")
+        ):
+            raise TypeError("languages is no list, or tokenizer or options no object")
         for language in run["languages"]:
             if not LANGUAGE_PATTERN.fullmatch(language):
-                raise DataError(f"{file} names a language {language!r}: not a plain name. Do not use this directory.")
+                raise DataError(
+                    f"{file} names a language {language[:80]!r}: not a plain name. Do not use this directory."
+                )
         return run
     except FileNotFoundError as error:
         raise DataError(f"{output} is no output of `python -m data_prep prepare` ({RUN_NAME} is missing).") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{file} cannot be read ({error}). Give --output a new directory.") from error
@@ -213,9 +221,19 @@ def make_manifest(output: Path, run: dict[str, Any]) -> dict[str, Any]:
     for language, journal in journals.items():
         if not journal.complete:
             raise DataError(f"{journal.path} is missing or does not reach the end of {language}. Run prepare for it.")
-    entries = {language: _manifest_entry(journal) for language, journal in journals.items()}
+    entries = {language: _checked_entry(language, journal) for language, journal in journals.items()}
     manifest = {**run, "languages": entries}
     return {**manifest, "manifest_xxh3_128": manifest_digest(manifest)}
+
+
+def _checked_entry(language: str, journal: Journal) -> dict[str, Any]:
+    try:
+        return _manifest_entry(journal)
+    except (KeyError, IndexError, TypeError) as error:
+        raise DataError(
+            f"{journal.path} was edited or made by another program ({type(error).__name__}: {error}). Make the language "
+            f"again: the same command with --redo {language}"
+        ) from error
 
 
 def _manifest_entry(journal: Journal) -> dict[str, Any]:

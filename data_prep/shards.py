@@ -136,7 +136,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT_NAME or manifest["version"] != FORMAT_VERSION:
             raise DataError(
-                f"{file} is of format {manifest['format']!r} version {manifest['version']!r}; this program reads "
+                f"{file} is of format {str(manifest['format'])[:40]!r} version {str(manifest['version'])[:40]}; this program reads "
                 f"{FORMAT_NAME!r} version {FORMAT_VERSION}. Prepare the shards again."
             )
         if manifest["manifest_xxh3_128"] != manifest_digest(manifest):
@@ -146,7 +146,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             )
         identity_of(manifest)
         check_manifest(path, manifest)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{file} is damaged ({type(error).__name__}: {error}). Prepare the shards again.") from error
@@ -191,7 +191,9 @@ def row_ends(manifest: dict[str, Any]) -> tuple[int, int]:
     tokenizer = manifest["tokenizer"]
     ends = tokenizer.get("bos", BOS_ID), tokenizer.get("eos", EOS_ID)
     if not all(type(number) is int and 0 <= number < tokenizer["vocab_size"] for number in ends):
-        raise DataError(f"The manifest's row ends {ends} are no ids of its vocabulary. Prepare the shards again.")
+        raise DataError(
+            f"The manifest's row ends {str(ends)[:80]} are no ids of its vocabulary. Prepare the shards again."
+        )
     return ends
 
 
@@ -202,17 +204,23 @@ def check_manifest(root: Path, manifest: dict[str, Any]) -> None:
         if type(entry["text_bytes"]) is not int:
             raise KeyError(f"text_bytes of {language}")
         if not LANGUAGE_PATTERN.fullmatch(language):
-            raise DataError(f"{file} names a language {language!r}: not a plain name. Do not use this manifest.")
+            raise DataError(f"{file} names a language {language[:80]!r}: not a plain name. Do not use this manifest.")
         for number, record in enumerate(entry["shards"]):
             name = record["file"]
             match = _SHARD_FILE.fullmatch(name)
             if match is None or match["language"] != language or int(match["number"]) != number:
-                raise DataError(f"{file} names a shard {name!r}; expected {language}/{number:05d}.tok. Do not use it.")
+                raise DataError(
+                    f"{file} names a shard {name[:80]!r}; expected {language}/{number:05d}.tok. Do not use it."
+                )
             if not (root / name).resolve().is_relative_to(root.resolve()):
                 raise DataError(f"{root / name} leads out of {root} by a symbolic link: refused. Copy the shard in.")
+            if type(record["xxh3_128"]) is not str:
+                raise KeyError(f"xxh3_128 of {name}")
             counts = (record["tokens"], record["documents"], record["bytes"])
             if not all(type(count) is int and count >= 0 for count in counts):
-                raise DataError(f"{file} is damaged: impossible counts {counts} for {name}. Prepare the shards again.")
+                raise DataError(
+                    f"{file} is damaged: impossible counts {str(counts)[:80]} for {name}. Prepare the shards again."
+                )
             if sections(record["tokens"], record["documents"]).end != record["bytes"]:
                 raise DataError(f"{file} is damaged: the size of {name} does not follow from its counts.")
 

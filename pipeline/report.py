@@ -13,14 +13,12 @@ import argparse
 import base64
 import html
 import io
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -28,8 +26,11 @@ from data_prep.outputs import output_path
 from data_prep.ownership import unique_name
 from pipeline import report_plots as plots
 from pipeline import report_time as times
+from pipeline.config import as_tree, load_recipe
 from pipeline.errors import UserError
 from pipeline.evaluation.languages import left_out_line
+from pipeline.json_files import read_json_if_there, read_points
+from pipeline.recipe_text import read_yaml
 from pipeline.report_retrieval import read_retrieval
 from pipeline.runtime.checkpoint import committed_steps
 
@@ -68,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
 def render(run_dir: Path) -> str:
     """The whole page. A section without content is left out."""
     metrics = read_metrics(run_dir)
-    about, recipe = _read_json(run_dir / "run.json"), _read_recipe(run_dir)
+    about, recipe = read_json_if_there(run_dir / "run.json"), _read_recipe(run_dir)
     events = times.events_of(run_dir, metrics, committed_steps(run_dir / "checkpoints"))
     retrieval = read_retrieval(run_dir, metrics[-1]["step"], recipe.get("teacher"))
     compared = "Retrieval before and after" if "before" in retrieval else "Retrieval"
@@ -115,11 +116,7 @@ def read_metrics(run_dir: Path) -> times.Points:
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{path} is missing: {run_dir} is no run directory, or its training never began.")
-    points = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        if line.endswith("}"):
-            points.append(json.loads(line))
-    if not points:
+    if not (points := read_points(path)):
         raise UserError(f"{path} is empty: the training has not reported anything yet. Try again in a minute.")
     return points
 
@@ -255,11 +252,9 @@ def _short(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 def _read_recipe(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "recipe.yaml"
-    tree = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return tree if isinstance(tree, dict) else {}
+    if not path.is_file():
+        return {}
+    given = read_yaml(path)
+    return {key: value for key, value in as_tree(load_recipe(path, [])).items() if key in given}

@@ -12,6 +12,7 @@ from typing import Any
 
 from data_prep.ownership import lock_beside, own_when_free, unique_name
 from pipeline.errors import SickRunError, UserError
+from pipeline.json_files import read_json
 
 FILE = "evaluation.json"
 OTHER_MODELS_FILE = "evaluation.old.json"
@@ -22,7 +23,7 @@ def read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = read_json(path)
         if not isinstance(report["tasks"], dict):
             raise ValueError("`tasks` is no mapping")
         return report

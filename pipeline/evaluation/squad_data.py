@@ -133,10 +133,12 @@ def _walk(tree: Any, path: Path) -> Iterator[Question]:
             for paragraph_number, paragraph in enumerate(article["paragraphs"]):
                 place = f"data[{article_number}].paragraphs[{paragraph_number}]"
                 for entry in paragraph["qas"]:
-                    place = f"question {entry['id']}"
+                    if not all(isinstance(entry[key], str) for key in ("id", "question")):
+                        raise TypeError("id and question are text")
+                    place = f"question {entry['id'][:80]}"
                     answers = [(answer["text"], answer["answer_start"]) for answer in entry["answers"]]
                     yield _checked(entry["id"], entry["question"], paragraph["context"], answers, path)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
         wrong = f"lacks {error}" if isinstance(error, KeyError) else "is not built like SQuAD v1.1"
         raise UserError(
             f"{path}, {place}: {wrong}. Correct it there; SQuAD v1.1's own file shows the layout."

@@ -41,7 +41,7 @@ def trained_as(model: str | Path) -> dict[str, Any]:
         one = {side: relations.get(f"{side}_layer") for side in ("teacher", "student")}
         matched = max(relations.get("layers") or [one], key=lambda pair: pair["student"] or 0)
         layers = {f"{side}_layer": matched[side] for side in ("teacher", "student")}
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}). Export the model again.") from None
     if not recipe:  # trimmed, never trained here
         return {}

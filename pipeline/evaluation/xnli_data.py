@@ -39,7 +39,7 @@ class LabelledPairs:
         name = ALSO_CALLED.get(label, label)
         if name not in LABELS:
             raise UserError(
-                f"{where}: unknown label {label!r}; {did_you_mean(label, LABELS)} Labels: {', '.join(LABELS)}"
+                f"{where}: unknown label {label[:40]!r}; {did_you_mean(label, LABELS)} Labels: {', '.join(LABELS)}"
             )
         self.first.append(first)
         self.second.append(second)

@@ -9,7 +9,6 @@ In: an export and directories with measured figures (measured.py). Out: the dict
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +16,14 @@ from typing import Any
 
 import yaml
 
+from pipeline.config import tree_of_recipe
 from pipeline.distillation.families import usable_positions
 from pipeline.distillation.loading import load_config
 from pipeline.distillation.model_files import read_model
 from pipeline.errors import UserError
 from pipeline.evaluation.trained_as import longest_of
 from pipeline.export.measured import measured_sections
+from pipeline.json_files import read_json
 
 LINEAGE_FILE, VOCABULARY_FILE, CARD_FILE = "lineage.json", "vocabulary.json", "README.md"
 LOADING = """## How to load it
@@ -86,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def lineage_of(run: dict[str, Any], state: dict[str, Any], recipe_text: str) -> dict[str, Any]:
     """Everything that a student can be traced by, from what the run itself wrote down."""
-    recipe = yaml.safe_load(recipe_text)
+    recipe = tree_of_recipe(recipe_text, "the run's recipe.yaml")
     relations, student = recipe["relations"], recipe["student"]
     tail = relations.get("tail", "none")
     return {
@@ -140,7 +141,7 @@ def write_card(directory: Path, measured: Sequence[Path] = ()) -> None:
 
 def model_card(directory: Path, measured: Sequence[Path] = ()) -> str:
     """The model card: what it is, how to load it, what was measured, where it comes from."""
-    lineage = json.loads((directory / LINEAGE_FILE).read_text(encoding="utf-8"))
+    lineage = read_json(directory / LINEAGE_FILE)
     config = load_config(directory, "student")
     weights = directory / "model.safetensors"
     recipe = lineage.get("recipe")
@@ -165,7 +166,7 @@ def model_card(directory: Path, measured: Sequence[Path] = ()) -> str:
     if figures := measured_sections([*measured, directory], lineage.get("steps")):
         parts += ["## What was measured", figures]
     if (directory / VOCABULARY_FILE).is_file():
-        parts.append(_vocabulary(json.loads((directory / VOCABULARY_FILE).read_text(encoding="utf-8"))))
+        parts.append(_vocabulary(read_json(directory / VOCABULARY_FILE)))
     rows = [f"| {label} | {_cell(lineage[key])} |" for key, label in LABELS.items() if key in lineage]
     parts += ["## Lineage", "\n".join(["| | |", "|---|---|", *rows])]
     if recipe:
@@ -205,7 +206,7 @@ def _untrained_tail(student_layer: Any, num_layers: int) -> str:
 
 def length_note(directory: Path) -> str:
     """Which inputs are longer than training's rows, and what then: nothing to say where rows had every position."""
-    recipe = json.loads((directory / LINEAGE_FILE).read_text(encoding="utf-8")).get("recipe") or {}
+    recipe = read_json(directory / LINEAGE_FILE).get("recipe") or {}
     positions, trained = usable_positions(load_config(directory, "student")), recipe.get("seq_len")
     if trained is None or trained >= positions:
         return ""

@@ -24,6 +24,7 @@ from pipeline.errors import UserError
 from pipeline.export.card import CARD_FILE, LINEAGE_FILE, VOCABULARY_FILE, lineage_of, write_card
 from pipeline.export.handover import hand_over, limit_tokenizer
 from pipeline.identity import refuse_other_tokenizer_files, warn_of_other_teacher
+from pipeline.json_files import read_json
 from pipeline.runtime.checkpoint import read_model_weights
 
 Extra = Callable[[Path], object]
@@ -162,7 +163,4 @@ def _existing(path: Path) -> Path:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(_existing(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}). Restore it from a copy of the run.") from None
+    return read_json(_existing(path))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from pipeline.distillation.vocabulary import MODEL_FILE, Vocabulary, cut_embeddi
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder, load_encoder
 from pipeline.export.hf import LINEAGE_FILE, Extra, export_student
+from pipeline.json_files import read_json_if_there
 
 CHECKED_ROWS = 64
 CHECKED_TOKENS = 62  # of each row: it must fit into the smallest model
@@ -71,7 +71,7 @@ def trim(
         "checked_rows": len(rows_BL),
     }
     lineage_file = source / LINEAGE_FILE
-    lineage = json.loads(lineage_file.read_text(encoding="utf-8")) if lineage_file.is_file() else {}
+    lineage = read_json_if_there(lineage_file)
     cut = {key: vocabulary.about[key] for key in ("languages", "min_count", "coverage")}
     lineage["trimmed"] = {"from": str(run_dir or source), **cut, "pieces": report["pieces"]}
     export_student(

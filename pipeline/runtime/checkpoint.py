@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from pipeline.errors import UserError
+from pipeline.ranges import LARGEST_INT, check_ranges
 from pipeline.runtime.schedule import MOMENTS
 
 FORMAT_VERSION = 1
@@ -45,6 +46,7 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if self.keep < 1 or (self.keep_every is not None and self.keep_every < 1):
             raise UserError("checkpoint.keep and checkpoint.keep_every must be at least 1")
+        check_ranges(self, "checkpoint", {"keep": (1, 10**9), "keep_every": (1, LARGEST_INT)})
 
 
 # -- what is on disk
@@ -148,11 +150,11 @@ def damage(checkpoint: Path) -> str | None:
         text = (checkpoint / "manifest.json").read_text(encoding="utf-8")
         manifest = json.loads(text)
         if manifest["format"] != FORMAT_VERSION:
-            return f"format {manifest['format']}, this code reads {FORMAT_VERSION}"
+            return f"format {str(manifest['format'])[:40]}, this code reads {FORMAT_VERSION}"
         files = manifest["files"]
         for name in files:
             if not _FILE_NAME.fullmatch(name):
-                return f"the manifest names {name!r}, which no checkpoint has"
+                return f"the manifest names {name[:80]!r}, which no checkpoint has"
         if text != _manifest_text(files):
             return "manifest.json does not have its own sha256"
         if problem := _not_a_whole_set(files):
@@ -168,8 +170,20 @@ def damage(checkpoint: Path) -> str | None:
             return problem
         if json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"] != _step_of(checkpoint):
             return "state.json belongs to another step"
+        if problem := _state_problem(json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))):
+            return f"state.json is not one of this code: {problem}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"manifest.json or state.json cannot be read ({type(error).__name__}: {error})"
+    return None
+
+
+def _state_problem(state: Mapping[str, Any]) -> str | None:
+    shapes = state.get("parameters", {})
+    if not isinstance(shapes, dict):
+        return "`parameters` is no object"
+    for name, shape in shapes.items():
+        if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**31 for size in shape):
+            return f"`parameters` has no shape for {name[:80]!r}"
     return None
 
 
@@ -274,7 +288,7 @@ class CheckpointReader:
                 position = high
         if position != start + numel:
             raise UserError(
-                f"{self._path} has no {kind} of {name} from element {position}: it was written by a run with another "
+                f"{self._path} has no {kind} of {name[:200]} from element {position}: it was written by a run with another "
                 "student or other frozen parts. Take another --run-dir"
             )
         return torch.cat(parts) if len(parts) != 1 else parts[0]
@@ -332,6 +346,8 @@ def _read_model_weights(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict[st
         )
     reader = CheckpointReader(checkpoint)
     weights = {name: tensor for name, tensor in reader.carried().items() if not name.startswith(BESIDE_WEIGHTS)}
+    if "parameters" not in reader.state:
+        raise UserError(f"{checkpoint / 'state.json'} does not name the student's parameters. Restore it from a backup")
     for name, shape in reader.state["parameters"].items():
         numel = int(torch.Size(shape).numel())
         weights[name] = reader.read("weight", name, 0, numel).reshape(shape)

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from pipeline.errors import EXIT_HUNG, SickRunError, UserError
+from pipeline.ranges import LARGEST_INT, LONGEST_S, check_ranges
 
 ProcessMark = list[Any]
 TIME_FOR_OTHER_STACKS_S = 3.0  # ranks that wait for the same dead one notice within a second of each other
@@ -58,6 +59,8 @@ class GuardConfig:
             raise UserError("guard.max_bad_steps must be at least 1 and guard.spike_window at least 2")
         if min(self.hang_timeout_s, self.slow_timeout_s, self.deadline_margin_s, self.spike_sigmas) <= 0:
             raise UserError("guard's timeouts, deadline_margin_s and spike_sigmas must be positive")
+        timeouts = dict.fromkeys(("hang_timeout_s", "slow_timeout_s", "deadline_margin_s"), (0, LONGEST_S))
+        check_ranges(self, "guard", {**timeouts, "max_bad_steps": (1, LARGEST_INT), "spike_window": (2, 10**6)})
 
 
 class StopRequests:
@@ -71,7 +74,7 @@ class StopRequests:
         self._stop_file = stop_file
         self._leftover = _identity(stop_file)
         self._signal: signal.Signals | None = None
-        self._end_time_s = float(os.environ.get("SLURM_JOB_END_TIME", "inf"))
+        self._end_time_s = _end_of_job()
         self._orphaned = self._is_meeting = False
         self.margin_s = margin_s
 
@@ -120,6 +123,19 @@ class StopRequests:
         if time.time() > self._end_time_s - self.margin_s:
             return f"deadline: less than {self.margin_s:.0f} s to the end of the job's time"
         return f"file {self._stop_file.name}" if self._stop_file.exists() else None
+
+
+def _end_of_job() -> float:
+    text = os.environ.get("SLURM_JOB_END_TIME", "inf")
+    try:
+        end_time_s = float(text)
+    except ValueError:
+        end_time_s = math.nan
+    if math.isnan(end_time_s):
+        raise UserError(
+            f"SLURM_JOB_END_TIME is {text[:40]!r}, not seconds since the epoch; correct it, or `unset SLURM_JOB_END_TIME`"
+        )
+    return end_time_s
 
 
 def _identity(file: Path) -> tuple[int, int] | None:
@@ -229,7 +245,12 @@ class Watchdog:
         self._siblings = [mark for mark in siblings if mark[0] == socket.gethostname() and mark[1] != os.getpid()]
 
     def __enter__(self) -> Watchdog:
-        self._stacks.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._stacks.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"the run directory {self._stacks.parent.parent} cannot be written to ({error}); take another --run-dir"
+            ) from None
         _set_aside(self._stacks)
         self._file = open(self._stacks, "w", encoding="utf-8")
         # `kill -QUIT` asks a rank for its stacks; the handler is C code, so it answers out of any call

@@ -18,6 +18,16 @@ FALL_BACK_AFTER = 3
 GIVE_UP_AFTER = 6
 
 
+def _is_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("saved_steps"), list)
+        and "ended" in entry
+        and type(entry.get("slowest_save_s", 0.0)) in (int, float)
+        and entry.get("slowest_save_s", 0.0) >= 0
+    )
+
+
 class Lives:
     """Reads and appends to `lives.json`; every change is written to a temporary name and renamed."""
 
@@ -26,8 +36,11 @@ class Lives:
         self._lives: list[dict[str, Any]] = []
         if self._path.exists():
             try:
-                self._lives = json.loads(self._path.read_text(encoding="utf-8"))
-            except ValueError:
+                lives = json.loads(self._path.read_text(encoding="utf-8"))
+                if not isinstance(lives, list) or not all(map(_is_entry, lives)):
+                    raise ValueError("no list of starts")
+                self._lives = lives
+            except (ValueError, RecursionError):
                 print(f"warning: {self._path} cannot be read; crashes are counted from this start on", flush=True)
 
     @property

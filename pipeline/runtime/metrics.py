@@ -128,13 +128,13 @@ def _truncate_after(path: Path, first_step: int) -> set[str]:
     if not path.exists():
         return set()
     kept, tags = [], set()
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
             if 0 < first_step >= row["step"]:  # a run that begins again measures step 0 again
                 kept.append(line)
                 tags |= set(row) if row["step"] == first_step else set()
-        except (json.JSONDecodeError, KeyError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     shorter = path.with_suffix(".tmp")
     shorter.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
