@@ -34,8 +34,9 @@ def shape_facts(parameters: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     return {f"shape of `{name}`": list(tensor.shape) for name, tensor in parameters.items()}
 
 
-def other_surroundings(state: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """What is neither recipe nor data, may change within a run, and is no longer what wrote this checkpoint."""
+def other_surroundings(state: Mapping[str, Any], config: Mapping[str, Any], dropout: float) -> list[str]:
+    """What is neither recipe nor data, may change within a run, and is no longer what wrote this checkpoint. `dropout` is
+    the student's highest."""
     lines = []
     if versions := _differences(_versions(state.get("versions", {})), _versions(library_versions())):
         lines.append(
@@ -44,6 +45,14 @@ def other_surroundings(state: Mapping[str, Any], config: Mapping[str, Any]) -> l
     then, now = flat(state.get("deepspeed", {})), flat(config)
     if then and (changed := _differences(then, now, NO_CHANGE)):
         lines.append(f"the DeepSpeed config is no longer the one of this checkpoint ({'; '.join(changed)})")
+    cut = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    if dropout > 0 and (
+        changed := _differences({key: then.get(key) for key in cut} if then else {}, {key: now.get(key) for key in cut})
+    ):
+        lines.append(
+            f"other ranks or another micro-batch than this checkpoint's ({'; '.join(changed)}) draw other dropout masks "
+            f"(dropout is {dropout:g}): later losses are like those of another seed, not equal up to rounding"
+        )
     return lines
 
 

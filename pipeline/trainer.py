@@ -23,6 +23,7 @@ from pipeline.agreement import other_surroundings
 from pipeline.assembly import Parts
 from pipeline.config import Recipe
 from pipeline.data.batches import Batch, Prefetcher
+from pipeline.distillation.student import dropout_of
 from pipeline.errors import SickRunError, UserError
 from pipeline.evaluation.heldout import heldout_losses
 from pipeline.identity import changes
@@ -204,7 +205,8 @@ class Trainer:
         reader = checkpoint.CheckpointReader(Path(decision["path"])) if decision["path"] else None
         if reader is not None:
             self._refuse_changes(reader.state, allow_change)
-            for line in other_surroundings(reader.state, self.parts.ds_config):
+            dropout = max(dropout_of(self.parts.student.model.config).values(), default=0.0)
+            for line in other_surroundings(reader.state, self.parts.ds_config, dropout):
                 self._say(f"warning: {line}")
             reader.check_shapes(self.engine.shapes, self.parts.student.carried)
         first = reader.state["step"] if reader is not None else 0

@@ -170,6 +170,13 @@ def test_no_weight_is_loaded_into_another_shape(change: str, root: Path, resume:
     assert committed_steps(root / "run" / "checkpoints") == [STOPPED_AT]
 
 
+def test_a_run_directory_holds_nothing_of_the_environment(begun: Path) -> None:
+    files = [path for path in (begun / "run").rglob("*") if path.is_file()]
+    assert files
+    for path in files:
+        assert os.environ["PATH"].encode() not in path.read_bytes(), path
+
+
 # -- at export
 
 
