@@ -245,7 +245,11 @@ def run_merge(parsed: argparse.Namespace) -> int:
     from data_prep.manifest import take_in, unfinished, write_manifest
 
     for other in parsed.others:
-        print(f"{other}: took {', '.join(take_in(parsed.shards, other)) or 'nothing'}")
+        took, not_there = take_in(parsed.shards, other), ", ".join(unfinished(other))
+        print(
+            f"{other}: took {', '.join(took) or 'nothing'}"
+            + (f"; not finished there: {not_there}" if not_there else "")
+        )
     left_out = unfinished(parsed.shards)
     write_manifest(parsed.shards, allow_partial=parsed.partial)
     print(f"shards ready: {parsed.shards}" + (f", without {', '.join(left_out)}" if left_out else ""))

@@ -6,11 +6,8 @@ so text of another tokenizer or other options cannot be mixed in.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shlex
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +20,7 @@ from data_prep.clean import CleanOptions
 from data_prep.command_line import module_command
 from data_prep.journal import JOURNAL_NAME, Journal
 from data_prep.layout import FORMAT_NAME, FORMAT_VERSION, sync_directory, write_durably
-from data_prep.ownership import LOCK_NAME as OWNER_LOCK
+from data_prep.merging import copy_language, finished_languages
 from data_prep.ownership import own_when_free
 from data_prep.shards import LANGUAGE_PATTERN, MANIFEST_NAME, RUN_NAME, DataError, manifest_digest
 from data_prep.tokenizer import Tokenizer
@@ -265,6 +262,7 @@ def _shards_with_ranges(journal: Journal) -> list[dict[str, Any]]:
 def take_in(output: Path, other: Path) -> list[str]:
     """Copy (hard-link where possible) the finished languages of another output directory; gives those that were new."""
     theirs = read_run(other)
+    finished_languages(other, theirs)  # whatever is wrong there is said before anything is made here
     with changing(output):
         return _take_in(output, other, theirs)
 
@@ -274,7 +272,7 @@ def _take_in(output: Path, other: Path, theirs: dict[str, Any]) -> list[str]:
         _begin(output, {key: value for key, value in theirs.items() if key != "languages"}, [], may_add=False)
     ours = read_run(output)
     refuse_differences(output, ours, theirs)
-    finished = [language for language in theirs["languages"] if Journal.read(other / language).complete]
+    finished = finished_languages(other, theirs)
     arrived = [language for language in finished if (output / language).exists()]
     differing = [language for language in arrived if not _same_journal(output / language, other / language)]
     if differing:
@@ -285,10 +283,7 @@ def _take_in(output: Path, other: Path, theirs: dict[str, Any]) -> list[str]:
     new = [language for language in finished if language not in arrived]
     for language in new:
         arriving = output / f"{language}.tmp"
-        shutil.rmtree(arriving, ignore_errors=True)
-        shutil.copytree(
-            other / language, arriving, copy_function=_link_or_copy, ignore=shutil.ignore_patterns(OWNER_LOCK)
-        )
+        copy_language(other / language, arriving, Journal.read(other / language))
         arriving.rename(output / language)
     if not new:
         return []
@@ -305,17 +300,3 @@ def _take_in(output: Path, other: Path, theirs: dict[str, Any]) -> list[str]:
 def _same_journal(one: Path, other: Path) -> bool:
     """Journals hold the hash of every shard, so the same journal means the same shards."""
     return (one / JOURNAL_NAME).read_bytes() == (other / JOURNAL_NAME).read_bytes()
-
-
-def _link_or_copy(source: str, target: str) -> str:
-    if source.endswith(".tok"):  # never the journal, which may be written to again
-        try:
-            os.link(source, target)
-            return target
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
-                raise
-    shutil.copy2(source, target)
-    with open(target, "rb") as file:
-        os.fsync(file.fileno())
-    return target

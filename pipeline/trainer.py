@@ -10,6 +10,7 @@ steps - plus what checkpoint.py keeps, so an interrupted run and an uninterrupte
 from __future__ import annotations
 
 import shlex
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,13 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.agreement import other_surroundings
 from pipeline.assembly import Parts
-from pipeline.config import Recipe, as_tree
+from pipeline.config import Recipe
 from pipeline.data.batches import Batch, Prefetcher
+from pipeline.distillation.student import dropout_of
 from pipeline.errors import SickRunError, UserError
 from pipeline.evaluation.heldout import heldout_losses
 from pipeline.identity import changes
-from pipeline.lineage import changed_keys, code_fingerprint, fingerprint, mathematics
+from pipeline.lineage import changed_keys, fingerprint, library_versions, mathematics
 from pipeline.reporter import Reporter, StepReport
 from pipeline.runtime import checkpoint, dist, preflight
 from pipeline.runtime.checkpoint_writer import CheckpointWriter, SaveOutcome
@@ -139,7 +142,7 @@ class Trainer:
 
     def _check_before(self) -> None:
         """Can this run save, and do all ranks run the same thing? Nothing is trained before both are known."""
-        found: dict[str, Any] = {"problem": None, "shards": []}
+        found: dict[str, Any] = {"problem": None, "shards": [], "host": socket.gethostname()}
         if self.launch.is_main:
             present, keeping = checkpoint.committed_steps(self.checkpoints), self.recipe.checkpoint
             every = keeping.keep_every or self.recipe.steps + 1
@@ -147,16 +150,10 @@ class Trainer:
             disk = (self.checkpoint_bytes, keeping.keep, len(present), milestones)
             found["problem"] = preflight.problem_on_disk(self.run_dir, *disk)
         if self.recipe.guard.verify_shards:
-            mine = self.source.shards.all_shards()[self.launch.rank :: self.launch.world_size]
+            mine = preflight.my_share(self.source.shards.all_shards(), self.launch)
             found["shards"] = preflight.damaged_shards(mine, self.watchdog.feed_before_slow_work)
         preflight.refuse_problems(dist.gather_json(found, self.launch.device), self.recipe.data)
         preflight.check_shared(self.run_dir, self.launch)
-        facts = {
-            "code": code_fingerprint(),
-            "recipe": fingerprint(as_tree(self.recipe)),
-            "data": self.data_fingerprint,
-        }
-        preflight.check_agreement(dist.gather_json(facts, self.launch.device))
 
     def _begin(self, first: int) -> None:
         """Everything that is written before the first step of this life."""
@@ -209,6 +206,9 @@ class Trainer:
         reader = checkpoint.CheckpointReader(Path(decision["path"])) if decision["path"] else None
         if reader is not None:
             self._refuse_changes(reader.state, allow_change)
+            dropout = max(dropout_of(self.parts.student.model.config).values(), default=0.0)
+            for line in other_surroundings(reader.state, self.parts.ds_config, dropout):
+                self._say(f"warning: {line}")
             reader.check_shapes(self.engine.shapes, self.parts.student.carried)
         first = reader.state["step"] if reader is not None else 0
         if is_a_life and self.launch.is_main and first < self.recipe.steps:
@@ -304,6 +304,8 @@ class Trainer:
             "recipe_fingerprint": fingerprint(mathematics(self.recipe)),
             "data_fingerprint": self.data_fingerprint,
             "identity": self.parts.identity,
+            "versions": library_versions(),
+            "deepspeed": self.parts.ds_config,
             "parameters": self.engine.shapes,
         }
 

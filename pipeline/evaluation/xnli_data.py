@@ -16,6 +16,7 @@ from typing import Any
 import xxhash
 
 from pipeline.errors import UserError, did_you_mean
+from pipeline.evaluation.library_data import load_table
 
 LABELS = ("entailment", "neutral", "contradiction")
 ALSO_CALLED = {"contradictory": "contradiction"}  # XNLI-MT's own word
@@ -189,7 +190,7 @@ def _from_library(
             raise UserError(f"{name} has no {', '.join(missing)}; it has {', '.join(known)}")
 
         def read(language: str, split: str, most: int | None) -> LabelledPairs:
-            table = datasets.load_dataset(name, language, split=split)
+            table = load_table(name, language, split)
             return _from_table(table if most is None else table.take(most), f"{name}/{language}/{split}")
 
         chosen = languages or known

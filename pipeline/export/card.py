@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -151,11 +152,11 @@ def model_card(directory: Path, measured: Sequence[Path] = ()) -> str:
     )
     if recipe is not None:
         origin = (
-            f"; distilled from `{lineage['teacher']}` by MiniLMv2 self-attention relations "
+            f"; distilled from `{_inline(lineage['teacher'])}` by MiniLMv2 self-attention relations "
             "([arXiv 2012.15828](https://arxiv.org/abs/2012.15828))"
         )
     else:
-        origin = f"; `{lineage['trimmed']['from']}` with a smaller vocabulary, all other weights as they were"
+        origin = f"; `{_inline(lineage['trimmed']['from'])}` with a smaller vocabulary, all other weights as they were"
     parts = [
         _front_matter(lineage, directory),
         f"# {'Trimmed encoder' if recipe is None else 'MiniLMv2 student'}, {config.num_hidden_layers} x {config.hidden_size}",
@@ -171,7 +172,8 @@ def model_card(directory: Path, measured: Sequence[Path] = ()) -> str:
     parts += ["## Lineage", "\n".join(["| | |", "|---|---|", *rows])]
     if recipe:
         text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).rstrip()
-        parts.append(f"## Recipe\n\n```yaml\n{text}\n```")
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+        parts.append(f"## Recipe\n\n{fence}yaml\n{text}\n{fence}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -267,5 +269,11 @@ def _cell(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_cell(item)}" for key, item in value.items())
     if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return f"{value:,}" if isinstance(value, int) else str(value)
+        return ", ".join(map(_inline, value))
+    return f"{value:,}" if isinstance(value, int) else _inline(value)
+
+
+def _inline(value: Any) -> str:
+    """One line of plain text: no value of a run ends a table, a code span or the front matter, or becomes markup."""
+    text = " ".join(str(value).split()).replace("`", "'").replace("|", "\\|")
+    return text.replace("<", "&lt;") if "<" in text else text

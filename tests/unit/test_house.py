@@ -87,6 +87,9 @@ def test_never(path: Path) -> None:
         r"weights_only\s*=\s*False",
         r"trust_remote_code\s*=\s*True",
         r"\bpickle\b",
+        r"read_pickle|allow_pickle\s*=\s*True",
+        r"(gather|broadcast|scatter|send|recv)_object",  # torch's collectives for objects unpickle
+        r"\.load_checkpoint\(",  # DeepSpeed's own unpickles
         r"NotImplementedError",
         r"\bTODO\b|\bFIXME\b",
     ):

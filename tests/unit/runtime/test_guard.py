@@ -152,6 +152,9 @@ def test_preflight_names_what_is_in_the_way(tmp_path: Path) -> None:
         preflight.check_disk(tmp_path, 2**60, 2, 0)
     with pytest.raises(UserError, match="rank 2 has another code than rank 0"):
         preflight.check_agreement([{"code": "a"}, {"code": "a"}, {"code": "b"}])
+    of_two = [{"precision of the student": "fp16"}, {"precision of the student": "bf16"}]
+    with pytest.raises(UserError, match=r"\(bf16 on new instead of fp16 on old\).*Their devices cannot do the same"):
+        preflight.check_agreement(of_two, ["old", "new"])
 
 
 def test_stale_build_locks_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
