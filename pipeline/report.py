@@ -14,6 +14,7 @@ import base64
 import html
 import io
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from data_prep.outputs import output_path
 from data_prep.ownership import unique_name
 from pipeline import report_plots as plots
 from pipeline import report_time as times
-from pipeline.config import as_tree, load_recipe
+from pipeline.config import Recipe, as_tree, build_section
 from pipeline.errors import UserError
 from pipeline.evaluation.languages import left_out_line
 from pipeline.json_files import read_json_if_there, read_points
@@ -256,5 +257,12 @@ def _read_recipe(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "recipe.yaml"
     if not path.is_file():
         return {}
-    given = read_yaml(path)
-    return {key: value for key, value in as_tree(load_recipe(path, [])).items() if key in given}
+    known = {
+        field.name for field in fields(Recipe)
+    }  # a run of another version may have further keys; the page shows the file
+    given = {key: value for key, value in read_yaml(path).items() if key in known}
+    try:
+        tree = as_tree(build_section(Recipe, given, ""))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return {key: value for key, value in tree.items() if key in given}

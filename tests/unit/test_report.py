@@ -175,7 +175,7 @@ def test_nothing_of_a_run_directory_becomes_markup(run_dir: Path) -> None:
         line |= {f"heldout/{evil}": 3.0} if "heldout/mean" in line else {f"loss/{evil}": 1.0}
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run_dir / "recipe.yaml").write_text(
-        yaml.safe_dump({"teacher": evil, "data": evil, evil: evil, "student": {"layers": evil, "hidden": evil}})
+        yaml.safe_dump({"teacher": evil, "data": evil, "languages": [evil], evil: evil})
     )
     about = {"world_size": evil, "device": evil, "precision": evil, "git_commit": evil, "languages": [evil]}
     (run_dir / "run.json").write_text(json.dumps(about))

@@ -75,7 +75,7 @@ REFUSED: dict[str, tuple[Break, str]] = {
     "journal is a link": (lambda d: replaced(d / "journal.jsonl", linked), r"journal\.jsonl is a link"),
     "language is a link": (
         lambda d: (d.rename(d.parents[1] / "kept"), d.symlink_to(d.parents[1] / "kept")),
-        "he is a link",
+        "by a symbolic link: refused",
     ),
     "journal names a way out": (
         lambda d: change_journal(d, name_another_file),
