@@ -237,8 +237,9 @@ def from_hub(specification: str, records: Records) -> Iterator[bytes]:
             loaded = datasets.load_from_disk(name)
             found = loaded[split or "train"] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:
-            _refuse_other_readers(specification, datasets.load_dataset_builder(name, config or None))
-            found = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+            builder = datasets.load_dataset_builder(name, config or None)
+            _refuse_other_readers(specification, builder)
+            found = builder.as_streaming_dataset(split=split or "train")
     except (
         OSError,
         ValueError,

@@ -29,4 +29,5 @@ def load_table(name: str, config: str | None, split: str) -> Any:
             f"{name} is read by `{reader}` of the datasets library; only {', '.join(READERS)} are taken here, which run no code and "
             "unpickle nothing. Save it as one of these"
         )
-    return datasets.load_dataset(name, config, split=split)
+    builder.download_and_prepare()
+    return builder.as_dataset(split=split)

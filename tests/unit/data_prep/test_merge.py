@@ -75,7 +75,7 @@ REFUSED: dict[str, tuple[Break, str]] = {
     "journal is a link": (lambda d: replaced(d / "journal.jsonl", linked), r"journal\.jsonl is a link"),
     "language is a link": (
         lambda d: (d.rename(d.parents[1] / "kept"), d.symlink_to(d.parents[1] / "kept")),
-        "by a symbolic link: refused",
+        "leads out of .* by a symbolic link",
     ),
     "journal names a way out": (
         lambda d: change_journal(d, name_another_file),
@@ -135,3 +135,13 @@ def test_an_unfinished_language_is_named(other: Path, tmp_path: Path, capsys: py
     assert merge(tmp_path / "all", other) == 0
     assert f"; not finished there: {LANGUAGE}" in capsys.readouterr().out
     assert LANGUAGE not in ShardSet(tmp_path / "all").languages
+
+
+def test_a_linked_language_is_refused_without_a_manifest_too(
+    other: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (other / "manifest.json").unlink()
+    replaced(other / LANGUAGE, linked)
+    assert merge(tmp_path / "all", other) == EXIT_USER
+    assert f"{LANGUAGE} is a link or no directory" in capsys.readouterr().err
+    assert not (tmp_path / "all").exists()
