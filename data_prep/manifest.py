@@ -23,7 +23,7 @@ from data_prep.clean import CleanOptions
 from data_prep.command_line import module_command
 from data_prep.journal import JOURNAL_NAME, Journal
 from data_prep.layout import FORMAT_NAME, FORMAT_VERSION, locked, sync_directory, write_durably
-from data_prep.shards import LANGUAGE_PATTERN, MANIFEST_NAME, RUN_NAME, DataError, manifest_digest
+from data_prep.shards import LANGUAGE_PATTERN, MANIFEST_NAME, RUN_NAME, DataError, manifest_digest, read_again
 from data_prep.tokenizer import Tokenizer
 
 LOCK_NAME = "prepare.lock.tmp"
@@ -129,7 +129,7 @@ def read_run(output: Path) -> dict[str, Any]:
     """`prepare.json` of a directory."""
     file = output / RUN_NAME
     try:
-        run = json.loads(file.read_text(encoding="utf-8"))
+        run = json.loads(read_again(file, file.read_bytes).decode())
         if run["format"] != FORMAT_NAME or run["version"] != FORMAT_VERSION:
             raise DataError(f"{file} is of another format version ({run['version']!r}). Give --output a new directory.")
         for language in run["languages"]:

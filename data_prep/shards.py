@@ -24,6 +24,9 @@ from data_prep.command_line import module_command
 from data_prep.layout import FORMAT_NAME, FORMAT_VERSION, HEADER_BYTES, TOKEN_DTYPE, Identity, header, sections
 from data_prep.numbering import adds_words, numbered_alike
 from data_prep.tokenizer_files import FAST_TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, no_tokenizer_in
+from data_prep.unreadable import DataError as DataError
+from data_prep.unreadable import UnreadableError as UnreadableError
+from data_prep.unreadable import read_again as read_again
 
 BOS_ID, PAD_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 MANIFEST_NAME, RUN_NAME = "manifest.json", "prepare.json"
@@ -32,10 +35,6 @@ LANGUAGE_PATTERN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,62}[A-Za-z0-9])?")
 _SHARD_FILE = re.compile(r"(?P<language>[^/]+)/(?P<number>[0-9]{5})\.tok")
 PREPARE_HINT = "python -m data_prep prepare --input TEXT --tokenizer MODEL_OR_DIR --output {path}"
 _RowTable = tuple[list[int], list[int], list[np.ndarray]]  # per shard: first row, end row, rows as a 2-D view
-
-
-class DataError(ValueError):
-    """Something about text, tokenizer or shards that the user can mend: what is wrong, where, how to mend it."""
 
 
 def tokenizer_file(path: Path) -> Path:
@@ -87,7 +86,7 @@ class Shard:
         """What is wrong with the file's size, if anything."""
         mend = f"Copy it again from where it is whole, or prepare {self.language} again with --redo {self.language}."
         try:
-            found = self.path.stat().st_size
+            found = read_again(self.path, self.path.stat).st_size
         except OSError as error:
             return f"Shard {self.path} cannot be read: {error.strerror}. {mend}"
         if found != self.num_bytes:
@@ -102,8 +101,9 @@ class Shard:
     @cached_property
     def _mapped(self) -> mmap.mmap:
         try:
-            with open(self.path, "rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            mapped = read_again(self.path, self._map)
+        except UnreadableError:
+            raise
         except (OSError, ValueError) as error:
             raise DataError(
                 f"Cannot map shard {self.path}: {error}. Many shards need `ulimit -n` above 1024."
@@ -114,6 +114,10 @@ class Shard:
                 f"swapped. `{module_command('data_prep', 'verify', self.path.parent.parent)}` finds what is wrong."
             )
         return mapped
+
+    def _map(self) -> mmap.mmap:
+        with open(self.path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -130,10 +134,12 @@ class Shard:
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of an output directory, checked for format version and for names that stay inside it."""
     file = path / MANIFEST_NAME
-    if not file.is_file():
-        raise DataError(_why_no_manifest(path))
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        text = read_again(file, file.read_bytes)
+    except OSError:  # missing, or no file
+        raise DataError(_why_no_manifest(path)) from None
+    try:
+        manifest = json.loads(text.decode())
         if manifest["format"] != FORMAT_NAME or manifest["version"] != FORMAT_VERSION:
             raise DataError(
                 f"{file} is of format {manifest['format']!r} version {manifest['version']!r}; this program reads "

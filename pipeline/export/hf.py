@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer, PretrainedConfig
 from transformers.utils import cached_file
 
@@ -23,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.export.card import LINEAGE_FILE, VOCABULARY_FILE, lineage_of, write_card
 from pipeline.export.handover import hand_over, limit_tokenizer
 from pipeline.identity import refuse_other_tokenizer_files, warn_of_other_teacher
-from pipeline.runtime.checkpoint import read_model_weights
+from pipeline.runtime.checkpoint import read_model_weights, save_tensors
 
 Extra = Callable[[Path], object]
 TOKENIZER_FILES = (
@@ -78,12 +77,11 @@ def export_student(
     try:
         config.architectures, config.dtype = [architecture], dtype
         config.save_pretrained(temporary)
-        save_file(
+        save_tensors(
             {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()},
             temporary / "model.safetensors",
             metadata={"format": "pt"},
         )
-        (temporary / "model.safetensors").chmod(0o644)  # safetensors writes 0600: nobody else could load it
         copy_tokenizer(tokenizer, temporary)
         (temporary / LINEAGE_FILE).write_text(json.dumps(lineage, indent=2) + "\n", encoding="utf-8")
         limit_tokenizer(temporary)

@@ -8,12 +8,14 @@ writes them. Format and promises: docs/reliability.md.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shlex
 import shutil
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
+from data_prep.shards import UnreadableError, read_again
 from pipeline.errors import UserError
 from pipeline.runtime.schedule import MOMENTS
 
@@ -64,6 +68,24 @@ def commit(partial: Path, final: Path, files: Mapping[str, Any]) -> None:
         _discard(final)
     partial.rename(final)
     sync(final.parent)
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file that safetensors wrote (0600) the mode of any other new file: a group that shares the run continues it."""
+    probe = path.with_name(f".{path.name}.mode.tmp")
+    with contextlib.suppress(OSError):  # a file system without modes
+        descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        try:
+            path.chmod(stat.S_IMODE(os.fstat(descriptor).st_mode))
+        finally:
+            os.close(descriptor)
+            probe.unlink()
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """`save_file` under the mode that the umask asks for."""
+    save_file(tensors, path, metadata=metadata)
+    follow_umask(path)
 
 
 def seal(path: Path) -> dict[str, Any]:
@@ -114,11 +136,18 @@ def prune(directory: Path, config: CheckpointConfig, newest: int | None = None) 
     """
     for leftover in directory.glob("*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
-    steps = committed_steps(directory)
+    try:
+        steps = committed_steps(directory)
+    except UnreadableError as error:
+        print(f"warning: older checkpoints stay: {error}", flush=True)
+        return
     kept = kept_steps([step for step in steps if newest is None or step <= newest], config)
     for step in reversed(steps):
         if step not in kept:
-            _discard(checkpoint_path(directory, step))
+            try:
+                _discard(checkpoint_path(directory, step))
+            except OSError as error:  # another user's, immutable, or in use: it costs space, never the run
+                print(f"warning: {checkpoint_path(directory, step)} could not be deleted: {error}", flush=True)
 
 
 def kept_steps(steps: list[int], config: CheckpointConfig) -> list[int]:
@@ -131,17 +160,23 @@ def kept_steps(steps: list[int], config: CheckpointConfig) -> list[int]:
 
 
 def committed_steps(directory: Path) -> list[int]:
-    """Steps that have a checkpoint directory under its final name, ascending."""
-    matches = (_STEP_NAME.fullmatch(path.name) for path in directory.glob("step-*") if path.is_dir())
-    return sorted(int(match[1]) for match in matches if match)
+    """Steps that have a checkpoint directory under its final name, ascending. One that cannot be listed is no empty one:
+    `UnreadableError`."""
+    try:
+        names = read_again(directory, lambda: [entry.name for entry in os.scandir(directory) if entry.is_dir()])
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(int(match[1]) for match in map(_STEP_NAME.fullmatch, names) if match)
 
 
 def damage(checkpoint: Path) -> str | None:
-    """None when every file is there with its size and sha256; else which file is wrong and how."""
+    """None when every file is there with its size and sha256; else which file is wrong and how.
+
+    Raises `UnreadableError` for a file that could not be read: that is no damage."""
     if checkpoint.is_symlink():
         return "a symbolic link, not a directory of this run"
     try:
-        text = (checkpoint / "manifest.json").read_text(encoding="utf-8")
+        text = _text(checkpoint / "manifest.json")
         manifest = json.loads(text)
         if manifest["format"] != FORMAT_VERSION:
             return f"format {manifest['format']}, this code reads {FORMAT_VERSION}"
@@ -153,7 +188,8 @@ def damage(checkpoint: Path) -> str | None:
             return "manifest.json does not have its own sha256"
         if problem := _not_a_whole_set(files):
             return problem
-        there = {path.name for path in checkpoint.iterdir() if _FILE_NAME.fullmatch(path.name)}
+        listed = read_again(checkpoint, lambda: list(checkpoint.iterdir()))
+        there = {path.name for path in listed if _FILE_NAME.fullmatch(path.name)}
         if unlisted := sorted(there - set(files)):
             return f"{unlisted[0]} is not in the manifest"
         problems = (file_damage(checkpoint / name, entry) for name, entry in files.items())
@@ -162,43 +198,78 @@ def damage(checkpoint: Path) -> str | None:
         tensors = (checkpoint / name for name in files if name.endswith(".safetensors"))
         if problem := next(filter(None, map(_header_problem, tensors)), None):
             return problem
-        if json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"] != _step_of(checkpoint):
+        if json.loads(_text(checkpoint / "state.json"))["step"] != _step_of(checkpoint):
             return "state.json belongs to another step"
+    except UnreadableError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"manifest.json or state.json cannot be read ({type(error).__name__}: {error})"
     return None
 
 
+def _text(path: Path) -> str:
+    return read_again(path, path.read_bytes).decode()
+
+
 def file_damage(path: Path, entry: Mapping[str, Any]) -> str | None:
-    if path.is_symlink() or not path.is_file():
+    return read_again(path, lambda: _file_damage(path, entry))
+
+
+def _file_damage(path: Path, entry: Mapping[str, Any]) -> str | None:
+    try:
+        found = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
         return f"{path.name} is missing"
-    if path.stat().st_size != entry["size_bytes"]:
-        return f"{path.name} has {path.stat().st_size} bytes, the manifest says {entry['size_bytes']}"
+    if not stat.S_ISREG(found.st_mode):
+        return f"{path.name} is missing"
+    if found.st_size != entry["size_bytes"]:
+        return f"{path.name} has {found.st_size} bytes, the manifest says {entry['size_bytes']}"
     with open(path, "rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
             return f"{path.name} does not have the sha256 of the manifest"
     return None
 
 
+def open_tensors(path: Path) -> Any:
+    """`safe_open`, with the errno of the system: the library reports "No such file" for whatever keeps it from opening."""
+
+    def attempt() -> Any:
+        try:
+            return safe_open(path, framework="pt")
+        except (OSError, SafetensorError):
+            with open(path, "rb") as file:  # raises what the library hides
+                file.read(1)
+            raise
+
+    return read_again(path, attempt)
+
+
 def _header_problem(path: Path) -> str | None:
     """The library checks lengths and offsets; what is left is that no name comes twice, and what a fragment must be."""
     try:
         levels: list[list[str]] = [[]]
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length < path.stat().st_size:
-                json.loads(file.read(length), object_pairs_hook=lambda pairs: levels.append([key for key, _ in pairs]))
+        header = read_again(path, lambda: _header_bytes(path))
+        if header:
+            json.loads(header, object_pairs_hook=lambda pairs: levels.append([key for key, _ in pairs]))
         if len(levels[-1]) != len(set(levels[-1])):  # the outermost object comes last
             return f"{path.name} names a tensor twice"
-        with safe_open(path, framework="pt") as tensors:
+        with open_tensors(path) as tensors:
             for key in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
                 part = tensors.get_slice(key)
                 is_flat = part.get_dtype() == "F32" and len(part.get_shape()) == 1
                 if path.name != CARRIED_FILE and not (is_flat and _FRAGMENT.fullmatch(key)):
                     return f"{path.name} holds {key!r}, which is no flat fp32 fragment"
+    except UnreadableError:
+        raise
     except (SafetensorError, ValueError, RecursionError) as error:
         return f"{path.name} is no safetensors file: {error}"
     return None
+
+
+def _header_bytes(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return file.read(length) if length < os.fstat(file.fileno()).st_size else b""
 
 
 def _step_of(checkpoint: Path) -> int:
@@ -208,6 +279,9 @@ def _step_of(checkpoint: Path) -> int:
 
 def newest_whole(directory: Path, skip: int = 0) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and why newer ones were not taken. None when there is none at all.
+
+    One that cannot be read ends the search with an `UnreadableError`: an older one would be continued in its place, and
+    its saves would delete the newer one.
 
     `skip` passes over so many whole ones, but never over the last one there is. Checkpoints that exist but are all
     damaged are a `UserError`: starting afresh over them would bury weeks of work.
@@ -240,11 +314,11 @@ class CheckpointReader:
     """Fragments of a verified checkpoint, put together again for any other partition of the parameters."""
 
     def __init__(self, checkpoint: Path):
-        self.state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        self.state: dict[str, Any] = json.loads(_text(checkpoint / "state.json"))
         self._path = checkpoint
         self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
         self._files: list[Any] = []
-        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads(_text(checkpoint / "manifest.json"))
         for name in sorted(manifest["files"]):  # and no other file: what is not listed was not verified
             kind = name.partition("-")[0]
             if kind in KINDS:
@@ -253,7 +327,7 @@ class CheckpointReader:
             pieces.sort(key=lambda piece: piece[0])
 
     def _index(self, kind: str, path: Path) -> None:
-        file = safe_open(path, framework="pt")
+        file = open_tensors(path)
         self._files.append(file)
         for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
             name, _, start = key.rpartition(":")
@@ -296,7 +370,7 @@ class CheckpointReader:
             )
 
     def carried(self) -> dict[str, torch.Tensor]:
-        with safe_open(self._path / CARRIED_FILE, framework="pt") as file:
+        with open_tensors(self._path / CARRIED_FILE) as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 

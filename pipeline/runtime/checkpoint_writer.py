@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 
 from pipeline.runtime import dist
 from pipeline.runtime.checkpoint import (
@@ -30,6 +29,7 @@ from pipeline.runtime.checkpoint import (
     committed_steps,
     file_damage,
     kept_steps,
+    save_tensors,
     seal,
 )
 from pipeline.runtime.memory import available_memory_bytes
@@ -146,7 +146,7 @@ class CheckpointWriter:
         entries = {}
         for kind in KINDS:
             name = f"{kind}-{self._rank:05d}-of-{self._world_size:05d}.safetensors"
-            save_file(of_kind(kind), partial / name)
+            save_tensors(of_kind(kind), partial / name)
             entries[name] = seal(partial / name)
         if self._rank == 0:
             (partial / "state.json").write_text(json.dumps(dict(state), indent=1), encoding="utf-8")
@@ -200,7 +200,7 @@ def _write_carried(partial: Path, carried: Mapping[str, torch.Tensor], keeping: 
     entry = _linked(source, partial) if source else None
     if entry is not None:
         return entry
-    save_file(dict(carried), partial / CARRIED_FILE)
+    save_tensors(dict(carried), partial / CARRIED_FILE)
     return seal(partial / CARRIED_FILE)
 
 
@@ -228,6 +228,6 @@ def _linked(source: Path, partial: Path) -> dict[str, Any] | None:
         if file_damage(source / CARRIED_FILE, entry) is not None:
             return None
         os.link(source / CARRIED_FILE, partial / CARRIED_FILE)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):  # UnreadableError too: a copy of our own is written instead
         return None
     return entry

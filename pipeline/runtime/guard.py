@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from pipeline.errors import EXIT_HUNG, SickRunError, UserError
+from pipeline.runtime.beside import make_way_for_directory, make_way_for_file, set_aside
 
 ProcessMark = list[Any]
 TIME_FOR_OTHER_STACKS_S = 3.0  # ranks that wait for the same dead one notice within a second of each other
@@ -85,7 +86,10 @@ class StopRequests:
     def forget_leftover(self) -> None:
         """Delete a STOP file that was there before this life began; one made since then is a wish to stop."""
         if self._leftover is not None and self._leftover == _identity(self._stop_file):
-            self._stop_file.unlink(missing_ok=True)
+            try:
+                self._stop_file.unlink(missing_ok=True)
+            except OSError as error:  # a directory, for one: it would stop every start after its first step
+                set_aside(self._stop_file, error)
 
     @property
     def reason(self) -> str | None:
@@ -138,6 +142,7 @@ class SpikeDetector:
 def record_spike(file: Path, step: int, loss: float, score: float, skipped: bool, rows: list[dict[str, Any]]) -> None:
     """Add a spike and the rows of its global batch to `file`."""
     entry = {"step": step, "loss": loss, "sigmas": round(score, 1), "skipped": skipped, "rows": rows}
+    make_way_for_file(file)
     with contextlib.suppress(OSError), open(file, "a", encoding="utf-8") as lines:  # a full disk ends no run
         lines.write(json.dumps(entry) + "\n")
 
@@ -145,6 +150,7 @@ def record_spike(file: Path, step: int, loss: float, score: float, skipped: bool
 def leave_word(file: Path, text: str) -> None:
     """Write a marker or report at a run's end. A full disk costs the file, never the exit code."""
     try:
+        make_way_for_file(file)
         file.write_text(text, encoding="utf-8")
     except OSError as error:
         print(f"warning: {file} not written: {error}", flush=True)
@@ -197,6 +203,7 @@ class Watchdog:
         self._due = math.inf
         self._siblings: list[ProcessMark] = []
         self._stopped = threading.Event()
+        self._was_enabled = False
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def take_along(self, siblings: list[ProcessMark]) -> None:
@@ -204,9 +211,9 @@ class Watchdog:
         self._siblings = [mark for mark in siblings if mark[0] == socket.gethostname() and mark[1] != os.getpid()]
 
     def __enter__(self) -> Watchdog:
-        self._stacks.parent.mkdir(parents=True, exist_ok=True)
-        _set_aside(self._stacks)
-        self._file = open(self._stacks, "w", encoding="utf-8")
+        self._file = self._open_stacks()
+        self._was_enabled = faulthandler.is_enabled()
+        faulthandler.enable(file=self._file, all_threads=True)  # where a SIGBUS or SIGSEGV happened
         # `kill -QUIT` asks a rank for its stacks; the handler is C code, so it answers out of any call
         faulthandler.register(signal.SIGQUIT, file=self._file, all_threads=True)
         self.feed_before_slow_work()
@@ -217,11 +224,26 @@ class Watchdog:
         self._stopped.set()
         faulthandler.cancel_dump_traceback_later()
         faulthandler.unregister(signal.SIGQUIT)
-        if self._stacks.exists() and self._stacks.stat().st_size == 0:
-            self._stacks.unlink()
-            with contextlib.suppress(OSError):  # a run that was refused leaves no empty directories
-                self._stacks.parent.rmdir()
+        faulthandler.disable()
+        if self._was_enabled:
+            faulthandler.enable()
+        with contextlib.suppress(OSError):
+            if self._stacks.is_file() and self._stacks.stat().st_size == 0:
+                self._stacks.unlink()
+                self._stacks.parent.rmdir()  # a run that was refused leaves no empty directories
                 self._stacks.parent.parent.rmdir()
+
+    def _open_stacks(self) -> IO[str]:
+        """The file for stacks; the console where a directory cannot be written, for a log ends no run."""
+        try:
+            make_way_for_directory(self._stacks.parent)
+            self._stacks.parent.mkdir(parents=True, exist_ok=True)
+            make_way_for_file(self._stacks)
+            _set_aside(self._stacks)
+            return open(self._stacks, "w", encoding="utf-8")
+        except OSError as error:
+            print(f"warning: {self._stacks} cannot be written, stacks go to the console: {error}", flush=True)
+            return open(2, "w", encoding="utf-8", closefd=False)
 
     def feed(self) -> None:
         """Something was finished."""
