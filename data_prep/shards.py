@@ -27,6 +27,7 @@ from data_prep.tokenizer_files import FAST_TOKENIZER_NAME, TOKENIZER_CONFIG_NAME
 from data_prep.unreadable import DataError as DataError
 from data_prep.unreadable import UnreadableError as UnreadableError
 from data_prep.unreadable import read_again as read_again
+from data_prep.unreadable import unreadable
 
 BOS_ID, PAD_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 MANIFEST_NAME, RUN_NAME = "manifest.json", "prepare.json"
@@ -118,6 +119,19 @@ class Shard:
     def _map(self) -> mmap.mmap:
         with open(self.path, "rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def refuse_shrunk(self) -> None:
+        """A file that was cut after it was mapped: reading beyond its end would kill the process (SIGBUS). One fstat."""
+        try:
+            found = self._mapped.size()
+        except OSError as error:
+            raise UnreadableError(unreadable(self.path, error)) from error
+        if found != self.num_bytes:
+            raise DataError(
+                f"Shard {self.path} has changed while it was read: {found} bytes now, {self.num_bytes} by its manifest. Copy it "
+                f"again from where it is whole, or prepare {self.language} again with --redo {self.language}, while nothing "
+                "reads it; then start the same command again."
+            )
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -305,10 +319,13 @@ class ShardSet:
         tables = self._row_tables[key]
         out = np.empty((len(rows), seq_len), dtype=np.int64)
         out[:, 0], out[:, -1] = self.bos_id, self.eos_id
-        inner, width = out[:, 1:-1], _stream_tokens(seq_len)
+        inner, width, looked_at = out[:, 1:-1], _stream_tokens(seq_len), set()
         for position, (index, row) in enumerate(zip(language_index.tolist(), rows.tolist(), strict=True)):
             first_rows, end_rows, views = tables[index]
             shard = bisect_right(first_rows, row) - 1
+            if (index, shard) not in looked_at:
+                looked_at.add((index, shard))
+                self._shards[languages[index]][shard].refuse_shrunk()
             if row < end_rows[shard]:
                 inner[position] = views[shard][row - first_rows[shard]]
             else:
@@ -351,6 +368,7 @@ class ShardSet:
         pieces, offset = [np.empty(0, np.int64)], 0
         for shard in self.shards(language):
             if offset < end and offset + shard.num_tokens > start:
+                shard.refuse_shrunk()
                 starts = shard.document_offsets[:-1]
                 first, last = np.searchsorted(starts, [max(0, start - offset), end - offset])
                 pieces.append(starts[first:last].astype(np.int64) + offset)
@@ -362,6 +380,7 @@ class ShardSet:
         pieces, offset = [], 0
         for shard in self.shards(language):
             if offset < end and offset + shard.num_tokens > start:
+                shard.refuse_shrunk()
                 pieces.append(shard.tokens[max(0, start - offset) : end - offset])
             offset += shard.num_tokens
         return np.concatenate(pieces) if pieces else np.empty(0, TOKEN_DTYPE)

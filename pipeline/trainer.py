@@ -212,8 +212,7 @@ class Trainer:
     def _resume(self, allow_change: bool, is_a_life: bool = True) -> int:
         """Load the newest whole checkpoint, chosen by rank 0 for all. Returns the number of finished steps."""
         self.lives = Lives(self.run_dir, writes=self.launch.is_main)
-        slowest_s = dist.broadcast_json(self.lives.slowest_save_s, self.launch.device)
-        self.stop.saw_earlier_saves(slowest_s)
+        self.stop.saw_earlier_saves(dist.broadcast_json(self.lives.slowest_save_s, self.launch.device))
         decision = dist.broadcast_json(self._choose() if self.launch.is_main else None, self.launch.device)
         if decision["crash_loop"]:
             raise SickRunError(decision["crash_loop"])
@@ -333,13 +332,12 @@ class Trainer:
             self.reporter.metrics.say(
                 f"warning: checkpoint of step {outcome.step} not written, going on: {outcome.problem}"
             )
+            self.writer.refuse_repeated_failures(outcome)
             return
         self.saved_step = outcome.step
         if self.launch.is_main:
             self.lives.saved(outcome.step, outcome.seconds)
             checkpoint.prune(self.checkpoints, self.recipe.checkpoint, outcome.step)
-
-    # -- reports
 
     def _observe(self, step: int, report: StepReport, bad_steps: BadStepCounter) -> None:
         self.skipped_steps += report.skipped

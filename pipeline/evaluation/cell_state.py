@@ -23,10 +23,10 @@ from pipeline.runtime.checkpoint import (
     commit,
     newest_whole,
     prune,
-    save_tensors,
     seal,
 )
 from pipeline.runtime.schedule import MOMENTS
+from pipeline.runtime.tensor_files import save_tensors
 
 Weights = dict[str, torch.Tensor]
 

@@ -22,7 +22,8 @@ from pipeline.errors import UserError
 from pipeline.export.card import LINEAGE_FILE, VOCABULARY_FILE, lineage_of, write_card
 from pipeline.export.handover import hand_over, limit_tokenizer
 from pipeline.identity import refuse_other_tokenizer_files, warn_of_other_teacher
-from pipeline.runtime.checkpoint import read_model_weights, save_tensors
+from pipeline.runtime.checkpoint import read_model_weights
+from pipeline.runtime.tensor_files import not_finite, save_tensors
 
 Extra = Callable[[Path], object]
 TOKENIZER_FILES = (
@@ -69,6 +70,11 @@ def export_student(
     to the directory before it gets its name, so that a failure of theirs leaves nothing behind; figures found in
     `measured` go into the model card."""
     architecture = check_weights(weights, config)
+    if name := not_finite({name: tensor.to(dtype) for name, tensor in weights.items()}):
+        raise UserError(
+            f"{name} is not finite (NaN or infinite) in {dtype}, so this is no student. Export another checkpoint, or fp32 "
+            "where only the rounding to half precision overflows (--dtype fp32)"
+        )
     if output.exists() and not (output / LINEAGE_FILE).is_file():
         raise UserError(f"{output} exists and is no earlier export, so it is left alone. Name another --output.")
     temporary = output.with_name(output.name + ".tmp")

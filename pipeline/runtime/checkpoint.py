@@ -8,7 +8,6 @@ writes them. Format and promises: docs/reliability.md.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -22,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
 from data_prep.shards import UnreadableError, read_again
 from pipeline.errors import UserError
 from pipeline.runtime.schedule import MOMENTS
+from pipeline.runtime.tensor_files import not_finite, open_tensors
 
 FORMAT_VERSION = 1
 KINDS = ("weight", *MOMENTS)
@@ -44,10 +43,13 @@ class CheckpointConfig:
 
     keep: int = 2  # the newest ones
     keep_every: int | None = None  # and every checkpoint whose step divides by this
+    max_failed_saves: int = 8  # saves in a row that may fail before the run stops and says so
 
     def __post_init__(self) -> None:
         if self.keep < 1 or (self.keep_every is not None and self.keep_every < 1):
             raise UserError("checkpoint.keep and checkpoint.keep_every must be at least 1")
+        if self.max_failed_saves < 1:
+            raise UserError("checkpoint.max_failed_saves must be at least 1")
 
 
 # -- what is on disk
@@ -68,24 +70,6 @@ def commit(partial: Path, final: Path, files: Mapping[str, Any]) -> None:
         _discard(final)
     partial.rename(final)
     sync(final.parent)
-
-
-def follow_umask(path: Path) -> None:
-    """Give a file that safetensors wrote (0600) the mode of any other new file: a group that shares the run continues it."""
-    probe = path.with_name(f".{path.name}.mode.tmp")
-    with contextlib.suppress(OSError):  # a file system without modes
-        descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        try:
-            path.chmod(stat.S_IMODE(os.fstat(descriptor).st_mode))
-        finally:
-            os.close(descriptor)
-            probe.unlink()
-
-
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """`save_file` under the mode that the umask asks for."""
-    save_file(tensors, path, metadata=metadata)
-    follow_umask(path)
 
 
 def seal(path: Path) -> dict[str, Any]:
@@ -228,20 +212,6 @@ def _file_damage(path: Path, entry: Mapping[str, Any]) -> str | None:
         if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
             return f"{path.name} does not have the sha256 of the manifest"
     return None
-
-
-def open_tensors(path: Path) -> Any:
-    """`safe_open`, with the errno of the system: the library reports "No such file" for whatever keeps it from opening."""
-
-    def attempt() -> Any:
-        try:
-            return safe_open(path, framework="pt")
-        except (OSError, SafetensorError):
-            with open(path, "rb") as file:  # raises what the library hides
-                file.read(1)
-            raise
-
-    return read_again(path, attempt)
 
 
 def _header_problem(path: Path) -> str | None:
@@ -387,8 +357,30 @@ def read_model_weights(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict[str
             f"--run-dir {shlex.quote(str(run_dir))}   (--recipe FILE for another than recipes/quickstart.yaml)"
         )
     reader = CheckpointReader(checkpoint)
+    weights = _weights_of(reader)
+    if name := not_finite(weights):
+        raise UserError(_not_finite_text(run_dir, checkpoint, name))
+    return weights, reader.state
+
+
+def _weights_of(reader: CheckpointReader) -> dict[str, torch.Tensor]:
     weights = {name: tensor for name, tensor in reader.carried().items() if not name.startswith(BESIDE_WEIGHTS)}
     for name, shape in reader.state["parameters"].items():
         numel = int(torch.Size(shape).numel())
         weights[name] = reader.read("weight", name, 0, numel).reshape(shape)
-    return weights, reader.state
+    return weights
+
+
+def _not_finite_text(run_dir: Path, newest: Path, name: str) -> str:
+    """Why the newest checkpoint is no student, and which earlier one is."""
+    told = f"{newest}: {name} is not finite (NaN or infinite), so this is no student"
+    moved = [newest]
+    for step in reversed(committed_steps(newest.parent)):
+        path = checkpoint_path(newest.parent, step)
+        if path.name >= newest.name or damage(path) is not None:
+            continue
+        if not_finite(_weights_of(CheckpointReader(path))) is None:
+            names = " ".join(shlex.quote(str(other)) for other in moved)
+            return f"{told}. {path} is finite; to export it: mv {names} {shlex.quote(str(run_dir))} and the same command again"
+        moved.append(path)
+    return f"{told}, and no earlier checkpoint is finite either. Train again with a lower optimizer.lr and another --run-dir"

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pipeline.errors import SickRunError, UserError
 from pipeline.runtime import dist
 from pipeline.runtime.checkpoint import (
     CARRIED_FILE,
@@ -29,10 +30,10 @@ from pipeline.runtime.checkpoint import (
     committed_steps,
     file_damage,
     kept_steps,
-    save_tensors,
     seal,
 )
 from pipeline.runtime.memory import available_memory_bytes
+from pipeline.runtime.tensor_files import save_tensors
 
 if TYPE_CHECKING:
     from pipeline.runtime.engine import StudentEngine
@@ -81,10 +82,16 @@ class CheckpointWriter:
         self._keeping = keeping or CheckpointConfig()
         self._world_size = torch.distributed.get_world_size()
         self._pending: _Pending | None = None
+        self._failures = 0  # in a row
 
     def begin(self, state: Mapping[str, Any]) -> None:
-        """Snapshot the engine and start writing the checkpoint of `state["step"]`. No save may be under way."""
+        """Snapshot the engine and start writing the checkpoint of `state["step"]`. No save may be under way.
+
+        Raises `SickRunError` on all ranks where a weight is NaN or infinite: it never recovers, and a checkpoint of it would
+        push the finite ones out.
+        """
         assert self._pending is None, "the save before must be waited for"
+        self._refuse_not_finite(state["step"])
         began_s, partial = time.monotonic(), self._partial(state["step"])
         problem = _attempt(lambda: _start(partial)) if self._rank == 0 else None
         problem = dist.broadcast_json(problem, self._engine.device)
@@ -122,6 +129,24 @@ class CheckpointWriter:
         if self._pending.thread.ident is not None:
             self._pending.thread.join()
         return self._finish(self._pending, stopped_from_s)
+
+    def _refuse_not_finite(self, step: int) -> None:
+        names = dist.gather_json(self._engine.not_finite(), self._engine.device)
+        if name := next(filter(None, names), None):
+            raise SickRunError(
+                f"after step {step} the weights of {name} are not finite (NaN or infinite): no checkpoint of them is written, "
+                f"and those in {self._directory} stay. Lower optimizer.lr and start again, with --allow-change to continue "
+                "from the newest of them or in another --run-dir"
+            )
+
+    def refuse_repeated_failures(self, failed: SaveOutcome) -> None:
+        """After so many failed saves in a row nothing that is trained would be kept: a `UserError`, on all ranks."""
+        if self._failures >= self._keeping.max_failed_saves:
+            raise UserError(
+                f"{self._failures} saves in a row have failed (checkpoint.max_failed_saves), the last one of step "
+                f"{failed.step}: {failed.problem}. Older checkpoints are as they were. Let {self._directory} be written to, "
+                "with room for one checkpoint more, then start the same command again"
+            )
 
     def _partial(self, step: int) -> Path:
         return checkpoint_path(self._directory, step).with_suffix(".tmp")
@@ -169,6 +194,7 @@ class CheckpointWriter:
         problems = dist.broadcast_json(problems, self._engine.device)
         if problems and self._rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
+        self._failures = self._failures + 1 if problems else 0
         now_s = time.monotonic()
         stopped_s = pending.stopped_s + now_s - stopped_from_s
         return SaveOutcome(pending.step, "; ".join(problems) or None, now_s - pending.began_s, stopped_s)

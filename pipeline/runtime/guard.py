@@ -26,6 +26,7 @@ from typing import IO, Any, Literal
 
 from pipeline.errors import EXIT_HUNG, SickRunError, UserError
 from pipeline.runtime.beside import make_way_for_directory, make_way_for_file, set_aside
+from pipeline.runtime.clocks import job_end_s
 
 ProcessMark = list[Any]
 TIME_FOR_OTHER_STACKS_S = 3.0  # ranks that wait for the same dead one notice within a second of each other
@@ -65,8 +66,12 @@ class StopRequests:
         self._stop_file = stop_file
         self._leftover = _identity(stop_file)
         self._signal: signal.Signals | None = None
-        self._end_time_s = float(os.environ.get("SLURM_JOB_END_TIME", "inf"))
+        self._end_s = time.monotonic() + job_end_s() - time.time()
         self.margin_s = margin_s
+
+    def agree_on_deadline(self, left_s: float) -> None:
+        """All ranks have this much time, whatever their clocks say."""
+        self._end_s = time.monotonic() + left_s
 
     def listen(self) -> None:
         for number in STOP_SIGNALS:
@@ -81,7 +86,7 @@ class StopRequests:
 
     def saw_earlier_saves(self, seconds: float) -> None:
         """The slowest save of an earlier life. One slow day must not leave a life no time to train: half of it at most."""
-        self.margin_s = max(self.margin_s, min(3 * seconds, (self._end_time_s - time.time()) / 2))
+        self.margin_s = max(self.margin_s, min(3 * seconds, (self._end_s - time.monotonic()) / 2))
 
     def forget_leftover(self) -> None:
         """Delete a STOP file that was there before this life began; one made since then is a wish to stop."""
@@ -96,7 +101,7 @@ class StopRequests:
         """Why this rank wishes to stop, or None."""
         if self._signal is not None:
             return f"signal {self._signal.name}"
-        if time.time() > self._end_time_s - self.margin_s:
+        if time.monotonic() > self._end_s - self.margin_s:
             return f"deadline: less than {self.margin_s:.0f} s to the end of the job's time"
         return f"file {self._stop_file.name}" if self._stop_file.exists() else None
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from data_prep.__main__ import main as data_prep
 from data_prep.shards import ShardSet, UnreadableError, read_again
-from pipeline.runtime.checkpoint import committed_steps, newest_whole, save_tensors
+from pipeline.runtime.checkpoint import committed_steps, newest_whole
+from pipeline.runtime.tensor_files import save_tensors
 from tests.unit.runtime.test_checkpoint_damage import write
 
 NOBODY = 65534
