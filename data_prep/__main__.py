@@ -261,17 +261,17 @@ def run_verify(parsed: argparse.Namespace) -> int:
     from data_prep.verify import verify
 
     problems = verify(parsed.shards, show_progress=True)
-    for problem in problems:
+    for problem in (*problems, *problems.unreadable):
         print(f"error: {problem}", file=sys.stderr)
     if problems:
         names = ShardSet(parsed.shards, check_sizes=False).languages
         damaged = [name for name in names if any(f"{parsed.shards / name}/" in problem for problem in problems)]
         redo = " ".join(["--redo", *damaged]) if damaged else "--redo LANGUAGE"
         print(f"Copy whole files in, or make them again: the command that prepared them with {redo}", file=sys.stderr)
-    else:
+    elif not problems.unreadable:
         print(quality_table(qualities(ShardSet(parsed.shards))))
         print(f"{parsed.shards}: all {len(ShardSet(parsed.shards).all_shards())} shards are whole")
-    return 2 if problems else 0
+    return 2 if problems or problems.unreadable else 0
 
 
 def run_stats(parsed: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 
 from data_prep.ownership import LOCK_NAME, Taken, own
-from data_prep.shards import DataError
+from data_prep.shards import DataError, read_again
 
 JOURNAL_NAME = "journal.jsonl"
 
@@ -67,9 +67,11 @@ class Journal:
     def read(cls, directory: Path) -> Journal:
         """Entries that are whole and whose shard is there in full size; what comes after them is to be done again."""
         journal = cls(directory)
-        if not journal.path.is_file():
+        try:
+            content = read_again(journal.path, journal.path.read_bytes)
+        except OSError:  # missing, or no file
             return journal
-        for number, line in enumerate(journal.path.read_bytes().splitlines(keepends=True), start=1):
+        for number, line in enumerate(content.splitlines(keepends=True), start=1):
             if not line.endswith(b"\n"):
                 break  # torn by a kill or a power cut while it was written
             digest, _, text = line.rstrip(b"\n").partition(b" ")
@@ -147,4 +149,7 @@ def _line(entry: Entry) -> bytes:
 
 def _is_whole(directory: Path, shard: dict[str, Any]) -> bool:
     path = directory / Path(shard["file"]).name
-    return path.is_file() and path.stat().st_size == shard["bytes"]
+    try:
+        return read_again(path, path.stat).st_size == shard["bytes"]
+    except OSError:
+        return False

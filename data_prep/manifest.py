@@ -22,7 +22,7 @@ from data_prep.journal import JOURNAL_NAME, Journal
 from data_prep.layout import FORMAT_NAME, FORMAT_VERSION, sync_directory, write_durably
 from data_prep.merging import copy_language, finished_languages
 from data_prep.ownership import own_when_free
-from data_prep.shards import LANGUAGE_PATTERN, MANIFEST_NAME, RUN_NAME, DataError, manifest_digest
+from data_prep.shards import LANGUAGE_PATTERN, MANIFEST_NAME, RUN_NAME, DataError, manifest_digest, read_again
 from data_prep.tokenizer import Tokenizer
 
 LOCK_NAME = "prepare.lock.tmp"
@@ -128,7 +128,7 @@ def read_run(output: Path) -> dict[str, Any]:
     """`prepare.json` of a directory."""
     file = output / RUN_NAME
     try:
-        run = json.loads(file.read_text(encoding="utf-8"))
+        run = json.loads(read_again(file, file.read_bytes).decode())
         if run["format"] != FORMAT_NAME or run["version"] != FORMAT_VERSION:
             raise DataError(
                 f"{file} is of another format version ({str(run['version'])[:40]}). Give --output a new directory."

@@ -15,7 +15,7 @@ from pipeline.assembly import assemble
 from pipeline.config import load_recipe
 from pipeline.dry_run import dry_run, writable_without_trace
 from pipeline.errors import EXIT_DONE
-from pipeline.runtime import dist
+from pipeline.runtime import clocks, dist
 from pipeline.runtime.allotment import unused_gpu_warning
 from pipeline.runtime.directory_lock import owned_by_rank_0, refuse_run_directory
 from pipeline.runtime.guard import StopRequests, Watchdog, process_mark
@@ -63,6 +63,10 @@ def run_from_files(
             held.enter_context(owned_by_rank_0(run_dir, launch))
         with Watchdog(recipe.guard, logs / f"{kind}-rank{launch.rank}.txt") as watchdog:
             marks = dist.gather_json(process_mark(os.getpid()), launch.device)
+            left_s, warnings = clocks.agree(dist.gather_json(clocks.my_clock(), launch.device))
+            stop.agree_on_deadline(left_s)
+            for warning in warnings if launch.is_main else ():
+                print(f"warning: {warning}", flush=True)
             watchdog.take_along([mark for mark in marks if mark])
             parts = assemble(recipe, recipe_path, ds_path, launch)
             if not only_try:  # not sooner: a run that is refused leaves nothing behind

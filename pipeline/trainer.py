@@ -9,6 +9,7 @@ steps - plus what checkpoint.py keeps, so an interrupted run and an uninterrupte
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import socket
 import time
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_prep.shards import UnreadableError
 from pipeline.agreement import other_surroundings
 from pipeline.assembly import Parts
 from pipeline.config import Recipe
@@ -30,6 +32,7 @@ from pipeline.identity import changes
 from pipeline.lineage import changed_keys, fingerprint, library_versions, mathematics
 from pipeline.reporter import Reporter, StepReport
 from pipeline.runtime import checkpoint, dist, preflight
+from pipeline.runtime.beside import make_way_for_file
 from pipeline.runtime.checkpoint_writer import CheckpointWriter, SaveOutcome
 from pipeline.runtime.dist import Launch
 from pipeline.runtime.ds_config import loss_scale_floor
@@ -92,6 +95,8 @@ class Trainer:
         try:
             if first >= self.recipe.steps:
                 self.reporter.metrics.say(f"{self.run_dir} already has its {self.recipe.steps} steps; nothing to do")
+                if dist.broadcast_json(self.reporter.lacks_description, self.launch.device):
+                    self.reporter.describe(first)
                 if self.launch.is_main and not (self.run_dir / "DONE").exists():  # killed after its last save
                     leave_word(self.run_dir / "DONE", f"done: {self.recipe.steps} steps\n")
                 return
@@ -144,16 +149,25 @@ class Trainer:
         """Can this run save, and do all ranks run the same thing? Nothing is trained before both are known."""
         found: dict[str, Any] = {"problem": None, "shards": [], "host": socket.gethostname()}
         if self.launch.is_main:
-            present, keeping = checkpoint.committed_steps(self.checkpoints), self.recipe.checkpoint
-            every = keeping.keep_every or self.recipe.steps + 1
-            milestones = self.recipe.steps // every - sum(step % every == 0 for step in present)
-            disk = (self.checkpoint_bytes, keeping.keep, len(present), milestones)
-            found["problem"] = preflight.problem_on_disk(self.run_dir, *disk)
+            found["problem"] = self._problem_on_disk()
         if self.recipe.guard.verify_shards:
             mine = preflight.my_share(self.source.shards.all_shards(), self.launch)
-            found["shards"] = preflight.damaged_shards(mine, self.watchdog.feed_before_slow_work)
+            try:
+                found["shards"] = preflight.damaged_shards(mine, self.watchdog.feed_before_slow_work)
+            except UnreadableError as error:
+                found["problem"] = str(error)  # on every rank, or the others would wait for this one
         preflight.refuse_problems(dist.gather_json(found, self.launch.device), self.recipe.data)
         preflight.check_shared(self.run_dir, self.launch)
+
+    def _problem_on_disk(self) -> str | None:
+        try:
+            present, keeping = checkpoint.committed_steps(self.checkpoints), self.recipe.checkpoint
+        except UnreadableError as error:
+            return str(error)
+        every = keeping.keep_every or self.recipe.steps + 1
+        milestones = self.recipe.steps // every - sum(step % every == 0 for step in present)
+        disk = (self.checkpoint_bytes, keeping.keep, len(present), milestones)
+        return preflight.problem_on_disk(self.run_dir, *disk)
 
     def _begin(self, first: int) -> None:
         """Everything that is written before the first step of this life."""
@@ -161,7 +175,9 @@ class Trainer:
         if self.launch.is_main:
             preflight.settle(self.run_dir)
             for marker in ("DONE", "PREEMPTED"):
-                (self.run_dir / marker).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    make_way_for_file(self.run_dir / marker)
+                    (self.run_dir / marker).unlink(missing_ok=True)
             self.stop.forget_leftover()
         is_evaluated = dist.broadcast_json(self.reporter.first_is_evaluated, self.launch.device)
         if first % self.recipe.eval_every == 0 and not is_evaluated:
@@ -193,8 +209,8 @@ class Trainer:
 
     def _resume(self, allow_change: bool, is_a_life: bool = True) -> int:
         """Load the newest whole checkpoint, chosen by rank 0 for all. Returns the number of finished steps."""
-        self.lives = Lives(self.run_dir)
-        self.stop.saw_earlier_saves(self.lives.slowest_save_s)
+        self.lives = Lives(self.run_dir, writes=self.launch.is_main)
+        self.stop.saw_earlier_saves(dist.broadcast_json(self.lives.slowest_save_s, self.launch.device))
         decision = dist.broadcast_json(self._choose() if self.launch.is_main else None, self.launch.device)
         if decision["crash_loop"]:
             raise SickRunError(decision["crash_loop"])
@@ -240,7 +256,7 @@ class Trainer:
             return decision
         try:
             path, problems = checkpoint.newest_whole(self.checkpoints, skip=int(crashes >= FALL_BACK_AFTER))
-        except UserError as error:
+        except (UserError, UnreadableError) as error:
             return {**decision, "error": str(error)}
         return {**decision, "path": str(path) if path else None, "problems": problems}
 
@@ -319,14 +335,13 @@ class Trainer:
             self.reporter.metrics.say(
                 f"warning: checkpoint of step {outcome.step} not written, going on: {outcome.problem}"
             )
+            self.writer.refuse_repeated_failures(outcome)
             return
         self.saved_step = outcome.step
         if self.launch.is_main:
             self.lives.saved(outcome.step, outcome.seconds)
             self.known_steps.add(outcome.step)
             checkpoint.prune(self.checkpoints, self.recipe.checkpoint, outcome.step, self.known_steps)
-
-    # -- reports
 
     def _observe(self, step: int, report: StepReport, bad_steps: BadStepCounter) -> None:
         self.skipped_steps += report.skipped
@@ -378,6 +393,7 @@ class Trainer:
     def _finish(self, marker: str, line: str) -> None:
         if self.launch.is_main:
             self.lives.end(marker)
+            self.reporter.describe_again()
             leave_word(self.run_dir / marker, line + "\n")
         self.reporter.metrics.say(f"{line}. Checkpoints: {self.checkpoints}")
 

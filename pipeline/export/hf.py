@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer, PretrainedConfig
 from transformers.utils import cached_file
 
@@ -26,6 +25,7 @@ from pipeline.export.handover import hand_over, limit_tokenizer
 from pipeline.identity import refuse_other_tokenizer_files, warn_of_other_teacher
 from pipeline.json_files import read_json
 from pipeline.runtime.checkpoint import read_model_weights
+from pipeline.runtime.tensor_files import not_finite, save_tensors
 
 Extra = Callable[[Path], object]
 TOKENIZER_FILES = (
@@ -90,17 +90,21 @@ def export_student(
     to the directory before it gets its name, so that a failure of theirs leaves nothing behind; figures found in
     `measured` go into the model card."""
     architecture = check_weights(weights, config)
+    if name := not_finite({name: tensor.to(dtype) for name, tensor in weights.items()}):
+        raise UserError(
+            f"{name} is not finite (NaN or infinite) in {dtype}, so this is no student. Export another checkpoint, or fp32 "
+            "where only the rounding to half precision overflows (--dtype fp32)"
+        )
     if output.exists() and not (output / LINEAGE_FILE).is_file():
         raise UserError(f"{output} exists and is no earlier export, so it is left alone. Name another --output.")
     with replaced_directory(output, PRODUCTS) as temporary:
         config.architectures, config.dtype = [architecture], dtype
         config.save_pretrained(temporary)
-        save_file(
+        save_tensors(
             {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()},
             temporary / "model.safetensors",
             metadata={"format": "pt"},
         )
-        (temporary / "model.safetensors").chmod(0o644)  # safetensors writes 0600: nobody else could load it
         copy_tokenizer(tokenizer, temporary)
         (temporary / LINEAGE_FILE).write_text(json.dumps(lineage, indent=2) + "\n", encoding="utf-8")
         limit_tokenizer(temporary)

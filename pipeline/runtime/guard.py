@@ -26,6 +26,8 @@ from typing import IO, Any, Literal
 
 from pipeline.errors import EXIT_HUNG, SickRunError, UserError
 from pipeline.ranges import LARGEST_INT, LONGEST_S, check_ranges
+from pipeline.runtime.beside import make_way_for_directory, make_way_for_file, set_aside
+from pipeline.runtime.clocks import job_end_s
 
 ProcessMark = list[Any]
 TIME_FOR_OTHER_STACKS_S = 3.0  # ranks that wait for the same dead one notice within a second of each other
@@ -74,9 +76,13 @@ class StopRequests:
         self._stop_file = stop_file
         self._leftover = _identity(stop_file)
         self._signal: signal.Signals | None = None
-        self._end_time_s = _end_of_job()
         self._orphaned = self._is_meeting = False
+        self._end_s = time.monotonic() + job_end_s() - time.time()
         self.margin_s = margin_s
+
+    def agree_on_deadline(self, left_s: float) -> None:
+        """All ranks have this much time, whatever their clocks say."""
+        self._end_s = time.monotonic() + left_s
 
     def listen(self) -> None:
         self._is_meeting = False
@@ -106,12 +112,15 @@ class StopRequests:
 
     def saw_earlier_saves(self, seconds: float) -> None:
         """The slowest save of an earlier life. One slow day must not leave a life no time to train: half of it at most."""
-        self.margin_s = max(self.margin_s, min(3 * seconds, (self._end_time_s - time.time()) / 2))
+        self.margin_s = max(self.margin_s, min(3 * seconds, (self._end_s - time.monotonic()) / 2))
 
     def forget_leftover(self) -> None:
         """Delete a STOP file that was there before this life began; one made since then is a wish to stop."""
         if self._leftover is not None and self._leftover == _identity(self._stop_file):
-            self._stop_file.unlink(missing_ok=True)
+            try:
+                self._stop_file.unlink(missing_ok=True)
+            except OSError as error:  # a directory, for one: it would stop every start after its first step
+                set_aside(self._stop_file, error)
 
     @property
     def reason(self) -> str | None:
@@ -120,22 +129,9 @@ class StopRequests:
             return f"signal {self._signal.name}"
         if self._orphaned:
             return "the launcher has gone"
-        if time.time() > self._end_time_s - self.margin_s:
+        if time.monotonic() > self._end_s - self.margin_s:
             return f"deadline: less than {self.margin_s:.0f} s to the end of the job's time"
         return f"file {self._stop_file.name}" if self._stop_file.exists() else None
-
-
-def _end_of_job() -> float:
-    text = os.environ.get("SLURM_JOB_END_TIME", "inf")
-    try:
-        end_time_s = float(text)
-    except ValueError:
-        end_time_s = math.nan
-    if math.isnan(end_time_s):
-        raise UserError(
-            f"SLURM_JOB_END_TIME is {text[:40]!r}, not seconds since the epoch; correct it, or `unset SLURM_JOB_END_TIME`"
-        )
-    return end_time_s
 
 
 def _identity(file: Path) -> tuple[int, int] | None:
@@ -179,6 +175,7 @@ class SpikeDetector:
 def record_spike(file: Path, step: int, loss: float, score: float, skipped: bool, rows: list[dict[str, Any]]) -> None:
     """Add a spike and the rows of its global batch to `file`."""
     entry = {"step": step, "loss": loss, "sigmas": round(score, 1), "skipped": skipped, "rows": rows}
+    make_way_for_file(file)
     with contextlib.suppress(OSError), open(file, "a", encoding="utf-8") as lines:  # a full disk ends no run
         lines.write(json.dumps(entry) + "\n")
 
@@ -186,6 +183,7 @@ def record_spike(file: Path, step: int, loss: float, score: float, skipped: bool
 def leave_word(file: Path, text: str) -> None:
     """Write a marker or report at a run's end. A full disk costs the file, never the exit code."""
     try:
+        make_way_for_file(file)
         file.write_text(text, encoding="utf-8")
     except OSError as error:
         print(f"warning: {file} not written: {error}", flush=True)
@@ -238,6 +236,7 @@ class Watchdog:
         self._due = math.inf
         self._siblings: list[ProcessMark] = []
         self._stopped = threading.Event()
+        self._was_enabled = False
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def take_along(self, siblings: list[ProcessMark]) -> None:
@@ -245,14 +244,9 @@ class Watchdog:
         self._siblings = [mark for mark in siblings if mark[0] == socket.gethostname() and mark[1] != os.getpid()]
 
     def __enter__(self) -> Watchdog:
-        try:
-            self._stacks.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"the run directory {self._stacks.parent.parent} cannot be written to ({error}); take another --run-dir"
-            ) from None
-        _set_aside(self._stacks)
-        self._file = open(self._stacks, "w", encoding="utf-8")
+        self._file = self._open_stacks()
+        self._was_enabled = faulthandler.is_enabled()
+        faulthandler.enable(file=self._file, all_threads=True)  # where a SIGBUS or SIGSEGV happened
         # `kill -QUIT` asks a rank for its stacks; the handler is C code, so it answers out of any call
         faulthandler.register(signal.SIGQUIT, file=self._file, all_threads=True)
         self.feed_before_slow_work()
@@ -263,11 +257,26 @@ class Watchdog:
         self._stopped.set()
         faulthandler.cancel_dump_traceback_later()
         faulthandler.unregister(signal.SIGQUIT)
-        if self._stacks.exists() and self._stacks.stat().st_size == 0:
-            self._stacks.unlink()
-            with contextlib.suppress(OSError):  # a run that was refused leaves no empty directories
-                self._stacks.parent.rmdir()
+        faulthandler.disable()
+        if self._was_enabled:
+            faulthandler.enable()
+        with contextlib.suppress(OSError):
+            if self._stacks.is_file() and self._stacks.stat().st_size == 0:
+                self._stacks.unlink()
+                self._stacks.parent.rmdir()  # a run that was refused leaves no empty directories
                 self._stacks.parent.parent.rmdir()
+
+    def _open_stacks(self) -> IO[str]:
+        """The file for stacks; the console where a directory cannot be written, for a log ends no run."""
+        try:
+            make_way_for_directory(self._stacks.parent)
+            self._stacks.parent.mkdir(parents=True, exist_ok=True)
+            make_way_for_file(self._stacks)
+            _set_aside(self._stacks)
+            return open(self._stacks, "w", encoding="utf-8")
+        except OSError as error:
+            print(f"warning: {self._stacks} cannot be written, stacks go to the console: {error}", flush=True)
+            return open(2, "w", encoding="utf-8", closefd=False)
 
     def feed(self) -> None:
         """Something was finished."""

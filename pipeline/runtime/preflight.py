@@ -16,13 +16,14 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from data_prep.command_line import module_command
-from data_prep.shards import Shard
+from data_prep.shards import Shard, read_again
 from pipeline.errors import UserError
 from pipeline.runtime import dist
 from pipeline.runtime.checkpoint import sync
@@ -177,16 +178,18 @@ def _boot_id() -> str:
 
 def damaged_shards(shards: Iterable[Shard], progress: Callable[[], None]) -> list[str]:
     """Shard files that are not what the manifest's hash says: every byte is read."""
-    damaged = []
-    for shard in shards:
+
+    def digest_of(path: Path) -> str:
         digest = xxhash.xxh3_128()
-        with open(shard.path, "rb") as file:
+        with open(path, "rb") as file:
             while block := file.read(HASH_BLOCK_BYTES):
                 digest.update(block)
                 progress()
-        if digest.hexdigest() != shard.xxh3_128:
-            damaged.append(str(shard.path))
-    return damaged
+        return digest.hexdigest()
+
+    return [
+        str(shard.path) for shard in shards if read_again(shard.path, partial(digest_of, shard.path)) != shard.xxh3_128
+    ]
 
 
 def refuse_problems(found_by_rank: Sequence[dict[str, Any]], data: str) -> None:
