@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import mmap
 import re
-import shlex
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
@@ -24,6 +23,7 @@ from data_prep.command_line import module_command
 from data_prep.layout import FORMAT_NAME, FORMAT_VERSION, HEADER_BYTES, TOKEN_DTYPE, Identity, header, sections
 from data_prep.numbering import adds_words, numbered_alike
 from data_prep.tokenizer_files import FAST_TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, no_tokenizer_in
+from data_prep.unfinished import why_no_manifest
 from data_prep.unreadable import DataError as DataError
 from data_prep.unreadable import UnreadableError as UnreadableError
 from data_prep.unreadable import read_again as read_again
@@ -34,7 +34,6 @@ MANIFEST_NAME, RUN_NAME = "manifest.json", "prepare.json"
 SENTENCEPIECE_NAMES = ("sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
 LANGUAGE_PATTERN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,62}[A-Za-z0-9])?")
 _SHARD_FILE = re.compile(r"(?P<language>[^/]+)/(?P<number>[0-9]{5})\.tok")
-PREPARE_HINT = "python -m data_prep prepare --input TEXT --tokenizer MODEL_OR_DIR --output {path}"
 _RowTable = tuple[list[int], list[int], list[np.ndarray]]  # per shard: first row, end row, rows as a 2-D view
 
 
@@ -151,7 +150,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         text = read_again(file, file.read_bytes)
     except OSError:  # missing, or no file
-        raise DataError(_why_no_manifest(path)) from None
+        raise DataError(why_no_manifest(path, MANIFEST_NAME, RUN_NAME)) from None
     try:
         manifest = json.loads(text.decode())
         if manifest["format"] != FORMAT_NAME or manifest["version"] != FORMAT_VERSION:
@@ -171,22 +170,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise
         raise DataError(f"{file} is damaged ({type(error).__name__}: {error}). Prepare the shards again.") from error
     return manifest
-
-
-def _why_no_manifest(path: Path) -> str:
-    parts = path.with_name(path.name + ".parts")  # where tasks of a Slurm array prepare their languages
-    if (path / RUN_NAME).is_file():
-        return (
-            f"The shards at {path} are unfinished: `python -m data_prep prepare` began them and has not reached the end. Run "
-            "the same prepare command again; it continues after the last finished shard. (To use the finished languages "
-            f"alone: {module_command('data_prep', 'merge', path, '--partial')})"
-        )
-    if parts.is_dir():
-        return (
-            f"The shards at {path} are unfinished: their languages in {parts} have not been merged. When all of them are "
-            f"done: {module_command('data_prep', 'merge', path, '--from')} {shlex.quote(str(parts))}/*"
-        )
-    return f"No shards at {path}: {path / MANIFEST_NAME} is missing. Make them with `{PREPARE_HINT.format(path=shlex.quote(str(path)))}`."
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:

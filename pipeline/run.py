@@ -46,8 +46,7 @@ def run_from_files(
     recipe = load_recipe(recipe_path, overrides)
     reads = {"the teacher": Path(recipe.teacher), "the shards": Path(recipe.data)}
     refuse_run_directory(run_dir, {"recipe.yaml": recipe_path, "deepspeed.json": ds_path}, reads)
-    logs = run_dir / "logs"
-    trace, held = contextlib.ExitStack(), contextlib.ExitStack()
+    logs, trace, held = run_dir / "logs", contextlib.ExitStack(), contextlib.ExitStack()
     if only_try and launch.is_main:  # the others make nothing before they have met this rank
         trace.enter_context(writable_without_trace(run_dir))
     stop = StopRequests(run_dir / "STOP", recipe.guard.deadline_margin_s)

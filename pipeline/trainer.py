@@ -9,7 +9,6 @@ steps - plus what checkpoint.py keeps, so an interrupted run and an uninterrupte
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 import socket
 import time
@@ -32,7 +31,6 @@ from pipeline.identity import changes
 from pipeline.lineage import changed_keys, fingerprint, library_versions, mathematics
 from pipeline.reporter import Reporter, StepReport
 from pipeline.runtime import checkpoint, dist, preflight
-from pipeline.runtime.beside import make_way_for_file
 from pipeline.runtime.checkpoint_writer import CheckpointWriter, SaveOutcome
 from pipeline.runtime.dist import Launch
 from pipeline.runtime.ds_config import loss_scale_floor
@@ -174,10 +172,7 @@ class Trainer:
         self.reporter.describe(first)
         if self.launch.is_main:
             preflight.settle(self.run_dir)
-            for marker in ("DONE", "PREEMPTED"):
-                with contextlib.suppress(OSError):
-                    make_way_for_file(self.run_dir / marker)
-                    (self.run_dir / marker).unlink(missing_ok=True)
+            preflight.remove_markers(self.run_dir)
             self.stop.forget_leftover()
         is_evaluated = dist.broadcast_json(self.reporter.first_is_evaluated, self.launch.device)
         if first % self.recipe.eval_every == 0 and not is_evaluated:

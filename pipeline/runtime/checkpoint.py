@@ -26,8 +26,9 @@ from safetensors import SafetensorError
 from data_prep.shards import UnreadableError, read_again
 from pipeline.errors import UserError
 from pipeline.ranges import LARGEST_INT, check_ranges
+from pipeline.runtime.checkpoint_state import state_problem
 from pipeline.runtime.schedule import MOMENTS
-from pipeline.runtime.tensor_files import not_finite, open_tensors
+from pipeline.runtime.tensor_files import names_a_tensor_twice, not_finite, open_tensors
 
 FORMAT_VERSION = 1
 KINDS = ("weight", *MOMENTS)
@@ -190,22 +191,12 @@ def damage(checkpoint: Path) -> str | None:
             return problem
         if json.loads(_text(checkpoint / "state.json"))["step"] != _step_of(checkpoint):
             return "state.json belongs to another step"
-        if problem := _state_problem(json.loads(_text(checkpoint / "state.json"))):
+        if problem := state_problem(json.loads(_text(checkpoint / "state.json"))):
             return f"state.json is not one of this code: {problem}"
     except UnreadableError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"manifest.json or state.json cannot be read ({type(error).__name__}: {error})"
-    return None
-
-
-def _state_problem(state: Mapping[str, Any]) -> str | None:
-    shapes = state.get("parameters", {})
-    if not isinstance(shapes, dict):
-        return "`parameters` is no object"
-    for name, shape in shapes.items():
-        if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**31 for size in shape):
-            return f"`parameters` has no shape for {name[:80]!r}"
     return None
 
 
@@ -235,11 +226,7 @@ def _file_damage(path: Path, entry: Mapping[str, Any]) -> str | None:
 def _header_problem(path: Path) -> str | None:
     """The library checks lengths and offsets; what is left is that no name comes twice, and what a fragment must be."""
     try:
-        levels: list[list[str]] = [[]]
-        header = read_again(path, lambda: _header_bytes(path))
-        if header:
-            json.loads(header, object_pairs_hook=lambda pairs: levels.append([key for key, _ in pairs]))
-        if len(levels[-1]) != len(set(levels[-1])):  # the outermost object comes last
+        if names_a_tensor_twice(path):
             return f"{path.name} names a tensor twice"
         with open_tensors(path) as tensors:
             for key in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
@@ -252,12 +239,6 @@ def _header_problem(path: Path) -> str | None:
     except (SafetensorError, ValueError, RecursionError) as error:
         return f"{path.name} is no safetensors file: {error}"
     return None
-
-
-def _header_bytes(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        return file.read(length) if length < os.fstat(file.fileno()).st_size else b""
 
 
 def _step_of(checkpoint: Path) -> int:

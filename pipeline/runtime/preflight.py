@@ -26,6 +26,7 @@ from data_prep.command_line import module_command
 from data_prep.shards import Shard, read_again
 from pipeline.errors import UserError
 from pipeline.runtime import dist
+from pipeline.runtime.beside import make_way_for_file
 from pipeline.runtime.checkpoint import sync
 
 STALE_LOCK_AGE_S = 600.0
@@ -113,6 +114,14 @@ def settle(run_dir: Path) -> None:
     for directory in (run_dir, *run_dir.absolute().parents[:2]):
         with contextlib.suppress(OSError):  # one that may be entered but not read
             sync(directory)
+
+
+def remove_markers(run_dir: Path) -> None:
+    """Markers of how an earlier start ended."""
+    for marker in ("DONE", "PREEMPTED"):
+        with contextlib.suppress(OSError):
+            make_way_for_file(run_dir / marker)
+            (run_dir / marker).unlink(missing_ok=True)
 
 
 def agree(facts: dict[str, Any], launch: dist.Launch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import stat
 from collections.abc import Mapping
@@ -46,6 +47,20 @@ def open_tensors(path: Path) -> Any:
             raise
 
     return read_again(path, attempt)
+
+
+def names_a_tensor_twice(path: Path) -> bool:
+    """Whether a header holds one name twice: the library takes the last one."""
+    levels: list[list[str]] = [[]]
+    if header := read_again(path, lambda: _header_bytes(path)):
+        json.loads(header, object_pairs_hook=lambda pairs: levels.append([key for key, _ in pairs]))
+    return len(levels[-1]) != len(set(levels[-1]))  # the outermost object comes last
+
+
+def _header_bytes(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return file.read(length) if length < os.fstat(file.fileno()).st_size else b""
 
 
 def not_finite(weights: Mapping[str, torch.Tensor]) -> str | None:
