@@ -49,11 +49,8 @@ class CheckpointConfig:
     max_failed_saves: int = 8  # saves in a row that may fail before the run stops and says so
 
     def __post_init__(self) -> None:
-        if self.keep < 1 or (self.keep_every is not None and self.keep_every < 1):
-            raise UserError("checkpoint.keep and checkpoint.keep_every must be at least 1")
-        if self.max_failed_saves < 1:
-            raise UserError("checkpoint.max_failed_saves must be at least 1")
-        check_ranges(self, "checkpoint", {"keep": (1, 10**9), "keep_every": (1, LARGEST_INT)})
+        limits = {"keep": (1, 10**9), "keep_every": (1, LARGEST_INT), "max_failed_saves": (1, 10**9)}
+        check_ranges(self, "checkpoint", limits)
 
 
 # -- what is on disk
