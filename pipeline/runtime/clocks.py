@@ -25,7 +25,7 @@ def my_clock() -> ClockReport:
 
 def job_end_s() -> float:
     """The job's end by the scheduler's clock; infinite where there is none."""
-    text = os.environ.get("SLURM_JOB_END_TIME", "inf")
+    text = os.environ.get("SLURM_JOB_END_TIME") or "inf"
     try:
         end_s = float(text)
     except ValueError:

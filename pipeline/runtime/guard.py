@@ -259,7 +259,8 @@ class Watchdog:
         faulthandler.unregister(signal.SIGQUIT)
         faulthandler.disable()
         if self._was_enabled:
-            faulthandler.enable()
+            with contextlib.suppress(OSError, ValueError):  # a stream without descriptor, as in a notebook
+                faulthandler.enable()
         with contextlib.suppress(OSError):
             if self._stacks.is_file() and self._stacks.stat().st_size == 0:
                 self._stacks.unlink()
