@@ -54,9 +54,12 @@ class SentencePieceTokenizer:
 
     def __init__(self, path: str | Path) -> None:
         self.path = tokenizer_file(Path(path))
-        self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        content = self.path.read_bytes()
+        self.sha256 = hashlib.sha256(content).hexdigest()
         try:
-            self.processor = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
+            # by its bytes: the library takes no path that is not UTF-8
+            self.processor = sentencepiece.SentencePieceProcessor()
+            self.processor.LoadFromSerializedProto(content)
         except (OSError, RuntimeError) as error:
             raise DataError(f"{self.path} is not a SentencePiece model ({error}). Give the .model file.") from error
         special = (self.processor.unk_id(), self.processor.bos_id(), self.processor.eos_id())

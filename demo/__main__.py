@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
 from data_prep.command_line import CommandLine
 from demo.compare import compare
@@ -27,6 +27,7 @@ from pipeline.config import Recipe, load_recipe
 from pipeline.errors import EXIT_DONE, UserError, exit_code_of
 from pipeline.evaluation.retrieval import read_pairs
 from pipeline.export.hf import LINEAGE_FILE
+from pipeline.tokenizer_identity import tokenizer_directory
 
 RECIPE = Path("recipes/quickstart.yaml")
 DEEPSPEED_JSON = Path("ds_configs/zero2.json")
@@ -76,9 +77,7 @@ def prepare_shards(recipe: Recipe) -> None:
     if (Path(recipe.data) / "manifest.json").is_file():
         print(f"shards: {recipe.data} are there", flush=True)
         return
-    tokenizer = recipe.tokenizer
-    if not Path(tokenizer).is_dir():
-        tokenizer = str(cached_file(recipe.teacher, "sentencepiece.bpe.model"))
+    tokenizer = str(tokenizer_directory(recipe.tokenizer))
     run_stage(
         [sys.executable, "-m", "data_prep", "prepare"]
         + ["--input", str(SAMPLE_TEXT), "--tokenizer", tokenizer, "--output", recipe.data]

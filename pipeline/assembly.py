@@ -83,7 +83,8 @@ def assemble(recipe: Recipe, recipe_path: Path, ds_path: Path, launch: Launch) -
 
     teacher_model, identity = _on_all_ranks(lambda: open_teacher(recipe, source.shards), launch)
     preflight.agree(identity, launch)
-    warnings += check_ids(recipe, source.shards, launch)
+    # By rank 0 for all: loading XLM-R's tokenizer takes it 2 s where the manifest does not say that this one was compared.
+    warnings += _on_all_ranks(lambda: compare_ids(recipe.tokenizer, source.shards)[1] if launch.is_main else [], launch)
     relations, spread = recipe.relations, recipe.teacher_options.placement == "zero3"
     # A teacher that is to be spread may not fit on one device.
     student = student_of(recipe, teacher_model, source, "cpu" if spread else launch.device)
@@ -125,7 +126,7 @@ def _on_all_ranks(make: Callable[[], T], launch: Launch) -> T:
     made, problem = None, None
     try:
         made = make()
-    except (UserError, DataError) as error:
+    except (UserError, DataError, OSError) as error:
         problem = str(error)
     problems = dist.gather_json(problem, launch.device)
     for rank, found in enumerate(problems):
@@ -218,24 +219,6 @@ def check_fit(recipe: Recipe, shards: ShardSet, teacher_model: Any) -> None:
             raise UserError(f"{model_type} cannot keep the documents of a row apart; set documents: joined")
     check_vocabulary(teacher_model, shards.vocab_size, recipe.data)
     check_length(teacher_model.config, recipe.seq_len, recipe.teacher)
-
-
-def check_ids(recipe: Recipe, shards: ShardSet, launch: Launch) -> list[str]:
-    """Ids in the shards are the tokenizer's, for all ranks by rank 0: loading XLM-R's tokenizer takes it 2 s where the
-    manifest does not say that this very one was compared. Returns warnings."""
-    problem: str = ""
-    warnings: list[str] = []
-    if launch.is_main:
-        try:
-            _, warnings = compare_ids(recipe.tokenizer, shards)
-        except (
-            ValueError,
-            OSError,
-        ) as error:  # DataError, UserError: on every rank, or the others would wait for this one
-            problem = str(error)
-    if problem := dist.broadcast_json(problem, launch.device):
-        raise UserError(problem)
-    return warnings
 
 
 def _teacher_precision(recipe: Recipe, student_precision: str, can: Precisions, device: torch.device) -> str:

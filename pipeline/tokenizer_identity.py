@@ -7,49 +7,59 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import cached_file
 
-from data_prep.shards import ShardSet, tokenizer_file
+from data_prep.shards import SENTENCEPIECE_NAMES, ShardSet, tokenizer_file
 from pipeline.errors import UserError
 
-FETCHED = (  # from the hub: what decides over ids, and what AutoTokenizer reads beside it
-    "tokenizer_config.json",
-    "sentencepiece.bpe.model",
-    "tokenizer.json",
+# Of a hub name: what decides over ids, and what AutoTokenizer reads beside it. The first one says which commit it is.
+FETCHED = (
     "config.json",
+    "tokenizer_config.json",
+    *SENTENCEPIECE_NAMES,
+    "tokenizer.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
 )
 
 
 def deciding_file(model: str | Path) -> Path:
-    """`tokenizer_file` of a directory, or of what the hub has (fetched once, then cached)."""
+    """`tokenizer_file` of a model's directory."""
+    return tokenizer_file(tokenizer_directory(model))
+
+
+def tokenizer_directory(model: str | Path) -> Path:
+    """A directory itself; of a hub name one commit's files in the cache, fetched once. Raises `UserError`."""
     directory = Path(model).expanduser()
-    if not directory.is_dir():
-        try:
-            found = [
-                cached_file(
-                    str(model),
-                    name,
-                    _raise_exceptions_for_missing_entries=False,
-                    _raise_exceptions_for_connection_errors=False,  # offline, a file that the hub lacks looks like one not cached
-                    trust_remote_code=False,
-                )
-                for name in FETCHED
-            ]
-        except Exception as error:  # whatever network, cache and hub come up with
-            raise UserError(
-                f"the tokenizer of {str(model)!r} cannot be loaded: {' '.join(str(error).split())[:300]} It is no directory "
-                "here, and a hub name needs the network once (or `HF_HOME` with a filled cache)"
-            ) from None
-        if not any(found):
-            raise UserError(
-                f"the tokenizer of {str(model)!r} cannot be loaded: it is no directory here, and neither the hub nor the cache "
-                "has it; a hub name needs the network once (or `HF_HOME` with a filled cache)"
-            )
-        directory = Path(next((str(file) for file in found if file), str(model))).parent
-    return tokenizer_file(directory)
+    if directory.is_dir():
+        return directory
+    more: dict[str, Any] = {"trust_remote_code": False, "_raise_exceptions_for_missing_entries": False}
+    # Offline, a file that the hub lacks looks like one that is not cached.
+    more["_raise_exceptions_for_connection_errors"] = False
+    found = []
+    try:
+        for name in FETCHED:
+            if file := cached_file(str(model), name, **more):
+                found.append(Path(file).parent)
+                if found[0].parent.name == "snapshots":
+                    more["revision"] = found[0].name
+    except Exception as error:  # whatever network, cache and hub come up with
+        raise _no_tokenizer(model, " ".join(str(error).split())[:300]) from None
+    if not found:
+        raise _no_tokenizer(model, "neither the hub nor the cache has it.")
+    return found[0]
+
+
+def _no_tokenizer(model: str | Path, cause: str) -> UserError:
+    return UserError(
+        f"the tokenizer of {str(model)!r} cannot be loaded: {cause} It is no directory here, and a hub name needs the network "
+        "once (or `HF_HOME` with a filled cache)"
+    )
 
 
 def compare_ids(model: str | Path, shards: ShardSet) -> tuple[str, list[str]]:

@@ -246,7 +246,7 @@ class Trainer:
         if crashes >= GIVE_UP_AFTER:
             decision["crash_loop"] = (
                 f"the last {crashes} starts in {self.run_dir} all ended without a new checkpoint and without having been "
-                f"asked to stop. Read the end of their logs, mend the cause, and then: rm {shlex.quote(str(self.run_dir / 'lives.json'))}"
+                f"asked to stop. Read the end of their logs, fix the cause, and then: rm {shlex.quote(str(self.run_dir / 'lives.json'))}"
             )
             return decision
         try:

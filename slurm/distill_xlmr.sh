@@ -41,7 +41,7 @@ read_arguments() {
   processes=$(processes_per_node)
 }
 
-# What an earlier life or job says about this one. A finished run that is asked for more steps, or for something else, is
+# What an earlier attempt or job says about this one. A finished run that is asked for more steps, or for something else, is
 # training's to continue or to reject.
 refuse_to_loop() {
   local code=0 answer

@@ -63,6 +63,17 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) 
 
 
 @pytest.fixture(scope="session")
+def vocabulary(tiny_teacher: Path, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What Swahili and Turkish use."""
+    from data_prep.__main__ import main
+
+    output = tmp_path_factory.mktemp("vocabulary") / "small"
+    words = ["--tokenizer", tiny_teacher, "--shards", tiny_shards, "--languages", "sw,tr", "--output", output]
+    assert main(["trim-vocab", *map(str, words)]) == 0
+    return output
+
+
+@pytest.fixture(scope="session")
 def tiny_recipe(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, tiny_shards: Path) -> Path:
     """A recipe of twelve fp32 steps that takes seconds; everything else is the product's own."""
     return write_tiny_recipe(tmp_path_factory.mktemp("recipe") / "tiny.yaml", tiny_teacher, tiny_shards)

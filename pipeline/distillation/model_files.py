@@ -17,6 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
+from data_prep.command_line import module_command
 from pipeline.distillation.families import BUFFERS, Family, family_of_type
 from pipeline.distillation.model_config import (
     CONFIG_FILE,
@@ -143,7 +144,7 @@ def find_directory(name_or_path: str | Path, whose: str = "teacher", is_cached: 
                 "wrote, another Hugging Face directory, or a hub name"
             )
         raise UserError(
-            f"there is no teacher at {name}. `python -m demo.teacher --output {name}` makes the "
+            f"there is no teacher at {name}. `{module_command('demo.teacher', '--output', name)}` makes the "
             "quickstart's (`make demo` does it all); for another one set `teacher:` to a Hugging Face directory or to a "
             "hub name like FacebookAI/xlm-roberta-base"
         )

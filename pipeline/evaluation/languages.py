@@ -1,4 +1,4 @@
-"""Which languages a task is measured in: by default those that every student was trained on; and which ones are left out.
+"""Which languages a task is measured in: by default those that every student was trained on and has the vocabulary for; and which ones are left out.
 
 In: the languages that a task has data of, those that the user named, the encoders with their lineages. Out: the chosen
 ones, and for every other one why it is not in the table. Used by all tasks that have languages, the card and the report.
@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder
 from pipeline.evaluation.tatoeba import SHORT_CODES
-from pipeline.evaluation.trained_as import trained_as
+from pipeline.evaluation.trained_as import languages_of
 
 OTHER_SCRIPTS = ("rom", "roman", "zaw")  # CC-100's hi_rom, ur_roman, my_zaw: not what hi, ur and my are tested in
 NORWEGIAN = ("nb", "nn")  # CC-100's `no` holds both
@@ -34,18 +34,18 @@ def choose_languages(
 
     `setting` is the key that names others, `data` what there is none of in languages that are left out ("pairs").
     """
-    trained = {encoder.name: found for encoder in encoders if (found := trained_as(encoder.path).get("trained_on"))}
+    trained = {encoder.name: found for encoder in encoders if (found := languages_of(encoder.path))}
     left_out: dict[str, str] = {}
     for language in available:
         if named:
             if language not in named:
                 left_out[language] = f"not in {setting}"
         elif strangers := [name for name, known in trained.items() if not covers(known, language)]:
-            left_out[language] = f"not trained: {', '.join(strangers)}"
+            left_out[language] = f"not a language of {', '.join(strangers)}"
     chosen = list(named or [language for language in available if language not in left_out])
     if not chosen:
         raise UserError(
-            f"none of the languages {', '.join(available)} is one that {', '.join(trained)} was trained on. To measure one all "
+            f"none of the languages {', '.join(available)} is one that all of {', '.join(trained)} were trained on and have the vocabulary for. To measure one all "
             f"the same: --set '{setting}=[{available[0]}]'"
         )
     for language in dict.fromkeys(language for known in trained.values() for language in known):

@@ -7,6 +7,8 @@ model without lineage. Used by encoder.py (the layer whose values are pooled) an
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,31 +30,46 @@ DEFAULTS: dict[str, Any] = {
 
 
 def trained_as(model: str | Path) -> dict[str, Any]:
-    """`DEFAULTS` with the values of the model's recipe, and `student_layer`, `steps`, `identity` (teacher by content), `trained_on` (languages), `longest`
-    (`longest_of`); empty without lineage."""
-    path = Path(model) / "lineage.json"
-    if not path.is_file():
-        return {}
-    try:
-        lineage = json.loads(path.read_text(encoding="utf-8"))
+    """`DEFAULTS` with the values of the model's recipe, and `student_layer`, `steps`, `identity` (teacher by content),
+    `longest` (`longest_of`); empty without lineage."""
+    with _lineage_of(model) as lineage:
         recipe = lineage.get("recipe")
         relations = dict(recipe.get("relations", {})) if recipe else {}
         # of several matched pairs the one highest in the student, which stands nearest to what a user gets
         one = {side: relations.get(f"{side}_layer") for side in ("teacher", "student")}
         matched = max(relations.get("layers") or [one], key=lambda pair: pair["student"] or 0)
         layers = {f"{side}_layer": matched[side] for side in ("teacher", "student")}
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}). Export the model again.") from None
     if not recipe:  # trimmed, never trained here
         return {}
     found = {key: recipe.get(key, relations.get(key, default)) for key, default in DEFAULTS.items()}
     about = {
         "steps": lineage.get("steps"),
         "identity": lineage.get("identity") or {},
-        "trained_on": recipe.get("languages") or lineage.get("languages"),
         "longest": longest_of(recipe),
     }
     return {**found, **layers, **about}
+
+
+def languages_of(model: str | Path) -> list[str] | None:
+    """What a student was trained on, of this what a trimmed vocabulary was kept for. None: the model says nothing of it."""
+    with _lineage_of(model) as lineage:
+        trained = (lineage.get("recipe") or {}).get("languages") or lineage.get("languages")
+        kept = (lineage.get("trimmed") or {}).get("languages")
+        if trained is None or kept is None:
+            return trained or kept
+        return [language for language in trained if language in kept]
+
+
+@contextmanager
+def _lineage_of(model: str | Path) -> Iterator[dict[str, Any]]:
+    """A model's `lineage.json`, empty without one; whatever it lacks where it is read is a `UserError`."""
+    path = Path(model) / "lineage.json"
+    try:
+        yield json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}). Export the model again.") from None
 
 
 def longest_of(recipe: dict[str, Any]) -> int | None:

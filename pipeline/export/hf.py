@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, AutoTokenizer, PretrainedConfig
-from transformers.utils import cached_file
+from transformers import AutoModel, PretrainedConfig
 
 from data_prep.outputs import refuse_places_of_the_user, replaced_directory
 from pipeline.distillation.families import family_of
@@ -26,6 +25,7 @@ from pipeline.identity import refuse_other_tokenizer_files, warn_of_other_teache
 from pipeline.json_files import read_json
 from pipeline.runtime.checkpoint import read_model_weights
 from pipeline.runtime.tensor_files import not_finite, save_tensors
+from pipeline.tokenizer_identity import tokenizer_directory
 
 Extra = Callable[[Path], object]
 TOKENIZER_FILES = (
@@ -53,7 +53,6 @@ PRODUCTS = (
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
 )  # of an export
-HASHED_FILES = ("sentencepiece.bpe.model", "tokenizer.json")  # either may be what `tokenizer_file` chooses
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -136,28 +135,13 @@ def check_weights(weights: Mapping[str, torch.Tensor], config: PretrainedConfig)
 
 
 def copy_tokenizer(name: str, directory: Path) -> None:
-    """The tokenizer's files, byte for byte; from a hub name, what the hub's tokenizer saves and the hub's own files that
-    shards know a tokenizer by."""
-    source = Path(name).expanduser()
-    if source.is_dir():
-        files = [path for pattern in TOKENIZER_FILES for path in source.glob(pattern)]
-        if not files:
-            raise UserError(f"{name} holds no tokenizer files, and a student without tokenizer cannot be used.")
-        for path in files:
-            shutil.copyfile(path, directory / path.name)
-        return
-    try:
-        AutoTokenizer.from_pretrained(name, trust_remote_code=False).save_pretrained(directory)
-        more: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False, "trust_remote_code": False}
-        originals = [cached_file(name, file, **more) for file in HASHED_FILES]
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"the tokenizer {name} is not to be had: {' '.join(str(error).split())[:300]}. If the teacher's directory (or "
-            "`vocabulary`) has moved, correct it in the run directory's run.json."
-        ) from None
-    for file, original in zip(HASHED_FILES, originals, strict=True):
-        if original is not None:
-            shutil.copyfile(original, directory / file)
+    """The tokenizer's files of a directory or hub name, byte for byte: shards know a tokenizer by them."""
+    source = tokenizer_directory(name)
+    files = [path for pattern in TOKENIZER_FILES for path in source.glob(pattern)]
+    if not files:
+        raise UserError(f"{name} holds no tokenizer files, and a student without tokenizer cannot be used.")
+    for path in files:
+        shutil.copyfile(path, directory / path.name)
 
 
 def _existing(path: Path) -> Path:

@@ -15,7 +15,7 @@ import torch
 
 from pipeline.errors import UserError
 
-ALLOW = "ALLOW_CPU_RANKS"  # set to 1 by who means it: a rehearsal on a GPU node, say
+ALLOW = "ALLOW_CPU_RANKS"  # set to 1 by who means it: a trial on a GPU node, say
 NVIDIA_DRIVER = Path("/dev/nvidiactl")  # made by the driver where there is a GPU
 
 

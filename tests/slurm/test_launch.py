@@ -10,6 +10,7 @@ import torch
 
 from pipeline.doctor_machine import device_findings
 from pipeline.errors import UserError
+from pipeline.evaluation.ranks import alone
 from pipeline.runtime.allotment import allotted_gpus
 from pipeline.runtime.dist import read_launch
 
@@ -126,8 +127,10 @@ def test_no_cpu_rank_on_allotted_gpus(environment: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"has allotted 2 .*sees none.*export ALLOW_CPU_RANKS=1") as error:
         read_launch()
     assert "build of torch for CPUs" in str(error.value) or "CUDA_VISIBLE_DEVICES is empty" in str(error.value)
+    with pytest.raises(UserError, match="has allotted 2"):
+        alone()  # an evaluation without a launcher
     environment.setenv("ALLOW_CPU_RANKS", "1")
-    assert read_launch().device.type == "cpu"
+    assert read_launch().device.type == alone().device.type == "cpu"
 
 
 def test_the_doctor_fails_for_gpus_that_torch_does_not_see(environment: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from data_prep.shards import DataError, ShardSet
 from pipeline.assembly import check_fit, open_data
 from pipeline.config import Recipe, load_recipe
 from pipeline.distillation.families import check_length
+from pipeline.distillation.teacher import load_encoder
 from pipeline.doctor_recipe import blank_models
 from pipeline.errors import UserError
 from pipeline.how_to_prepare import how_to_prepare
@@ -72,6 +73,15 @@ def test_missing_shards_and_then_another_tokenizer(recipe_file: Path, monkeypatc
     paste(re.findall(r"Make them: (.*?)   \(then", message)[0])
     recipe = load_recipe(recipe_file, ["seq_len=16", setting_in(message, "data=")])
     check_fit(recipe, open_data(recipe).shards, blank_models(recipe)[1])
+
+
+def test_a_missing_teacher(tmp_path: Path) -> None:
+    teacher = tmp_path / "my teacher"
+    with pytest.raises(UserError) as error:
+        load_encoder(str(teacher))
+    paste(re.findall(r"`(.*?demo\.teacher.*?)`", str(error.value))[0])
+    load_encoder(str(teacher))
+    shutil.rmtree(teacher)  # half a gigabyte
 
 
 def test_without_a_tokenizer_no_command_is_printed_that_cannot_work(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import lzma
 from pathlib import Path
 from typing import Any
 
+from data_prep.__main__ import main
 from data_prep.discovery import LanguageRules
 from data_prep.prepare import PrepareConfig, prepare
 from tests.conftest import SAMPLES
@@ -29,6 +30,12 @@ def run(corpus: Path, tokenizer: Path, output: Path, language: str | None = None
     settings = {"num_workers": 1, "shard_tokens": SHARD_TOKENS, "block_bytes": 30_000, "quiet": True} | options
     inputs = [str(corpus)] if isinstance(corpus, Path) else corpus
     return prepare(PrepareConfig(inputs, tokenizer, output, rules=LanguageRules(language), **settings))
+
+
+def run_command(given: Path, tokenizer: Path, output: Path, *more: str) -> int:
+    """`python -m data_prep prepare` with one worker, in this process; its exit code."""
+    words = ["--input", given, "--tokenizer", tokenizer, "--output", output, "--workers", "1"]
+    return main(["prepare", *map(str, words), *more])
 
 
 def content(directory: Path) -> dict[str, bytes]:

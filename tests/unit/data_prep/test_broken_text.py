@@ -12,12 +12,11 @@ import pytest
 from data_prep.__main__ import main
 from data_prep.shards import ShardSet
 from tests.conftest import SAMPLES
-from tests.unit.data_prep.corpus import content
+from tests.unit.data_prep.corpus import content, run_command
 
 
 def prepare(tokenizer: Path, root: Path, *more: str) -> int:
-    arguments = ["prepare", "--input", str(root / "in"), "--tokenizer", str(tokenizer), "--output", str(root / "out")]
-    return main([*arguments, "--workers", "1", *more])
+    return run_command(root / "in", tokenizer, root / "out", *more)
 
 
 def sample(language: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+import os
 import shutil
 import subprocess
 import sys
@@ -16,24 +17,7 @@ from data_prep.__main__ import main
 from data_prep.shards import ShardSet
 from data_prep.verify import verify
 from tests.conftest import REPO, SAMPLES
-from tests.unit.data_prep.corpus import content
-
-
-def prepare(input_path: Path, tokenizer: Path, output: Path, *more: str) -> int:
-    return main(
-        [
-            "prepare",
-            "--input",
-            str(input_path),
-            "--tokenizer",
-            str(tokenizer),
-            "--output",
-            str(output),
-            "--workers",
-            "1",
-            *more,
-        ]
-    )
+from tests.unit.data_prep.corpus import content, run_command
 
 
 def tokens(output: Path, language: str) -> np.ndarray:
@@ -94,7 +78,7 @@ def test_the_same_text_written_otherwise(tiny_tokenizer: Path, tmp_path: Path, t
     for name, data in (("one", text), ("other", same_as)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "en.txt").write_bytes(data)
-        assert prepare(tmp_path / name, tiny_tokenizer, tmp_path / f"{name}-shards") == 0
+        assert run_command(tmp_path / name, tiny_tokenizer, tmp_path / f"{name}-shards") == 0
     assert tokens(tmp_path / "one-shards", "en").tolist() == tokens(tmp_path / "other-shards", "en").tolist()
     one, other = (ShardSet(tmp_path / f"{name}-shards").num_documents("en") for name in ("one", "other"))
     assert one == other
@@ -103,7 +87,7 @@ def test_the_same_text_written_otherwise(tiny_tokenizer: Path, tmp_path: Path, t
 def test_special_tokens_and_nuls_in_text_stay_text(tiny_tokenizer: Path, tmp_path: Path) -> None:
     line = b"a </s> b <mask> c <s> d <pad> e \0 f <unk>"
     (tmp_path / "en.txt").write_bytes(line + b"\n")
-    assert prepare(tmp_path / "en.txt", tiny_tokenizer, tmp_path / "shards") == 0
+    assert run_command(tmp_path / "en.txt", tiny_tokenizer, tmp_path / "shards") == 0
     got = tokens(tmp_path / "shards", "en")
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tiny_tokenizer / "sentencepiece.bpe.model"))
     pieces = [processor.id_to_piece(int(token) - 1) for token in got[got > 3]]
@@ -119,7 +103,7 @@ def test_a_line_of_megabytes_is_split_with_a_warning(
 ) -> None:
     words = lzma.open(SAMPLES / "cc100" / "sw.txt.xz").read().replace(b"\n", b" ") * 1000
     (tmp_path / "sw.txt").write_bytes(words + b"\n\nlast document\n")
-    assert prepare(tmp_path / "sw.txt", tiny_tokenizer, tmp_path / "shards") == 0
+    assert run_command(tmp_path / "sw.txt", tiny_tokenizer, tmp_path / "shards") == 0
     assert "warning: sw: 4 times a document was cut for being over 2 MiB" in capsys.readouterr().err
     shards = ShardSet(tmp_path / "shards")
     assert shards.num_documents("sw") == 6
@@ -141,7 +125,7 @@ def test_bad_files_are_named_and_nothing_is_left_half_written(
     tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, data: bytes, message: str
 ) -> None:
     (tmp_path / name).write_bytes(data)
-    assert prepare(tmp_path / name, tiny_tokenizer, tmp_path / "shards") == 2
+    assert run_command(tmp_path / name, tiny_tokenizer, tmp_path / "shards") == 2
     error = one_paragraph(capsys)
     assert message in error
     assert name in error
@@ -157,7 +141,7 @@ def test_a_damaged_file_fails_alone_and_keeps_its_whole_shards(
     whole = (SAMPLES / "cc100" / "tr.txt.xz").read_bytes()
     (corpus / "tr.txt.xz").write_bytes(whole[: len(whole) // 2])
     sizes = ("--shard-tokens", "3000", "--block-bytes", "20000")
-    assert prepare(corpus, tiny_tokenizer, tmp_path / "shards", *sizes) == 2
+    assert run_command(corpus, tiny_tokenizer, tmp_path / "shards", *sizes) == 2
     error = one_paragraph(capsys)
     assert f"1 of 2 languages could not be finished. tr: {corpus}/tr.txt.xz is damaged" in error
     assert f"stopped at byte {len(whole) // 2} of {len(whole) // 2}" in error
@@ -166,10 +150,10 @@ def test_a_damaged_file_fails_alone_and_keeps_its_whole_shards(
     assert (tmp_path / "shards" / "sw" / "00000.tok").is_file()
     before = [path.read_bytes() for path in kept]
     (corpus / "tr.txt.xz").write_bytes(whole)
-    assert prepare(corpus, tiny_tokenizer, tmp_path / "shards", *sizes) == 0
+    assert run_command(corpus, tiny_tokenizer, tmp_path / "shards", *sizes) == 0
     assert [path.read_bytes() for path in kept] == before
     assert verify(tmp_path / "shards") == []
-    assert prepare(corpus, tiny_tokenizer, tmp_path / "clean", *sizes) == 0
+    assert run_command(corpus, tiny_tokenizer, tmp_path / "clean", *sizes) == 0
     fresh, mended = content(tmp_path / "clean"), content(tmp_path / "shards")
     assert {name: data for name, data in fresh.items() if name.endswith((".tok", "manifest.json"))} == {
         name: data for name, data in mended.items() if name.endswith((".tok", "manifest.json"))
@@ -180,7 +164,7 @@ def test_shards_below_their_own_texts_are_no_input(tiny_tokenizer: Path, tmp_pat
     """A journal is a .jsonl in a folder named like a language: a second run took it for a text that had joined."""
     (tmp_path / "en.txt").write_text("some text\n")
     for output in ("shards", "shards", "other-shards"):
-        assert prepare(tmp_path, tiny_tokenizer, tmp_path / output) == 0
+        assert run_command(tmp_path, tiny_tokenizer, tmp_path / output) == 0
     names = [source["name"] for source in ShardSet(tmp_path / "other-shards").manifest["languages"]["en"]["sources"]]
     assert names == ["en.txt"]
 
@@ -190,7 +174,7 @@ def test_an_output_that_cannot_be_written_is_named(
     tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str
 ) -> None:
     (tmp_path / "file").write_text("")
-    assert prepare(SAMPLES / "cc100" / "sw.txt.xz", tiny_tokenizer, tmp_path / target) == 2
+    assert run_command(SAMPLES / "cc100" / "sw.txt.xz", tiny_tokenizer, tmp_path / target) == 2
     assert f"Cannot write to {tmp_path / target}" in one_paragraph(capsys)
 
 
@@ -199,7 +183,7 @@ def test_a_disk_that_cannot_hold_the_estimate_is_refused_before_writing(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=300_000))
-    assert prepare(SAMPLES / "cc100" / "tr.txt.xz", tiny_tokenizer, tmp_path / "shards") == 2
+    assert run_command(SAMPLES / "cc100" / "tr.txt.xz", tiny_tokenizer, tmp_path / "shards") == 2
     assert "0.00 GB free; the shards still to be made need about 0.00 GB" in one_paragraph(capsys)
     assert set(content(tmp_path / "shards")) == {"prepare.json"}
 
@@ -209,7 +193,7 @@ def test_the_disk_estimate_is_close(tiny_tokenizer: Path, tmp_path: Path) -> Non
     from data_prep.sources import Source
     from data_prep.tokenizer import open_tokenizer
 
-    assert prepare(SAMPLES / "cc100" / "tr.txt.xz", tiny_tokenizer, tmp_path / "shards") == 0
+    assert run_command(SAMPLES / "cc100" / "tr.txt.xz", tiny_tokenizer, tmp_path / "shards") == 0
     source = Source("tr", SAMPLES / "cc100" / "tr.txt.xz", "tr.txt.xz")
     written = (tmp_path / "shards" / "tr" / "00000.tok").stat().st_size
     assert estimated_bytes([source], open_tokenizer(tiny_tokenizer)) == pytest.approx(written, rel=0.15)
@@ -228,7 +212,7 @@ def test_the_disk_estimate_is_close(tiny_tokenizer: Path, tmp_path: Path) -> Non
 def test_bad_options_are_named(
     tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    assert prepare(SAMPLES / "cc100" / "sw.txt.xz", tiny_tokenizer, tmp_path / "shards", *arguments) == 2
+    assert run_command(SAMPLES / "cc100" / "sw.txt.xz", tiny_tokenizer, tmp_path / "shards", *arguments) == 2
     assert message in one_paragraph(capsys)
 
 
@@ -236,3 +220,10 @@ def test_bad_options_are_named(
 def test_verbs_on_nothing_name_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str) -> None:
     assert main([verb, str(tmp_path)]) == 2
     assert "python -m data_prep prepare" in one_paragraph(capsys)
+
+
+def test_a_tokenizer_whose_path_is_not_utf8(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    tokenizer = tmp_path / os.fsdecode(b"tok\xe9")
+    shutil.copytree(tiny_tokenizer, tokenizer)
+    assert run_command(SAMPLES / "cc100" / "sw.txt.xz", tokenizer, tmp_path / "shards") == 0
+    assert ShardSet(tmp_path / "shards").languages == ["sw"]

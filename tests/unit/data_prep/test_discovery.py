@@ -10,6 +10,7 @@ import pytest
 from data_prep.__main__ import main
 from data_prep.discovery import LanguageRules, ReadOptions, Survey, discover, survey
 from data_prep.shards import DataError, ShardSet
+from tests.unit.data_prep.corpus import run_command
 
 
 def look(*inputs: Path, language_map: Path | None = None) -> Survey:
@@ -145,31 +146,14 @@ def test_a_language_map_may_have_a_byte_order_mark_and_name_a_readme(tmp_path: P
         look(root, language_map=map_file)
 
 
-def run(root: Path, tokenizer: Path, output: Path, *more: str) -> int:
-    return main(
-        [
-            "prepare",
-            "--input",
-            str(root),
-            "--tokenizer",
-            str(tokenizer),
-            "--output",
-            str(output),
-            "--workers",
-            "1",
-            *more,
-        ]
-    )
-
-
 def test_the_console_and_a_file_say_what_was_taken_and_what_was_not(
     tmp_path: Path, tiny_tokenizer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = write(tmp_path / "in", "en.txt", *(f"note-{number}.doc" for number in range(30)))
-    assert run(root, tiny_tokenizer, tmp_path / "strict", "--strict-input") == 2
+    assert run_command(root, tiny_tokenizer, tmp_path / "strict", "--strict-input") == 2
     assert "--strict-input: 30 of what is below the input is not taken" in capsys.readouterr().err
     assert not (tmp_path / "strict").exists()
-    assert run(root, tiny_tokenizer, tmp_path / "out") == 0
+    assert run_command(root, tiny_tokenizer, tmp_path / "out") == 0
     said = capsys.readouterr().err
     assert "input: en: 19 bytes in 1 files: en.txt" in said
     assert "warning: not taken: 30 of a kind that is not read" in said
@@ -179,7 +163,7 @@ def test_the_console_and_a_file_say_what_was_taken_and_what_was_not(
     assert listed[0] == f"of a kind that is not read\t{root}/note-0.doc"
     for path in root.glob("*.doc"):
         path.unlink()
-    assert run(root, tiny_tokenizer, tmp_path / "out", "--strict-input") == 0
+    assert run_command(root, tiny_tokenizer, tmp_path / "out", "--strict-input") == 0
     assert not (tmp_path / "out" / "not_taken.tsv").exists()
 
 
@@ -189,7 +173,7 @@ def test_odd_file_names_are_kept_escaped(
     (tmp_path / "in" / "fr").mkdir(parents=True)
     for name in (b"part-\xe9t\xe9.txt", b"two\nlines.txt", b"50 % of it.txt"):
         (tmp_path / "in" / "fr" / os.fsdecode(name)).write_text(f"Ceci est {name!r}.\n")
-    assert run(tmp_path / "in", tiny_tokenizer, tmp_path / "out") == 0
+    assert run_command(tmp_path / "in", tiny_tokenizer, tmp_path / "out") == 0
     assert main(["verify", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().err
     assert r"fr/part-\xe9t\xe9.txt" in said
@@ -205,5 +189,5 @@ def test_odd_file_names_are_kept_escaped(
 def test_copies_of_one_text_are_told(tmp_path: Path, tiny_tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write(tmp_path / "in", "en/a.txt", "sw.txt")
     (root / "en" / "b.txt").write_bytes((root / "en" / "a.txt").read_bytes())
-    assert run(root, tiny_tokenizer, tmp_path / "out") == 0
+    assert run_command(root, tiny_tokenizer, tmp_path / "out") == 0
     assert "warning: en/a.txt (en) and en/b.txt (en) hold the same text" in capsys.readouterr().err

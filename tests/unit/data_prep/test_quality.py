@@ -15,25 +15,9 @@ from data_prep.manifest import write_manifest
 from data_prep.quality import qualities
 from data_prep.shards import DataError, ShardSet, manifest_digest
 from tests.conftest import SAMPLES
+from tests.unit.data_prep.corpus import run_command
 
 LANGUAGES = ("ar", "de", "en", "ru")
-
-
-def run(root: Path, tokenizer: Path, output: Path, *more: str) -> int:
-    return main(
-        [
-            "prepare",
-            "--input",
-            str(root),
-            "--tokenizer",
-            str(tokenizer),
-            "--output",
-            str(output),
-            "--workers",
-            "1",
-            *more,
-        ]
-    )
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +30,7 @@ def odd(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     en = lzma.open(root / "en.txt.xz").read().replace(b"the\n", b"th\xe9\n")
     lines = [line + b" \xe9t\xe9" if number % 40 == 0 and line else line for number, line in enumerate(en.split(b"\n"))]
     (root / "en.txt.xz").write_bytes(lzma.compress(b"\n".join(lines)))
-    assert run(root, tiny_tokenizer, root / "shards") == 0
+    assert run_command(root, tiny_tokenizer, root / "shards") == 0
     return root / "shards"
 
 
@@ -83,7 +67,7 @@ def test_tokens_per_byte_are_compared_with_the_others(tiny_tokenizer: Path, tmp_
     for language in LANGUAGES:
         shutil.copy(SAMPLES / "cc100" / f"{language}.txt.xz", tmp_path)
     (tmp_path / "sw.txt").write_text("7.3/9:1(8)2;6=4+5\n" * 200)
-    assert run(tmp_path, tiny_tokenizer, tmp_path / "shards") == 0
+    assert run_command(tmp_path, tiny_tokenizer, tmp_path / "shards") == 0
     odd = {row.language: row.odd for row in qualities(ShardSet(tmp_path / "shards")) if row.odd}
     assert list(odd) == ["sw"]
     assert "many tokens per byte" in odd["sw"]
@@ -113,7 +97,7 @@ def test_unfinished_shards_are_said_to_be_unfinished(
     shutil.copy(SAMPLES / "cc100" / "sw.txt.xz", tmp_path / "in")
     (tmp_path / "in" / "tr.txt.xz").write_bytes((SAMPLES / "cc100" / "tr.txt.xz").read_bytes()[:5000])
     output = tmp_path / "out"
-    assert run(tmp_path / "in", tiny_tokenizer, output) == 2
+    assert run_command(tmp_path / "in", tiny_tokenizer, output) == 2
     for verb in ("verify", "stats"):
         capsys.readouterr()
         assert main([verb, str(output)]) == 2
@@ -131,7 +115,7 @@ def test_unfinished_shards_are_said_to_be_unfinished(
 def test_languages_that_were_not_merged_are_named_with_the_command(tiny_tokenizer: Path, tmp_path: Path) -> None:
     parts = tmp_path / "shards.parts"
     parts.mkdir()
-    assert run(SAMPLES / "cc100" / "sw.txt.xz", tiny_tokenizer, parts / "sw") == 0
+    assert run_command(SAMPLES / "cc100" / "sw.txt.xz", tiny_tokenizer, parts / "sw") == 0
     with pytest.raises(
         DataError, match=rf"have not been merged.*python -m data_prep merge {tmp_path}/shards --from {parts}/\*"
     ):

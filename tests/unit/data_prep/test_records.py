@@ -20,6 +20,7 @@ from data_prep.shards import DataError, ShardSet
 from data_prep.sources import DamagedSource, Source, WrongTextField
 from pipeline.errors import UserError
 from pipeline.evaluation.library_data import load_table
+from tests.unit.data_prep.corpus import run_command
 
 GOOD = [{"text": f"Mening nummer {number}.", "id": number} for number in range(300)]
 WITHOUT_TEXT: list[dict[str, Any]] = [
@@ -44,8 +45,7 @@ def read(path: Path, **options: Any) -> bytes:
 
 
 def prepare(tokenizer: Path, root: Path, *more: str) -> int:
-    arguments = ["prepare", "--input", str(root / "in"), "--tokenizer", str(tokenizer), "--output", str(root / "out")]
-    return main([*arguments, "--workers", "1", *more])
+    return run_command(root / "in", tokenizer, root / "out", *more)
 
 
 def test_records_without_text_are_counted_and_left_out(

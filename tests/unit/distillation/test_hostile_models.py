@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-from data_prep.__main__ import main as data_prep
 from pipeline.__main__ import main
 from pipeline.distillation.teacher import load_encoder
 from pipeline.errors import EXIT_USER, UserError, exit_code_of
@@ -209,14 +208,6 @@ def test_no_such_model_is_loaded_as_a_teacher_or_evaluated(
 
 
 SOME = ("names of torch.compile", "distances of relative positions", "gptq", "weights: a pointer", "config: deep")
-
-
-@pytest.fixture(scope="module")
-def vocabulary(tiny_teacher: Path, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("vocabulary") / "small"
-    words = ["--tokenizer", tiny_teacher, "--shards", tiny_shards, "--languages", "sw,tr", "--output", output]
-    assert data_prep(["trim-vocab", *map(str, words)]) == 0
-    return output
 
 
 @pytest.mark.parametrize("kind", SOME)

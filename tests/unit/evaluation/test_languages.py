@@ -37,13 +37,25 @@ def test_languages_that_every_student_was_trained_on(tmp_path: Path) -> None:
     found = choose_languages(["de", "fr", "sw", "th"], None, encoders, "xnli.languages", "test pairs")
     assert found.chosen == ["de"]
     assert found.left_out == {
-        "fr": "not trained: a",
-        "sw": "not trained: b",
-        "th": "not trained: a, b",
+        "fr": "not a language of a",
+        "sw": "not a language of b",
+        "th": "not a language of a, b",
         "en": "trained, but no test pairs",
     }
     line = left_out_line({"x": {"left_out": found.left_out}})
-    assert line.startswith("languages left out: fr (not trained: a); sw (not trained: b);")
+    assert line.startswith("languages left out: fr (not a language of a); sw (not a language of b);")
+
+
+def test_a_trimmed_vocabulary_is_measured_in_what_it_was_kept_for(tmp_path: Path) -> None:
+    """Of a student, and of a teacher that was never trained here."""
+    student, teacher = encoder(tmp_path / "student", ["de", "fr", "sw"]), encoder(tmp_path / "teacher", None)
+    for model in (student, teacher):
+        path = Path(model.path) / "lineage.json"
+        about = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**about, "trimmed": {"languages": ["de", "th"]}}))
+    found = choose_languages(["de", "fr", "th"], None, [student], "retrieval.languages", "pairs")
+    assert (found.chosen, found.left_out["fr"]) == (["de"], "not a language of student")
+    assert choose_languages(["de", "fr", "th"], None, [teacher], "retrieval.languages", "pairs").chosen == ["de", "th"]
 
 
 def test_named_languages_are_taken_as_they_are(tmp_path: Path) -> None:
@@ -95,7 +107,7 @@ def test_every_table_and_the_card_say_it(
     found = {name: results[str(student)] for name, results in tasks.items()}
     assert list(found["heldout"]["per_language"]) == ["hi"]
     assert found["heldout"]["left_out"]["de"] == "trained, but no shards"
-    assert found["heldout"]["left_out"]["sw"].startswith("not trained")
+    assert found["heldout"]["left_out"]["sw"].startswith("not a language of")
     assert list(found["retrieval"]["per_pair"]) == ["de", "hi"]
     assert list(found["xnli"]["test"]) == ["en", "de"] or list(found["xnli"]["test"]) == ["de", "en"]
     assert found["xnli"]["left_out"] == {"hi": "trained, but no test pairs"}

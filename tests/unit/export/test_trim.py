@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from data_prep.__main__ import main as data_prep
 from data_prep.shards import ShardSet
 from pipeline.__main__ import main
 from pipeline.config import load_recipe
@@ -24,15 +23,6 @@ from pipeline.evaluation.encoder import load_encoder as load_with_tokenizer
 from pipeline.export import trim
 from pipeline.planning.encoders import build_encoders
 from tests.tiny_encoders import tiny_encoder
-
-
-@pytest.fixture(scope="module")
-def vocabulary(tiny_teacher: Path, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What Swahili and Turkish use."""
-    output = tmp_path_factory.mktemp("vocabulary") / "small"
-    words = ["--tokenizer", tiny_teacher, "--shards", tiny_shards, "--languages", "sw,tr", "--output", output]
-    assert data_prep(["trim-vocab", *map(str, words)]) == 0
-    return output
 
 
 @pytest.fixture(scope="module")
