@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test doctor faults coverage mutants lint format clean venv
+.PHONY: demo test doctor faults coverage mutants fuzz lint format clean venv
 venv: .venv/.installed
 .venv/.installed: requirements.txt requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -46,6 +46,11 @@ coverage: venv
 # Planted bugs, each caught by the test that is there for it.
 mutants: venv
 	$(BIN)/python -m tests.mutants
+
+# Broken recipes, configs, manifests and data files, other ones each time, for FUZZ_SECONDS in all.
+FUZZ_SECONDS ?= 600
+fuzz: venv
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -q -s tests/fuzz
 
 # Hundreds of kills, preemptions and frozen ranks against a run that nobody touched: an hour or more.
 faults: venv

@@ -7,28 +7,89 @@ python -m data_prep verify shards/
 from __future__ import annotations
 
 import argparse
-import io
+import contextlib
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from data_prep.clean import CleanOptions
-from data_prep.command_line import EXIT_USER, CommandLine
+from data_prep.command_line import (
+    EXIT_INTERRUPTED,
+    EXIT_USER,
+    CommandLine,
+    code_without_traceback,
+    print_bytes_as_they_come,
+)
+from data_prep.outputs import output_path
 from data_prep.shards import DataError, ShardSet
+
+RANGES: dict[str, tuple[float, float]] = {
+    "workers": (1, 4096),
+    "shard_tokens": (1, 2**40),
+    "block_bytes": (1, 2**30),
+    "dedup_memory_mb": (1, 2**62),
+    "min_document_chars": (0, 2**62),
+    "max_document_chars": (0, 2**62),
+    "alpha": (0, 1),
+    "seq_len": (3, 2**20),
+    "samples": (1, 2**62),
+    "min_count": (1, 2**62),
+}
+
+STOPPED = "Stopped. Finished shards are kept; the same command goes on from there."
+TIME_TO_STOP_S = 5.0
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C ends the command within a few seconds, also where a thread waits for a file that does not come."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield  # started in the background with Ctrl-C ignored, or inside another program
+        return
+
+    def end() -> None:
+        print(STOPPED, file=sys.stderr, flush=True)
+        os._exit(EXIT_INTERRUPTED)
+
+    timers: list[threading.Timer] = []
+
+    def on_interrupt(number: int, frame: Any) -> None:
+        if not timers:
+            timers.append(threading.Timer(TIME_TO_STOP_S, end))
+            timers[0].daemon = True
+            timers[0].start()
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if timers and threading.active_count() <= 2:  # nobody is left to wait for
+            timers[0].cancel()
 
 
 def main(arguments: list[str] | None = None) -> int:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are not UTF-8
+    print_bytes_as_they_come()
     parsed = build_parser().parse_args(arguments)
     try:
-        return parsed.run(parsed)
+        with interruptible():
+            code = parsed.run(parsed)
+            sys.stdout.flush()  # here, where a reader that has gone is no traceback
+            return code
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER
     except KeyboardInterrupt:
-        print("Stopped. Finished shards are kept; the same command goes on from there.", file=sys.stderr)
-        return 130
+        print(STOPPED, file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        return code_without_traceback(error)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,7 +119,7 @@ def add_prepare(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--tokenizer", type=Path, required=True, help="SentencePiece .model, tokenizer.json, or a directory with one"
     )
-    verb.add_argument("--output", type=Path, required=True, help="directory of the shards")
+    verb.add_argument("--output", type=output_path, required=True, help="directory of the shards")
     verb.add_argument("--workers", type=int, default=os.cpu_count(), help="tokenising processes (default: all cores)")
     verb.add_argument("--language", metavar="xx", help="this language alone; also names a file whose name does not")
     verb.add_argument("--language-map", type=Path, metavar="FILE", help="lines of: PATTERN LANGUAGE ('-': leave out)")
@@ -125,11 +186,20 @@ def add_trim_vocab(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--min-count", type=int, default=1, metavar="N", help="keep pieces that occur at least so often")
     verb.add_argument("--coverage", type=float, default=1.0, metavar="SHARE", help="of each language's tokens, by its "
                       "most frequent pieces (default: 1, every piece that occurs)")  # fmt: skip
-    verb.add_argument("--output", type=Path, required=True, help="directory of the vocabulary")
+    verb.add_argument("--output", type=output_path, required=True, help="directory of the vocabulary")
     verb.add_argument("--workers", type=int, default=os.cpu_count(), help="tokenising processes for --input")
     verb.add_argument("--language-map", type=Path, metavar="FILE", help="lines of: PATTERN LANGUAGE ('-': leave out)")
     verb.add_argument("--text-field", default="text", help="field of JSON lines and Parquet (default: text)")
     verb.set_defaults(run=run_trim_vocab)
+
+
+def refuse_out_of_range(parsed: argparse.Namespace) -> None:
+    """A number that no machine and no corpus has is a slip of the hand, and would end in a traceback or in a full disk."""
+    for name, (least, most) in RANGES.items():
+        value = getattr(parsed, name, None)
+        if value is not None and not least <= value <= most:
+            option, wanted = name.replace("_", "-"), f"at least {least}" if value < least else f"at most {most}"
+            raise DataError(f"--{option} {str(value)[:24]}: {wanted} is needed.")
 
 
 def run_prepare(parsed: argparse.Namespace) -> int:
@@ -138,9 +208,12 @@ def run_prepare(parsed: argparse.Namespace) -> int:
     from data_prep.prepare import DEFAULT_SHARD_TOKENS, PrepareConfig, prepare
     from data_prep.sources import MAX_BROKEN_LINES
 
-    for name in ("workers", "shard_tokens", "block_bytes", "dedup_memory_mb"):
-        if getattr(parsed, name) is not None and getattr(parsed, name) < 1:
-            raise DataError(f"--{name.replace('_', '-')} {getattr(parsed, name)}: at least 1 is needed.")
+    refuse_out_of_range(parsed)
+    if parsed.max_document_chars and parsed.max_document_chars < (parsed.min_document_chars or 0):
+        raise DataError(
+            f"--max-document-chars {parsed.max_document_chars} is below --min-document-chars {parsed.min_document_chars}: "
+            "no document would be kept."
+        )
     if parsed.max_broken_lines is not None and not 0 <= parsed.max_broken_lines <= 1:
         raise DataError(f"--max-broken-lines {parsed.max_broken_lines}: a share from 0 to 1 is needed.")
     names = CleanOptions().as_dict()
@@ -172,7 +245,11 @@ def run_merge(parsed: argparse.Namespace) -> int:
     from data_prep.manifest import take_in, unfinished, write_manifest
 
     for other in parsed.others:
-        print(f"{other}: took {', '.join(take_in(parsed.shards, other)) or 'nothing'}")
+        took, not_there = take_in(parsed.shards, other), ", ".join(unfinished(other))
+        print(
+            f"{other}: took {', '.join(took) or 'nothing'}"
+            + (f"; not finished there: {not_there}" if not_there else "")
+        )
     left_out = unfinished(parsed.shards)
     write_manifest(parsed.shards, allow_partial=parsed.partial)
     print(f"shards ready: {parsed.shards}" + (f", without {', '.join(left_out)}" if left_out else ""))
@@ -184,22 +261,23 @@ def run_verify(parsed: argparse.Namespace) -> int:
     from data_prep.verify import verify
 
     problems = verify(parsed.shards, show_progress=True)
-    for problem in problems:
+    for problem in (*problems, *problems.unreadable):
         print(f"error: {problem}", file=sys.stderr)
     if problems:
         names = ShardSet(parsed.shards, check_sizes=False).languages
         damaged = [name for name in names if any(f"{parsed.shards / name}/" in problem for problem in problems)]
         redo = " ".join(["--redo", *damaged]) if damaged else "--redo LANGUAGE"
         print(f"Copy whole files in, or make them again: the command that prepared them with {redo}", file=sys.stderr)
-    else:
+    elif not problems.unreadable:
         print(quality_table(qualities(ShardSet(parsed.shards))))
         print(f"{parsed.shards}: all {len(ShardSet(parsed.shards).all_shards())} shards are whole")
-    return 2 if problems else 0
+    return 2 if problems or problems.unreadable else 0
 
 
 def run_stats(parsed: argparse.Namespace) -> int:
     from data_prep.stats import collect, draw, table
 
+    refuse_out_of_range(parsed)
     rows = collect(ShardSet(parsed.shards), parsed.alpha, parsed.seq_len, parsed.samples)
     print(table(rows, parsed.alpha))
     if parsed.plot:
@@ -218,8 +296,7 @@ def run_trim_vocab(parsed: argparse.Namespace) -> int:
 
     languages = [language for language in (parsed.languages or "").split(",") if language]
     options = TrimOptions(languages, parsed.min_count, parsed.coverage)  # refused before anything is counted
-    if parsed.workers < 1:
-        raise DataError(f"--workers {parsed.workers}: at least 1 is needed.")
+    refuse_out_of_range(parsed)
     tokenizer = SentencePieceTokenizer(parsed.tokenizer)
     check_tokenizer(parsed.tokenizer, tokenizer)
     if parsed.shards:

@@ -3,13 +3,108 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
+import io
+import os
 import shlex
 import shutil
 import sys
+import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
 EXIT_USER = 2
+EXIT_INTERRUPTED = 128 + 2  # as a shell has it for SIGINT
+EXIT_NO_READER = 128 + 13  # for SIGPIPE
+# What the machine or its administrator refuses. Others without a file's name (a closed descriptor) are this project's bugs.
+_OF_THE_MACHINE = {
+    errno.ENOENT, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE,
+    errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ETIMEDOUT, errno.ECONNREFUSED, errno.EADDRINUSE, errno.ENETUNREACH,
+    errno.EHOSTUNREACH, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.ENAMETOOLONG, errno.ELOOP,
+}  # fmt: skip
+_ADVICE = {
+    errno.ENOSPC: "Free space there, or name a directory on another disk",
+    errno.EDQUOT: "Free space within your quota, or name a directory on another disk",
+    errno.EROFS: "Name a directory that can be written to",
+    errno.EACCES: "Change its permissions, or name another",
+    errno.EPERM: "Change its owner or permissions, or name another",
+    errno.EMFILE: "Raise the limit of open files: ulimit -n 65536",
+    errno.ENOENT: "Check the name",
+    errno.EIO: "Look into the system's log; the disk or the network file system may be failing",
+    errno.ESTALE: "Start again once the file system is back",
+}
+
+
+def print_bytes_as_they_come() -> None:
+    """A path may hold bytes that are not UTF-8, and a terminal may know ASCII alone: neither may end a command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def paragraph_of(error: BaseException) -> str | None:
+    """One paragraph for what a user or the machine's administrator can fix; None for a bug, which needs its traceback.
+
+    The last net below every command line. Where the name of the file, key or option is known, the code there says more.
+    """
+    if isinstance(error, MemoryError) or _is_out_of_memory(error):
+        return f"Memory ran out ({_one_line(error) or place_of(error)}). Use smaller sizes, fewer workers, or a larger machine."
+    if isinstance(error, RecursionError):
+        return f"A file or value is nested too deeply to be read ({place_of(error)}). Correct or remove it."
+    if isinstance(error, UnicodeDecodeError):
+        around = error.object[max(0, error.start - 20) : error.end + 20]
+        return f"A file is not {error.encoding} text: byte {error.start}, near {around!r}. Convert it to UTF-8."
+    if isinstance(error, OSError):
+        return _paragraph_of_system(error)
+    return None
+
+
+def _paragraph_of_system(error: OSError) -> str | None:
+    if error.errno is None or (error.filename is None and error.errno not in _OF_THE_MACHINE):
+        return _one_line(error) if error.errno is None and error.args else None
+    names = " and ".join(str(os.fspath(name)) if not isinstance(name, int) else f"descriptor {name}"
+                         for name in (error.filename, error.filename2) if name is not None)  # fmt: skip
+    reason = " ".join(str(error.strerror or error).split())
+    advice = _ADVICE.get(error.errno, "Correct that, or name another")
+    return f"{names or 'The system'}: {reason}. {advice}."
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """torch has no exception of its own for the CPU's memory, and this package does not import torch."""
+    if not isinstance(error, RuntimeError):
+        return False
+    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def place_of(error: BaseException) -> str:
+    """The code that raised it, for a report."""
+    frames = traceback.extract_tb(error.__traceback__, limit=-1)
+    return f"in {frames[0].name}, {Path(frames[0].filename).name}:{frames[0].lineno}" if frames else "in no known place"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:600]
+
+
+def code_without_traceback(error: BaseException) -> int:
+    """Say what the last net knows of an error and give the exit code; raises the error again where it is a bug."""
+    if isinstance(error, KeyboardInterrupt):
+        print("Stopped.", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
+    if isinstance(error, BrokenPipeError) and error.filename is None:
+        close_unread_output()
+        return EXIT_NO_READER
+    if (paragraph := paragraph_of(error)) is None:
+        raise error
+    print(f"error: {paragraph}", file=sys.stderr, flush=True)
+    return EXIT_USER
+
+
+def close_unread_output() -> None:
+    """`| head` has gone: what is still in stdout's buffer must not raise a second time when the interpreter ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def module_command(*words: object) -> str:

@@ -122,7 +122,7 @@ def survey(inputs: list[str], rules: LanguageRules, options: ReadOptions) -> Sur
             language = _language_of_dataset(given, rules)
             found.setdefault(language, []).append(HubSource(language, Path(given), given, *how))
             continue
-        here, num_taken = walk(given, rules.names), 0
+        here, num_taken = walk(given, rules.names, rules.language), 0
         for file in here.found:
             language = rules.language_of(file.path, file.by_name)
             if language == IGNORED:

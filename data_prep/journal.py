@@ -16,8 +16,8 @@ from typing import Any
 
 import xxhash
 
-from data_prep.layout import locked
-from data_prep.shards import DataError
+from data_prep.ownership import LOCK_NAME, Taken, own
+from data_prep.shards import DataError, read_again
 
 JOURNAL_NAME = "journal.jsonl"
 
@@ -67,9 +67,11 @@ class Journal:
     def read(cls, directory: Path) -> Journal:
         """Entries that are whole and whose shard is there in full size; what comes after them is to be done again."""
         journal = cls(directory)
-        if not journal.path.is_file():
+        try:
+            content = read_again(journal.path, journal.path.read_bytes)
+        except OSError:  # missing, or no file
             return journal
-        for number, line in enumerate(journal.path.read_bytes().splitlines(keepends=True), start=1):
+        for number, line in enumerate(content.splitlines(keepends=True), start=1):
             if not line.endswith(b"\n"):
                 break  # torn by a kill or a power cut while it was written
             digest, _, text = line.rstrip(b"\n").partition(b" ")
@@ -78,7 +80,11 @@ class Journal:
                     f"{journal.path} is damaged in line {number}. Make the language again: the same command with "
                     f"--redo {directory.name}"
                 )
-            entry = Entry(**json.loads(text))
+            if (entry := _entry_of(text)) is None:
+                raise DataError(
+                    f"{journal.path} was edited or made by another program: line {number} is no entry of a journal. Make "
+                    f"the language again: the same command with --redo {directory.name}"
+                )
             if entry.shard is not None and not _is_whole(directory, entry.shard):
                 break
             journal.entries.append(entry)
@@ -87,9 +93,12 @@ class Journal:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the language against a second run; the lock dies with the process."""
-        with locked(self.path, wait=False) as file:
-            if file is None:
-                raise DataError(f"Another run is preparing {self.directory} right now. Wait for it, or stop it first.")
+        try:
+            lock = own(self.directory / LOCK_NAME, str(self.directory))
+        except Taken as error:
+            raise Taken(f"Another run is preparing {self.directory} right now: {error}") from None
+        with lock:
+            self.path.touch()
             yield
 
     def rewind(self) -> None:
@@ -110,6 +119,28 @@ class Journal:
         self.entries.append(entry)
 
 
+def _entry_of(text: bytes) -> Entry | None:
+    """None where the hash fits and the content is still none of ours."""
+    try:
+        entry = Entry(**json.loads(text))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    numbers: list[Any] = [entry.source, entry.text_end]
+    lists = isinstance(entry.finished, list) and all(isinstance(source, dict) for source in entry.finished)
+    if not (lists and isinstance(entry.counts, dict) and type(entry.complete) is bool):
+        return None
+    numbers += entry.counts.values()
+    if entry.shard is not None:
+        if not isinstance(entry.shard, dict) or not _is_file_name(entry.shard.get("file")):
+            return None
+        numbers += [entry.shard.get(key) for key in ("tokens", "documents", "bytes")]
+    return entry if all(type(number) is int and number >= 0 for number in numbers) else None
+
+
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and 0 < len(name.encode("utf-8", "surrogatepass")) < 200 and name.isprintable()
+
+
 def _line(entry: Entry) -> bytes:
     """Hash of the rest, a space, the entry as JSON."""
     text = json.dumps(asdict(entry), ensure_ascii=False).encode()
@@ -118,4 +149,7 @@ def _line(entry: Entry) -> bytes:
 
 def _is_whole(directory: Path, shard: dict[str, Any]) -> bool:
     path = directory / Path(shard["file"]).name
-    return path.is_file() and path.stat().st_size == shard["bytes"]
+    try:
+        return read_again(path, path.stat).st_size == shard["bytes"]
+    except OSError:
+        return False

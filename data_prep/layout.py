@@ -7,15 +7,11 @@ described for other languages in docs/shard_format.md.
 
 from __future__ import annotations
 
-import fcntl
 import os
+import secrets
 import struct
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 import xxhash
@@ -125,47 +121,15 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def locked(path: Path, wait: bool) -> Iterator[IO[bytes] | None]:
-    """Hold the exclusive lock on the file `path`, made if need be and open for appending; it dies with the process.
-
-    None if another process has it and `wait` is false. Whoever holds it may rename or remove the file.
-    """
-    while True:
-        with open(path, "ab") as file:
-            if not _lock(file, wait):
-                yield None
-                return
-            if _is_still(path, file):  # else its last holder has renamed or removed it meanwhile
-                yield file
-                return
-
-
-def _lock(file: IO[Any], wait: bool) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        print(f"warning: {file.name} cannot be locked ({error.strerror}); run only one at a time", file=sys.stderr)
-    return True
-
-
 def write_durably(path: Path, text: str) -> None:
     """Replace `path` as a whole, whoever else is doing the same: temporary name, fsync, rename, fsync of the directory."""
-    temporary = path.with_name(path.name + ".tmp")
-    with locked(temporary, wait=True) as file:
-        assert file is not None
-        file.truncate(0)
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
-        temporary.replace(path)
-    sync_directory(path.parent)
-
-
-def _is_still(path: Path, file: IO[Any]) -> bool:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
+        with open(temporary, "wb") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(path.parent)

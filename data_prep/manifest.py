@@ -6,11 +6,8 @@ so text of another tokenizer or other options cannot be mixed in.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shlex
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +19,10 @@ from data_prep.blocks import MAX_DOCUMENT_BYTES
 from data_prep.clean import CleanOptions
 from data_prep.command_line import module_command
 from data_prep.journal import JOURNAL_NAME, Journal
-from data_prep.layout import FORMAT_NAME, FORMAT_VERSION, locked, sync_directory, write_durably
-from data_prep.shards import LANGUAGE_PATTERN, MANIFEST_NAME, RUN_NAME, DataError, manifest_digest
+from data_prep.layout import FORMAT_NAME, FORMAT_VERSION, sync_directory, write_durably
+from data_prep.merging import copy_language, finished_languages
+from data_prep.ownership import own_when_free
+from data_prep.shards import LANGUAGE_PATTERN, MANIFEST_NAME, RUN_NAME, DataError, manifest_digest, read_again
 from data_prep.tokenizer import Tokenizer
 
 LOCK_NAME = "prepare.lock.tmp"
@@ -61,11 +60,11 @@ def changing(output: Path) -> Iterator[None]:
     """Alone among the processes that change what the directory is to hold; the tasks of an array begin together."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        with locked(output / LOCK_NAME, wait=True):
-            try:
-                yield
-            finally:
-                (output / LOCK_NAME).unlink(missing_ok=True)
+        with own_when_free(output / LOCK_NAME, str(output)):
+            for name in (RUN_NAME, MANIFEST_NAME):  # written under this lock alone: of a process that was killed
+                for leftover in output.glob(f"{name}.*.tmp"):
+                    leftover.unlink(missing_ok=True)
+            yield
     except OSError as error:
         raise DataError(f"Cannot write to {output}: {error.strerror}. Give --output a writable directory.") from error
 
@@ -89,7 +88,7 @@ def _begin(output: Path, about: dict[str, Any], languages: list[str], may_add: b
             begun = read_run(output)
             write_run(output, begun, sorted({*new, *begun["languages"]}))
         return
-    if not (output / RUN_NAME).is_file() and {path.name for path in output.iterdir()} - {RUN_NAME + ".tmp", LOCK_NAME}:
+    if not (output / RUN_NAME).is_file() and {path.name for path in output.iterdir()} - {LOCK_NAME}:
         raise DataError(f"{output} is not empty and no output of prepare. Give --output a new or empty directory.")
     write_run(output, about, languages)
 
@@ -129,16 +128,24 @@ def read_run(output: Path) -> dict[str, Any]:
     """`prepare.json` of a directory."""
     file = output / RUN_NAME
     try:
-        run = json.loads(file.read_text(encoding="utf-8"))
+        run = json.loads(read_again(file, file.read_bytes).decode())
         if run["format"] != FORMAT_NAME or run["version"] != FORMAT_VERSION:
-            raise DataError(f"{file} is of another format version ({run['version']!r}). Give --output a new directory.")
+            raise DataError(
+                f"{file} is of another format version ({str(run['version'])[:40]}). Give --output a new directory."
+            )
+        if not isinstance(run["languages"], list) or not all(
+            isinstance(run[part], dict) for part in ("tokenizer", "options")
+        ):
+            raise TypeError("languages is no list, or tokenizer or options no object")
         for language in run["languages"]:
             if not LANGUAGE_PATTERN.fullmatch(language):
-                raise DataError(f"{file} names a language {language!r}: not a plain name. Do not use this directory.")
+                raise DataError(
+                    f"{file} names a language {language[:80]!r}: not a plain name. Do not use this directory."
+                )
         return run
     except FileNotFoundError as error:
         raise DataError(f"{output} is no output of `python -m data_prep prepare` ({RUN_NAME} is missing).") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{file} cannot be read ({error}). Give --output a new directory.") from error
@@ -211,9 +218,19 @@ def make_manifest(output: Path, run: dict[str, Any]) -> dict[str, Any]:
     for language, journal in journals.items():
         if not journal.complete:
             raise DataError(f"{journal.path} is missing or does not reach the end of {language}. Run prepare for it.")
-    entries = {language: _manifest_entry(journal) for language, journal in journals.items()}
+    entries = {language: _checked_entry(language, journal) for language, journal in journals.items()}
     manifest = {**run, "languages": entries}
     return {**manifest, "manifest_xxh3_128": manifest_digest(manifest)}
+
+
+def _checked_entry(language: str, journal: Journal) -> dict[str, Any]:
+    try:
+        return _manifest_entry(journal)
+    except (KeyError, IndexError, TypeError) as error:
+        raise DataError(
+            f"{journal.path} was edited or made by another program ({type(error).__name__}: {error}). Make the language "
+            f"again: the same command with --redo {language}"
+        ) from error
 
 
 def _manifest_entry(journal: Journal) -> dict[str, Any]:
@@ -245,6 +262,7 @@ def _shards_with_ranges(journal: Journal) -> list[dict[str, Any]]:
 def take_in(output: Path, other: Path) -> list[str]:
     """Copy (hard-link where possible) the finished languages of another output directory; gives those that were new."""
     theirs = read_run(other)
+    finished_languages(other, theirs)  # whatever is wrong there is said before anything is made here
     with changing(output):
         return _take_in(output, other, theirs)
 
@@ -254,7 +272,7 @@ def _take_in(output: Path, other: Path, theirs: dict[str, Any]) -> list[str]:
         _begin(output, {key: value for key, value in theirs.items() if key != "languages"}, [], may_add=False)
     ours = read_run(output)
     refuse_differences(output, ours, theirs)
-    finished = [language for language in theirs["languages"] if Journal.read(other / language).complete]
+    finished = finished_languages(other, theirs)
     arrived = [language for language in finished if (output / language).exists()]
     differing = [language for language in arrived if not _same_journal(output / language, other / language)]
     if differing:
@@ -265,8 +283,7 @@ def _take_in(output: Path, other: Path, theirs: dict[str, Any]) -> list[str]:
     new = [language for language in finished if language not in arrived]
     for language in new:
         arriving = output / f"{language}.tmp"
-        shutil.rmtree(arriving, ignore_errors=True)
-        shutil.copytree(other / language, arriving, copy_function=_link_or_copy)
+        copy_language(other / language, arriving, Journal.read(other / language))
         arriving.rename(output / language)
     if not new:
         return []
@@ -283,17 +300,3 @@ def _take_in(output: Path, other: Path, theirs: dict[str, Any]) -> list[str]:
 def _same_journal(one: Path, other: Path) -> bool:
     """Journals hold the hash of every shard, so the same journal means the same shards."""
     return (one / JOURNAL_NAME).read_bytes() == (other / JOURNAL_NAME).read_bytes()
-
-
-def _link_or_copy(source: str, target: str) -> str:
-    if source.endswith(".tok"):  # never the journal, which may be written to again
-        try:
-            os.link(source, target)
-            return target
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
-                raise
-    shutil.copy2(source, target)
-    with open(target, "rb") as file:
-        os.fsync(file.fileno())
-    return target

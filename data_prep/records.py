@@ -18,6 +18,7 @@ from data_prep.shards import DataError
 RECORDS_PER_CHUNK = 256
 RECORDS_PROBED = 200  # fewer than a chunk, so that nothing has been handed on when a wrong field is refused
 MAX_FIELDS_NAMED = 12
+LIBRARY_READERS = ("arrow", "csv", "json", "parquet", "text")  # of `datasets`: they run no script and unpickle nothing
 POLICIES = ("skip", "fail")
 MISSING, NOT_TEXT = "records_without_field", "records_not_text"
 JSON_TO_LINES = "python -c 'import json, sys; [print(json.dumps(one)) for one in json.load(sys.stdin)]'"
@@ -216,6 +217,16 @@ def _parquet_texts(column: Any) -> list[bytes | None]:
     return column.cast(pyarrow.large_binary()).to_pylist()
 
 
+def _refuse_other_readers(specification: str, builder: Any) -> None:
+    """A script of the data set's own, or a reader of the library that unpickles (tar archives with tensors)."""
+    *above, reader = type(builder).__module__.split(".")
+    if above[:2] != ["datasets", "packaged_modules"] or reader not in LIBRARY_READERS:
+        raise DataError(
+            f"Dataset {specification!r} is read by {reader!r} of the datasets library; only {', '.join(LIBRARY_READERS)} are taken, "
+            "which run no code and unpickle nothing. Save it as one of these."
+        )
+
+
 def from_hub(specification: str, records: Records) -> Iterator[bytes]:
     """`NAME_OR_DIRECTORY[:CONFIG[:SPLIT]]` through the `datasets` library, streaming."""
     import datasets
@@ -226,8 +237,17 @@ def from_hub(specification: str, records: Records) -> Iterator[bytes]:
             loaded = datasets.load_from_disk(name)
             found = loaded[split or "train"] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:
-            found = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-    except (OSError, ValueError, KeyError) as error:
+            builder = datasets.load_dataset_builder(name, config or None)
+            _refuse_other_readers(specification, builder)
+            found = builder.as_streaming_dataset(split=split or "train")
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+    ) as error:  # RuntimeError: "Dataset scripts are no longer supported"
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"Dataset {specification!r} cannot be opened: {error}.") from error
 
     def documents() -> Iterator[bytes]:

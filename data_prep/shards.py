@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import mmap
 import re
-import shlex
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
@@ -24,18 +23,18 @@ from data_prep.command_line import module_command
 from data_prep.layout import FORMAT_NAME, FORMAT_VERSION, HEADER_BYTES, TOKEN_DTYPE, Identity, header, sections
 from data_prep.numbering import adds_words, numbered_alike
 from data_prep.tokenizer_files import FAST_TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, no_tokenizer_in
+from data_prep.unfinished import why_no_manifest
+from data_prep.unreadable import DataError as DataError
+from data_prep.unreadable import UnreadableError as UnreadableError
+from data_prep.unreadable import read_again as read_again
+from data_prep.unreadable import unreadable
 
 BOS_ID, PAD_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 MANIFEST_NAME, RUN_NAME = "manifest.json", "prepare.json"
 SENTENCEPIECE_NAMES = ("sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
 LANGUAGE_PATTERN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,62}[A-Za-z0-9])?")
 _SHARD_FILE = re.compile(r"(?P<language>[^/]+)/(?P<number>[0-9]{5})\.tok")
-PREPARE_HINT = "python -m data_prep prepare --input TEXT --tokenizer MODEL_OR_DIR --output {path}"
 _RowTable = tuple[list[int], list[int], list[np.ndarray]]  # per shard: first row, end row, rows as a 2-D view
-
-
-class DataError(ValueError):
-    """Something about text, tokenizer or shards that the user can mend: what is wrong, where, how to mend it."""
 
 
 def tokenizer_file(path: Path) -> Path:
@@ -87,7 +86,7 @@ class Shard:
         """What is wrong with the file's size, if anything."""
         mend = f"Copy it again from where it is whole, or prepare {self.language} again with --redo {self.language}."
         try:
-            found = self.path.stat().st_size
+            found = read_again(self.path, self.path.stat).st_size
         except OSError as error:
             return f"Shard {self.path} cannot be read: {error.strerror}. {mend}"
         if found != self.num_bytes:
@@ -102,8 +101,9 @@ class Shard:
     @cached_property
     def _mapped(self) -> mmap.mmap:
         try:
-            with open(self.path, "rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            mapped = read_again(self.path, self._map)
+        except UnreadableError:
+            raise
         except (OSError, ValueError) as error:
             raise DataError(
                 f"Cannot map shard {self.path}: {error}. Many shards need `ulimit -n` above 1024."
@@ -114,6 +114,23 @@ class Shard:
                 f"swapped. `{module_command('data_prep', 'verify', self.path.parent.parent)}` finds what is wrong."
             )
         return mapped
+
+    def _map(self) -> mmap.mmap:
+        with open(self.path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def refuse_shrunk(self) -> None:
+        """A file that was cut after it was mapped: reading beyond its end would kill the process (SIGBUS). One fstat."""
+        try:
+            found = self._mapped.size()
+        except OSError as error:
+            raise UnreadableError(unreadable(self.path, error)) from error
+        if found != self.num_bytes:
+            raise DataError(
+                f"Shard {self.path} has changed while it was read: {found} bytes now, {self.num_bytes} by its manifest. Copy it "
+                f"again from where it is whole, or prepare {self.language} again with --redo {self.language}, while nothing "
+                "reads it; then start the same command again."
+            )
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -130,13 +147,15 @@ class Shard:
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of an output directory, checked for format version and for names that stay inside it."""
     file = path / MANIFEST_NAME
-    if not file.is_file():
-        raise DataError(_why_no_manifest(path))
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        text = read_again(file, file.read_bytes)
+    except OSError:  # missing, or no file
+        raise DataError(why_no_manifest(path, MANIFEST_NAME, RUN_NAME)) from None
+    try:
+        manifest = json.loads(text.decode())
         if manifest["format"] != FORMAT_NAME or manifest["version"] != FORMAT_VERSION:
             raise DataError(
-                f"{file} is of format {manifest['format']!r} version {manifest['version']!r}; this program reads "
+                f"{file} is of format {str(manifest['format'])[:40]!r} version {str(manifest['version'])[:40]}; this program reads "
                 f"{FORMAT_NAME!r} version {FORMAT_VERSION}. Prepare the shards again."
             )
         if manifest["manifest_xxh3_128"] != manifest_digest(manifest):
@@ -146,27 +165,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
             )
         identity_of(manifest)
         check_manifest(path, manifest)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{file} is damaged ({type(error).__name__}: {error}). Prepare the shards again.") from error
     return manifest
-
-
-def _why_no_manifest(path: Path) -> str:
-    parts = path.with_name(path.name + ".parts")  # where tasks of a Slurm array prepare their languages
-    if (path / RUN_NAME).is_file():
-        return (
-            f"The shards at {path} are unfinished: `python -m data_prep prepare` began them and has not reached the end. Run "
-            "the same prepare command again; it continues after the last finished shard. (To use the finished languages "
-            f"alone: {module_command('data_prep', 'merge', path, '--partial')})"
-        )
-    if parts.is_dir():
-        return (
-            f"The shards at {path} are unfinished: their languages in {parts} have not been merged. When all of them are "
-            f"done: {module_command('data_prep', 'merge', path, '--from')} {shlex.quote(str(parts))}/*"
-        )
-    return f"No shards at {path}: {path / MANIFEST_NAME} is missing. Make them with `{PREPARE_HINT.format(path=shlex.quote(str(path)))}`."
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:
@@ -191,7 +194,9 @@ def row_ends(manifest: dict[str, Any]) -> tuple[int, int]:
     tokenizer = manifest["tokenizer"]
     ends = tokenizer.get("bos", BOS_ID), tokenizer.get("eos", EOS_ID)
     if not all(type(number) is int and 0 <= number < tokenizer["vocab_size"] for number in ends):
-        raise DataError(f"The manifest's row ends {ends} are no ids of its vocabulary. Prepare the shards again.")
+        raise DataError(
+            f"The manifest's row ends {str(ends)[:80]} are no ids of its vocabulary. Prepare the shards again."
+        )
     return ends
 
 
@@ -202,17 +207,23 @@ def check_manifest(root: Path, manifest: dict[str, Any]) -> None:
         if type(entry["text_bytes"]) is not int:
             raise KeyError(f"text_bytes of {language}")
         if not LANGUAGE_PATTERN.fullmatch(language):
-            raise DataError(f"{file} names a language {language!r}: not a plain name. Do not use this manifest.")
+            raise DataError(f"{file} names a language {language[:80]!r}: not a plain name. Do not use this manifest.")
         for number, record in enumerate(entry["shards"]):
             name = record["file"]
             match = _SHARD_FILE.fullmatch(name)
             if match is None or match["language"] != language or int(match["number"]) != number:
-                raise DataError(f"{file} names a shard {name!r}; expected {language}/{number:05d}.tok. Do not use it.")
+                raise DataError(
+                    f"{file} names a shard {name[:80]!r}; expected {language}/{number:05d}.tok. Do not use it."
+                )
             if not (root / name).resolve().is_relative_to(root.resolve()):
                 raise DataError(f"{root / name} leads out of {root} by a symbolic link: refused. Copy the shard in.")
+            if type(record["xxh3_128"]) is not str:
+                raise KeyError(f"xxh3_128 of {name}")
             counts = (record["tokens"], record["documents"], record["bytes"])
             if not all(type(count) is int and count >= 0 for count in counts):
-                raise DataError(f"{file} is damaged: impossible counts {counts} for {name}. Prepare the shards again.")
+                raise DataError(
+                    f"{file} is damaged: impossible counts {str(counts)[:80]} for {name}. Prepare the shards again."
+                )
             if sections(record["tokens"], record["documents"]).end != record["bytes"]:
                 raise DataError(f"{file} is damaged: the size of {name} does not follow from its counts.")
 
@@ -299,10 +310,13 @@ class ShardSet:
         tables = self._row_tables[key]
         out = np.empty((len(rows), seq_len), dtype=np.int64)
         out[:, 0], out[:, -1] = self.bos_id, self.eos_id
-        inner, width = out[:, 1:-1], _stream_tokens(seq_len)
+        inner, width, looked_at = out[:, 1:-1], _stream_tokens(seq_len), set()
         for position, (index, row) in enumerate(zip(language_index.tolist(), rows.tolist(), strict=True)):
             first_rows, end_rows, views = tables[index]
             shard = bisect_right(first_rows, row) - 1
+            if (index, shard) not in looked_at:
+                looked_at.add((index, shard))
+                self._shards[languages[index]][shard].refuse_shrunk()
             if row < end_rows[shard]:
                 inner[position] = views[shard][row - first_rows[shard]]
             else:
@@ -345,6 +359,7 @@ class ShardSet:
         pieces, offset = [np.empty(0, np.int64)], 0
         for shard in self.shards(language):
             if offset < end and offset + shard.num_tokens > start:
+                shard.refuse_shrunk()
                 starts = shard.document_offsets[:-1]
                 first, last = np.searchsorted(starts, [max(0, start - offset), end - offset])
                 pieces.append(starts[first:last].astype(np.int64) + offset)
@@ -356,6 +371,7 @@ class ShardSet:
         pieces, offset = [], 0
         for shard in self.shards(language):
             if offset < end and offset + shard.num_tokens > start:
+                shard.refuse_shrunk()
                 pieces.append(shard.tokens[max(0, start - offset) : end - offset])
             offset += shard.num_tokens
         return np.concatenate(pieces) if pieces else np.empty(0, TOKEN_DTYPE)

@@ -18,13 +18,24 @@ from tqdm import tqdm
 from data_prep.journal import JOURNAL_NAME
 from data_prep.layout import HASH_BLOCK_BYTES, HEADER_BYTES, OFFSET_DTYPE, TOKEN_DTYPE, file_digest, sections
 from data_prep.manifest import RUN_NAME, make_manifest, read_run
-from data_prep.shards import DataError, Shard, ShardSet
+from data_prep.shards import DataError, Shard, ShardSet, UnreadableError, read_again
 
 TOKENS_PER_CHECK = 1 << 20
 
 
-def verify(path: Path, show_progress: bool = False) -> list[str]:
-    """What is wrong with the shards at `path`, one sentence each; sizes are part of it, a bad manifest is a DataError."""
+class Findings(list[str]):
+    """What is corrupt, one sentence each; `unreadable` holds the same about files of which nobody knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unreadable: list[str] = []
+
+
+def verify(path: Path, show_progress: bool = False) -> Findings:
+    """What is wrong with the shards at `path`, one sentence each; sizes are part of it, a bad manifest is a DataError.
+
+    Goes on to the last shard, whatever it finds, also past files that cannot be read.
+    """
     shard_set = ShardSet(path, check_sizes=False)
     shards = shard_set.all_shards()
     total = sum(shard.num_bytes for shard in shards)
@@ -32,12 +43,27 @@ def verify(path: Path, show_progress: bool = False) -> list[str]:
         tqdm(total=total, unit="B", unit_scale=True, desc="verify", file=sys.stderr, disable=not show_progress) as bar,
         ThreadPoolExecutor(os.cpu_count()) as threads,  # hashing releases the interpreter lock
     ):
-        problems = []
-        for shard, problem in zip(shards, threads.map(check_shard, shards), strict=True):
+        findings = Findings()
+        for shard, (problem, is_known) in zip(shards, threads.map(_look_at, shards), strict=True):
             bar.update(shard.num_bytes)
             if problem:
-                problems.append(problem)
-    return problems or check_records(path, shard_set)
+                (findings if is_known else findings.unreadable).append(problem)
+    if not findings and not findings.unreadable:
+        try:
+            findings.extend(check_records(path, shard_set))
+        except UnreadableError as error:
+            findings.unreadable.append(str(error))
+    return findings
+
+
+def _look_at(shard: Shard) -> tuple[str | None, bool]:
+    """The first problem of a shard, and whether it was read at all."""
+    try:
+        return read_again(shard.path, lambda: check_shard(shard)), True
+    except UnreadableError as error:
+        return str(error), False
+    except OSError as error:
+        return f"{shard.path}: {error.strerror or error}", True
 
 
 def check_records(path: Path, shard_set: ShardSet) -> list[str]:
@@ -46,6 +72,8 @@ def check_records(path: Path, shard_set: ShardSet) -> list[str]:
         return []  # the shards were copied without them: fine to train on
     try:
         made_again = make_manifest(path, {**read_run(path), "languages": list(shard_set.manifest["languages"])})
+    except UnreadableError:
+        raise
     except DataError as error:
         return [str(error)]
     if made_again != shard_set.manifest:

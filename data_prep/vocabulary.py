@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
+from data_prep.outputs import refuse_places_of_the_user, replaced_directory
 from data_prep.shards import EOS_ID, UNK_ID, DataError
 from data_prep.tokenizer import SPM_UNK, SentencePieceTokenizer
 from data_prep.usage import Usage
@@ -29,6 +29,7 @@ from data_prep.usage import Usage
 protobuf: Any = sentencepiece_model_pb2  # generated code without types
 FORMAT_NAME, FORMAT_VERSION = "minilmv2-vocabulary", 1
 MAP_FILE = "vocabulary.json"
+PRODUCTS = (MAP_FILE, "sentencepiece.bpe.model", "tokenizer_config.json", "tokenizer.json")  # of trim-vocab
 MODEL_FILE = "sentencepiece.bpe.model"
 NUM_LEADING_SPECIALS = 4  # <s> <pad> </s> <unk>; the last id is <mask>
 NUM_MODEL_SPECIALS = 3  # SentencePiece's own <unk> <s> </s>; a piece's id here is its id there plus one
@@ -64,10 +65,8 @@ def trim_vocabulary(
     model.ParseFromString(tokenizer.path.read_bytes())
     pieces = pieces_by_id(model)
     kept = kept_ids(usage.counts, options, pieces)
-    temporary = output.with_name(output.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    refuse_places_of_the_user(output, "--output", {"the tokenizer": tokenizer.path})
+    with replaced_directory(output, PRODUCTS) as temporary:
         write_tokenizer(tokenizer.path, model, pieces, kept, temporary)
         about = {
             "format": FORMAT_NAME,
@@ -82,10 +81,6 @@ def trim_vocabulary(
             "loss": losses(tokenizer.processor, temporary / MODEL_FILE, usage, kept),
         }
         (temporary / MAP_FILE).write_text(json.dumps({**about, "old_ids": kept.tolist()}) + "\n", encoding="utf-8")
-        shutil.rmtree(output, ignore_errors=True)
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return about
 
 

@@ -66,8 +66,9 @@ def is_about_text(name: str) -> bool:
     return _ABOUT_TEXT.fullmatch(name) is not None
 
 
-def walk(given: str, is_mapped: Callable[[Path], bool]) -> Walk:
-    """One input. `is_mapped`: whether the language map speaks of a file, which then is text whatever its name."""
+def walk(given: str, is_mapped: Callable[[Path], bool], language: str | None = None) -> Walk:
+    """One input. `is_mapped`: whether the language map speaks of a file, which then is text whatever its name. A
+    README given by name is text where `--language README` asks for that very one."""
     path, result = Path(given), Walk()
     try:
         status = path.stat()
@@ -81,9 +82,10 @@ def walk(given: str, is_mapped: Callable[[Path], bool]) -> Walk:
         return result
     if not stat.S_ISREG(status.st_mode):
         raise DataError(f"Input {shown(path)} is {NOT_REGULAR}. Give a file that can be read twice, or a directory.")
-    if is_about_text(path.name) and not is_mapped(path):
+    is_asked_for = path.name.split(".")[0] == language
+    if is_about_text(path.name) and not is_mapped(path) and not is_asked_for:
         result.leave(path, NO_TEXT)
-    elif kind_of(path.name, by_name=True) is None:
+    elif not (is_about_text(path.name) and is_asked_for) and kind_of(path.name, by_name=True) is None:
         raise DataError(f"{shown(path)}: unknown kind of file; known are {KNOWN_KINDS}.")
     else:
         result.found.append(Found(path, kept_name(path.name), (status.st_dev, status.st_ino), by_name=True))

@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from data_prep.shards import DataError, ShardSet
+from pipeline.agreement import settings_facts, shape_facts
 from pipeline.config import Recipe
 from pipeline.data.batches import BatchSource
 from pipeline.distillation.distiller import DistillModule
@@ -73,20 +74,22 @@ class Parts:
 def assemble(recipe: Recipe, recipe_path: Path, ds_path: Path, launch: Launch) -> Parts:
     """Build and cross-check all parts. Cheap checks come first; `UserError` or `DataError` says what does not fit."""
     batch = ds_config.split_batch(recipe.global_batch, recipe.micro_batch_per_gpu, launch.world_size)
-    can = device_precisions(launch.device)
-    config, warnings = ds_config.resolve(ds_path, str(recipe_path), recipe.optimizer, batch, launch.world_size, can)
+    config, warnings, teacher_precision = _on_all_ranks(lambda: _resolve(recipe, recipe_path, ds_path, launch), launch)
     precision = ds_config.precision_of(config)
-    source = open_data(recipe)
+    precisions = {"precision of the student": precision, "precision of the teacher": teacher_precision}
+    preflight.agree(settings_facts(recipe, config, precisions), launch)
+    source = _on_all_ranks(lambda: open_data(recipe), launch)
+    preflight.agree({"data": source.fingerprint}, launch)
     warnings += recipe_warnings(recipe, source)
-    teacher_precision = _teacher_precision(recipe, precision, can, launch.device)
 
     teacher_model, identity = _on_all_ranks(lambda: open_teacher(recipe, source.shards), launch)
-    preflight.check_agreement(dist.gather_json(identity, launch.device))
+    preflight.agree(identity, launch)
     # By rank 0 for all: loading XLM-R's tokenizer takes it 2 s where the manifest does not say that this one was compared.
     warnings += _on_all_ranks(lambda: compare_ids(recipe.tokenizer, source.shards)[1] if launch.is_main else [], launch)
     relations, spread = recipe.relations, recipe.teacher_options.placement == "zero3"
     # A teacher that is to be spread may not fit on one device.
     student = student_of(recipe, teacher_model, source, "cpu" if spread else launch.device)
+    preflight.agree(shape_facts(student.model.state_dict()), launch)
     if recipe.student.init == "project":
         dist.take_from_main([*student.model.parameters(), *student.carried.values()], launch.device)
     teacher = load_teacher(
@@ -100,6 +103,14 @@ def assemble(recipe: Recipe, recipe_path: Path, ds_path: Path, launch: Launch) -
     engine = StudentEngine(distiller, student.trained, recipe.optimizer, config, recipe.deterministic)
     warnings += engine.warnings
     return Parts(source, student, distiller, engine, batch, config, precision, teacher_precision, warnings, identity)
+
+
+def _resolve(recipe: Recipe, recipe_path: Path, ds_path: Path, launch: Launch) -> tuple[dict[str, Any], list[str], str]:
+    """The effective DeepSpeed config with its warnings, and the teacher's precision: both as this rank's device can."""
+    batch = ds_config.split_batch(recipe.global_batch, recipe.micro_batch_per_gpu, launch.world_size)
+    can = device_precisions(launch.device)
+    config, warnings = ds_config.resolve(ds_path, str(recipe_path), recipe.optimizer, batch, launch.world_size, can)
+    return config, warnings, _teacher_precision(recipe, ds_config.precision_of(config), can, launch.device)
 
 
 def open_teacher(recipe: Recipe, shards: ShardSet) -> tuple[PreTrainedModel, Identity]:

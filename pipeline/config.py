@@ -23,7 +23,8 @@ from pipeline.distillation.student import StudentConfig
 from pipeline.distillation.teacher import TeacherConfig
 from pipeline.errors import UserError, did_you_mean
 from pipeline.evaluation.retrieval import RetrievalConfig
-from pipeline.recipe_text import Plain, apply_override, read_yaml
+from pipeline.ranges import LARGEST_BATCH, LARGEST_INT, LARGEST_WEIGHT, LONGEST_ROW, check_ranges
+from pipeline.recipe_text import Plain, apply_override, parse, read_yaml, shown
 from pipeline.runtime.checkpoint import CheckpointConfig
 from pipeline.runtime.guard import GuardConfig
 from pipeline.runtime.metrics import MetricsConfig
@@ -32,6 +33,7 @@ from pipeline.runtime.schedule import OptimizerConfig
 _SHORT = reprlib.Repr()  # a message shows the beginning of a value; nested aliases could make it terabytes long
 _SHORT.maxlevel = 2
 _TYPE_NAMES: dict[Any, str] = {str: "text", int: "int", float: "a finite number", bool: "true or false"}
+_NO_LIMIT = ("optimizer.gradient_clipping", "guard.spike_sigmas")  # .inf is what people write to turn these off
 _SPOKEN_TRUTH = {
     "yes": True,
     "on": True,
@@ -79,6 +81,22 @@ class Recipe:
             raise UserError(f"seq_len is {self.seq_len}; a row is <s>, at least one token and </s>, so at least 3")
         if not 0 <= self.alpha <= 1:
             raise UserError(f"alpha is {self.alpha}; it must lie between 0 (equal shares) and 1 (natural shares)")
+        check_ranges(
+            self,
+            "",
+            {
+                "steps": (1, 10**12),
+                "global_batch": (1, LARGEST_BATCH),
+                "micro_batch_per_gpu": (1, LARGEST_BATCH),
+                "seq_len": (3, LONGEST_ROW),
+                "language_weights": (0, LARGEST_WEIGHT),
+                "max_epochs": (0, LARGEST_WEIGHT),
+                "heldout_rows": (1, 10**9),
+                "seed": (0, LARGEST_INT),
+                "save_every": (1, LARGEST_INT),
+                "eval_every": (1, LARGEST_INT),
+            },
+        )
         if self.languages == []:
             raise UserError(
                 "languages is an empty list; name some, or leave the key out for every language of the shards"
@@ -98,9 +116,17 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
     try:
         recipe = build_section(Recipe, tree, "")
     except UserError as error:
-        where = f"{path}" + "".join(f" --set {shlex.quote(override)}" for override in overrides)
+        where = f"{path}" + "".join(f" --set {shown(shlex.quote(override))}" for override in overrides)
         raise UserError(f"{where}: {error}") from None
     return recipe
+
+
+def tree_of_recipe(text: str, where: str) -> dict[str, Any]:
+    """The plain tree of a run's own `recipe.yaml`, checked as a recipe is; `where` names the file in messages."""
+    try:
+        return as_tree(build_section(Recipe, parse(text), ""))
+    except ValueError as error:
+        raise UserError(f"{where} is no recipe of this version: {error}") from None
 
 
 def build_section(cls: type, tree: Any, where: str) -> Any:
@@ -153,6 +179,8 @@ def _convert_scalar(hint: type, value: Any, where: str) -> Any:
         typed = None
     if hint is float and type(typed) in (int, float) and abs(typed) <= sys.float_info.max:
         return float(typed)
+    if typed == float("inf") and where in _NO_LIMIT:
+        return typed
     if type(typed) is hint and hint is not float:
         return typed
     wanted = _TYPE_NAMES[hint]
@@ -167,6 +195,8 @@ def _text(value: str, where: str) -> str:
         raise UserError(
             f"""`{where}` must be text, not {value or "empty"}; write it in quotes ("{value}") if it is meant"""
         )
+    if "\0" in value:
+        raise UserError(f"`{where}` holds a NUL character, which no name of a file has: {_SHORT.repr(str(value))}")
     return str(value)
 
 

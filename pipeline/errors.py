@@ -6,7 +6,7 @@ import difflib
 import sys
 from collections.abc import Callable, Sequence
 
-from data_prep.command_line import EXIT_USER
+from data_prep.command_line import EXIT_USER, code_without_traceback, print_bytes_as_they_come
 from data_prep.shards import DataError
 
 EXIT_DONE = 0
@@ -29,13 +29,17 @@ def did_you_mean(key: str, known: Sequence[str]) -> str:
 
 
 def exit_code_of(main: Callable[[], object]) -> int:
-    """Run `main`; print what a user can mend as one paragraph, without a traceback, and give the exit code."""
+    """Run `main`; print what a user can fix as one paragraph, without a traceback, and give the exit code."""
+    print_bytes_as_they_come()
     try:
         main()
+        sys.stdout.flush()  # here, where a reader that has gone is no traceback
     except (UserError, DataError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER
     except SickRunError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_SICK
+    except (Exception, KeyboardInterrupt) as error:
+        return code_without_traceback(error)
     return EXIT_DONE

@@ -71,13 +71,17 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def library_versions() -> dict[str, Any]:
+    """Python's version and those of the packages that take part in the mathematics."""
+    return {"python": platform.python_version(), "packages": {name: metadata.version(name) for name in PACKAGES}}
+
+
 def describe_run(recipe: Recipe, **facts: Any) -> dict[str, Any]:
     """The content of `run.json`; `facts` are added as given. Nothing of the environment's variables is recorded."""
     return {
         "git_commit": git_commit(),
         "code_fingerprint": code_fingerprint(),
-        "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in PACKAGES},
+        **library_versions(),
         "host": socket.gethostname(),
         "machine": platform.machine(),
         "recipe_fingerprint": fingerprint(mathematics(recipe)),

@@ -15,6 +15,7 @@ import yaml
 
 from pipeline.errors import UserError
 
+MOST_SHOWN = 300  # characters
 _INTEGER = re.compile(r"[-+]?\d[\d_]*|0x[0-9a-fA-F]+|0o[0-7]+|0b[01]+", re.ASCII)
 _FLOAT = re.compile(r"[-+]?(\.\d+|\d[\d_]*(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", re.ASCII)
 _NULL = ("", "~", "null", "Null", "NULL")
@@ -86,21 +87,29 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+def shown(override: str) -> str:
+    """An override in a message: one line, and no more of it than tells which it is."""
+    line = " ".join(override.split())
+    return line if len(line) <= MOST_SHOWN else line[:MOST_SHOWN] + "..."
+
+
 def apply_override(tree: dict[str, Any], override: str) -> None:
     """Put `a.b=c` into a nested mapping; `c` is read as YAML, so `null`, `[1, 2]` and `5e-4` work."""
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise UserError(f"--set {override}: write it as --set key=value or --set section.key=value")
+        raise UserError(f"--set {shown(override)}: write it as --set key=value or --set section.key=value")
     *sections, last = key.split(".")
     for section in sections:
         child = tree.setdefault(section, {})
         if not isinstance(child, dict):
-            raise UserError(f"--set {override}: `{section}` is a value, not a section")
+            raise UserError(f"--set {shown(override)}: `{section}` is a value, not a section")
         tree = child
     try:
         value = parse(text)
     except ValueError as error:
-        raise UserError(f"--set {override}: the value is not readable YAML: {error}") from None
+        raise UserError(f"--set {shown(override)}: the value is not readable YAML: {error}") from None
     if isinstance(value, Plain) and value != text.strip():  # the rest was taken for a comment
-        raise UserError(f"""--set {override}: YAML reads `{value}` and no more; quote it: --set '{key}="{text}"'""")
+        raise UserError(
+            f"""--set {shown(override)}: YAML reads `{shown(value)}` and no more; quote it: --set '{key}="{shown(text)}"'"""
+        )
     tree[last] = Plain() if value is None else value

@@ -13,21 +13,25 @@ import argparse
 import base64
 import html
 import io
-import json
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from data_prep.outputs import output_path
+from data_prep.ownership import unique_name
 from pipeline import report_plots as plots
 from pipeline import report_time as times
+from pipeline.config import Recipe, as_tree, build_section
 from pipeline.errors import UserError
 from pipeline.evaluation.languages import left_out_line
+from pipeline.json_files import read_json_if_there, read_points
+from pipeline.recipe_text import read_yaml
 from pipeline.report_retrieval import read_retrieval
 from pipeline.runtime.checkpoint import committed_steps
 
@@ -51,13 +55,13 @@ MARKS = "Green lines are checkpoints, red dashes are restarts."
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="what --run-dir of the training named")
-    parser.add_argument("--output", type=Path, help="default: report.html in the run directory")
+    parser.add_argument("--output", type=output_path, help="default: report.html in the run directory")
 
 
 def run(arguments: argparse.Namespace) -> None:
     output = arguments.output or arguments.run_dir / "report.html"
     page = render(arguments.run_dir)
-    temporary = output.with_name(output.name + ".tmp")
+    temporary = unique_name(output, ".tmp")
     temporary.write_text(page, encoding="utf-8")
     temporary.replace(output)
     print(f"report: {output} ({output.stat().st_size / 1e6:.1f} MB)")
@@ -66,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
 def render(run_dir: Path) -> str:
     """The whole page. A section without content is left out."""
     metrics = read_metrics(run_dir)
-    about, recipe = _read_json(run_dir / "run.json"), _read_recipe(run_dir)
+    about, recipe = read_json_if_there(run_dir / "run.json"), _read_recipe(run_dir)
     events = times.events_of(run_dir, metrics, committed_steps(run_dir / "checkpoints"))
     retrieval = read_retrieval(run_dir, metrics[-1]["step"], recipe.get("teacher"))
     compared = "Retrieval before and after" if "before" in retrieval else "Retrieval"
@@ -113,11 +117,7 @@ def read_metrics(run_dir: Path) -> times.Points:
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{path} is missing: {run_dir} is no run directory, or its training never began.")
-    points = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        if line.endswith("}"):
-            points.append(json.loads(line))
-    if not points:
+    if not (points := read_points(path)):
         raise UserError(f"{path} is empty: the training has not reported anything yet. Try again in a minute.")
     return points
 
@@ -253,11 +253,16 @@ def _short(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 def _read_recipe(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "recipe.yaml"
-    tree = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return tree if isinstance(tree, dict) else {}
+    if not path.is_file():
+        return {}
+    known = {
+        field.name for field in fields(Recipe)
+    }  # a run of another version may have further keys; the page shows the file
+    given = {key: value for key, value in read_yaml(path).items() if key in known}
+    try:
+        tree = as_tree(build_section(Recipe, given, ""))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return {key: value for key, value in tree.items() if key in given}

@@ -6,11 +6,13 @@ In: the points of `metrics.jsonl`, `lives.json` where there is one, and the chec
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.json_files import RESTORE, read_json_if_there
 
 GAP_IN_INTERVALS = 10  # a pause this many times the usual one between two lines is a restart
 SECONDS_PER_HOUR = 3600.0
@@ -50,10 +52,20 @@ def series(metrics: Points, tag: str) -> list[tuple[int, float]]:
     return [(point["step"], point[tag]) for point in metrics if tag in point]
 
 
+def _is_start(start: Any) -> bool:
+    if not isinstance(start, dict) or not isinstance(start.get("saved_steps", []), list):
+        return False
+    return all(type(step) is int for step in start.get("saved_steps", [])) and all(
+        type(start.get(key)) in (int, float) for key in ("time_s", "first_step", "world_size")
+    )
+
+
 def events_of(run_dir: Path, metrics: Points, committed_steps: Sequence[int]) -> Events:
     """From `lives.json`; a run without one is one life, whose restarts are guessed from its pauses."""
     path = run_dir / "lives.json"
-    starts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    starts = read_json_if_there(path, list)
+    if not all(_is_start(start) for start in starts):
+        raise UserError(f"{path} is no list of starts with time_s, first_step and world_size. {RESTORE}.")
     if not starts:
         origin = metrics[0]["time_s"]
         progress = [((point["time_s"] - origin) / SECONDS_PER_HOUR, point["step"]) for point in metrics]
@@ -68,7 +80,7 @@ def events_of(run_dir: Path, metrics: Points, committed_steps: Sequence[int]) ->
         lives.append(
             Life([((start["time_s"] - origin) / SECONDS_PER_HOUR, start["first_step"]), *hours], start["world_size"])
         )
-    saved = sorted({step for start in starts for step in start["saved_steps"]} | set(committed_steps))
+    saved = sorted({step for start in starts for step in start.get("saved_steps", [])} | set(committed_steps))
     return Events(lives, saved, [start["first_step"] for start in starts[1:]])
 
 

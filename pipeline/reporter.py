@@ -6,7 +6,6 @@ In: the parts of a run and a `StepReport` per optimizer step. Out: console, Tens
 
 from __future__ import annotations
 
-import contextlib
 import json
 import socket
 import time
@@ -22,8 +21,12 @@ from pipeline.config import Recipe, recipe_to_yaml
 from pipeline.distillation.student import dropout_of
 from pipeline.lineage import describe_run, mathematics
 from pipeline.runtime import dist
+from pipeline.runtime.beside import write_beside
 from pipeline.runtime.dist import Launch
 from pipeline.runtime.metrics import Metrics
+
+RUN_FILE = "run.json"
+DESCRIPTION = (RUN_FILE, "recipe.yaml", "deepspeed.json", "student_config.json")
 
 
 @dataclass
@@ -84,10 +87,14 @@ class Reporter:
         ds_json = json.dumps(self.parts.ds_config, indent=1)
         recipe_yaml = recipe_to_yaml(self.recipe)
         if self.launch.is_main:
-            (self.run_dir / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
-            (self.run_dir / "deepspeed.json").write_text(ds_json, encoding="utf-8")
+            self._files = {
+                "recipe.yaml": recipe_yaml,
+                "deepspeed.json": ds_json,
+                "student_config.json": self.parts.student.model.config.to_json_string(use_diff=False),
+            }
+            for name, text in self._files.items():
+                write_beside(self.run_dir / name, text)
             self._write_facts()
-            self.parts.student.model.config.to_json_file(self.run_dir / "student_config.json", use_diff=False)
         self.metrics.describe(recipe_yaml, ds_json, mathematics(self.recipe))
         for warning in self.parts.warnings:
             self.metrics.say(f"warning: {warning}")
@@ -99,17 +106,27 @@ class Reporter:
         )
 
     def _write_facts(self) -> None:
-        partial = self.run_dir / "run.json.tmp"
-        partial.write_text(json.dumps(describe_run(self.recipe, **self._facts), indent=1))
-        partial.replace(self.run_dir / "run.json")
+        write_beside(self.run_dir / RUN_FILE, json.dumps(describe_run(self.recipe, **self._facts), indent=1))
+
+    @property
+    def lacks_description(self) -> bool:
+        """Whether files that `export` reads are missing. For rank 0."""
+        return not all((self.run_dir / name).is_file() for name in DESCRIPTION)
+
+    def describe_again(self) -> None:
+        """Write what somebody deleted while the run went on: without it no student could be exported. For rank 0."""
+        for name, text in self._files.items():
+            if not (self.run_dir / name).is_file():
+                write_beside(self.run_dir / name, text)
+        if not (self.run_dir / RUN_FILE).is_file():
+            self._write_facts()
 
     def _backend_is_chosen(self) -> None:
         for line in self.parts.distiller.backend_report:
             self.metrics.say(line)
         self._facts["relation_backend"] = self.parts.distiller.backend
         if self.launch.is_main:
-            with contextlib.suppress(OSError):  # a full disk ends no run
-                self._write_facts()
+            self._write_facts()
 
     def step(self, done: int, report: StepReport, skipped_steps: int, wait_s: float) -> None:
         """Counts every step; says something at the end of an interval."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import time
 from pathlib import Path
 
@@ -16,10 +15,12 @@ from pipeline.assembly import assemble
 from pipeline.config import load_recipe
 from pipeline.dry_run import dry_run, writable_without_trace
 from pipeline.errors import EXIT_DONE
-from pipeline.runtime import dist
+from pipeline.runtime import clocks, dist
 from pipeline.runtime.allotment import unused_gpu_warning
 from pipeline.runtime.determinism import fix_workspace
+from pipeline.runtime.directory_lock import owned_by_rank_0, refuse_run_directory
 from pipeline.runtime.guard import StopRequests, Watchdog, process_mark
+from pipeline.runtime.launcher_watch import watch_launchers
 from pipeline.runtime.rank_log import keep_crash, keep_output
 from pipeline.trainer import Trainer
 
@@ -46,20 +47,28 @@ def run_from_files(
     recipe = load_recipe(recipe_path, overrides)
     if recipe.deterministic and launch.device.type == "cuda":
         fix_workspace()
-    logs = run_dir / "logs"
-    trace = contextlib.ExitStack()
+    reads = {"the teacher": Path(recipe.teacher), "the shards": Path(recipe.data)}
+    refuse_run_directory(run_dir, {"recipe.yaml": recipe_path, "deepspeed.json": ds_path}, reads)
+    logs, trace, held = run_dir / "logs", contextlib.ExitStack(), contextlib.ExitStack()
     if only_try and launch.is_main:  # the others make nothing before they have met this rank
         trace.enter_context(writable_without_trace(run_dir))
     stop = StopRequests(run_dir / "STOP", recipe.guard.deadline_margin_s)
     stop.listen()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while the ranks wait for each other, there is nothing to be saved
+    stop.end_at_once()
+    watch_launchers(stop.launcher_has_gone)
     slowest_s = max(recipe.guard.hang_timeout_s, recipe.guard.slow_timeout_s)
     kind = "dry-run-stacks" if only_try else "stacks"  # a dry run leaves those of earlier lives where they are
     try:
         dist.init_process_group(launch, slowest_s * COLLECTIVE_TIMEOUT_MARGIN)
         stop.listen()
+        if not only_try:
+            held.enter_context(owned_by_rank_0(run_dir, launch))
         with Watchdog(recipe.guard, logs / f"{kind}-rank{launch.rank}.txt") as watchdog:
             marks = dist.gather_json(process_mark(os.getpid()), launch.device)
+            left_s, warnings = clocks.agree(dist.gather_json(clocks.my_clock(), launch.device))
+            stop.agree_on_deadline(left_s)
+            for warning in warnings if launch.is_main else ():
+                print(f"warning: {warning}", flush=True)
             watchdog.take_along([mark for mark in marks if mark])
             parts = assemble(recipe, recipe_path, ds_path, launch)
             if not only_try:  # not sooner: a run that is refused leaves nothing behind
@@ -77,5 +86,6 @@ def run_from_files(
         raise
     finally:
         dist.shut_down()
+        held.close()
         trace.close()
     return EXIT_DONE

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from data_prep.command_line import CommandLine  # noqa: E402
+from data_prep.outputs import output_path  # noqa: E402
 from pipeline.errors import exit_code_of  # noqa: E402
 
 DEFAULT_RECIPE = Path("recipes/quickstart.yaml")
@@ -28,7 +29,7 @@ def main() -> None:
         "--deepspeed", type=Path, required=True, metavar="JSON", help="for example ds_configs/zero2.json"
     )
     parser.add_argument("--recipe", type=Path, help=f"what to distil from what (default: {DEFAULT_RECIPE})")
-    parser.add_argument("--run-dir", type=Path, help="where everything goes (default: runs/NAME_OF_RECIPE)")
+    parser.add_argument("--run-dir", type=output_path, help="where everything goes (default: runs/NAME_OF_RECIPE)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
     parser.add_argument("--allow-change", action="store_true", help="resume although the recipe or the data changed")
     parser.add_argument("--dry-run", action="store_true", help="one real step and a summary; leaves nothing behind")

@@ -10,6 +10,7 @@ steps - plus what checkpoint.py keeps, so an interrupted run and an uninterrupte
 from __future__ import annotations
 
 import shlex
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,13 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_prep.shards import UnreadableError
+from pipeline.agreement import other_surroundings
 from pipeline.assembly import Parts
-from pipeline.config import Recipe, as_tree
+from pipeline.config import Recipe
 from pipeline.data.batches import Batch, Prefetcher
+from pipeline.distillation.student import dropout_of
 from pipeline.errors import SickRunError, UserError
 from pipeline.evaluation.heldout import heldout_losses
 from pipeline.identity import changes
-from pipeline.lineage import changed_keys, code_fingerprint, fingerprint, mathematics
+from pipeline.lineage import changed_keys, fingerprint, library_versions, mathematics
 from pipeline.reporter import Reporter, StepReport
 from pipeline.runtime import checkpoint, dist, preflight
 from pipeline.runtime.checkpoint_writer import CheckpointWriter, SaveOutcome
@@ -51,6 +55,7 @@ class Trainer:
         self.data_fingerprint: str = parts.source.fingerprint
         self.skipped_steps = 0
         self.saved_step = -1
+        self.known_steps = set(checkpoint.committed_steps(self.checkpoints))  # those that this attempt may prune
         self.spikes = SpikeDetector(recipe.guard)
 
     # -- one step -----------------------------------------------------------------------------------------------------
@@ -88,6 +93,8 @@ class Trainer:
         try:
             if first >= self.recipe.steps:
                 self.reporter.metrics.say(f"{self.run_dir} already has its {self.recipe.steps} steps; nothing to do")
+                if dist.broadcast_json(self.reporter.lacks_description, self.launch.device):
+                    self.reporter.describe(first)
                 if self.launch.is_main and not (self.run_dir / "DONE").exists():  # killed after its last save
                     leave_word(self.run_dir / "DONE", f"done: {self.recipe.steps} steps\n")
                 return
@@ -138,32 +145,34 @@ class Trainer:
 
     def _check_before(self) -> None:
         """Can this run save, and do all ranks run the same thing? Nothing is trained before both are known."""
-        found: dict[str, Any] = {"problem": None, "shards": []}
+        found: dict[str, Any] = {"problem": None, "shards": [], "host": socket.gethostname()}
         if self.launch.is_main:
-            present, keeping = checkpoint.committed_steps(self.checkpoints), self.recipe.checkpoint
-            every = keeping.keep_every or self.recipe.steps + 1
-            milestones = self.recipe.steps // every - sum(step % every == 0 for step in present)
-            disk = (self.checkpoint_bytes, keeping.keep, len(present), milestones)
-            found["problem"] = preflight.problem_on_disk(self.run_dir, *disk)
+            found["problem"] = self._problem_on_disk()
         if self.recipe.guard.verify_shards:
-            mine = self.source.shards.all_shards()[self.launch.rank :: self.launch.world_size]
-            found["shards"] = preflight.damaged_shards(mine, self.watchdog.feed_before_slow_work)
+            mine = preflight.my_share(self.source.shards.all_shards(), self.launch)
+            try:
+                found["shards"] = preflight.damaged_shards(mine, self.watchdog.feed_before_slow_work)
+            except UnreadableError as error:
+                found["problem"] = str(error)  # on every rank, or the others would wait for this one
         preflight.refuse_problems(dist.gather_json(found, self.launch.device), self.recipe.data)
         preflight.check_shared(self.run_dir, self.launch)
-        facts = {
-            "code": code_fingerprint(),
-            "recipe": fingerprint(as_tree(self.recipe)),
-            "data": self.data_fingerprint,
-        }
-        preflight.check_agreement(dist.gather_json(facts, self.launch.device))
+
+    def _problem_on_disk(self) -> str | None:
+        try:
+            present, keeping = checkpoint.committed_steps(self.checkpoints), self.recipe.checkpoint
+        except UnreadableError as error:
+            return str(error)
+        every = keeping.keep_every or self.recipe.steps + 1
+        milestones = self.recipe.steps // every - sum(step % every == 0 for step in present)
+        disk = (self.checkpoint_bytes, keeping.keep, len(present), milestones)
+        return preflight.problem_on_disk(self.run_dir, *disk)
 
     def _begin(self, first: int) -> None:
         """Everything that is written before the first step of this life."""
         self.reporter.describe(first)
         if self.launch.is_main:
             preflight.settle(self.run_dir)
-            for marker in ("DONE", "PREEMPTED"):
-                (self.run_dir / marker).unlink(missing_ok=True)
+            preflight.remove_markers(self.run_dir)
             self.stop.forget_leftover()
         is_evaluated = dist.broadcast_json(self.reporter.first_is_evaluated, self.launch.device)
         if first % self.recipe.eval_every == 0 and not is_evaluated:
@@ -195,8 +204,8 @@ class Trainer:
 
     def _resume(self, allow_change: bool, is_a_life: bool = True) -> int:
         """Load the newest whole checkpoint, chosen by rank 0 for all. Returns the number of finished steps."""
-        self.lives = Lives(self.run_dir)
-        self.stop.saw_earlier_saves(self.lives.slowest_save_s)
+        self.lives = Lives(self.run_dir, writes=self.launch.is_main)
+        self.stop.saw_earlier_saves(dist.broadcast_json(self.lives.slowest_save_s, self.launch.device))
         decision = dist.broadcast_json(self._choose() if self.launch.is_main else None, self.launch.device)
         if decision["crash_loop"]:
             raise SickRunError(decision["crash_loop"])
@@ -208,6 +217,9 @@ class Trainer:
         reader = checkpoint.CheckpointReader(Path(decision["path"])) if decision["path"] else None
         if reader is not None:
             self._refuse_changes(reader.state, allow_change)
+            dropout = max(dropout_of(self.parts.student.model.config).values(), default=0.0)
+            for line in other_surroundings(reader.state, self.parts.ds_config, dropout):
+                self._say(f"warning: {line}")
             reader.check_shapes(self.engine.shapes, self.parts.student.carried)
         first = reader.state["step"] if reader is not None else 0
         if is_a_life and self.launch.is_main and first < self.recipe.steps:
@@ -239,7 +251,7 @@ class Trainer:
             return decision
         try:
             path, problems = checkpoint.newest_whole(self.checkpoints, skip=int(crashes >= FALL_BACK_AFTER))
-        except UserError as error:
+        except (UserError, UnreadableError) as error:
             return {**decision, "error": str(error)}
         return {**decision, "path": str(path) if path else None, "problems": problems}
 
@@ -303,6 +315,8 @@ class Trainer:
             "recipe_fingerprint": fingerprint(mathematics(self.recipe)),
             "data_fingerprint": self.data_fingerprint,
             "identity": self.parts.identity,
+            "versions": library_versions(),
+            "deepspeed": self.parts.ds_config,
             "parameters": self.engine.shapes,
         }
 
@@ -316,13 +330,13 @@ class Trainer:
             self.reporter.metrics.say(
                 f"warning: checkpoint of step {outcome.step} not written, going on: {outcome.problem}"
             )
+            self.writer.refuse_repeated_failures(outcome)
             return
         self.saved_step = outcome.step
         if self.launch.is_main:
             self.lives.saved(outcome.step, outcome.seconds)
-            checkpoint.prune(self.checkpoints, self.recipe.checkpoint, outcome.step)
-
-    # -- reports
+            self.known_steps.add(outcome.step)
+            checkpoint.prune(self.checkpoints, self.recipe.checkpoint, outcome.step, self.known_steps)
 
     def _observe(self, step: int, report: StepReport, bad_steps: BadStepCounter) -> None:
         self.skipped_steps += report.skipped
@@ -374,6 +388,7 @@ class Trainer:
     def _finish(self, marker: str, line: str) -> None:
         if self.launch.is_main:
             self.lives.end(marker)
+            self.reporter.describe_again()
             leave_word(self.run_dir / marker, line + "\n")
         self.reporter.metrics.say(f"{line}. Checkpoints: {self.checkpoints}")
 

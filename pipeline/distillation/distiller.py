@@ -22,6 +22,7 @@ from pipeline.distillation.relations import BACKENDS, check_heads, relation_kl, 
 from pipeline.distillation.tap import Projections, TappedEncoder, without_dropout
 from pipeline.distillation.teacher import FrozenTeacher
 from pipeline.errors import UserError
+from pipeline.ranges import LARGEST_WEIGHT, check_ranges
 
 LETTERS = "qkv"
 OUTPUT = "output"  # the tail term among the parts
@@ -70,6 +71,10 @@ class RelationsConfig:
         matched = [(pair.teacher, pair.student) for pair in self.layers or []]
         if len(set(matched)) < len(matched):
             raise UserError("`relations.layers` names the same two layers twice; give them one weight")
+        weight = (0, LARGEST_WEIGHT)
+        check_ranges(self, "relations", {"heads": (0, 2**16), "pairs": weight, "tail_weight": weight})
+        for number, both in enumerate(self.layers or []):
+            check_ranges(both, f"relations.layers[{number}]", {"weight": weight})
 
     @property
     def teacher_taps(self) -> int | list[int] | None:

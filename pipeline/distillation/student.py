@@ -21,6 +21,7 @@ from pipeline.distillation.projection import Calibration, can_project_layers, pr
 from pipeline.distillation.student_init import copied_layers, copy_layers, project_embeddings, refuse_wider
 from pipeline.distillation.tap import TappedEncoder, tap
 from pipeline.errors import UserError
+from pipeline.ranges import check_ranges
 
 FREEZABLE = ("embeddings",)
 BASIS = "projection.basis"  # its name among what is carried along: no weight of the model (runtime/checkpoint.py)
@@ -47,6 +48,18 @@ class StudentConfig:
         for name in ("layers", "hidden", "heads"):
             if getattr(self, name) < 1:
                 raise UserError(f"`student.{name}` is {getattr(self, name)}; it must be at least 1")
+        check_ranges(
+            self,
+            "student",
+            {
+                "layers": (1, 1024),
+                "hidden": (1, 2**16),
+                "heads": (1, 2**16),
+                "ffn": (1, 2**18),
+                "dropout": (0, 1),
+                "init_layers": (1, 1024),
+            },
+        )
         if self.hidden % self.heads:
             divisors = ", ".join(str(n) for n in range(1, self.hidden + 1) if self.hidden % n == 0)
             raise UserError(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from pipeline.errors import UserError
 from pipeline.evaluation.ranks import Ranks
@@ -26,6 +26,7 @@ from pipeline.runtime.checkpoint import (
     seal,
 )
 from pipeline.runtime.schedule import MOMENTS
+from pipeline.runtime.tensor_files import save_tensors
 
 Weights = dict[str, torch.Tensor]
 
@@ -65,7 +66,7 @@ def save(
     }
     files[CARRIED_FILE] = best
     for name, tensors in files.items():
-        save_file(tensors, partial / name)
+        save_tensors(tensors, partial / name)
     (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
     commit(partial, final, {name: seal(partial / name) for name in [*files, "state.json"]})
     prune(directory, CheckpointConfig(keep=1))

@@ -11,13 +11,17 @@ go through shards; rank 0 does the others.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import transformers
 
+from data_prep.outputs import output_path
+from data_prep.ownership import lock_beside, own
+from data_prep.shards import DataError
 from pipeline.config import apply_override, build_section
 from pipeline.errors import UserError
 from pipeline.evaluation import heldout_task, mlqa, plots, results, retrieval, speed, sts, xnli
@@ -68,7 +72,9 @@ TASKS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="HF directory or hub name, optionally @LAYER")
     parser.add_argument("--tasks", default="retrieval", help=f"comma-separated, of: {', '.join(TASKS)}")
-    parser.add_argument("--output", type=Path, required=True, help="directory for evaluation.json and evaluation.png")
+    parser.add_argument(
+        "--output", type=output_path, required=True, help="directory for evaluation.json and evaluation.png"
+    )
     parser.add_argument(
         "--teacher", metavar="MODEL", help="what heldout compares with (short for --set heldout.teacher=)"
     )
@@ -98,6 +104,36 @@ def run(arguments: argparse.Namespace) -> None:
 def evaluate(models: list[str], tasks: list[str], config: EvaluationConfig, output: Path, ranks: Ranks) -> None:
     """Every task on every model. What is finished is on disk before the next task begins, beside earlier tasks' figures."""
     encoders = [load_encoder(name) for name in models]
+    with owned_tasks(tasks, output, ranks):
+        _evaluate(encoders, tasks, config, output, ranks)
+
+
+@contextlib.contextmanager
+def owned_tasks(tasks: list[str], output: Path, ranks: Ranks) -> Iterator[None]:
+    """Hold what each task writes below `output`; another job may add other tasks to the same file meanwhile."""
+    with contextlib.ExitStack() as held:
+        problem = None
+        if ranks.is_main:
+            try:
+                held.callback(_remove_if_empty, output)
+                output.mkdir(parents=True, exist_ok=True)
+                for name in tasks:
+                    held.enter_context(own(lock_beside(output / name), f"the evaluation {output / name}"))
+            except DataError as error:
+                problem = f"{error} Or name another --output."
+            except OSError as error:
+                problem = f"{output} cannot be written to ({error}). Name another --output."
+        if problem := ranks.from_main(problem):
+            raise UserError(problem)
+        yield
+
+
+def _remove_if_empty(directory: Path) -> None:
+    with contextlib.suppress(OSError):
+        directory.rmdir()
+
+
+def _evaluate(encoders: list[Encoder], tasks: list[str], config: EvaluationConfig, output: Path, ranks: Ranks) -> None:
     path = output / results.FILE
     about = {encoder.name: _identity(encoder) for encoder in encoders if ranks.is_main}
     for name in tasks:

@@ -24,6 +24,7 @@ from pipeline.evaluation import cell_state
 from pipeline.evaluation.encoder import Encoder
 from pipeline.evaluation.ranks import Ranks
 from pipeline.evaluation.token_rows import TokenRows, global_batches
+from pipeline.ranges import LARGEST_BATCH, LONGEST_ROW, check_ranges
 from pipeline.runtime.schedule import OptimizerConfig, learning_rate, parameter_groups
 
 Scores = dict[str, dict[str, float]]  # language -> measure -> per cent; the first measure decides
@@ -54,6 +55,9 @@ class FinetuneConfig:
             raise UserError(f"{name}.learning_rates and {name}.seeds need at least one entry; rates are positive")
         if not 0 <= self.warmup_share < 1 or self.weight_decay < 0:
             raise UserError(f"{name}.warmup_share lies in [0, 1), {name}.weight_decay is not negative")
+        limits = {"learning_rates": (0, 1e3), "seeds": (0, 2**32 - 1), "epochs": (1, 10**6), "weight_decay": (0, 1e3)}
+        batches = dict.fromkeys(("batch", "micro_batch"), (1, LARGEST_BATCH))
+        check_ranges(self, name, {**limits, **batches, "max_length": (8, LONGEST_ROW)})
 
 
 @dataclass(frozen=True)

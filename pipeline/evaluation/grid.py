@@ -22,6 +22,7 @@ import xxhash
 from pipeline.evaluation.encoder import VOCABULARY_FILES, Encoder
 from pipeline.evaluation.finetune import Cell, FinetuneConfig, FinetuneTask, Scores, finetune, mean_of
 from pipeline.evaluation.ranks import Ranks
+from pipeline.json_files import read_json
 from pipeline.lineage import fingerprint
 
 # Settings that change nothing within one cell. micro_batch is none of them: dropout draws a mask per micro-batch.
@@ -123,7 +124,7 @@ def _xxh3(path: Path) -> str:
 
 def _finished(directory: Path) -> dict[str, Any] | None:
     path = directory / "cell.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path, advice="Delete it, and this grid point is trained again") if path.is_file() else None
 
 
 def _keep(directory: Path, result: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from pipeline.evaluation.languages import choose_languages, left_out_line
 from pipeline.evaluation.ranks import Ranks
 from pipeline.evaluation.trained_as import DEFAULTS, trained_as
 from pipeline.identity import WEIGHTS, weights_hash
+from pipeline.ranges import LARGEST_BATCH, LARGEST_WEIGHT, LONGEST_ROW, check_ranges
 from pipeline.tokenizer_identity import deciding_file, tokenizer_sha256
 
 
@@ -46,6 +47,8 @@ class HeldoutConfig:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
+        limits = {"heads": (1, 2**16), "pairs": (0, LARGEST_WEIGHT), "heldout_rows": (1, 10**9)}
+        check_ranges(self, "heldout", {**limits, "batch_size": (1, LARGEST_BATCH), "seq_len": (3, LONGEST_ROW)})
         if self.batch_size < 1 or (self.heldout_rows or 1) < 1 or (self.seq_len or 3) < 3:
             raise UserError(
                 "heldout.batch_size and heldout.heldout_rows must be at least 1, heldout.seq_len at least 3"

@@ -24,6 +24,7 @@ from pipeline.evaluation.squad_data import QaData, read_qa
 from pipeline.evaluation.squad_metrics import MLQA_LANGUAGES, exact_match, f1, mlqa_words, squad_words
 from pipeline.evaluation.squad_windows import WindowedQuestions, best_answers, cut_windows
 from pipeline.evaluation.token_rows import known_segments
+from pipeline.ranges import LARGEST_INT, LONGEST_ROW, check_ranges
 
 
 @dataclass
@@ -46,6 +47,8 @@ class MlqaConfig(FinetuneConfig):
         super().__post_init__()
         if self.stride < 1 or self.languages == []:
             raise UserError("mlqa.stride must be at least 1 and mlqa.languages name at least one language")
+        limits = dict.fromkeys(("max_train", "max_evaluation"), (1, LARGEST_INT))
+        check_ranges(self, "mlqa", {**limits, "stride": (1, LONGEST_ROW)})
 
 
 def read(config: MlqaConfig) -> QaData:

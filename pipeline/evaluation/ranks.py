@@ -55,7 +55,7 @@ def alone() -> Ranks:
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """The ranks that a launcher started together; alone without a launcher."""
-    started = max(int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
+    started = max(dist.number_in(os.environ, name, 1) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
     if started == 1:
         yield alone()
         return

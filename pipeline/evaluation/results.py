@@ -10,7 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data_prep.ownership import lock_beside, own_when_free, unique_name
 from pipeline.errors import SickRunError, UserError
+from pipeline.json_files import read_json
 
 FILE = "evaluation.json"
 OTHER_MODELS_FILE = "evaluation.old.json"
@@ -21,7 +23,7 @@ def read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = read_json(path)
         if not isinstance(report["tasks"], dict):
             raise ValueError("`tasks` is no mapping")
         return report
@@ -36,6 +38,12 @@ def add(path: Path, models: dict[str, Any], task: str, results: dict[str, Any], 
     stand beside these as if they belonged together, so that file gets another name first. It is read anew each time, as
     another job may have added a task meanwhile.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with own_when_free(lock_beside(path), str(path)):
+        _add(path, models, task, results, settings)
+
+
+def _add(path: Path, models: dict[str, Any], task: str, results: dict[str, Any], settings: dict[str, Any]) -> None:
     report = read(path)
     if report and report.get("models") != models:
         path.replace(path.with_name(OTHER_MODELS_FILE))
@@ -53,7 +61,6 @@ def add(path: Path, models: dict[str, Any], task: str, results: dict[str, Any], 
             f"{task} gave figures that are not finite, so they were not written: the weights of one of {', '.join(models)} "
             "hold NaN or infinity"
         ) from None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
+    partial = unique_name(path, ".tmp")
     partial.write_text(text + "\n", encoding="utf-8")
     partial.replace(path)

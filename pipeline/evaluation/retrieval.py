@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.encoder import POOLINGS, Encoder, sentence_vectors
 from pipeline.evaluation.languages import Languages, choose_languages, left_out_line
 from pipeline.evaluation.tatoeba import SHORT_CODES, read_line_pairs, tatoeba_files
+from pipeline.ranges import LARGEST_BATCH, LARGEST_INT, LONGEST_ROW, check_ranges
 
 Pairs = list[tuple[str, str]]
 HEADER_NAMES = ("en", "eng", "english", "source", "src", "sentence1", "text1")
@@ -38,6 +39,8 @@ class RetrievalConfig:
         for name, least in (("max_pairs", 2), ("max_length", 3), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"retrieval.{name} is {getattr(self, name)}; it must be at least {least}")
+        limits = {"max_pairs": (2, LARGEST_INT), "max_length": (3, LONGEST_ROW), "batch_size": (1, LARGEST_BATCH)}
+        check_ranges(self, "retrieval", limits)
 
 
 def read_pairs(config: RetrievalConfig) -> dict[str, Pairs]:

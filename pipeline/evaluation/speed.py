@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder
+from pipeline.ranges import LARGEST_BATCH, LONGEST_ROW, check_ranges
 
 
 @dataclass
@@ -31,6 +32,8 @@ class SpeedConfig:
     def __post_init__(self) -> None:
         if not self.batches or not self.lengths or min(self.batches) < 1 or min(self.lengths) < 3 or self.rounds < 1:
             raise UserError("speed needs batches of at least 1, lengths of at least 3 tokens and at least 1 round")
+        limits = {"batches": (1, LARGEST_BATCH), "lengths": (3, LONGEST_ROW), "rounds": (1, 10**6)}
+        check_ranges(self, "speed", {**limits, "seconds_per_turn": (0, 86400)})
 
 
 def evaluate_speed(encoders: list[Encoder], config: SpeedConfig) -> dict[str, dict[str, Any]]:

@@ -16,6 +16,7 @@ from typing import Any
 import xxhash
 
 from pipeline.errors import UserError
+from pipeline.evaluation.library_data import load_table
 from pipeline.evaluation.xnli_data import FROM_LIBRARY, only_one
 
 GREATEST_SHARE_MOVED = 0.01  # of a file's answers whose place was corrected; above, its offsets are of another kind
@@ -133,10 +134,12 @@ def _walk(tree: Any, path: Path) -> Iterator[Question]:
             for paragraph_number, paragraph in enumerate(article["paragraphs"]):
                 place = f"data[{article_number}].paragraphs[{paragraph_number}]"
                 for entry in paragraph["qas"]:
-                    place = f"question {entry['id']}"
+                    if not all(isinstance(entry[key], str) for key in ("id", "question")):
+                        raise TypeError("id and question are text")
+                    place = f"question {entry['id'][:80]}"
                     answers = [(answer["text"], answer["answer_start"]) for answer in entry["answers"]]
                     yield _checked(entry["id"], entry["question"], paragraph["context"], answers, path)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
         wrong = f"lacks {error}" if isinstance(error, KeyError) else "is not built like SQuAD v1.1"
         raise UserError(
             f"{path}, {place}: {wrong}. Correct it there; SQuAD v1.1's own file shows the layout."
@@ -187,11 +190,11 @@ def _occurrences(text: str, context: str) -> Iterator[int]:
 
 
 def _from_library(name: str, most: int | None) -> list[Question]:
-    import datasets  # slow to import, and only this way of reading needs it
-
     try:
-        table = datasets.load_dataset(name, split="train")
+        table = load_table(name, None, "train")
     except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(
             f"{name} cannot be read by the datasets library ({' '.join(str(error).split())[:300]}). It needs the network "
             "once; or name SQuAD's own file: --set mlqa.train=train-v1.1.json"

@@ -19,6 +19,7 @@ import numpy as np
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import POOLINGS, Encoder, sentence_vectors
 from pipeline.evaluation.xnli_data import header_positions
+from pipeline.ranges import LARGEST_BATCH, LONGEST_ROW, check_ranges
 
 
 @dataclass
@@ -36,6 +37,7 @@ class StsConfig:
             raise UserError("sts.columns must name three columns: first sentence, second sentence, score")
         if self.max_length < 3 or self.batch_size < 1:
             raise UserError("sts.max_length must be at least 3 and sts.batch_size at least 1")
+        check_ranges(self, "sts", {"max_length": (3, LONGEST_ROW), "batch_size": (1, LARGEST_BATCH)})
 
 
 @dataclass

@@ -66,7 +66,7 @@ def _lineage_of(model: str | Path) -> Iterator[dict[str, Any]]:
     path = Path(model) / "lineage.json"
     try:
         yield json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}). Export the model again.") from None

@@ -20,6 +20,7 @@ from pipeline.evaluation.languages import choose_languages, left_out_line
 from pipeline.evaluation.ranks import Ranks
 from pipeline.evaluation.token_rows import TokenRows, tokenize_pairs
 from pipeline.evaluation.xnli_data import LABELS, LabelledPairs, XnliData, read_xnli
+from pipeline.ranges import LARGEST_INT, check_ranges
 
 
 @dataclass
@@ -31,6 +32,10 @@ class XnliConfig(FinetuneConfig):
     languages: list[str] | None = None  # None: every language of xnli.dev.tsv that the students were trained on
     max_train: int | None = None  # the first so many pairs; None: all
     max_evaluation: int | None = None  # the first so many pairs of each language; None: all
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, "xnli", dict.fromkeys(("max_train", "max_evaluation"), (1, LARGEST_INT)))
 
 
 def read(config: XnliConfig) -> XnliData:

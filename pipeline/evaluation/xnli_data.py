@@ -16,6 +16,7 @@ from typing import Any
 import xxhash
 
 from pipeline.errors import UserError, did_you_mean
+from pipeline.evaluation.library_data import load_table
 
 LABELS = ("entailment", "neutral", "contradiction")
 ALSO_CALLED = {"contradictory": "contradiction"}  # XNLI-MT's own word
@@ -39,7 +40,7 @@ class LabelledPairs:
         name = ALSO_CALLED.get(label, label)
         if name not in LABELS:
             raise UserError(
-                f"{where}: unknown label {label!r}; {did_you_mean(label, LABELS)} Labels: {', '.join(LABELS)}"
+                f"{where}: unknown label {label[:40]!r}; {did_you_mean(label, LABELS)} Labels: {', '.join(LABELS)}"
             )
         self.first.append(first)
         self.second.append(second)
@@ -189,7 +190,7 @@ def _from_library(
             raise UserError(f"{name} has no {', '.join(missing)}; it has {', '.join(known)}")
 
         def read(language: str, split: str, most: int | None) -> LabelledPairs:
-            table = datasets.load_dataset(name, language, split=split)
+            table = load_table(name, language, split)
             return _from_table(table if most is None else table.take(most), f"{name}/{language}/{split}")
 
         chosen = languages or known

@@ -9,20 +9,22 @@ In: an export and directories with measured figures (measured.py). Out: the dict
 from __future__ import annotations
 
 import argparse
-import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pipeline.config import tree_of_recipe
 from pipeline.distillation.families import usable_positions
 from pipeline.distillation.loading import load_config
 from pipeline.distillation.model_files import read_model
 from pipeline.errors import UserError
 from pipeline.evaluation.trained_as import longest_of
 from pipeline.export.measured import measured_sections
+from pipeline.json_files import read_json
 
 LINEAGE_FILE, VOCABULARY_FILE, CARD_FILE = "lineage.json", "vocabulary.json", "README.md"
 LOADING = """## How to load it
@@ -86,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def lineage_of(run: dict[str, Any], state: dict[str, Any], recipe_text: str) -> dict[str, Any]:
     """Everything that a student can be traced by, from what the run itself wrote down."""
-    recipe = yaml.safe_load(recipe_text)
+    recipe = tree_of_recipe(recipe_text, "the run's recipe.yaml")
     relations, student = recipe["relations"], recipe["student"]
     tail = relations.get("tail", "none")
     return {
@@ -140,7 +142,7 @@ def write_card(directory: Path, measured: Sequence[Path] = ()) -> None:
 
 def model_card(directory: Path, measured: Sequence[Path] = ()) -> str:
     """The model card: what it is, how to load it, what was measured, where it comes from."""
-    lineage = json.loads((directory / LINEAGE_FILE).read_text(encoding="utf-8"))
+    lineage = read_json(directory / LINEAGE_FILE)
     config = load_config(directory, "student")
     weights = directory / "model.safetensors"
     recipe = lineage.get("recipe")
@@ -150,11 +152,11 @@ def model_card(directory: Path, measured: Sequence[Path] = ()) -> str:
     )
     if recipe is not None:
         origin = (
-            f"; distilled from `{lineage['teacher']}` by MiniLMv2 self-attention relations "
+            f"; distilled from `{_inline(lineage['teacher'])}` by MiniLMv2 self-attention relations "
             "([arXiv 2012.15828](https://arxiv.org/abs/2012.15828))"
         )
     else:
-        origin = f"; `{lineage['trimmed']['from']}` with a smaller vocabulary, all other weights as they were"
+        origin = f"; `{_inline(lineage['trimmed']['from'])}` with a smaller vocabulary, all other weights as they were"
     parts = [
         _front_matter(lineage, directory),
         f"# {'Trimmed encoder' if recipe is None else 'MiniLMv2 student'}, {config.num_hidden_layers} x {config.hidden_size}",
@@ -165,12 +167,13 @@ def model_card(directory: Path, measured: Sequence[Path] = ()) -> str:
     if figures := measured_sections([*measured, directory], lineage.get("steps")):
         parts += ["## What was measured", figures]
     if (directory / VOCABULARY_FILE).is_file():
-        parts.append(_vocabulary(json.loads((directory / VOCABULARY_FILE).read_text(encoding="utf-8"))))
+        parts.append(_vocabulary(read_json(directory / VOCABULARY_FILE)))
     rows = [f"| {label} | {_cell(lineage[key])} |" for key, label in LABELS.items() if key in lineage]
     parts += ["## Lineage", "\n".join(["| | |", "|---|---|", *rows])]
     if recipe:
         text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).rstrip()
-        parts.append(f"## Recipe\n\n```yaml\n{text}\n```")
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+        parts.append(f"## Recipe\n\n{fence}yaml\n{text}\n{fence}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -205,7 +208,7 @@ def _untrained_tail(student_layer: Any, num_layers: int) -> str:
 
 def length_note(directory: Path) -> str:
     """Which inputs are longer than training's rows, and what then: nothing to say where rows had every position."""
-    recipe = json.loads((directory / LINEAGE_FILE).read_text(encoding="utf-8")).get("recipe") or {}
+    recipe = read_json(directory / LINEAGE_FILE).get("recipe") or {}
     positions, trained = usable_positions(load_config(directory, "student")), recipe.get("seq_len")
     if trained is None or trained >= positions:
         return ""
@@ -266,5 +269,11 @@ def _cell(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_cell(item)}" for key, item in value.items())
     if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return f"{value:,}" if isinstance(value, int) else str(value)
+        return ", ".join(map(_inline, value))
+    return f"{value:,}" if isinstance(value, int) else _inline(value)
+
+
+def _inline(value: Any) -> str:
+    """One line of plain text: no value of a run ends a table, a code span or the front matter, or becomes markup."""
+    text = " ".join(str(value).split()).replace("`", "'").replace("|", "\\|")
+    return text.replace("<", "&lt;") if "<" in text else text

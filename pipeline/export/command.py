@@ -21,6 +21,7 @@ from pathlib import Path
 
 import transformers
 
+from data_prep.outputs import output_path
 from pipeline.distillation.loading import load_config
 from pipeline.distillation.vocabulary import read_vocabulary
 from pipeline.evaluation.retrieval import RetrievalConfig, read_pairs
@@ -40,7 +41,9 @@ SAMPLE_TEXT = Path("samples/cc100")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="what --run-dir of the training named")
-    parser.add_argument("--output", type=Path, required=True, help="directory to write; an earlier export is replaced")
+    parser.add_argument(
+        "--output", type=output_path, required=True, help="directory to write; an earlier export is replaced"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="precision of the stored weights")
     parser.add_argument("--vocabulary", type=Path, metavar="DIR", help="output of `python -m data_prep trim-vocab`")
     parser.add_argument("--sentence-transformers", action="store_true", help="loads as a SentenceTransformer too")

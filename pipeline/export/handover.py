@@ -18,6 +18,7 @@ from pipeline.distillation.loading import load_config
 from pipeline.distillation.student import dropout_of
 from pipeline.errors import UserError
 from pipeline.evaluation.trained_as import longest_of
+from pipeline.json_files import read_json
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
@@ -63,7 +64,7 @@ def longest_input(directory: Path) -> int:
 
 
 def _longest_trained(directory: Path) -> int | None:
-    recipe = json.loads((directory / "lineage.json").read_text(encoding="utf-8")).get("recipe")
+    recipe = read_json(directory / "lineage.json").get("recipe")
     return longest_of(recipe) if recipe else None
 
 
@@ -72,7 +73,7 @@ def limit_tokenizer(directory: Path) -> None:
     path, longest = directory / TOKENIZER_CONFIG, _longest_trained(directory)
     if longest is None or not path.is_file():
         return
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = read_json(path)
     if settings.get("model_max_length", longest + 1) > longest:
         settings["model_max_length"] = longest
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

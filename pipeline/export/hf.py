@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers import AutoModel, PretrainedConfig
 
+from data_prep.outputs import refuse_places_of_the_user, replaced_directory
 from pipeline.distillation.families import family_of
 from pipeline.distillation.loading import config_of
 from pipeline.errors import UserError
-from pipeline.export.card import LINEAGE_FILE, VOCABULARY_FILE, lineage_of, write_card
+from pipeline.export.card import CARD_FILE, LINEAGE_FILE, VOCABULARY_FILE, lineage_of, write_card
 from pipeline.export.handover import hand_over, limit_tokenizer
 from pipeline.identity import refuse_other_tokenizer_files, warn_of_other_teacher
+from pipeline.json_files import read_json
 from pipeline.runtime.checkpoint import read_model_weights
+from pipeline.runtime.tensor_files import not_finite, save_tensors
 from pipeline.tokenizer_identity import tokenizer_directory
 
 Extra = Callable[[Path], object]
@@ -37,6 +39,20 @@ TOKENIZER_FILES = (
     "merges.txt",
     VOCABULARY_FILE,
 )
+PRODUCTS = (
+    *TOKENIZER_FILES,
+    LINEAGE_FILE,
+    CARD_FILE,
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors*",
+    "onnx",
+    "*_Pooling",
+    "*_Normalize",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+)  # of an export
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -44,11 +60,15 @@ def export_run(run_dir: Path, output: Path, extras: Sequence[Extra] = (), dtype:
     """The newest whole checkpoint of a run directory as a Hugging Face directory, with the figures that lie there."""
     if not run_dir.is_dir():
         raise UserError(f"there is no run directory {run_dir}. Train first; its --run-dir is what export reads.")
+    refuse_places_of_the_user(output, "--output", {"the run directory": run_dir})
     weights, state = read_model_weights(run_dir)
     run = _read_json(run_dir / "run.json")
     config = config_of(_existing(run_dir / "student_config.json"), str(run_dir), "student")
     recipe_text = _existing(run_dir / "recipe.yaml").read_text(encoding="utf-8")
     tokenizer = run.get("vocabulary") or run["teacher"]
+    refuse_places_of_the_user(
+        output, "--output", {"the teacher": Path(run["teacher"]), "the tokenizer": Path(tokenizer)}
+    )
     refuse_other_tokenizer_files(state.get("identity", {}), tokenizer, run_dir)
     warn_of_other_teacher(state.get("identity", {}), run["teacher"])
     lineage = lineage_of({**run, "dropout": hand_over(config, run)}, state, recipe_text)
@@ -69,29 +89,27 @@ def export_student(
     to the directory before it gets its name, so that a failure of theirs leaves nothing behind; figures found in
     `measured` go into the model card."""
     architecture = check_weights(weights, config)
+    if name := not_finite({name: tensor.to(dtype) for name, tensor in weights.items()}):
+        raise UserError(
+            f"{name} is not finite (NaN or infinite) in {dtype}, so this is no student. Export another checkpoint, or fp32 "
+            "where only the rounding to half precision overflows (--dtype fp32)"
+        )
     if output.exists() and not (output / LINEAGE_FILE).is_file():
         raise UserError(f"{output} exists and is no earlier export, so it is left alone. Name another --output.")
-    temporary = output.with_name(output.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with replaced_directory(output, PRODUCTS) as temporary:
         config.architectures, config.dtype = [architecture], dtype
         config.save_pretrained(temporary)
-        save_file(
+        save_tensors(
             {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()},
             temporary / "model.safetensors",
             metadata={"format": "pt"},
         )
-        (temporary / "model.safetensors").chmod(0o644)  # safetensors writes 0600: nobody else could load it
         copy_tokenizer(tokenizer, temporary)
         (temporary / LINEAGE_FILE).write_text(json.dumps(lineage, indent=2) + "\n", encoding="utf-8")
         limit_tokenizer(temporary)
         for extra in extras:
             extra(temporary)
         write_card(temporary, measured)
-        _replace_directory(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return output
 
 
@@ -126,16 +144,6 @@ def copy_tokenizer(name: str, directory: Path) -> None:
         shutil.copyfile(path, directory / path.name)
 
 
-def _replace_directory(new: Path, final: Path) -> None:
-    """Give `new` the name `final`; what was there goes only when the new one is complete."""
-    old = final.with_name(final.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    new.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _existing(path: Path) -> Path:
     if not path.is_file():
         raise UserError(f"{path} is missing: {path.parent} is no run directory, or its training never began.")
@@ -143,7 +151,4 @@ def _existing(path: Path) -> Path:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(_existing(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}). Restore it from a copy of the run.") from None
+    return read_json(_existing(path))

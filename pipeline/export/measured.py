@@ -7,7 +7,6 @@ What is not there is left out.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.languages import left_out_line
 from pipeline.evaluation.mlqa import moved_line
 from pipeline.export.onnx import checked_on, int8_warning
+from pipeline.json_files import read_json, read_points
 
 STAGES = {"teacher": "teacher", "before": "student before training", "after": "student after training"}
 POOLINGS = {"output": "output", "last_input": "input of the last layer", "values": "values of the distilled layer"}
@@ -32,7 +32,7 @@ def measured_sections(directories: Iterable[Path], steps: int | None) -> str:
             ("onnx/check.json", _onnx),
         ):
             if (directory / name).is_file():
-                found = _read_json(directory / name)
+                found = read_json(directory / name)
                 if name == "demo.json" and found.get("steps") != steps:
                     continue  # the run went on after the demo: these are figures of an earlier student
                 parts += section(found)
@@ -159,7 +159,7 @@ def _by_language(results: dict[str, Any], measures: dict[str, str]) -> str:
 
 def _heldout_of_run(path: Path) -> list[str]:
     """First and last held-out relation loss of every language."""
-    points = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
+    points = read_points(path, needed=("step",))
     evaluations = [point for point in points if "heldout/mean" in point]
     if not evaluations:
         return []
@@ -188,13 +188,6 @@ def _onnx(check: dict[str, Any]) -> list[str]:
         markdown_table(["", "MB", "retrieval", "greatest difference of a hidden state"], rows),
         *filter(None, [int8_warning(check)]),
     ]
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}). Make it again or take it out.") from None
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {

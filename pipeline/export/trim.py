@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,13 @@ from typing import Any
 import torch
 import transformers
 
+from data_prep.outputs import output_path, refuse_places_of_the_user
 from pipeline.distillation.loading import load_config
 from pipeline.distillation.vocabulary import MODEL_FILE, Vocabulary, cut_embedding, read_vocabulary
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder, load_encoder
 from pipeline.export.hf import LINEAGE_FILE, Extra, export_student
+from pipeline.json_files import read_json_if_there
 
 CHECKED_ROWS = 64
 CHECKED_TOKENS = 62  # of each row: it must fit into the smallest model
@@ -33,7 +34,9 @@ PADDING, UNKNOWN = 1, 3  # ids in every vocabulary of XLM-R's layout
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory with sentencepiece.bpe.model")
     parser.add_argument("--vocabulary", type=Path, required=True, help="output of `python -m data_prep trim-vocab`")
-    parser.add_argument("--output", type=Path, required=True, help="directory to write; an earlier export is replaced")
+    parser.add_argument(
+        "--output", type=output_path, required=True, help="directory to write; an earlier export is replaced"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -52,6 +55,7 @@ def trim(
 ) -> dict[str, Any]:
     """Write the trimmed model to `output`, in the precision of `source`. With `run_dir`, `source` is but a passing export
     of that run."""
+    refuse_places_of_the_user(output, "--output", {"the model": source, "the vocabulary": vocabulary.directory})
     model_file = source / MODEL_FILE
     if not model_file.is_file():
         raise UserError(f"{source} has no {MODEL_FILE}; only XLM-R's kind of vocabulary can be trimmed here.")
@@ -67,7 +71,7 @@ def trim(
         "checked_rows": len(rows_BL),
     }
     lineage_file = source / LINEAGE_FILE
-    lineage = json.loads(lineage_file.read_text(encoding="utf-8")) if lineage_file.is_file() else {}
+    lineage = read_json_if_there(lineage_file)
     cut = {key: vocabulary.about[key] for key in ("languages", "min_count", "coverage")}
     lineage["trimmed"] = {"from": str(run_dir or source), **cut, "pieces": report["pieces"]}
     export_student(

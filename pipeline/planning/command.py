@@ -25,6 +25,7 @@ from pipeline.planning.preparation import CC100_TEXT_GB, preparation_of
 from pipeline.planning.scaling import STAGES, bend, compare_stages, draw, scale
 
 MOST_NODES, MOST_GPUS_PER_NODE = 4096, 72
+MOST_TEXT_GB, MOST_MEMORY_GIB = 1e9, 1e6
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,6 +84,8 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
+    if arguments.text_gb > MOST_TEXT_GB or (arguments.memory_gib or 0) > MOST_MEMORY_GIB:
+        raise UserError(f"--text-gb goes up to {MOST_TEXT_GB:g} and --memory-gib up to {MOST_MEMORY_GIB:g}")
     if arguments.efficiency is not None and arguments.efficiency > 1:
         raise UserError(f"--efficiency is {arguments.efficiency}; it is a share of the peak, so at most 1")
 

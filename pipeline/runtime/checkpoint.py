@@ -14,20 +14,26 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+import stat
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
+from data_prep.shards import UnreadableError, read_again
 from pipeline.errors import UserError
+from pipeline.ranges import LARGEST_INT, check_ranges
+from pipeline.runtime.checkpoint_state import state_problem
 from pipeline.runtime.schedule import MOMENTS
+from pipeline.runtime.tensor_files import names_a_tensor_twice, not_finite, open_tensors
 
 FORMAT_VERSION = 1
 KINDS = ("weight", *MOMENTS)
 CARRIED_FILE = "carried.safetensors"
+MOST_READS = 100  # of a run that saves and prunes while its checkpoint is read
 BESIDE_WEIGHTS = "projection."  # how names in it begin that are no weights of the model
 _STEP_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")  # one name per step
 _FRAGMENT = re.compile(r"[^:]+:[0-9]+")
@@ -40,10 +46,11 @@ class CheckpointConfig:
 
     keep: int = 2  # the newest ones
     keep_every: int | None = None  # and every checkpoint whose step divides by this
+    max_failed_saves: int = 8  # saves in a row that may fail before the run stops and says so
 
     def __post_init__(self) -> None:
-        if self.keep < 1 or (self.keep_every is not None and self.keep_every < 1):
-            raise UserError("checkpoint.keep and checkpoint.keep_every must be at least 1")
+        limits = {"keep": (1, 10**9), "keep_every": (1, LARGEST_INT), "max_failed_saves": (1, 10**9)}
+        check_ranges(self, "checkpoint", limits)
 
 
 # -- what is on disk
@@ -106,19 +113,29 @@ def _discard(checkpoint: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def prune(directory: Path, config: CheckpointConfig, newest: int | None = None) -> None:
+def prune(
+    directory: Path, config: CheckpointConfig, newest: int | None = None, known: Container[int] | None = None
+) -> None:
     """Delete what `config` does not keep, and what interrupted saves left. Rank 0 alone calls it, after a commit.
 
     `newest` is the step just committed (None: the highest there is). Later ones were damaged or passed over when this
-    life began: they would count as the newest and push the whole ones out, so they go.
+    life began: they would count as the newest and push the whole ones out, so they go. `known` are the steps that this
+    life found when it began or wrote (None: all): others are somebody else's, and are neither counted nor deleted.
     """
     for leftover in directory.glob("*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
-    steps = committed_steps(directory)
+    try:
+        steps = [step for step in committed_steps(directory) if known is None or step in known]
+    except UnreadableError as error:
+        print(f"warning: older checkpoints stay: {error}", flush=True)
+        return
     kept = kept_steps([step for step in steps if newest is None or step <= newest], config)
     for step in reversed(steps):
         if step not in kept:
-            _discard(checkpoint_path(directory, step))
+            try:
+                _discard(checkpoint_path(directory, step))
+            except OSError as error:  # another user's, immutable, or in use: it costs space, never the run
+                print(f"warning: {checkpoint_path(directory, step)} could not be deleted: {error}", flush=True)
 
 
 def kept_steps(steps: list[int], config: CheckpointConfig) -> list[int]:
@@ -131,29 +148,36 @@ def kept_steps(steps: list[int], config: CheckpointConfig) -> list[int]:
 
 
 def committed_steps(directory: Path) -> list[int]:
-    """Steps that have a checkpoint directory under its final name, ascending."""
-    matches = (_STEP_NAME.fullmatch(path.name) for path in directory.glob("step-*") if path.is_dir())
-    return sorted(int(match[1]) for match in matches if match)
+    """Steps that have a checkpoint directory under its final name, ascending. One that cannot be listed is no empty one:
+    `UnreadableError`."""
+    try:
+        names = read_again(directory, lambda: [entry.name for entry in os.scandir(directory) if entry.is_dir()])
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(int(match[1]) for match in map(_STEP_NAME.fullmatch, names) if match)
 
 
 def damage(checkpoint: Path) -> str | None:
-    """None when every file is there with its size and sha256; else which file is wrong and how."""
+    """None when every file is there with its size and sha256; else which file is wrong and how.
+
+    Raises `UnreadableError` for a file that could not be read: that is no damage."""
     if checkpoint.is_symlink():
         return "a symbolic link, not a directory of this run"
     try:
-        text = (checkpoint / "manifest.json").read_text(encoding="utf-8")
+        text = _text(checkpoint / "manifest.json")
         manifest = json.loads(text)
         if manifest["format"] != FORMAT_VERSION:
-            return f"format {manifest['format']}, this code reads {FORMAT_VERSION}"
+            return f"format {str(manifest['format'])[:40]}, this code reads {FORMAT_VERSION}"
         files = manifest["files"]
         for name in files:
             if not _FILE_NAME.fullmatch(name):
-                return f"the manifest names {name!r}, which no checkpoint has"
+                return f"the manifest names {name[:80]!r}, which no checkpoint has"
         if text != _manifest_text(files):
             return "manifest.json does not have its own sha256"
         if problem := _not_a_whole_set(files):
             return problem
-        there = {path.name for path in checkpoint.iterdir() if _FILE_NAME.fullmatch(path.name)}
+        listed = read_again(checkpoint, lambda: list(checkpoint.iterdir()))
+        there = {path.name for path in listed if _FILE_NAME.fullmatch(path.name)}
         if unlisted := sorted(there - set(files)):
             return f"{unlisted[0]} is not in the manifest"
         problems = (file_damage(checkpoint / name, entry) for name, entry in files.items())
@@ -162,18 +186,34 @@ def damage(checkpoint: Path) -> str | None:
         tensors = (checkpoint / name for name in files if name.endswith(".safetensors"))
         if problem := next(filter(None, map(_header_problem, tensors)), None):
             return problem
-        if json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"] != _step_of(checkpoint):
+        if json.loads(_text(checkpoint / "state.json"))["step"] != _step_of(checkpoint):
             return "state.json belongs to another step"
+        if problem := state_problem(json.loads(_text(checkpoint / "state.json"))):
+            return f"state.json is not one of this code: {problem}"
+    except UnreadableError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"manifest.json or state.json cannot be read ({type(error).__name__}: {error})"
     return None
 
 
+def _text(path: Path) -> str:
+    return read_again(path, path.read_bytes).decode()
+
+
 def file_damage(path: Path, entry: Mapping[str, Any]) -> str | None:
-    if path.is_symlink() or not path.is_file():
+    return read_again(path, lambda: _file_damage(path, entry))
+
+
+def _file_damage(path: Path, entry: Mapping[str, Any]) -> str | None:
+    try:
+        found = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
         return f"{path.name} is missing"
-    if path.stat().st_size != entry["size_bytes"]:
-        return f"{path.name} has {path.stat().st_size} bytes, the manifest says {entry['size_bytes']}"
+    if not stat.S_ISREG(found.st_mode):
+        return f"{path.name} is missing"
+    if found.st_size != entry["size_bytes"]:
+        return f"{path.name} has {found.st_size} bytes, the manifest says {entry['size_bytes']}"
     with open(path, "rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
             return f"{path.name} does not have the sha256 of the manifest"
@@ -183,19 +223,16 @@ def file_damage(path: Path, entry: Mapping[str, Any]) -> str | None:
 def _header_problem(path: Path) -> str | None:
     """The library checks lengths and offsets; what is left is that no name comes twice, and what a fragment must be."""
     try:
-        levels: list[list[str]] = [[]]
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length < path.stat().st_size:
-                json.loads(file.read(length), object_pairs_hook=lambda pairs: levels.append([key for key, _ in pairs]))
-        if len(levels[-1]) != len(set(levels[-1])):  # the outermost object comes last
+        if names_a_tensor_twice(path):
             return f"{path.name} names a tensor twice"
-        with safe_open(path, framework="pt") as tensors:
+        with open_tensors(path) as tensors:
             for key in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
                 part = tensors.get_slice(key)
                 is_flat = part.get_dtype() == "F32" and len(part.get_shape()) == 1
                 if path.name != CARRIED_FILE and not (is_flat and _FRAGMENT.fullmatch(key)):
                     return f"{path.name} holds {key!r}, which is no flat fp32 fragment"
+    except UnreadableError:
+        raise
     except (SafetensorError, ValueError, RecursionError) as error:
         return f"{path.name} is no safetensors file: {error}"
     return None
@@ -208,6 +245,9 @@ def _step_of(checkpoint: Path) -> int:
 
 def newest_whole(directory: Path, skip: int = 0) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and why newer ones were not taken. None when there is none at all.
+
+    One that cannot be read ends the search with an `UnreadableError`: an older one would be continued in its place, and
+    its saves would delete the newer one.
 
     `skip` passes over so many whole ones, but never over the last one there is. Checkpoints that exist but are all
     damaged are a `UserError`: starting afresh over them would bury weeks of work.
@@ -240,11 +280,11 @@ class CheckpointReader:
     """Fragments of a verified checkpoint, put together again for any other partition of the parameters."""
 
     def __init__(self, checkpoint: Path):
-        self.state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        self._path = checkpoint
+        self.state: dict[str, Any] = json.loads(_text(checkpoint / "state.json"))
+        self.path = checkpoint
         self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
         self._files: list[Any] = []
-        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads(_text(checkpoint / "manifest.json"))
         for name in sorted(manifest["files"]):  # and no other file: what is not listed was not verified
             kind = name.partition("-")[0]
             if kind in KINDS:
@@ -253,7 +293,7 @@ class CheckpointReader:
             pieces.sort(key=lambda piece: piece[0])
 
     def _index(self, kind: str, path: Path) -> None:
-        file = safe_open(path, framework="pt")
+        file = open_tensors(path)
         self._files.append(file)
         for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
             name, _, start = key.rpartition(":")
@@ -270,7 +310,7 @@ class CheckpointReader:
                 position = high
         if position != start + numel:
             raise UserError(
-                f"{self._path} has no {kind} of {name} from element {position}: it was written by a run with another "
+                f"{self.path} has no {kind} of {name[:200]} from element {position}: it was written by a run with another "
                 "student or other frozen parts. Take another --run-dir"
             )
         return torch.cat(parts) if len(parts) != 1 else parts[0]
@@ -290,13 +330,13 @@ class CheckpointReader:
         if differing:
             name = differing[0]
             raise UserError(
-                f"{self._path} was written by a run with another student: {len(differing)} parameters differ, the first is "
+                f"{self.path} was written by a run with another student: {len(differing)} parameters differ, the first is "
                 f"{name}, {_shape(saved.get(name))} there and {_shape(wanted.get(name))} here. Take another --run-dir, or "
                 "set the recipe's student section back (with --allow-change too: no weight fits into another shape)"
             )
 
     def carried(self) -> dict[str, torch.Tensor]:
-        with safe_open(self._path / CARRIED_FILE, framework="pt") as file:
+        with open_tensors(self.path / CARRIED_FILE) as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
@@ -305,7 +345,21 @@ def _shape(shape: Sequence[int] | None) -> str:
 
 
 def read_model_weights(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """All fp32 weights of the newest whole checkpoint by HF name, trained and carried along, and its `state.json`."""
+    """All fp32 weights of the newest whole checkpoint by HF name, trained and carried along, and its `state.json`. A running
+    run may prune the one that is being read: then a newer one is taken."""
+    for _ in range(MOST_READS):
+        before = committed_steps(run_dir / "checkpoints")
+        try:
+            return _read_model_weights(run_dir)
+        except (UserError, OSError, SafetensorError, RuntimeError, ValueError, KeyError):  # RuntimeError: safe_open
+            if set(before) <= set(committed_steps(run_dir / "checkpoints")):
+                raise  # nothing was pruned under the reader: what it found is so
+    raise UserError(
+        f"{run_dir} prunes its checkpoints faster than one can be read. Raise checkpoint.keep, or wait until the run has ended"
+    )
+
+
+def _read_model_weights(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     checkpoint, _ = newest_whole(run_dir / "checkpoints")
     if checkpoint is None:
         raise UserError(
@@ -313,8 +367,34 @@ def read_model_weights(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict[str
             f"--run-dir {shlex.quote(str(run_dir))}   (--recipe FILE for another than recipes/quickstart.yaml)"
         )
     reader = CheckpointReader(checkpoint)
+    weights = _weights_of(reader)
+    if name := not_finite(weights):
+        raise UserError(_not_finite_text(run_dir, checkpoint, name))
+    return weights, reader.state
+
+
+def _weights_of(reader: CheckpointReader) -> dict[str, torch.Tensor]:
     weights = {name: tensor for name, tensor in reader.carried().items() if not name.startswith(BESIDE_WEIGHTS)}
+    if "parameters" not in reader.state:
+        raise UserError(
+            f"{reader.path / 'state.json'} does not name the student's parameters. Restore it from a backup"
+        )
     for name, shape in reader.state["parameters"].items():
         numel = int(torch.Size(shape).numel())
         weights[name] = reader.read("weight", name, 0, numel).reshape(shape)
-    return weights, reader.state
+    return weights
+
+
+def _not_finite_text(run_dir: Path, newest: Path, name: str) -> str:
+    """Why the newest checkpoint is no student, and which earlier one is."""
+    told = f"{newest}: {name} is not finite (NaN or infinite), so this is no student"
+    moved = [newest]
+    for step in reversed(committed_steps(newest.parent)):
+        path = checkpoint_path(newest.parent, step)
+        if path.name >= newest.name or damage(path) is not None:
+            continue
+        if not_finite(_weights_of(CheckpointReader(path))) is None:
+            names = " ".join(shlex.quote(str(other)) for other in moved)
+            return f"{told}. {path} is finite; to export it: mv {names} {shlex.quote(str(run_dir))} and the same command again"
+        moved.append(path)
+    return f"{told}, and no earlier checkpoint is finite either. Train again with a lower optimizer.lr and another --run-dir"

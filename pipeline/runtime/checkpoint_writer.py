@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 
+from pipeline.errors import SickRunError, UserError
 from pipeline.runtime import dist
 from pipeline.runtime.checkpoint import (
     CARRIED_FILE,
@@ -33,6 +33,7 @@ from pipeline.runtime.checkpoint import (
     seal,
 )
 from pipeline.runtime.memory import available_memory_bytes
+from pipeline.runtime.tensor_files import save_tensors
 
 if TYPE_CHECKING:
     from pipeline.runtime.engine import StudentEngine
@@ -81,10 +82,16 @@ class CheckpointWriter:
         self._keeping = keeping or CheckpointConfig()
         self._world_size = torch.distributed.get_world_size()
         self._pending: _Pending | None = None
+        self._failures = 0  # in a row
 
     def begin(self, state: Mapping[str, Any]) -> None:
-        """Snapshot the engine and start writing the checkpoint of `state["step"]`. No save may be under way."""
+        """Snapshot the engine and start writing the checkpoint of `state["step"]`. No save may be under way.
+
+        Raises `SickRunError` on all ranks where a weight is NaN or infinite: it never recovers, and a checkpoint of it would
+        push the finite ones out.
+        """
         assert self._pending is None, "the save before must be waited for"
+        self._refuse_not_finite(state["step"])
         began_s, partial = time.monotonic(), self._partial(state["step"])
         problem = _attempt(lambda: _start(partial)) if self._rank == 0 else None
         problem = dist.broadcast_json(problem, self._engine.device)
@@ -123,6 +130,24 @@ class CheckpointWriter:
             self._pending.thread.join()
         return self._finish(self._pending, stopped_from_s)
 
+    def _refuse_not_finite(self, step: int) -> None:
+        names = dist.gather_json(self._engine.not_finite(), self._engine.device)
+        if name := next(filter(None, names), None):
+            raise SickRunError(
+                f"after step {step} the weights of {name} are not finite (NaN or infinite): no checkpoint of them is written, "
+                f"and those in {self._directory} stay. Lower optimizer.lr and start again, with --allow-change to continue "
+                "from the newest of them or in another --run-dir"
+            )
+
+    def refuse_repeated_failures(self, failed: SaveOutcome) -> None:
+        """After so many failed saves in a row nothing that is trained would be kept: a `UserError`, on all ranks."""
+        if self._failures >= self._keeping.max_failed_saves:
+            raise UserError(
+                f"{self._failures} saves in a row have failed (checkpoint.max_failed_saves), the last one of step "
+                f"{failed.step}: {failed.problem}. Older checkpoints are as they were. Let {self._directory} be written to, "
+                "with room for one checkpoint more, then start the same command again"
+            )
+
     def _partial(self, step: int) -> Path:
         return checkpoint_path(self._directory, step).with_suffix(".tmp")
 
@@ -146,7 +171,7 @@ class CheckpointWriter:
         entries = {}
         for kind in KINDS:
             name = f"{kind}-{self._rank:05d}-of-{self._world_size:05d}.safetensors"
-            save_file(of_kind(kind), partial / name)
+            save_tensors(of_kind(kind), partial / name)
             entries[name] = seal(partial / name)
         if self._rank == 0:
             (partial / "state.json").write_text(json.dumps(dict(state), indent=1), encoding="utf-8")
@@ -169,6 +194,7 @@ class CheckpointWriter:
         problems = dist.broadcast_json(problems, self._engine.device)
         if problems and self._rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
+        self._failures = self._failures + 1 if problems else 0
         now_s = time.monotonic()
         stopped_s = pending.stopped_s + now_s - stopped_from_s
         return SaveOutcome(pending.step, "; ".join(problems) or None, now_s - pending.began_s, stopped_s)
@@ -200,7 +226,7 @@ def _write_carried(partial: Path, carried: Mapping[str, torch.Tensor], keeping: 
     entry = _linked(source, partial) if source else None
     if entry is not None:
         return entry
-    save_file(dict(carried), partial / CARRIED_FILE)
+    save_tensors(dict(carried), partial / CARRIED_FILE)
     return seal(partial / CARRIED_FILE)
 
 
@@ -228,6 +254,6 @@ def _linked(source: Path, partial: Path) -> dict[str, Any] | None:
         if file_damage(source / CARRIED_FILE, entry) is not None:
             return None
         os.link(source / CARRIED_FILE, partial / CARRIED_FILE)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):  # UnreadableError too: a copy of our own is written instead
         return None
     return entry

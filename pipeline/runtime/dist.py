@@ -10,7 +10,7 @@ import json
 import os
 import socket
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -20,6 +20,8 @@ import torch.distributed as torch_dist
 
 from pipeline.errors import UserError
 from pipeline.runtime.allotment import refuse_unseen_gpus
+
+_SLURM_STEP = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_NODES", "SLURM_STEP_NODELIST")
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def read_launch() -> Launch:
     """Fill in what the launcher left out (plain `python` sets nothing, `srun` sets SLURM_*), then read it."""
     environment = os.environ
     # srun alone sets SLURM_STEP_NUM_TASKS; SLURM_NTASKS and SLURM_PROCID stand in a batch script's environment as well
-    if "RANK" not in environment and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    if "RANK" not in environment and number_in(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
         _map_slurm(environment)
     environment.setdefault("RANK", "0")
     environment.setdefault("WORLD_SIZE", "1")
@@ -48,11 +50,15 @@ def read_launch() -> Launch:
     environment.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in environment and environment["WORLD_SIZE"] != "1":
         raise UserError("WORLD_SIZE is set but MASTER_PORT is not: start with deepspeed, torchrun or srun")
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        if not environment[name].isdecimal():
-            raise UserError(f"{name} is {environment[name]!r}, not a number: start with deepspeed, torchrun or srun")
+    rank, world_size, local_rank = (number_in(environment, name, 0) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if not rank < world_size or not local_rank < world_size:
+        raise UserError(
+            f"RANK is {rank} and LOCAL_RANK {local_rank}; both must be below WORLD_SIZE, which is {world_size}. Start with "
+            "deepspeed, torchrun or srun, or `unset RANK LOCAL_RANK WORLD_SIZE` for one process"
+        )
+    if number_in(environment, "MASTER_PORT", 1) >= 2**16:
+        raise UserError(f"MASTER_PORT is {environment['MASTER_PORT']}; a port lies between 0 and 65535")
     refuse_unseen_gpus()
-    local_rank = int(environment["LOCAL_RANK"])
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if torch.cuda.device_count() == 1 and local_rank > 0 and _is_slurm_task(environment):
@@ -65,7 +71,15 @@ def read_launch() -> Launch:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    return Launch(int(environment["RANK"]), int(environment["WORLD_SIZE"]), local_rank, device)
+    return Launch(rank, world_size, local_rank, device)
+
+
+def number_in(environment: Mapping[str, str], name: str, default: int) -> int:
+    """A launcher's variable as a number. Raises `UserError` where it is none, or larger than any launcher's."""
+    text = environment.get(name, str(default))
+    if not (text.isascii() and text.isdecimal() and len(text) <= 10):
+        raise UserError(f"{name} is {text[:40]!r}, not a number: start with deepspeed, torchrun or srun")
+    return int(text)
 
 
 def _is_slurm_task(environment: Any) -> bool:
@@ -80,6 +94,10 @@ def _is_slurm_task(environment: Any) -> bool:
 
 def _map_slurm(environment: Any) -> None:
     """One srun task per rank: Slurm's names for what torch.distributed wants to know."""
+    if missing := [name for name in _SLURM_STEP if name not in environment]:
+        raise UserError(
+            f"srun set SLURM_STEP_NUM_TASKS but not {', '.join(missing)}: start with deepspeed, torchrun or srun"
+        )
     environment["RANK"] = environment["SLURM_PROCID"]
     environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
     environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
@@ -87,7 +105,7 @@ def _map_slurm(environment: Any) -> None:
         alone = environment["SLURM_STEP_NUM_NODES"] == "1"
         environment["MASTER_ADDR"] = "127.0.0.1" if alone else _first_address(environment["SLURM_STEP_NODELIST"])
     # Every task computes the same port without talking: from job, life and step, below the kernel's own range (32768).
-    job, life, step = (int(environment.get(f"SLURM_{name}", "0")) for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
+    job, life, step = (number_in(environment, f"SLURM_{name}", 0) for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
     environment.setdefault("MASTER_PORT", str(15000 + (job * 7 + life * 13 + step) % 15000))
 
 

@@ -136,6 +136,13 @@ class StudentEngine:
         """The fragments that this rank owns, in a fixed order."""
         return self._fragments_of_partitioned_parameters() if self.stage == 3 else self._fragments_of_flat_groups()
 
+    def not_finite(self) -> str | None:
+        """A parameter of which this rank holds elements that are NaN or infinite, in fp32."""
+        for fragment in self.fragments():
+            if not torch.isfinite(fragment.view(fragment.buffer)).all():
+                return fragment.name
+        return None
+
     def _fragments_of_flat_groups(self) -> Iterator[Fragment]:
         for parameters, buffer in zip(self._zero.bit16_groups, self._zero.single_partition_of_fp32_groups, strict=True):
             for parameter in parameters:

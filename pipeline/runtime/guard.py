@@ -25,12 +25,22 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from pipeline.errors import EXIT_HUNG, SickRunError, UserError
+from pipeline.ranges import LARGEST_INT, LONGEST_S, check_ranges
+from pipeline.runtime.beside import make_way_for_directory, make_way_for_file, set_aside
+from pipeline.runtime.clocks import job_end_s
 
 ProcessMark = list[Any]
 TIME_FOR_OTHER_STACKS_S = 3.0  # ranks that wait for the same dead one notice within a second of each other
 BACKSTOP_MARGIN_S = 30.0  # beyond the watchdog's own patience; it needs a few seconds once it has begun
 TIME_FOR_CONSOLE_S = 2.0
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGHUP,  # the terminal or the connection has gone
+    signal.SIGXCPU,  # the limit of CPU time; the kernel sends it again every second, and kills at the hard limit
+)
 
 
 @dataclass
@@ -51,6 +61,8 @@ class GuardConfig:
             raise UserError("guard.max_bad_steps must be at least 1 and guard.spike_window at least 2")
         if min(self.hang_timeout_s, self.slow_timeout_s, self.deadline_margin_s, self.spike_sigmas) <= 0:
             raise UserError("guard's timeouts, deadline_margin_s and spike_sigmas must be positive")
+        timeouts = dict.fromkeys(("hang_timeout_s", "slow_timeout_s", "deadline_margin_s"), (0, LONGEST_S))
+        check_ranges(self, "guard", {**timeouts, "max_bad_steps": (1, LARGEST_INT), "spike_window": (2, 10**6)})
 
 
 class StopRequests:
@@ -64,12 +76,32 @@ class StopRequests:
         self._stop_file = stop_file
         self._leftover = _identity(stop_file)
         self._signal: signal.Signals | None = None
-        self._end_time_s = float(os.environ.get("SLURM_JOB_END_TIME", "inf"))
+        self._orphaned = self._is_meeting = False
+        self._end_s = time.monotonic() + job_end_s() - time.time()
         self.margin_s = margin_s
 
+    def agree_on_deadline(self, left_s: float) -> None:
+        """All ranks have this much time, whatever their clocks say."""
+        self._end_s = time.monotonic() + left_s
+
     def listen(self) -> None:
+        self._is_meeting = False
         for number in STOP_SIGNALS:
-            signal.signal(number, self._on_signal)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup: a hangup is no wish
+                signal.signal(number, self._on_signal)
+
+    def end_at_once(self) -> None:
+        """Before the ranks have met there is nothing to save, and a rank that waits for the others hears no handler."""
+        self._is_meeting = True
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU):
+            if signal.getsignal(number) == self._on_signal:
+                signal.signal(number, signal.SIG_DFL)
+
+    def launcher_has_gone(self) -> None:
+        """Called from another thread: nobody above this rank would notice its end, or pass a signal on."""
+        self._orphaned = True
+        if self._is_meeting:
+            os._exit(128 + signal.SIGTERM)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self._signal = self._signal or signal.Signals(number)
@@ -80,19 +112,24 @@ class StopRequests:
 
     def saw_earlier_saves(self, seconds: float) -> None:
         """The slowest save of an earlier life. One slow day must not leave a life no time to train: half of it at most."""
-        self.margin_s = max(self.margin_s, min(3 * seconds, (self._end_time_s - time.time()) / 2))
+        self.margin_s = max(self.margin_s, min(3 * seconds, (self._end_s - time.monotonic()) / 2))
 
     def forget_leftover(self) -> None:
         """Delete a STOP file that was there before this life began; one made since then is a wish to stop."""
         if self._leftover is not None and self._leftover == _identity(self._stop_file):
-            self._stop_file.unlink(missing_ok=True)
+            try:
+                self._stop_file.unlink(missing_ok=True)
+            except OSError as error:  # a directory, for one: it would stop every start after its first step
+                set_aside(self._stop_file, error)
 
     @property
     def reason(self) -> str | None:
         """Why this rank wishes to stop, or None."""
         if self._signal is not None:
             return f"signal {self._signal.name}"
-        if time.time() > self._end_time_s - self.margin_s:
+        if self._orphaned:
+            return "the launcher has gone"
+        if time.monotonic() > self._end_s - self.margin_s:
             return f"deadline: less than {self.margin_s:.0f} s to the end of the job's time"
         return f"file {self._stop_file.name}" if self._stop_file.exists() else None
 
@@ -138,6 +175,7 @@ class SpikeDetector:
 def record_spike(file: Path, step: int, loss: float, score: float, skipped: bool, rows: list[dict[str, Any]]) -> None:
     """Add a spike and the rows of its global batch to `file`."""
     entry = {"step": step, "loss": loss, "sigmas": round(score, 1), "skipped": skipped, "rows": rows}
+    make_way_for_file(file)
     with contextlib.suppress(OSError), open(file, "a", encoding="utf-8") as lines:  # a full disk ends no run
         lines.write(json.dumps(entry) + "\n")
 
@@ -145,6 +183,7 @@ def record_spike(file: Path, step: int, loss: float, score: float, skipped: bool
 def leave_word(file: Path, text: str) -> None:
     """Write a marker or report at a run's end. A full disk costs the file, never the exit code."""
     try:
+        make_way_for_file(file)
         file.write_text(text, encoding="utf-8")
     except OSError as error:
         print(f"warning: {file} not written: {error}", flush=True)
@@ -197,6 +236,7 @@ class Watchdog:
         self._due = math.inf
         self._siblings: list[ProcessMark] = []
         self._stopped = threading.Event()
+        self._was_enabled = False
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def take_along(self, siblings: list[ProcessMark]) -> None:
@@ -204,9 +244,9 @@ class Watchdog:
         self._siblings = [mark for mark in siblings if mark[0] == socket.gethostname() and mark[1] != os.getpid()]
 
     def __enter__(self) -> Watchdog:
-        self._stacks.parent.mkdir(parents=True, exist_ok=True)
-        _set_aside(self._stacks)
-        self._file = open(self._stacks, "w", encoding="utf-8")
+        self._file = self._open_stacks()
+        self._was_enabled = faulthandler.is_enabled()
+        faulthandler.enable(file=self._file, all_threads=True)  # where a SIGBUS or SIGSEGV happened
         # `kill -QUIT` asks a rank for its stacks; the handler is C code, so it answers out of any call
         faulthandler.register(signal.SIGQUIT, file=self._file, all_threads=True)
         self.feed_before_slow_work()
@@ -217,11 +257,27 @@ class Watchdog:
         self._stopped.set()
         faulthandler.cancel_dump_traceback_later()
         faulthandler.unregister(signal.SIGQUIT)
-        if self._stacks.exists() and self._stacks.stat().st_size == 0:
-            self._stacks.unlink()
-            with contextlib.suppress(OSError):  # a run that was refused leaves no empty directories
-                self._stacks.parent.rmdir()
+        faulthandler.disable()
+        if self._was_enabled:
+            with contextlib.suppress(OSError, ValueError):  # a stream without descriptor, as in a notebook
+                faulthandler.enable()
+        with contextlib.suppress(OSError):
+            if self._stacks.is_file() and self._stacks.stat().st_size == 0:
+                self._stacks.unlink()
+                self._stacks.parent.rmdir()  # a run that was refused leaves no empty directories
                 self._stacks.parent.parent.rmdir()
+
+    def _open_stacks(self) -> IO[str]:
+        """The file for stacks; the console where a directory cannot be written, for a log ends no run."""
+        try:
+            make_way_for_directory(self._stacks.parent)
+            self._stacks.parent.mkdir(parents=True, exist_ok=True)
+            make_way_for_file(self._stacks)
+            _set_aside(self._stacks)
+            return open(self._stacks, "w", encoding="utf-8")
+        except OSError as error:
+            print(f"warning: {self._stacks} cannot be written, stacks go to the console: {error}", flush=True)
+            return open(2, "w", encoding="utf-8", closefd=False)
 
     def feed(self) -> None:
         """Something was finished."""

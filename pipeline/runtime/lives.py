@@ -14,21 +14,36 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pipeline.runtime.beside import make_way_for_file, read_json_beside, set_aside
+
 FALL_BACK_AFTER = 3
 GIVE_UP_AFTER = 6
+
+
+def _is_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("saved_steps"), list)
+        and "ended" in entry
+        and type(entry.get("slowest_save_s", 0.0)) in (int, float)
+        and entry.get("slowest_save_s", 0.0) >= 0
+    )
 
 
 class Lives:
     """Reads and appends to `lives.json`; every change is written to a temporary name and renamed."""
 
-    def __init__(self, run_dir: Path):
+    def __init__(self, run_dir: Path, writes: bool = True):
+        """`writes`: rank 0, which sets a file of another shape aside; crashes are then counted from this start on."""
         self._path = run_dir / "lives.json"
         self._lives: list[dict[str, Any]] = []
-        if self._path.exists():
-            try:
-                self._lives = json.loads(self._path.read_text(encoding="utf-8"))
-            except ValueError:
-                print(f"warning: {self._path} cannot be read; crashes are counted from this start on", flush=True)
+        if not writes:
+            return
+        found = read_json_beside(self._path)
+        if isinstance(found, list) and all(map(_is_entry, found)):
+            self._lives = found
+        elif found is not None or self._path.exists():
+            set_aside(self._path, "not the starts of a run")
 
     @property
     def crashes_in_a_row(self) -> int:
@@ -64,6 +79,8 @@ class Lives:
     def _write(self) -> None:
         partial = self._path.with_suffix(".tmp")
         try:
+            make_way_for_file(partial)
+            make_way_for_file(self._path)
             with open(partial, "w", encoding="utf-8") as file:
                 file.write(json.dumps(self._lives, indent=1))
                 file.flush()

@@ -13,13 +13,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from data_prep.shards import read_again
 from pipeline.errors import UserError
+from pipeline.runtime.beside import make_way_for_directory, make_way_for_file, set_aside
 from pipeline.runtime.board import LAYOUT, board_tag
 
 
@@ -46,14 +48,17 @@ class Metrics:
         self._board_dir = run_dir / "tensorboard"
         # What a killed life wrote past the checkpoint that this life resumes from is dropped: purge_step and later.
         purge_step = first_step + 1 if first_step else 0
-        self._board: SummaryWriter | None = SummaryWriter(str(self._board_dir), purge_step=purge_step, flush_secs=30)
+        self._purge_step: int | None = purge_step
+        self._board: SummaryWriter | None = None
         self._has_warned = False
-        path = run_dir / "metrics.jsonl"
-        self.known_of_first_step = _truncate_after(path, first_step)
-        self._lines = open(path, "a", encoding="utf-8")
+        self._path = run_dir / "metrics.jsonl"
+        self._lines: TextIO | None = None
         self._bar = tqdm(
             total=steps, initial=first_step, unit="step", desc="distil", disable=not sys.stderr.isatty(), leave=False
         )
+        self._going_on(lambda: make_way_for_directory(self._board_dir))
+        self._on_board(lambda board: None)  # opens it
+        self._going_on(lambda: self.known_of_first_step.update(_truncate_after(self._path, first_step)))
 
     def describe(self, recipe_yaml: str, deepspeed_json: str, hyper_parameters: Mapping[str, Any]) -> None:
         table = "\n".join(f"| {key} | {value} |" for key, value in hyper_parameters.items())
@@ -76,6 +81,8 @@ class Metrics:
         self._going_on(lambda: self._append(json.dumps(row) + "\n"))
 
     def _append(self, line: str) -> None:
+        if self._lines is None:
+            self._lines = open(self._path, "a", encoding="utf-8")
         self._lines.write(line)
         self._lines.flush()  # what does not fit on the disk stays in the buffer and goes with the next line
 
@@ -86,10 +93,12 @@ class Metrics:
         """TensorBoard's writer never recovers from a failed write: it is replaced by the next call."""
 
         def act() -> None:
-            self._board = self._board or SummaryWriter(str(self._board_dir), flush_secs=30)
+            if self._board is None:
+                self._board = SummaryWriter(str(self._board_dir), purge_step=self._purge_step, flush_secs=30)
+                self._purge_step = None  # of the first file alone
             try:
                 action(self._board)
-            except OSError:
+            except Exception:
                 self._board = None
                 raise
 
@@ -97,10 +106,10 @@ class Metrics:
             self._going_on(act)
 
     def _going_on(self, action: Callable[[], object]) -> None:
-        """A full disk costs points of a curve, never the run."""
+        """A full disk costs points of a curve, never the run. TensorBoard has exceptions of its own for files."""
         try:
             action()
-        except OSError as error:
+        except Exception as error:
             if not self._has_warned:
                 self._has_warned = True
                 self.say(f"warning: metrics not written, going on without them: {error}")
@@ -120,23 +129,29 @@ class Metrics:
             self._bar.close()
             if self._board is not None:
                 self._going_on(self._board.close)
-            self._going_on(self._lines.close)
+            if self._lines is not None:
+                self._going_on(self._lines.close)
 
 
 def _truncate_after(path: Path, first_step: int) -> set[str]:
     """Drop lines of steps that will be done again, and a line that a kill cut short. The tags that `first_step` has."""
+    make_way_for_file(path)
     if not path.exists():
         return set()
-    kept, tags = [], set()
-    for line in path.read_text(encoding="utf-8").splitlines():
+    kept, tags, num_bad = [], set(), 0
+    lines = read_again(path, path.read_bytes).split(b"\n")
+    for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode())
             if 0 < first_step >= row["step"]:  # a run that begins again measures step 0 again
-                kept.append(line)
+                kept.append(line.decode())
                 tags |= set(row) if row["step"] == first_step else set()
-        except (json.JSONDecodeError, KeyError):
-            continue
+        except (ValueError, KeyError, TypeError, RecursionError):
+            num_bad += number < len(lines) and bool(line.strip())  # the last one was cut short by a kill
+    if num_bad:
+        set_aside(path, f"{num_bad} lines are no points of a curve; the others are kept")
     shorter = path.with_suffix(".tmp")
+    make_way_for_file(shorter)
     shorter.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     shorter.replace(path)
     return tags

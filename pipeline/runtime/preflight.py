@@ -7,6 +7,8 @@ the rank or the file and the mend. Used by trainer.py.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import secrets
 import shlex
@@ -14,15 +16,17 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from data_prep.command_line import module_command
-from data_prep.shards import Shard
+from data_prep.shards import Shard, read_again
 from pipeline.errors import UserError
 from pipeline.runtime import dist
+from pipeline.runtime.beside import make_way_for_file
 from pipeline.runtime.checkpoint import sync
 
 STALE_LOCK_AGE_S = 600.0
@@ -112,29 +116,89 @@ def settle(run_dir: Path) -> None:
             sync(directory)
 
 
-def check_agreement(facts_by_rank: Sequence[dict[str, Any]]) -> None:
-    """Every rank runs the same code and recipe on the same data."""
-    for rank, facts in enumerate(facts_by_rank):
-        for name, value in facts.items():
-            if value != facts_by_rank[0][name]:
-                raise UserError(
-                    f"rank {rank} has another {name} than rank 0 ({value} instead of {facts_by_rank[0][name]}). Is every "
-                    "node on the same commit with the same changes, and are recipe, teacher and shards the same files everywhere?"
-                )
+def remove_markers(run_dir: Path) -> None:
+    """Markers of how an earlier start ended."""
+    for marker in ("DONE", "PREEMPTED"):
+        with contextlib.suppress(OSError):
+            make_way_for_file(run_dir / marker)
+            (run_dir / marker).unlink(missing_ok=True)
+
+
+def agree(facts: dict[str, Any], launch: dist.Launch) -> None:
+    """A `UserError` on every rank where one of them has other facts. Only hashes travel while all have the same."""
+    text = json.dumps(facts, sort_keys=True)
+    if len(set(dist.gather_json(hashlib.sha256(text.encode()).hexdigest(), launch.device))) > 1:
+        hosts = dist.gather_json(socket.gethostname(), launch.device)
+        check_agreement(dist.gather_json(facts, launch.device), hosts)
+
+
+def check_agreement(facts_by_rank: Sequence[dict[str, Any]], hosts: Sequence[str] = ()) -> None:
+    """Every rank runs the same code and libraries with the same recipe on the same data."""
+    first = facts_by_rank[0]
+    names = dict.fromkeys(name for facts in facts_by_rank for name in facts)  # in their order: causes before effects
+    for name in names:
+        differing = [rank for rank, facts in enumerate(facts_by_rank) if facts.get(name) != first.get(name)]
+        if differing:
+            rank = differing[0]
+            on, on_first = (f" on {hosts[number]}" if hosts else "" for number in (rank, 0))
+            more = f", as {len(differing) - 1} more rank(s) have" if len(differing) > 1 else ""
+            raise UserError(
+                f"rank {rank} has another {name} than rank 0 ({facts_by_rank[rank].get(name)}{on} instead of "
+                f"{first.get(name)}{on_first}){more}. {_how_to_agree(name)}"
+            )
+
+
+def _how_to_agree(name: str) -> str:
+    if "precision" in name:
+        return (
+            "Their devices cannot do the same. Take nodes of one kind, or write a precision that all have: in the DeepSpeed "
+            "JSON for the student, `teacher_options.dtype` for the teacher"
+        )
+    return (
+        "Is every node on the same commit with the same changes and the same installed packages, and are recipe, DeepSpeed "
+        "JSON, teacher and shards the same files everywhere?"
+    )
+
+
+def my_share(shards: Sequence[Shard], launch: dist.Launch) -> Sequence[Shard]:
+    """The files that this rank verifies. Ranks that see the same files, on one host, share them; every other copy is
+    read as a whole: what is right on one node's disk says nothing about another's."""
+    copies = dist.gather_json(_copy_mark(shards), launch.device)
+    sharers = [rank for rank, copy in enumerate(copies) if copy == copies[launch.rank]]
+    return shards[sharers.index(launch.rank) :: len(sharers)]
+
+
+def _copy_mark(shards: Iterable[Shard]) -> str:
+    """Names the very files: host, device and inode of each. Two mounts on one host are two copies."""
+    digest = hashlib.sha256(f"{socket.gethostname()} {_boot_id()}".encode())
+    for shard in shards:
+        about = shard.path.stat()
+        digest.update(f" {about.st_dev}:{about.st_ino}".encode())
+    return digest.hexdigest()
+
+
+def _boot_id() -> str:
+    """Two nodes cloned from one image may have one name; they were not booted as one."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        return ""
 
 
 def damaged_shards(shards: Iterable[Shard], progress: Callable[[], None]) -> list[str]:
     """Shard files that are not what the manifest's hash says: every byte is read."""
-    damaged = []
-    for shard in shards:
+
+    def digest_of(path: Path) -> str:
         digest = xxhash.xxh3_128()
-        with open(shard.path, "rb") as file:
+        with open(path, "rb") as file:
             while block := file.read(HASH_BLOCK_BYTES):
                 digest.update(block)
                 progress()
-        if digest.hexdigest() != shard.xxh3_128:
-            damaged.append(str(shard.path))
-    return damaged
+        return digest.hexdigest()
+
+    return [
+        str(shard.path) for shard in shards if read_again(shard.path, partial(digest_of, shard.path)) != shard.xxh3_128
+    ]
 
 
 def refuse_problems(found_by_rank: Sequence[dict[str, Any]], data: str) -> None:
@@ -142,10 +206,11 @@ def refuse_problems(found_by_rank: Sequence[dict[str, Any]], data: str) -> None:
     for found in found_by_rank:
         if found["problem"]:
             raise UserError(found["problem"])
-    damaged = [path for found in found_by_rank for path in found["shards"]]
+    damaged = list(dict.fromkeys(path for found in found_by_rank for path in found["shards"]))
     if damaged:
+        hosts = sorted({found["host"] for found in found_by_rank if found["shards"]})
         raise UserError(
-            f"{', '.join(damaged[:3])}{' and others' if len(damaged) > 3 else ''}: damaged, the hash is not the "
+            f"{', '.join(damaged[:3])}{' and others' if len(damaged) > 3 else ''}: damaged (on {', '.join(hosts)}), the hash is not the "
             f"manifest's. `{module_command('data_prep', 'verify', data)}` says where; copy the files again or prepare them again"
         )
 

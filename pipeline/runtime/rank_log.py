@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from data_prep.shards import DataError
 from pipeline.errors import UserError
+from pipeline.runtime.beside import make_way_for_directory, make_way_for_file
 
 
 class _Twice:
@@ -56,10 +57,13 @@ def keep_crash(log: Path, error: Exception) -> None:
 def keep_output(log: Path) -> None:
     """From now on whatever this process prints is appended to `log`, too."""
     try:
+        make_way_for_directory(log.parent)
         log.parent.mkdir(parents=True, exist_ok=True)
+        make_way_for_file(log)
         file = open(log, "a", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"the log {log} cannot be written ({error}); take another --run-dir") from None
+        print(f"warning: the log {log} cannot be written, going on without it: {error}", flush=True)
+        return
     file.write(_beginning())
     consoles = {id(stream): _Twice(stream, file) for stream in (sys.stdout, sys.stderr)}
     loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict]

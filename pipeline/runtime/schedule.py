@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from pipeline.errors import UserError
+from pipeline.ranges import check_ranges
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's two moments, under torch's names
 
@@ -35,6 +36,11 @@ class OptimizerConfig:
             raise UserError(f"optimizer.betas is {self.betas}; it must be two numbers in [0, 1)")
         if self.warmup_steps < 0 or self.weight_decay < 0 or self.gradient_clipping < 0:
             raise UserError("optimizer.warmup_steps, weight_decay and gradient_clipping must not be negative")
+        if self.gradient_clipping == float("inf"):
+            self.gradient_clipping = 0.0  # no limit
+        # a smaller eps is 0 in fp32, and 0 / 0 where a gradient is 0
+        limits = {"lr": (0, 1e3), "eps": (1e-30, 1e3), "weight_decay": (0, 1e3), "warmup_steps": (0, 10**12)}
+        check_ranges(self, "optimizer", {**limits, "gradient_clipping": (0, 1e30)})
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

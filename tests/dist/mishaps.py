@@ -14,7 +14,7 @@ A mishap is a dictionary: `kind`, `rank` (absent: every rank), and when. Steps c
     no memory  a save finds none left for a snapshot
     stop file  STOP is made while the run starts, after it has begun to listen for it
     elsewhere  the rank starts in the directory `directory` and with `environment` in its environment, as on another node
-    bug        the student cannot be built, for a reason that nobody foresaw
+    bug        the student cannot be built, or with `after load` a run cannot continue, for a reason that nobody foresaw
     other text a projected student is measured on `tokens` tokens
     stock      checkpoints are DeepSpeed's own (benchmarks/faults/stock.py)
 """
@@ -58,7 +58,10 @@ def arrange(mishaps: list[Mishap], rank: int) -> None:
     if "other text" in kinds:
         assembly.CALIBRATION_TOKENS = kinds["other text"][0]["tokens"]
     if "bug" in kinds:
-        assembly.student_of = lambda *unused: [][0]
+        if kinds["bug"][0].get("after load"):
+            Trainer._begin = lambda *unused: [][0]
+        else:
+            assembly.student_of = lambda *unused: [][0]
     if "stop file" in kinds:
         _make_stop_file_in_start_up(Trainer)
     if "resave" in kinds:

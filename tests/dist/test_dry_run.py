@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.errors import EXIT_SICK, EXIT_USER
 from tests.dist.runs import curve
+from tests.dist.fork_server import ForkServer
 from tests.dist.training_process import TrainingProcess
 
 
@@ -62,13 +63,15 @@ def test_a_directory_that_cannot_be_written_to(training: TrainingProcess, words:
     assert "--run-dir" in refused.err
 
 
-def test_steps_that_are_never_taken_are_an_end(training: TrainingProcess, words: list[object], tmp_path: Path) -> None:
+def test_steps_that_are_never_taken_are_an_end(words: list[object], tmp_path: Path) -> None:
     """A gradient that is not finite at every step: all are skipped, and the dry run says so instead of trying for ever."""
-    endless = ["--set", "relations.pairs={q-q: 3.0e38}", "--set", "steps=3"]
-    sick = training.run(*words, "--run-dir", tmp_path / "run", "--dry-run", *endless)
-    assert sick.code == EXIT_SICK
-    assert "3 steps in a row" in sick.err
-    assert not list(tmp_path.iterdir())
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    arguments = [*map(str, words), "--run-dir", str(run_dir), "--dry-run", "--set", "steps=3"]
+    with ForkServer() as server:
+        job = server.start(1, arguments, log, mishaps=[{"kind": "nan", "steps": list(range(10))}])
+        assert job.wait(60) == EXIT_SICK
+    assert "3 steps in a row" in log.read_text()
+    assert list(tmp_path.iterdir()) == [log]
 
 
 def test_what_the_recipe_does_not_expect_is_said_once_before_step_1(

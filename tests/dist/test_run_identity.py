@@ -6,16 +6,19 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from data_prep.__main__ import main as data_prep
+from data_prep.shards import manifest_digest
 from pipeline.__main__ import main as pipeline
 from pipeline.errors import EXIT_USER, UserError, exit_code_of
 from pipeline.identity import changes, identity_of
@@ -73,6 +76,16 @@ def other_weights(teacher: Path) -> None:
     save_file(tensors, teacher / "model.safetensors", {"format": "pt"})
 
 
+def rewrite_state(committed: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Another state.json in a checkpoint, committed as the run itself commits."""
+    partial = shutil.copytree(committed, committed.with_suffix(".tmp"))
+    (partial / "manifest.json").unlink()
+    state = json.loads((partial / "state.json").read_text())
+    change(state)
+    (partial / "state.json").write_text(json.dumps(state))
+    checkpoint.commit(partial, committed, {path.name: checkpoint.seal(path) for path in partial.iterdir()})
+
+
 def identity(run_dir: Path) -> dict[str, str]:
     return read_model_weights(run_dir)[1]["identity"]
 
@@ -106,7 +119,7 @@ def test_one_number_of_the_teacher_changed(root: Path, resume: Train) -> None:
 def test_another_config_or_tokenizer(file: str, root: Path, resume: Train) -> None:
     path = root / "teacher" / file
     tree = json.loads(path.read_text())
-    cut = {"direction": "Right", "max_length": 64, "strategy": "LongestFirst", "stride": 0}
+    cut = {"direction": "Right", "max_length": 300, "strategy": "LongestFirst", "stride": 0}
     tree |= {"layer_norm_eps": 1e-7} if file == "config.json" else {"truncation": cut}
     path.write_text(json.dumps(tree))
     ended = resume()
@@ -136,14 +149,12 @@ def test_the_same_content_is_no_change(root: Path, resume: Train) -> None:
 
 
 def test_a_checkpoint_from_before_is_resumed_with_one_warning(root: Path, resume: Train) -> None:
-    committed = checkpoint_path(root / "run" / "checkpoints", STOPPED_AT)
-    partial = shutil.copytree(committed, committed.with_suffix(".tmp"))
-    (partial / "manifest.json").unlink()
-    state = json.loads((partial / "state.json").read_text())
-    del state["identity"]
-    state["recipe"]["teacher"] = str(root / "teacher")
-    (partial / "state.json").write_text(json.dumps(state))
-    checkpoint.commit(partial, committed, {path.name: checkpoint.seal(path) for path in partial.iterdir()})
+    def forget(state: dict[str, Any]) -> None:
+        for key in ("identity", "versions", "deepspeed"):
+            del state[key]
+        state["recipe"]["teacher"] = str(root / "teacher")
+
+    rewrite_state(checkpoint_path(root / "run" / "checkpoints", STOPPED_AT), forget)
     ended = resume()
     assert ended.code == 0, ended.err
     assert ended.out.count("before checkpoints knew their teacher by content") == 1
@@ -157,6 +168,13 @@ def test_no_weight_is_loaded_into_another_shape(change: str, root: Path, resume:
     assert ended.code == EXIT_USER
     assert re.search(r"another student: \d+ parameters differ", ended.err)
     assert committed_steps(root / "run" / "checkpoints") == [STOPPED_AT]
+
+
+def test_a_run_directory_holds_nothing_of_the_environment(begun: Path) -> None:
+    files = [path for path in (begun / "run").rglob("*") if path.is_file()]
+    assert files
+    for path in files:
+        assert os.environ["PATH"].encode() not in path.read_bytes(), path
 
 
 # -- at export
@@ -207,43 +225,124 @@ def test_evaluate_says_that_it_compares_with_another_teacher(
 # -- on several ranks
 
 
-@pytest.mark.parametrize("second", ["other weights", "nothing"])
-def test_ranks_that_see_different_teachers_end_with_one_error(
-    second: str, tmp_path: Path, tiny_recipe: Path, tiny_teacher: Path, fp32_config: Path
-) -> None:
-    """Each rank looks below its own home directory, as hosts without a shared disk do."""
+@pytest.fixture
+def start_two(tmp_path: Path, tiny_recipe: Path, tiny_teacher: Path, fp32_config: Path) -> Callable[..., str]:
+    """Start two ranks that must both refuse; gives the error of each. Each rank looks below its own home directory, as
+    hosts without a shared disk do, and takes its own words and variables."""
     for rank in range(2):
         shutil.copytree(tiny_teacher, tmp_path / f"home{rank}" / "teacher")
+
+    def start(words_of_1: tuple[str, ...] = (), sets: tuple[str, ...] = (), **of_1: str) -> str:
+        words = ["--deepspeed", str(fp32_config), "--recipe", str(tiny_recipe), "--run-dir", str(tmp_path / "run")]
+        words += [word for key in ("teacher=~/teacher", *sets) for word in ("--set", key)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.99.0.0"}
+        environment |= {"MASTER_PORT": str(free_port())}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(REPO / "pipeline" / "train.py"), *words, *(words_of_1 if rank else ())],
+                cwd=tmp_path / f"home{rank}",
+                env={
+                    **environment,
+                    **{"RANK": str(rank), "LOCAL_RANK": str(rank), "HOME": str(tmp_path / f"home{rank}")},
+                    **(of_1 if rank else {}),
+                },
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+            for rank in range(2)
+        ]
+        try:
+            errors = [re.findall(r"^error: .*", process.communicate(timeout=120)[0], re.M) for process in processes]
+        finally:
+            for process in processes:
+                end_group(process)
+        assert [process.returncode for process in processes] == [EXIT_USER, EXIT_USER]
+        assert errors[0] == errors[1]
+        assert not (tmp_path / "run" / "checkpoints").exists()
+        [error] = errors[0]
+        return error
+
+    return start
+
+
+@pytest.mark.parametrize("second", ["other weights", "nothing"])
+def test_ranks_that_see_different_teachers_end_with_one_error(second: str, start_two: Callable, tmp_path: Path) -> None:
     if second == "nothing":
         shutil.rmtree(tmp_path / "home1" / "teacher")
     else:
         other_weights(tmp_path / "home1" / "teacher")
-    words = ["--deepspeed", str(fp32_config), "--recipe", str(tiny_recipe), "--run-dir", str(tmp_path / "run")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    environment |= {"MASTER_PORT": str(free_port())}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "pipeline/train.py", *words, "--set", "teacher=~/teacher"],
-            cwd=REPO,
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "HOME": str(tmp_path / f"home{rank}")},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [re.findall(r"^error: .*", process.communicate(timeout=120)[0], re.M) for process in processes]
-    finally:
-        for process in processes:
-            end_group(process)
-    assert [process.returncode for process in processes] == [EXIT_USER, EXIT_USER]
-    assert errors[0] == errors[1]
-    assert len(errors[0]) == 1
     expected = "rank 1 has another teacher weights than" if second == "other weights" else "rank 1: there is no teacher"
-    assert expected in errors[0][0]
-    assert not (tmp_path / "run").exists()
+    assert expected in start_two()
+
+
+def test_ranks_with_another_recipe_or_deepspeed_config_end_with_one_error(
+    start_two: Callable, fp32_config: Path, tmp_path: Path
+) -> None:
+    """Key, ranks, hosts and both values; before anything can leave the ranks waiting for each other."""
+    host = socket.gethostname()
+    error = start_two(("--set", "student.layers=1"))
+    assert f"rank 1 has another `student.layers` in the recipe than rank 0 (1 on {host} instead of 2 on {host})" in error
+    content = json.loads(fp32_config.read_text())
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({**content, "zero_optimization": {**content.get("zero_optimization", {}), "stage": 3}}))
+    error = start_two(("--deepspeed", str(other)))
+    assert "another `zero_optimization.stage` in the DeepSpeed config than rank 0 (3 on" in error
+    other.write_text("{")
+    assert start_two(("--deepspeed", str(other))).startswith("error: rank 1: ")
+
+
+def test_ranks_with_other_libraries_end_with_one_error(start_two: Callable, tmp_path: Path) -> None:
+    """A package of rank 1's own home says that it is another version."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "from importlib import metadata\nfirst = metadata.version\n"
+        "metadata.version = lambda name: '99.0.0' if name == 'safetensors' else first(name)\n"
+    )
+    error = start_two(PYTHONPATH=f"{tmp_path / 'site'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    assert "rank 1 has another version of safetensors than rank 0 (99.0.0 on" in error
+
+
+@pytest.mark.parametrize("second", ["other bytes", "cut", "other shards"])
+def test_each_copy_of_the_shards_is_checked(second: str, start_two: Callable, tiny_shards: Path, tmp_path: Path) -> None:
+    """Each rank has a copy of its own; that of rank 1 is damaged where rank 0 would have looked, were it shared."""
+    for rank in range(2):
+        shutil.copytree(tiny_shards, tmp_path / f"home{rank}" / "shards")
+    victims = sorted((tmp_path / "home1" / "shards").rglob("*.tok"))
+    if second == "other bytes":
+        for victim in victims[:2]:  # whichever of two neighbours is whose
+            content = bytearray(victim.read_bytes())
+            content[5000] ^= 1
+            victim.write_bytes(content)
+    elif second == "cut":
+        os.truncate(victims[0], 5000)
+    else:
+        manifest = tmp_path / "home1" / "shards" / "manifest.json"
+        tree = json.loads(manifest.read_text())
+        language = sorted(tree["languages"])[0]
+        tree["languages"][language]["shards"][0]["xxh3_128"] = "0" * 32
+        tree["manifest_xxh3_128"] = manifest_digest(tree)
+        manifest.write_text(json.dumps(tree))
+    sets = ("data=shards", "guard.verify_shards=true") if second == "other bytes" else ("data=shards",)
+    expected = {
+        "other bytes": rf"{victims[0].name}, \S+{victims[1].name}: damaged \(on {socket.gethostname()}\)",
+        "cut": r"error: rank 1: Shard .* holds 5000 bytes",
+        "other shards": r"rank 1 has another data than rank 0 \(",
+    }
+    assert re.search(expected[second], start_two(sets=sets))
+
+
+def test_another_version_or_deepspeed_config_is_said_at_a_resume(root: Path, resume: Train, tmp_path: Path, fp32_config: Path) -> None:
+    committed = checkpoint_path(root / "run" / "checkpoints", STOPPED_AT)
+    rewrite_state(committed, lambda state: state["versions"]["packages"].update(torch="2.0.0"))
+    content = json.loads(fp32_config.read_text())
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({**content, "zero_optimization": {**content.get("zero_optimization", {}), "stage": 1}}))
+    ended = resume("--deepspeed", other)
+    assert ended.code == 0, ended.err
+    assert re.search(rf"warning: .*other versions \(torch: 2\.0\.0 -> {re.escape(torch.__version__)}\)", ended.out)
+    assert re.search(r"warning: the DeepSpeed config is no longer .*\(zero_optimization\.stage: 2 -> 1\)", ended.out)
 
 
 def test_a_teacher_that_may_only_be_read(begun: Path, root: Path, resume: Train) -> None:

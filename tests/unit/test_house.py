@@ -48,8 +48,8 @@ def test_data_prep_knows_nothing_of_training() -> None:
     assert importers("data_prep", r"transformers(\..*)?") == {"data_prep/reference.py"}  # what ids are compared with
 
 
-def test_pipeline_knows_shards_and_the_parser_only() -> None:
-    allowed = r"data_prep|data_prep\.(shards|command_line)(\..*)?"
+def test_pipeline_knows_shards_the_parser_and_who_owns_a_directory() -> None:
+    allowed = r"data_prep|data_prep\.(shards|command_line|ownership|outputs)(\..*)?"
     for path in (REPO / "pipeline").rglob("*.py"):
         for name in imports_of(path):
             if name.startswith("data_prep"):
@@ -87,6 +87,9 @@ def test_never(path: Path) -> None:
         r"weights_only\s*=\s*False",
         r"trust_remote_code\s*=\s*True",
         r"\bpickle\b",
+        r"read_pickle|allow_pickle\s*=\s*True",
+        r"(gather|broadcast|scatter|send|recv)_object",  # torch's collectives for objects unpickle
+        r"\.load_checkpoint\(",  # DeepSpeed's own unpickles
         r"NotImplementedError",
         r"\bTODO\b|\bFIXME\b",
     ):

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipeline.__main__ import main
 from pipeline.errors import UserError
@@ -164,3 +165,24 @@ def test_nothing_to_report(tmp_path: Path, content: str | None) -> None:
         (tmp_path / "metrics.jsonl").write_text(content)
     with pytest.raises(UserError, match=r"metrics\.jsonl"):
         read_metrics(tmp_path)
+
+
+def test_nothing_of_a_run_directory_becomes_markup(run_dir: Path) -> None:
+    """Every name and value that the page shows is somebody's text: a recipe, languages, tags, hosts."""
+    evil = "<img src=x onerror=alert(1)>\"'<script>alert(2)</script>"
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line |= {f"heldout/{evil}": 3.0} if "heldout/mean" in line else {f"loss/{evil}": 1.0}
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run_dir / "recipe.yaml").write_text(
+        yaml.safe_dump({"teacher": evil, "data": evil, "languages": [evil], evil: evil})
+    )
+    about = {"world_size": evil, "device": evil, "precision": evil, "git_commit": evil, "languages": [evil]}
+    (run_dir / "run.json").write_text(json.dumps(about))
+    page = render(run_dir)
+    parser = TagBalance()
+    parser.feed(page)
+    assert parser.open == []
+    assert evil.replace("<", "&lt;").replace(">", "&gt;")[:20] in page
+    assert not re.search(r"<script|<img[^>]*onerror", page)
+    assert "x" not in parser.addresses

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import subprocess
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from data_prep.__main__ import main
 from data_prep.discovery import LanguageRules, discover
 from data_prep.shards import DataError, ShardSet
 from data_prep.sources import DamagedSource, Source, WrongTextField
+from pipeline.errors import UserError
+from pipeline.evaluation.library_data import load_table
 from tests.unit.data_prep.corpus import run_command
 
 GOOD = [{"text": f"Mening nummer {number}.", "id": number} for number in range(300)]
@@ -196,3 +199,22 @@ def test_json_lines_named_as_text_are_told(
     write(tmp_path / "in" / "sv.txt", GOOD)
     assert prepare(tiny_tokenizer, tmp_path) == 0
     assert "1 files named .txt hold JSON records, which were taken as text" in capsys.readouterr().err
+
+
+def test_a_dataset_runs_no_script_and_no_reader_that_unpickles(tmp_path: Path) -> None:
+    """A script beside the data, and a tar archive, whose tensors the library's reader would unpickle."""
+    script = tmp_path / "script"
+    script.mkdir()
+    (script / "script.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    archive = tmp_path / "archive"
+    archive.mkdir()
+    (tmp_path / "one.txt").write_text("Hej.")
+    with tarfile.open(archive / "train.tar", "w") as file:
+        file.add(tmp_path / "one.txt", "one.txt")
+    for directory, message in ((script, "cannot be opened"), (archive, "is read by 'webdataset'")):
+        source = discover([f"hf:{directory}"], LanguageRules(language="sv"))["sv"][0]
+        with pytest.raises(DataError, match=message):
+            list(source.chunks())
+        with pytest.raises(UserError, match="datasets library"):
+            load_table(str(directory), None, "train")
+    assert not (tmp_path / "ran").exists()

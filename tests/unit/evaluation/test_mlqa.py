@@ -287,9 +287,11 @@ def test_the_library_gives_the_same_questions(official: Path, tmp_path: Path, mo
         | {"answers": {"text": list(q.answers), "answer_start": list(q.starts)}}
         for q in expected
     ]
-    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = tmp_path / "data"  # beside the cache, whose lock files would be taken for splits
+    data.mkdir()
+    (data / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     library = config(official, max_train=5)
-    library.train = f"datasets:{tmp_path}"
+    library.train = f"datasets:{data}"
     assert read(library).train == expected
 
 

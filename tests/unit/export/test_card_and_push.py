@@ -235,3 +235,18 @@ def test_what_would_be_sent(student: Path) -> None:
         "tokenizer.json",
         "tokenizer_config.json",
     ]
+
+
+def test_no_value_of_a_run_becomes_front_matter_or_markup(tiny_teacher: Path, tmp_path: Path) -> None:
+    """A teacher, a language or a recipe value is one value, also with lines of its own."""
+    evil = "x\n---\nlicense: mit\n---\n```\n<script>alert(1)</script>\n| a | b |"
+    lineage = {**LINEAGE, "teacher": evil, "languages": ["de", evil], "recipe": {"steps": 12, "teacher": evil}}
+    model = load_encoder(tiny_teacher)
+    output = export_student(model.state_dict(), model.config, str(tiny_teacher), tmp_path / "student", lineage, [])
+    card = (output / CARD_FILE).read_text()
+    head = card.split("\n---\n")[0]
+    content = yaml.safe_load(head.removeprefix("---\n"))
+    assert "license" not in content
+    outside = re.sub(r"^(`{3,})\w*\n.*?^\1$", "", card, flags=re.MULTILINE | re.DOTALL)
+    assert "<script>" not in outside
+    assert "\nlicense: mit" not in outside

@@ -71,9 +71,12 @@ def test_the_directory_holds_what_users_look_for(student, weights, tiny_teacher:
 
 def test_an_earlier_export_is_replaced_and_nothing_else(student, weights, tiny_teacher: Path, tmp_path: Path) -> None:
     output = export(student, weights, tiny_teacher, tmp_path / "student")
-    (output / "left_over.txt").write_text("of the earlier export")
+    (output / "onnx").mkdir()
+    (output / "onnx" / "model.onnx").write_text("of the earlier export")
+    (output / "notes.txt").write_text("of the user")
     export(student, weights, tiny_teacher, output)
-    assert not (output / "left_over.txt").exists()
+    assert not (output / "onnx").exists()
+    assert (output / "notes.txt").read_text() == "of the user"
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
     precious = tmp_path / "precious"
     precious.mkdir()

@@ -46,6 +46,40 @@ def test_signal_becomes_a_reason(number: signal.Signals, tmp_path: Path, handler
     assert stop.reason == f"signal {number.name}"
 
 
+def test_a_second_signal_changes_nothing(tmp_path: Path, handlers: None) -> None:
+    stop = StopRequests(tmp_path / "STOP", 60)
+    stop.listen()
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):
+        os.kill(os.getpid(), number)
+    assert stop.reason == "signal SIGTERM"
+
+
+def test_under_nohup_a_hangup_is_no_wish_to_stop(tmp_path: Path, handlers: None) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopRequests(tmp_path / "STOP", 60)
+    stop.listen()
+    stop.end_at_once()
+    stop.listen()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert stop.reason is None
+
+
+def test_before_the_ranks_have_met_a_signal_ends_the_rank(tmp_path: Path, handlers: None) -> None:
+    stop = StopRequests(tmp_path / "STOP", 60)
+    stop.listen()
+    stop.end_at_once()
+    assert {signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)} == {signal.SIG_DFL}
+    stop.listen()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.reason == "signal SIGTERM"
+
+
+def test_a_launcher_that_has_gone_is_a_reason(tmp_path: Path) -> None:
+    stop = StopRequests(tmp_path / "STOP", 60)
+    stop.launcher_has_gone()
+    assert stop.reason == "the launcher has gone"
+
+
 def test_stop_file_becomes_a_reason(tmp_path: Path) -> None:
     stop = StopRequests(tmp_path / "STOP", 60)
     assert stop.reason is None
@@ -118,6 +152,9 @@ def test_preflight_names_what_is_in_the_way(tmp_path: Path) -> None:
         preflight.check_disk(tmp_path, 2**60, 2, 0)
     with pytest.raises(UserError, match="rank 2 has another code than rank 0"):
         preflight.check_agreement([{"code": "a"}, {"code": "a"}, {"code": "b"}])
+    of_two = [{"precision of the student": "fp16"}, {"precision of the student": "bf16"}]
+    with pytest.raises(UserError, match=r"\(bf16 on new instead of fp16 on old\).*Their devices cannot do the same"):
+        preflight.check_agreement(of_two, ["old", "new"])
 
 
 def test_stale_build_locks_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

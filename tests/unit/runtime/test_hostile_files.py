@@ -88,6 +88,13 @@ def test_pruning_after_a_fall_back_spares_what_was_just_saved(tmp_path: Path) ->
     assert committed_steps(tmp_path) == [100, 120]
 
 
+def test_pruning_leaves_alone_what_this_attempt_neither_found_nor_wrote(tmp_path: Path) -> None:
+    for step in (100, 120, 140, 900):
+        write(tmp_path, step)
+    prune(tmp_path, checkpoint.CheckpointConfig(keep=1), newest=140, known={100, 120, 140})
+    assert committed_steps(tmp_path) == [140, 900]
+
+
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12)
 )

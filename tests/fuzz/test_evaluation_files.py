@@ -1,0 +1,67 @@
+"""Fuzz: what people hand to `pipeline evaluate`: sentence pairs, scored pairs, XNLI, SQuAD and MLQA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.evaluation.retrieval import RetrievalConfig, read_pairs
+from pipeline.evaluation.squad_data import read_squad
+from pipeline.evaluation.sts import read_scored_pairs
+from pipeline.evaluation.tatoeba import read_line_pairs
+from pipeline.evaluation.xnli_data import read_xnli
+from tests.conftest import REPO
+from tests.fuzz.mutations import mutated_bytes, mutated_json
+from tests.fuzz.trials import fuzz, refused_or_done
+
+SQUAD = {"version": "1.1", "data": [{"title": "t", "paragraphs": [{"context": "The cat sat on the mat.", "qas": [
+    {"id": "1", "question": "Who sat?", "answers": [{"text": "The cat", "answer_start": 0}]},
+    {"id": "2", "question": "Where?", "answers": [{"text": "on the mat", "answer_start": 12}]}]}]}]}  # fmt: skip
+SCORED = b"sentence1,sentence2,score\n" + b"".join(b'"one, %d",two,%d.5\n' % (n, n % 5) for n in range(8))
+XNLI = b"language\tgold_label\tsentence1\tsentence2\n" + b"".join(
+    b"%s\t%s\tone %d\ttwo\n" % (language, label, n)
+    for n, (language, label) in enumerate([(b"en", b"neutral"), (b"de", b"entailment"), (b"en", b"contradiction")] * 2)
+)
+MNLI = b"premise\thypo\tlabel\n" + b"one\ttwo\tneutral\nthree\tfour\tcontradictory\nfive\tsix\tentailment\n"
+
+
+def test_sentence_pairs(tmp_path: Path) -> None:
+    content = next(iter(sorted((REPO / "samples" / "parallel").glob("en-*.tsv")))).read_bytes()[:4000]
+    (tmp_path / "pairs").mkdir()
+    lines = tmp_path / "tatoeba.deu-eng.deu", tmp_path / "tatoeba.deu-eng.eng"
+
+    def trial(seed: int, times: int) -> None:
+        (tmp_path / "pairs" / "en-de.tsv").write_bytes(mutated_bytes(content, seed, times))
+        refused_or_done(lambda: read_pairs(RetrievalConfig(pairs=str(tmp_path / "pairs"))))
+        for number, path in enumerate(lines):
+            path.write_bytes(mutated_bytes(b"one\ntwo\nthree\nfour\n", seed + number, times))
+        refused_or_done(lambda: read_line_pairs(*lines, 100))
+
+    fuzz("sentence pairs", trial)
+
+
+def test_scored_pairs(tmp_path: Path) -> None:
+    def trial(seed: int, times: int) -> None:
+        path = tmp_path / ("sts.csv" if seed % 2 else "sts.tsv")
+        path.write_bytes(mutated_bytes(SCORED if seed % 2 else SCORED.replace(b",", b"\t"), seed, times))
+        refused_or_done(lambda: read_scored_pairs(path, ["sentence1", "sentence2", "score"]))
+
+    fuzz("scored pairs", trial)
+
+
+def test_xnli(tmp_path: Path) -> None:
+    def trial(seed: int, times: int) -> None:
+        for number, name in enumerate(("multinli.train.en.tsv", "xnli.dev.tsv", "xnli.test.tsv")):
+            (tmp_path / name).write_bytes(mutated_bytes(XNLI if number else MNLI, seed + number, times - 1))
+        refused_or_done(lambda: read_xnli(str(tmp_path), "en", None, None, None))
+
+    fuzz("XNLI", trial, kept=[(749, 2)])
+
+
+def test_squad(tmp_path: Path) -> None:
+    path = tmp_path / "train-v1.1.json"
+
+    def trial(seed: int, times: int) -> None:
+        path.write_bytes(mutated_json(SQUAD, seed, times))
+        refused_or_done(lambda: read_squad(path))
+
+    fuzz("SQuAD", trial, kept=[(160, 1)])
