@@ -34,7 +34,7 @@ from pipeline.how_to_prepare import how_to_prepare, text_of
 from pipeline.identity import Identity, identity_of
 from pipeline.recipe_warnings import recipe_warnings
 from pipeline.runtime import dist, ds_config, preflight
-from pipeline.runtime.determinism import deterministic_kernels
+from pipeline.runtime.determinism import deterministic_kernels, fix_workspace
 from pipeline.runtime.dist import Launch
 from pipeline.runtime.ds_config import BatchShape, Precisions
 from pipeline.runtime.engine import StudentEngine, device_precisions, partition_teacher
@@ -73,6 +73,8 @@ class Parts:
 
 def assemble(recipe: Recipe, recipe_path: Path, ds_path: Path, launch: Launch) -> Parts:
     """Build and cross-check all parts. Cheap checks come first; `UserError` or `DataError` says what does not fit."""
+    if recipe.deterministic and launch.device.type == "cuda":
+        fix_workspace()
     batch = ds_config.split_batch(recipe.global_batch, recipe.micro_batch_per_gpu, launch.world_size)
     config, warnings, teacher_precision = _on_all_ranks(lambda: _resolve(recipe, recipe_path, ds_path, launch), launch)
     precision = ds_config.precision_of(config)

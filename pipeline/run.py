@@ -17,7 +17,6 @@ from pipeline.dry_run import dry_run, writable_without_trace
 from pipeline.errors import EXIT_DONE
 from pipeline.runtime import clocks, dist
 from pipeline.runtime.allotment import unused_gpu_warning
-from pipeline.runtime.determinism import fix_workspace
 from pipeline.runtime.directory_lock import owned_by_rank_0, refuse_run_directory
 from pipeline.runtime.guard import StopRequests, Watchdog, process_mark
 from pipeline.runtime.launcher_watch import watch_launchers
@@ -45,8 +44,6 @@ def run_from_files(
         if warning := unused_gpu_warning():
             print(f"warning: {warning}", flush=True)
     recipe = load_recipe(recipe_path, overrides)
-    if recipe.deterministic and launch.device.type == "cuda":
-        fix_workspace()
     reads = {"the teacher": Path(recipe.teacher), "the shards": Path(recipe.data)}
     refuse_run_directory(run_dir, {"recipe.yaml": recipe_path, "deepspeed.json": ds_path}, reads)
     logs, trace, held = run_dir / "logs", contextlib.ExitStack(), contextlib.ExitStack()
