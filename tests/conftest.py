@@ -7,6 +7,7 @@ import lzma
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,28 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 REPO = Path(__file__).resolve().parent.parent
 SAMPLES = REPO / "samples"
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 TINY_PIECES = 2000
 TINY_VOCAB = TINY_PIECES + 2  # fairseq ids: every piece moves up by one, <mask> comes last
+
+
+@pytest.fixture(autouse=True)
+def leaves_no_launcher() -> Iterator[None]:
+    """`read_launch` completes the environment, and every rank and Slurm job that a later test starts inherits it."""
+    before = {name: os.environ.get(name) for name in LAUNCHER_VARIABLES}
+    yield
+    after = {name: os.environ.get(name) for name in LAUNCHER_VARIABLES}
+    assert after == before, "this test changed the launcher's variables: let it use the fixture no_launcher"
+
+
+@pytest.fixture
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """No launcher and no Slurm; what `read_launch` sets is taken back after the test."""
+    slurm = [name for name in os.environ if name.startswith("SLURM") or name == "ALLOW_CPU_RANKS"]
+    for name in (*LAUNCHER_VARIABLES, *slurm):
+        monkeypatch.setenv(name, "")  # so that it is put back, or removed again
+        monkeypatch.delenv(name)
+    return monkeypatch
 
 
 def make_tiny_tokenizer(directory: Path) -> Path:

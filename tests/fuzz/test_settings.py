@@ -80,19 +80,17 @@ def test_teacher_config(tmp_path: Path, tiny_teacher: Path) -> None:
     fuzz("teacher's config.json", trial, quick_trials=60)
 
 
-def test_launcher_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launcher_environment(no_launcher: pytest.MonkeyPatch) -> None:
     odd = ["", " ", "0", "1", "2", "-1", "1.5", "x", "٣", "²", "9" * 30, "1e3", "0x1", "65536", "70000", "nan", "inf"]
 
     def trial(seed: int, times: int) -> None:
         choice = random.Random(seed)
-        with monkeypatch.context() as patch:
+        with no_launcher.context() as patch:
             for name in VARIABLES:
                 patch.delenv(name, raising=False)
             patch.setenv("MASTER_ADDR", "127.0.0.1")
             for name in choice.sample(VARIABLES, times + 1):
                 patch.setenv(name, choice.choice(odd))
             refused_or_done(read_launch)
-            for name in VARIABLES:
-                patch.delenv(name, raising=False)
 
     fuzz("launcher's environment", trial)

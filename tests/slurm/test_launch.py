@@ -27,26 +27,16 @@ TASK = {
 
 
 @pytest.fixture
-def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+def environment(no_launcher: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
     """Nothing of a launcher, and a `scontrol` that knows the nodes localhost and 'far'."""
-    for name in [*os.environ]:
-        if (
-            name.startswith("SLURM")
-            or name == "ALLOW_CPU_RANKS"
-            or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        ):
-            monkeypatch.delenv(name)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")  # so that what read_launch sets is taken back after the test
-        monkeypatch.delenv(name)
     fake = tmp_path / "scontrol"
     fake.write_text(
         '#!/bin/sh\n[ "$3" = hostnames ] && echo "${FIRST_NODE}" && echo n2 || echo "NodeName=x NodeAddr=10.0.0.7"\n'
     )
     fake.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("FIRST_NODE", "localhost")
-    return monkeypatch
+    no_launcher.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    no_launcher.setenv("FIRST_NODE", "localhost")
+    return no_launcher
 
 
 def start(environment: pytest.MonkeyPatch, **changes: str) -> None:

@@ -82,6 +82,8 @@ def test_a_node_loses_power(training: Training, two_node_run: Path, tmp_path: Pa
     """Slurm requeues; the job resumes from the last whole checkpoint."""
     job = training.submit(tmp_path / "run", "--nodes=2", SLOW_STEP_S="1", SLOW_LIVES="1")
     job.wait_step(life=0, step=5)
+    # Files are committed after the line of the next step.
+    training.cluster.wait_for(lambda: 4 in committed_steps(job.run_dir / "checkpoints"), "checkpoint of step 4")
     # On a node that comes back, Slurm kills what it believes to be left of the job, the new life included.
     job.restart_delay_s = KILL_WAIT_S + 2
     training.cluster.lose_power("n2")
