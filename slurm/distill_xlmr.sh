@@ -153,15 +153,17 @@ nodes_answer() {
 }
 
 report_failure() {
-  local code=$1 log
+  local code=$1 log cause
   for log in "$logs"-*.log; do
     printf '\n---- the end of %s\n' "$log"
     # Below torchrun's "failed (exitcode ...)" stands only its own traceback.
     sed '/elastic.*failed (exitcode/q' "$log" | tail -n 25 || true
   done
-  likely_cause >"$run_dir/FAILED"
+  cause=$(likely_cause)
+  # A run that another job is training has not failed.
+  [[ $cause == *' is in use by '* ]] || printf '%s\n' "$cause" >"$run_dir/FAILED"
   printf '\nerror: job %s failed (code %s) and is not requeued. Cause, as the logs tell it:\n%s\n' \
-    "$SLURM_JOB_ID" "$code" "$(<"$run_dir/FAILED")"
+    "$SLURM_JOB_ID" "$code" "$cause"
 }
 
 # Last lines of tracebacks and error messages, without those of ranks that only lost a neighbour; a rank that was killed

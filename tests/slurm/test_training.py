@@ -149,6 +149,21 @@ def test_the_jobs_own_time_limit(time_limited_job: Job, plain_run: Path) -> None
     assert same_weights(job.run_dir, plain_run)
 
 
+def test_two_jobs_for_one_run_directory(training: Training, plain_run: Path, tmp_path: Path) -> None:
+    """Each on a node of its own: the second is rejected and says who holds it, the first ends as if it had been alone."""
+    first = training.submit(tmp_path / "run", "--nodelist=n1", SLOW_STEP_S="4")
+    first.wait_step(life=0, step=2)
+    its_log = tmp_path / "second.out"
+    second = training.submit(tmp_path / "run", "--nodelist=n2", f"--output={its_log}")
+    assert second.wait_end() == "FAILED", its_log.read_text()
+    assert re.search(r"the run directory .* is in use by process \d+ on \S+, since 2", its_log.read_text())
+    assert second.restarts == 0
+    assert not (first.run_dir / "FAILED").exists(), "the run has not failed"
+    assert first.wait_end() == "COMPLETED", first.log
+    assert same_weights(first.run_dir, plain_run)
+    assert curve(first.run_dir) == curve(plain_run)
+
+
 def test_a_finished_run_is_trained_further_or_left_alone(training: Training, plain_run: Path, tmp_path: Path) -> None:
     """As pipeline/train.py does it: two more steps are taken, the same steps are there already, another seed is rejected."""
     run_dir = Path(shutil.copytree(plain_run, tmp_path / "run"))
