@@ -8,6 +8,7 @@ A mishap is a dictionary: `kind`, `rank` (absent: every rank), and when. Steps c
     file size  in the save of step `save` no file may grow past `bytes`: the kernel refuses the write
     nan        the loss of `steps` is multiplied by not-a-number, so that every gradient of this rank is
     spike      the loss of `steps` is multiplied by a hundred
+    broken weights  after step `step` one master weight of this rank is not a number
     pause      every step takes `seconds` longer
     witness    nothing goes wrong: every micro-batch that the student is fed is appended to `file`
     resave     nothing goes wrong: what was loaded is saved again to the directory `to`
@@ -51,7 +52,7 @@ def arrange(mishaps: list[Mishap], rank: int) -> None:
     from pipeline.trainer import Trainer
 
     kinds = {kind: [m for m in mine if m["kind"] == kind] for kind in {m["kind"] for m in mine}}
-    _around_steps(Trainer, [m for m in mine if m["kind"] in ("signal", "nan", "spike", "pause", "witness")])
+    _around_steps(Trainer, [m for m in mine if m["kind"] in ("signal", "nan", "spike", "broken weights", "pause", "witness")])
     _around_saves(CheckpointWriter, [m for m in mine if m["kind"] in ("at call", "file size")])
     if "no memory" in kinds:
         checkpoint_writer.available_memory_bytes = lambda: 0
@@ -80,7 +81,11 @@ def _around_steps(trainer: Any, mishaps: list[Mishap]) -> None:
             self.engine.__class__ = _unlucky(type(self.engine), mishaps, now)
         now.update(step=step, micro=0)
         time.sleep(sum(m["seconds"] for m in mishaps if m["kind"] == "pause"))
-        return whole_step(self, step, batches)
+        report = whole_step(self, step, batches)
+        if any(m["kind"] == "broken weights" and m["step"] == step for m in mishaps):
+            fragment = next(self.engine.fragments())
+            fragment.view(fragment.buffer)[0] = float("nan")
+        return report
 
     trainer.train_step = train_step
 
