@@ -1,11 +1,14 @@
-"""A training process that tests of one session share."""
+"""What tests with real ranks share: a training process, a process that forks ranks, and a place for their runs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from benchmarks.faults.lab import Lab
+from tests.dist.fork_server import ForkServer
 from tests.dist.training_process import TrainingProcess
 
 
@@ -13,3 +16,14 @@ from tests.dist.training_process import TrainingProcess
 def training() -> Iterator[TrainingProcess]:
     with TrainingProcess() as process:
         yield process
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    with ForkServer() as server:
+        yield server
+
+
+@pytest.fixture
+def lab(server: ForkServer, tiny_recipe: Path, tmp_path: Path) -> Lab:
+    return Lab(tmp_path, server, tiny_recipe)

@@ -11,6 +11,7 @@ A mishap is a dictionary: `kind`, `rank` (absent: every rank), and when. Steps c
     broken weights  after step `step` one master weight of this rank is not a number
     pause      every step takes `seconds` longer
     witness    nothing goes wrong: every micro-batch that the student is fed is appended to `file`
+    kernels    nothing goes wrong: whether torch's strict mode was on in the student's forward and in backward goes to `file`
     resave     nothing goes wrong: what was loaded is saved again to the directory `to`
     no memory  a save finds none left for a snapshot
     stop file  STOP is made while the run starts, after it has begun to listen for it
@@ -52,7 +53,7 @@ def arrange(mishaps: list[Mishap], rank: int) -> None:
     from pipeline.trainer import Trainer
 
     kinds = {kind: [m for m in mine if m["kind"] == kind] for kind in {m["kind"] for m in mine}}
-    _around_steps(Trainer, [m for m in mine if m["kind"] in ("signal", "nan", "spike", "broken weights", "pause", "witness")])
+    _around_steps(Trainer, [m for m in mine if m["kind"] in ("signal", "nan", "spike", "broken weights", "pause", "witness", "kernels")])
     _around_saves(CheckpointWriter, [m for m in mine if m["kind"] in ("at call", "file size")])
     if "no memory" in kinds:
         checkpoint_writer.available_memory_bytes = lambda: 0
@@ -102,13 +103,23 @@ def _unlucky(engine: type, mishaps: list[Mishap], now: dict[str, int]) -> type:
                 with open(mishap["file"], "a") as file:
                     file.write(json.dumps(line) + "\n")
         now["micro"] += 1
+        files = [mishap["file"] for mishap in mishaps if mishap["kind"] == "kernels"]
+        hook = self.module.student.register_forward_hook(lambda *unused: _note_mode(files, "forward"))
         loss, parts = engine.__call__(self, *arguments, **keywords)
+        hook.remove()
+        loss.register_hook(lambda unused: _note_mode(files, "backward"))
         for kind, factor in (("nan", float("nan")), ("spike", 100.0)):
             if any(now["step"] in mishap["steps"] for mishap in mishaps if mishap["kind"] == kind):
                 loss = loss * factor
         return loss, parts
 
     return type("Unlucky", (engine,), {"__call__": call})
+
+
+def _note_mode(files: list[str], where: str) -> None:
+    for file in files:
+        with open(file, "a") as notes:
+            notes.write(f"{where} {torch.are_deterministic_algorithms_enabled()}\n")
 
 
 def _make_stop_file_in_start_up(trainer: Any) -> None:

@@ -12,12 +12,6 @@ from benchmarks.faults.lab import Lab
 from tests.dist.fork_server import ForkServer
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with ForkServer() as server:
-        yield server
-
-
 @pytest.mark.parametrize("name", FIGURES)
 def test_promise_is_kept(name: str, server: ForkServer, tiny_recipe: Path, tmp_path: Path) -> None:
     outcome = FIGURES[name](Lab(tmp_path, server, tiny_recipe), True)

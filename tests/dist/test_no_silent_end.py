@@ -25,17 +25,6 @@ from tests.dist.runs import end_group
 STEPS = {"steps": 8, "save_every": 1, "eval_every": 8, "checkpoint.keep": 10}
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with ForkServer() as server:
-        yield server
-
-
-@pytest.fixture
-def lab(server: ForkServer, tiny_recipe: Path, tmp_path: Path) -> Lab:
-    return Lab(tmp_path, server, tiny_recipe)
-
-
 def test_a_shard_cut_while_it_is_read_is_named(lab: Lab) -> None:
     """Reading beyond the end of a mapped file would kill the process by SIGBUS."""
     data = Path(shutil.copytree(load_recipe(lab.recipe, []).data, lab.directory / "shards"))

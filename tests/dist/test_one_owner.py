@@ -18,17 +18,6 @@ from tests.dist.runs import end_group
 SLOW = {"kind": "pause", "seconds": 0.05}
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with ForkServer() as server:
-        yield server
-
-
-@pytest.fixture
-def lab(server: ForkServer, tiny_recipe: Path, tmp_path: Path) -> Lab:
-    return Lab(tmp_path, server, tiny_recipe)
-
-
 def names_in(run_dir: Path) -> set[str]:
     """Without what the running run is just about to rename."""
     return {path.name for path in run_dir.iterdir() if path.suffix != ".tmp"}

@@ -29,17 +29,6 @@ from tests.dist.runs import curve, end_group, metrics
 STEPS = {"steps": 8, "save_every": 1, "eval_every": 8, "checkpoint.keep": 10}
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with ForkServer() as server:
-        yield server
-
-
-@pytest.fixture
-def lab(server: ForkServer, tiny_recipe: Path, tmp_path: Path) -> Lab:
-    return Lab(tmp_path, server, tiny_recipe)
-
-
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_spike_changes_nothing_and_its_rows_are_recorded(stage: int, lab: Lab) -> None:
     """Rank 1 meets a loss a hundred times too high: no rank takes the step, and a resumed run judges alike."""
@@ -62,6 +51,15 @@ def test_a_spike_changes_nothing_and_its_rows_are_recorded(stage: int, lab: Lab)
     assert (stopped / "PREEMPTED").exists()
     assert lab.live(stopped, 2, settings, stage, [spike]) == 0
     assert same_end(stopped, run_dir)
+
+
+@pytest.mark.parametrize(("stage", "wanted"), [(2, True), (3, True), (2, False)])
+def test_gradients_are_made_by_kernels_that_repeat_themselves(stage: int, wanted: bool, lab: Lab) -> None:
+    """In the student's forward, which decides the kernel of its backward on a GPU, and in backward; by default."""
+    notes = lab.directory / "notes"
+    settings = {"steps": 1, "eval_every": 1} | ({} if wanted else {"deterministic": False})
+    assert lab.live(lab.fresh("run"), 1, settings, stage, [{"kind": "kernels", "file": str(notes)}]) == 0
+    assert notes.read_text().splitlines()[:2] == [f"forward {wanted}", f"backward {wanted}"]
 
 
 @pytest.mark.parametrize(("stage", "freeze"), [(2, True), (3, True), (1, False)])
