@@ -123,6 +123,7 @@ def _entry_of(text: bytes) -> Entry | None:
     """None where the hash fits and the content is still none of ours."""
     try:
         entry = Entry(**json.loads(text))
+        _line(entry)  # half a character (\ud800) could not be written again
     except (ValueError, TypeError, RecursionError):
         return None
     numbers: list[Any] = [entry.source, entry.text_end]

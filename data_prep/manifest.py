@@ -142,6 +142,7 @@ def read_run(output: Path) -> dict[str, Any]:
                 raise DataError(
                     f"{file} names a language {language[:80]!r}: not a plain name. Do not use this directory."
                 )
+        json.dumps(run, ensure_ascii=False).encode()  # half a character (\ud800) could not be written to the manifest
         return run
     except FileNotFoundError as error:
         raise DataError(f"{output} is no output of `python -m data_prep prepare` ({RUN_NAME} is missing).") from error

@@ -25,6 +25,7 @@ from data_prep.numbering import adds_words, numbered_alike
 from data_prep.tokenizer_files import FAST_TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, no_tokenizer_in
 from data_prep.unfinished import why_no_manifest
 from data_prep.unreadable import DataError as DataError
+from data_prep.unreadable import Explained as Explained
 from data_prep.unreadable import UnreadableError as UnreadableError
 from data_prep.unreadable import read_again as read_again
 from data_prep.unreadable import unreadable

@@ -36,10 +36,23 @@ HINTS = {
     errno.ENFILE: "the whole machine has too many open files; close some programs",
     errno.ENOMEM: "free memory",
 }
+SHOWN_AT_EACH_END = 2000  # characters of an error message
 Result = TypeVar("Result")
 
 
-class DataError(ValueError):
+class Explained(ValueError):
+    """What is wrong, where, and how to mend it, in one paragraph. It names values of files that anybody may have written, so
+    one that is longer than a screen is cut in its middle: what is wrong stands first and what to do last."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        left_out = len(text) - 2 * SHOWN_AT_EACH_END
+        if left_out <= 0:
+            return text
+        return f"{text[:SHOWN_AT_EACH_END]} [... {left_out} characters ...] {text[-SHOWN_AT_EACH_END:]}"
+
+
+class DataError(Explained):
     """Something about text, tokenizer or shards that the user can mend: what is wrong, where, how to mend it."""
 
 

@@ -7,14 +7,14 @@ import sys
 from collections.abc import Callable, Sequence
 
 from data_prep.command_line import EXIT_USER, code_without_traceback, print_bytes_as_they_come
-from data_prep.shards import DataError
+from data_prep.shards import DataError, Explained
 
 EXIT_DONE = 0
 EXIT_SICK = 3
 EXIT_HUNG = 4
 
 
-class UserError(ValueError):
+class UserError(Explained):
     """Something that the user can mend. The message says what is wrong, where, and how to mend it."""
 
 

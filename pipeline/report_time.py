@@ -67,7 +67,7 @@ def events_of(run_dir: Path, metrics: Points, committed_steps: Sequence[int]) ->
     if not all(_is_start(start) for start in starts):
         raise UserError(f"{path} is no list of starts with time_s, first_step and world_size. {RESTORE}.")
     if not starts:
-        origin = metrics[0]["time_s"]
+        origin = metrics[0]["time_s"] if metrics else 0.0
         progress = [((point["time_s"] - origin) / SECONDS_PER_HOUR, point["step"]) for point in metrics]
         return Events([Life(progress, 1)], sorted(committed_steps), pauses(metrics))
     origin = starts[0]["time_s"]

@@ -15,6 +15,7 @@ import pytest
 
 from data_prep.__main__ import main as data_prep
 from data_prep.command_line import EXIT_INTERRUPTED, EXIT_USER
+from data_prep.shards import DataError
 from pipeline.__main__ import main as pipeline
 from pipeline.config import Recipe, load_recipe
 from pipeline.errors import EXIT_DONE, UserError, exit_code_of
@@ -177,3 +178,14 @@ def test_a_run_directory_that_cannot_be_made_is_named(tmp_path: Path, tiny_recip
     assert done.returncode == EXIT_USER
     assert f"the run directory {run_dir} cannot be written to" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("kind", [UserError, DataError])
+def test_a_message_of_any_length_shows_what_is_wrong_and_what_to_do(kind: type[ValueError]) -> None:
+    """A value of a file that anybody may have written is named in it, however long it is."""
+    value = "x" * 100_000
+    shown = str(kind(f"run.yaml: `{value}` is no key; to fix it: rm run.yaml"))
+    assert shown.startswith("run.yaml: `xxx")
+    assert shown.endswith("x` is no key; to fix it: rm run.yaml")
+    assert len(shown) < 4100
+    assert str(kind("short")) == "short"

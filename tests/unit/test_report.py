@@ -159,6 +159,12 @@ def test_a_run_without_lives(run_dir: Path) -> None:
     assert (len(events.lives), events.saved_steps, events.restarts) == (1, [4, 8], [4])
 
 
+def test_a_run_without_lives_that_has_not_logged_yet(run_dir: Path) -> None:
+    (run_dir / "lives.json").unlink()
+    events = events_of(run_dir, [], [4])
+    assert (events.saved, events.saved_steps, events.restarts) == ([], [4], [])
+
+
 @pytest.mark.parametrize("content", [None, "", '{"step": 0, "sam'])
 def test_nothing_to_report(tmp_path: Path, content: str | None) -> None:
     if content is not None:

@@ -1,0 +1,64 @@
+"""What knowing its teacher and owning its directory cost a run at its start, in seconds; no step pays anything.
+
+    python benchmarks/bench_start.py [RECIPE]      (recipes/quickstart.yaml, after `make demo`)
+
+Identity: hashes of the teacher's weights and config and of the tokenizer's files. Facts: what all ranks compare, with
+every shape of a student, serialised and hashed. Lock: taking and leaving a run directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+
+from data_prep.ownership import owned_directory  # noqa: E402
+from pipeline.agreement import settings_facts, shape_facts  # noqa: E402
+from pipeline.config import load_recipe  # noqa: E402
+from pipeline.distillation.teacher import load_encoder  # noqa: E402
+from pipeline.identity import identity_of  # noqa: E402
+
+ROUNDS = 7
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """Median of several rounds; the first one, which fills the page cache, does not count."""
+    spent = []
+    for _ in range(ROUNDS + 1):
+        began = time.perf_counter()
+        action()
+        spent.append(time.perf_counter() - began)
+    return statistics.median(spent[1:])
+
+
+def main() -> None:
+    recipe = load_recipe(Path(sys.argv[1] if len(sys.argv) > 1 else "recipes/quickstart.yaml"), [])
+    config = json.loads((REPO / "ds_configs/zero2.json").read_text())
+    weights = load_encoder(recipe.teacher).state_dict()
+
+    def facts() -> None:
+        everything = {**settings_facts(recipe, config, {}), **shape_facts(weights)}
+        hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+
+    def lock() -> None:
+        with tempfile.TemporaryDirectory() as directory, owned_directory(Path(directory) / "run", "the run directory"):
+            pass
+
+    parts = {"identity": lambda: identity_of(recipe.teacher, recipe.vocabulary), "facts": facts, "lock": lock}
+    found = {name: seconds(part) for name, part in parts.items()}
+    millions = sum(tensor.numel() for tensor in weights.values()) / 1e6
+    print(f"{recipe.teacher}, {millions:.1f} M parameters")
+    for name, spent in {**found, "together": sum(found.values())}.items():
+        print(f"{name:10s} {spent:8.4f} s")
+
+
+if __name__ == "__main__":
+    main()
