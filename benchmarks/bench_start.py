@@ -1,8 +1,8 @@
 """What knowing its teacher and owning its directory cost a run at its start, in seconds; no step pays anything.
 
-    python benchmarks/bench_start.py [RECIPE]      (recipes/quickstart.yaml, after `make demo`)
+    python benchmarks/bench_start.py
 
-Identity: hashes of the teacher's weights and config and of the tokenizer's files. Facts: what all ranks compare, with
+For recipes/quickstart.yaml, after `make demo`. Identity: hashes of the teacher's weights and config and of the tokenizer's files. Facts: what all ranks compare, with
 every shape of a student, serialised and hashed. Lock: taking and leaving a run directory.
 """
 
@@ -40,7 +40,7 @@ def seconds(action: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    recipe = load_recipe(Path(sys.argv[1] if len(sys.argv) > 1 else "recipes/quickstart.yaml"), [])
+    recipe = load_recipe(REPO / "recipes/quickstart.yaml", [])
     config = json.loads((REPO / "ds_configs/zero2.json").read_text())
     weights = load_encoder(recipe.teacher).state_dict()
 
