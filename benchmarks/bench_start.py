@@ -1,6 +1,6 @@
 """What knowing its teacher and owning its directory cost a run at its start, in seconds; no step pays anything.
 
-    python benchmarks/bench_start.py
+    python benchmarks/bench_start.py [--quick] [--json FILE]
 
 For recipes/quickstart.yaml, after `make demo`. Identity: hashes of the teacher's weights and config and of the tokenizer's files. Facts: what all ranks compare, with
 every shape of a student, serialised and hashed. Lock: taking and leaving a run directory.
@@ -20,6 +20,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
+from benchmarks.measure import arguments, publish  # noqa: E402
 from data_prep.ownership import owned_directory  # noqa: E402
 from pipeline.agreement import settings_facts, shape_facts  # noqa: E402
 from pipeline.config import load_recipe  # noqa: E402
@@ -29,10 +30,10 @@ from pipeline.identity import identity_of  # noqa: E402
 ROUNDS = 7
 
 
-def seconds(action: Callable[[], object]) -> float:
-    """Median of several rounds; the first one, which fills the page cache, does not count."""
+def seconds(action: Callable[[], object], rounds: int) -> float:
+    """Median of `rounds`; one more before them fills the page cache and does not count."""
     spent = []
-    for _ in range(ROUNDS + 1):
+    for _ in range(rounds + 1):
         began = time.perf_counter()
         action()
         spent.append(time.perf_counter() - began)
@@ -40,6 +41,7 @@ def seconds(action: Callable[[], object]) -> float:
 
 
 def main() -> None:
+    options = arguments(__doc__).parse_args()
     recipe = load_recipe(REPO / "recipes/quickstart.yaml", [])
     config = json.loads((REPO / "ds_configs/zero2.json").read_text())
     weights = load_encoder(recipe.teacher).state_dict()
@@ -53,11 +55,11 @@ def main() -> None:
             pass
 
     parts = {"identity": lambda: identity_of(recipe.teacher, recipe.vocabulary), "facts": facts, "lock": lock}
-    found = {name: seconds(part) for name, part in parts.items()}
+    found = {name: seconds(part, 2 if options.quick else ROUNDS) for name, part in parts.items()}
+    found["together"] = sum(found.values())
     millions = sum(tensor.numel() for tensor in weights.values()) / 1e6
-    print(f"{recipe.teacher}, {millions:.1f} M parameters")
-    for name, spent in {**found, "together": sum(found.values())}.items():
-        print(f"{name:10s} {spent:8.4f} s")
+    title = f"Cost at the start of a run: {recipe.teacher}, {millions:.1f} M parameters"
+    publish(title, ["part", "seconds"], [list(row) for row in found.items()], found, options.json)
 
 
 if __name__ == "__main__":
