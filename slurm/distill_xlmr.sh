@@ -54,7 +54,7 @@ refuse_to_loop() {
     ((code != 2)) || fail "the recipe of this job cannot be read (see above)"
     note "$run_dir has ended before ($(<"$run_dir/DONE")), and this job asks for something else: training decides"
   fi
-  done_before=$(mark_of "$run_dir/DONE")
+  done_before=$(mark_of "$run_dir/DONE") preempted_before=$(mark_of "$run_dir/PREEMPTED")
   if ((life > max_restarts)); then
     fail "this is restart $life of job $SLURM_JOB_ID, and MAX_RESTARTS is $max_restarts. If all is well, submit it anew:" \
       "it goes on from the newest checkpoint in $run_dir"
@@ -113,8 +113,10 @@ report_and_end() {
   if [[ -f $run_dir/DONE ]] && { ((code == 0)) || [[ $(mark_of "$run_dir/DONE") != "$done_before" ]]; }; then
     note "$(<"$run_dir/DONE")"
     exit 0
-  elif [[ -f $run_dir/PREEMPTED ]]; then
+  elif [[ -f $run_dir/PREEMPTED && $(mark_of "$run_dir/PREEMPTED") != "$preempted_before" ]]; then
     note "$(<"$run_dir/PREEMPTED")"
+  elif is_being_preempted; then
+    note "Slurm is giving this job's nodes to another job; what is lost is what came after the newest checkpoint"
   elif nodes_answer; then
     report_failure "$code"
     exit 1
@@ -144,6 +146,12 @@ requeue() {
     fail "this cluster does not requeue; submit again to go on, or let submit_all.sh --chain N queue several jobs that" \
       "follow each other"
   fi
+}
+
+# Slurm's own preemption sends TERM to the ranks. Before they have met they have nothing to save and end at once, without a
+# marker, while the job still has its grace time: that is no failure. PreemptTime is set from the decision on.
+is_being_preempted() {
+  scontrol --oneliner show job "$SLURM_JOB_ID" | grep -qE '(^| )PreemptTime=[0-9]'
 }
 
 # Slurm requeues by itself when it has noticed that a node is dead, but the ranks may notice minutes earlier.
@@ -184,7 +192,6 @@ name_job distill-xlmr "$(basename "$run_dir")-train"
 refuse_to_loop
 mkdir -p "$run_dir/logs"
 logs=$run_dir/logs/job$SLURM_JOB_ID-life$life
-rm -f "$run_dir/PREEMPTED" "$run_dir/FAILED"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_PER_TASK > processes ? SLURM_CPUS_PER_TASK / processes : 1))}
 step='' repeater='' asked='' cancelled=''
 trap 'ask_to_save USR1' USR1

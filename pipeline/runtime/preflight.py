@@ -118,7 +118,7 @@ def settle(run_dir: Path) -> None:
 
 def remove_markers(run_dir: Path) -> None:
     """Markers of how an earlier start ended."""
-    for marker in ("DONE", "PREEMPTED"):
+    for marker in ("DONE", "PREEMPTED", "FAILED"):
         with contextlib.suppress(OSError):
             make_way_for_file(run_dir / marker)
             (run_dir / marker).unlink(missing_ok=True)

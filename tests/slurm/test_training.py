@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,26 @@ def test_a_more_urgent_job_takes_the_node_and_gives_it_back(
     assert job.restarts == 1
     assert "signal SIGTERM" in job.log
     assert same_weights(job.run_dir, plain_run)
+
+
+def test_a_more_urgent_job_takes_a_node_while_the_ranks_meet(
+    training: Training, two_node_run: Path, tmp_path: Path
+) -> None:
+    """A rank that waits for the others has nothing to save and ends by TERM. That is not a failure of the run."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/PREEMPTED").write_text("left by an earlier job\n")
+    job = training.submit(tmp_path / "run", "--nodes=2", LATE_RANK="1", LATE_S="300")
+    training.cluster.wait_for(lambda: "recipe " in job.node_logs(0).get("n1", ""), "the first rank's start")
+    time.sleep(3)  # from its first line to where it waits
+    urgent = training.cluster.submit(
+        "--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path}/urgent.out", "--wrap=hostname"
+    )
+    assert training.cluster.wait_state(urgent, "COMPLETED", "FAILED") == "COMPLETED"
+    assert job.wait_end() == "COMPLETED", job.log
+    assert job.restarts == 1
+    assert "left by an earlier job" not in job.log
+    assert not (job.run_dir / "FAILED").exists()
+    assert same_weights(job.run_dir, two_node_run)
 
 
 def test_a_node_loses_power(training: Training, two_node_run: Path, tmp_path: Path) -> None:

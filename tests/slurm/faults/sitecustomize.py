@@ -1,6 +1,7 @@
 """Put on PYTHONPATH by the Slurm tests: makes the real trainer slow, or wrong on one rank, without touching its code.
 
 SLOW_STEP_S seconds pass before every step of the job's first SLOW_LIVES lives; rank BUG_RANK raises at step BUG_STEP.
+In the job's first life, rank LATE_RANK comes LATE_S seconds late to where the ranks meet.
 """
 
 import importlib.util
@@ -22,6 +23,10 @@ def alter(trainer):
         return whole_step(self, step, batches)
 
     trainer.train_step = train_step
+
+
+if "RANK" in os.environ and os.environ["RANK"] == os.environ.get("LATE_RANK"):
+    time.sleep(float(os.environ["LATE_S"]) if os.environ.get("SLURM_RESTART_COUNT", "0") == "0" else 0.0)
 
 
 class TrainerFinder(MetaPathFinder):
