@@ -71,7 +71,14 @@ def make_engine(run: dict[str, Any], world_size: int) -> StudentEngine:
 def execute(run: dict[str, Any], launch: dist.Launch) -> dict[str, Any]:
     engine = make_engine(run, launch.world_size)
     directory = Path(run["directory"])
-    report: dict[str, Any] = {"losses": {}, "scales": {}, "skipped": [], "unharmed": True, "problem": None, "checks": []}
+    report: dict[str, Any] = {
+        "losses": {},
+        "scales": {},
+        "skipped": [],
+        "unharmed": True,
+        "problem": None,
+        "checks": [],
+    }
     first = 0
     if "load" in run:
         reader = checkpoint.CheckpointReader(Path(run["load"]))

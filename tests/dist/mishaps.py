@@ -53,7 +53,10 @@ def arrange(mishaps: list[Mishap], rank: int) -> None:
     from pipeline.trainer import Trainer
 
     kinds = {kind: [m for m in mine if m["kind"] == kind] for kind in {m["kind"] for m in mine}}
-    _around_steps(Trainer, [m for m in mine if m["kind"] in ("signal", "nan", "spike", "broken weights", "pause", "witness", "kernels")])
+    _around_steps(
+        Trainer,
+        [m for m in mine if m["kind"] in ("signal", "nan", "spike", "broken weights", "pause", "witness", "kernels")],
+    )
     _around_saves(CheckpointWriter, [m for m in mine if m["kind"] in ("at call", "file size")])
     if "no memory" in kinds:
         checkpoint_writer.available_memory_bytes = lambda: 0

@@ -14,7 +14,9 @@ STEPS = 3
 
 
 def losses(training: TrainingProcess, words: list[object], run_dir: Path, *sets: str) -> list[float]:
-    pairs = [word for key in (f"steps={STEPS}", "eval_every=100", "metrics.log_every=1", *sets) for word in ("--set", key)]
+    pairs = [
+        word for key in (f"steps={STEPS}", "eval_every=100", "metrics.log_every=1", *sets) for word in ("--set", key)
+    ]
     ended = training.run(*words, "--run-dir", run_dir, *pairs)
     assert ended.code == 0, ended.err
     return list(curve(run_dir).values())

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import EXIT_SICK, EXIT_USER
-from tests.dist.runs import curve
 from tests.dist.fork_server import ForkServer
+from tests.dist.runs import curve
 from tests.dist.training_process import TrainingProcess
 
 

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,6 @@ from pipeline.config import load_recipe
 from pipeline.errors import EXIT_SICK, EXIT_USER, UserError
 from pipeline.export.hf import export_run
 from pipeline.runtime.checkpoint import commit, committed_steps, seal
-from tests.dist.fork_server import ForkServer
 from tests.dist.runs import end_group
 
 STEPS = {"steps": 8, "save_every": 1, "eval_every": 8, "checkpoint.keep": 10}

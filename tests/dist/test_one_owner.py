@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from benchmarks.faults.lab import Lab
 from pipeline.runtime.checkpoint import committed_steps, read_model_weights
-from tests.dist.fork_server import ForkServer
 from tests.dist.runs import end_group
 
 SLOW = {"kind": "pause", "seconds": 0.05}

@@ -92,7 +92,12 @@ def identity(run_dir: Path) -> dict[str, str]:
 
 def test_everything_that_describes_a_run_names_it(begun: Path, tmp_path: Path) -> None:
     known = identity(begun / "run")
-    assert {"teacher weights", "teacher config", "tokenizer sentencepiece.bpe.model", "tokenizer tokenizer.json"} == set(known)
+    assert {
+        "teacher weights",
+        "teacher config",
+        "tokenizer sentencepiece.bpe.model",
+        "tokenizer tokenizer.json",
+    } == set(known)
     assert json.loads((begun / "run" / "run.json").read_text())["identity"] == known
     pipeline(["export", str(begun / "run"), "--output", str(tmp_path / "student")])
     assert json.loads((tmp_path / "student" / "lineage.json").read_text())["identity"] == known
@@ -103,7 +108,9 @@ def test_one_number_of_the_teacher_changed(root: Path, resume: Train) -> None:
     other_weights(root / "teacher")
     ended = resume()
     assert ended.code == EXIT_USER
-    assert re.search(r"error: .*run was begun with another .*teacher weights: \w{12} -> \w{12}.*--allow-change", ended.err)
+    assert re.search(
+        r"error: .*run was begun with another .*teacher weights: \w{12} -> \w{12}.*--allow-change", ended.err
+    )
     assert committed_steps(root / "run" / "checkpoints") == [STOPPED_AT]
     ended = resume("--allow-change")
     assert ended.code == 0
@@ -141,7 +148,9 @@ def test_the_same_content_is_no_change(root: Path, resume: Train) -> None:
     place["lm_head.bias"] = "model-3.safetensors"
     (teacher / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": place}))
     about = json.loads((teacher / "config.json").read_text())
-    (teacher / "config.json").write_text(json.dumps({**about, "architectures": ["Other"], "transformers_version": "4.0"}))
+    (teacher / "config.json").write_text(
+        json.dumps({**about, "architectures": ["Other"], "transformers_version": "4.0"})
+    )
     ended = resume()
     assert ended.code == 0, ended.err
     assert "warning: --allow-change" not in ended.out
@@ -189,7 +198,10 @@ def test_export_takes_no_other_tokenizer(root: Path, tmp_path: Path, capsys: pyt
     path = root / "teacher" / "tokenizer.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "normalizer": None}))
     capsys.readouterr()
-    assert exit_code_of(lambda: pipeline(["export", str(root / "run"), "--output", str(tmp_path / "student")])) == EXIT_USER
+    assert (
+        exit_code_of(lambda: pipeline(["export", str(root / "run"), "--output", str(tmp_path / "student")]))
+        == EXIT_USER
+    )
     error = capsys.readouterr().err
     assert re.search(r"error: the tokenizer in .*teacher is no longer .*tokenizer tokenizer\.json: ", error)
     assert not (tmp_path / "student").exists()
@@ -283,7 +295,9 @@ def test_ranks_with_another_recipe_or_deepspeed_config_end_with_one_error(
     """Key, ranks, hosts and both values; before anything can leave the ranks waiting for each other."""
     host = socket.gethostname()
     error = start_two(("--set", "student.layers=1"))
-    assert f"rank 1 has another `student.layers` in the recipe than rank 0 (1 on {host} instead of 2 on {host})" in error
+    assert (
+        f"rank 1 has another `student.layers` in the recipe than rank 0 (1 on {host} instead of 2 on {host})" in error
+    )
     content = json.loads(fp32_config.read_text())
     other = tmp_path / "other.json"
     other.write_text(json.dumps({**content, "zero_optimization": {**content.get("zero_optimization", {}), "stage": 3}}))
@@ -305,7 +319,9 @@ def test_ranks_with_other_libraries_end_with_one_error(start_two: Callable, tmp_
 
 
 @pytest.mark.parametrize("second", ["other bytes", "cut", "other shards"])
-def test_each_copy_of_the_shards_is_checked(second: str, start_two: Callable, tiny_shards: Path, tmp_path: Path) -> None:
+def test_each_copy_of_the_shards_is_checked(
+    second: str, start_two: Callable, tiny_shards: Path, tmp_path: Path
+) -> None:
     """Each rank has a copy of its own; that of rank 1 is damaged where rank 0 would have looked, were it shared."""
     for rank in range(2):
         shutil.copytree(tiny_shards, tmp_path / f"home{rank}" / "shards")
@@ -333,7 +349,9 @@ def test_each_copy_of_the_shards_is_checked(second: str, start_two: Callable, ti
     assert re.search(expected[second], start_two(sets=sets))
 
 
-def test_another_version_or_deepspeed_config_is_said_at_a_resume(root: Path, resume: Train, tmp_path: Path, fp32_config: Path) -> None:
+def test_another_version_or_deepspeed_config_is_said_at_a_resume(
+    root: Path, resume: Train, tmp_path: Path, fp32_config: Path
+) -> None:
     committed = checkpoint_path(root / "run" / "checkpoints", STOPPED_AT)
     rewrite_state(committed, lambda state: state["versions"]["packages"].update(torch="2.0.0"))
     content = json.loads(fp32_config.read_text())
