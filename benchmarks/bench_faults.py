@@ -27,7 +27,7 @@ from tests.dist.fork_server import ForkServer  # noqa: E402
 FIGURES: dict[str, Callable[[Lab, bool], Outcome]] = {
     "exact": exact.interrupted_equals_uninterrupted,
     "kills": kills.kills,
-    "damage": damage.damaged_checkpoints,
+    "damage": damage.corrupted_checkpoints,
     "layouts": exact.ranks_and_stages_change,
     "preempt": kills.preemptions,
     "nan": exact.not_a_number,

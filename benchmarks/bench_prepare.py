@@ -29,11 +29,11 @@ from benchmarks import measure  # noqa: E402
 from data_prep.blocks import cut_blocks  # noqa: E402
 from data_prep.clean import CleanOptions  # noqa: E402
 from data_prep.encode import encode_block  # noqa: E402
-from data_prep.layout import Identity  # noqa: E402
+from data_prep.shard_layout import Identity  # noqa: E402
+from data_prep.shard_writer import ShardWriter  # noqa: E402
 from data_prep.shards import ShardSet  # noqa: E402
 from data_prep.sources import Source  # noqa: E402
 from data_prep.tokenizer import SentencePieceTokenizer  # noqa: E402
-from data_prep.writer import ShardWriter  # noqa: E402
 
 TOKENIZER = REPO / "artifacts" / "teacher" / "sentencepiece.bpe.model"
 BARE_LOOP = """
@@ -140,7 +140,7 @@ def in_turns(source: Path, model: Path, work: Path) -> float:
         tokenizer.processor.encode(lines, out_type=int, num_threads=1)
         bare += time.process_time() - start
     start = time.process_time()
-    writer.seal()
+    writer.fsync_and_hash()
     return bare / (whole + time.process_time() - start)
 
 

@@ -32,16 +32,16 @@ from transformers import AutoTokenizer
 
 from benchmarks.measure import arguments, publish
 from data_prep.shards import ShardSet
-from pipeline.assembly import CALIBRATION_TOKENS
 from pipeline.data.batches import BatchSource
 from pipeline.distillation.distiller import DistillModule, RelationsConfig
-from pipeline.distillation.projection import Calibration
-from pipeline.distillation.student import Student, StudentConfig, build_student
+from pipeline.distillation.models.projection import Calibration
+from pipeline.distillation.models.student import Student, StudentConfig, build_student
+from pipeline.distillation.models.teacher import cast_parameters, load_encoder
 from pipeline.distillation.tap import tap
-from pipeline.distillation.teacher import cast_parameters, load_encoder
 from pipeline.evaluation.encoder import POOLINGS, Encoder
 from pipeline.evaluation.retrieval import RetrievalConfig, evaluate_retrieval
-from pipeline.runtime.schedule import OptimizerConfig, learning_rate, parameter_groups
+from pipeline.runtime.optimizer import OptimizerConfig, learning_rate, parameter_groups
+from pipeline.training.build import CALIBRATION_TOKENS
 
 TOKENS, ROWS_AT_ONCE = 128, 16
 RETRIEVAL = RetrievalConfig(languages=["de", "ru", "zh-Hans", "ja", "ar", "tr", "id", "fa"], max_pairs=120)
@@ -171,7 +171,7 @@ class Run:
             calibration=calibration,
         )
         basis_Dd = self.student.basis_Dd
-        self.student.carried.clear()  # this run goes on in the model itself, nothing is put back at its end
+        self.student.untrained.clear()  # this run goes on in the model itself, nothing is put back at its end
         if "embeddings" in variant.student.freeze and variant.student.init == "layers":
             self.student.model.get_input_embeddings().weight.data = whole_teacher.get_input_embeddings().weight.data
         tapped = InPrecision(self.student.tapped, dtype)

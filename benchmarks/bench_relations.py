@@ -17,8 +17,8 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.measure import arguments, markdown_table, publish
-from benchmarks.obvious import added_peak_mb, interleaved_cpu_seconds, naive_relation
-from pipeline.distillation.relations import BACKENDS, relation_kl
+from benchmarks.naive_baseline import added_peak_mb, interleaved_cpu_seconds, naive_relation
+from pipeline.distillation.relations.loss import BACKENDS, relation_kl
 
 # name, B, L, teacher width, student width, heads
 SHAPES = [

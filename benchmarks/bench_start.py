@@ -22,10 +22,10 @@ sys.path.insert(0, str(REPO))
 
 from benchmarks.measure import arguments, publish  # noqa: E402
 from data_prep.ownership import owned_directory  # noqa: E402
-from pipeline.agreement import settings_facts, shape_facts  # noqa: E402
 from pipeline.config import load_recipe  # noqa: E402
-from pipeline.distillation.teacher import load_encoder  # noqa: E402
-from pipeline.identity import identity_of  # noqa: E402
+from pipeline.distillation.models.teacher import load_encoder  # noqa: E402
+from pipeline.training.agreement import settings_facts, shape_facts  # noqa: E402
+from pipeline.training.identity import identity_of  # noqa: E402
 
 ROUNDS = 7
 

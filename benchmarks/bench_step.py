@@ -21,11 +21,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import XLMRobertaConfig, XLMRobertaModel
 
 from benchmarks.measure import arguments, markdown_table, publish
-from benchmarks.obvious import HookedEncoder, added_peak_mb, interleaved_cpu_seconds, naive_relation
+from benchmarks.naive_baseline import HookedEncoder, added_peak_mb, interleaved_cpu_seconds, naive_relation
 from pipeline.distillation.distiller import DistillModule, RelationsConfig
-from pipeline.distillation.student import StudentConfig, build_student
+from pipeline.distillation.models.student import StudentConfig, build_student
+from pipeline.distillation.models.teacher import FrozenTeacher, load_teacher
 from pipeline.distillation.tap import tap
-from pipeline.distillation.teacher import FrozenTeacher, load_teacher
 
 HEADS = 48
 SHAPES = [(2, 512), (4, 128)]
@@ -58,7 +58,7 @@ def step_variants(vocabulary: int, input_ids: torch.Tensor) -> dict[str, Callabl
     relations = RelationsConfig(heads=HEADS, backend="chunked")
     shape = StudentConfig(layers=6, hidden=384, heads=12, dropout=0.0)
 
-    def obvious_step() -> Callable[[], None]:
+    def naive_step() -> Callable[[], None]:
         student_model = build_student(whole, shape, 0).model.train()
         teacher, student = HookedEncoder(whole, 12), HookedEncoder(student_model, 6)
 
@@ -71,7 +71,7 @@ def step_variants(vocabulary: int, input_ids: torch.Tensor) -> dict[str, Callabl
 
         return run
 
-    def own_step(teacher: FrozenTeacher, freeze: bool) -> Callable[[], None]:
+    def product_step(teacher: FrozenTeacher, freeze: bool) -> Callable[[], None]:
         student = build_student(whole, shape, 0)
         student.model.get_input_embeddings().weight.requires_grad_(not freeze)
         module = DistillModule(teacher, student.tapped, relations).train()
@@ -84,11 +84,11 @@ def step_variants(vocabulary: int, input_ids: torch.Tensor) -> dict[str, Callabl
 
     half_teacher = load_teacher(copy.deepcopy(whole), 12, torch.bfloat16)
     return {
-        "obvious": obvious_step(),
-        "own, fp32": own_step(load_teacher(whole, 12), False),
-        "own, fp32, embeddings frozen": own_step(load_teacher(whole, 12), True),
-        "own, bf16 teacher": own_step(half_teacher, False),
-        "own, bf16 teacher, embeddings frozen": own_step(half_teacher, True),
+        "obvious": naive_step(),
+        "own, fp32": product_step(load_teacher(whole, 12), False),
+        "own, fp32, embeddings frozen": product_step(load_teacher(whole, 12), True),
+        "own, bf16 teacher": product_step(half_teacher, False),
+        "own, bf16 teacher, embeddings frozen": product_step(half_teacher, True),
     }
 
 

@@ -26,13 +26,13 @@ import transformers
 from transformers import AutoModel
 
 from benchmarks.measure import arguments, markdown_table, publish
-from benchmarks.obvious import interleaved_cpu_seconds
+from benchmarks.naive_baseline import interleaved_cpu_seconds
 from data_prep.shards import ShardSet
+from data_prep.token_counts import token_counts_of_shards
 from data_prep.tokenizer import SentencePieceTokenizer
-from data_prep.usage import usage_of_shards
 from data_prep.vocabulary import TrimOptions, trim_vocabulary
 from pipeline.config import Recipe, load_recipe
-from pipeline.distillation.vocabulary import MODEL_FILE, read_vocabulary
+from pipeline.distillation.models.vocabulary import MODEL_FILE, read_vocabulary
 from pipeline.evaluation.encoder import Encoder, load_encoder
 from pipeline.evaluation.retrieval import RetrievalConfig
 from pipeline.export.card import count_parameters
@@ -115,7 +115,7 @@ def make_vocabulary(recipe: Recipe, languages: list[str], output: Path) -> Path:
     shards = ShardSet(recipe.data)
     tokenizer = SentencePieceTokenizer(Path(recipe.tokenizer) / MODEL_FILE)
     options = TrimOptions([language for language in languages if language in shards.languages])
-    trim_vocabulary(tokenizer, usage_of_shards(shards), options, output)
+    trim_vocabulary(tokenizer, token_counts_of_shards(shards), options, output)
     return output
 
 

@@ -17,11 +17,11 @@ from transformers import AutoModel
 
 from pipeline.config import Recipe, load_recipe
 from pipeline.distillation.distiller import DistillModule
-from pipeline.distillation.families import family_of
-from pipeline.distillation.student import build_student
-from pipeline.distillation.teacher import load_teacher
+from pipeline.distillation.models.architectures import architecture_of
+from pipeline.distillation.models.student import build_student
+from pipeline.distillation.models.teacher import load_teacher
 from pipeline.planning.devices import DEVICES
-from pipeline.planning.encoders import read_config
+from pipeline.planning.meta_models import read_config
 from pipeline.planning.plan import Plan, Planner
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "xlmr_large_l12_h384.yaml"
@@ -161,7 +161,7 @@ def measured_flops(case: Case, directory: Path) -> int:
     """Operations that torch counts in one real micro-batch: both forwards, the loss, the student's backward."""
     recipe, relations = case.load(), case.load().relations
     config = read_config(recipe.teacher, case.write_config(directory))
-    pooler = {"add_pooling_layer": False} if family_of(config).has_pooler else {}
+    pooler = {"add_pooling_layer": False} if architecture_of(config).has_pooler else {}
     torch.manual_seed(0)
     model = AutoModel.from_config(config, dtype=torch.float32, **pooler)
     taps = (relations.student_taps, relations.teacher_taps)

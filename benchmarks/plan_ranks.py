@@ -26,16 +26,16 @@ import torch.distributed
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModel
 
-from pipeline.assembly import DTYPES
 from pipeline.config import Recipe, load_recipe
 from pipeline.distillation.distiller import DistillModule
-from pipeline.distillation.families import family_of
-from pipeline.distillation.student import build_student
-from pipeline.distillation.teacher import load_teacher
-from pipeline.planning.encoders import read_config
+from pipeline.distillation.models.architectures import architecture_of
+from pipeline.distillation.models.student import build_student
+from pipeline.distillation.models.teacher import load_teacher
+from pipeline.planning.meta_models import read_config
 from pipeline.runtime import dist
 from pipeline.runtime.ds_config import split_batch
 from pipeline.runtime.engine import StudentEngine, partition_teacher
+from pipeline.training.build import DTYPES
 from tests.dist.ports import free_port
 
 GATHER_LIMITS = ("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size")
@@ -43,11 +43,11 @@ COLLECTIVES = ("all_reduce", "reduce", "all_gather_into_tensor", "reduce_scatter
 
 
 def build(case: dict[str, Any], recipe: Recipe, launch: dist.Launch) -> tuple[StudentEngine, int, int]:
-    """The same objects as pipeline/assembly.py builds, from random weights; engine, micro-batch, accumulation."""
+    """The same objects as pipeline/training/build.py builds, from random weights; engine, micro-batch, accumulation."""
     relations = recipe.relations
     torch.manual_seed(0)
     config = read_config(recipe.teacher, Path(case["config"]))
-    pooler = {"add_pooling_layer": False} if family_of(config).has_pooler else {}
+    pooler = {"add_pooling_layer": False} if architecture_of(config).has_pooler else {}
     model = AutoModel.from_config(config, dtype=torch.float32, **pooler)
     taps = (relations.student_taps, relations.teacher_taps)
     student = build_student(model, recipe.student, 0, *taps, **relations.tap_options)
@@ -100,7 +100,7 @@ def run_rank(case: dict[str, Any], rank: int, port: int, report: Path) -> None:
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case["ranks"], "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in environment.items()}, MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
-    carried = count_collectives()  # before DeepSpeed takes its references to them
+    untrained = count_collectives()  # before DeepSpeed takes its references to them
     launch = dist.read_launch()
     dist.init_process_group(launch, 120)
     recipe = load_recipe(Path(case["recipe"]), case["set"])
@@ -110,9 +110,9 @@ def run_rank(case: dict[str, Any], rank: int, port: int, report: Path) -> None:
         ids_BL = torch.randint(4, case["vocabulary"], (rows, recipe.seq_len), generator=generator)
         optimizer_step(engine, ids_BL, accumulation)
         with torch.profiler.record_function("second step"):
-            carried.clear()
+            untrained.clear()
             optimizer_step(engine, ids_BL, accumulation)
-    result = {"peak_bytes": peak_bytes(profiler), "collectives": dict(carried)}
+    result = {"peak_bytes": peak_bytes(profiler), "collectives": dict(untrained)}
     report.write_text(json.dumps(result))
     os._exit(0)
 
@@ -131,20 +131,20 @@ def peak_bytes(profiler: profile) -> int:
 
 def count_collectives() -> dict[str, list[int]]:
     """Per kind: how often it is called, and the bytes of the whole tensor (of all ranks together) that it deals with."""
-    carried: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
+    untrained: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
 
     def wrap(kind: str, original: Any) -> Any:
         def counted(*arguments: Any, **keywords: Any) -> Any:
             tensors = [a for a in [*arguments, *keywords.values()] if isinstance(a, torch.Tensor)]
-            carried[kind][0] += 1
-            carried[kind][1] += max((t.numel() * t.element_size() for t in tensors), default=0)
+            untrained[kind][0] += 1
+            untrained[kind][1] += max((t.numel() * t.element_size() for t in tensors), default=0)
             return original(*arguments, **keywords)
 
         return counted
 
     for kind in COLLECTIVES:
         setattr(torch.distributed, kind, wrap(kind, getattr(torch.distributed, kind)))
-    return carried
+    return untrained
 
 
 def run_case(case: dict[str, Any]) -> list[dict[str, Any]]:

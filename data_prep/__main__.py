@@ -193,7 +193,7 @@ def add_trim_vocab(verb: argparse.ArgumentParser) -> None:
     verb.set_defaults(run=run_trim_vocab)
 
 
-def refuse_out_of_range(parsed: argparse.Namespace) -> None:
+def check_option_ranges(parsed: argparse.Namespace) -> None:
     """A number that no machine and no corpus has is a slip of the hand, and would end in a traceback or in a full disk."""
     for name, (least, most) in RANGES.items():
         value = getattr(parsed, name, None)
@@ -208,7 +208,7 @@ def run_prepare(parsed: argparse.Namespace) -> int:
     from data_prep.prepare import DEFAULT_SHARD_TOKENS, PrepareConfig, prepare
     from data_prep.sources import MAX_BROKEN_LINES
 
-    refuse_out_of_range(parsed)
+    check_option_ranges(parsed)
     if parsed.max_document_chars and parsed.max_document_chars < (parsed.min_document_chars or 0):
         raise DataError(
             f"--max-document-chars {parsed.max_document_chars} is below --min-document-chars {parsed.min_document_chars}: "
@@ -242,10 +242,10 @@ def run_prepare(parsed: argparse.Namespace) -> int:
 
 
 def run_merge(parsed: argparse.Namespace) -> int:
-    from data_prep.manifest import take_in, unfinished, write_manifest
+    from data_prep.manifest import import_languages, unfinished, write_manifest
 
     for other in parsed.others:
-        took, not_there = take_in(parsed.shards, other), ", ".join(unfinished(other))
+        took, not_there = import_languages(parsed.shards, other), ", ".join(unfinished(other))
         print(
             f"{other}: took {', '.join(took) or 'nothing'}"
             + (f"; not finished there: {not_there}" if not_there else "")
@@ -277,7 +277,7 @@ def run_verify(parsed: argparse.Namespace) -> int:
 def run_stats(parsed: argparse.Namespace) -> int:
     from data_prep.stats import collect, draw, table
 
-    refuse_out_of_range(parsed)
+    check_option_ranges(parsed)
     rows = collect(ShardSet(parsed.shards), parsed.alpha, parsed.seq_len, parsed.samples)
     print(table(rows, parsed.alpha))
     if parsed.plot:
@@ -290,13 +290,13 @@ def run_trim_vocab(parsed: argparse.Namespace) -> int:
     from data_prep.discovery import LanguageRules, ReadOptions, survey
     from data_prep.id_check import check_tokenizer
     from data_prep.intake import announce
+    from data_prep.token_counts import token_counts_of_shards, token_counts_of_text
     from data_prep.tokenizer import SentencePieceTokenizer
-    from data_prep.usage import usage_of_shards, usage_of_text
     from data_prep.vocabulary import TrimOptions, trim_vocabulary, trimming_table
 
     languages = [language for language in (parsed.languages or "").split(",") if language]
     options = TrimOptions(languages, parsed.min_count, parsed.coverage)  # refused before anything is counted
-    refuse_out_of_range(parsed)
+    check_option_ranges(parsed)
     tokenizer = SentencePieceTokenizer(parsed.tokenizer)
     check_tokenizer(parsed.tokenizer, tokenizer)
     if parsed.shards:
@@ -306,12 +306,12 @@ def run_trim_vocab(parsed: argparse.Namespace) -> int:
                 f"{parsed.shards} was not made with the tokenizer {tokenizer.path}, so its ids say nothing about it. "
                 "Give the tokenizer that it was made with, or count in text with --input."
             )
-        usage = usage_of_shards(shards)
+        usage = token_counts_of_shards(shards)
     else:
         rules = LanguageRules.read(parsed.language_map, None)
         surveyed = survey(parsed.input, rules, ReadOptions(parsed.text_field))
         announce(surveyed, surveyed.sources)
-        usage = usage_of_text(surveyed.sources, tokenizer, parsed.workers)
+        usage = token_counts_of_text(surveyed.sources, tokenizer, parsed.workers)
     options = TrimOptions(languages or sorted(usage.counts), options.min_count, options.coverage)
     print(trimming_table(trim_vocabulary(tokenizer, usage, options, parsed.output)))
     print(f"vocabulary: {parsed.output}. Prepare shards with it: prepare ... --tokenizer {parsed.output}")

@@ -50,7 +50,7 @@ def clean(
 ) -> tuple[list[bytes], np.ndarray, Counter[str]]:
     """Lines and documents that are kept, and counts of what was not."""
     counts: Counter[str] = Counter()
-    lines, keep = _mend_broken(lines, options.broken_text, counts)
+    lines, keep = _replace_broken(lines, options.broken_text, counts)
     if options.control_characters == "remove":
         cleaned = [line.translate(None, _CONTROL).strip() for line in lines]
         counts["lines_with_control_characters"] += sum(old != new for old, new in zip(lines, cleaned, strict=True))
@@ -68,23 +68,23 @@ def clean(
     return lines, document, counts
 
 
-def _mend_broken(lines: list[bytes], policy: str, counts: Counter[str]) -> tuple[list[bytes], np.ndarray]:
+def _replace_broken(lines: list[bytes], policy: str, counts: Counter[str]) -> tuple[list[bytes], np.ndarray]:
     keep = np.ones(len(lines), bool)
     try:
         b"\n".join(lines).decode("utf-8")
         return lines, keep
     except UnicodeDecodeError:
-        mended = [line.decode("utf-8", "replace").encode() for line in lines]
-    broken = [number for number, (old, new) in enumerate(zip(lines, mended, strict=True)) if old != new]
+        fixed = [line.decode("utf-8", "replace").encode() for line in lines]
+    broken = [number for number, (old, new) in enumerate(zip(lines, fixed, strict=True)) if old != new]
     if policy == "fail":
         raise DataError(
-            f"{len(broken)} lines of a block are not UTF-8, the first is {mended[broken[0]].decode()[:80]!r}. "
+            f"{len(broken)} lines of a block are not UTF-8, the first is {fixed[broken[0]].decode()[:80]!r}. "
             "Fix the file, or prepare with --broken-text replace or skip."
         )
     counts["lines_broken"] += len(broken)
     if policy == "skip":
         keep[broken] = False
-    return mended, keep
+    return fixed, keep
 
 
 def _fitting_documents(

@@ -141,7 +141,7 @@ def survey(inputs: list[str], rules: LanguageRules, options: ReadOptions) -> Sur
         there = f"It holds: {', '.join(sorted(found))}." if found else _what_is_there(not_taken)
         raise DataError(f"No text{of} in {', '.join(map(shown, inputs))}. {there}")
     for language, sources in found.items():
-        _refuse_the_same_text_twice(language, sources)
+        _check_duplicate_inputs(language, sources)
     return Survey(dict(sorted(found.items())), not_taken, rules.unmatched())
 
 
@@ -181,7 +181,7 @@ def summary(not_taken: list[NotTaken], most_names: int) -> list[str]:
     ]
 
 
-def _refuse_the_same_text_twice(language: str, sources: list[Source]) -> None:
+def _check_duplicate_inputs(language: str, sources: list[Source]) -> None:
     """Of one name, or packed in two ways in one directory, as `xz -dk` leaves them."""
     names: dict[str, Path] = {}
     unpacked_names: dict[str, Path] = {}

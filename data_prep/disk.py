@@ -41,7 +41,7 @@ def _start_of_text(chunks: Iterator[bytes]) -> bytes:
     return bytes(text)
 
 
-def refuse_if_full(output: Path, needed: int) -> int:
+def check_free_space(output: Path, needed: int) -> int:
     """Free bytes at `output`; DataError when they cannot hold what is needed."""
     free = shutil.disk_usage(output).free
     if needed > free:

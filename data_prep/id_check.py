@@ -32,7 +32,7 @@ from data_prep.reference import (
 from data_prep.shards import BOS_ID, EOS_ID, SENTENCEPIECE_NAMES, UNK_ID, DataError
 from data_prep.sources import Source
 from data_prep.tokenizer import FastTokenizer, SentencePieceTokenizer, Tokenizer, open_tokenizer
-from data_prep.tokenizer_files import TOKENIZER_CONFIG_NAME, named_family, save_command
+from data_prep.tokenizer_files import TOKENIZER_CONFIG_NAME, named_architecture, save_command
 
 RECORD = "ids_compared_with"  # in prepare.json and the manifest
 COMPARED, DIFFERING = "lines_compared", "lines_compared_differing"  # in the counts of a language
@@ -102,13 +102,13 @@ class _Checked:
 
     def rows_and_awkward_lines(self) -> int:
         """What every tokenizer is tried on; gives the number of lines."""
-        self._refuse_other_rows()
+        self._check_rows()
         comparison = self._compare([*LINES, *added_lines(self._reference.added)])
         if (left := self._less_near_ties(comparison)).differing:
             raise self._refusal(left, "a line that every tokenizer is tried on")
-        self._refuse_other_ends()
-        self._refuse_special_ids()
-        self._refuse_other_padding()
+        self._check_end_ids()
+        self._check_special_ids()
+        self._check_padding_id()
         return comparison.num_lines
 
     def language(self, name: str, sample: LineSample) -> dict[str, int]:
@@ -146,7 +146,7 @@ class _Checked:
         still = {line for line, _, _ in again.differing}
         return Comparison(left.num_lines, [found for found in left.differing if composed(found[0]) in still])
 
-    def _refuse_other_rows(self) -> None:
+    def _check_rows(self) -> None:
         """Rows of shards are one token, text, one token: no other kind of tokenizer can be read at all."""
         row = self._reference.rows(["a line"])[0]
         if (len(row.begin), len(row.end)) != (1, 1):
@@ -156,7 +156,7 @@ class _Checked:
                 "end ([CLS] and [SEP], or <s> and </s>). Give the tokenizer of an encoder."
             )
 
-    def _refuse_other_ends(self) -> None:
+    def _check_end_ids(self) -> None:
         ends = [self._tokenizer.special_ids.get("bos", BOS_ID)], [self._tokenizer.special_ids.get("eos", EOS_ID)]
         row = self._reference.rows(["a line"])[0]
         if (row.begin, row.end) != ends:
@@ -166,7 +166,7 @@ class _Checked:
                 f"{self._names(row.end)} after it. {self._fix()}"
             )
 
-    def _refuse_special_ids(self) -> None:
+    def _check_special_ids(self) -> None:
         """Text that spells a special token is text: its id in the middle of a row would be read as the token."""
         lines = special_lines(self._reference.special)
         not_text = self._reference.special_ids - {self._tokenizer.special_ids.get("unk", UNK_ID)}
@@ -177,7 +177,7 @@ class _Checked:
                     f"{self._given}. {self._fix()}"
                 )
 
-    def _refuse_other_padding(self) -> None:
+    def _check_padding_id(self) -> None:
         """Where positions are counted from the id of padding, another id there moves every position."""
         directory = directory_of(self._given, self._tokenizer.path)
         config = model_config(directory) if directory is not None else {}
@@ -210,7 +210,7 @@ class _Checked:
         if directory is None:
             return "Give the directory of the model's tokenizer instead, with its tokenizer_config.json."
         path = self._tokenizer.path
-        family = named_family(directory) or ""
+        family = named_architecture(directory) or ""
         is_kept = path.name == SENTENCEPIECE_NAMES[0] and family.startswith("XLMRoberta")
         if not self._is_exact and self._reference.num_ids < self._tokenizer.num_pieces // 2:
             config = shlex.quote(json.dumps(XLMR_CONFIG))

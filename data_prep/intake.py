@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from data_prep.discovery import Survey, summary
+from data_prep.durable_files import replace_file
 from data_prep.journal import Journal
-from data_prep.layout import write_durably
 from data_prep.names import shown
 from data_prep.shards import DataError
 from data_prep.sources import Source, WrongTextField
@@ -33,7 +33,7 @@ def announce(survey: Survey, chosen: dict[str, list[Source]]) -> None:
         print(f"warning: the language map's {pattern!r} matches no file of the input", file=sys.stderr)
 
 
-def refuse_what_is_left(survey: Survey) -> None:
+def check_left_out(survey: Survey) -> None:
     """`--strict-input`."""
     left = [one for one in survey.not_taken if not one.reason.startswith(KNOWN_REASONS)]
     if left:
@@ -44,7 +44,7 @@ def refuse_what_is_left(survey: Survey) -> None:
         )
 
 
-def refuse_wrong_field(output: Path, chosen: dict[str, list[Source]]) -> None:
+def check_field(output: Path, chosen: dict[str, list[Source]]) -> None:
     """The first file of records of each language that is still to be made is looked into, before the output is begun with a
     wrong --text-field."""
     for language, sources in chosen.items():
@@ -64,7 +64,7 @@ def write_list(output: Path, survey: Survey) -> None:
     path = output / NOT_TAKEN_NAME
     if survey.not_taken:
         lines = (f"{one.reason}\t{shown(one.path)}\n" for one in survey.not_taken)
-        write_durably(path, "".join(lines))
+        replace_file(path, "".join(lines))
         print(f"not taken: complete list in {shown(path)}", file=sys.stderr)
     else:
         path.unlink(missing_ok=True)

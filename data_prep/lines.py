@@ -37,7 +37,7 @@ def oddities(text: bytes) -> Counter[str]:
     lone = text.count(b"\r") and len(re.findall(rb"\r(?!\r*\n)(?!\Z)", text))
     separators, twice = _odd_characters(text)
     return Counter(
-        carriage_returns_in_lines=lone, unicode_separators_in_lines=separators, characters_encoded_twice=twice
+        carriage_returns_in_lines=lone, unicode_separators_in_lines=separators, double_encoded_characters=twice
     )
 
 

@@ -18,10 +18,11 @@ import xxhash
 from data_prep.blocks import MAX_DOCUMENT_BYTES
 from data_prep.clean import CleanOptions
 from data_prep.command_line import module_command
+from data_prep.durable_files import replace_file, sync
 from data_prep.journal import JOURNAL_NAME, Journal
-from data_prep.layout import FORMAT_NAME, FORMAT_VERSION, sync_directory, write_durably
 from data_prep.merging import copy_language, finished_languages
 from data_prep.ownership import own_when_free
+from data_prep.shard_layout import FORMAT_NAME, FORMAT_VERSION
 from data_prep.shards import LANGUAGE_PATTERN, MANIFEST_NAME, RUN_NAME, DataError, manifest_digest, read_again
 from data_prep.tokenizer import Tokenizer
 
@@ -113,7 +114,7 @@ def _holds_nothing_of(output: Path, about: dict[str, Any]) -> bool:
 def _new_languages(output: Path, about: dict[str, Any], languages: list[str], may_add: bool) -> list[str]:
     """Languages that the directory was begun without; DataError where they or anything else may not be mixed in."""
     begun = read_run(output)
-    refuse_differences(output, begun, about)
+    check_same_options(output, begun, about)
     new = sorted(set(languages) - set(begun["languages"]))
     if new and not may_add:
         raise DataError(
@@ -153,10 +154,10 @@ def read_run(output: Path) -> dict[str, Any]:
 
 
 def write_run(output: Path, about: dict[str, Any], languages: list[str]) -> None:
-    write_durably(output / RUN_NAME, json.dumps({**about, "languages": languages}, indent=1) + "\n")
+    replace_file(output / RUN_NAME, json.dumps({**about, "languages": languages}, indent=1) + "\n")
 
 
-def refuse_differences(output: Path, begun: dict[str, Any], about: dict[str, Any]) -> None:
+def check_same_options(output: Path, begun: dict[str, Any], about: dict[str, Any]) -> None:
     for part in ("tokenizer", "options"):
         keys = sorted({*begun[part], *about[part]})
         differing = [
@@ -184,7 +185,7 @@ def finish(output: Path) -> list[str]:
     with changing(output):
         missing = unfinished(output)  # another task may have added some
         if not missing:
-            write_durably(output / MANIFEST_NAME, _manifest_text(output, []))
+            replace_file(output / MANIFEST_NAME, _manifest_text(output, []))
     return missing
 
 
@@ -199,7 +200,7 @@ def write_manifest(output: Path, allow_partial: bool = False) -> None:
             )
         text = _manifest_text(output, missing)
         if not _has_manifest(output, text):
-            write_durably(output / MANIFEST_NAME, text)
+            replace_file(output / MANIFEST_NAME, text)
 
 
 def _manifest_text(output: Path, left_out: list[str]) -> str:
@@ -260,19 +261,19 @@ def _shards_with_ranges(journal: Journal) -> list[dict[str, Any]]:
     return shards
 
 
-def take_in(output: Path, other: Path) -> list[str]:
+def import_languages(output: Path, other: Path) -> list[str]:
     """Copy (hard-link where possible) the finished languages of another output directory; gives those that were new."""
     theirs = read_run(other)
     finished_languages(other, theirs)  # whatever is wrong there is said before anything is made here
     with changing(output):
-        return _take_in(output, other, theirs)
+        return _import_language(output, other, theirs)
 
 
-def _take_in(output: Path, other: Path, theirs: dict[str, Any]) -> list[str]:
+def _import_language(output: Path, other: Path, theirs: dict[str, Any]) -> list[str]:
     if not (output / RUN_NAME).is_file():
         _begin(output, {key: value for key, value in theirs.items() if key != "languages"}, [], may_add=False)
     ours = read_run(output)
-    refuse_differences(output, ours, theirs)
+    check_same_options(output, ours, theirs)
     finished = finished_languages(other, theirs)
     arrived = [language for language in finished if (output / language).exists()]
     differing = [language for language in arrived if not _same_journal(output / language, other / language)]
@@ -288,7 +289,7 @@ def _take_in(output: Path, other: Path, theirs: dict[str, Any]) -> list[str]:
         arriving.rename(output / language)
     if not new:
         return []
-    sync_directory(output)
+    sync(output)
     (output / MANIFEST_NAME).unlink(missing_ok=True)
     write_run(
         output,

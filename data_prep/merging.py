@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.journal import JOURNAL_NAME, Journal
-from data_prep.layout import HEADER_BYTES, Identity
+from data_prep.shard_layout import HEADER_BYTES, Identity
 from data_prep.shards import MANIFEST_NAME, DataError, Shard, identity_of, read_manifest
 
 NO_HARD_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS, errno.EACCES)
@@ -26,7 +26,7 @@ def finished_languages(other: Path, run: dict[str, Any]) -> list[str]:
     """Languages of another directory that can be taken. A `DataError` where it holds links or more than it should, where
     its manifest is damaged, or where a finished language has lost a shard."""
     if os.path.lexists(other / MANIFEST_NAME):
-        _refuse_other_kinds([other / MANIFEST_NAME])
+        _check_same_kind([other / MANIFEST_NAME])
         read_manifest(other)
     finished = []
     for language in run["languages"]:
@@ -37,7 +37,7 @@ def finished_languages(other: Path, run: dict[str, Any]) -> list[str]:
             raise _refusal(directory, "is a link or no directory")
         if os.path.lexists(directory / JOURNAL_NAME):
             files = [path for path in sorted(directory.iterdir()) if path.suffix == ".tok"]
-            _refuse_other_kinds([directory / JOURNAL_NAME, *files])
+            _check_same_kind([directory / JOURNAL_NAME, *files])
         journal = Journal.read(directory)
         if journal.complete:
             check_language(other, language, journal, identity_of({**run, "languages": {}}))
@@ -91,7 +91,7 @@ def copy_language(source: Path, target: Path, journal: Journal) -> None:
     _copy(source / JOURNAL_NAME, target / JOURNAL_NAME)
 
 
-def _refuse_other_kinds(paths: list[Path]) -> None:
+def _check_same_kind(paths: list[Path]) -> None:
     for path in paths:
         if not stat.S_ISREG(path.lstat().st_mode):
             raise _refusal(path, "is a link or no regular file")

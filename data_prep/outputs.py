@@ -13,7 +13,8 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from data_prep.ownership import leftovers, lock_beside, own, unique_name
+from data_prep.durable_files import leftovers, unique_name
+from data_prep.ownership import lock_beside, own
 from data_prep.shards import DataError
 
 
@@ -24,7 +25,7 @@ def output_path(text: str) -> Path:
     return Path(text)
 
 
-def refuse_places_of_the_user(output: Path, option: str, inputs: Mapping[str, Path]) -> None:
+def check_output_place(output: Path, option: str, inputs: Mapping[str, Path]) -> None:
     """`inputs`: what is read, by what it is called. None of them, nor a directory above one, may be written over."""
     real, here, home = output.resolve(), Path.cwd().resolve(), Path.home().resolve()
     places = {"the working directory": here, "the home directory": home}

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_prep.durable_files import replace_file, unique_name
 from data_prep.shards import DataError
 
 HEARTBEAT_S = 5.0
@@ -218,18 +219,6 @@ def lock_beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.owner.lock")
 
 
-def unique_name(path: Path, suffix: str) -> Path:
-    """A name beside `path` that nobody else takes: host, process and chance are in it."""
-    host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:40]
-    return path.with_name(f".{path.name}.{host}-{os.getpid()}-{secrets.token_hex(4)}{suffix}")
-
-
-def leftovers(path: Path, suffix: str) -> list[Path]:
-    """What owners before this one left under a unique name. All are dead: only the owner of `path` may ask."""
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.[A-Za-z0-9-]+-[0-9]+-[0-9a-f]{{8}}{re.escape(suffix)}")
-    return [other for other in path.parent.iterdir() if pattern.fullmatch(other.name)]
-
-
 def _flock(descriptor: int, path: Path, what: str) -> bool:
     """True when the lock is held, False where the file system has none that all its clients see."""
     if _is_node_local(path):
@@ -307,15 +296,7 @@ def _age_s(path: Path) -> float:
 
 def _write_and_look_again(path: Path, me: Owner, what: str) -> None:
     """Without flock: the last one to put its name there has it, and the others find that out."""
-    temporary = unique_name(path, ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(me.text())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(path, me.text())
     time.sleep(SETTLE_S)
     now = Owner.read(path)
     if now is None or now.token != me.token:

@@ -24,21 +24,21 @@ from tqdm import tqdm
 from data_prep.blocks import BLOCK_BYTES
 from data_prep.clean import CleanOptions
 from data_prep.discovery import LanguageRules, ReadOptions, survey
-from data_prep.disk import estimated_bytes, refuse_if_full
+from data_prep.disk import check_free_space, estimated_bytes
 from data_prep.id_check import COMPARED, RECORD, check_languages
-from data_prep.intake import announce, refuse_what_is_left, refuse_wrong_field, same_texts, write_list
+from data_prep.intake import announce, check_field, check_left_out, same_texts, write_list
 from data_prep.journal import Journal
-from data_prep.lane import Lane, LaneSettings, Stopped, check_sources
-from data_prep.layout import Identity
+from data_prep.language_job import LanguageJob, LanguageJobSettings, Stopped, check_sources
 from data_prep.manifest import begin_output, describe, finish
 from data_prep.reference import assumption, describe_reference
+from data_prep.shard_layout import Identity
 from data_prep.shards import MANIFEST_NAME, DataError
 from data_prep.sources import MAX_BROKEN_LINES, Source
 from data_prep.tokenizer import Tokenizer, open_tokenizer
 from data_prep.workers import WorkerDied, WorkerPool
 
 DEFAULT_SHARD_TOKENS = 1 << 28  # 1 GiB
-WORKERS_PER_LANE = 6  # one .xz stream decompresses as fast as 8 to 10 cores tokenise
+WORKERS_PER_JOB = 6  # one .xz stream decompresses as fast as 8 to 10 cores tokenise
 
 
 @dataclass
@@ -78,20 +78,20 @@ def prepare(config: PrepareConfig) -> list[str]:
     if not config.quiet:
         announce(surveyed, chosen)
     if config.strict_input:
-        refuse_what_is_left(surveyed)
+        check_left_out(surveyed)
     tokenizer = open_tokenizer(config.tokenizer)
     about = describe(tokenizer, config.clean, config.shard_tokens, config.block_bytes, config.text_field)
-    refuse_wrong_field(config.output, chosen)
+    check_field(config.output, chosen)
     if not config.quiet and (note := assumption(config.tokenizer, tokenizer.path)):
         print(note, file=sys.stderr)
     compared = check_languages(config.tokenizer, tokenizer, to_compare(config, chosen))
     about[RECORD] = describe_reference(config.tokenizer, tokenizer.path)
     begin_output(config.output, about, list(everything), config.may_add)
     write_list(config.output, surveyed)
-    throw_away(config, everything)
+    discard(config, everything)
     identity = Identity(tokenizer.sha256, tokenizer.vocab_size, about["options_xxh3_128"])
     try:
-        failures = run_lanes(config, chosen, tokenizer, Checked(identity, compared))
+        failures = run_language_jobs(config, chosen, tokenizer, Checked(identity, compared))
     except OSError as error:
         reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
         raise DataError(
@@ -118,7 +118,7 @@ def is_compared(journal: Journal) -> bool:
     return journal.complete or (journal.last is not None and COMPARED in journal.last.counts)
 
 
-def throw_away(config: PrepareConfig, everything: dict[str, list[Source]]) -> None:
+def discard(config: PrepareConfig, everything: dict[str, list[Source]]) -> None:
     for language in config.redo:
         if language not in everything:
             raise DataError(f"--redo {language}: the input has no such language, only {', '.join(everything)}.")
@@ -129,7 +129,7 @@ def throw_away(config: PrepareConfig, everything: dict[str, list[Source]]) -> No
                 shutil.rmtree(directory, ignore_errors=True)
 
 
-def run_lanes(
+def run_language_jobs(
     config: PrepareConfig,
     sources: dict[str, list[Source]],
     tokenizer: Tokenizer,
@@ -143,7 +143,7 @@ def run_lanes(
     todo.sort(key=lambda name: (-size_of(sources[name]), name))
     with WorkerPool(tokenizer, config.clean, config.num_workers) as pool:  # first, as it forks: threads come later
         needed = sum(still_needed(config.output / name, sources[name], tokenizer) for name in todo)
-        free = refuse_if_full(config.output, needed)
+        free = check_free_space(config.output, needed)
         total = sum(size_of(sources[name]) for name in todo)
         with closing(Progress(total, needed, free, config.quiet)) as progress:
             _run_together(config, {name: sources[name] for name in todo}, checked, pool, progress, failures)
@@ -160,7 +160,7 @@ def _run_together(
 ) -> None:
     """A lane per language, a few at a time; a language that fails leaves the others alone."""
     window, stop = 2 * config.num_workers + 2, threading.Event()
-    settings = LaneSettings(
+    settings = LanguageJobSettings(
         config.output,
         checked.identity,
         config.clean,
@@ -172,11 +172,11 @@ def _run_together(
         checked.compared,
     )
 
-    def run_lane(language: str) -> None:
+    def run_language_job(language: str) -> None:
         if stop.is_set():
             return
         try:
-            Lane(language, todo[language], pool, settings).run()
+            LanguageJob(language, todo[language], pool, settings).run()
         except WorkerDied:
             stop.set()
             raise
@@ -189,9 +189,9 @@ def _run_together(
             raise
         progress.update(language, size_of(todo[language]), 0)
 
-    lanes = ThreadPoolExecutor(min(len(todo), 1 + config.num_workers // WORKERS_PER_LANE), thread_name_prefix="lane")
+    lanes = ThreadPoolExecutor(min(len(todo), 1 + config.num_workers // WORKERS_PER_JOB), thread_name_prefix="lane")
     try:
-        for done in [lanes.submit(run_lane, language) for language in todo]:
+        for done in [lanes.submit(run_language_job, language) for language in todo]:
             done.result()
     finally:
         stop.set()

@@ -36,7 +36,7 @@ class Quality:
     broken_share: float
     unknown_share: float | None
     tokens_per_byte: float
-    twice_share: float  # characters encoded twice, per line
+    duplicate_share: float  # characters encoded twice, per line
     odd: str = ""
 
 
@@ -59,7 +59,7 @@ def _quality(language: str, counts: Mapping[str, Any], tokens: int, text_bytes: 
         broken_share=counts.get("lines_broken", 0) / lines,
         unknown_share=counts.get("unknown_tokens", 0) / max(1, tokens) if "lines_read" in counts else None,
         tokens_per_byte=tokens / max(1, text_bytes),
-        twice_share=counts.get("characters_encoded_twice", 0) / lines,
+        duplicate_share=counts.get("double_encoded_characters", 0) / lines,
     )
 
 
@@ -78,7 +78,7 @@ def _odd(row: Quality, others: list[Quality]) -> list[str]:
             found.append("many tokens per byte")
         if row.tokens_per_byte * TOKENS_PER_BYTE_TIMES_OTHERS < typical:
             found.append("few tokens per byte")
-    if row.twice_share > ODD_TWICE:
+    if row.duplicate_share > ODD_TWICE:
         found.append("encoded twice")
     return found
 
@@ -120,9 +120,9 @@ def warnings_of(counts: Mapping[str, int]) -> list[str]:
                 f"{counts[name]} times {what} stands inside one of its {counts.get('lines_read', 0)} lines. If it is meant as "
                 "line end, convert it to LF and make the language again"
             )
-    if counts.get("characters_encoded_twice", 0) > ODD_TWICE * max(1, counts.get("lines_read", 0)):
+    if counts.get("double_encoded_characters", 0) > ODD_TWICE * max(1, counts.get("lines_read", 0)):
         found.append(
-            f"{counts['characters_encoded_twice']} characters look as if UTF-8 had been taken for another encoding and encoded "
+            f"{counts['double_encoded_characters']} characters look as if UTF-8 had been taken for another encoding and encoded "
             "again (Ã¼ where ü was meant)"
         )
     return found

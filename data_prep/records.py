@@ -51,7 +51,7 @@ class Records:
         if problem is not None:
             self.counts[problem[0]] += 1
         if self._num_records == RECORDS_PROBED:
-            self.refuse_wrong_field()
+            self.check_field()
         if problem is not None and self._policy == "fail":
             raise BrokenRecord(
                 f"field {self.text_field!r} of {where} {problem[1]}. Fix that record, or leave such records out with "
@@ -73,7 +73,7 @@ class Records:
             return NOT_TEXT, f"is no text but {type(value).__name__}"
         return None
 
-    def refuse_wrong_field(self) -> None:
+    def check_field(self) -> None:
         """Raises where most of the records so far have no such field, or something else than text in it."""
         if 2 * self.counts[MISSING] > self._num_records:
             fields = [name for name, _ in self._fields.most_common(MAX_FIELDS_NAMED)]
@@ -108,7 +108,7 @@ def _joined(documents: Iterable[bytes], records: Records) -> Iterator[bytes]:
             if chunk := b"".join(held):
                 yield chunk
             held = []
-    records.refuse_wrong_field()
+    records.check_field()
     if chunk := b"".join(held):
         yield chunk
 
@@ -217,7 +217,7 @@ def _parquet_texts(column: Any) -> list[bytes | None]:
     return column.cast(pyarrow.large_binary()).to_pylist()
 
 
-def _refuse_other_readers(specification: str, builder: Any) -> None:
+def _check_reader_versions(specification: str, builder: Any) -> None:
     """A script of the data set's own, or a reader of the library that unpickles (tar archives with tensors)."""
     *above, reader = type(builder).__module__.split(".")
     if above[:2] != ["datasets", "packaged_modules"] or reader not in LIBRARY_READERS:
@@ -238,7 +238,7 @@ def from_hub(specification: str, records: Records) -> Iterator[bytes]:
             found = loaded[split or "train"] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:
             builder = datasets.load_dataset_builder(name, config or None)
-            _refuse_other_readers(specification, builder)
+            _check_reader_versions(specification, builder)
             found = builder.as_streaming_dataset(split=split or "train")
     except (
         OSError,

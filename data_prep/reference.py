@@ -23,7 +23,7 @@ from data_prep.tokenizer_files import (
     FAST_TOKENIZER_NAME,
     OTHER_VOCABULARY_NAMES,
     TOKENIZER_CONFIG_NAME,
-    named_family,
+    named_architecture,
 )
 
 DECIDING_CONFIG_KEYS = ("model_type", "tokenizer_class", "pad_token_id")  # of the model's config.json
@@ -113,7 +113,7 @@ def _lay_out(file: Path, directory: Path) -> None:
     names = [FAST_TOKENIZER_NAME] if file.suffix == ".json" else [*SENTENCEPIECE_NAMES, "spm.model"]
     for name in names:
         (directory / name).symlink_to(file.absolute())
-    if named_family(file.parent) is not None:
+    if named_architecture(file.parent) is not None:
         for name in (TOKENIZER_CONFIG_NAME, CONFIG_NAME):
             if (file.parent / name).is_file():
                 (directory / name).symlink_to((file.parent / name).absolute())
@@ -124,13 +124,13 @@ def _lay_out(file: Path, directory: Path) -> None:
 def directory_of(given: Path, file: Path) -> Path | None:
     """Where AutoTokenizer finds `file` and its class; None where nothing names one."""
     directory = given if given.is_dir() else given.parent
-    says_enough = named_family(directory) is not None or (directory / FAST_TOKENIZER_NAME).is_file()
+    says_enough = named_architecture(directory) is not None or (directory / FAST_TOKENIZER_NAME).is_file()
     return directory if file.name in DECIDING_FILES and says_enough else None
 
 
 def assumption(given: Path, file: Path) -> str | None:
     """What has to be taken for granted where nothing names the class of a SentencePiece model."""
-    if file.suffix == ".json" or named_family(file.parent) is not None or directory_of(given, file) is not None:
+    if file.suffix == ".json" or named_architecture(file.parent) is not None or directory_of(given, file) is not None:
         return None
     return (
         f"note: nothing beside {file} says whose tokenizer it is (no tokenizer_config.json or config.json): taken to be numbered "

@@ -20,9 +20,9 @@ import numpy as np
 import xxhash
 
 from data_prep.command_line import module_command
-from data_prep.layout import FORMAT_NAME, FORMAT_VERSION, HEADER_BYTES, TOKEN_DTYPE, Identity, header, sections
-from data_prep.numbering import adds_words, numbered_alike
+from data_prep.shard_layout import FORMAT_NAME, FORMAT_VERSION, HEADER_BYTES, TOKEN_DTYPE, Identity, header, sections
 from data_prep.tokenizer_files import FAST_TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, no_tokenizer_in
+from data_prep.tokenizer_ids import adds_words, numbered_alike
 from data_prep.unfinished import why_no_manifest
 from data_prep.unreadable import DataError as DataError
 from data_prep.unreadable import Explained as Explained
@@ -85,14 +85,14 @@ class Shard:
 
     def size_problem(self) -> str | None:
         """What is wrong with the file's size, if anything."""
-        mend = f"Copy it again from where it is whole, or prepare {self.language} again with --redo {self.language}."
+        fix = f"Copy it again from where it is whole, or prepare {self.language} again with --redo {self.language}."
         try:
             found = read_again(self.path, self.path.stat).st_size
         except OSError as error:
-            return f"Shard {self.path} cannot be read: {error.strerror}. {mend}"
+            return f"Shard {self.path} cannot be read: {error.strerror}. {fix}"
         if found != self.num_bytes:
             return (
-                f"Shard {self.path} holds {found} bytes, its manifest says {self.num_bytes}: cut or overwritten. {mend}"
+                f"Shard {self.path} holds {found} bytes, its manifest says {self.num_bytes}: cut or overwritten. {fix}"
             )
         return None
 
@@ -120,7 +120,7 @@ class Shard:
         with open(self.path, "rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
-    def refuse_shrunk(self) -> None:
+    def check_not_truncated(self) -> None:
         """A file that was cut after it was mapped: reading beyond its end would kill the process (SIGBUS). One fstat."""
         try:
             found = self._mapped.size()
@@ -317,7 +317,7 @@ class ShardSet:
             shard = bisect_right(first_rows, row) - 1
             if (index, shard) not in looked_at:
                 looked_at.add((index, shard))
-                self._shards[languages[index]][shard].refuse_shrunk()
+                self._shards[languages[index]][shard].check_not_truncated()
             if row < end_rows[shard]:
                 inner[position] = views[shard][row - first_rows[shard]]
             else:
@@ -360,7 +360,7 @@ class ShardSet:
         pieces, offset = [np.empty(0, np.int64)], 0
         for shard in self.shards(language):
             if offset < end and offset + shard.num_tokens > start:
-                shard.refuse_shrunk()
+                shard.check_not_truncated()
                 starts = shard.document_offsets[:-1]
                 first, last = np.searchsorted(starts, [max(0, start - offset), end - offset])
                 pieces.append(starts[first:last].astype(np.int64) + offset)
@@ -372,7 +372,7 @@ class ShardSet:
         pieces, offset = [], 0
         for shard in self.shards(language):
             if offset < end and offset + shard.num_tokens > start:
-                shard.refuse_shrunk()
+                shard.check_not_truncated()
                 pieces.append(shard.tokens[max(0, start - offset) : end - offset])
             offset += shard.num_tokens
         return np.concatenate(pieces) if pieces else np.empty(0, TOKEN_DTYPE)

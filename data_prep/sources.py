@@ -17,11 +17,11 @@ from typing import Any
 
 import xxhash
 
-from data_prep.layout import file_digest
 from data_prep.lines import BYTE_ORDER_MARK, ends_lines_with_cr, with_line_feeds
 from data_prep.names import quoted, shown
 from data_prep.other_encodings import SAMPLE_LINES, broken_lines, likely_encoding, wide_encoding
 from data_prep.records import JSON_TO_LINES, BrokenRecord, Records, WrongField, from_hub, from_json_lines, from_parquet
+from data_prep.shard_layout import file_digest
 from data_prep.shards import DataError
 from data_prep.unpack import (
     PACKINGS,
@@ -42,11 +42,11 @@ MAX_BROKEN_LINES = 0.05  # share of a file's lines that may be no UTF-8
 MIN_BROKEN_AT_START = 10  # lines; with more than half of all lines broken the rest of the file need not be read
 
 
-class DamagedSource(DataError):
+class CorruptSource(DataError):
     """An input that cannot be read to its end. What was read before stands."""
 
 
-class WrongTextField(DamagedSource):
+class WrongTextField(CorruptSource):
     """Records that have no text under the name that was given."""
 
 
@@ -106,7 +106,7 @@ class Source:
         return stamp["mtime_ns"] != record["mtime_ns"] and file_digest(self.path) != record["xxh3_128"]
 
     def chunks(self) -> Iterator[bytes]:
-        """The text, in pieces of no particular size; DamagedSource where the file cannot be read on."""
+        """The text, in pieces of no particular size; CorruptSource where the file cannot be read on."""
         self.counts.clear()
         try:
             before = self.stamp()
@@ -120,11 +120,11 @@ class Source:
         except WrongField as error:
             raise WrongTextField(f"{shown(self.path)}: {error}.") from error
         except BrokenRecord as error:
-            raise DamagedSource(f"{shown(self.path)}: {error}. Then run the same command again.") from error
+            raise CorruptSource(f"{shown(self.path)}: {error}. Then run the same command again.") from error
         except WindowTooLarge as error:
-            raise DamagedSource(self._too_large_a_window()) from error
+            raise CorruptSource(self._too_large_a_window()) from error
         except PackedWithDictionary as error:
-            raise DamagedSource(
+            raise CorruptSource(
                 f"{shown(self.path)} was packed with a zstd dictionary, which is not in it. Unpack it with that dictionary "
                 "(zstd -d -D DICTIONARY) and move the packed file away. Then run the same command."
             ) from error
@@ -135,7 +135,7 @@ class Source:
         except (*UNPACKING_ERRORS, PackedError, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise DataError(f"Cannot read {shown(self.path)}: {error.strerror}.") from error
-            raise DamagedSource(
+            raise CorruptSource(
                 f"{shown(self.path)} is damaged or cut short: reading stopped at byte {self.position} of "
                 f"{self.stamp()['bytes']} ({error}). {self._what_it_starts_as()}Put a complete file in its place and run the same "
                 "command."
@@ -167,7 +167,7 @@ class Source:
             counted = _Counted(raw, self)
             pieces = _long_start(unpacked(counted, packing), START_BYTES)
             start = next(pieces, b"")
-            self._refuse_other_encodings(start, packing)
+            self._check_encoding(start, packing)
             if kind == ".jsonl":
                 records = Records(self.text_field, self.bad_records, self.counts)
                 yield from from_json_lines(_after(start, pieces), records, rewriting(self.path, JSON_TO_LINES, packing))
@@ -186,14 +186,14 @@ class Source:
             text = with_line_feeds(text)
         yield from text
 
-    def _refuse_other_encodings(self, start: bytes, packing: str) -> None:
+    def _check_encoding(self, start: bytes, packing: str) -> None:
         """What the start of a file shows already: it is no text, or most of its lines are in another encoding."""
         if encoding := wide_encoding(start, self.language):
-            raise DamagedSource(self._not_utf8("its start shows it", encoding, packing))
+            raise CorruptSource(self._not_utf8("its start shows it", encoding, packing))
         control = len(start) - len(start.translate(None, _CONTROL_BYTES))
         if control > len(start) // 20:
             kind = next((packed for magic, packed in _MAGIC.items() if start.startswith(magic)), None)
-            raise DamagedSource(
+            raise CorruptSource(
                 f"{shown(self.path)} is not text in UTF-8: {control} of its first {len(start)} bytes are control characters. "
                 + (f"It starts as a {kind} file does: name it so. " if kind else "")
                 + "If it is text in another encoding, convert it (iconv -f ENCODING -t UTF-8); else leave it out of the input."
@@ -205,7 +205,7 @@ class Source:
         if 2 * len(broken) > num_lines:
             lines = [line for _, line in broken[:SAMPLE_LINES]]  # not the last one, which may be cut
             problem = f"{len(broken)} of its first {num_lines} lines are not, line {broken[0][0] + 1} the first"
-            raise DamagedSource(self._not_utf8(problem, likely_encoding(lines, self.language), packing))
+            raise CorruptSource(self._not_utf8(problem, likely_encoding(lines, self.language), packing))
 
     def _not_utf8(self, problem: str, encoding: str, packing: str) -> str:
         return (
@@ -248,7 +248,7 @@ class HubSource(Source):
         except WrongField as error:
             raise WrongTextField(f"{shown(self.name)}: {error}.") from error
         except BrokenRecord as error:
-            raise DamagedSource(f"{shown(self.name)}: {error}.") from error
+            raise CorruptSource(f"{shown(self.name)}: {error}.") from error
 
 
 class _Counted(io.RawIOBase):

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import sentencepiece
 
-from data_prep.layout import TOKEN_DTYPE
+from data_prep.shard_layout import TOKEN_DTYPE
 from data_prep.shards import BOS_ID, EOS_ID, UNK_ID, DataError, tokenizer_file
 
 KNOWN_SENTENCEPIECE = "0.2.3"

@@ -34,7 +34,7 @@ def no_tokenizer_in(path: Path, names: Sequence[str]) -> str:
         return f"Tokenizer {path} holds none of {', '.join(names)}. {GIVE_TOKENIZER}"
     first = (
         ""
-        if named_family(path)
+        if named_architecture(path)
         else f"copy the model's config.json into {path}, which says whose tokenizer that is, then "
     )
     return (
@@ -53,7 +53,7 @@ def save_command(directory: Path, superseded: str | None = None) -> str:
     return f"python -c {shlex.quote(code)}"
 
 
-def named_family(directory: Path) -> str | None:
+def named_architecture(directory: Path) -> str | None:
     """The class that `tokenizer_config.json` names, else what `config.json` says that the model is; None: neither does."""
     for name, keys in (
         (TOKENIZER_CONFIG_NAME, ("tokenizer_class",)),

@@ -16,8 +16,8 @@ import xxhash
 from tqdm import tqdm
 
 from data_prep.journal import JOURNAL_NAME
-from data_prep.layout import HASH_BLOCK_BYTES, HEADER_BYTES, OFFSET_DTYPE, TOKEN_DTYPE, file_digest, sections
 from data_prep.manifest import RUN_NAME, make_manifest, read_run
+from data_prep.shard_layout import HASH_BLOCK_BYTES, HEADER_BYTES, OFFSET_DTYPE, TOKEN_DTYPE, file_digest, sections
 from data_prep.shards import DataError, Shard, ShardSet, UnreadableError, read_again
 
 TOKENS_PER_CHECK = 1 << 20

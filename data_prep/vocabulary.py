@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
-from data_prep.outputs import refuse_places_of_the_user, replaced_directory
+from data_prep.outputs import check_output_place, replaced_directory
 from data_prep.shards import EOS_ID, UNK_ID, DataError
+from data_prep.token_counts import Usage
 from data_prep.tokenizer import SPM_UNK, SentencePieceTokenizer
-from data_prep.usage import Usage
 
 protobuf: Any = sentencepiece_model_pb2  # generated code without types
 FORMAT_NAME, FORMAT_VERSION = "minilmv2-vocabulary", 1
@@ -65,7 +65,7 @@ def trim_vocabulary(
     model.ParseFromString(tokenizer.path.read_bytes())
     pieces = pieces_by_id(model)
     kept = kept_ids(usage.counts, options, pieces)
-    refuse_places_of_the_user(output, "--output", {"the tokenizer": tokenizer.path})
+    check_output_place(output, "--output", {"the tokenizer": tokenizer.path})
     with replaced_directory(output, PRODUCTS) as temporary:
         write_tokenizer(tokenizer.path, model, pieces, kept, temporary)
         about = {

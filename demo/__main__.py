@@ -24,10 +24,10 @@ from data_prep.command_line import CommandLine
 from demo.compare import compare
 from demo.teacher import DEFAULT_OUTPUT, make_teacher
 from pipeline.config import Recipe, load_recipe
+from pipeline.data.tokenizer_hash import tokenizer_directory
 from pipeline.errors import EXIT_DONE, UserError, exit_code_of
 from pipeline.evaluation.retrieval import read_pairs
 from pipeline.export.hf import LINEAGE_FILE
-from pipeline.tokenizer_identity import tokenizer_directory
 
 RECIPE = Path("recipes/quickstart.yaml")
 DEEPSPEED_JSON = Path("ds_configs/zero2.json")

@@ -15,12 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.assembly import cut_teacher, open_data, student_of
 from pipeline.config import Recipe
-from pipeline.distillation.teacher import load_encoder as load_teacher_encoder
+from pipeline.distillation.models.teacher import load_encoder as load_teacher_encoder
 from pipeline.evaluation.encoder import Encoder, load_encoder
 from pipeline.evaluation.retrieval import evaluate_retrieval, retrieval_table
 from pipeline.export.card import write_card
+from pipeline.training.build import cut_teacher, open_data, student_of
 
 STAGES = ("teacher", "before", "after")
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import BertConfig, XLMRobertaTokenizer
 
 from data_prep.command_line import CommandLine
+from data_prep.durable_files import unique_name
 from demo.golden import check_teacher
 from demo.packed_model import PackedModel
 from pipeline.errors import UserError, exit_code_of
@@ -48,8 +49,7 @@ def make_teacher(output: Path = DEFAULT_OUTPUT) -> Path:
     if is_whole(output):
         return output
     packed_file = find_packed_file()
-    temporary = output.with_name(output.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = unique_name(output, ".tmp")
     temporary.mkdir(parents=True)
     packed = PackedModel(packed_file)
     write_weights(packed, temporary)

@@ -13,10 +13,10 @@ from pipeline.errors import exit_code_of
 VERBS = {
     "export": "pipeline.export.command",
     "evaluate": "pipeline.evaluation.command",
-    "report": "pipeline.report",
+    "report": "pipeline.report.page",
     "trim": "pipeline.export.trim",
     "card": "pipeline.export.card",
-    "doctor": "pipeline.doctor",
+    "doctor": "pipeline.doctor.command",
     "plan": "pipeline.planning.command",
     "recipes": "pipeline.recipe_reference",
 }

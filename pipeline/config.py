@@ -19,16 +19,16 @@ from typing import Any, Literal
 import yaml
 
 from pipeline.distillation.distiller import RelationsConfig
-from pipeline.distillation.student import StudentConfig
-from pipeline.distillation.teacher import TeacherConfig
+from pipeline.distillation.models.student import StudentConfig
+from pipeline.distillation.models.teacher import TeacherConfig
 from pipeline.errors import UserError, did_you_mean
 from pipeline.evaluation.retrieval import RetrievalConfig
-from pipeline.ranges import LARGEST_BATCH, LARGEST_INT, LARGEST_WEIGHT, LONGEST_ROW, check_ranges
-from pipeline.recipe_text import Plain, apply_override, parse, read_yaml, shown
+from pipeline.recipe.ranges import LARGEST_BATCH, LARGEST_INT, LARGEST_WEIGHT, LONGEST_ROW, check_ranges
+from pipeline.recipe.text import Plain, apply_override, parse, read_yaml, shown
+from pipeline.runtime.anomalies import GuardConfig
 from pipeline.runtime.checkpoint import CheckpointConfig
-from pipeline.runtime.guard import GuardConfig
 from pipeline.runtime.metrics import MetricsConfig
-from pipeline.runtime.schedule import OptimizerConfig
+from pipeline.runtime.optimizer import OptimizerConfig
 
 _SHORT = reprlib.Repr()  # a message shows the beginning of a value; nested aliases could make it terabytes long
 _SHORT.maxlevel = 2

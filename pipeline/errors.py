@@ -10,7 +10,7 @@ from data_prep.command_line import EXIT_USER, code_without_traceback, print_byte
 from data_prep.shards import DataError, Explained
 
 EXIT_DONE = 0
-EXIT_SICK = 3
+EXIT_DIVERGED = 3
 EXIT_HUNG = 4
 
 
@@ -18,7 +18,7 @@ class UserError(Explained):
     """Something that the user can mend. The message says what is wrong, where, and how to mend it."""
 
 
-class SickRunError(RuntimeError):
+class DivergedRunError(RuntimeError):
     """The run itself is ill (non-finite loss, crash loop): starting it again unchanged will not help."""
 
 
@@ -37,9 +37,9 @@ def exit_code_of(main: Callable[[], object]) -> int:
     except (UserError, DataError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER
-    except SickRunError as error:
+    except DivergedRunError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_SICK
+        return EXIT_DIVERGED
     except (Exception, KeyboardInterrupt) as error:
         return code_without_traceback(error)
     return EXIT_DONE

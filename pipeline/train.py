@@ -37,7 +37,7 @@ def main() -> None:
     arguments = parser.parse_args()
     recipe_path = arguments.recipe or DEFAULT_RECIPE
 
-    from pipeline.run import run_from_files
+    from pipeline.training.launch import run_from_files
 
     run_from_files(
         recipe_path=recipe_path,
@@ -46,7 +46,7 @@ def main() -> None:
         run_dir=arguments.run_dir or Path("runs") / recipe_path.stem,
         overrides=arguments.set,
         allow_change=arguments.allow_change,
-        only_try=arguments.dry_run,
+        is_dry_run=arguments.dry_run,
     )
 
 

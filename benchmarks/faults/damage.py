@@ -8,14 +8,14 @@ import shutil
 from pathlib import Path
 
 from benchmarks.faults.lab import Lab, Outcome
-from pipeline.runtime.checkpoint import newest_whole
+from pipeline.runtime.checkpoint import newest_valid
 from tests.unit.runtime.test_checkpoint_damage import damage_somehow
 
 SETTINGS = {"steps": 8, "save_every": 4, "eval_every": 8}
 STOCK_FLIPS = 60
 
 
-def damaged_checkpoints(lab: Lab, quick: bool) -> Outcome:
+def corrupted_checkpoints(lab: Lab, quick: bool) -> Outcome:
     """Two checkpoints of a real run on two ranks; the newer one is damaged in a copy, again and again."""
     original, choice, trials = lab.untouched(2, SETTINGS) / "checkpoints", random.Random(3), 40 if quick else 400
     refused = 0
@@ -25,7 +25,7 @@ def damaged_checkpoints(lab: Lab, quick: bool) -> Outcome:
         older, newer = sorted(copy.iterdir())
         while not _differs(newer, original / newer.name):  # carried weights are the same file at every step
             damage_somehow(choice, newer, older)
-        taken, problems = newest_whole(copy)
+        taken, problems = newest_valid(copy)
         refused += taken == older and len(problems) == 1
     loads = None if quick else flips_that_stock_loads(lab)
     return Outcome(

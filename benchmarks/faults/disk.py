@@ -32,31 +32,31 @@ def full_disks(lab: Lab, quick: bool) -> Outcome:
     """Every point on either rank by an injected error, file sizes by the kernel, and a file system that is full."""
     calls = [{"kind": "at call", "rank": r, "operation": o, "call": c, "error": errno.ENOSPC} for r, o, c in CALLS]
     sizes = [{"kind": "file size", "rank": rank, "bytes": size} for rank in (0, 1) for size in FILE_SIZES]
-    mishaps = calls[::5] + sizes[2::5] if quick else calls + sizes
-    kept = [_full_at(lab, mishap) for mishap in mishaps]
+    faults = calls[::5] + sizes[2::5] if quick else calls + sizes
+    kept = [_full_at(lab, fault) for fault in faults]
     real = _on_a_full_file_system(lab)
-    measured = f"{len(mishaps)} points of a save on either of two ranks: the run goes on, ends bit for bit as untouched"
+    measured = f"{len(faults)} points of a save on either of two ranks: the run goes on, ends bit for bit as untouched"
     return Outcome(
         "disk full at each write point: previous checkpoint whole, nothing left over, the run goes on",
-        len(mishaps) + (real is not None),
+        len(faults) + (real is not None),
         sum(kept) + bool(real),
         measured + ("" if real is None else ", and a file system of 32 MiB that was full through a save"),
         "the cut file keeps its name and `latest` may point at it",
     )
 
 
-def _full_at(lab: Lab, mishap: dict[str, Any]) -> bool:
+def _full_at(lab: Lab, fault: dict[str, Any]) -> bool:
     """One save meets a full disk. The run must warn, keep what it had, go on, and end as if nothing had been."""
     run_dir = lab.fresh("full")
     settings = {**SETTINGS, "checkpoint.keep": 3}
-    code = lab.live(run_dir, 2, settings, mishaps=[{**mishap, "save": FULL_AT}])
+    code = lab.live(run_dir, 2, settings, faults=[{**fault, "save": FULL_AT}])
     steps = committed_steps(run_dir / "checkpoints")
     whole = all(damage(run_dir / "checkpoints" / f"step-{step:08d}") is None for step in steps)
     leftovers = list((run_dir / "checkpoints").glob("*.tmp"))
     warned = "warning: checkpoint of step 6 not written" in run_dir.with_suffix(".log").read_text()
-    spared = mishap.get("operation") == "link"  # no link: the file is written once more, and the save succeeds
+    spared = fault.get("operation") == "link"  # no link: the file is written once more, and the save succeeds
     expected = [4, 6, 8] if spared else [2, 4, 8]
-    named = (mishap.get("operation"), mishap.get("call")) == AFTER_RENAME
+    named = (fault.get("operation"), fault.get("call")) == AFTER_RENAME
     as_expected = (warned != spared and steps == expected) or (named and FULL_AT in steps)
     same = same_end(run_dir, lab.untouched(2, settings))
     return code == 0 and whole and not leftovers and as_expected and same
@@ -85,7 +85,7 @@ def main(mount: Path, recipe: Path) -> None:
         roomy, tight = Lab(Path(elsewhere), server, recipe), Lab(mount, server, recipe)
         run_dir, ballast = mount / "run", mount / "ballast"
         log = run_dir.with_suffix(".log")
-        job = tight.begin(run_dir, 2, settings, mishaps=pause)
+        job = tight.begin(run_dir, 2, settings, faults=pause)
         try:
             assert wait_until(lambda: newest_step(run_dir) >= 10), log.read_text()
             with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):
@@ -98,7 +98,7 @@ def main(mount: Path, recipe: Path) -> None:
             code = job.wait(120)
         finally:
             end_group(job)
-        whole = roomy.untouched(2, settings, mishaps=pause)
+        whole = roomy.untouched(2, settings, faults=pause)
         same = same_student(run_dir, whole)  # not the curves: they lack what found no room
         kept = code == 0 and failed and held >= 10 and same
 

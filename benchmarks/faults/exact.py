@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.faults.lab import Lab, Outcome, newest, same_end, same_state
 from data_prep.shards import ShardSet
 from pipeline.config import load_recipe
-from pipeline.errors import EXIT_SICK
+from pipeline.errors import EXIT_DIVERGED
 from tests.dist.runs import curve
 
 STEPS, SAVE_EVERY = 6, 3
@@ -36,8 +36,8 @@ def interrupted_equals_uninterrupted(lab: Lab, quick: bool) -> Outcome:
     for how, stage, ranks in cases:
         run_dir = lab.fresh(f"exact-{stage}-{ranks}")
         for name, step, micro in STOPS[how]:
-            mishap = {"kind": "signal", "signal": name, "step": step, "micro": micro, "rank": ranks - 1}
-            lab.live(run_dir, ranks, SETTINGS, stage, [mishap])
+            fault = {"kind": "signal", "signal": name, "step": step, "micro": micro, "rank": ranks - 1}
+            lab.live(run_dir, ranks, SETTINGS, stage, [fault])
             assert not (run_dir / "DONE").exists(), "the interruption did not happen"
         assert lab.live(run_dir, ranks, SETTINGS, stage) == 0
         exact.append(same_end(run_dir, lab.untouched(ranks, SETTINGS, stage)))
@@ -55,25 +55,25 @@ def interrupted_equals_uninterrupted(lab: Lab, quick: bool) -> Outcome:
 
 def ranks_and_stages_change(lab: Lab, quick: bool) -> Outcome:
     """Figure 4: 4 -> 2 -> 1 -> 4 ranks and ZeRO 1 -> 3 -> 2 -> 1, each life ending at a stop request."""
-    lives = [(4, 1, 2), (2, 3, 4), (1, 2, 6), (4, 1, 8)]
+    restarts = [(4, 1, 2), (2, 3, 4), (1, 2, 6), (4, 1, 8)]
     if quick:
-        lives = [(2, 1, 2), (1, 3, 4), (2, 2, 6)]
-    settings = {**SETTINGS, "steps": lives[-1][2], "save_every": 100}
+        restarts = [(2, 1, 2), (1, 3, 4), (2, 2, 6)]
+    settings = {**SETTINGS, "steps": restarts[-1][2], "save_every": 100}
     run_dir, seen = lab.fresh("layouts"), lab.directory / "layouts.jsonl"
     seen.unlink(missing_ok=True)
     loads_equal = []
-    for ranks, stage, end in lives:
+    for ranks, stage, end in restarts:
         before = newest(run_dir)
         copy = lab.fresh("layouts-resaved")
-        mishaps: list[dict[str, Any]] = [{"kind": "witness", "file": str(seen)}, {"kind": "resave", "to": str(copy)}]
-        if end != lives[-1][2]:
-            mishaps.append({"kind": "signal", "signal": STOP, "step": end - 1, "rank": 0})
-        assert lab.live(run_dir, ranks, settings, stage, mishaps) == 0
+        faults: list[dict[str, Any]] = [{"kind": "witness", "file": str(seen)}, {"kind": "resave", "to": str(copy)}]
+        if end != restarts[-1][2]:
+            faults.append({"kind": "signal", "signal": STOP, "step": end - 1, "rank": 0})
+        assert lab.live(run_dir, ranks, settings, stage, faults) == 0
         if before is not None:
             loads_equal.append(same_state(before, copy / before.name))
     straight, reference = lab.fresh("straight"), lab.directory / "straight.jsonl"
     reference.unlink(missing_ok=True)
-    ranks, stage, _ = lives[0]
+    ranks, stage, _ = restarts[0]
     assert lab.live(straight, ranks, settings, stage, [{"kind": "witness", "file": str(reference)}]) == 0
     same_order = _rows_by_step(seen) == _rows_by_step(reference)
     one, two = curve(run_dir), curve(straight)
@@ -83,7 +83,7 @@ def ranks_and_stages_change(lab: Lab, quick: bool) -> Outcome:
         "ranks and ZeRO stage change between lives",
         len(loads_equal) + 2,
         kept,
-        f"ranks {' -> '.join(str(r) for r, _, _ in lives)}, ZeRO {' -> '.join(str(s) for _, s, _ in lives)}: state equal "
+        f"ranks {' -> '.join(str(r) for r, _, _ in restarts)}, ZeRO {' -> '.join(str(s) for _, s, _ in restarts)}: state equal "
         f"bit for bit after each load, the same rows in each step, losses within {off:.0e}",
         "refuses another number of ranks at ZeRO 1, 2 and 3",
         {"largest_relative_loss_difference": off},
@@ -129,10 +129,10 @@ def _harmless(lab: Lab, stages: tuple[int, ...]) -> Iterator[bool]:
 def _stops_and_names(lab: Lab, stage: int) -> bool:
     run_dir, seen = lab.fresh(f"sick-{stage}"), lab.directory / f"sick-{stage}.jsonl"
     settings = {**SETTINGS, "guard.max_bad_steps": 3}
-    mishaps = [{"kind": "nan", "steps": [1, 2, 3, 4], "rank": 1}, {"kind": "witness", "file": str(seen)}]
-    code = lab.live(run_dir, 2, settings, stage, mishaps)
+    faults = [{"kind": "nan", "steps": [1, 2, 3, 4], "rank": 1}, {"kind": "witness", "file": str(seen)}]
+    code = lab.live(run_dir, 2, settings, stage, faults)
     report = json.loads((run_dir / "bad_batch.json").read_text())
     recipe = load_recipe(lab.recipe, [])
     shards = ShardSet(recipe.data)
     named = [shards.rows(row["language"], np.array([row["row"]]), recipe.seq_len)[0].tolist() for row in report["rows"]]
-    return code == EXIT_SICK and report["step"] == 3 and named == _rows_by_step(seen)[3]
+    return code == EXIT_DIVERGED and report["step"] == 3 and named == _rows_by_step(seen)[3]

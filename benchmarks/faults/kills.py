@@ -58,17 +58,17 @@ class Sweep:
             run_dir = self.lab.fresh(f"{self.name}{self.ranks}-{self.runs}")
             self.runs += 1
             while not (run_dir / "DONE").exists():
-                job = self.lab.begin(run_dir, self.ranks, settings, mishaps=STEP_PAUSE)
+                job = self.lab.begin(run_dir, self.ranks, settings, faults=STEP_PAUSE)
                 try:
                     if self.faults < self.wanted:
-                        self._one_life(job, run_dir, strike)
+                        self._one_attempt(job, run_dir, strike)
                     assert job.wait() == 0 or not (run_dir / "DONE").exists()
                 finally:
                     end_group(job)
-            self.exact += same_end(run_dir, self.lab.untouched(self.ranks, settings, mishaps=STEP_PAUSE))
+            self.exact += same_end(run_dir, self.lab.untouched(self.ranks, settings, faults=STEP_PAUSE))
             shutil.rmtree(run_dir)
 
-    def _one_life(self, job: Job, run_dir: Path, strike: Any) -> None:
+    def _one_attempt(self, job: Job, run_dir: Path, strike: Any) -> None:
         """Wait for a moment and strike; a life that is done before it is none."""
         begun_at = newest_step(run_dir)
         if self.name == "kill" and self.faults % IN_STARTUP == IN_STARTUP - 1:
@@ -120,8 +120,9 @@ def freeze(sweep: Sweep, job: Job, run_dir: Path) -> bool:
     timeout_s = HANG_TIMEOUT_S if sweep.seconds[-1] < SLOW_TIMEOUT_S else SLOW_TIMEOUT_S
     gone = all(not Path(f"/proc/{pid}").exists() for pid in job.ranks)
     written = sum("_train" in file.read_text() for file in stacks.glob("stacks-rank*.txt"))
-    ended = code != 0 or (run_dir / "DONE").exists()
-    return ended and gone and written == len(job.ranks) and sweep.seconds[-1] < timeout_s + EXTRA_S
+    if (run_dir / "DONE").exists():  # in its last steps: nothing is left to be ended
+        return code == 0 and gone
+    return code != 0 and gone and written == len(job.ranks) and sweep.seconds[-1] < timeout_s + EXTRA_S
 
 
 # -- figure 2
@@ -157,8 +158,8 @@ def _killed_at(lab: Lab, rank: int, operation: str, call: int) -> bool:
     """SIGKILL at the n-th call of an operation in the third save; the run is then brought to its end."""
     settings = {"steps": 8, "save_every": 2, "eval_every": 8}
     run_dir = lab.fresh("point")
-    mishap = {"kind": "at call", "save": 6, "rank": rank, "operation": operation, "call": call}
-    code = lab.live(run_dir, 2, settings, mishaps=[mishap])
+    fault = {"kind": "at call", "save": 6, "rank": rank, "operation": operation, "call": call}
+    code = lab.live(run_dir, 2, settings, faults=[fault])
     there = newest_step(run_dir)
     said = run_dir.with_suffix(".log").read_text()[-1500:]
     again = lab.live(run_dir, 2, settings)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from pipeline.runtime.checkpoint import KINDS, CheckpointReader, newest_whole
+from pipeline.runtime.checkpoint import KINDS, CheckpointReader, newest_valid
 from tests.conftest import (
     make_tiny_shards,
     make_tiny_teacher,
@@ -30,7 +30,7 @@ from tests.dist.fork_server import ForkServer, Job
 from tests.dist.runs import end_group, metrics
 
 DEFAULTS = {"micro_batch_per_gpu": 2, "metrics.images": False, "guard.hang_timeout_s": 60}
-LIFE_TIMEOUT_S = 300.0
+ATTEMPT_TIMEOUT_S = 300.0
 State = dict[tuple[str, str], torch.Tensor]
 
 
@@ -75,28 +75,28 @@ class Lab:
         return words
 
     def begin(
-        self, run_dir: Path, ranks: int, settings: Mapping[str, Any], stage: int = 2, mishaps: Iterable[Any] = ()
+        self, run_dir: Path, ranks: int, settings: Mapping[str, Any], stage: int = 2, faults: Iterable[Any] = ()
     ) -> Job:
         """Start one life of a run."""
         words = [*self.arguments(stage, settings), "--run-dir", str(run_dir)]
-        return self.server.start(ranks, words, run_dir.with_suffix(".log"), mishaps=mishaps)
+        return self.server.start(ranks, words, run_dir.with_suffix(".log"), faults=faults)
 
     def live(
-        self, run_dir: Path, ranks: int, settings: Mapping[str, Any], stage: int = 2, mishaps: Iterable[Any] = ()
+        self, run_dir: Path, ranks: int, settings: Mapping[str, Any], stage: int = 2, faults: Iterable[Any] = ()
     ) -> int:
         """One whole life; its exit code."""
-        job = self.begin(run_dir, ranks, settings, stage, mishaps)
+        job = self.begin(run_dir, ranks, settings, stage, faults)
         try:
-            return job.wait(LIFE_TIMEOUT_S)
+            return job.wait(ATTEMPT_TIMEOUT_S)
         finally:
             end_group(job)
 
-    def untouched(self, ranks: int, settings: Mapping[str, Any], stage: int = 2, mishaps: Iterable[Any] = ()) -> Path:
+    def untouched(self, ranks: int, settings: Mapping[str, Any], stage: int = 2, faults: Iterable[Any] = ()) -> Path:
         """The finished run that nobody disturbed."""
-        key = json.dumps([ranks, stage, dict(settings), list(mishaps)], sort_keys=True)
+        key = json.dumps([ranks, stage, dict(settings), list(faults)], sort_keys=True)
         if key not in self._untouched:
             run_dir = self.directory / f"untouched{len(self._untouched)}"
-            code = self.live(run_dir, ranks, settings, stage, mishaps)
+            code = self.live(run_dir, ranks, settings, stage, faults)
             assert code == 0, run_dir.with_suffix(".log").read_text()[-3000:]
             self._untouched[key] = run_dir
         return self._untouched[key]
@@ -120,7 +120,7 @@ def state_of(checkpoint: Path) -> State:
 
 def newest(run_dir: Path) -> Path | None:
     """The newest whole checkpoint. In these sweeps a damaged one under its final name is a broken promise."""
-    checkpoint, problems = newest_whole(run_dir / "checkpoints")
+    checkpoint, problems = newest_valid(run_dir / "checkpoints")
     assert not problems, problems
     return checkpoint
 

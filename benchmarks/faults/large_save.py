@@ -16,7 +16,7 @@ from transformers import XLMRobertaConfig, XLMRobertaModel
 from pipeline.runtime import dist
 from pipeline.runtime.checkpoint_writer import CheckpointWriter
 from pipeline.runtime.engine import StudentEngine
-from pipeline.runtime.schedule import OptimizerConfig
+from pipeline.runtime.optimizer import OptimizerConfig
 
 
 class Student(torch.nn.Module):

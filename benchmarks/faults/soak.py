@@ -32,13 +32,13 @@ def soak(lab: Lab, quick: bool) -> Outcome:
     settings = {**TINY, "steps": steps, "save_every": save_every, "eval_every": steps}
     poison = {"kind": "nan", "rank": 1, "steps": list(range(60, steps, POISON_EVERY))}
     whole = lab.fresh("peace")
-    watched = _watch(lab.begin(whole, 2, settings, mishaps=[poison]), whole)
+    watched = _watch(lab.begin(whole, 2, settings, faults=[poison]), whole)
     run_dir, choice, faults = lab.fresh("soak"), random.Random(9), Counter[str]()
-    lives = 0
+    restarts = 0
     while not (run_dir / "DONE").exists():
-        lives += 1
-        assert lives < 1000
-        _one_life(lab, run_dir, settings, poison, choice, faults)
+        restarts += 1
+        assert restarts < 1000
+        _one_attempt(lab, run_dir, settings, poison, choice, faults)
     same = same_student(run_dir, whole) and curve(run_dir) == curve(whole)
     growth = {name: _slope_per_1000_steps(watched, name) for name in ("memory_kib", "files")}
     # over 200 steps a slope is noise
@@ -47,7 +47,7 @@ def soak(lab: Lab, quick: bool) -> Outcome:
         f"soak: {steps} steps with random faults end in the same student; memory and open files flat",
         1,
         int(same and flat),
-        f"{sum(faults.values())} faults ({', '.join(f'{count} {name}' for name, count in sorted(faults.items()))}) in {lives} lives, "
+        f"{sum(faults.values())} faults ({', '.join(f'{count} {name}' for name, count in sorted(faults.items()))}) in {restarts} lives, "
         f"{len(poison['steps'])} poisoned steps; weights and curve {'equal bit for bit' if same else 'DIFFER'}; per 1000 steps {growth['memory_kib']:+.0f} KiB resident "
         f"of {watched[-1]['memory_kib'] // 1024} MiB and {growth['files']:+.2f} open files of {watched[-1]['files']}",
         "not measured",
@@ -55,7 +55,7 @@ def soak(lab: Lab, quick: bool) -> Outcome:
     )
 
 
-def _one_life(
+def _one_attempt(
     lab: Lab,
     run_dir: Path,
     settings: dict[str, Any],
@@ -65,17 +65,17 @@ def _one_life(
 ) -> None:
     """One life and the fault that ends it; a full disk ends none, the next fault does."""
     first, every = newest_step(run_dir), settings["save_every"]
-    mishaps, fault = [poison], choice.choice(FAULTS)
+    faults, fault = [poison], choice.choice(FAULTS)
     third_save = (first // every + 3) * every
     if fault == "full disk":
-        mishaps.append({"kind": "file size", "save": third_save, "rank": choice.randrange(2), "bytes": 2000})
+        faults.append({"kind": "file size", "save": third_save, "rank": choice.randrange(2), "bytes": 2000})
         faults[fault] += third_save <= settings["steps"] - every
         fault = choice.choice(("kill", "preempt"))
     if fault == "kill in a save":
-        mishaps.append(
+        faults.append(
             {"kind": "at call", "save": third_save, "rank": 0, "operation": "fsync", "call": choice.randrange(1, 9)}
         )
-    job = lab.begin(run_dir, 2, settings, mishaps=mishaps)
+    job = lab.begin(run_dir, 2, settings, faults=faults)
     goal = third_save + choice.randrange(4 * every)
     try:
         while job.poll() is None:

@@ -1,5 +1,5 @@
 """The same trainer, student and kills with DeepSpeed's own save_checkpoint and load_checkpoint: what a user has without
-this pipeline's checkpoints. A rank reaches this file through the mishap `stock`."""
+this pipeline's checkpoints. A rank reaches this file through the fault `stock`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ IN_STARTUP = 5
 def use_stock_checkpoints(trainer: Any, options: dict[str, Any]) -> None:
     """Replace writer and resume by DeepSpeed's, and say in a file what was loaded."""
     from pipeline.runtime.checkpoint_writer import SaveOutcome
-    from pipeline.runtime.lives import Lives
+    from pipeline.runtime.restarts import Restarts
 
     class StockWriter:
         def __init__(self, directory: Path, engine: Any, *unused: Any):
@@ -54,8 +54,8 @@ def use_stock_checkpoints(trainer: Any, options: dict[str, Any]) -> None:
         poll = wait
 
     def resume(self: Any, *unused: Any) -> int:
-        self.lives = Lives(self.run_dir)
-        self.lives._lives.clear()  # no crash-loop guard: it is not DeepSpeed's
+        self.restarts = Restarts(self.run_dir)
+        self.restarts._attempts.clear()  # no crash-loop guard: it is not DeepSpeed's
         report = Path(f"{options['report']}-{self.launch.rank}.json")
         report.write_text(json.dumps({"problem": "ended while loading"}))
         try:
@@ -67,13 +67,13 @@ def use_stock_checkpoints(trainer: Any, options: dict[str, Any]) -> None:
         report.write_text(json.dumps({"problem": None, "step": first}))
         self.saved_step = first
         if self.launch.is_main:
-            self.lives.begin(first, self.launch.world_size)
+            self.restarts.begin(first, self.launch.world_size)
         return first
 
-    import pipeline.trainer
+    import pipeline.training.trainer
 
-    pipeline.trainer.CheckpointWriter = StockWriter  # type: ignore[misc, assignment]
-    pipeline.trainer.checkpoint.prune = lambda directory, *config: None
+    pipeline.training.trainer.CheckpointWriter = StockWriter  # type: ignore[misc, assignment]
+    pipeline.training.trainer.checkpoint.prune = lambda directory, *config: None
     trainer._resume = resume
 
 
@@ -122,19 +122,21 @@ def killed_with_stock_checkpoints(lab: Lab) -> Counter[str]:
     choice = random.Random(2)
     good = lab.fresh("stock-good")
     for number in range(RANDOM_KILLS):
-        _life_to_a_random_kill(lab, run_dir, [PAUSE, stock], choice, in_startup=number % IN_STARTUP == IN_STARTUP - 1)
-        ends[_next_life(lab, run_dir, [stock], report, good)] += 1
+        _attempt_to_a_random_kill(
+            lab, run_dir, [PAUSE, stock], choice, in_startup=number % IN_STARTUP == IN_STARTUP - 1
+        )
+        ends[_next_attempt(lab, run_dir, [stock], report, good)] += 1
     for rank, operation, call in NAMED_POINTS * REPEATS:
         point = {"kill_in": _newest_stock(run_dir) + INTERVAL, "victim": rank, "operation": operation, "call": call}
-        lab.live(run_dir, 2, SETTINGS, mishaps=[{**stock, **point}])
-        ends[_next_life(lab, run_dir, [stock], report, good)] += 1
+        lab.live(run_dir, 2, SETTINGS, faults=[{**stock, **point}])
+        ends[_next_attempt(lab, run_dir, [stock], report, good)] += 1
     return ends
 
 
-def _life_to_a_random_kill(
-    lab: Lab, run_dir: Path, mishaps: list[Any], choice: random.Random, in_startup: bool
+def _attempt_to_a_random_kill(
+    lab: Lab, run_dir: Path, faults: list[Any], choice: random.Random, in_startup: bool
 ) -> None:
-    job = lab.begin(run_dir, 2, SETTINGS, mishaps=mishaps)
+    job = lab.begin(run_dir, 2, SETTINGS, faults=faults)
     try:
         if in_startup:
             time.sleep(choice.uniform(0.0, 1.5))
@@ -153,12 +155,12 @@ def _newest_stock(run_dir: Path) -> int:
     return max((int(path.name[4:]) for path in (run_dir / "checkpoints").glob("step[0-9]*")), default=0)
 
 
-def _next_life(lab: Lab, run_dir: Path, mishaps: list[Any], report: Path, good: Path) -> str:
+def _next_attempt(lab: Lab, run_dir: Path, faults: list[Any], report: Path, good: Path) -> str:
     """Start again just far enough to see what is loaded, and put it into words."""
     for old in report.parent.glob(f"{report.name}-*.json"):
         old.unlink()
     wanted = (steps_done(run_dir) // INTERVAL) * INTERVAL
-    job = lab.begin(run_dir, 2, SETTINGS, mishaps=mishaps)
+    job = lab.begin(run_dir, 2, SETTINGS, faults=faults)
     files = [Path(f"{report}-{rank}.json") for rank in range(2)]
     wait_until(lambda: job.poll() is not None or all(_settled(file) for file in files))
     end_group(job)

@@ -68,7 +68,7 @@ class BatchSource:
         rows = [shards.num_rows(language, seq_len) for language in self.languages]
         self.rows_per_language = dict(zip(self.languages, rows, strict=True))
         self.heldout_counts = heldout = [heldout_count(count, heldout_rows_per_language) for count in rows]
-        self._refuse_too_small(rows, heldout)
+        self._check_num_rows(rows, heldout)
         self._split = HeldOut(rows, heldout)
         self._sampler = TemperatureSampler(
             self._split.training_per_language,
@@ -80,7 +80,7 @@ class BatchSource:
             total_samples=total_samples,
         )
         if total_samples:
-            self._sampler.refuse_outside(np.array([total_samples - 1]))
+            self._sampler.check_bounds(np.array([total_samples - 1]))
         self._plan = lru_cache(maxsize=4)(self._plan_of_window)
         # everything that decides which tokens sample number n is made of
         self.order = {
@@ -116,7 +116,7 @@ class BatchSource:
             )
         return [weights[language] for language in self.languages]
 
-    def _refuse_too_small(self, rows: list[int], heldout: list[int]) -> None:
+    def _check_num_rows(self, rows: list[int], heldout: list[int]) -> None:
         small = [
             f"{language} ({self.shards.num_tokens(language)} tokens)"
             for language, count, kept in zip(self.languages, rows, heldout, strict=True)
@@ -167,7 +167,7 @@ class BatchSource:
     def _place(self, sample_numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Language index and row in the shards of each sample."""
         numbers = np.asarray(sample_numbers, dtype=np.int64).reshape(-1)
-        self._sampler.refuse_outside(numbers)
+        self._sampler.check_bounds(numbers)
         windows = numbers // PLAN_WINDOW
         if len(numbers) and windows.min() == windows.max():  # almost every batch; a tenth of the time of what follows
             window = int(windows[0])

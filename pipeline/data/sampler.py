@@ -150,7 +150,7 @@ class TemperatureSampler:
 
     def visits(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Language of each sample, and how often that language was drawn before (in the order of its own rows)."""
-        self.refuse_outside(numbers)
+        self.check_bounds(numbers)
         language, visit = np.empty(len(numbers), np.int64), np.empty(len(numbers), np.int64)
         phase_of = np.searchsorted(self._starts, numbers, side="right") - 1
         for index in np.unique(phase_of):
@@ -174,7 +174,7 @@ class TemperatureSampler:
         starts = ends - (after - before)
         return language, phase.visits_before[language] + before[language] + place - starts[language]
 
-    def refuse_outside(self, numbers: np.ndarray) -> None:
+    def check_bounds(self, numbers: np.ndarray) -> None:
         """Sample numbers that this sampler does not have."""
         if len(numbers) and int(numbers.min()) < 0:
             raise ValueError(f"sample numbers count from 0, got {int(numbers.min())}")

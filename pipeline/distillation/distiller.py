@@ -17,12 +17,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from pipeline.distillation.backend_choice import Gather, alone, choose_backend
-from pipeline.distillation.relations import BACKENDS, check_heads, relation_kl, relation_kl_by_row
+from pipeline.distillation.models.teacher import FrozenTeacher
+from pipeline.distillation.relations.loss import BACKENDS, check_heads, relation_kl, relation_kl_by_row
+from pipeline.distillation.relations.selection import Gather, alone, choose_backend
 from pipeline.distillation.tap import Projections, TappedEncoder, without_dropout
-from pipeline.distillation.teacher import FrozenTeacher
 from pipeline.errors import UserError
-from pipeline.ranges import LARGEST_WEIGHT, check_ranges
+from pipeline.recipe.ranges import LARGEST_WEIGHT, check_ranges
 
 LETTERS = "qkv"
 OUTPUT = "output"  # the tail term among the parts
@@ -93,7 +93,7 @@ class RelationsConfig:
 
 
 @dataclass
-class Readings:
+class TapOutputs:
     """What was read from one model: Q, K, V per tapped layer, and its output where a tail term wants it."""
 
     layers: list[Projections]
@@ -101,7 +101,7 @@ class Readings:
 
 
 @dataclass
-class Extent:
+class SequenceMask:
     """Which positions of a batch are real, and which of them may see each other; by default all."""
 
     lengths_B: torch.Tensor | None = None
@@ -177,9 +177,9 @@ class DistillModule(nn.Module):
     ):
         """`lengths_B`: padding at the end of rows. `segments` [B, S]: lengths of a row's documents, filled up with 0;
         attention and relations then stay inside each document."""
-        extent = Extent(lengths_B, segments)
+        extent = SequenceMask(lengths_B, segments)
         teacher, student = self._read(input_ids_BL, extent)
-        self._settle_backend(teacher.layers[0][0], student.layers[0][0])
+        self._choose_backend(teacher.layers[0][0], student.layers[0][0])
         losses = self._relation_losses(relation_kl, teacher, student, extent)
         if self.config.tail != "none":
             losses.append(self._tail_loss(teacher.output_BLD, student.output_BLD, extent))
@@ -191,7 +191,7 @@ class DistillModule(nn.Module):
         self, input_ids_BL: torch.Tensor, lengths_B: torch.Tensor | None = None, segments: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Weighted relation loss of every row, [B], without gradient, dropout or tail term: for held-out text."""
-        extent = Extent(lengths_B, segments)
+        extent = SequenceMask(lengths_B, segments)
         with without_dropout(self.student):
             teacher, student = self._read(input_ids_BL, extent)
         losses = self._relation_losses(relation_kl_by_row, teacher, student, extent)
@@ -210,7 +210,7 @@ class DistillModule(nn.Module):
         `pair` is one of `part_names`, or one without its layers, which stands for the first pair of layers.
         """
         maps = []
-        extent = Extent(None, None if segments is None else segments[:1])
+        extent = SequenceMask(None, None if segments is None else segments[:1])
         allowed_11LL = extent.attention_mask(input_ids_BL[:1])
         with without_dropout(self.student):
             readings = self._read(input_ids_BL[:1], extent)
@@ -225,7 +225,7 @@ class DistillModule(nn.Module):
             maps.append(logits_HLL.softmax(-1))
         return torch.stack(maps)
 
-    def _tensors_of(self, pair: str, reading: Readings) -> tuple[torch.Tensor, torch.Tensor]:
+    def _tensors_of(self, pair: str, reading: TapOutputs) -> tuple[torch.Tensor, torch.Tensor]:
         """The two tensors (often the same one) whose relation a part is about."""
         if pair == OUTPUT:
             assert reading.output_BLD is not None
@@ -236,7 +236,7 @@ class DistillModule(nn.Module):
         first, second = _letters(name)
         return projections[first], projections[second]
 
-    def _read(self, input_ids_BL: torch.Tensor, extent: Extent) -> tuple[Readings, Readings]:
+    def _read(self, input_ids_BL: torch.Tensor, extent: SequenceMask) -> tuple[TapOutputs, TapOutputs]:
         """Both models on one batch; a mask only where there is padding, or documents are to be kept apart."""
         mask = extent.attention_mask(input_ids_BL)
         with torch.inference_mode():
@@ -245,12 +245,12 @@ class DistillModule(nn.Module):
             student = self.student(input_ids_BL, mask)
         return self._unpack(teacher), self._unpack(student)
 
-    def _unpack(self, result: Any) -> Readings:
+    def _unpack(self, result: Any) -> TapOutputs:
         taps, output_BLD = result if self.config.tail != "none" else (result, None)
-        return Readings([taps] if self.config.layers is None else taps, output_BLD)
+        return TapOutputs([taps] if self.config.layers is None else taps, output_BLD)
 
     def _relation_losses(
-        self, loss: Callable, teacher: Readings, student: Readings, extent: Extent
+        self, loss: Callable, teacher: TapOutputs, student: TapOutputs, extent: SequenceMask
     ) -> list[torch.Tensor]:
         """One loss per layer pair and relation, in `part_names`' order."""
         losses = []
@@ -263,7 +263,7 @@ class DistillModule(nn.Module):
                 losses.append(loss(*of_both, self.config.heads, backend=self.backend, **keys, **extent.of_relations()))
         return losses
 
-    def _tail_loss(self, teacher_BLD: Any, student_BLD: Any, extent: Extent) -> torch.Tensor:
+    def _tail_loss(self, teacher_BLD: Any, student_BLD: Any, extent: SequenceMask) -> torch.Tensor:
         """The term that gives the layers above the distilled one a signal: outputs' relation, or their distance."""
         if self.config.tail == "relation":
             return relation_kl(
@@ -292,7 +292,7 @@ class DistillModule(nn.Module):
                 f"relation backend {name}: kept, the run began with it (`relations.backend` pins another)"
             ]
 
-    def _settle_backend(self, teacher_BLD: torch.Tensor, student_BLD: torch.Tensor) -> None:
+    def _choose_backend(self, teacher_BLD: torch.Tensor, student_BLD: torch.Tensor) -> None:
         """On the first batch, when the shape, the precision and the device are known."""
         if self.backend == "auto":
             self.backend, self.backend_report = choose_backend(

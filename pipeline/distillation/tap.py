@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
 
-from pipeline.distillation.families import Family, family_of
+from pipeline.distillation.models.architectures import ArchitectureSpec, architecture_of
 from pipeline.errors import UserError
 
 Projections = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -30,7 +30,7 @@ def tap(
     layer: int | Sequence[int],
     with_output: bool = False,
     after_rotary: bool = False,
-    whose: str | None = None,
+    role: str | None = None,
 ) -> TappedEncoder:
     """Module `(input_ids, attention_mask=None) -> (q_BLD, k_BLD, v_BLD)` of layer `layer`, counted from 1.
 
@@ -39,7 +39,7 @@ def tap(
     rotary position embedding (ModernBERT), otherwise as the projections give them. `whose` ("teacher" or "student") is
     for the words in which a layer that is not there is refused.
     """
-    return TappedEncoder(hf_model, layer, with_output, after_rotary, whose)
+    return TappedEncoder(hf_model, layer, with_output, after_rotary, role)
 
 
 @contextmanager
@@ -64,11 +64,11 @@ class TappedEncoder(nn.Module):
         layer: int | Sequence[int],
         with_output: bool,
         after_rotary: bool,
-        whose: str | None = None,
+        role: str | None = None,
     ) -> None:
         super().__init__()
         self.training = hf_model.training  # torch's new modules start in training mode, whatever they are made of
-        family = family_of(hf_model.config)
+        family = architecture_of(hf_model.config)
         if after_rotary and family.rotary_head_dim is None:
             raise UserError(
                 f"{hf_model.config.model_type} has no rotary embedding; set `relations.after_rotary: false`"
@@ -80,10 +80,10 @@ class TappedEncoder(nn.Module):
         num_layers = len(cast(nn.ModuleList, hf_model.get_submodule(family.layers)))
         for number in self.layers:
             if not 1 <= number <= num_layers:
-                mend = f". Set `relations.{whose}_layer` or `relations.layers`" if whose else ""
+                fix = f". Set `relations.{role}_layer` or `relations.layers`" if role else ""
                 raise UserError(
-                    f"there is no layer {number} in the {whose or 'model'}: a {hf_model.config.model_type} with layers 1 to "
-                    f"{num_layers}{mend}"
+                    f"there is no layer {number} in the {role or 'model'}: a {hf_model.config.model_type} with layers 1 to "
+                    f"{num_layers}{fix}"
                 )
         self.model = _cut(hf_model, family, set(self.layers), with_output, after_rotary)
         self._taps = {n: cast(TapLayer, self.model.get_submodule(f"{family.layers}.{n - 1}")) for n in self.layers}
@@ -114,7 +114,7 @@ class TapLayer(nn.Module):
     With `goes_on` the layer itself runs as well (a tap below the last one); without, nothing but the projections does.
     """
 
-    def __init__(self, layer: nn.Module, family: Family, goes_on: bool, after_rotary: bool) -> None:
+    def __init__(self, layer: nn.Module, family: ArchitectureSpec, run_layer: bool, after_rotary: bool) -> None:
         super().__init__()
         for name in family.layer_attributes:
             setattr(self, name, getattr(layer, name))
@@ -122,7 +122,7 @@ class TapLayer(nn.Module):
         self.norm = nn.Identity().train(layer.training) if shared_norm is None else shared_norm
         self.projections = nn.ModuleList(layer.get_submodule(name) for name in family.projections)
         self.training = self.projections.training = layer.training
-        self.layer = layer if goes_on else None
+        self.layer = layer if run_layer else None
         self.returns = family.layer_returns
         self.rotary_head_dim: int | None = None
         if after_rotary and family.rotary_head_dim:
@@ -154,7 +154,7 @@ class TapLayer(nn.Module):
 
 
 def _cut(
-    hf_model: PreTrainedModel, family: Family, layers: set[int], with_output: bool, after_rotary: bool
+    hf_model: PreTrainedModel, family: ArchitectureSpec, layers: set[int], with_output: bool, after_rotary: bool
 ) -> PreTrainedModel:
     """The model's skeleton with taps in place, sharing all parameters, and nothing that runs above the last tap."""
     model = _shallow_copy(hf_model)

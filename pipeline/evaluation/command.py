@@ -24,12 +24,14 @@ from data_prep.ownership import lock_beside, own
 from data_prep.shards import DataError
 from pipeline.config import apply_override, build_section
 from pipeline.errors import UserError
-from pipeline.evaluation import heldout_task, mlqa, plots, results, retrieval, speed, sts, xnli
+from pipeline.evaluation import heldout as heldout_task
+from pipeline.evaluation import plots, results, retrieval, speed, sts
 from pipeline.evaluation.encoder import Encoder, load_encoder
-from pipeline.evaluation.grid import encoder_fingerprint
+from pipeline.evaluation.finetuning import mlqa, xnli
+from pipeline.evaluation.finetuning.grid import encoder_fingerprint
 from pipeline.evaluation.ranks import Ranks, joined
-from pipeline.evaluation.trained_as import trained_as
-from pipeline.lineage import fingerprint
+from pipeline.evaluation.training_metadata import trained_as
+from pipeline.provenance import fingerprint
 
 
 @dataclasses.dataclass

@@ -16,12 +16,12 @@ import torch
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
-from pipeline.distillation import loading
-from pipeline.distillation.families import POSITIONS_AFTER_PADDING, family_of, usable_positions
+from pipeline.distillation.models import loading
+from pipeline.distillation.models.architectures import POSITIONS_AFTER_PADDING, architecture_of, usable_positions
+from pipeline.distillation.models.vocabulary import MAP_FILE, read_vocabulary
 from pipeline.distillation.tap import tap
-from pipeline.distillation.vocabulary import MAP_FILE, read_vocabulary
 from pipeline.errors import UserError
-from pipeline.evaluation.trained_as import trained_as
+from pipeline.evaluation.training_metadata import trained_as
 
 POOLINGS = ("output", "last_input", "values")
 VOCABULARY_FILES = ("tokenizer.json", "*.model", "vocab.txt", "vocab.json")
@@ -47,7 +47,7 @@ class Encoder:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def refuse_longer(self, length: int, setting: str) -> None:
+    def check_max_length(self, length: int, setting: str) -> None:
         """A `UserError` where `length` tokens, as `setting` (task.key) says, are more than the model takes; a warning where
         they are more than it was trained on and its further positions are random."""
         if length > self.max_positions:
@@ -69,9 +69,9 @@ def load_encoder(name: str, values_layer: int | None = None) -> Encoder:
     """Load `DIR_OR_HUB_NAME` or `DIR_OR_HUB_NAME@LAYER`; without a layer, values are those of the distilled one, which
     the model's lineage names, else of the last."""
     path, named_layer = split_name(name)
-    model = loading.load_encoder(path, whose="model")
+    model = loading.load_encoder(path, role="model")
     tokenizer = _load_tokenizer(path)
-    refuse_other_tokenizer(path, tokenizer, model.config)
+    check_same_tokenizer(path, tokenizer, model.config)
     num_layers = model.config.num_hidden_layers
     layer = values_layer or named_layer or trained_as(path).get("student_layer") or num_layers
     if not 1 <= layer <= num_layers:
@@ -98,7 +98,7 @@ def _load_tokenizer(path: str) -> Any:
     return loading.load_tokenizer(directory if directory.is_dir() else path)
 
 
-def refuse_other_tokenizer(path: str, tokenizer: Any, config: PretrainedConfig) -> None:
+def check_same_tokenizer(path: str, tokenizer: Any, config: PretrainedConfig) -> None:
     """A `UserError` where ids of this tokenizer are not this model's.
 
     Sizes may differ: multilingual-e5 has 250 037 embeddings for 250 002 pieces. The padding id says more, but only where
@@ -133,7 +133,7 @@ def sentence_vectors(
     vectors: dict[str, list[torch.Tensor]] = {pooling: [] for pooling in POOLINGS}
     last_inputs: list[torch.Tensor] = []
     tapped = tap(encoder.model, layer=encoder.values_layer, with_output=True)
-    last_layer = cast(torch.nn.ModuleList, tapped.model.get_submodule(family_of(encoder.model.config).layers))[-1]
+    last_layer = cast(torch.nn.ModuleList, tapped.model.get_submodule(architecture_of(encoder.model.config).layers))[-1]
     # removed in any case: the layer is the model's own, and other tasks come after this one
     with last_layer.register_forward_pre_hook(lambda module, arguments: last_inputs.append(arguments[0])):
         for batch in tqdm(batches, desc=f"encoding with {encoder.name}", unit="batch", disable=None):

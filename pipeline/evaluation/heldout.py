@@ -1,48 +1,181 @@
-"""Relation loss per language on rows that training never sees.
+"""Held-out relation loss of finished students against a teacher: what was distilled, measured without fine-tuning.
 
-In: the distiller, the held-out rows of a `BatchSource`. Out: mean loss per language. All ranks call it together and
-share the rows out among them; the result is the same on every rank and, up to summation order, for any rank count.
+In: encoders, a teacher and the shards. Out: per model the mean loss per language on rows that its training never saw.
+Which rows these are follows from row length, rows per language and languages; these, the teacher's layer and the
+relations are by default those of the students' `lineage.json`. Used by `pipeline evaluate`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
-import torch
+from tqdm import tqdm
 
+from data_prep.shards import ShardSet
 from pipeline.data.batches import BatchSource
+from pipeline.data.heldout import heldout_losses
+from pipeline.data.tokenizer_hash import deciding_file, tokenizer_sha256
+from pipeline.distillation.distiller import DistillModule, RelationsConfig
+from pipeline.distillation.models.model_files import read_model
+from pipeline.distillation.models.teacher import FrozenTeacher, check_vocabulary
+from pipeline.distillation.tap import tap
+from pipeline.errors import UserError
+from pipeline.evaluation.encoder import Encoder, load_encoder, split_name
+from pipeline.evaluation.languages import choose_languages, left_out_line
+from pipeline.evaluation.ranks import Ranks
+from pipeline.evaluation.training_metadata import DEFAULTS, trained_as
+from pipeline.recipe.ranges import LARGEST_BATCH, LARGEST_WEIGHT, LONGEST_ROW, check_ranges
+from pipeline.training.identity import WEIGHTS, weights_hash
 
 
-def heldout_losses(
-    row_losses: Callable[..., torch.Tensor],
-    source: BatchSource,
-    micro_batch: int,
-    rank: int,
-    world_size: int,
-    device: torch.device,
-    progress: Callable[[], None],
-    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
-) -> dict[str, float]:
-    """Mean relation loss per language.
+@dataclass
+class HeldoutConfig:
+    """Whose relations are compared on which text. None: as the students were trained, else `trained_as.DEFAULTS`."""
 
-    `row_losses` maps int64 `[B, L]` ids and `segments` (a `Batch`'s) to the loss of each row, fp32 `[B]`. Every rank
-    runs the same number of forwards, because ZeRO-3 gathers parameters inside them: where chunks run out, a rank
-    repeats the first and drops the result.
-    """
-    input_ids_BL, segments_BS = source.heldout_batch(source.languages)
-    counts = torch.tensor(source.heldout_counts)
-    owner = torch.repeat_interleave(torch.arange(len(counts)), counts).to(device)
-    chunks = [(start, min(start + micro_batch, len(owner))) for start in range(0, len(owner), micro_batch)]
-    totals = torch.zeros(2, len(source.languages), dtype=torch.float64, device=device)
-    for turn in range(-(-len(chunks) // world_size)):
-        number = turn * world_size + rank
-        start, stop = chunks[number] if number < len(chunks) else chunks[0]
-        segments = None if segments_BS is None else segments_BS[start:stop]
-        losses = row_losses(input_ids_BL[start:stop].to(device), segments=segments).double()
-        progress()
-        if number < len(chunks):
-            totals[0].index_add_(0, owner[start:stop], losses)
-            totals[1].index_add_(0, owner[start:stop], torch.ones_like(losses))
-    sum_over_ranks(totals)
-    means = (totals[0] / totals[1]).tolist()
-    return dict(zip(source.languages, means, strict=True))
+    teacher: str = ""  # DIR_OR_HUB_NAME; its layer is the one that was distilled, unless it is named: @LAYER
+    data: str = "artifacts/shards"  # output directory of `python -m data_prep prepare`
+    heads: int | None = None  # relation heads
+    pairs: dict[str, float] | None = None  # relations and their weights, as the recipe's relations.pairs
+    after_rotary: bool | None = None  # as the recipe's relations.after_rotary
+    seq_len: int | None = None
+    heldout_rows: int | None = None  # per language, at most a tenth of the language
+    languages: list[str] | None = None
+    documents: Literal["joined", "separate"] | None = None  # separate: as the recipe's key
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        limits = {"heads": (1, 2**16), "pairs": (0, LARGEST_WEIGHT), "heldout_rows": (1, 10**9)}
+        check_ranges(self, "heldout", {**limits, "batch_size": (1, LARGEST_BATCH), "seq_len": (3, LONGEST_ROW)})
+        if self.batch_size < 1 or (self.heldout_rows or 1) < 1 or (self.seq_len or 3) < 3:
+            raise UserError(
+                "heldout.batch_size and heldout.heldout_rows must be at least 1, heldout.seq_len at least 3"
+            )
+
+
+def check_input(config: HeldoutConfig) -> None:
+    """What can be known before any model is loaded."""
+    if not config.teacher:
+        raise UserError(
+            "the task heldout compares with a teacher: add --teacher artifacts/teacher (or another, or NAME@19)"
+        )
+    if not Path(config.data).is_dir():
+        raise UserError(
+            f"there are no shards at {config.data}. Name the students' own: --data SHARDS, or make them: "
+            f"python -m data_prep prepare --input samples/cc100 --tokenizer {config.teacher} --output {config.data}"
+        )
+
+
+def evaluate_heldout(encoders: list[Encoder], config: HeldoutConfig, ranks: Ranks) -> dict[str, dict[str, Any]]:
+    """Per model: loss per language and its mean over languages. All ranks call it together and share the rows out."""
+    chosen = settings_of(encoders, config)
+    shards = ShardSet(Path(config.data))
+    languages = choose_languages(shards.languages, config.languages, encoders, "heldout.languages", "shards")
+    chosen["languages"] = languages.chosen
+    source = BatchSource(
+        shards,
+        seq_len=chosen["seq_len"],
+        alpha=1.0,  # how training mixes languages; the held-out rows do not depend on it
+        seed=0,
+        heldout_rows_per_language=chosen["heldout_rows"],
+        languages=chosen["languages"],
+        documents=chosen["documents"],
+    )
+    teacher = _load_teacher(config.teacher, chosen["teacher_layer"])
+    for encoder in [teacher, *encoders]:
+        _check_fit(encoder, source, config.data)
+    if ranks.is_main:
+        warn_of_other_teachers(encoders, teacher)
+    relations = RelationsConfig(**{key: chosen[key] for key in ("heads", "pairs", "after_rotary")}, backend="chunked")
+    frozen = FrozenTeacher(tap(teacher.model, teacher.values_layer, after_rotary=relations.after_rotary))
+    num_rows = sum(len(source.heldout(language)) for language in source.languages)
+    results = {}
+    for encoder in encoders:
+        student = tap(encoder.model, encoder.values_layer, after_rotary=relations.after_rotary)
+        distiller = DistillModule(frozen, student, relations)
+        chunks = -(-num_rows // config.batch_size)
+        bar = tqdm(
+            total=-(-chunks // ranks.world_size), desc=f"held-out loss of {encoder.name}", unit="batch", disable=None
+        )
+        losses = heldout_losses(
+            *(distiller.losses_by_row, source, config.batch_size, ranks.rank, ranks.world_size, ranks.device),
+            progress=lambda bar=bar: bar.update(),  # type: ignore[misc]
+            sum_over_ranks=ranks.sum,
+        )
+        bar.close()
+        mean = sum(losses.values()) / len(losses)
+        results[encoder.name] = {
+            **{"mean": mean, "per_language": losses, "values_layer": encoder.values_layer, "teacher": teacher.name},
+            **{**chosen, "teacher_layer": teacher.values_layer, "rows": num_rows, "left_out": languages.left_out},
+        }
+    return results
+
+
+def warn_of_other_teachers(encoders: list[Encoder], teacher: Encoder) -> None:
+    """Another teacher than a student's own may be asked for; that its loss never was trained for is said."""
+    own = {encoder.name: trained_as(encoder.path).get("identity", {}).get(WEIGHTS) for encoder in encoders}
+    if not any(own.values()):
+        return
+    given = weights_hash(read_model(teacher.path))
+    others = [f"{name} ({hash_own[:12]})" for name, hash_own in own.items() if hash_own and hash_own != given]
+    if others:
+        print(
+            f"warning: {', '.join(others)} learned from a teacher with other weights than {teacher.name} ({given[:12]}): "
+            "this held-out loss compares with a model that was not their teacher",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def settings_of(encoders: list[Encoder], config: HeldoutConfig) -> dict[str, Any]:
+    """What is measured on which rows: as set, else as all students with a lineage were trained."""
+    trained = {encoder.name: found for encoder in encoders if (found := trained_as(encoder.path))}
+    named = {**{key: getattr(config, key, None) for key in DEFAULTS}, "teacher_layer": split_name(config.teacher)[1]}
+    settings = {}
+    for key, default in DEFAULTS.items():
+        values = [found[key] for found in trained.values()] or [default]
+        settings[key] = values[0] if named[key] is None else named[key]
+        if named[key] is None and any(value != values[0] for value in values):
+            how = "--teacher TEACHER@LAYER" if key == "teacher_layer" else f"--set heldout.{key}=..."
+            raise UserError(
+                f"{', '.join(trained)} were trained with different `{key}`, so their held-out losses cannot stand beside each "
+                f"other. Evaluate them one by one, or choose with {how} (another choice of rows may hold some that were seen)"
+            )
+    return settings
+
+
+def _load_teacher(name: str, layer: int | None) -> Encoder:
+    """At the layer that the students were distilled from; None: the last."""
+    teacher = load_encoder(name, layer)
+    if layer is None:
+        teacher.values_layer = teacher.model.config.num_hidden_layers
+    return teacher
+
+
+def _check_fit(encoder: Encoder, source: BatchSource, data: str) -> None:
+    """Shards hold token ids: every model must have been made for the very tokenizer behind them."""
+    check_vocabulary(encoder.model, source.shards.vocab_size, data)
+    if tokenizer_sha256(encoder.path) != source.shards.tokenizer_sha256:
+        raise UserError(
+            f"the shards in {data} were made with another tokenizer than {deciding_file(encoder.path)}. Prepare shards with "
+            "this one, or leave the model out"
+        )
+    encoder.check_max_length(source.seq_len, "heldout.seq_len")
+
+
+def heldout_table(results: dict[str, dict[str, Any]]) -> str:
+    """One row per model: relation loss per language and the mean."""
+    first = next(iter(results.values()))
+    width = max(len("model"), *map(len, results))
+    titles = [*first["per_language"], "mean"]
+    lines = [
+        f"held-out relation loss against {first['teacher']}, layer {first['teacher_layer']}, {first['heads']} heads "
+        "(lower is better)"
+    ]
+    lines.append(f"{'model':<{width}}" + "".join(f"{title:>9}" for title in titles))
+    for name, result in results.items():
+        figures = [*result["per_language"].values(), result["mean"]]
+        lines.append(f"{name:<{width}}" + "".join(f"{figure:z9.4f}" for figure in figures))
+    return "\n".join([*lines, *filter(None, [left_out_line(results)])])

@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder
 from pipeline.evaluation.tatoeba import SHORT_CODES
-from pipeline.evaluation.trained_as import languages_of
+from pipeline.evaluation.training_metadata import languages_of
 
 OTHER_SCRIPTS = ("rom", "roman", "zaw")  # CC-100's hi_rom, ur_roman, my_zaw: not what hi, ur and my are tested in
 NORWEGIAN = ("nb", "nn")  # CC-100's `no` holds both

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from pipeline.runtime import dist
-from pipeline.runtime.allotment import refuse_unseen_gpus
+from pipeline.runtime.allotment import check_allotted_gpus
 
 # Ranks wait for rank 0 while it does what cannot be shared (retrieval, speed); a dead rank ends the job through its launcher.
 COLLECTIVE_TIMEOUT_S = 4 * 3600.0
@@ -48,7 +48,7 @@ class Ranks:
 
 def alone() -> Ranks:
     """One process, on the GPU if there is one. Raises `UserError` where Slurm has allotted some and torch sees none."""
-    refuse_unseen_gpus()
+    check_allotted_gpus()
     return Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 

@@ -10,9 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_prep.ownership import lock_beside, own_when_free, unique_name
-from pipeline.errors import SickRunError, UserError
-from pipeline.json_files import read_json
+from data_prep.durable_files import replace_file
+from data_prep.ownership import lock_beside, own_when_free
+from pipeline.errors import DivergedRunError, UserError
+from pipeline.runtime.json_files import read_json
 
 FILE = "evaluation.json"
 OTHER_MODELS_FILE = "evaluation.old.json"
@@ -57,10 +58,8 @@ def _add(path: Path, models: dict[str, Any], task: str, results: dict[str, Any],
     try:
         text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
     except ValueError:
-        raise SickRunError(
+        raise DivergedRunError(
             f"{task} gave figures that are not finite, so they were not written: the weights of one of {', '.join(models)} "
             "hold NaN or infinity"
         ) from None
-    partial = unique_name(path, ".tmp")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
+    replace_file(path, text + "\n")

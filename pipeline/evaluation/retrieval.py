@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.encoder import POOLINGS, Encoder, sentence_vectors
 from pipeline.evaluation.languages import Languages, choose_languages, left_out_line
 from pipeline.evaluation.tatoeba import SHORT_CODES, read_line_pairs, tatoeba_files
-from pipeline.ranges import LARGEST_BATCH, LARGEST_INT, LONGEST_ROW, check_ranges
+from pipeline.recipe.ranges import LARGEST_BATCH, LARGEST_INT, LONGEST_ROW, check_ranges
 
 Pairs = list[tuple[str, str]]
 HEADER_NAMES = ("en", "eng", "english", "source", "src", "sentence1", "text1")
@@ -131,7 +131,7 @@ def evaluate_retrieval(encoder: Encoder, config: RetrievalConfig) -> dict[str, A
     """Accuracy per pair and pooling (`to_english`, `from_english`, `mean`), and the mean over all pairs per pooling."""
     known = known_languages(config)
     left_out = _chosen(known, list(config.languages or known), [encoder]).left_out
-    encoder.refuse_longer(config.max_length, "retrieval.max_length")
+    encoder.check_max_length(config.max_length, "retrieval.max_length")
     started = time.perf_counter()
     pairs_of = read_pairs(config)
     texts = sorted({text for pairs in pairs_of.values() for pair in pairs for text in pair})

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder
-from pipeline.ranges import LARGEST_BATCH, LONGEST_ROW, check_ranges
+from pipeline.recipe.ranges import LARGEST_BATCH, LONGEST_ROW, check_ranges
 
 
 @dataclass

@@ -18,8 +18,8 @@ import numpy as np
 
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import POOLINGS, Encoder, sentence_vectors
-from pipeline.evaluation.xnli_data import header_positions
-from pipeline.ranges import LARGEST_BATCH, LONGEST_ROW, check_ranges
+from pipeline.evaluation.finetuning.xnli_data import header_positions
+from pipeline.recipe.ranges import LARGEST_BATCH, LONGEST_ROW, check_ranges
 
 
 @dataclass
@@ -70,7 +70,7 @@ def read_scored_pairs(path: Path, columns: list[str]) -> ScoredPairs:
     if {column.casefold() for column in columns} <= set(header):
         positions = header_positions(header, columns, f"{path}, line 1")
     elif first:
-        _refuse_unnamed_columns(first, columns, path)
+        _check_columns(first, columns, path)
         _add(pairs, first, positions, f"{path}, line 1 (no header: it lacks {', '.join(columns)})")
     for where, row in rows:
         if len(row) != width:
@@ -115,7 +115,7 @@ def _rows(path: Path) -> Iterator[tuple[str, list[str]]]:
             ) from None
 
 
-def _refuse_unnamed_columns(first: list[str], columns: list[str], path: Path) -> None:
+def _check_columns(first: list[str], columns: list[str], path: Path) -> None:
     """Without a header only three columns are known by their places."""
     if len(first) != 3:
         raise UserError(
@@ -150,7 +150,7 @@ def evaluate_sts(encoders: list[Encoder], config: StsConfig) -> dict[str, dict[s
     files = read_all(config)
     results = {}
     for encoder in encoders:
-        encoder.refuse_longer(config.max_length, "sts.max_length")
+        encoder.check_max_length(config.max_length, "sts.max_length")
         per_file = {name: score_file(encoder, pairs, config) for name, pairs in files.items()}
         mean = {pooling: sum(file[pooling] for file in per_file.values()) / len(per_file) for pooling in POOLINGS}
         num_pairs = {name: len(pairs.scores) for name, pairs in files.items()}

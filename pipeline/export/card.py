@@ -18,13 +18,13 @@ from typing import Any
 import yaml
 
 from pipeline.config import tree_of_recipe
-from pipeline.distillation.families import usable_positions
-from pipeline.distillation.loading import load_config
-from pipeline.distillation.model_files import read_model
+from pipeline.distillation.models.architectures import usable_positions
+from pipeline.distillation.models.loading import load_config
+from pipeline.distillation.models.model_files import read_model
 from pipeline.errors import UserError
-from pipeline.evaluation.trained_as import longest_of
-from pipeline.export.measured import measured_sections
-from pipeline.json_files import read_json
+from pipeline.evaluation.training_metadata import longest_of
+from pipeline.export.card_tables import measured_sections
+from pipeline.runtime.json_files import read_json
 
 LINEAGE_FILE, VOCABULARY_FILE, CARD_FILE = "lineage.json", "vocabulary.json", "README.md"
 LOADING = """## How to load it

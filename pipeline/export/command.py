@@ -22,16 +22,16 @@ from pathlib import Path
 import transformers
 
 from data_prep.outputs import output_path
-from pipeline.distillation.loading import load_config
-from pipeline.distillation.vocabulary import read_vocabulary
+from pipeline.distillation.models.loading import load_config
+from pipeline.distillation.models.vocabulary import read_vocabulary
 from pipeline.evaluation.retrieval import RetrievalConfig, read_pairs
 from pipeline.export.card import length_note
-from pipeline.export.check_lines import read_check_lines
 from pipeline.export.handover import longest_input
 from pipeline.export.hf import DTYPES, Extra, export_run
 from pipeline.export.onnx import add_onnx, checked_on, int8_warning
+from pipeline.export.onnx_check_text import read_check_lines
 from pipeline.export.push import check_login, push
-from pipeline.export.sentence_vectors import add_sentence_transformers
+from pipeline.export.sentence_transformers_files import add_sentence_transformers
 from pipeline.export.trim import trim, trimming_lines
 
 CHECK_PAIRS = 30  # of each language

@@ -13,12 +13,12 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from pipeline.distillation.families import family_of, usable_positions
-from pipeline.distillation.loading import load_config
-from pipeline.distillation.student import dropout_of
+from pipeline.distillation.models.architectures import architecture_of, usable_positions
+from pipeline.distillation.models.loading import load_config
+from pipeline.distillation.models.student import dropout_of
 from pipeline.errors import UserError
-from pipeline.evaluation.trained_as import longest_of
-from pipeline.json_files import read_json
+from pipeline.evaluation.training_metadata import longest_of
+from pipeline.runtime.json_files import read_json
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
@@ -49,7 +49,7 @@ def _dropout_of_teacher(config: PretrainedConfig, teacher: str, used: dict[str, 
         print(
             f"warning: run.json does not record the teacher's dropout and {teacher} cannot be read as a {config.model_type} "
             f"model, so config.json keeps the distillation's: {used}. Before fine-tuning, set "
-            f"{', '.join(family_of(config).dropout_keys)} there to the teacher's (0.1 in most encoders).",
+            f"{', '.join(architecture_of(config).dropout_keys)} there to the teacher's (0.1 in most encoders).",
             file=sys.stderr,
             flush=True,
         )

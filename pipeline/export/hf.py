@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from transformers import AutoModel, PretrainedConfig
 
-from data_prep.outputs import refuse_places_of_the_user, replaced_directory
-from pipeline.distillation.families import family_of
-from pipeline.distillation.loading import config_of
+from data_prep.outputs import check_output_place, replaced_directory
+from pipeline.data.tokenizer_hash import tokenizer_directory
+from pipeline.distillation.models.architectures import architecture_of
+from pipeline.distillation.models.loading import config_of
 from pipeline.errors import UserError
 from pipeline.export.card import CARD_FILE, LINEAGE_FILE, VOCABULARY_FILE, lineage_of, write_card
 from pipeline.export.handover import hand_over, limit_tokenizer
-from pipeline.identity import refuse_other_tokenizer_files, warn_of_other_teacher
-from pipeline.json_files import read_json
 from pipeline.runtime.checkpoint import read_model_weights
+from pipeline.runtime.json_files import read_json
 from pipeline.runtime.tensor_files import not_finite, save_tensors
-from pipeline.tokenizer_identity import tokenizer_directory
+from pipeline.training.identity import check_same_tokenizer_files, warn_of_other_teacher
 
 Extra = Callable[[Path], object]
 TOKENIZER_FILES = (
@@ -60,16 +60,14 @@ def export_run(run_dir: Path, output: Path, extras: Sequence[Extra] = (), dtype:
     """The newest whole checkpoint of a run directory as a Hugging Face directory, with the figures that lie there."""
     if not run_dir.is_dir():
         raise UserError(f"there is no run directory {run_dir}. Train first; its --run-dir is what export reads.")
-    refuse_places_of_the_user(output, "--output", {"the run directory": run_dir})
+    check_output_place(output, "--output", {"the run directory": run_dir})
     weights, state = read_model_weights(run_dir)
     run = _read_json(run_dir / "run.json")
     config = config_of(_existing(run_dir / "student_config.json"), str(run_dir), "student")
     recipe_text = _existing(run_dir / "recipe.yaml").read_text(encoding="utf-8")
     tokenizer = run.get("vocabulary") or run["teacher"]
-    refuse_places_of_the_user(
-        output, "--output", {"the teacher": Path(run["teacher"]), "the tokenizer": Path(tokenizer)}
-    )
-    refuse_other_tokenizer_files(state.get("identity", {}), tokenizer, run_dir)
+    check_output_place(output, "--output", {"the teacher": Path(run["teacher"]), "the tokenizer": Path(tokenizer)})
+    check_same_tokenizer_files(state.get("identity", {}), tokenizer, run_dir)
     warn_of_other_teacher(state.get("identity", {}), run["teacher"])
     lineage = lineage_of({**run, "dropout": hand_over(config, run)}, state, recipe_text)
     return export_student(weights, config, tokenizer, output, lineage, extras, dtype, measured=[run_dir])
@@ -115,7 +113,7 @@ def export_student(
 
 def check_weights(weights: Mapping[str, torch.Tensor], config: PretrainedConfig) -> str:
     """Name of the model class, after checking that it has exactly these weights in these shapes, all fp32."""
-    pooler = {"add_pooling_layer": False} if family_of(config).has_pooler else {}
+    pooler = {"add_pooling_layer": False} if architecture_of(config).has_pooler else {}
     with torch.device("meta"):
         model = AutoModel.from_config(config, **pooler)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

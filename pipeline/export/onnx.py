@@ -70,12 +70,12 @@ def add_onnx(
         runs[precision] = _onnx_run(session)
     check = compare_runs(encoder, runs, config, further)
     check["megabytes"] = {name: round(path.stat().st_size / 1e6, 1) for name, path in (("fp32", fp32), ("int8", int8))}
-    refuse_difference(check["fp32"]["greatest_difference"])
+    check_difference(check["fp32"]["greatest_difference"])
     (directory / "onnx" / "check.json").write_text(json.dumps(check, indent=2) + "\n", encoding="utf-8")
     return check
 
 
-def refuse_difference(difference: float) -> None:
+def check_difference(difference: float) -> None:
     """A `UserError` where the fp32 file does not do what torch does."""
     if not difference <= GREATEST_DIFFERENCE:
         raise UserError(

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 import transformers
 
-from data_prep.outputs import output_path, refuse_places_of_the_user
-from pipeline.distillation.loading import load_config
-from pipeline.distillation.vocabulary import MODEL_FILE, Vocabulary, cut_embedding, read_vocabulary
+from data_prep.outputs import check_output_place, output_path
+from pipeline.distillation.models.loading import load_config
+from pipeline.distillation.models.vocabulary import MODEL_FILE, Vocabulary, cut_embedding, read_vocabulary
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder, load_encoder
 from pipeline.export.hf import LINEAGE_FILE, Extra, export_student
-from pipeline.json_files import read_json_if_there
+from pipeline.runtime.json_files import read_json_if_there
 
 CHECKED_ROWS = 64
 CHECKED_TOKENS = 62  # of each row: it must fit into the smallest model
@@ -55,11 +55,11 @@ def trim(
 ) -> dict[str, Any]:
     """Write the trimmed model to `output`, in the precision of `source`. With `run_dir`, `source` is but a passing export
     of that run."""
-    refuse_places_of_the_user(output, "--output", {"the model": source, "the vocabulary": vocabulary.directory})
+    check_output_place(output, "--output", {"the model": source, "the vocabulary": vocabulary.directory})
     model_file = source / MODEL_FILE
     if not model_file.is_file():
         raise UserError(f"{source} has no {MODEL_FILE}; only XLM-R's kind of vocabulary can be trimmed here.")
-    vocabulary.refuse_other_source(hashlib.sha256(model_file.read_bytes()).hexdigest(), str(source))
+    vocabulary.check_source(hashlib.sha256(model_file.read_bytes()).hexdigest(), str(source))
     encoder = load_encoder(str(source))
     parameters_before = encoder.model.num_parameters()
     rows_BL = random_rows(vocabulary)

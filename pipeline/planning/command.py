@@ -22,7 +22,7 @@ from pipeline.planning.assumptions import Assumptions
 from pipeline.planning.devices import DEVICES, Device, device_of
 from pipeline.planning.plan import Planner
 from pipeline.planning.preparation import CC100_TEXT_GB, preparation_of
-from pipeline.planning.scaling import STAGES, bend, compare_stages, draw, scale
+from pipeline.planning.scaling import STAGES, compare_stages, draw, scale, scaling_knee
 
 MOST_NODES, MOST_GPUS_PER_NODE = 4096, 72
 MOST_TEXT_GB, MOST_MEMORY_GIB = 1e9, 1e6
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     stages = compare_stages(planner, arguments.nodes, arguments.gpus_per_node)
     points_of = {stage: scale(planner, arguments.gpus_per_node, stage) for stage in STAGES}
     points = points_of[plan.setting.stage]
-    print(report.text(planner, plan, largest, preparation, stages, points, bend(points)), flush=True)
+    print(report.text(planner, plan, largest, preparation, stages, points, scaling_knee(points)), flush=True)
     if arguments.json:
         figures: dict[str, Any] = report.figures(planner, plan, largest, preparation, stages, points_of)
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from pipeline.planning.assumptions import Assumptions
 from pipeline.planning.devices import Device
-from pipeline.planning.encoders import Encoders
 from pipeline.planning.memory import BYTES, PREFETCHED_ELEMENTS, Setting
+from pipeline.planning.meta_models import Encoders
 
 # Seconds by which NCCL itself chooses algorithms (src/graph/tuning.cc), rings: start, and per hop over NVLink, PCIe, network.
 # Messages below `SMALL_BYTES` take its `LL` protocol, larger ones `Simple`.

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.distillation.relation_tiles import TILE_ENTRIES_CPU, TILE_ENTRIES_GPU
+from pipeline.distillation.relations.chunked import TILE_ENTRIES_CPU, TILE_ENTRIES_GPU
 from pipeline.planning.assumptions import Assumptions
-from pipeline.planning.encoders import Encoders
-from pipeline.planning.rehearsal import Passage, StudentPassages
+from pipeline.planning.meta_models import Encoders
+from pipeline.planning.trace import Passage, StudentPassages
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 ADAM_BYTES = 12  # fp32 weight and two moments

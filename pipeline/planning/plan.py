@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Recipe
-from pipeline.distillation.relations import check_heads
+from pipeline.distillation.relations.loss import check_heads
 from pipeline.errors import UserError
 from pipeline.planning.assumptions import Assumptions
 from pipeline.planning.communication import Collective, collectives_of
 from pipeline.planning.devices import Device
-from pipeline.planning.encoders import Encoders, build_encoders
 from pipeline.planning.memory import ADAM_BYTES, GIB, Memory, Setting, memory_of
-from pipeline.planning.rehearsal import Passage, StudentPassages, rehearse_student, rehearse_teacher
+from pipeline.planning.meta_models import Encoders, build_encoders
 from pipeline.planning.timing import StepTime, loss_s, passage_s, step_time
+from pipeline.planning.trace import Passage, StudentPassages, trace_student, trace_teacher
 from pipeline.runtime import ds_config
 from pipeline.runtime.ds_config import Precisions, split_batch
 
@@ -155,12 +155,12 @@ class Planner:
         """The rehearsed micro-batch, from memory where it has been rehearsed before."""
         rows, stays = setting.micro_batch, setting.stage == 1
         if (rows, setting.teacher_precision) not in self._teacher_passages:
-            self._teacher_passages[rows, setting.teacher_precision] = rehearse_teacher(
+            self._teacher_passages[rows, setting.teacher_precision] = trace_teacher(
                 self.encoders.teacher, rows, setting.seq_len, setting.teacher_precision
             )
         key = (rows, setting.precision, stays)
         if key not in self._student_passages:
-            self._student_passages[key] = rehearse_student(
+            self._student_passages[key] = trace_student(
                 self.encoders.student, rows, setting.seq_len, setting.precision, self._gradients_per_tap(), stays
             )
         return self._teacher_passages[rows, setting.teacher_precision], self._student_passages[key]
@@ -173,10 +173,10 @@ class Planner:
     def _add_checkpoints(self, plan: Plan) -> None:
         """fp32 weights and moments from every rank, and what is carried along from the first."""
         state = ADAM_BYTES * self.encoders.trained_parameters
-        plan.checkpoint_bytes = state + 4 * self.encoders.carried_parameters
+        plan.checkpoint_bytes = state + 4 * self.encoders.untrained_parameters
         plan.checkpoint_stall_s = state / plan.num_gpus / (self.assumptions.host_copy_gb_s * 1e9)
         rate = self.assumptions.checkpoint_gb_s * 1e9
-        plan.checkpoint_write_s = state / plan.nodes / rate + 4 * self.encoders.carried_parameters / rate
+        plan.checkpoint_write_s = state / plan.nodes / rate + 4 * self.encoders.untrained_parameters / rate
 
     def _evaluation_s(self, plan: Plan, teacher: Passage, student: StudentPassages) -> float:
         """The held-out rows of every language, forward only, spread over the ranks."""

@@ -19,7 +19,7 @@ def text(
     preparation: Preparation,
     stages: dict[int, Plan | None],
     points: list[Point],
-    bend: str,
+    scaling_knee: str,
 ) -> str:
     """The whole report; every line of it is a prediction."""
     setting, device, step = plan.setting, planner.device, plan.step
@@ -52,7 +52,7 @@ def text(
         "",
         "## More GPUs, same global batch",
         _scaling_table(points),
-        bend,
+        scaling_knee,
     ]
     return "\n".join(sections)
 
@@ -142,7 +142,7 @@ def figures(
             "teacher": planner.encoders.teacher_parameters,
             "student": planner.encoders.student_parameters,
             "trained": planner.encoders.trained_parameters,
-            "carried": planner.encoders.carried_parameters,
+            "carried": planner.encoders.untrained_parameters,
         },
         "plan": plan_figures(plan),
         "largest_micro_batch": largest,

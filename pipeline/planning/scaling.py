@@ -16,7 +16,7 @@ from pipeline.planning.plan import Plan, Planner
 
 MOST_GPUS = 512
 STAGES = (1, 2, 3)
-BEND = 0.8  # share of the perfect speed-up below which more GPUs are said not to pay
+SCALING_KNEE = 0.8  # share of the perfect speed-up below which more GPUs are said not to pay
 COLOURS = {
     "teacher": "#4477aa",
     "student": "#66ccee",
@@ -67,14 +67,14 @@ def scale(planner: Planner, gpus_per_node: int, stage: int | None = None) -> lis
     return points
 
 
-def bend(points: list[Point]) -> str:
+def scaling_knee(points: list[Point]) -> str:
     """Where the speed-up falls below `BEND` of perfect, and the part whose GPU-seconds have grown most."""
     planned = [(point, point.plan) for point in points if point.plan and point.fits]
     if not planned:
         return "nothing fits"
     first = planned[0][1]
     for point, plan in planned:
-        if point.efficiency < BEND:
+        if point.efficiency < SCALING_KNEE:
             growth = {
                 part: seconds * point.num_gpus - first.step.parts[part] * first.num_gpus
                 for part, seconds in plan.step.parts.items()
@@ -118,7 +118,7 @@ def draw(points_of: dict[int, list[Point]], stage: int, title: str, path: Path) 
     for other, points in points_of.items():
         fitting = [point for point in points if point.plan and point.fits]
         lines.plot([p.num_gpus for p in fitting], [p.efficiency for p in fitting], marker="o", label=f"ZeRO-{other}")
-    lines.axhline(BEND, color="grey", linestyle=":", linewidth=1)
+    lines.axhline(SCALING_KNEE, color="grey", linestyle=":", linewidth=1)
     lines.set_xscale("log", base=2)
     lines.set_xticks([num_gpus for num_gpus, _ in chosen], [str(num_gpus) for num_gpus, _ in chosen])
     lines.set(xlabel="GPUs", ylabel="share of perfect speed-up", ylim=(0, 1.05), title="predicted, not measured")

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pipeline.planning.assumptions import Assumptions
 from pipeline.planning.communication import Collective, seconds_of, small_reduces_s
 from pipeline.planning.devices import Device
-from pipeline.planning.encoders import Encoders
 from pipeline.planning.memory import Setting, flash_widths
-from pipeline.planning.rehearsal import Passage, StudentPassages
+from pipeline.planning.meta_models import Encoders
+from pipeline.planning.trace import Passage, StudentPassages
 
 TILE = 128  # rows and columns of the result that one multiprocessor works on
 SPLIT = 1024  # length of the sum that is worth a tile of its own (split-K, as in weight gradients)

@@ -31,7 +31,7 @@ def allotted_gpus(environment: Mapping[str, str] | None = None) -> int:
     return _num_listed(environment.get("SLURM_JOB_GPUS", ""))
 
 
-def refuse_unseen_gpus() -> None:
+def check_allotted_gpus() -> None:
     """A `UserError` where Slurm has allotted GPUs and torch sees none; too few for the ranks is dist.py's own check."""
     allotted, seen = allotted_gpus(), torch.cuda.device_count() if torch.cuda.is_available() else 0
     if seen or not allotted or os.environ.get(ALLOW) == "1":

@@ -23,16 +23,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from data_prep.durable_files import sync, unique_name
 from data_prep.shards import UnreadableError, read_again
 from pipeline.errors import UserError
-from pipeline.ranges import LARGEST_INT, check_ranges
+from pipeline.recipe.ranges import LARGEST_INT, check_ranges
 from pipeline.runtime.checkpoint_state import state_problem
-from pipeline.runtime.schedule import MOMENTS
+from pipeline.runtime.optimizer import MOMENTS
 from pipeline.runtime.tensor_files import names_a_tensor_twice, not_finite, open_tensors
 
 FORMAT_VERSION = 1
 KINDS = ("weight", *MOMENTS)
-CARRIED_FILE = "carried.safetensors"
+UNTRAINED_FILE = "carried.safetensors"
 MOST_READS = 100  # of a run that saves and prunes while its checkpoint is read
 BESIDE_WEIGHTS = "projection."  # how names in it begin that are no weights of the model
 _STEP_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")  # one name per step
@@ -62,7 +63,7 @@ def checkpoint_path(directory: Path, step: int) -> Path:
 
 def commit(partial: Path, final: Path, files: Mapping[str, Any]) -> None:
     """Give a complete set of files its manifest and its name. `files`: name -> size and sha256."""
-    assert not _not_a_whole_set(files), "what is committed lets older checkpoints go"
+    assert not _incomplete_set(files), "what is committed lets older checkpoints go"
     manifest = partial / "manifest.json"
     manifest.write_text(_manifest_text(files), encoding="utf-8")
     sync(manifest)
@@ -73,7 +74,7 @@ def commit(partial: Path, final: Path, files: Mapping[str, Any]) -> None:
     sync(final.parent)
 
 
-def seal(path: Path) -> dict[str, Any]:
+def fsync_and_hash(path: Path) -> dict[str, Any]:
     """Flush a file to disk and describe it as a manifest does."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
@@ -88,27 +89,18 @@ def _manifest_text(files: Mapping[str, Any]) -> str:
     return json.dumps({**content, "sha256": digest}, indent=1, sort_keys=True)
 
 
-def _not_a_whole_set(names: Iterable[str]) -> str | None:
+def _incomplete_set(names: Iterable[str]) -> str | None:
     """None when the names are those of a checkpoint: each kind from every one of its ranks, and what rank 0 adds."""
     names = set(names)
     world_size = max(1, sum(name.startswith(f"{KINDS[0]}-") for name in names))
     fragments = {f"{kind}-{rank:05d}-of-{world_size:05d}.safetensors" for kind in KINDS for rank in range(world_size)}
-    differing = sorted(names ^ (fragments | {CARRIED_FILE, "state.json"}))
+    differing = sorted(names ^ (fragments | {UNTRAINED_FILE, "state.json"}))
     return f"the manifest does not list just the files of {world_size} rank(s): {differing[:3]}" if differing else None
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _discard(checkpoint: Path) -> None:
     """Delete so that a kill in the middle leaves a `.tmp`, never half a checkpoint under its real name."""
-    doomed = checkpoint.with_suffix(".old.tmp")
-    shutil.rmtree(doomed, ignore_errors=True)
+    doomed = unique_name(checkpoint, ".tmp")
     checkpoint.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
@@ -174,13 +166,13 @@ def damage(checkpoint: Path) -> str | None:
                 return f"the manifest names {name[:80]!r}, which no checkpoint has"
         if text != _manifest_text(files):
             return "manifest.json does not have its own sha256"
-        if problem := _not_a_whole_set(files):
+        if problem := _incomplete_set(files):
             return problem
         listed = read_again(checkpoint, lambda: list(checkpoint.iterdir()))
         there = {path.name for path in listed if _FILE_NAME.fullmatch(path.name)}
         if unlisted := sorted(there - set(files)):
             return f"{unlisted[0]} is not in the manifest"
-        problems = (file_damage(checkpoint / name, entry) for name, entry in files.items())
+        problems = (file_corruption(checkpoint / name, entry) for name, entry in files.items())
         if problem := next(filter(None, problems), None):
             return problem
         tensors = (checkpoint / name for name in files if name.endswith(".safetensors"))
@@ -201,11 +193,11 @@ def _text(path: Path) -> str:
     return read_again(path, path.read_bytes).decode()
 
 
-def file_damage(path: Path, entry: Mapping[str, Any]) -> str | None:
-    return read_again(path, lambda: _file_damage(path, entry))
+def file_corruption(path: Path, entry: Mapping[str, Any]) -> str | None:
+    return read_again(path, lambda: _file_corruption(path, entry))
 
 
-def _file_damage(path: Path, entry: Mapping[str, Any]) -> str | None:
+def _file_corruption(path: Path, entry: Mapping[str, Any]) -> str | None:
     try:
         found = path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -229,7 +221,7 @@ def _header_problem(path: Path) -> str | None:
             for key in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
                 part = tensors.get_slice(key)
                 is_flat = part.get_dtype() == "F32" and len(part.get_shape()) == 1
-                if path.name != CARRIED_FILE and not (is_flat and _FRAGMENT.fullmatch(key)):
+                if path.name != UNTRAINED_FILE and not (is_flat and _FRAGMENT.fullmatch(key)):
                     return f"{path.name} holds {key!r}, which is no flat fp32 fragment"
     except UnreadableError:
         raise
@@ -243,7 +235,7 @@ def _step_of(checkpoint: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def newest_whole(directory: Path, skip: int = 0) -> tuple[Path | None, list[str]]:
+def newest_valid(directory: Path, skip: int = 0) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and why newer ones were not taken. None when there is none at all.
 
     One that cannot be read ends the search with an `UnreadableError`: an older one would be continued in its place, and
@@ -324,7 +316,7 @@ class CheckpointReader:
         wanted = {name: tuple(shape) for name, shape in trained.items()}
         if frozen is not None:
             wanted |= {name: tuple(tensor.shape) for name, tensor in frozen.items()}
-            saved |= {name: tuple(tensor.shape) for name, tensor in self.carried().items()}
+            saved |= {name: tuple(tensor.shape) for name, tensor in self.untrained().items()}
         missing = {name for kind, name in self._pieces if kind == "weight"} ^ set(trained)
         differing = sorted(missing | {name for name in saved.keys() | wanted if saved.get(name) != wanted.get(name)})
         if differing:
@@ -335,8 +327,8 @@ class CheckpointReader:
                 "set the recipe's student section back (with --allow-change too: no weight fits into another shape)"
             )
 
-    def carried(self) -> dict[str, torch.Tensor]:
-        with open_tensors(self.path / CARRIED_FILE) as file:
+    def untrained(self) -> dict[str, torch.Tensor]:
+        with open_tensors(self.path / UNTRAINED_FILE) as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
@@ -360,7 +352,7 @@ def read_model_weights(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict[str
 
 
 def _read_model_weights(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    checkpoint, _ = newest_whole(run_dir / "checkpoints")
+    checkpoint, _ = newest_valid(run_dir / "checkpoints")
     if checkpoint is None:
         raise UserError(
             f"{run_dir} has no checkpoint. Train first: deepspeed pipeline/train.py --deepspeed ds_configs/zero2.json "
@@ -374,7 +366,7 @@ def _read_model_weights(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict[st
 
 
 def _weights_of(reader: CheckpointReader) -> dict[str, torch.Tensor]:
-    weights = {name: tensor for name, tensor in reader.carried().items() if not name.startswith(BESIDE_WEIGHTS)}
+    weights = {name: tensor for name, tensor in reader.untrained().items() if not name.startswith(BESIDE_WEIGHTS)}
     if "parameters" not in reader.state:
         raise UserError(
             f"{reader.path / 'state.json'} does not name the student's parameters. Restore it from a backup"

@@ -1,6 +1,6 @@
 """Writes checkpoints: a snapshot on the training thread, the files in the background, the commit when all ranks are done.
 
-Commit: every rank writes into `step-N.tmp`, syncs and hashes; rank 0 adds the manifest, renames, syncs the parent. A
+Commit: every rank writes into `step-N.TOKEN.tmp`, syncs and hashes; rank 0 adds the manifest, renames, syncs the parent. A
 failure on any rank (disk full, say) leaves no trace of this checkpoint and every older one as it was. Used by
 trainer.py; all ranks make the same calls in the same order.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import threading
 import time
@@ -19,20 +20,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.errors import SickRunError, UserError
+from pipeline.errors import DivergedRunError, UserError
 from pipeline.runtime import dist
 from pipeline.runtime.checkpoint import (
-    CARRIED_FILE,
     KINDS,
+    UNTRAINED_FILE,
     CheckpointConfig,
     checkpoint_path,
     commit,
     committed_steps,
-    file_damage,
+    file_corruption,
+    fsync_and_hash,
     kept_steps,
-    seal,
 )
-from pipeline.runtime.memory import available_memory_bytes
+from pipeline.runtime.host_memory import available_memory_bytes
 from pipeline.runtime.tensor_files import save_tensors
 
 if TYPE_CHECKING:
@@ -73,25 +74,27 @@ class CheckpointWriter:
         self,
         directory: Path,
         engine: StudentEngine,
-        carried: Mapping[str, torch.Tensor],
+        untrained: Mapping[str, torch.Tensor],
         rank: int,
         keeping: CheckpointConfig | None = None,
     ):
         """`keeping`: what will be pruned after each commit."""
-        self._directory, self._engine, self._carried, self._rank = directory, engine, carried, rank
+        self._directory, self._engine, self._carried, self._rank = directory, engine, untrained, rank
         self._keeping = keeping or CheckpointConfig()
         self._world_size = torch.distributed.get_world_size()
+        # One name for all ranks of this attempt; no other one writes under it.
+        self._token: str = dist.broadcast_json(secrets.token_hex(4), engine.device)
         self._pending: _Pending | None = None
         self._failures = 0  # in a row
 
     def begin(self, state: Mapping[str, Any]) -> None:
         """Snapshot the engine and start writing the checkpoint of `state["step"]`. No save may be under way.
 
-        Raises `SickRunError` on all ranks where a weight is NaN or infinite: it never recovers, and a checkpoint of it would
+        Raises `DivergedRunError` on all ranks where a weight is NaN or infinite: it never recovers, and a checkpoint of it would
         push the finite ones out.
         """
         assert self._pending is None, "the save before must be waited for"
-        self._refuse_not_finite(state["step"])
+        self._check_finite(state["step"])
         began_s, partial = time.monotonic(), self._partial(state["step"])
         problem = _attempt(lambda: _start(partial)) if self._rank == 0 else None
         problem = dist.broadcast_json(problem, self._engine.device)
@@ -130,16 +133,16 @@ class CheckpointWriter:
             self._pending.thread.join()
         return self._finish(self._pending, stopped_from_s)
 
-    def _refuse_not_finite(self, step: int) -> None:
+    def _check_finite(self, step: int) -> None:
         names = dist.gather_json(self._engine.not_finite(), self._engine.device)
         if name := next(filter(None, names), None):
-            raise SickRunError(
+            raise DivergedRunError(
                 f"after step {step} the weights of {name} are not finite (NaN or infinite): no checkpoint of them is written, "
                 f"and those in {self._directory} stay. Lower optimizer.lr and start again, with --allow-change to continue "
                 "from the newest of them or in another --run-dir"
             )
 
-    def refuse_repeated_failures(self, failed: SaveOutcome) -> None:
+    def check_failed_saves(self, failed: SaveOutcome) -> None:
         """After so many failed saves in a row nothing that is trained would be kept: a `UserError`, on all ranks."""
         if self._failures >= self._keeping.max_failed_saves:
             raise UserError(
@@ -149,7 +152,7 @@ class CheckpointWriter:
             )
 
     def _partial(self, step: int) -> Path:
-        return checkpoint_path(self._directory, step).with_suffix(".tmp")
+        return self._directory / f"step-{step:08d}.{self._token}.tmp"
 
     def _snapshot_bytes(self) -> int:
         return sum(4 * len(KINDS) * fragment.numel for fragment in self._engine.fragments())
@@ -172,12 +175,12 @@ class CheckpointWriter:
         for kind in KINDS:
             name = f"{kind}-{self._rank:05d}-of-{self._world_size:05d}.safetensors"
             save_tensors(of_kind(kind), partial / name)
-            entries[name] = seal(partial / name)
+            entries[name] = fsync_and_hash(partial / name)
         if self._rank == 0:
             (partial / "state.json").write_text(json.dumps(dict(state), indent=1), encoding="utf-8")
             entries |= {
-                "state.json": seal(partial / "state.json"),
-                CARRIED_FILE: _write_carried(partial, self._carried, self._keeping),
+                "state.json": fsync_and_hash(partial / "state.json"),
+                UNTRAINED_FILE: _write_untrained(partial, self._carried, self._keeping),
             }
         return entries
 
@@ -189,7 +192,7 @@ class CheckpointWriter:
         problems = [f"rank {rank}: {problem}" for rank, (problem, _) in enumerate(reports) if problem]
         if not problems and self._rank == 0:
             files = {name: entry for _, entries in reports for name, entry in entries.items()}
-            problem = _attempt(lambda: commit(partial, partial.with_suffix(""), files))
+            problem = _attempt(lambda: commit(partial, checkpoint_path(self._directory, pending.step), files))
             problems = [f"rank 0: {problem}"] if problem else []
         problems = dist.broadcast_json(problems, self._engine.device)
         if problems and self._rank == 0:
@@ -214,20 +217,20 @@ def _start(partial: Path) -> None:
     partial.mkdir(parents=True)
 
 
-def _write_carried(partial: Path, carried: Mapping[str, torch.Tensor], keeping: CheckpointConfig) -> dict[str, Any]:
+def _write_untrained(partial: Path, untrained: Mapping[str, torch.Tensor], keeping: CheckpointConfig) -> dict[str, Any]:
     """The weights that training never touches: linked from an earlier checkpoint where that leaves two copies.
 
     They never change within a run and can be most of a checkpoint (390 of 500 MB in the quickstart). Two files take
     turns, so that the newest checkpoint and the one that stays beside it never depend on the same bytes on disk.
     """
-    step = int(partial.stem.removeprefix("step-"))
+    step = int(partial.name.split(".")[0].removeprefix("step-"))
     earlier = [other for other in committed_steps(partial.parent) if other < step]
     source = _source_of_link(partial.parent, earlier, step, keeping)
     entry = _linked(source, partial) if source else None
     if entry is not None:
         return entry
-    save_tensors(dict(carried), partial / CARRIED_FILE)
-    return seal(partial / CARRIED_FILE)
+    save_tensors(dict(untrained), partial / UNTRAINED_FILE)
+    return fsync_and_hash(partial / UNTRAINED_FILE)
 
 
 def _source_of_link(directory: Path, earlier: list[int], step: int, keeping: CheckpointConfig) -> Path | None:
@@ -235,9 +238,9 @@ def _source_of_link(directory: Path, earlier: list[int], step: int, keeping: Che
     beside = [other for other in kept_steps([*earlier, step], keeping) if other < step]
     if not beside:
         return None
-    copy = checkpoint_path(directory, beside[-1]) / CARRIED_FILE
+    copy = checkpoint_path(directory, beside[-1]) / UNTRAINED_FILE
     others = (checkpoint_path(directory, other) for other in reversed(earlier))
-    return next((other for other in others if not _same_copy(other / CARRIED_FILE, copy)), None)
+    return next((other for other in others if not _same_copy(other / UNTRAINED_FILE, copy)), None)
 
 
 def _same_copy(one: Path, other: Path) -> bool:
@@ -250,10 +253,10 @@ def _same_copy(one: Path, other: Path) -> bool:
 def _linked(source: Path, partial: Path) -> dict[str, Any] | None:
     """Link the carried weights of a checkpoint, if they are whole and the file system has links; their entry."""
     try:
-        entry = json.loads((source / "manifest.json").read_text(encoding="utf-8"))["files"][CARRIED_FILE]
-        if file_damage(source / CARRIED_FILE, entry) is not None:
+        entry = json.loads((source / "manifest.json").read_text(encoding="utf-8"))["files"][UNTRAINED_FILE]
+        if file_corruption(source / UNTRAINED_FILE, entry) is not None:
             return None
-        os.link(source / CARRIED_FILE, partial / CARRIED_FILE)
+        os.link(source / UNTRAINED_FILE, partial / UNTRAINED_FILE)
     except (OSError, ValueError, KeyError, TypeError):  # UnreadableError too: a copy of our own is written instead
         return None
     return entry

@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from data_prep.outputs import refuse_places_of_the_user
+from data_prep.outputs import check_output_place
 from data_prep.ownership import owned_directory
 from data_prep.shards import DataError
 from pipeline.errors import UserError
@@ -17,12 +17,12 @@ from pipeline.runtime import dist
 from pipeline.runtime.dist import Launch
 
 
-def refuse_run_directory(run_dir: Path, files: Mapping[str, Path], reads: Mapping[str, Path]) -> None:
+def check_run_directory(run_dir: Path, files: Mapping[str, Path], reads: Mapping[str, Path]) -> None:
     """A new run may not begin where the user works, nor over what it reads. `files`: what a run writes under those names;
     `reads`: directories."""
     if (run_dir / "run.json").exists() or (run_dir / "checkpoints").is_dir():
         return  # it has begun there before
-    refuse_places_of_the_user(run_dir, "--run-dir", {name: path for name, path in reads.items() if path.is_dir()})
+    check_output_place(run_dir, "--run-dir", {name: path for name, path in reads.items() if path.is_dir()})
     for name, path in files.items():
         if path.resolve() == (run_dir / name).resolve():
             raise UserError(

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as torch_dist
 
 from pipeline.errors import UserError
-from pipeline.runtime.allotment import refuse_unseen_gpus
+from pipeline.runtime.allotment import check_allotted_gpus
 
 _SLURM_STEP = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_NODES", "SLURM_STEP_NODELIST")
 
@@ -58,7 +58,7 @@ def read_launch() -> Launch:
         )
     if number_in(environment, "MASTER_PORT", 1) >= 2**16:
         raise UserError(f"MASTER_PORT is {environment['MASTER_PORT']}; a port lies between 0 and 65535")
-    refuse_unseen_gpus()
+    check_allotted_gpus()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if torch.cuda.device_count() == 1 and local_rank > 0 and _is_slurm_task(environment):
@@ -105,8 +105,8 @@ def _map_slurm(environment: Any) -> None:
         alone = environment["SLURM_STEP_NUM_NODES"] == "1"
         environment["MASTER_ADDR"] = "127.0.0.1" if alone else _first_address(environment["SLURM_STEP_NODELIST"])
     # Every task computes the same port without talking: from job, life and step, below the kernel's own range (32768).
-    job, life, step = (number_in(environment, f"SLURM_{name}", 0) for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
-    environment.setdefault("MASTER_PORT", str(15000 + (job * 7 + life * 13 + step) % 15000))
+    job, attempt, step = (number_in(environment, f"SLURM_{name}", 0) for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
+    environment.setdefault("MASTER_PORT", str(15000 + (job * 7 + attempt * 13 + step) % 15000))
 
 
 def _first_address(node_list: str) -> str:

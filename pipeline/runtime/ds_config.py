@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.runtime import ds_schema
-from pipeline.runtime.schedule import OptimizerConfig
+from pipeline.runtime.optimizer import OptimizerConfig
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from deepspeed.accelerator import get_accelerator  # noqa: E402
 from pipeline.runtime.determinism import deterministic_kernels  # noqa: E402
 from pipeline.runtime.ds_config import Precisions  # noqa: E402
 from pipeline.runtime.multi_tensor import use_multi_tensor_checks  # noqa: E402
-from pipeline.runtime.schedule import MOMENTS, OptimizerConfig, parameter_groups  # noqa: E402
+from pipeline.runtime.optimizer import MOMENTS, OptimizerConfig, parameter_groups  # noqa: E402
 
 
 @dataclass(frozen=True)

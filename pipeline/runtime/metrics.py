@@ -19,10 +19,11 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from data_prep.durable_files import replace_file
 from data_prep.shards import read_again
 from pipeline.errors import UserError
-from pipeline.runtime.beside import make_way_for_directory, make_way_for_file, set_aside
-from pipeline.runtime.board import LAYOUT, board_tag
+from pipeline.runtime.noncritical_files import make_way_for_directory, make_way_for_file, set_aside
+from pipeline.runtime.tensorboard_tags import LAYOUT, tensorboard_tag
 
 
 @dataclass
@@ -76,7 +77,9 @@ class Metrics:
         if not self.active:
             return
         for tag, value in values.items():
-            self._on_board(partial(SummaryWriter.add_scalar, tag=board_tag(tag), scalar_value=value, global_step=step))
+            self._on_board(
+                partial(SummaryWriter.add_scalar, tag=tensorboard_tag(tag), scalar_value=value, global_step=step)
+            )
         row = {"step": step, "samples": samples, "time_s": round(time.time(), 3), **values}
         self._going_on(lambda: self._append(json.dumps(row) + "\n"))
 
@@ -150,8 +153,5 @@ def _truncate_after(path: Path, first_step: int) -> set[str]:
             num_bad += number < len(lines) and bool(line.strip())  # the last one was cut short by a kill
     if num_bad:
         set_aside(path, f"{num_bad} lines are no points of a curve; the others are kept")
-    shorter = path.with_suffix(".tmp")
-    make_way_for_file(shorter)
-    shorter.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    shorter.replace(path)
+    replace_file(path, "".join(line + "\n" for line in kept))
     return tags

@@ -23,11 +23,11 @@ from typing import Any
 import xxhash
 
 from data_prep.command_line import module_command
+from data_prep.durable_files import sync, unique_name
 from data_prep.shards import Shard, read_again
 from pipeline.errors import UserError
 from pipeline.runtime import dist
-from pipeline.runtime.beside import make_way_for_file
-from pipeline.runtime.checkpoint import sync
+from pipeline.runtime.noncritical_files import make_way_for_file
 
 STALE_LOCK_AGE_S = 600.0
 HASH_BLOCK_BYTES = 4 << 20
@@ -36,7 +36,7 @@ SHARED_PATIENCE_S = 10.0  # a network file system may show another node's file a
 
 def check_run_dir(run_dir: Path) -> None:
     """A file can be written, synced and renamed there."""
-    probe, renamed = run_dir / ".preflight.tmp", run_dir / ".preflight"
+    probe, renamed = (unique_name(run_dir / "preflight", suffix) for suffix in (".tmp", ".renamed"))
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         with open(probe, "w") as file:
@@ -108,7 +108,7 @@ def check_shared(run_dir: Path, launch: dist.Launch) -> None:
         )
 
 
-def settle(run_dir: Path) -> None:
+def ensure_run_dir(run_dir: Path) -> None:
     """Make `checkpoints/`, and let a power failure take neither its name nor those of the directories above it."""
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     for directory in (run_dir, *run_dir.absolute().parents[:2]):
@@ -163,12 +163,12 @@ def _how_to_agree(name: str) -> str:
 def my_share(shards: Sequence[Shard], launch: dist.Launch) -> Sequence[Shard]:
     """The files that this rank verifies. Ranks that see the same files, on one host, share them; every other copy is
     read as a whole: what is right on one node's disk says nothing about another's."""
-    copies = dist.gather_json(_copy_mark(shards), launch.device)
+    copies = dist.gather_json(_copy_identity(shards), launch.device)
     sharers = [rank for rank, copy in enumerate(copies) if copy == copies[launch.rank]]
     return shards[sharers.index(launch.rank) :: len(sharers)]
 
 
-def _copy_mark(shards: Iterable[Shard]) -> str:
+def _copy_identity(shards: Iterable[Shard]) -> str:
     """Names the very files: host, device and inode of each. Two mounts on one host are two copies."""
     digest = hashlib.sha256(f"{socket.gethostname()} {_boot_id()}".encode())
     for shard in shards:
@@ -185,7 +185,7 @@ def _boot_id() -> str:
         return ""
 
 
-def damaged_shards(shards: Iterable[Shard], progress: Callable[[], None]) -> list[str]:
+def corrupt_shards(shards: Iterable[Shard], progress: Callable[[], None]) -> list[str]:
     """Shard files that are not what the manifest's hash says: every byte is read."""
 
     def digest_of(path: Path) -> str:
@@ -201,7 +201,7 @@ def damaged_shards(shards: Iterable[Shard], progress: Callable[[], None]) -> lis
     ]
 
 
-def refuse_problems(found_by_rank: Sequence[dict[str, Any]], data: str) -> None:
+def check_problems(found_by_rank: Sequence[dict[str, Any]], data: str) -> None:
     """Every rank raises the same error, so that none is left waiting for the others."""
     for found in found_by_rank:
         if found["problem"]:

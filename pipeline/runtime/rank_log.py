@@ -16,10 +16,10 @@ from typing import Any, TextIO
 
 from data_prep.shards import DataError
 from pipeline.errors import UserError
-from pipeline.runtime.beside import make_way_for_directory, make_way_for_file
+from pipeline.runtime.noncritical_files import make_way_for_directory, make_way_for_file
 
 
-class _Twice:
+class _Tee:
     """A text stream that also goes to a file. A full disk, below the file or below a redirected console, costs lines, never
     the run."""
 
@@ -43,9 +43,9 @@ class _Twice:
         return getattr(self._console, name)
 
 
-def keep_crash(log: Path, error: Exception) -> None:
-    """What ended this process before `keep_output` is appended to `log`; nothing is made for what a user can mend."""
-    the_interpreter_will_tell = isinstance(sys.stderr, _Twice)
+def log_crash(log: Path, error: Exception) -> None:
+    """What ended this process before `tee_output` is appended to `log`; nothing is made for what a user can mend."""
+    the_interpreter_will_tell = isinstance(sys.stderr, _Tee)
     if isinstance(error, UserError | DataError) or the_interpreter_will_tell:
         return
     with contextlib.suppress(OSError):
@@ -54,7 +54,7 @@ def keep_crash(log: Path, error: Exception) -> None:
             file.write(_beginning() + "".join(traceback.format_exception(error)))
 
 
-def keep_output(log: Path) -> None:
+def tee_output(log: Path) -> None:
     """From now on whatever this process prints is appended to `log`, too."""
     try:
         make_way_for_directory(log.parent)
@@ -65,7 +65,7 @@ def keep_output(log: Path) -> None:
         print(f"warning: the log {log} cannot be written, going on without it: {error}", flush=True)
         return
     file.write(_beginning())
-    consoles = {id(stream): _Twice(stream, file) for stream in (sys.stdout, sys.stderr)}
+    consoles = {id(stream): _Tee(stream, file) for stream in (sys.stdout, sys.stderr)}
     loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict]
     for handler in [handler for logger in [logging.root, *loggers] for handler in logger.handlers]:
         held = vars(handler).get("stream")  # handlers hold the stream that was there before

@@ -14,12 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from data_prep.durable_files import unique_name
 from data_prep.shards import read_again
 
 
 def follow_umask(path: Path) -> None:
     """Give a file that safetensors wrote (0600) the mode of any other new file: a group that shares the run continues it."""
-    probe = path.with_name(f".{path.name}.mode.tmp")
+    probe = unique_name(path, ".tmp")
     with contextlib.suppress(OSError):  # a file system without modes
         descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         try:

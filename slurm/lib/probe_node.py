@@ -23,8 +23,8 @@ import torch  # noqa: E402
 
 from data_prep.shards import ShardSet  # noqa: E402
 from pipeline.config import load_recipe  # noqa: E402
-from pipeline.lineage import PACKAGES, git_commit, metadata  # noqa: E402
-from pipeline.runtime.allotment import allotted_gpus, refuse_unseen_gpus  # noqa: E402
+from pipeline.provenance import PACKAGES, git_commit, metadata  # noqa: E402
+from pipeline.runtime.allotment import allotted_gpus, check_allotted_gpus  # noqa: E402
 
 
 def graphics_cards() -> str:
@@ -39,7 +39,7 @@ def graphics_cards() -> str:
 
 def check_gpus() -> None:
     """torch sees every GPU that Slurm has allotted here, and computes on each."""
-    refuse_unseen_gpus()
+    check_allotted_gpus()
     seen, allotted = torch.cuda.device_count(), allotted_gpus()
     if seen and seen < allotted:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")

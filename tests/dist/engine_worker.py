@@ -1,4 +1,4 @@
-"""Rank program: train a small real module under the engine, with saves, loads and mishaps; report what happened.
+"""Rank program: train a small real module under the engine, with saves, loads and faults; report what happened.
 
 Options: `{"runs": [{"name", "stage", "precision", "directory", "steps", ...}]}`; the runs follow each other in one process
 group, so that a whole table of cases costs one start.
@@ -22,7 +22,7 @@ from pipeline.runtime import checkpoint, dist
 from pipeline.runtime.checkpoint_writer import CheckpointWriter
 from pipeline.runtime.engine import StudentEngine
 from pipeline.runtime.multi_tensor import TESTED_WITH, use_multi_tensor_checks
-from pipeline.runtime.schedule import OptimizerConfig
+from pipeline.runtime.optimizer import OptimizerConfig
 
 OPTIMIZER = OptimizerConfig(lr=1e-2, warmup_steps=0, weight_decay=0.1)
 ROWS = 8
@@ -104,7 +104,7 @@ def execute(run: dict[str, Any], launch: dist.Launch) -> dict[str, Any]:
             report["skipped"].append(step)
             report["unharmed"] &= digest(engine) == before
         if step + 1 in run.get("save", []):
-            mishap(run, step + 1)
+            fault(run, step + 1)
             report["problem"] = save(engine, directory, step + 1, launch)
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     report["final"] = digest(engine)
@@ -144,7 +144,7 @@ def save(engine: StudentEngine, directory: Path, step: int, launch: dist.Launch)
     return outcome.problem
 
 
-def mishap(run: dict[str, Any], step: int) -> None:
+def fault(run: dict[str, Any], step: int) -> None:
     """In the coming save: files that may not grow past a size (a full disk), or SIGKILL at the n-th call of an operation."""
     if step == run.get("full_disk_at"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (run["file_limit_bytes"], resource.RLIM_INFINITY))

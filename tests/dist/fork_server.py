@@ -70,11 +70,11 @@ class ForkServer:
         self._ranks: dict[int, list[int]] = {}
 
     def start(
-        self, num_ranks: int, arguments: Iterable[str], log: Path, script: str = TRAIN, mishaps: Iterable[Any] = ()
+        self, num_ranks: int, arguments: Iterable[str], log: Path, script: str = TRAIN, faults: Iterable[Any] = ()
     ) -> Job:
-        """Fork `num_ranks` ranks of `script`; what they print goes to `log`. `mishaps`: tests/dist/mishaps.py."""
+        """Fork `num_ranks` ranks of `script`; what they print goes to `log`. `faults`: tests/dist/fault_injection.py."""
         log.parent.mkdir(parents=True, exist_ok=True)
-        request = {"num_ranks": num_ranks, "argv": [script, *arguments], "log": str(log), "mishaps": list(mishaps)}
+        request = {"num_ranks": num_ranks, "argv": [script, *arguments], "log": str(log), "faults": list(faults)}
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({**request, "port": free_port()}).encode() + b"\n")
         self._process.stdin.flush()
@@ -155,7 +155,7 @@ def _import_once() -> None:
     import torch
     import transformers.models.xlm_roberta.modeling_xlm_roberta  # noqa: F401
 
-    import pipeline.run  # noqa: F401
+    import pipeline.training.launch  # noqa: F401
 
     assert torch.get_num_threads() == 1
     threads = len(list(Path("/proc/self/task").iterdir()))
@@ -229,10 +229,10 @@ def _fork_rank(rank: int, request: Request) -> int:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["num_ranks"])}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(request["port"])}
         sys.argv = request["argv"]
-        from tests.dist.mishaps import arrange
+        from tests.dist.fault_injection import arrange
 
-        arrange(request["mishaps"], rank)
-        runpy.run_path(str(REPO / sys.argv[0]), run_name="__main__")  # a mishap may have moved this rank elsewhere
+        arrange(request["faults"], rank)
+        runpy.run_path(str(REPO / sys.argv[0]), run_name="__main__")  # a fault may have moved this rank elsewhere
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.runtime.checkpoint import KINDS, CheckpointReader, committed_steps, damage, newest_whole
+from pipeline.runtime.checkpoint import KINDS, CheckpointReader, committed_steps, damage, newest_valid
 from tests.dist.ranks import run_ranks, run_ranks_to_any_end
 
 WORKER = Path(__file__).parent / "engine_worker.py"
@@ -161,7 +161,7 @@ def test_kill_at_every_point_of_a_save(operation: str, call: int, tmp_path: Path
     run |= {"directory": str(tmp_path / "ck"), "kill_at": 4, "kill_operation": operation, "kill_call": call}
     codes, _ = run_ranks_to_any_end(WORKER, 1, {"runs": [run]}, tmp_path / "launch")
     assert codes == [-9], "the kill did not happen at this point"
-    newest, problems = newest_whole(tmp_path / "ck")
+    newest, problems = newest_valid(tmp_path / "ck")
     assert problems == []
     assert newest is not None
     assert newest.name == ("step-00000004" if (operation, call) == ("fsync", 8) else "step-00000002")

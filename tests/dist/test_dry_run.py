@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import EXIT_SICK, EXIT_USER
+from pipeline.errors import EXIT_DIVERGED, EXIT_USER
 from tests.dist.fork_server import ForkServer
 from tests.dist.runs import curve
 from tests.dist.training_process import TrainingProcess
@@ -68,8 +68,8 @@ def test_steps_that_are_never_taken_are_an_end(words: list[object], tmp_path: Pa
     run_dir, log = tmp_path / "run", tmp_path / "log"
     arguments = [*map(str, words), "--run-dir", str(run_dir), "--dry-run", "--set", "steps=3"]
     with ForkServer() as server:
-        job = server.start(1, arguments, log, mishaps=[{"kind": "nan", "steps": list(range(10))}])
-        assert job.wait(60) == EXIT_SICK
+        job = server.start(1, arguments, log, faults=[{"kind": "nan", "steps": list(range(10))}])
+        assert job.wait(60) == EXIT_DIVERGED
     assert "3 steps in a row" in log.read_text()
     assert list(tmp_path.iterdir()) == [log]
 

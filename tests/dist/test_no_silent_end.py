@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from benchmarks.faults.lab import Lab, newest_step, same_student, steps_done, wait_until
 from data_prep.shards import ShardSet
 from pipeline.config import load_recipe
-from pipeline.errors import EXIT_SICK, EXIT_USER, UserError
+from pipeline.errors import EXIT_DIVERGED, EXIT_USER, UserError
 from pipeline.export.hf import export_run
-from pipeline.runtime.checkpoint import commit, committed_steps, seal
+from pipeline.runtime.checkpoint import commit, committed_steps, fsync_and_hash
 from tests.dist.runs import end_group
 
 STEPS = {"steps": 8, "save_every": 1, "eval_every": 8, "checkpoint.keep": 10}
@@ -28,7 +28,7 @@ def test_a_shard_cut_while_it_is_read_is_named(lab: Lab) -> None:
     data = Path(shutil.copytree(load_recipe(lab.recipe, []).data, lab.directory / "shards"))
     run_dir = lab.fresh("run")
     settings = {"steps": 500, "save_every": 500, "eval_every": 500, "data": str(data)}
-    job = lab.begin(run_dir, 1, settings, mishaps=[{"kind": "pause", "seconds": 0.05}])
+    job = lab.begin(run_dir, 1, settings, faults=[{"kind": "pause", "seconds": 0.05}])
     try:
         assert wait_until(lambda: steps_done(run_dir) >= 2)
         for shard in ShardSet(data).all_shards():
@@ -48,7 +48,7 @@ def test_saves_that_keep_failing_end_the_run_with_the_reason(lab: Lab) -> None:
         for save in range(3, 9)
     ]
     run_dir = lab.fresh("run")
-    assert lab.live(run_dir, 1, {**STEPS, "checkpoint.max_failed_saves": 3}, mishaps=full) == EXIT_USER
+    assert lab.live(run_dir, 1, {**STEPS, "checkpoint.max_failed_saves": 3}, faults=full) == EXIT_USER
     log = run_dir.with_suffix(".log").read_text()
     assert "3 saves in a row have failed (checkpoint.max_failed_saves)" in log
     assert committed_steps(run_dir / "checkpoints") == [1, 2]
@@ -63,7 +63,7 @@ def test_a_few_failed_saves_end_nothing(lab: Lab) -> None:
         for save in (2, 3, 5, 6)
     ]
     run_dir = lab.fresh("run")
-    assert lab.live(run_dir, 1, {**STEPS, "checkpoint.max_failed_saves": 3}, mishaps=full) == 0
+    assert lab.live(run_dir, 1, {**STEPS, "checkpoint.max_failed_saves": 3}, faults=full) == 0
     assert same_student(run_dir, lab.untouched(1, STEPS))
 
 
@@ -71,7 +71,7 @@ def test_weights_that_are_not_numbers_are_never_saved(lab: Lab) -> None:
     run_dir = lab.fresh("run")
     healthy = {**STEPS, "steps": 2, "eval_every": 2}
     assert lab.live(run_dir, 2, healthy) == 0
-    assert lab.live(run_dir, 2, STEPS, mishaps=[{"kind": "broken weights", "step": 3}]) == EXIT_SICK
+    assert lab.live(run_dir, 2, STEPS, faults=[{"kind": "broken weights", "step": 3}]) == EXIT_DIVERGED
     log = run_dir.with_suffix(".log").read_text()
     assert "are not finite (NaN or infinite): no checkpoint of them is written" in log
     assert newest_step(run_dir) == 3
@@ -95,4 +95,4 @@ def spoil(checkpoint: Path) -> None:
     tensors = load_file(file)
     next(iter(tensors.values())).view(-1)[0] = torch.nan
     save_file(tensors, file)
-    commit(partial, checkpoint, {**files, file.name: seal(file)})
+    commit(partial, checkpoint, {**files, file.name: fsync_and_hash(file)})

@@ -23,7 +23,7 @@ def names_in(run_dir: Path) -> set[str]:
 
 def test_a_second_start_is_refused_on_all_ranks(lab: Lab, tmp_path: Path) -> None:
     run_dir, settings = lab.fresh("run"), {"steps": 200, "save_every": 2, "eval_every": 200}
-    first = lab.begin(run_dir, 1, settings, mishaps=[SLOW])
+    first = lab.begin(run_dir, 1, settings, faults=[SLOW])
     try:
         while not committed_steps(run_dir / "checkpoints"):
             assert first.poll() is None
@@ -62,7 +62,7 @@ def test_a_running_run_can_be_read(lab: Lab) -> None:
 def test_a_hangup_and_the_limit_of_cpu_time_save(name: str, lab: Lab) -> None:
     run_dir = lab.fresh("run")
     settings = {"steps": 20, "save_every": 20, "eval_every": 20}
-    assert lab.live(run_dir, 1, settings, mishaps=[{"kind": "signal", "signal": name, "step": 5}]) == 0
+    assert lab.live(run_dir, 1, settings, faults=[{"kind": "signal", "signal": name, "step": 5}]) == 0
     assert (run_dir / "PREEMPTED").exists()
     assert committed_steps(run_dir / "checkpoints") == [6]
 
@@ -70,7 +70,7 @@ def test_a_hangup_and_the_limit_of_cpu_time_save(name: str, lab: Lab) -> None:
 def test_term_ends_a_rank_that_waits_for_the_others(lab: Lab) -> None:
     run_dir = lab.fresh("run")
     alone = [{"kind": "elsewhere", "environment": {"WORLD_SIZE": "2"}}]
-    job = lab.begin(run_dir, 1, {}, mishaps=alone)
+    job = lab.begin(run_dir, 1, {}, faults=alone)
     try:
         log = run_dir.with_suffix(".log")
         while "run directory" not in log.read_text():

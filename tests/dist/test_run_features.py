@@ -19,8 +19,8 @@ from data_prep.shards import ShardSet
 from pipeline.config import load_recipe
 from pipeline.errors import EXIT_USER
 from pipeline.export.hf import export_run
-from pipeline.lineage import code_fingerprint
-from pipeline.runtime.checkpoint import CARRIED_FILE, committed_steps, read_model_weights
+from pipeline.provenance import code_fingerprint
+from pipeline.runtime.checkpoint import UNTRAINED_FILE, committed_steps, read_model_weights
 from tests.conftest import write_fp32_config
 from tests.dist.fork_server import ForkServer
 from tests.dist.runs import curve, end_group, metrics
@@ -76,7 +76,7 @@ def test_a_projected_student_keeps_its_basis_for_life(stage: int, freeze: bool, 
     assert lab.live(stopped, 2, settings, stage, [{"kind": "signal", "signal": "SIGUSR1", "step": 3}]) == 0
     assert lab.live(stopped, 2, settings, stage, [{"kind": "other text", "tokens": 70}]) == 0
     assert same_end(stopped, whole)
-    first, last = ((run / "checkpoints" / f"step-{8:08d}" / CARRIED_FILE).read_bytes() for run in (whole, stopped))
+    first, last = ((run / "checkpoints" / f"step-{8:08d}" / UNTRAINED_FILE).read_bytes() for run in (whole, stopped))
     assert first == last
     unlike = lab.untouched(2, settings, stage, [{"kind": "other text", "tokens": 70, "rank": 1}])
     assert same_end(unlike, whole), "rank 0's measure is everybody's"
@@ -107,7 +107,7 @@ def test_a_directory_that_is_not_the_same_for_all_ranks_is_refused(lab: Lab) -> 
         (lab.directory / name).mkdir()
         ends.append({"kind": "elsewhere", "rank": len(ends), "directory": str(lab.directory / name)})
     log = lab.directory / "log"
-    job = lab.server.start(2, [*lab.arguments(2, STEPS), "--run-dir", "runs/new"], log, mishaps=ends)
+    job = lab.server.start(2, [*lab.arguments(2, STEPS), "--run-dir", "runs/new"], log, faults=ends)
     assert job.wait(120) == EXIT_USER
     assert "runs/new is not one directory for all ranks" in log.read_text()
     assert socket.gethostname() in log.read_text()
@@ -118,7 +118,7 @@ def test_a_directory_that_is_not_the_same_for_all_ranks_is_refused(lab: Lab) -> 
 def test_a_stop_file_made_during_the_start_is_heard_and_an_older_one_is_not(lab: Lab) -> None:
     run_dir = lab.fresh("run")
     settings = {**STEPS, "steps": 3, "eval_every": 3}
-    assert lab.live(run_dir, 1, settings, mishaps=[{"kind": "stop file"}]) == 0
+    assert lab.live(run_dir, 1, settings, faults=[{"kind": "stop file"}]) == 0
     assert "file STOP) after step 1" in (run_dir / "PREEMPTED").read_text()
     assert lab.live(run_dir, 1, settings) == 0, "the file is still there"
     assert (run_dir / "DONE").exists()
@@ -127,7 +127,7 @@ def test_a_stop_file_made_during_the_start_is_heard_and_an_older_one_is_not(lab:
 
 def test_ctrl_c_ends_a_rank_that_waits_for_the_others(lab: Lab) -> None:
     run_dir = lab.fresh("run")
-    job = lab.begin(run_dir, 1, STEPS, mishaps=[{"kind": "elsewhere", "environment": {"WORLD_SIZE": "2"}}])
+    job = lab.begin(run_dir, 1, STEPS, faults=[{"kind": "elsewhere", "environment": {"WORLD_SIZE": "2"}}])
     try:
         wait_until(lambda: "run directory" in run_dir.with_suffix(".log").read_text())
         time.sleep(1.0)  # now it waits for rank 1, which never comes
@@ -141,7 +141,7 @@ def test_a_stop_at_an_evaluation_leaves_it_to_the_next_life(lab: Lab) -> None:
     """What is left of the job's time goes into the save; the curves in the end are those of an untouched run."""
     settings = {**STEPS, "eval_every": 4}
     run_dir = lab.fresh("run")
-    assert lab.live(run_dir, 2, settings, mishaps=[{"kind": "signal", "signal": "SIGTERM", "step": 3}]) == 0
+    assert lab.live(run_dir, 2, settings, faults=[{"kind": "signal", "signal": "SIGTERM", "step": 3}]) == 0
     assert list(curve(run_dir, "heldout/mean")) == [0]
     assert lab.live(run_dir, 2, settings) == 0
     assert same_end(run_dir, lab.untouched(2, settings))
@@ -150,7 +150,7 @@ def test_a_stop_at_an_evaluation_leaves_it_to_the_next_life(lab: Lab) -> None:
 
 def test_a_stop_in_the_last_step_saves_before_it_evaluates(lab: Lab) -> None:
     settings, run_dir = {**STEPS, "steps": 2}, lab.fresh("run")
-    assert lab.live(run_dir, 1, settings, mishaps=[{"kind": "signal", "signal": "SIGTERM", "step": 1}]) == 0
+    assert lab.live(run_dir, 1, settings, faults=[{"kind": "signal", "signal": "SIGTERM", "step": 1}]) == 0
     in_the_end = [row for row in metrics(run_dir) if row["step"] == 2]
     order = [tag for row in in_the_end for tag in row if tag in ("speed/save_stall_seconds", "heldout/mean")]
     assert order == ["speed/save_stall_seconds", "heldout/mean"]
@@ -158,10 +158,10 @@ def test_a_stop_in_the_last_step_saves_before_it_evaluates(lab: Lab) -> None:
 
 
 def test_a_crash_while_loading_is_counted(lab: Lab) -> None:
-    """Lives that end before their first step are lives: without them a crash loop would never be noticed."""
+    """Restarts that end before their first step are lives: without them a crash loop would never be noticed."""
     run_dir = lab.fresh("run")
     assert lab.live(run_dir, 1, {**STEPS, "steps": 2}) == 0
-    assert lab.live(run_dir, 1, STEPS, mishaps=[{"kind": "bug", "after load": True}]) == 1
+    assert lab.live(run_dir, 1, STEPS, faults=[{"kind": "bug", "after load": True}]) == 1
     first, second = json.loads((run_dir / "lives.json").read_text())
     assert first["ended"] == "DONE"
     assert first["slowest_save_s"] >= 0
@@ -170,7 +170,7 @@ def test_a_crash_while_loading_is_counted(lab: Lab) -> None:
 
 def test_a_crash_before_the_engine_leaves_its_traceback_and_a_refusal_nothing(lab: Lab) -> None:
     run_dir = lab.fresh("run")
-    assert lab.live(run_dir, 2, STEPS, mishaps=[{"kind": "bug"}]) == 1
+    assert lab.live(run_dir, 2, STEPS, faults=[{"kind": "bug"}]) == 1
     for rank in range(2):
         lines = (run_dir / "logs" / f"rank{rank}.log").read_text().splitlines()
         assert lines[0].startswith("-- ")
@@ -194,7 +194,7 @@ def test_an_old_process_number_is_not_an_old_exit_code(server: ForkServer, tmp_p
 
 def test_run_directory_tells_ranks_hosts_and_backend(lab: Lab) -> None:
     """Also where one rank has no git: what is compared between ranks is the code itself."""
-    run_dir = lab.untouched(2, STEPS, mishaps=[{"kind": "elsewhere", "rank": 1, "environment": {"PATH": ""}}])
+    run_dir = lab.untouched(2, STEPS, faults=[{"kind": "elsewhere", "rank": 1, "environment": {"PATH": ""}}])
     run = json.loads((run_dir / "run.json").read_text())
     assert run["code_fingerprint"] == code_fingerprint()
     assert len(run["hosts"]) == 2
@@ -229,9 +229,9 @@ def test_the_two_newest_checkpoints_share_no_bytes(keep: int, keep_every: int | 
     for steps in (7, 8):
         assert lab.live(run_dir, 1, {**settings, "steps": steps}) == 0
         kept = committed_steps(run_dir / "checkpoints")
-        before, newest = (run_dir / "checkpoints" / f"step-{step:08d}" / CARRIED_FILE for step in kept[-2:])
+        before, newest = (run_dir / "checkpoints" / f"step-{step:08d}" / UNTRAINED_FILE for step in kept[-2:])
         assert not newest.samefile(before), kept
-        copies = {file.stat().st_ino for file in run_dir.glob(f"checkpoints/*/{CARRIED_FILE}")}
+        copies = {file.stat().st_ino for file in run_dir.glob(f"checkpoints/*/{UNTRAINED_FILE}")}
         assert len(copies) == 2, "as many copies as checkpoints: nothing was linked"
 
 
@@ -241,7 +241,7 @@ def test_a_save_that_dies_on_one_rank_is_no_checkpoint(error: str, lab: Lab) -> 
     settings = {**STEPS, "save_every": 2, "checkpoint.keep": 2, "steps": 6, "eval_every": 6}
     run_dir = lab.fresh("run")
     dies = {"kind": "at call", "save": 4, "rank": 1, "operation": "fsync", "call": 2, "error": error}
-    assert lab.live(run_dir, 2, settings, mishaps=[dies]) == 0
+    assert lab.live(run_dir, 2, settings, faults=[dies]) == 0
     assert "warning: checkpoint of step 4 not written, going on: rank 1" in run_dir.with_suffix(".log").read_text()
     assert committed_steps(run_dir / "checkpoints") == [2, 6]
     assert same_end(run_dir, lab.untouched(2, settings))
@@ -249,7 +249,7 @@ def test_a_save_that_dies_on_one_rank_is_no_checkpoint(error: str, lab: Lab) -> 
 
 def test_without_memory_for_a_snapshot_a_save_is_written_at_once(lab: Lab) -> None:
     run_dir = lab.fresh("run")
-    assert lab.live(run_dir, 2, STEPS, mishaps=[{"kind": "no memory"}]) == 0
+    assert lab.live(run_dir, 2, STEPS, faults=[{"kind": "no memory"}]) == 0
     assert same_end(run_dir, lab.untouched(2, STEPS))
 
 

@@ -21,9 +21,9 @@ from data_prep.__main__ import main as data_prep
 from data_prep.shards import manifest_digest
 from pipeline.__main__ import main as pipeline
 from pipeline.errors import EXIT_USER, UserError, exit_code_of
-from pipeline.identity import changes, identity_of
 from pipeline.runtime import checkpoint
 from pipeline.runtime.checkpoint import checkpoint_path, committed_steps, read_model_weights
+from pipeline.training.identity import changes, identity_of
 from tests.conftest import REPO
 from tests.dist.ports import free_port
 from tests.dist.runs import end_group
@@ -83,7 +83,7 @@ def rewrite_state(committed: Path, change: Callable[[dict[str, Any]], None]) -> 
     state = json.loads((partial / "state.json").read_text())
     change(state)
     (partial / "state.json").write_text(json.dumps(state))
-    checkpoint.commit(partial, committed, {path.name: checkpoint.seal(path) for path in partial.iterdir()})
+    checkpoint.commit(partial, committed, {path.name: checkpoint.fsync_and_hash(path) for path in partial.iterdir()})
 
 
 def identity(run_dir: Path) -> dict[str, str]:

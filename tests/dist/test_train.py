@@ -18,15 +18,15 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModel, AutoTokenizer
 
-from pipeline.assembly import open_data
 from pipeline.config import load_recipe
 from pipeline.distillation.distiller import DistillModule
-from pipeline.distillation.student import build_student
-from pipeline.distillation.teacher import load_encoder, load_teacher
-from pipeline.errors import EXIT_SICK
+from pipeline.distillation.models.student import build_student
+from pipeline.distillation.models.teacher import load_encoder, load_teacher
+from pipeline.errors import EXIT_DIVERGED
 from pipeline.export.hf import export_run
-from pipeline.runtime.board import board_tag
 from pipeline.runtime.checkpoint import committed_steps, read_model_weights
+from pipeline.runtime.tensorboard_tags import tensorboard_tag
+from pipeline.training.build import open_data
 from tests.conftest import REPO
 from tests.dist.runs import curve, end_group, finish, launcher, metrics, start, train, wait_for_line
 
@@ -133,9 +133,9 @@ def test_tensorboard_and_jsonl_tell_the_same(plain_run: Path) -> None:
     wanted = learning | health | {"speed/tokens_per_second", "speed/data_wait_share"}
     written = {tag for row in metrics(plain_run) for tag in row if "/" in tag}
     assert wanted <= written
-    assert {board_tag(tag) for tag in written} == tags
+    assert {tensorboard_tag(tag) for tag in written} == tags
     for tag in written:
-        on_board = {e.step: e.value for e in board.Scalars(board_tag(tag))}
+        on_board = {e.step: e.value for e in board.Scalars(tensorboard_tag(tag))}
         assert on_board == pytest.approx(curve(plain_run, tag), rel=1e-5)
     assert {"relations/q-q", "relations/k-k", "relations/v-v"} <= set(board.Tags()["images"])
     texts = {tag.split("/")[0] for tag in board.Tags()["tensors"]}
@@ -160,13 +160,13 @@ def test_export_is_the_trained_student(plain_run: Path, tiny_recipe: Path, tmp_p
     exported = AutoModel.from_pretrained(tmp_path / "student", add_pooling_layer=False)
     weights, state = read_model_weights(plain_run)
     assert state["step"] == 12
-    assert set(start.carried) | set(start.trained) == set(weights)
-    tail = [name for name in start.carried if "layer.1.output" in name or "layer.1.attention.output" in name]
+    assert set(start.untrained) | set(start.trained) == set(weights)
+    tail = [name for name in start.untrained if "layer.1.output" in name or "layer.1.attention.output" in name]
     assert len(tail) >= 8
     for name, tensor in exported.state_dict().items():
         assert torch.equal(tensor, weights[name]), name
-        if name in start.carried:
-            assert torch.equal(tensor, start.carried[name]), f"{name} was carried along and moved"
+        if name in start.untrained:
+            assert torch.equal(tensor, start.untrained[name]), f"{name} was carried along and moved"
     assert not any(
         torch.equal(weights[name], parameter) for name, parameter in start.trained.items() if parameter.dim() > 1
     )
@@ -229,7 +229,9 @@ def test_interrupt_saves_and_resumes(tmp_path: Path, plain_run: Path, arguments:
     assert curve(run_dir) == curve(plain_run)
     assert same_weights(run_dir, plain_run)
     board = EventAccumulator(str(run_dir / "tensorboard")).Reload()
-    assert [point.step for point in board.Scalars(board_tag("loss/total"))] == list(curve(run_dir)), "of both lives"
+    assert [point.step for point in board.Scalars(tensorboard_tag("loss/total"))] == list(curve(run_dir)), (
+        "of both lives"
+    )
 
 
 def test_a_signal_to_one_rank_stops_the_launchers_whole_job(tmp_path: Path, arguments: list[str]) -> None:
@@ -251,16 +253,16 @@ def test_crash_loop_falls_back_and_then_stops(tmp_path: Path, plain_run: Path, a
     """Three lives that saved nothing: the checkpoint before the newest is tried. Six: exit code 3 with the reason."""
     run_dir = shutil.copytree(plain_run, tmp_path / "run")
     crash = {"first_step": 12, "saved_steps": [], "ended": None}
-    lives = json.loads((run_dir / "lives.json").read_text())
-    (run_dir / "lives.json").write_text(json.dumps([*lives, crash, crash, crash]))
+    restarts = json.loads((run_dir / "lives.json").read_text())
+    (run_dir / "lives.json").write_text(json.dumps([*restarts, crash, crash, crash]))
     text = train("python", 1, run_dir, [*arguments, "--set", "steps=14"])
     assert "passed over after three crashes" in text
     assert "resumed from" in text
     assert "step-00000008" in text
-    (run_dir / "lives.json").write_text(json.dumps([*lives, *[crash] * 6]))
+    (run_dir / "lives.json").write_text(json.dumps([*restarts, *[crash] * 6]))
     log = tmp_path / "last.log"
     process = start([*launcher("python"), *arguments, "--run-dir", str(run_dir), "--set", "steps=16"], log)
-    assert process.wait(120) == EXIT_SICK
+    assert process.wait(120) == EXIT_DIVERGED
     assert "lives.json" in log.read_text()
 
 

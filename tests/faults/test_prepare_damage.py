@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from benchmarks.bench_prepare_faults import DAMAGES, damage_once
+from data_prep.shard_writer import ShardWriter
 from data_prep.shards import ShardSet
 from data_prep.verify import check_shard, verify
-from data_prep.writer import ShardWriter
 from tests.unit.data_prep.corpus import run, write_corpus
 from tests.unit.data_prep.test_rows import IDENTITY, write_shards
 

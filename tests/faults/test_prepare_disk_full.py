@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.shard_writer import ShardWriter
 from data_prep.shards import DataError
-from data_prep.writer import ShardWriter
 from tests.unit.data_prep.corpus import content, run, write_corpus
 
 

@@ -20,7 +20,7 @@ ROUNDS = 60
 BEGIN = """
 import sys
 from pathlib import Path
-from data_prep.layout import FORMAT_NAME, FORMAT_VERSION
+from data_prep.shard_layout import FORMAT_NAME, FORMAT_VERSION
 from data_prep.manifest import begin_output
 from data_prep.shards import DataError
 about = {"format": FORMAT_NAME, "version": FORMAT_VERSION, "tokenizer": {}, "options": {}}

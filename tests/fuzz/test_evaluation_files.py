@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline.evaluation.finetuning.squad_data import read_squad
+from pipeline.evaluation.finetuning.xnli_data import read_xnli
 from pipeline.evaluation.retrieval import RetrievalConfig, read_pairs
-from pipeline.evaluation.squad_data import read_squad
 from pipeline.evaluation.sts import read_scored_pairs
 from pipeline.evaluation.tatoeba import read_line_pairs
-from pipeline.evaluation.xnli_data import read_xnli
 from tests.conftest import REPO
 from tests.fuzz.mutations import mutated_bytes, mutated_json
 from tests.fuzz.trials import fuzz, refused_or_done

@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from pipeline.config import Recipe, as_tree, load_recipe, recipe_to_yaml
-from pipeline.distillation.loading import load_config
+from pipeline.distillation.models.loading import load_config
 from pipeline.runtime.dist import read_launch
 from pipeline.runtime.ds_config import BatchShape, Precisions, resolve
-from pipeline.runtime.schedule import OptimizerConfig
+from pipeline.runtime.optimizer import OptimizerConfig
 from tests.conftest import REPO
 from tests.fuzz.mutations import CHUNKS, ODD_VALUES, mutated_bytes, mutated_json, mutated_tree
 from tests.fuzz.trials import fuzz, refused_or_done

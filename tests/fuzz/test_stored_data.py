@@ -21,12 +21,12 @@ from data_prep.shards import RUN_NAME, ShardSet, manifest_digest
 from data_prep.verify import verify
 from pipeline.errors import UserError
 from pipeline.evaluation import results
-from pipeline.evaluation.trained_as import trained_as
-from pipeline.json_files import read_points
-from pipeline.report_time import events_of
-from pipeline.runtime.checkpoint import damage, newest_whole, read_model_weights, seal
-from pipeline.runtime.lives import Lives
+from pipeline.evaluation.training_metadata import trained_as
+from pipeline.report.timeline import events_of
+from pipeline.runtime.checkpoint import damage, fsync_and_hash, newest_valid, read_model_weights
+from pipeline.runtime.json_files import read_points
 from pipeline.runtime.metrics import Metrics
+from pipeline.runtime.restarts import Restarts
 from tests.fuzz.mutations import mutated_bytes, mutated_json, mutated_tree
 from tests.fuzz.trials import fuzz, refused_or_done
 from tests.unit.made_up_run import make_run
@@ -110,13 +110,16 @@ def test_checkpoint(tmp_path: Path) -> None:
                 (checkpoint / "state.json").write_bytes(mutated_json(state, seed, times))
             else:
                 victim.write_bytes(mutated_bytes(victim.read_bytes(), seed, times))
-            content = {"format": manifest["format"], "files": {x.name: seal(x) for x in checkpoint.glob("*[!t].*")}}
+            content = {
+                "format": manifest["format"],
+                "files": {x.name: fsync_and_hash(x) for x in checkpoint.glob("*[!t].*")},
+            }
             content["files"].pop("manifest.json", None)
             digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
             text = json.dumps({**content, "sha256": digest}, indent=1, sort_keys=True)
             (checkpoint / "manifest.json").write_text(text)
         refused_or_done(lambda: damage(checkpoint))
-        refused_or_done(lambda: newest_whole(run_dir / "checkpoints"))
+        refused_or_done(lambda: newest_valid(run_dir / "checkpoints"))
         refused_or_done(lambda: read_model_weights(run_dir))
 
     fuzz("checkpoint manifest and state", trial, kept=[(1482899, 4), (104013, 4), (17445171, 1)])
@@ -151,12 +154,12 @@ def test_run_directory_before_a_resume(tmp_path: Path) -> None:
 
 def resume(run_dir: Path) -> None:
     """What a new attempt reads and rewrites of what stands beside the checkpoints."""
-    lives = Lives(run_dir)
-    assert lives.crashes_in_a_row >= 0
-    assert lives.slowest_save_s >= 0
-    lives.begin(4, 1)
-    lives.saved(5, 1.0)
-    lives.end("DONE")
+    restarts = Restarts(run_dir)
+    assert restarts.crashes_in_a_row >= 0
+    assert restarts.slowest_save_s >= 0
+    restarts.begin(4, 1)
+    restarts.saved(5, 1.0)
+    restarts.end("DONE")
     shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
     metrics = Metrics(run_dir, True, 4, 8)
     metrics.close()

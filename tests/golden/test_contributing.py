@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pipeline.distillation.families import FAMILIES, Family
+from pipeline.distillation.models.architectures import ARCHITECTURES, ArchitectureSpec
 from tests import tiny_encoders
 from tests.conftest import REPO
 from tests.golden import test_tap_families as golden
@@ -25,15 +25,15 @@ def example() -> tuple[str, dict[str, object]]:
     (tiny_name,), (config,) = entries[1].keys, entries[1].values
     assert ast.literal_eval(row_name) == ast.literal_eval(tiny_name)
     assert config.id == "COMMON"
-    assert call.func.id == "Family"
+    assert call.func.id == "ArchitectureSpec"
     return ast.literal_eval(row_name), {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
 
 
 @pytest.fixture
 def with_example(monkeypatch: pytest.MonkeyPatch) -> str:
     name, arguments = example()
-    assert name not in FAMILIES, "it is in the table now: take another example"
-    monkeypatch.setitem(FAMILIES, name, Family(**arguments))
+    assert name not in ARCHITECTURES, "it is in the table now: take another example"
+    monkeypatch.setitem(ARCHITECTURES, name, ArchitectureSpec(**arguments))
     monkeypatch.setitem(tiny_encoders.CONFIGS, name, tiny_encoders.COMMON)
     return name
 
@@ -61,6 +61,8 @@ def test_what_is_forgotten_is_noticed(
     with_example: str, forgotten: str, check: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, arguments = example()
-    monkeypatch.setitem(FAMILIES, with_example, Family(**{k: v for k, v in arguments.items() if k != forgotten}))
+    monkeypatch.setitem(
+        ARCHITECTURES, with_example, ArchitectureSpec(**{k: v for k, v in arguments.items() if k != forgotten})
+    )
     with pytest.raises(AssertionError):
         check(with_example)

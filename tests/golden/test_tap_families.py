@@ -8,14 +8,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from pipeline.distillation.families import FAMILIES, family_of
+from pipeline.distillation.models.architectures import ARCHITECTURES, architecture_of
 from pipeline.distillation.tap import tap
 from tests.tiny_encoders import CONFIGS, MODERNBERT_LAYERS, padded_rows, random_rows, tiny_encoder
 
 
 def projections_of_whole_forward(model, layer: int, input_ids, mask):
     """What the projections of layer `layer` (from 1) give while the whole model runs, seen by forward hooks."""
-    family, seen = family_of(model.config), []
+    family, seen = architecture_of(model.config), []
     module = model.get_submodule(f"{family.layers}.{layer - 1}")
     hooks = [
         module.get_submodule(name).register_forward_hook(lambda _, __, output: seen.append(output))
@@ -36,7 +36,7 @@ def assert_same(ours, theirs):
 
 
 def test_the_zoo_has_every_family():
-    assert set(CONFIGS) == set(FAMILIES)
+    assert set(CONFIGS) == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)

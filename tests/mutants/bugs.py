@@ -67,7 +67,7 @@ BUGS = (
     ),
     Bug(
         "sampler reset at a resume",
-        "pipeline/trainer.py",
+        "pipeline/training/trainer.py",
         "start = step * self.recipe.global_batch + self.launch.rank * per_rank",
         "start = (step - first_step) * self.recipe.global_batch + self.launch.rank * per_rank",
         "tests/dist/test_train.py::test_kill_and_resume_repeats_the_losses[1]",
@@ -75,7 +75,7 @@ BUGS = (
     ),
     Bug(
         "wrong head split",
-        "pipeline/distillation/relation_tiles.py",
+        "pipeline/distillation/relations/chunked.py",
         "return x_ND.t().to(dtype).reshape(num_heads, -1, x_ND.shape[0])",
         "return x_ND.t().to(dtype).reshape(-1, num_heads, x_ND.shape[0]).transpose(0, 1)",
         "tests/unit/distillation/test_relation_loss.py::test_far_student",
@@ -83,7 +83,7 @@ BUGS = (
     ),
     Bug(
         "sqrt of the wrong size",
-        "pipeline/distillation/relation_tiles.py",
+        "pipeline/distillation/relations/chunked.py",
         "scale_T, scale_S = teacher_HdR.shape[1] ** -0.5, student_HdR.shape[1] ** -0.5",
         "scale_T, scale_S = student_HdR.shape[1] ** -0.5, student_HdR.shape[1] ** -0.5",
         "tests/unit/distillation/test_relation_loss.py::test_far_student",
@@ -91,7 +91,7 @@ BUGS = (
     ),
     Bug(
         "padded query counted",
-        "pipeline/distillation/relations.py",
+        "pipeline/distillation/relations/loss.py",
         "return spans, [sum(parts) for parts in segments]",
         "return spans, [length for _ in segments]",
         "tests/unit/distillation/test_relation_loss.py::test_any_shape_and_padding",
@@ -107,7 +107,7 @@ BUGS = (
     ),
     Bug(
         "carried-along weights decayed",
-        "pipeline/distillation/student.py",
+        "pipeline/distillation/models/student.py",
         "in_use = {id(parameter) for parameter in tapped.parameters() if parameter.requires_grad}",
         "in_use = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}",
         "tests/dist/test_train.py::test_export_is_the_trained_student",
@@ -115,7 +115,7 @@ BUGS = (
     ),
     Bug(
         "last micro-batch overweighted",
-        "pipeline/trainer.py",
+        "pipeline/training/trainer.py",
         "self.engine.backward(loss)",
         "self.engine.backward(loss * (1.5 if 0 < micro == self.parts.batch.accumulation - 1 else 1.0))",
         "tests/dist/test_train.py::test_two_ranks_give_the_losses_of_one",
@@ -123,7 +123,7 @@ BUGS = (
     ),
     Bug(
         "overflow guard for the teacher",
-        "pipeline/distillation/relation_tiles.py",
+        "pipeline/distillation/relations/chunked.py",
         "max(_largest_diagonal(x_BLD, num_heads) for x_BLD in (teacher_BLD, student_BLD)) < MAX_DIAGONAL_LOG2",
         "_largest_diagonal(teacher_BLD, num_heads) < MAX_DIAGONAL_LOG2",
         "tests/unit/distillation/test_relation_loss.py::test_the_guard_looks_at_both_models",
@@ -139,7 +139,7 @@ BUGS = (
     ),
     Bug(
         "same dropout on every rank",
-        "pipeline/trainer.py",
+        "pipeline/training/trainer.py",
         "torch.manual_seed(dropout_seed(self.recipe.seed, step, self.launch.rank))",
         "torch.manual_seed(dropout_seed(self.recipe.seed, step, 0))",
         "tests/unit/test_train_step.py::test_dropout_differs_by_rank_step_and_seed",
@@ -147,7 +147,7 @@ BUGS = (
     ),
     Bug(
         "samples written as steps",
-        "pipeline/trainer.py",
+        "pipeline/training/trainer.py",
         '"samples": step * self.recipe.global_batch,',
         '"samples": step,',
         "tests/dist/test_train.py::test_a_checkpoint_counts_rows",

@@ -60,7 +60,7 @@ def tapped_projections() -> Figures:
 
 def relation_losses() -> Figures:
     """The `chunked` loss and gradient for a student narrower than the teacher, full rows and padded ones."""
-    from pipeline.distillation.relations import relation_kl
+    from pipeline.distillation.relations.loss import relation_kl
 
     torch.manual_seed(0)
     teacher, student = torch.randn(2, 9, 24), torch.randn(2, 9, 12, requires_grad=True)
@@ -74,7 +74,7 @@ def relation_losses() -> Figures:
 
 def loss_of_a_large_student() -> Figures:
     """Logits of several hundred on the student's side alone."""
-    from pipeline.distillation.relations import relation_kl
+    from pipeline.distillation.relations.loss import relation_kl
 
     torch.manual_seed(0)
     return [relation_kl(torch.randn(2, 20, 24), 40 * torch.randn(2, 20, 24), 3, backend="chunked").item()]
@@ -97,7 +97,7 @@ def rows_by_seed() -> Figures:
 
 def trained_names() -> Figures:
     """Names of the parameters that the optimizer gets."""
-    from pipeline.distillation.student import StudentConfig, build_student
+    from pipeline.distillation.models.student import StudentConfig, build_student
 
     config = StudentConfig(layers=2, hidden=12, heads=3)
     return sorted(build_student(tiny_model(3, 24, 0), config, 0, None, 2).trained)
@@ -125,7 +125,7 @@ def resumed_moments() -> Figures:
 def tiny_engine() -> Any:
     from pipeline.runtime import dist
     from pipeline.runtime.engine import StudentEngine
-    from pipeline.runtime.schedule import OptimizerConfig
+    from pipeline.runtime.optimizer import OptimizerConfig
 
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")  # DeepSpeed insists
     dist.init_process_group(dist.Launch(0, 1, 0, torch.device("cpu")), 60)
@@ -174,9 +174,9 @@ def trainer_of(rank: int, world_size: int = 1) -> Any:
     """A trainer before its first step, with a plain engine."""
     from pipeline.config import Recipe
     from pipeline.runtime import dist
+    from pipeline.runtime.anomalies import GuardConfig, SpikeDetector
     from pipeline.runtime.ds_config import BatchShape
-    from pipeline.runtime.guard import GuardConfig, SpikeDetector
-    from pipeline.trainer import Trainer
+    from pipeline.training.trainer import Trainer
 
     dist.init_process_group(dist.Launch(0, 1, 0, torch.device("cpu")), 60)
     trainer = Trainer.__new__(Trainer)

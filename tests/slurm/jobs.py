@@ -56,9 +56,9 @@ class Job:
         path = self.run_dir.with_name(self.run_dir.name + ".out")
         return path.read_text() if path.exists() else ""
 
-    def node_logs(self, life: int) -> dict[str, str]:
+    def node_logs(self, attempt: int) -> dict[str, str]:
         """Node -> what its ranks said in one life of the job."""
-        prefix = f"job{self.number}-life{life}-"
+        prefix = f"job{self.number}-life{attempt}-"
         paths = (self.run_dir / "logs").glob(f"{prefix}*.log")
         return {path.stem.removeprefix(prefix): path.read_text() for path in paths}
 
@@ -87,19 +87,19 @@ class Job:
         self.cluster.wait_for(lambda: self.state() in FINAL, f"end of job {self.number}")
         return self.state()
 
-    def wait_step(self, life: int, step: int) -> None:
+    def wait_step(self, attempt: int, step: int) -> None:
         """Until life `life` has finished a step numbered `step` or higher."""
 
         def reached() -> bool:
-            assert self.state() not in FINAL, f"the job ended before step {step} of life {life}:\n{self.log}"
-            return any(done >= step for log in self.node_logs(life).values() for done in steps_in(log))
+            assert self.state() not in FINAL, f"the job ended before step {step} of life {attempt}:\n{self.log}"
+            return any(done >= step for log in self.node_logs(attempt).values() for done in steps_in(log))
 
-        self.cluster.wait_for(reached, f"step {step} in life {life} of job {self.number}")
+        self.cluster.wait_for(reached, f"step {step} in life {attempt} of job {self.number}")
 
-    def wait_until_saved(self, life: int) -> None:
+    def wait_until_saved(self, attempt: int) -> None:
         """Until the batch script has seen that life `life` stopped as asked."""
         self.cluster.wait_for(
-            lambda: self.log.count("stopped on request") > life, f"save of life {life} of job {self.number}"
+            lambda: self.log.count("stopped on request") > attempt, f"save of life {attempt} of job {self.number}"
         )
 
     def preempt(self) -> None:

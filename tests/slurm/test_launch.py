@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.doctor_machine import device_findings
+from pipeline.doctor.machine import device_findings
 from pipeline.errors import UserError
 from pipeline.evaluation.ranks import alone
 from pipeline.runtime.allotment import allotted_gpus
@@ -72,8 +72,8 @@ def test_one_node_needs_no_scontrol(environment: pytest.MonkeyPatch, tmp_path: P
 
 def test_the_next_life_meets_at_another_port(environment: pytest.MonkeyPatch) -> None:
     ports = set()
-    for life in range(20):
-        start(environment, SLURM_RESTART_COUNT=str(life))
+    for attempt in range(20):
+        start(environment, SLURM_RESTART_COUNT=str(attempt))
         read_launch()
         ports.add(os.environ.pop("MASTER_PORT"))
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):

@@ -100,7 +100,7 @@ def test_a_chain_of_jobs_where_requeueing_is_forbidden(
     lines = [line.split("\t") for line in (run_dir / "jobs.tsv").read_text().splitlines()]
     links = [Job(cluster, number, run_dir) for stage, number, _ in lines if stage == "train"]
     cluster.run("scancel", lines[-1][1])  # the evaluation is another test's
-    links[0].wait_step(life=0, step=2)
+    links[0].wait_step(attempt=0, step=2)
     links[0].preempt()
     assert [link.wait_end() for link in links] == ["COMPLETED"] * 3
     assert "ends here; the next job" in (run_dir / "logs" / f"train-{links[0].number}.log").read_text()

@@ -25,7 +25,7 @@ def time_limited_job(training: Training, tmp_path_factory: pytest.TempPathFactor
     """Submitted before the other tests: it sleeps through most of its first life, until its time limit nears."""
     run_dir = tmp_path_factory.mktemp("limit") / "run"
     extra = ("--set", "guard.deadline_margin_s=1")  # newer Slurm tells ranks the job's end; here the signal is meant
-    return training.submit(run_dir, "--time=1", "--signal=B:USR1@45", extra=extra, SLOW_STEP_S="6", SLOW_LIVES="1")
+    return training.submit(run_dir, "--time=1", "--signal=B:USR1@45", extra=extra, SLOW_STEP_S="6", SLOW_ATTEMPTS="1")
 
 
 @pytest.mark.usefixtures("time_limited_job")
@@ -53,8 +53,8 @@ def test_srun_alone_starts_ranks_on_two_nodes(two_node_run: Path, plain_run: Pat
 
 
 def test_preempted_requeued_and_finished_bit_for_bit(training: Training, two_node_run: Path, tmp_path: Path) -> None:
-    job = training.submit(tmp_path / "run", "--nodes=2", SLOW_STEP_S="1", SLOW_LIVES="1")
-    job.wait_step(life=0, step=2)
+    job = training.submit(tmp_path / "run", "--nodes=2", SLOW_STEP_S="1", SLOW_ATTEMPTS="1")
+    job.wait_step(attempt=0, step=2)
     job.preempt()
     assert job.wait_end() == "COMPLETED", job.log
     assert job.restarts == 1
@@ -67,8 +67,8 @@ def test_a_more_urgent_job_takes_the_node_and_gives_it_back(
     training: Training, plain_run: Path, tmp_path: Path
 ) -> None:
     """Slurm's own preemption: it sends TERM to the ranks, not to the batch script, and grants some time."""
-    job = training.submit(tmp_path / "run", SLOW_STEP_S="1", SLOW_LIVES="1")
-    job.wait_step(life=0, step=2)
+    job = training.submit(tmp_path / "run", SLOW_STEP_S="1", SLOW_ATTEMPTS="1")
+    job.wait_step(attempt=0, step=2)
     urgent = training.cluster.submit(
         "--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path}/urgent.out", "--wrap=hostname"
     )
@@ -101,8 +101,8 @@ def test_a_more_urgent_job_takes_a_node_while_the_ranks_meet(
 
 def test_a_node_loses_power(training: Training, two_node_run: Path, tmp_path: Path) -> None:
     """Slurm requeues; the job resumes from the last whole checkpoint."""
-    job = training.submit(tmp_path / "run", "--nodes=2", SLOW_STEP_S="1", SLOW_LIVES="1")
-    job.wait_step(life=0, step=5)
+    job = training.submit(tmp_path / "run", "--nodes=2", SLOW_STEP_S="1", SLOW_ATTEMPTS="1")
+    job.wait_step(attempt=0, step=5)
     # Files are committed after the line of the next step.
     training.cluster.wait_for(lambda: 4 in committed_steps(job.run_dir / "checkpoints"), "checkpoint of step 4")
     # On a node that comes back, Slurm kills what it believes to be left of the job, the new life included.
@@ -141,14 +141,16 @@ def test_many_preemptions_in_a_row_lose_no_step(training: Training, plain_run: P
     run_dir = tmp_path / "run"
     job = training.submit(run_dir, extra=extra, SLOW_STEP_S="1.5", MAX_RESTARTS=str(NUM_PREEMPTIONS - 1))
     saved = 0
-    for life in range(NUM_PREEMPTIONS):
-        job.wait_step(life, saved + 1)
+    for attempt in range(NUM_PREEMPTIONS):
+        job.wait_step(attempt, saved + 1)
         job.preempt()
-        job.wait_until_saved(life)
-        if life:
-            assert f"checkpoints/step-{saved:08d}" in job.node_logs(life)["n1"], "resumed elsewhere than it was stopped"
+        job.wait_until_saved(attempt)
+        if attempt:
+            assert f"checkpoints/step-{saved:08d}" in job.node_logs(attempt)["n1"], (
+                "resumed elsewhere than it was stopped"
+            )
         saved = committed_steps(run_dir / "checkpoints")[-1]
-        assert job.log.count("stopped on request") == life + 1
+        assert job.log.count("stopped on request") == attempt + 1
         assert f"after step {saved}" in job.log
     assert job.wait_end() == "FAILED", job.log
     assert job.restarts == NUM_PREEMPTIONS - 1
@@ -173,7 +175,7 @@ def test_the_jobs_own_time_limit(time_limited_job: Job, plain_run: Path) -> None
 def test_two_jobs_for_one_run_directory(training: Training, plain_run: Path, tmp_path: Path) -> None:
     """Each on a node of its own: the second is rejected and says who holds it, the first ends as if it had been alone."""
     first = training.submit(tmp_path / "run", "--nodelist=n1", SLOW_STEP_S="4")
-    first.wait_step(life=0, step=2)
+    first.wait_step(attempt=0, step=2)
     its_log = tmp_path / "second.out"
     second = training.submit(tmp_path / "run", "--nodelist=n2", f"--output={its_log}")
     assert second.wait_end() == "FAILED", its_log.read_text()
@@ -203,7 +205,7 @@ def test_a_finished_run_is_trained_further_or_left_alone(training: Training, pla
 
 def test_a_stop_file_ends_the_job(training: Training, tmp_path: Path) -> None:
     job = training.submit(tmp_path / "run", SLOW_STEP_S="1")
-    job.wait_step(life=0, step=1)
+    job.wait_step(attempt=0, step=1)
     (job.run_dir / "STOP").touch()
     assert job.wait_end() == "COMPLETED", job.log
     assert job.restarts == 0
@@ -213,7 +215,7 @@ def test_a_stop_file_ends_the_job(training: Training, tmp_path: Path) -> None:
 def test_a_cancelled_job_stays_cancelled(training: Training, tmp_path: Path) -> None:
     """It saves if it can, but must not rise again."""
     job = training.submit(tmp_path / "run", SLOW_STEP_S="0.5")
-    job.wait_step(life=0, step=1)
+    job.wait_step(attempt=0, step=1)
     training.cluster.end([job.number])
     assert job.facts()["JobState"] == "CANCELLED"
     assert job.restarts == 0

@@ -48,12 +48,12 @@ def make_run(directory: Path) -> Path:
         "teacher: <script>alert(1)</script>\nseq_len: 128\nstudent: {layers: 6, hidden: 384}\n"
     )
     (directory / "run.json").write_text(json.dumps({"world_size": 2, "device": "cuda", "languages": ["de", "th"]}))
-    life = {"world_size": 2, "host": "n1", "ended": None}
-    lives = [
-        {**life, "first_step": 0, "saved_steps": [4], "time_s": 999.0},
-        {**life, "first_step": 4, "saved_steps": [6, 8], "time_s": 1065.0, "ended": "DONE"},
+    attempt = {"world_size": 2, "host": "n1", "ended": None}
+    restarts = [
+        {**attempt, "first_step": 0, "saved_steps": [4], "time_s": 999.0},
+        {**attempt, "first_step": 4, "saved_steps": [6, 8], "time_s": 1065.0, "ended": "DONE"},
     ]
-    (directory / "lives.json").write_text(json.dumps(lives))
+    (directory / "lives.json").write_text(json.dumps(restarts))
     for stage, accuracy in (("teacher", 0.975), ("before", 0.7), ("after", 0.875)):
         pair = {pooling: {"mean": accuracy} for pooling in POOLINGS}
         result = {"mean": dict.fromkeys(POOLINGS, accuracy), "per_pair": {"de": pair, "th": pair}}

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from pipeline.errors import EXIT_USER, exit_code_of
-from pipeline.runtime.guard import STOP_SIGNALS
+from pipeline.runtime.stop import STOP_SIGNALS
 from pipeline.train import main
 
 Run = Callable[..., str]
@@ -97,11 +97,11 @@ def test_unknown_architecture_lists_the_known(refused: Run, tmp_path: Path, tiny
 
 
 def test_layer_out_of_range(refused: Run) -> None:
-    for whose, last in (("teacher", 4), ("student", 2)):
-        error = refused(f"relations.{whose}_layer=9")
-        assert f"no layer 9 in the {whose}" in error
+    for role, last in (("teacher", 4), ("student", 2)):
+        error = refused(f"relations.{role}_layer=9")
+        assert f"no layer 9 in the {role}" in error
         assert f"layers 1 to {last}" in error
-        assert f"relations.{whose}_layer" in error
+        assert f"relations.{role}_layer" in error
 
 
 def test_relation_heads_that_do_not_divide(refused: Run) -> None:

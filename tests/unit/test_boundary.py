@@ -20,7 +20,7 @@ from pipeline.__main__ import main as pipeline
 from pipeline.config import Recipe, load_recipe
 from pipeline.errors import EXIT_DONE, UserError, exit_code_of
 from pipeline.runtime.dist import read_launch
-from pipeline.runtime.guard import StopRequests
+from pipeline.runtime.stop import StopRequests
 from tests.conftest import REPO
 from tests.unit.made_up_run import make_run
 

@@ -10,20 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.assembly import open_data
 from pipeline.config import load_recipe
 from pipeline.errors import UserError
-from pipeline.identity import identity_of
-from pipeline.lineage import mathematics
+from pipeline.provenance import resume_critical_config
 from pipeline.runtime.dist import Launch
-from pipeline.trainer import Trainer
+from pipeline.training.build import open_data
+from pipeline.training.identity import identity_of
+from pipeline.training.trainer import Trainer
 
 
 def resume(recipe_file: Path, before: list[str], now: list[str], allow_change: bool = False) -> None:
     """A run begun with the overrides `before` and continued with `now`: the trainer's own check, nothing else of it."""
     begun, recipe = load_recipe(recipe_file, before), load_recipe(recipe_file, now)
     state = {
-        "recipe": mathematics(begun),
+        "recipe": resume_critical_config(begun),
         "data_fingerprint": open_data(begun).fingerprint,
         "identity": identity_of(begun.teacher, begun.vocabulary),
     }
@@ -32,7 +32,7 @@ def resume(recipe_file: Path, before: list[str], now: list[str], allow_change: b
     trainer.launch = Launch(0, 1, 0, torch.device("cpu"))
     trainer.parts = SimpleNamespace(identity=identity_of(recipe.teacher, recipe.vocabulary))
     trainer.data_fingerprint = open_data(recipe).fingerprint
-    trainer._refuse_changes(state, allow_change)
+    trainer._check_changes(state, allow_change)
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from data_prep.__main__ import main as prepare_main
-from pipeline import doctor_machine
 from pipeline.__main__ import main
 from pipeline.config import load_recipe
-from pipeline.doctor_machine import (
+from pipeline.doctor import machine as doctor_machine
+from pipeline.doctor.machine import (
     REPO,
     Finding,
     guarded,
@@ -26,7 +26,7 @@ from pipeline.doctor_machine import (
     slurm_finding,
     version_findings,
 )
-from pipeline.doctor_recipe import Sizes, disk_finding, recipe_findings
+from pipeline.doctor.recipe import Sizes, disk_finding, recipe_findings
 from pipeline.errors import EXIT_USER, exit_code_of
 
 Look = Callable[..., list[Finding]]
@@ -156,7 +156,7 @@ def test_ids_that_were_compared_with_this_very_tokenizer(
 def test_hub_name_that_is_not_there_yet(look: Look) -> None:
     found = [finding for finding in look("teacher=nobody/no-such-model") if finding.subject == "teacher"]
     assert [finding.status for finding in found] == ["warn"]
-    assert "hf download nobody/no-such-model" in found[0].mend
+    assert "hf download nobody/no-such-model" in found[0].fix
 
 
 def test_what_does_not_divide(look: Look) -> None:
@@ -178,7 +178,7 @@ def test_milestones_count_towards_the_disk(
     if not links:
         monkeypatch.setattr(os, "link", no_links)  # as on FAT
     hundredth = shutil.disk_usage(tmp_path).free // 100
-    sizes = Sizes(teacher=0, trained=hundredth // 12, carried=hundredth * 20 // 4)
+    sizes = Sizes(teacher=0, trained=hundredth // 12, untrained=hundredth * 20 // 4)
 
     def found(*overrides: str) -> Finding:
         return disk_finding(load_recipe(tiny_recipe, ["checkpoint.keep=1", *overrides]), sizes, tmp_path / "run")
@@ -188,7 +188,7 @@ def test_milestones_count_towards_the_disk(
     ten = found("checkpoint.keep_every=400", "steps=4399")
     assert (ten.status, "10 milestones" in ten.what) == ("ok" if links else "warn", True)
     many = found("checkpoint.keep_every=50", "steps=4000")
-    assert (many.status, "checkpoint.keep_every" in many.mend) == ("warn", True)
+    assert (many.status, "checkpoint.keep_every" in many.fix) == ("warn", True)
     assert not list(tmp_path.iterdir())
 
 
@@ -206,14 +206,14 @@ def test_stale_lock_and_how_to_remove_it(tmp_path: Path, monkeypatch: pytest.Mon
     assert [finding.status for finding in lock_findings()] == ["ok"], "a compilation may be under way"
     os.utime(lock, (0, 0))
     (finding,) = lock_findings()
-    assert (finding.status, finding.mend) == ("warn", f"rm {lock}")
+    assert (finding.status, finding.fix) == ("warn", f"rm {lock}")
 
 
 def test_port_in_use() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        assert "--master_port" in port_finding(other.getsockname()[1]).mend
+        assert "--master_port" in port_finding(other.getsockname()[1]).fix
 
 
 def test_versions_other_than_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,8 +221,8 @@ def test_versions_other_than_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     pins = tmp_path / "requirements.txt"
     pins.write_text("# why\nnumpy==1.0.0  # arrays\nno-such-package==3.2\n")
     old, missing = version_findings(pins)
-    assert (old.status, old.mend) == ("warn", "pip install numpy==1.0.0")
-    assert (missing.status, missing.mend) == ("fail", "pip install no-such-package==3.2")
+    assert (old.status, old.fix) == ("warn", "pip install numpy==1.0.0")
+    assert (missing.status, missing.fix) == ("fail", "pip install no-such-package==3.2")
     monkeypatch.setitem(doctor_machine.OPTIONAL, "no-such-package", "for one kind of input")
     missing = version_findings(pins)[1]
     assert (missing.status, missing.what) == (

@@ -19,7 +19,7 @@ PROBED = [bug for bug in BUGS if bug.probe]
 # What the last bug of the ten once was: the same factor on every micro-batch, which neither Adam nor clipping sees.
 WITHOUT_EFFECT = Bug(
     "a factor on every micro-batch",
-    "pipeline/trainer.py",
+    "pipeline/training/trainer.py",
     "self.engine.backward(loss)",
     "self.engine.backward(loss * 1.5)",
     "tests/dist/test_train.py::test_two_ranks_give_the_losses_of_one",

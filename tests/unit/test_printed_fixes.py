@@ -16,14 +16,14 @@ import pytest
 
 from data_prep.command_line import module_command
 from data_prep.shards import DataError, ShardSet
-from pipeline.assembly import check_fit, open_data
 from pipeline.config import Recipe, load_recipe
-from pipeline.distillation.families import check_length
-from pipeline.distillation.teacher import load_encoder
-from pipeline.doctor_recipe import blank_models
+from pipeline.distillation.models.architectures import check_length
+from pipeline.distillation.models.teacher import load_encoder
+from pipeline.doctor.recipe import blank_models
 from pipeline.errors import UserError
-from pipeline.how_to_prepare import how_to_prepare
 from pipeline.runtime.ds_config import split_batch
+from pipeline.training.build import check_fit, open_data
+from pipeline.training.how_to_prepare import how_to_prepare
 from tests.conftest import REPO, SAMPLES
 
 ANOTHER_TOKENIZER = b"\xc0\x0c\x01"  # a field that SentencePiece does not know: other bytes, the same pieces

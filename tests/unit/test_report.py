@@ -13,8 +13,8 @@ import yaml
 
 from pipeline.__main__ import main
 from pipeline.errors import UserError
-from pipeline.report import read_metrics, render
-from pipeline.report_time import cost, duration, events_of, pauses
+from pipeline.report.page import read_metrics, render
+from pipeline.report.timeline import cost, duration, events_of, pauses
 from tests.unit.made_up_run import make_run, points
 
 VOID_TAGS = {"meta", "br", "img", "link"}
@@ -140,7 +140,7 @@ def test_the_time_line_and_its_cost(run_dir: Path) -> None:
     metrics = read_metrics(run_dir)
     events = events_of(run_dir, metrics, [8])
     assert (events.saved_steps, events.restarts) == ([4, 6, 8], [4])
-    first, second = events.lives
+    first, second = events.restarts
     assert [step for _, step in first.progress] == [0, 0, 1, 2, 3, 4]
     assert second.progress[0] == (pytest.approx(66 / 3600), 4)
     assert first.hours == pytest.approx(9 / 3600)  # from its start to its last line
@@ -156,7 +156,7 @@ def test_the_time_line_and_its_cost(run_dir: Path) -> None:
 def test_a_run_without_lives(run_dir: Path) -> None:
     (run_dir / "lives.json").unlink()
     events = events_of(run_dir, read_metrics(run_dir), [4, 8])
-    assert (len(events.lives), events.saved_steps, events.restarts) == (1, [4, 8], [4])
+    assert (len(events.restarts), events.saved_steps, events.restarts) == (1, [4, 8], [4])
 
 
 def test_a_run_without_lives_that_has_not_logged_yet(run_dir: Path) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.report import LOADS_NOTHING, render
+from pipeline.report.page import LOADS_NOTHING, render
 from tests.unit.made_up_run import make_run
 from tests.unit.test_report import SECTIONS
 

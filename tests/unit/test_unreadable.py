@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from data_prep.__main__ import main as data_prep
 from data_prep.shards import ShardSet, UnreadableError, read_again
-from pipeline.runtime.checkpoint import committed_steps, newest_whole
+from pipeline.runtime.checkpoint import committed_steps, newest_valid
 from pipeline.runtime.tensor_files import save_tensors
 from tests.unit.runtime.test_checkpoint_damage import write
 
@@ -64,10 +64,10 @@ def open_place() -> Iterator[Path]:
 def test_a_checkpoint_that_cannot_be_opened_is_neither_passed_over_nor_corrupt(tmp_path: Path) -> None:
     older, newer = write(tmp_path, 100), write(tmp_path, 200)
     with no_descriptors_left(), pytest.raises(UnreadableError, match=r"EMFILE.*ulimit -n"):
-        newest_whole(tmp_path)
-    assert newest_whole(tmp_path) == (newer, [])
+        newest_valid(tmp_path)
+    assert newest_valid(tmp_path) == (newer, [])
     (newer / "state.json").unlink()  # read, and found wrong
-    assert newest_whole(tmp_path)[0] == older
+    assert newest_valid(tmp_path)[0] == older
 
 
 def test_what_fails_for_a_moment_is_read_all_the_same(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_what_fails_for_a_moment_is_read_all_the_same(tmp_path: Path) -> None:
     with no_descriptors_left() as held:
         release = threading.Timer(0.2, lambda: [os.close(held.pop()) for _ in range(len(held))])
         release.start()
-        assert newest_whole(tmp_path) == (newer, [])
+        assert newest_valid(tmp_path) == (newer, [])
         release.join()
 
 
@@ -88,11 +88,11 @@ def test_a_checkpoint_of_another_user_is_refused_by_name(open_place: Path) -> No
     weight = next(newer.glob("weight-*"))
     weight.chmod(0)
     with another_user(), pytest.raises(UnreadableError, match=rf"{weight.name} cannot be read now \(EACCES"):
-        newest_whole(open_place)
+        newest_valid(open_place)
     weight.chmod(0o644)
     newer.chmod(0)  # its files cannot even be counted
     with another_user(), pytest.raises(UnreadableError, match="EACCES"):
-        newest_whole(open_place)
+        newest_valid(open_place)
     newer.chmod(0o755)
     open_place.chmod(0)  # and this one is not a run without checkpoints
     with another_user(), pytest.raises(UnreadableError):

@@ -1,6 +1,6 @@
 """Put on PYTHONPATH by the Slurm tests: makes the real trainer slow, or wrong on one rank, without touching its code.
 
-SLOW_STEP_S seconds pass before every step of the job's first SLOW_LIVES lives; rank BUG_RANK raises at step BUG_STEP.
+SLOW_STEP_S seconds pass before every step of the job's first SLOW_ATTEMPTS lives; rank BUG_RANK raises at step BUG_STEP.
 In the job's first life, rank LATE_RANK comes LATE_S seconds late to where the ranks meet.
 """
 
@@ -13,7 +13,7 @@ from importlib.abc import MetaPathFinder
 
 def alter(trainer):
     whole_step = trainer.train_step
-    is_slow = int(os.environ.get("SLURM_RESTART_COUNT", "0")) < int(os.environ.get("SLOW_LIVES", "1000"))
+    is_slow = int(os.environ.get("SLURM_RESTART_COUNT", "0")) < int(os.environ.get("SLOW_ATTEMPTS", "1000"))
     pause_s = float(os.environ.get("SLOW_STEP_S", "0")) if is_slow else 0.0
 
     def train_step(self, step, batches):
@@ -30,10 +30,10 @@ if "RANK" in os.environ and os.environ["RANK"] == os.environ.get("LATE_RANK"):
 
 
 class TrainerFinder(MetaPathFinder):
-    """Alters pipeline.trainer as soon as it has been imported."""
+    """Alters pipeline.training.trainer as soon as it has been imported."""
 
     def find_spec(self, name, path, target=None):
-        if name != "pipeline.trainer":
+        if name != "pipeline.training.trainer":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from data_prep.shards import DataError, ShardSet
-from pipeline.assembly import open_data
 from pipeline.config import load_recipe
 from pipeline.data.batches import PLAN_WINDOW, BatchSource, Prefetcher, heldout_count
+from pipeline.training.build import open_data
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 from data_prep.shards import ShardSet
 from pipeline.config import load_recipe
 from pipeline.data.batches import Batch, BatchSource, Prefetcher
+from pipeline.data.heldout import heldout_losses
 from pipeline.distillation.distiller import DistillModule, RelationsConfig
-from pipeline.distillation.relations import relation_kl_reference
-from pipeline.distillation.student import StudentConfig, build_student
-from pipeline.distillation.teacher import load_encoder, load_teacher
-from pipeline.evaluation.heldout import heldout_losses
-from pipeline.lineage import mathematics
+from pipeline.distillation.models.student import StudentConfig, build_student
+from pipeline.distillation.models.teacher import load_encoder, load_teacher
+from pipeline.distillation.relations.loss import relation_kl_reference
+from pipeline.provenance import resume_critical_config
 
 SEQ_LEN, TEACHER_LAYER, STUDENT_LAYER, HEADS = 64, 3, 2, 12
 FIRST_POSITION = 2  # XLM-R counts positions from its padding id on
@@ -113,6 +113,8 @@ def test_pictures_of_relations_are_blocks(source: BatchSource, models) -> None:
 
 
 def test_changing_it_is_a_change_of_the_run(tiny_recipe: Path) -> None:
-    joined, separate = (mathematics(load_recipe(tiny_recipe, [f"documents={x}"])) for x in ("joined", "separate"))
-    assert joined == mathematics(load_recipe(tiny_recipe, []))
+    joined, separate = (
+        resume_critical_config(load_recipe(tiny_recipe, [f"documents={x}"])) for x in ("joined", "separate")
+    )
+    assert joined == resume_critical_config(load_recipe(tiny_recipe, []))
     assert {key for key in joined if joined[key] != separate[key]} == {"documents"}

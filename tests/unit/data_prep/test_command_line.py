@@ -154,9 +154,9 @@ def test_a_damaged_file_fails_alone_and_keeps_its_whole_shards(
     assert [path.read_bytes() for path in kept] == before
     assert verify(tmp_path / "shards") == []
     assert run_command(corpus, tiny_tokenizer, tmp_path / "clean", *sizes) == 0
-    fresh, mended = content(tmp_path / "clean"), content(tmp_path / "shards")
+    fresh, fixed = content(tmp_path / "clean"), content(tmp_path / "shards")
     assert {name: data for name, data in fresh.items() if name.endswith((".tok", "manifest.json"))} == {
-        name: data for name, data in mended.items() if name.endswith((".tok", "manifest.json"))
+        name: data for name, data in fixed.items() if name.endswith((".tok", "manifest.json"))
     }
 
 

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from data_prep.__main__ import main
 from data_prep.awkward import LINES, composed
 from data_prep.line_sample import sample_lines
-from data_prep.manifest import make_manifest, read_run, take_in, write_manifest
+from data_prep.manifest import import_languages, make_manifest, read_run, write_manifest
 from data_prep.shards import DataError, ShardSet
 from data_prep.sources import Source
 from data_prep.tokenizer import SentencePieceTokenizer, open_tokenizer
@@ -128,7 +128,7 @@ def test_the_sample_is_the_same_at_every_run_and_holds_the_rare_lines(tmp_path: 
 
 def test_the_counts_survive_a_merge_and_old_outputs_have_none(tiny_tokenizer: Path, text: Path, tmp_path: Path) -> None:
     run(text, tiny_tokenizer, tmp_path / "one")
-    take_in(tmp_path / "merged", tmp_path / "one")
+    import_languages(tmp_path / "merged", tmp_path / "one")
     write_manifest(tmp_path / "merged")
     merged = ShardSet(tmp_path / "merged").manifest
     assert merged == ShardSet(tmp_path / "one").manifest

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from data_prep import ownership
-from data_prep.outputs import refuse_places_of_the_user, replaced_directory
+from data_prep.outputs import check_output_place, replaced_directory
 from data_prep.ownership import Owner, Taken, own
 from data_prep.shards import DataError
 from tests.conftest import REPO
@@ -159,8 +159,8 @@ def test_places_of_the_user_are_refused(tmp_path: Path, monkeypatch: pytest.Monk
     inputs = {"the teacher": tmp_path / "work" / "teacher"}
     for place in (Path(), Path("/"), Path.home(), tmp_path, tmp_path / "work" / "teacher", Path("teacher/../teacher")):
         with pytest.raises(DataError, match=r"--output .* left alone"):
-            refuse_places_of_the_user(place, "--output", inputs)
-    refuse_places_of_the_user(tmp_path / "work" / "teacher" / "student", "--output", inputs)
+            check_output_place(place, "--output", inputs)
+    check_output_place(tmp_path / "work" / "teacher" / "student", "--output", inputs)
 
 
 @pytest.mark.parametrize("text", ["", " "])
@@ -179,7 +179,8 @@ def test_ctrl_c_ends_prepare_that_waits_for_its_input(tiny_tokenizer: Path, tmp_
     (tmp_path / "sw.txt").write_text("habari ya asubuhi\n" * 100)
     program = """
 import io, os, sys, threading, time
-from data_prep import lane, sources
+from data_prep import sources
+from data_prep import language_job as lane
 def chunks(self):
     print("reading", flush=True)
     time.sleep(600)

@@ -14,7 +14,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from data_prep.clean import CleanOptions
 from data_prep.journal import JOURNAL_NAME, Journal
-from data_prep.manifest import take_in, write_manifest
+from data_prep.manifest import import_languages, write_manifest
 from data_prep.shards import DataError, ShardSet
 from data_prep.verify import verify
 from tests.unit.data_prep.corpus import content, run, write_corpus
@@ -210,15 +210,15 @@ def test_outputs_of_several_machines_are_merged_into_one(
     for language, name in (("hi", "hi.txt"), ("tr", "tr.txt.xz")):
         run([str(corpus / name)], tiny_tokenizer, tmp_path / language, language)  # type: ignore[arg-type]
     run([str(corpus / "hi.txt")], tiny_tokenizer, tmp_path / "other", "hi", shard_tokens=99)  # type: ignore[arg-type]
-    assert take_in(tmp_path / "all", tmp_path / "hi") == ["hi"]
-    assert take_in(tmp_path / "all", tmp_path / "tr") == ["tr"]
-    assert take_in(tmp_path / "all", tmp_path / "hi") == []
+    assert import_languages(tmp_path / "all", tmp_path / "hi") == ["hi"]
+    assert import_languages(tmp_path / "all", tmp_path / "tr") == ["tr"]
+    assert import_languages(tmp_path / "all", tmp_path / "hi") == []
     (tmp_path / "hi.txt").write_text("something else\n")
     run([str(tmp_path / "hi.txt")], tiny_tokenizer, tmp_path / "changed")  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"hi is in both .* and not the same"):
-        take_in(tmp_path / "all", tmp_path / "changed")
+        import_languages(tmp_path / "all", tmp_path / "changed")
     with pytest.raises(DataError, match="another option: shard_tokens"):
-        take_in(tmp_path / "all", tmp_path / "other")
+        import_languages(tmp_path / "all", tmp_path / "other")
     write_manifest(tmp_path / "all")
     assert verify(tmp_path / "all") == []
     assert content(tmp_path / "all" / "hi") == content(finished / "hi")

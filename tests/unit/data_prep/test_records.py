@@ -17,7 +17,7 @@ import pytest
 from data_prep.__main__ import main
 from data_prep.discovery import LanguageRules, discover
 from data_prep.shards import DataError, ShardSet
-from data_prep.sources import DamagedSource, Source, WrongTextField
+from data_prep.sources import CorruptSource, Source, WrongTextField
 from pipeline.errors import UserError
 from pipeline.evaluation.library_data import load_table
 from tests.unit.data_prep.corpus import run_command
@@ -72,7 +72,7 @@ def test_a_record_without_text_may_be_an_error(tmp_path: Path) -> None:
         WITHOUT_TEXT, ("null", "empty", "empty", "missing", "no text but int", "no text but list"), strict=True
     ):
         path = write(tmp_path / "sv.jsonl", [*GOOD[:3], record, *GOOD[3:]])
-        with pytest.raises(DamagedSource, match=f"field 'text' of line 4 is {problem}.*--bad-records skip") as refused:
+        with pytest.raises(CorruptSource, match=f"field 'text' of line 4 is {problem}.*--bad-records skip") as refused:
             read(path, bad_records="fail")
         assert "damaged" not in str(refused.value)
 
@@ -126,7 +126,7 @@ def test_a_json_array_is_converted_by_the_command_that_is_named(
     text = json.dumps(GOOD, indent=indent).encode()
     path.write_bytes(gzip.compress(text) if packing else text)
     with pytest.raises(
-        DamagedSource, match=r"line 1 (is a JSON array|begins a JSON text).*one record a line"
+        CorruptSource, match=r"line 1 (is a JSON array|begins a JSON text).*one record a line"
     ) as refused:
         read(path)
     command = str(refused.value).split("Convert it: ")[1].split(". Then run")[0]
@@ -141,7 +141,7 @@ def test_json_as_it_comes(tmp_path: Path) -> None:
     )
     assert read(path) == b"a\n\nc\n\nd\ne\n\n"
     path.write_bytes(json.dumps({"text": "a"}).encode("utf-16"))
-    with pytest.raises(DamagedSource, match="iconv -f UTF-16"):
+    with pytest.raises(CorruptSource, match="iconv -f UTF-16"):
         read(path)
 
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep.layout import FORMAT_NAME, FORMAT_VERSION, Identity
+from data_prep.shard_layout import FORMAT_NAME, FORMAT_VERSION, Identity
+from data_prep.shard_writer import ShardWriter
 from data_prep.shards import DataError, ShardSet, manifest_digest
-from data_prep.writer import ShardWriter
 
 IDENTITY = Identity("ab" * 32, 50_000, "cd" * 16)
 
@@ -26,7 +26,7 @@ def write_shards(root: Path, documents_of_shards: list[list[int]], start: int = 
         total = sum(lengths)
         writer.append(np.arange(next_token, next_token + total, dtype="<u4").tobytes(), np.array(lengths, np.uint64))
         next_token += total
-        records.append(writer.seal())
+        records.append(writer.finish())
     manifest = {
         "format": FORMAT_NAME,
         "version": FORMAT_VERSION,

@@ -16,7 +16,7 @@ from data_prep.blocks import cut_blocks
 from data_prep.clean import CleanOptions, clean, split_documents
 from data_prep.discovery import LanguageRules, discover
 from data_prep.shards import DataError
-from data_prep.sources import DamagedSource, Source
+from data_prep.sources import CorruptSource, Source
 
 TEXT = "Erste Zeile\nzweite Zeile\n\nNächstes Dokument\n\n" * 3000
 RECORDS = [document for document in TEXT.split("\n\n") if document]
@@ -49,7 +49,7 @@ def test_parquet_reads_the_same_and_other_fields_can_be_named(tmp_path: Path) ->
     path = tmp_path / "de.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"content": RECORDS, "n": range(len(RECORDS))}), path)
     assert read(path, "content") == TEXT.encode()
-    with pytest.raises(DamagedSource, match="no column 'text'; its columns are content, n"):
+    with pytest.raises(CorruptSource, match="no column 'text'; its columns are content, n"):
         read(path)
 
 
@@ -92,7 +92,7 @@ def test_a_file_cut_short_gives_its_whole_blocks_and_names_the_byte(tmp_path: Pa
     path.write_bytes(packed[: len(packed) * 2 // 3])
     got: list[bytes] = []
     blocks = (block.text for block in cut_blocks(Source("de", path, path.name).chunks()))
-    with pytest.raises(DamagedSource, match=rf"stopped at byte {path.stat().st_size} of {path.stat().st_size} "):
+    with pytest.raises(CorruptSource, match=rf"stopped at byte {path.stat().st_size} of {path.stat().st_size} "):
         got.extend(blocks)
     assert len(b"".join(got)) > 1_000_000
     assert lines.encode().startswith(b"".join(got))
@@ -104,7 +104,7 @@ def test_a_damaged_file_is_named_with_the_place(tmp_path: Path, packing: str) ->
     packed[len(packed) // 2] ^= 0x55
     path = tmp_path / f"de.txt{packing}"
     path.write_bytes(packed)
-    with pytest.raises(DamagedSource, match=r"de\.txt.* is damaged or cut short: reading stopped at byte \d+"):
+    with pytest.raises(CorruptSource, match=r"de\.txt.* is damaged or cut short: reading stopped at byte \d+"):
         read(path)
 
 
@@ -124,7 +124,7 @@ def test_a_damaged_file_is_named_with_the_place(tmp_path: Path, packing: str) ->
 def test_bad_json_lines_are_named_by_number(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "de.jsonl"
     path.write_text(line)
-    with pytest.raises(DamagedSource, match=message):
+    with pytest.raises(CorruptSource, match=message):
         read(path)
 
 
@@ -141,7 +141,7 @@ def test_bad_json_lines_are_named_by_number(tmp_path: Path, line: str, message: 
 def test_what_is_not_utf8_text_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "zh-Hans.txt"
     path.write_bytes(content)
-    with pytest.raises(DamagedSource, match=r"not text in UTF-8.*iconv"):
+    with pytest.raises(CorruptSource, match=r"not text in UTF-8.*iconv"):
         read(path)
 
 
@@ -149,7 +149,7 @@ def test_a_byte_order_mark_is_no_text_and_an_empty_xz_is_damage(tmp_path: Path) 
     (tmp_path / "en.txt").write_bytes(b"\xef\xbb\xbfhello\n")
     assert read(tmp_path / "en.txt") == b"hello\n"
     (tmp_path / "en.txt.xz").write_bytes(b"")
-    with pytest.raises(DamagedSource, match="byte 0 of 0"):
+    with pytest.raises(CorruptSource, match="byte 0 of 0"):
         read(tmp_path / "en.txt.xz")
 
 

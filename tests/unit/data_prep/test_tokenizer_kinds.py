@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from data_prep.id_check import POSITIONS_FROM_PADDING
 from data_prep.shards import ShardSet
-from pipeline.distillation.families import POSITIONS_AFTER_PADDING
+from pipeline.distillation.models.architectures import POSITIONS_AFTER_PADDING
 from tests.unit.data_prep.corpus import run
 from tests.unit.data_prep.families import byte_bpe, word_piece
 from tests.unit.data_prep.id_checks import TEXT, XLMR, assert_ids_are_the_models, changed, paste, refusal, write

@@ -15,7 +15,7 @@ import pyarrow
 import pytest
 
 from data_prep.shards import DataError
-from data_prep.sources import DamagedSource, Source
+from data_prep.sources import CorruptSource, Source
 
 
 def zstd(data: bytes) -> bytes:
@@ -64,20 +64,20 @@ def test_a_cut_anywhere_is_an_error_with_the_byte(tmp_path: Path, packing: str) 
         if cut == len(first):
             assert read(path, both[:cut]) == FIRST
             continue
-        with pytest.raises(DamagedSource, match=rf"en\.txt\{packing} is damaged or cut short: .* byte {cut} of {cut} "):
+        with pytest.raises(CorruptSource, match=rf"en\.txt\{packing} is damaged or cut short: .* byte {cut} of {cut} "):
             read(path, both[:cut])
 
 
 @pytest.mark.parametrize("packing", PACKERS)
 @pytest.mark.parametrize("behind", [b"garbage", b"\0\0\0garbage", b"x"])
 def test_what_is_no_stream_behind_one_is_an_error(tmp_path: Path, packing: str, behind: bytes) -> None:
-    with pytest.raises(DamagedSource, match="damaged or cut short: reading stopped at byte"):
+    with pytest.raises(CorruptSource, match="damaged or cut short: reading stopped at byte"):
         read(tmp_path / f"en.txt{packing}", PACKERS[packing](FIRST) + behind)
 
 
 @pytest.mark.parametrize(("packing", "behind"), [(".xz", bytes(3)), (".bz2", bytes(4)), (".zst", bytes(4))])
 def test_zeros_where_the_format_allows_none_are_an_error(tmp_path: Path, packing: str, behind: bytes) -> None:
-    with pytest.raises(DamagedSource, match="damaged or cut short"):
+    with pytest.raises(CorruptSource, match="damaged or cut short"):
         read(tmp_path / f"en.txt{packing}", PACKERS[packing](FIRST) + behind)
 
 
@@ -86,13 +86,13 @@ def test_a_second_stream_with_a_damaged_header_is_an_error(tmp_path: Path, packi
     pack = PACKERS[packing]
     second = bytearray(pack(SECOND))
     second[0] ^= 1
-    with pytest.raises(DamagedSource, match="damaged or cut short"):
+    with pytest.raises(CorruptSource, match="damaged or cut short"):
         read(tmp_path / f"en.txt{packing}", pack(FIRST) + bytes(second))
 
 
 @pytest.mark.parametrize("packing", PACKERS)
 def test_an_empty_packed_file_is_no_packed_file(tmp_path: Path, packing: str) -> None:
-    with pytest.raises(DamagedSource, match=r"byte 0 of 0 \(the file is empty"):
+    with pytest.raises(CorruptSource, match=r"byte 0 of 0 \(the file is empty"):
         read(tmp_path / f"en.txt{packing}", b"")
 
 
@@ -100,7 +100,7 @@ def test_an_empty_packed_file_is_no_packed_file(tmp_path: Path, packing: str) ->
 def test_a_zstd_window_that_is_not_read_is_unpacked_by_the_command_that_is_named(tmp_path: Path) -> None:
     path = tmp_path / "en's.txt.zst"
     packed = subprocess.run(["zstd", "-qc", "--long=28"], input=FIRST, capture_output=True, check=True).stdout
-    with pytest.raises(DamagedSource, match=r"window of more than 128 MB.*--long=31") as refused:
+    with pytest.raises(CorruptSource, match=r"window of more than 128 MB.*--long=31") as refused:
         read(path, packed)
     command = str(refused.value).split("file away: ")[1].split(". Then run")[0]
     subprocess.run(["bash", "-c", command], check=True, capture_output=True)
@@ -141,7 +141,7 @@ def test_a_zstd_dictionary_is_no_damage(tmp_path: Path) -> None:
     )
     command = ["zstd", "-qc", "-D", "dict"]
     packed = subprocess.run(command, cwd=tmp_path, input=FIRST, capture_output=True, check=True).stdout
-    with pytest.raises(DamagedSource, match=r"en\.txt\.zst was packed with a zstd dictionary.*zstd -d -D DICTIONARY"):
+    with pytest.raises(CorruptSource, match=r"en\.txt\.zst was packed with a zstd dictionary.*zstd -d -D DICTIONARY"):
         read(tmp_path / "en.txt.zst", packed)
 
 
@@ -154,7 +154,7 @@ def test_a_zstd_dictionary_is_no_damage(tmp_path: Path) -> None:
     ids=["gzip", "text"],  # a name made of the bytes held the second of packing: two workers collected different tests
 )
 def test_a_file_that_is_not_what_its_name_says_is_told(tmp_path: Path, data: bytes, told: str) -> None:
-    with pytest.raises(DamagedSource, match=told):
+    with pytest.raises(CorruptSource, match=told):
         read(tmp_path / "en.txt.xz", data)
 
 

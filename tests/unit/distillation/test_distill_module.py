@@ -7,11 +7,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from pipeline.distillation.distiller import DistillModule, Extent, LayerPair, RelationsConfig
-from pipeline.distillation.relations import relation_kl_reference
-from pipeline.distillation.student import StudentConfig, build_student
+from pipeline.distillation.distiller import DistillModule, LayerPair, RelationsConfig, SequenceMask
+from pipeline.distillation.models.student import StudentConfig, build_student
+from pipeline.distillation.models.teacher import load_teacher
+from pipeline.distillation.relations.loss import relation_kl_reference
 from pipeline.distillation.tap import tap
-from pipeline.distillation.teacher import load_teacher
 from pipeline.errors import UserError
 from tests.tiny_encoders import padded_rows, random_rows, tiny_encoder
 
@@ -125,7 +125,7 @@ def test_heldout_losses_have_no_dropout_and_leave_the_mode():
 def test_the_tail_term_reaches_the_last_layers_ffn(tail):
     relations = RelationsConfig(heads=12, tail=tail, tail_weight=0.5)
     module, whole, student = make(relations, hidden=48, heads=4)
-    assert not student.carried
+    assert not student.untrained
     rows, _ = padded_rows([20, 9, 3])
     lengths = torch.tensor([20, 9, 3])
     loss, parts = module(rows, lengths)
@@ -246,15 +246,15 @@ def test_impossible_relations_say_why(options, words):
 
 
 @pytest.mark.parametrize(("whose", "layer"), [("student", 0), ("student", 3), ("teacher", 5)])
-def test_a_layer_that_is_not_there_says_whose(whose, layer):
+def test_a_layer_that_is_not_there_says_whose(role, layer):
     """Layer 0 is not taken for the last."""
-    with pytest.raises(UserError, match=f"no layer {layer} in the {whose}.*`relations.{whose}_layer`"):
-        make(RelationsConfig(heads=12, **{f"{whose}_layer": layer}))
+    with pytest.raises(UserError, match=f"no layer {layer} in the {role}.*`relations.{role}_layer`"):
+        make(RelationsConfig(heads=12, **{f"{role}_layer": layer}))
 
 
 @pytest.mark.parametrize(("heads", "whose"), [(16, "student's width of 24"), (10, "student's width of 24")])
-def test_heads_are_checked_before_the_first_batch(heads, whose):
-    with pytest.raises(UserError, match=whose):
+def test_heads_are_checked_before_the_first_batch(heads, role):
+    with pytest.raises(UserError, match=role):
         make(RelationsConfig(heads=heads))
 
 
@@ -279,11 +279,11 @@ def test_documents_of_a_row_do_not_see_each_other(model_type):
     _, parts = module(rows, segments=segments)
     other = rows.clone()
     other[0, :8], other[1, 3:10] = 5, 6
-    before, after = (module._read(r, Extent(None, segments))[1].layers[0][2] for r in (rows, other))
+    before, after = (module._read(r, SequenceMask(None, segments))[1].layers[0][2] for r in (rows, other))
     assert torch.allclose(before[0, 8:], after[0, 8:], atol=1e-6)
     assert torch.allclose(before[1, 10:], after[1, 10:], atol=1e-6)
     assert not torch.allclose(before[0, :8], after[0, :8], atol=1e-3)
-    mask = Extent(None, segments).attention_mask(rows)
+    mask = SequenceMask(None, segments).attention_mask(rows)
     with torch.no_grad():
         of_teacher, of_student = tap(whole, 4)(rows, mask), tap(student.model, 2)(rows, mask)
     expected = relation_kl_reference(of_teacher[0], of_student[0], 12, segments=[[8, 12], [3, 7, 10]]).item()

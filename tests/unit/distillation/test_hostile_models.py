@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from pipeline.__main__ import main
-from pipeline.distillation.teacher import load_encoder
+from pipeline.distillation.models.teacher import load_encoder
 from pipeline.errors import EXIT_USER, UserError, exit_code_of
 from tests.conftest import REPO
 from tests.tiny_encoders import CONFIGS, random_rows, tiny_encoder

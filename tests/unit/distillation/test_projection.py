@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from pipeline.distillation.distiller import DistillModule, RelationsConfig
-from pipeline.distillation.projection import Calibration
-from pipeline.distillation.student import BASIS, Student, StudentConfig, build_student
-from pipeline.distillation.teacher import load_teacher
+from pipeline.distillation.models.projection import Calibration
+from pipeline.distillation.models.student import BASIS, Student, StudentConfig, build_student
+from pipeline.distillation.models.teacher import load_teacher
 from pipeline.errors import UserError
 from tests.tiny_encoders import random_rows, tiny_encoder
 
@@ -163,7 +163,7 @@ def test_two_builds_are_equal_and_leave_the_teacher_alone():
     first, second = project(teacher), project(teacher)
     for name, weight in first.trained.items():
         assert torch.equal(weight, second.trained[name])
-    assert torch.equal(first.carried[BASIS], second.carried[BASIS])
+    assert torch.equal(first.untrained[BASIS], second.untrained[BASIS])
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
     assert not any(module._forward_hooks for model in (teacher, first.model) for module in model.modules())
     assert first.model.training

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.distillation import relation_tiles
-from pipeline.distillation.oracle import relation_log_probabilities
-from pipeline.distillation.relations import BACKENDS, relation_kl, relation_kl_by_row, relation_kl_reference
+from pipeline.distillation.relations import chunked as relation_tiles
+from pipeline.distillation.relations.loss import BACKENDS, relation_kl, relation_kl_by_row, relation_kl_reference
+from pipeline.distillation.relations.reference import relation_log_probabilities
 from pipeline.errors import UserError
 
 # Relative gradient error against float64 on the same rounded inputs.
@@ -333,9 +333,9 @@ def test_nan_is_not_hidden():
 
 
 @pytest.mark.parametrize(("widths", "whose"), [((32, 24), "student"), ((24, 32), "teacher")])
-def test_heads_that_do_not_divide_name_those_that_divide_both(widths, whose):
+def test_heads_that_do_not_divide_name_those_that_divide_both(widths, role):
     teacher, student = make(1, 5, *widths)
-    with pytest.raises(UserError, match=rf"16 relation heads.*{whose}'s width of 24.*one of: 1, 2, 4, 8$"):
+    with pytest.raises(UserError, match=rf"16 relation heads.*{role}'s width of 24.*one of: 1, 2, 4, 8$"):
         relation_kl(teacher, student, 16)
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from pipeline.distillation import student_init
-from pipeline.distillation.families import FAMILIES
-from pipeline.distillation.student import StudentConfig, build_student
+from pipeline.distillation.models import student_init
+from pipeline.distillation.models.architectures import ARCHITECTURES
+from pipeline.distillation.models.student import StudentConfig, build_student
 from pipeline.errors import UserError
 from tests.tiny_encoders import CONFIGS, random_rows, tiny_encoder
 
@@ -26,13 +26,13 @@ def build(teacher, seed=0, **changes):
 def test_trained_and_carried_are_the_whole_model(model_type, init):
     student = build(tiny_encoder(model_type), init=init)
     names = set(student.model.state_dict())
-    assert set(student.trained) | set(student.carried) == names
-    assert not set(student.trained) & set(student.carried)
+    assert set(student.trained) | set(student.untrained) == names
+    assert not set(student.trained) & set(student.untrained)
     query, key, value = student.tapped(random_rows(2, 12))
     (query.square().sum() + key.square().sum() + value.square().sum()).backward()
     with_gradient = {name for name, parameter in student.model.named_parameters() if parameter.grad is not None}
     assert with_gradient == set(student.trained)
-    last = [name for name in student.carried if any(part in name for part in TAIL)]
+    last = [name for name in student.untrained if any(part in name for part in TAIL)]
     assert last, "the last layer's attention output and FFN are carried along"
 
 
@@ -62,7 +62,7 @@ def test_which_layers_are_copied(named, teacher_layer, expected):
 def test_frozen_embeddings_are_carried():
     student = build(tiny_encoder("xlm-roberta"), init="layers", freeze=["embeddings"])
     frozen = "embeddings.word_embeddings.weight"
-    assert frozen in student.carried
+    assert frozen in student.untrained
     assert "embeddings.position_embeddings.weight" in student.trained
     student.tapped(random_rows(2, 12))[0].sum().backward()
     assert student.model.get_input_embeddings().weight.grad is None
@@ -70,14 +70,14 @@ def test_frozen_embeddings_are_carried():
 
 def test_carried_weights_are_copies_in_fp32():
     student = build(tiny_encoder("bert"), init="layers")
-    name = next(iter(student.carried))
-    before = student.carried[name].clone()
+    name = next(iter(student.untrained))
+    before = student.untrained[name].clone()
     with torch.no_grad():
         for parameter in student.model.parameters():
             parameter.zero_()
     student.model.bfloat16()
-    assert student.carried[name].dtype == torch.float32
-    assert torch.equal(student.carried[name], before)
+    assert student.untrained[name].dtype == torch.float32
+    assert torch.equal(student.untrained[name], before)
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
@@ -148,7 +148,7 @@ def test_recomputed_activations_change_nothing(model_type, dropout):
     gradients, calls = [], []
     for checkpointing in (False, True):
         student = build(teacher, init="layers", checkpointing=checkpointing, dropout=dropout)
-        first = student.model.train().get_submodule(FAMILIES[model_type].layers + ".0")
+        first = student.model.train().get_submodule(ARCHITECTURES[model_type].layers + ".0")
         products = [module for module in first.modules() if isinstance(module, torch.nn.Linear)]
         products[0].register_forward_hook(lambda *_, number=int(checkpointing): calls.append(number))
         torch.manual_seed(7)

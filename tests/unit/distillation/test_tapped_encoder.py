@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2Model
 
-from pipeline.distillation.families import FAMILIES
+from pipeline.distillation.models.architectures import ARCHITECTURES
 from pipeline.distillation.tap import tap
 from pipeline.errors import UserError
 from tests.tiny_encoders import CONFIGS, random_rows, tiny_encoder
@@ -33,7 +33,7 @@ def test_a_cut_at_the_first_layer_drops_debertas_convolution():
 @pytest.mark.parametrize("model_type", CONFIGS)
 def test_nothing_above_the_layer_runs(model_type):
     model = tiny_encoder(model_type)
-    family = FAMILIES[model_type]
+    family = ARCHITECTURES[model_type]
     tapped = tap(model, 2)
     for number in (2, 3):
         model.get_submodule(f"{family.layers}.{number}").forward = None  # calling it would raise

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.distillation.model_files import read_model
-from pipeline.distillation.teacher import check_vocabulary, load_encoder, load_teacher
+from pipeline.distillation.models.model_files import read_model
+from pipeline.distillation.models.teacher import check_vocabulary, load_encoder, load_teacher
 from pipeline.errors import UserError
-from pipeline.identity import weights_hash
+from pipeline.training.identity import weights_hash
 from tests.conftest import REPO
 from tests.tiny_encoders import CONFIGS, VOCABULARY, random_rows, tiny_encoder
 
@@ -62,7 +62,7 @@ def test_a_sharded_teacher_is_not_held_twice(dtype, most, tmp_path):
     big.save_pretrained(tmp_path / "big", max_shard_size="20MB")
     tiny_encoder("xlm-roberta-xl").save_pretrained(tmp_path / "small")
     program = (
-        "from benchmarks.obvious import added_peak_mb; from pipeline.distillation.teacher import load_encoder\n"
+        "from benchmarks.naive_baseline import added_peak_mb; from pipeline.distillation.models.teacher import load_encoder\n"
         "load_encoder('small'); print('peak', added_peak_mb(lambda: load_encoder('big')))"
     )
     environment = {**os.environ, "PYTHONPATH": str(REPO)}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.__main__ import main
 from pipeline.evaluation.command import TASKS
-from pipeline.evaluation.squad_metrics import MLQA_LANGUAGES
+from pipeline.evaluation.finetuning.squad_metrics import MLQA_LANGUAGES
 from tests.unit.evaluation.labelled_pairs import write_xnli
 from tests.unit.evaluation.questions import ANSWER, write_mlqa
 

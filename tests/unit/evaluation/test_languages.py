@@ -11,7 +11,7 @@ from pipeline.__main__ import main
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder
 from pipeline.evaluation.languages import choose_languages, covers, left_out_line
-from pipeline.export.measured import measured_sections
+from pipeline.export.card_tables import measured_sections
 from tests.unit.evaluation.all_tasks import evaluate_everything
 
 

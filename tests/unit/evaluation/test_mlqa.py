@@ -15,11 +15,19 @@ from transformers import AutoTokenizer
 from pipeline.__main__ import main
 from pipeline.errors import UserError, exit_code_of
 from pipeline.evaluation.encoder import load_encoder
-from pipeline.evaluation.mlqa import MlqaConfig, answer_scores, evaluate_mlqa, mlqa_table, read, span_loss, words_of
+from pipeline.evaluation.finetuning.mlqa import (
+    MlqaConfig,
+    answer_scores,
+    evaluate_mlqa,
+    mlqa_table,
+    read,
+    span_loss,
+    words_of,
+)
+from pipeline.evaluation.finetuning.squad_data import Question, read_squad
+from pipeline.evaluation.finetuning.squad_metrics import exact_match, f1, mlqa_words, squad_words
+from pipeline.evaluation.finetuning.squad_windows import Window, best_answers, cut_windows, target_tokens
 from pipeline.evaluation.ranks import alone
-from pipeline.evaluation.squad_data import Question, read_squad
-from pipeline.evaluation.squad_metrics import exact_match, f1, mlqa_words, squad_words
-from pipeline.evaluation.squad_windows import Window, best_answers, cut_windows, target_tokens
 from tests.unit.evaluation.questions import ANSWER, WRONG, write_mlqa
 
 # -- the measures, by hand

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from pipeline.__main__ import main
-from pipeline.errors import SickRunError, UserError
+from pipeline.errors import DivergedRunError, UserError
 from pipeline.evaluation import results
 
 MODELS = {"a": "1", "b": "2"}
@@ -59,7 +59,7 @@ def test_figures_that_are_not_finite_leave_the_file_as_it_was(tmp_path: Path) ->
     path = tmp_path / results.FILE
     results.add(path, MODELS, "sts", {"a": 0.5}, {})
     before = path.read_bytes()
-    with pytest.raises(SickRunError, match="not finite"):
+    with pytest.raises(DivergedRunError, match="not finite"):
         results.add(path, MODELS, "heldout", {"a": float("nan")}, {})
     assert (path.read_bytes(), [file.name for file in tmp_path.iterdir()]) == (before, [results.FILE])
 

@@ -16,14 +16,14 @@ from transformers import AutoModelForSequenceClassification
 
 from pipeline.__main__ import main
 from pipeline.errors import UserError, exit_code_of
-from pipeline.evaluation import xnli
 from pipeline.evaluation.encoder import Encoder, load_encoder
-from pipeline.evaluation.finetune import Cell, FinetuneTask, finetune
-from pipeline.evaluation.grid import choose
+from pipeline.evaluation.finetuning import xnli
+from pipeline.evaluation.finetuning.batches import tokenize_pairs
+from pipeline.evaluation.finetuning.grid import choose
+from pipeline.evaluation.finetuning.loop import FinetuneTask, GridPoint, finetune
+from pipeline.evaluation.finetuning.xnli import XnliConfig, classification_loss, evaluate_xnli, make_task, read
+from pipeline.evaluation.finetuning.xnli_data import read_xnli
 from pipeline.evaluation.ranks import alone
-from pipeline.evaluation.token_rows import tokenize_pairs
-from pipeline.evaluation.xnli import XnliConfig, classification_loss, evaluate_xnli, make_task, read
-from pipeline.evaluation.xnli_data import read_xnli
 from tests.conftest import TINY_VOCAB
 from tests.tiny_encoders import tiny_encoder
 from tests.unit.evaluation.labelled_pairs import write_xnli
@@ -86,7 +86,7 @@ def test_the_best_epoch_is_tested_not_the_last(encoder: Encoder, pairs: Path, tm
         return {"en": {"accuracy": {1: 40.0, 2: 60.0, 3: 50.0}.get(len(weights_at), 0.0)}}
 
     task = dataclasses.replace(task_of(encoder, settings), score=score)
-    result = finetune(task, settings, Cell(1e-3, 0), tmp_path, alone(), "tiny")
+    result = finetune(task, settings, GridPoint(1e-3, 0), tmp_path, alone(), "tiny")
     assert (result["best_epoch"], result["dev_mean"]) == (2, 60.0)
     assert torch.equal(weights_at[3], weights_at[1])
     assert not torch.equal(weights_at[2], weights_at[1])
@@ -101,7 +101,7 @@ def test_the_loss_by_hand() -> None:
 
 def test_micro_batches_do_not_change_the_gradient(encoder: Encoder, pairs: Path, tmp_path: Path) -> None:
     results = [
-        finetune(task_of(encoder, settings), settings, Cell(1e-3, 0), tmp_path / str(size), alone(), "tiny")
+        finetune(task_of(encoder, settings), settings, GridPoint(1e-3, 0), tmp_path / str(size), alone(), "tiny")
         for size in (16, 5)
         for settings in [config(pairs, epochs=1, micro_batch=size)]
     ]
@@ -137,7 +137,7 @@ def test_a_finished_cell_is_kept_and_only_the_missing_one_is_run(
 
 
 def test_a_cell_in_flight_goes_on_from_its_last_epoch(encoder: Encoder, pairs: Path, tmp_path: Path) -> None:
-    settings, cell = config(pairs, epochs=4), Cell(3e-3, 0)
+    settings, cell = config(pairs, epochs=4), GridPoint(3e-3, 0)
     task = task_of(encoder, settings)
     whole = finetune(task, settings, cell, tmp_path / "whole", alone(), "tiny")
     calls = 0

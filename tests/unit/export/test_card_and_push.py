@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from pipeline.__main__ import main
-from pipeline.distillation.teacher import load_encoder
+from pipeline.distillation.models.teacher import load_encoder
 from pipeline.errors import UserError
 from pipeline.evaluation.command import TASKS
 from pipeline.export.card import CARD_FILE
+from pipeline.export.card_tables import TABLES
 from pipeline.export.hf import export_student
-from pipeline.export.measured import TABLES
 from pipeline.export.push import files_to_push
-from pipeline.export.sentence_vectors import add_sentence_transformers
+from pipeline.export.sentence_transformers_files import add_sentence_transformers
 
 LINEAGE = {"teacher": "a/teacher", "steps": 12, "languages": ["de", "zh-Hans"], "recipe": {"steps": 12}}
 

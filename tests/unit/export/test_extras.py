@@ -11,14 +11,14 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from pipeline.distillation.teacher import load_encoder as load_teacher_encoder
+from pipeline.distillation.models.teacher import load_encoder as load_teacher_encoder
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import load_encoder, sentence_vectors
 from pipeline.evaluation.retrieval import RetrievalConfig
 from pipeline.export import onnx
 from pipeline.export.command import CHECK_LINES, further_lines, onnx_lines
 from pipeline.export.hf import export_student
-from pipeline.export.sentence_vectors import add_sentence_transformers
+from pipeline.export.sentence_transformers_files import add_sentence_transformers
 
 REPO = Path(__file__).resolve().parents[3]
 TEXTS = ["Hello world!", "Ein längerer Satz, der in mehr Stücke zerfällt als der erste.", "你好，世界"]
@@ -114,9 +114,9 @@ def test_a_wrong_onnx_file_is_refused_and_nothing_is_kept(
     tiny_teacher: Path, tmp_path: Path, difference: float
 ) -> None:
     with pytest.raises(UserError, match="differs from torch"):
-        export(tiny_teacher, tmp_path / "student", lambda directory: onnx.refuse_difference(difference))
+        export(tiny_teacher, tmp_path / "student", lambda directory: onnx.check_difference(difference))
     assert list(tmp_path.iterdir()) == []
-    onnx.refuse_difference(2e-6)
+    onnx.check_difference(2e-6)
 
 
 def test_sentence_transformers_gives_our_vectors(exported: Path) -> None:

@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from pipeline.config import Recipe, as_tree, recipe_to_yaml
 from pipeline.distillation.distiller import LayerPair, RelationsConfig
-from pipeline.distillation.families import family_of
-from pipeline.distillation.student import StudentConfig, build_student, dropout_of
-from pipeline.distillation.teacher import load_encoder
+from pipeline.distillation.models.architectures import architecture_of
+from pipeline.distillation.models.student import StudentConfig, build_student, dropout_of
+from pipeline.distillation.models.teacher import load_encoder
 from pipeline.evaluation.encoder import load_encoder as load_for_evaluation
 from pipeline.export.card import lineage_of, model_card
 from pipeline.export.handover import hand_over
@@ -36,7 +36,7 @@ def run_with(student) -> dict:
 def test_only_the_shape_differs_from_the_teachers_config(family: str, tmp_path: Path) -> None:
     """Whatever the distillation ran with; and the student can be fine-tuned as it comes."""
     teacher = tiny_encoder(family)
-    for number, key in enumerate(family_of(teacher.config).dropout_keys, start=1):
+    for number, key in enumerate(architecture_of(teacher.config).dropout_keys, start=1):
         setattr(teacher.config, key, number / 10)
     student = build_student(teacher, StudentConfig(**SHAPE, dropout=0.0), seed=0)
     config = student.model.config
@@ -154,9 +154,9 @@ def test_an_evaluation_of_longer_texts_says_so(
 ) -> None:
     encoder = load_for_evaluation(str(exported(tiny_teacher, tmp_path / "student", recipe_of("random", 32))))
     capsys.readouterr()
-    encoder.refuse_longer(32, "retrieval.max_length")
+    encoder.check_max_length(32, "retrieval.max_length")
     assert capsys.readouterr().err == ""
-    encoder.refuse_longer(60, "retrieval.max_length")
+    encoder.check_max_length(60, "retrieval.max_length")
     assert "--set retrieval.max_length=32" in capsys.readouterr().err
 
 

@@ -13,11 +13,11 @@ from transformers import AutoModel, AutoTokenizer, XLMRobertaModel
 
 from pipeline.__main__ import main
 from pipeline.config import Recipe, recipe_to_yaml
-from pipeline.distillation.student import Student, StudentConfig, build_student
-from pipeline.distillation.teacher import load_encoder
+from pipeline.data.tokenizer_hash import tokenizer_sha256
+from pipeline.distillation.models.student import Student, StudentConfig, build_student
+from pipeline.distillation.models.teacher import load_encoder
 from pipeline.errors import UserError
 from pipeline.export import hf
-from pipeline.tokenizer_identity import tokenizer_sha256
 
 STATE = {
     "step": 12,

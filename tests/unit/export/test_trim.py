@@ -15,13 +15,13 @@ from transformers import AutoModel, AutoTokenizer
 from data_prep.shards import ShardSet
 from pipeline.__main__ import main
 from pipeline.config import load_recipe
-from pipeline.distillation.teacher import load_encoder, load_teacher
-from pipeline.distillation.vocabulary import cut_embedding, read_vocabulary
-from pipeline.doctor_recipe import count_parameters
+from pipeline.distillation.models.teacher import load_encoder, load_teacher
+from pipeline.distillation.models.vocabulary import cut_embedding, read_vocabulary
+from pipeline.doctor.recipe import count_parameters
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import load_encoder as load_with_tokenizer
 from pipeline.export import trim
-from pipeline.planning.encoders import build_encoders
+from pipeline.planning.meta_models import build_encoders
 from tests.tiny_encoders import tiny_encoder
 
 

@@ -13,11 +13,11 @@ from pipeline.__main__ import main
 from pipeline.config import load_recipe
 from pipeline.errors import EXIT_DONE, EXIT_USER, exit_code_of
 from pipeline.planning.devices import DEVICES
-from pipeline.planning.encoders import KNOWN_TEACHERS, build_encoders
 from pipeline.planning.memory import GIB
+from pipeline.planning.meta_models import KNOWN_TEACHERS, build_encoders
 from pipeline.planning.plan import Planner
-from pipeline.planning.rehearsal import rehearse_student, rehearse_teacher
-from pipeline.planning.scaling import bend, scale
+from pipeline.planning.scaling import scale, scaling_knee
+from pipeline.planning.trace import trace_student, trace_teacher
 from tests.conftest import REPO
 
 RECIPE = REPO / "recipes" / "xlmr_large_l12_h384.yaml"
@@ -70,8 +70,8 @@ def test_operations_are_those_of_the_formulas() -> None:
     rows, length = 2, 512
     tokens = rows * length
     teacher = tokens * (18 * (24 * 1024**2 + 4 * length * 1024) + 6 * 1024**2)
-    assert rehearse_teacher(encoders.teacher, rows, length, "fp16").flops == teacher
-    student = rehearse_student(encoders.student, rows, length, "fp16", 1, gradients_stay=False)
+    assert trace_teacher(encoders.teacher, rows, length, "fp16").flops == teacher
+    student = trace_student(encoders.student, rows, length, "fp16", 1, gradients_stay=False)
     products, attention, last = 24 * 384**2, 4 * length * 384, 6 * 384**2
     assert student.forward.flops == tokens * (11 * (products + attention) + last)
     assert student.backward.flops == tokens * (11 * (2 * products + 2.5 * attention) + 2 * last)
@@ -82,7 +82,7 @@ def test_activations_are_36_bytes_per_channel() -> None:
     rows, length, kept = 4, 128, []
     for layers in (4, 5):
         encoders = build_encoders(load_recipe(RECIPE, [f"student.layers={layers}"]))
-        kept.append(rehearse_student(encoders.student, rows, length, "fp16", 1, True).forward.kept_bytes)
+        kept.append(trace_student(encoders.student, rows, length, "fp16", 1, True).forward.kept_bytes)
     assert kept[1] - kept[0] == rows * length * (36 * 384 + 4 * 12 + 16)
 
 
@@ -98,7 +98,7 @@ def test_bends_where_communication_outweighs_a_small_share() -> None:
     assert points[-1].plan is None
     efficiencies = [point.efficiency for point in points if point.plan]
     assert efficiencies == sorted(efficiencies, reverse=True)
-    assert "communication" in bend(points)
+    assert "communication" in scaling_knee(points)
 
 
 def test_more_stages_never_take_more_optimizer_memory() -> None:

@@ -19,7 +19,7 @@ from pipeline.runtime.checkpoint import (
     CheckpointReader,
     committed_steps,
     damage,
-    newest_whole,
+    newest_valid,
     prune,
 )
 
@@ -36,9 +36,9 @@ def write(directory: Path, step: int) -> Path:
         for rank, (start, stop) in enumerate(((0, 17), (17, NUMEL))):
             name = f"{kind}-{rank:05d}-of-00002.safetensors"
             save_file({f"encoder.weight:{start}": values[start:stop].clone()}, partial / name)
-    save_file({"tail": torch.full((3,), float(step))}, partial / checkpoint.CARRIED_FILE)
+    save_file({"tail": torch.full((3,), float(step))}, partial / checkpoint.UNTRAINED_FILE)
     (partial / "state.json").write_text(json.dumps({"step": step, "parameters": {"encoder.weight": [5, 8]}}))
-    files = {path.name: checkpoint.seal(path) for path in partial.iterdir()}
+    files = {path.name: checkpoint.fsync_and_hash(path) for path in partial.iterdir()}
     checkpoint.commit(partial, directory / f"step-{step:08d}", files)
     return directory / f"step-{step:08d}"
 
@@ -49,7 +49,7 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_whole_checkpoint_reads_back_across_ranks(pair: tuple[Path, Path]) -> None:
-    newest, problems = newest_whole(pair[0].parent)
+    newest, problems = newest_valid(pair[0].parent)
     assert (newest, problems) == (pair[1], [])
     reader = CheckpointReader(pair[1])
     generator = torch.Generator().manual_seed(200)
@@ -107,7 +107,7 @@ def test_400_of_400_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
         shutil.copytree(original, directory)
         older, newer = directory / "step-00000100", directory / "step-00000200"
         how = damage_somehow(choice, newer, older)
-        taken, problems = newest_whole(directory)
+        taken, problems = newest_valid(directory)
         assert taken == older, how
         assert len(problems) == 1, how
         assert "step-00000200" in problems[0]
@@ -118,27 +118,27 @@ def test_no_whole_checkpoint_stops_the_run(pair: tuple[Path, Path]) -> None:
     for path in pair:
         (path / "manifest.json").unlink()
     with pytest.raises(UserError, match="no checkpoint here is whole"):
-        newest_whole(pair[0].parent)
+        newest_valid(pair[0].parent)
 
 
 def test_no_checkpoint_at_all_is_a_beginning(tmp_path: Path) -> None:
     (tmp_path / "step-00000100.tmp").mkdir()
-    assert newest_whole(tmp_path) == (None, [])
+    assert newest_valid(tmp_path) == (None, [])
 
 
 def test_the_last_whole_checkpoint_is_never_passed_over(pair: tuple[Path, Path]) -> None:
     """A crash loop takes the one before the newest; where only one is whole, that one; where none is, the run stops."""
     older, newer = pair
-    taken, problems = newest_whole(older.parent, skip=1)
+    taken, problems = newest_valid(older.parent, skip=1)
     assert taken == older
     assert problems == [f"{newer}: passed over after three crashes in a row"]
     (older / "manifest.json").unlink()
-    taken, problems = newest_whole(older.parent, skip=1)
+    taken, problems = newest_valid(older.parent, skip=1)
     assert taken == newer
     assert len(problems) == 1
     (newer / "manifest.json").unlink()
     with pytest.raises(UserError, match="no checkpoint here is whole"):
-        newest_whole(older.parent, skip=1)
+        newest_valid(older.parent, skip=1)
 
 
 @pytest.mark.parametrize(
@@ -149,12 +149,12 @@ def test_a_manifest_must_list_every_file_of_every_rank(pair: tuple[Path, Path], 
     for path in pair[1].iterdir():
         if path.name == "manifest.json" or any(path.name.startswith(name) for name in lost):
             path.unlink()
-    files = {path.name: checkpoint.seal(path) for path in pair[1].iterdir()}
+    files = {path.name: checkpoint.fsync_and_hash(path) for path in pair[1].iterdir()}
     with pytest.raises(AssertionError):
         checkpoint.commit(pair[1], pair[1].with_name("step-00000300"), files)
     (pair[1] / "manifest.json").write_text(checkpoint._manifest_text(files))
     assert "does not list just the files of" in str(damage(pair[1]))
-    assert newest_whole(pair[0].parent)[0] == pair[0]
+    assert newest_valid(pair[0].parent)[0] == pair[0]
 
 
 def test_only_listed_files_are_read(pair: tuple[Path, Path]) -> None:
@@ -180,7 +180,7 @@ def test_hostile_names_in_a_manifest(pair: tuple[Path, Path], name: str) -> None
 def test_hostile_manifests(pair: tuple[Path, Path], content: str) -> None:
     (pair[1] / "manifest.json").write_bytes(content.encode("latin-1"))
     assert damage(pair[1]) is not None
-    assert newest_whole(pair[0].parent)[0] == pair[0]
+    assert newest_valid(pair[0].parent)[0] == pair[0]
 
 
 def test_pruning_keeps_the_newest_and_every_nth(tmp_path: Path) -> None:

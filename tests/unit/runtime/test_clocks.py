@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.runtime.clocks import agree, my_clock
-from pipeline.runtime.guard import StopRequests
+from pipeline.runtime.stop import StopRequests
 
 NOW, DAY = 1_800_000_000.0, 86_400.0
 

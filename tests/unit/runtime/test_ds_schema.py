@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pipeline.errors import UserError
 from pipeline.runtime import ds_schema
 from pipeline.runtime.ds_config import BatchShape, Precisions, resolve
-from pipeline.runtime.schedule import OptimizerConfig
+from pipeline.runtime.optimizer import OptimizerConfig
 from tests.conftest import REPO
 
 GPU = Precisions(fp16=True, bf16=True, bf16_fast=True, device="a GPU")

@@ -12,18 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import EXIT_HUNG, SickRunError, UserError
+from pipeline.errors import EXIT_HUNG, DivergedRunError, UserError
 from pipeline.runtime import preflight
-from pipeline.runtime.guard import (
-    STOP_SIGNALS,
-    BadStepCounter,
-    GuardConfig,
-    SpikeDetector,
-    StopRequests,
-    Watchdog,
-    leave_word,
-)
-from pipeline.runtime.lives import Lives
+from pipeline.runtime.anomalies import BadStepCounter, GuardConfig, SpikeDetector
+from pipeline.runtime.noncritical_files import write_file_or_warn
+from pipeline.runtime.restarts import Restarts
+from pipeline.runtime.stop import STOP_SIGNALS, StopRequests
+from pipeline.runtime.watchdog import Watchdog
 from tests.conftest import REPO
 
 NAN = float("nan")
@@ -109,12 +104,12 @@ def test_an_earlier_lifes_save_counts_up_to_half_of_the_time(tmp_path: Path, mon
 
 
 def test_a_full_disk_changes_no_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    leave_word(Path("/dev/full"), "done")
+    write_file_or_warn(Path("/dev/full"), "done")
     assert "warning: /dev/full not written" in capsys.readouterr().out
-    with pytest.raises(SickRunError):
+    with pytest.raises(DivergedRunError):
         BadStepCounter(GuardConfig(max_bad_steps=1), Path("/dev/full")).observe(0, NAN, True, 1.0, lambda: [])
     report = tmp_path / "bad_batch.json"
-    with pytest.raises(SickRunError, match=str(report)):
+    with pytest.raises(DivergedRunError, match=str(report)):
         BadStepCounter(GuardConfig(max_bad_steps=1), report, writes=False).observe(0, NAN, True, 1.0, lambda: [])
     assert not report.exists(), "written by a rank that should not"
 
@@ -132,14 +127,14 @@ def test_spikes_stand_out_and_do_not_hide_the_next() -> None:
 
 def test_crashes_in_a_row_are_counted_across_lives(tmp_path: Path) -> None:
     for saved, ended, crashes in [([], None, 1), ([], None, 2), ([7, 9], None, 0), ([], None, 1), ([], "PREEMPTED", 0)]:
-        lives = Lives(tmp_path)
-        lives.begin(0, world_size=2)
+        restarts = Restarts(tmp_path)
+        restarts.begin(0, world_size=2)
         for step in saved:
-            lives.saved(step, seconds=30.0 - step)
+            restarts.saved(step, seconds=30.0 - step)
         if ended:
-            lives.end(ended)
-        assert Lives(tmp_path).crashes_in_a_row == crashes
-    assert Lives(tmp_path).slowest_save_s == 23.0
+            restarts.end(ended)
+        assert Restarts(tmp_path).crashes_in_a_row == crashes
+    assert Restarts(tmp_path).slowest_save_s == 23.0
 
 
 def test_preflight_names_what_is_in_the_way(tmp_path: Path) -> None:
@@ -173,7 +168,7 @@ def test_k_bad_steps_in_a_row_stop_and_name_the_batch(tmp_path: Path) -> None:
     for step, loss in enumerate([NAN, NAN, 1.0, NAN, float("inf")]):
         counter.observe(step, loss, loss != 1.0, 1.0, lambda: [])
     assert not report.exists()
-    with pytest.raises(SickRunError, match="step 5"):
+    with pytest.raises(DivergedRunError, match="step 5"):
         counter.observe(5, NAN, True, 1.0, lambda: [{"language": "sw", "row": 7}])
     assert json.loads(report.read_text()) == {"step": 5, "loss": "nan", "rows": [{"language": "sw", "row": 7}]}
 
@@ -183,7 +178,7 @@ def test_loss_scaling_may_overflow_until_its_floor(tmp_path: Path) -> None:
     for step in range(16):
         counter.observe(step, 1.0, True, 2.0 ** (16 - step), lambda: [])
     counter.observe(16, 1.0, True, 1.0, lambda: [])
-    with pytest.raises(SickRunError):
+    with pytest.raises(DivergedRunError):
         counter.observe(17, 1.0, True, 1.0, lambda: [])
 
 
@@ -192,11 +187,12 @@ def stuck(stacks: Path, how: str, before: str = "") -> list[str]:
     program = f"""
 import ctypes, os, time
 from pathlib import Path
-from pipeline.runtime import guard
+from pipeline.runtime import watchdog
+from pipeline.runtime.anomalies import GuardConfig
 def stuck_here():
     {how}
 {before}
-with guard.Watchdog(guard.GuardConfig(hang_timeout_s=0.5, slow_timeout_s=0.5), Path({str(stacks)!r})):
+with watchdog.Watchdog(GuardConfig(hang_timeout_s=0.5, slow_timeout_s=0.5), Path({str(stacks)!r})):
     stuck_here()
 """
     return [sys.executable, "-c", program]
@@ -214,7 +210,7 @@ def test_watchdog_dumps_stacks_and_ends_the_process(tmp_path: Path) -> None:
 def test_a_call_that_keeps_the_interpreter_is_ended_too(tmp_path: Path) -> None:
     """No Python thread runs any more, the watchdog's neither."""
     stacks = tmp_path / "logs" / "stacks.txt"
-    command = stuck(stacks, "ctypes.PyDLL(None).sleep(60)", "guard.BACKSTOP_MARGIN_S = 1.0")
+    command = stuck(stacks, "ctypes.PyDLL(None).sleep(60)", "watchdog.BACKSTOP_MARGIN_S = 1.0")
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=40)
     assert done.returncode == 1
     assert "stuck_here" in stacks.read_text()
@@ -230,6 +226,19 @@ def test_a_console_that_nobody_reads_holds_no_watchdog(tmp_path: Path) -> None:
         process.kill()
 
 
+def test_a_run_that_ends_while_the_watchdog_collects_stacks_has_ended_well(tmp_path: Path) -> None:
+    """A stopped rank is woken for its stacks, and may bring the run to its last step with that."""
+    stacks = tmp_path / "stacks.txt"
+    program = (
+        "import time\nfrom pathlib import Path\nfrom pipeline.runtime.anomalies import GuardConfig\n"
+        "from pipeline.runtime.watchdog import Watchdog\n"
+        f"with Watchdog(GuardConfig(hang_timeout_s=0.4, slow_timeout_s=0.4), stacks := Path({str(stacks)!r})):\n"
+        "    while not stacks.stat().st_size: time.sleep(0.05)\n"
+        "time.sleep(4)\n"  # longer than it waits for other ranks' stacks
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=REPO, timeout=60).returncode == 0
+
+
 def test_stacks_of_earlier_lives_are_kept(tmp_path: Path) -> None:
     stacks = tmp_path / "logs" / "stacks-rank0.txt"
     for text in ("first", "second", ""):
@@ -241,7 +250,7 @@ def test_stacks_of_earlier_lives_are_kept(tmp_path: Path) -> None:
 
 def test_fed_watchdog_stays_quiet(tmp_path: Path) -> None:
     program = (
-        "import time\nfrom pathlib import Path\nfrom pipeline.runtime.guard import GuardConfig, Watchdog\n"
+        "import time\nfrom pathlib import Path\nfrom pipeline.runtime.anomalies import GuardConfig\nfrom pipeline.runtime.watchdog import Watchdog\n"
         f"with Watchdog(GuardConfig(hang_timeout_s=5.0), Path({str(tmp_path / 'stacks.txt')!r})) as dog:\n"
         "    for _ in range(5):\n        time.sleep(0.1)\n        dog.feed()\n"
     )

@@ -11,7 +11,7 @@ import pytest
 from pipeline.config import load_recipe
 from pipeline.errors import UserError
 from pipeline.runtime import checkpoint
-from pipeline.runtime.checkpoint import committed_steps, newest_whole, prune
+from pipeline.runtime.checkpoint import committed_steps, newest_valid, prune
 from tests.unit.runtime.test_checkpoint_damage import write
 
 VICTIM = "weight-00000-of-00002.safetensors"
@@ -49,13 +49,13 @@ def test_hostile_headers_are_refused_although_the_manifest_agrees(how: str, tmp_
     older, newer = write(tmp_path, 100), write(tmp_path, 200)
     (newer / VICTIM).write_bytes(HEADERS[how])
     _seal_again(newer)
-    taken, problems = newest_whole(tmp_path)
+    taken, problems = newest_valid(tmp_path)
     assert taken == older, how
     assert VICTIM in problems[0]
 
 
 def _seal_again(path: Path) -> None:
-    files = {file.name: checkpoint.seal(file) for file in path.iterdir() if file.name != "manifest.json"}
+    files = {file.name: checkpoint.fsync_and_hash(file) for file in path.iterdir() if file.name != "manifest.json"}
     (path / "manifest.json").write_text(checkpoint._manifest_text(files))
 
 
@@ -66,14 +66,14 @@ def test_odd_names_are_no_checkpoints(name: str, tmp_path: Path) -> None:
     whole = write(tmp_path, 100)
     (tmp_path / name).mkdir()
     assert committed_steps(tmp_path) == [100]
-    assert newest_whole(tmp_path) == (whole, [])
+    assert newest_valid(tmp_path) == (whole, [])
 
 
 def test_a_link_in_a_checkpoints_place_is_refused(tmp_path: Path) -> None:
     whole = write(tmp_path / "run", 100)
     elsewhere = write(tmp_path / "other", 200)
     (tmp_path / "run" / "step-00000200").symlink_to(elsewhere)
-    taken, problems = newest_whole(tmp_path / "run")
+    taken, problems = newest_valid(tmp_path / "run")
     assert taken == whole
     assert "symbolic link" in problems[0]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.runtime.memory import PLENTY, available_memory_bytes
+from pipeline.runtime.host_memory import PLENTY, available_memory_bytes
 
 GIB = 2**30
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.lineage import CODE, code_fingerprint
+from pipeline.provenance import CODE, code_fingerprint
 from pipeline.runtime import preflight
 from tests.conftest import REPO
 
@@ -42,6 +42,6 @@ def test_a_power_failure_takes_no_directory(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(os, "fsync", witness)
     run_dir = tmp_path / "runs" / "new"
-    preflight.settle(run_dir)
+    preflight.ensure_run_dir(run_dir)
     assert (run_dir / "checkpoints").is_dir()
     assert {str(run_dir), str(run_dir.parent), str(tmp_path)} <= set(synced)

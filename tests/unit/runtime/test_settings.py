@@ -10,7 +10,7 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.runtime.ds_config import BatchShape, Precisions, precision_of, resolve, split_batch
-from pipeline.runtime.schedule import OptimizerConfig, learning_rate, parameter_groups
+from pipeline.runtime.optimizer import OptimizerConfig, learning_rate, parameter_groups
 from tests.conftest import REPO
 
 GPU = Precisions(fp16=True, bf16=True, bf16_fast=True, device="a GPU")

@@ -1,0 +1,255 @@
+"""One language from text to shards: read blocks, have them encoded, write them in order, journal every shard.
+
+A lane keeps a window of blocks in flight, so that all workers have work while results are written in the order of the
+text. It continues after the journal's last entry, and notices when the text before that point is not what it was.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data_prep.blocks import Block, cut_blocks
+from data_prep.broken import BrokenLines, OtherEncoding
+from data_prep.clean import CleanOptions
+from data_prep.dedup import Deduplicator
+from data_prep.durable_files import sync
+from data_prep.encode import Encoded
+from data_prep.journal import Entry, Journal
+from data_prep.manifest import read_run
+from data_prep.names import shown
+from data_prep.quality import warnings_of
+from data_prep.shard_layout import TOKEN_DTYPE, Identity
+from data_prep.shard_writer import ShardWriter
+from data_prep.shards import DataError
+from data_prep.sources import CorruptSource, Source
+from data_prep.workers import WorkerDied, WorkerPool
+
+
+class Stopped(Exception):
+    """Another lane met an error that stops the whole run."""
+
+
+@dataclass
+class LanguageJobSettings:
+    """What all lanes of a run share."""
+
+    output: Path
+    identity: Identity
+    clean: CleanOptions
+    shard_tokens: int
+    block_bytes: int
+    window: int
+    on_progress: Callable[[str, int, int], None]  # language, bytes of its sources read, new tokens
+    stop: threading.Event
+    compared: Mapping[str, Counter[str]] = field(default_factory=dict)  # lines whose ids were, per language
+
+
+@dataclass
+class _InFlight:
+    """A block on its way through the workers, and where the source stood after it."""
+
+    block: Block
+    source: int
+    finished: dict[str, Any] | None  # the source's record, when this is its last block
+    counts: Counter[str]
+    encoded: Future[Encoded]
+    position: int
+    first_line: int  # of the block in the text of its source, from 0
+
+
+class LanguageJob:
+    def __init__(self, language: str, sources: list[Source], pool: WorkerPool, settings: LanguageJobSettings) -> None:
+        self.language, self.sources, self._pool, self._settings = language, sources, pool, settings
+        self.directory = settings.output / language
+        self._writer: ShardWriter | None = None
+
+    def run(self) -> None:
+        """Bring the language to its end, or raise with every finished shard kept."""
+        self.directory.mkdir(exist_ok=True)
+        journal = Journal(self.directory)
+        with journal.locked():
+            self._journal = journal = Journal.read(self.directory)
+            self._check_same_options()
+            check_sources(self.language, self.sources, journal)
+            if journal.complete:
+                return
+            journal.rewind()
+            sync(self._settings.output)
+            try:
+                self._continue()
+            except OtherEncoding as error:  # the converted file is another text, which must not be told to --redo
+                self._truncate_to_journal(error.source_index)
+                raise
+
+    def _check_same_options(self) -> None:
+        """A run with other options may have begun the directory anew before this one had its first language."""
+        if read_run(self._settings.output)["options_xxh3_128"] != self._settings.identity.options_xxh3_128:
+            raise DataError(
+                f"{self._settings.output} has been begun anew with other options meanwhile. Nothing was written."
+            )
+
+    def _truncate_to_journal(self, source: int) -> None:
+        """Every shard that holds text of this source or a later one."""
+        self._journal.entries = [entry for entry in self._journal.entries if entry.source < source]
+        self._journal.rewind()
+
+    def _continue(self) -> None:
+        last = self._journal.last
+        self._counts: Counter[str] = Counter(last.counts if last else {})
+        self._broken = BrokenLines(self.sources, self._settings.clean.broken_text)
+        self._counts |= self._settings.compared.get(self.language, Counter())
+        self._num_finished = len(self._journal.finished_sources)
+        self._newly_finished: list[dict[str, Any]] = []
+        self._place = (last.source, last.text_end, last.text_xxh3_128) if last else (0, 0, "")
+        self._bytes_before = [0]
+        for source in self.sources:
+            self._bytes_before.append(self._bytes_before[-1] + source.stamp()["bytes"])
+        pending: deque[_InFlight] = deque()
+        try:
+            self._fill(pending, last)
+            self._end()
+        finally:
+            for item in pending:
+                item.encoded.cancel()
+            if self._writer is not None:
+                self._writer.discard()
+
+    def _fill(self, pending: deque[_InFlight], last: Entry | None) -> None:
+        try:
+            for item in self._submitted_blocks(last):
+                pending.append(item)
+                if len(pending) > self._settings.window:
+                    self._write(pending.popleft())
+        except CorruptSource:
+            while pending:  # which shards stand must not depend on how far the workers were
+                self._write(pending.popleft())
+            raise
+        while pending:
+            self._write(pending.popleft())
+
+    def _submitted_blocks(self, last: Entry | None) -> Iterator[_InFlight]:
+        """Every block that is still to be written, with its encoding under way; a source's last one carries its record."""
+        deduplicator = Deduplicator(self._settings.clean)
+        for index, source in enumerate(self.sources):
+            stamp = source.stamp()
+            done = index < self._num_finished
+            if done and not deduplicator.is_active:
+                continue
+            resume_at = last.text_end if last is not None and index == last.source and not done else 0
+            held, line, held_line = Block(b"", 0, ""), 0, 0
+            for block in cut_blocks(source.chunks(), self._settings.block_bytes):
+                if self._settings.stop.is_set():
+                    raise Stopped
+                if done or block.end <= resume_at:
+                    deduplicator.filter(block.text)
+                    line += block.text.count(b"\n")
+                    held = Block(b"", block.end, block.digest)
+                    if last is not None and block.end == resume_at and block.digest != last.text_xxh3_128:
+                        break
+                    continue
+                self._check_resumed(source, resume_at, held, last)
+                if held.text:
+                    yield self._submit(held, index, held_line, None, deduplicator)
+                held, held_line = block, line
+                line += block.text.count(b"\n")
+            if not done:
+                self._check_resumed(source, resume_at, held, last)
+                record = {"name": source.name, **stamp, "xxh3_128": source.digest}
+                record |= {"text_bytes": held.end, "text_xxh3_128": held.digest}
+                record |= {"counts": dict(source.counts)} if source.counts else {}
+                yield self._submit(held, index, held_line, record, deduplicator)
+
+    def _check_resumed(self, source: Source, resume_at: int, held: Block, last: Entry | None) -> None:
+        """The text before the resume point must end in a block there and hash to what it did."""
+        if last is None or held.end > resume_at or not resume_at:
+            return
+        if (held.end, held.digest) != (resume_at, last.text_xxh3_128):
+            raise DataError(
+                f"The first {resume_at} bytes of text of {source.path} are not those that {self.directory} was begun with. "
+                f"Restore the file, or make the language again: the same command with --redo {self.language}"
+            )
+
+    def _submit(
+        self, block: Block, source: int, first_line: int, finished: Any, deduplicator: Deduplicator
+    ) -> _InFlight:
+        text, counts = deduplicator.filter(block.text)
+        counts["documents_split"] += block.was_split
+        position = self._bytes_before[source] + self.sources[source].position
+        encoded = self._pool.submit(text, self.language)
+        return _InFlight(block, source, finished, counts, encoded, position, first_line)
+
+    def _write(self, item: _InFlight) -> None:
+        try:
+            encoded = item.encoded.result()
+        except WorkerDied:
+            raise
+        except DataError as error:
+            path = shown(self.sources[item.source].path)
+            raise DataError(f"{path}, in the text after line {item.first_line}: {error}") from error
+        is_end = item.finished is not None
+        self._broken.add(item.source, item.block.text, item.first_line, encoded.counts, is_end)
+        self._counts.update(item.counts)
+        self._counts.update(encoded.counts)
+        self._counts["text_bytes"] += len(item.block.text)
+        if item.finished:
+            self._newly_finished.append(item.finished)
+            self._counts.update(item.finished.get("counts", {}))
+        self._place = (item.source, item.block.end, item.block.digest)
+        if encoded.tokens:
+            if self._writer is None:
+                number = len(self._journal.shards)
+                self._writer = ShardWriter(self.directory, self.language, number, self._settings.identity)
+            self._writer.append(encoded.tokens, encoded.document_lengths)
+            if self._writer.num_tokens >= self._settings.shard_tokens:
+                self._commit(complete=False)
+        self._settings.on_progress(self.language, item.position, len(encoded.tokens) // TOKEN_DTYPE.itemsize)
+
+    def _commit(self, complete: bool) -> None:
+        shard = self._writer.finish() if self._writer else None
+        self._writer = None
+        counts = {name: count for name, count in sorted(self._counts.items()) if count}
+        self._journal.append(Entry(shard, *self._place, self._newly_finished, counts, complete))
+        self._newly_finished = []
+
+    def _end(self) -> None:
+        if self._writer is None and not self._journal.shards:
+            names = ", ".join(shown(source.path) for source in self.sources)
+            left_out = "; ".join(warnings_of(self._counts))
+            raise DataError(
+                f"there is no text in {names}. Remove it from the input or replace it."
+                + (f" ({left_out})" if left_out else "")
+            )
+        broken = self._broken.warning(self._counts)
+        self._commit(complete=True)
+        for warning in [*([broken] if broken else []), *warnings_of(self._counts)]:
+            tqdm.write(f"warning: {self.language}: {warning}", file=sys.stderr)  # above the bar, not behind it
+
+
+def check_sources(language: str, sources: list[Source], journal: Journal) -> None:
+    """Sources that were read to their end must still be the files they were."""
+    finished = journal.finished_sources
+    fix = f"Restore it, or make the language again: the same command with --redo {language}"
+    if journal.complete and len(sources) > len(finished):
+        new = ", ".join(sorted({source.name for source in sources} - {record["name"] for record in finished}))
+        raise DataError(
+            f"it was finished without {new}. To make it again from all files: the same command with --redo {language}"
+        )
+    for number, record in enumerate(finished):
+        source = sources[number] if number < len(sources) else None
+        if source is None or source.name != record["name"]:
+            found = source.name if source else "no file"
+            raise DataError(f"file {number + 1} was {record['name']}; the input now has {found} there. {fix}")
+        if source.changed_since(record):
+            raise DataError(
+                f"{shown(source.path)} is not the file that {journal.directory} was made from ({record['bytes']} bytes with "
+                f"hash {record['xxh3_128'][:8]} then, {source.stamp()['bytes']} bytes now). {fix}"
+            )

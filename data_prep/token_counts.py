@@ -1,0 +1,102 @@
+"""How often each id of a vocabulary occurs per language, counted in shards or in text.
+
+In: a shard directory, or files as `prepare` takes them. Out: a `Usage`, from which `vocabulary.py` decides what to keep.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+from tqdm import tqdm
+
+from data_prep.blocks import cut_blocks
+from data_prep.broken import BrokenLines
+from data_prep.clean import CleanOptions
+from data_prep.encode import Encoded
+from data_prep.quality import warnings_of
+from data_prep.shard_layout import TOKEN_DTYPE
+from data_prep.shards import EOS_ID, ShardSet
+from data_prep.sources import Source
+from data_prep.tokenizer import Tokenizer
+from data_prep.workers import WorkerPool
+
+COUNTED_AT_ONCE = 1 << 24
+SAMPLE_TOKENS = 20_000  # of each language: what the trimmed tokenizer is tried on
+
+
+@dataclass
+class Usage:
+    """Per language: how often each id occurs, and the first ids as a sample of its text, whole lines."""
+
+    vocab_size: int
+    counts: dict[str, np.ndarray] = field(default_factory=dict)
+    samples: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def add(self, language: str, parts: Iterable[np.ndarray]) -> None:
+        """Count a language's ids, which come in order."""
+        total = np.zeros(self.vocab_size, dtype=np.int64)
+        sample = np.empty(0, dtype=np.int64)
+        for ids in parts:
+            total += np.bincount(ids, minlength=self.vocab_size)
+            if len(sample) < SAMPLE_TOKENS:
+                sample = np.concatenate([sample, ids[: SAMPLE_TOKENS - len(sample)].astype(np.int64)])
+        ends = np.flatnonzero(sample == EOS_ID)
+        self.counts[language] = total
+        self.samples[language] = sample[: ends[-1] + 1] if len(ends) else sample
+
+
+def token_counts_of_shards(shards: ShardSet) -> Usage:
+    usage = Usage(shards.vocab_size)
+    for language in tqdm(shards.languages, desc="counting", unit="language", disable=None):
+        usage.add(language, _parts(shards, language))
+    return usage
+
+
+def _parts(shards: ShardSet, language: str) -> Iterator[np.ndarray]:
+    for shard in shards.shards(language):
+        for start in range(0, len(shard.tokens), COUNTED_AT_ONCE):
+            yield shard.tokens[start : start + COUNTED_AT_ONCE]
+
+
+def token_counts_of_text(texts: dict[str, list[Source]], tokenizer: Tokenizer, num_workers: int) -> Usage:
+    """The same of text, through the same encoder as `prepare`; nothing is written."""
+    usage = Usage(tokenizer.vocab_size)
+    pool = WorkerPool(tokenizer, CleanOptions(), num_workers)
+    try:
+        for language, sources in tqdm(texts.items(), desc="counting", unit="language", disable=None):
+            blocks = _encoded(sources, language, pool, num_workers)
+            usage.add(language, (np.frombuffer(block.tokens, TOKEN_DTYPE) for block in blocks))
+    finally:
+        pool.close()
+    return usage
+
+
+def _encoded(sources: list[Source], language: str, pool: WorkerPool, num_workers: int) -> Iterator[Encoded]:
+    """Blocks in order, a few ahead of the counting; text in another encoding is refused at the end of the language."""
+    pending: deque[tuple[int, int, bytes, Future[Encoded]]] = deque()
+    broken, counts = BrokenLines(sources, CleanOptions().broken_text), Counter[str]()
+
+    def finished() -> Encoded:
+        index, first_line, text, encoded = pending.popleft()
+        broken.add(index, text, first_line, encoded.result().counts, is_end=False)
+        counts.update(encoded.result().counts)
+        return encoded.result()
+
+    for index, source in enumerate(sources):
+        first_line = 0
+        for block in cut_blocks(source.chunks()):
+            pending.append((index, first_line, block.text, pool.submit(block.text, language)))
+            first_line += block.text.count(b"\n")
+            if len(pending) > 2 * num_workers:
+                yield finished()
+        counts.update(source.counts)
+    while pending:
+        yield finished()
+    for warning in [broken.warning(counts), *warnings_of(counts)]:
+        if warning:
+            print(f"warning: {language}: {warning}", file=sys.stderr)

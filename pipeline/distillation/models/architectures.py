@@ -1,0 +1,144 @@
+"""Where each encoder family keeps what distillation needs: the one table that knows Hugging Face names.
+
+Used by `tap.py` (layers and projections), `teacher.py` (how to load) and `student.py` (how to change a config).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class ArchitectureSpec:
+    """Names inside a base model (`AutoModel`) and its config; dotted names start at the model or at one layer."""
+
+    layers: str = "encoder.layer"
+    projections: tuple[str, ...] = ("attention.self.query", "attention.self.key", "attention.self.value")
+    # attention's output, FFN in, FFN out; None: layers that `student.init: project` leaves at random
+    products: tuple[str, str, str] | None = ("attention.output.dense", "intermediate.dense", "output.dense")
+    norm_before: str | None = None  # the layer's norm in front of its projections (pre-norm architectures)
+    after_layers: tuple[str, ...] = ()  # modules that the model applies to the last layer's output
+    after_first_layer: str | None = None  # a module that the model applies to the first layer's output
+    layer_attributes: tuple[str, ...] = ()  # what the model reads off its layers
+    layer_returns: int = 0  # 0: a layer returns a tensor; n: a tuple of n
+    rotary_head_dim: str | None = None  # where a layer says how wide its rotary heads are
+    takes_block_mask: bool = True  # a [B, 1, L, L] bool mask reaches its attention as it is
+    has_pooler: bool = True  # the class takes `add_pooling_layer`
+    ffn_key: str = "intermediate_size"
+    dropout_keys: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+    prefix: str = "roberta"  # what the names of the encoder's weights begin with in a class with a head
+    # What a file may hold beside the encoder: the heads that the family's classes put on top of it
+    heads: tuple[str, ...] = ("pooler", "lm_head", "classifier", "qa_outputs")
+    positions_key: str | None = None  # a config key without which the embeddings of positions are left over
+    learned_positions: bool = True  # one vector per position: `position_embedding_type` may be nothing but absolute
+
+
+# Buffers that older releases saved: position_ids, the token types of an unsegmented text, rotary frequencies.
+BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids", "rotary_emb.inv_freq")
+_ROBERTA = ArchitectureSpec()
+
+ARCHITECTURES: dict[str, ArchitectureSpec] = {
+    "bert": ArchitectureSpec(prefix="bert", heads=("pooler", "cls", "classifier", "qa_outputs")),
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "camembert": _ROBERTA,
+    "xlm-roberta-xl": ArchitectureSpec(
+        norm_before="attention.self_attn_layer_norm", after_layers=("encoder.LayerNorm",)
+    ),
+    "electra": ArchitectureSpec(
+        has_pooler=False,
+        prefix="electra",
+        heads=(
+            *("discriminator_predictions", "generator_predictions", "generator_lm_head"),
+            *("classifier", "qa_outputs", "sequence_summary"),
+        ),
+    ),
+    "mpnet": ArchitectureSpec(
+        projections=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
+        products=None,  # its position bias belongs to the heads
+        layer_returns=1,
+        takes_block_mask=False,
+        prefix="mpnet",
+        learned_positions=False,
+    ),
+    "distilbert": ArchitectureSpec(
+        layers="transformer.layer",
+        projections=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+        products=("attention.out_lin", "ffn.lin1", "ffn.lin2"),
+        has_pooler=False,
+        ffn_key="hidden_dim",
+        dropout_keys=("dropout", "attention_dropout"),
+        prefix="distilbert",
+        heads=(
+            *("vocab_transform", "vocab_layer_norm", "vocab_projector"),
+            *("pre_classifier", "classifier", "qa_outputs"),
+        ),
+        learned_positions=False,
+    ),
+    "deberta-v2": ArchitectureSpec(  # Q and K of the content; the position terms of its attention are not part of them
+        projections=("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj"),
+        products=None,
+        after_first_layer="encoder.conv",
+        layer_returns=2,
+        takes_block_mask=False,
+        has_pooler=False,
+        prefix="deberta",
+        heads=("pooler", "cls", "lm_head", "lm_predictions", "mask_predictions", "classifier", "qa_outputs"),
+        positions_key="position_biased_input",  # DeBERTa-v3's MLM decoder alone reads its absolute positions
+        learned_positions=False,
+    ),
+    "modernbert": ArchitectureSpec(  # mmBERT too
+        layers="layers",
+        projections=("attn.Wqkv",),
+        products=None,
+        norm_before="attn_norm",
+        after_layers=("final_norm",),
+        layer_attributes=("attention_type",),
+        takes_block_mask=False,
+        rotary_head_dim="attn.head_dim",
+        has_pooler=False,
+        dropout_keys=("embedding_dropout", "attention_dropout", "mlp_dropout"),
+        prefix="model",
+        heads=("head", "decoder", "lm_head", "classifier"),
+        learned_positions=False,
+    ),
+}
+
+# These count positions from the padding id on, so their tables hold that many rows more than a row may have tokens.
+POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
+
+
+def usable_positions(config: PretrainedConfig) -> int:
+    """Longest row a model takes. RoBERTa's kin start counting positions after the padding id (XLM-R: 514 rows, 512)."""
+    positions = int(config.max_position_embeddings)
+    return positions - (config.pad_token_id + 1) if config.model_type in POSITIONS_AFTER_PADDING else positions
+
+
+def check_length(config: PretrainedConfig, seq_len: int, teacher: str) -> None:
+    """A `UserError` where rows would be longer than the model has positions for."""
+    longest = usable_positions(config)
+    if seq_len > longest:
+        raise UserError(
+            f"seq_len is {seq_len}, but {teacher} has positions for {longest} tokens; take --set seq_len={longest} or less"
+        )
+
+
+def architecture_of(config: PretrainedConfig) -> ArchitectureSpec:
+    """The table's row for a config; an unknown architecture is a `UserError` that lists the known ones."""
+    return architecture_of_type(config.model_type, getattr(config, "is_decoder", False))
+
+
+def architecture_of_type(model_type: str, is_decoder: bool = False) -> ArchitectureSpec:
+    """`architecture_of` before there is a config object."""
+    if model_type not in ARCHITECTURES:
+        raise UserError(
+            f"model type {model_type!r} is not one whose Q, K and V can be read. Known: {', '.join(ARCHITECTURES)}. "
+            "A new one is a row in pipeline/distillation/models/architectures.py and a golden test"
+        )
+    if is_decoder:
+        raise UserError(f"this {model_type} model is a decoder (`is_decoder: true`); distillation needs an encoder")
+    return ARCHITECTURES[model_type]

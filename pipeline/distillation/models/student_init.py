@@ -1,0 +1,105 @@
+"""Where a student's first weights come from: copies of teacher layers, or the teacher's embeddings, projected.
+
+Used by `student.py`; projected layers are `projection.py`. What is not set keeps the architecture's random start.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from pipeline.distillation.models.architectures import ArchitectureSpec
+from pipeline.errors import UserError
+
+GRAM_BLOCK_ROWS = 8192  # in float64 at once: all 250 002 rows of XLM-R-large, twice, would be 4 GB
+
+
+def copied_layers(num_teacher_layers: int, num_layers: int, named: list[int] | None, teacher_layer: int) -> list[int]:
+    """Teacher layers that the student's layers correspond to, counted from 1; by default the last is the distilled
+    one."""
+    if named is None:
+        return [max(1, round((i + 1) * teacher_layer / num_layers)) for i in range(num_layers)]
+    if len(named) != num_layers:
+        raise UserError(f"`student.init_layers` names {len(named)} layers for {num_layers} student layers")
+    for layer in named:
+        if not 1 <= layer <= num_teacher_layers:
+            raise UserError(
+                f"`student.init_layers` names layer {layer}; the teacher has layers 1 to {num_teacher_layers}"
+            )
+    return named
+
+
+def copy_layers(
+    teacher: PreTrainedModel, student: PreTrainedModel, family: ArchitectureSpec, chosen: list[int]
+) -> None:
+    """Everything outside the layer list, and the chosen layers in order, from teacher to student."""
+    prefix = family.layers + "."
+    source = {name: tensor for name, tensor in teacher.state_dict().items() if not name.startswith(prefix)}
+    for name, tensor in teacher.state_dict().items():
+        if name.startswith(prefix):
+            number, _, rest = name[len(prefix) :].partition(".")
+            for position in (i for i, layer in enumerate(chosen) if layer == int(number) + 1):
+                source[f"{prefix}{position}.{rest}"] = tensor
+    own = student.state_dict()
+    for name, tensor in own.items():
+        # ModernBERT's first layer has no norm in front: copied to a higher place, that norm keeps its own start (ones).
+        copied = source.setdefault(name, tensor)
+        if copied.shape != tensor.shape:
+            raise UserError(
+                f"`student.init: layers` copies the teacher's weights, but `{name}` is {tuple(copied.shape)} in the "
+                f"teacher and {tuple(tensor.shape)} in the student; use the teacher's hidden and ffn, or another init"
+            )
+    student.load_state_dict({name: source[name] for name in own})
+
+
+def check_width(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    """There are no more principal components than channels."""
+    width, narrow = embedding_width(teacher), embedding_width(student)
+    if narrow > width:
+        raise UserError(
+            f"`student.init: project` keeps principal components of the teacher's hidden states, of which there are "
+            f"{width}; the student is {narrow} wide. Use a narrower student or `student.init: random`"
+        )
+
+
+@torch.no_grad()
+def project_embeddings(
+    teacher: PreTrainedModel, student: PreTrainedModel, basis_Dd: torch.Tensor | None = None
+) -> None:
+    """Word, position and token-type embeddings on `basis_Dd`, by default the principal components of the word embeddings.
+
+    The components are not centred: the mean vector is part of what the norm behind the embeddings expects.
+    """
+    width = embedding_width(teacher)
+    if basis_Dd is None:
+        words_VD = _embedding(teacher).weight
+        gram_DD = torch.zeros(width, width, dtype=torch.float64, device=words_VD.device)
+        for block_ND in words_VD.split(GRAM_BLOCK_ROWS):
+            gram_DD += block_ND.T.double() @ block_ND.double()
+        basis_Dd = principal_components(gram_DD, embedding_width(student))
+    own = dict(student.named_modules())
+    for name, module in teacher.named_modules():
+        target = own.get(name)
+        if isinstance(module, nn.Embedding) and isinstance(target, nn.Embedding) and module.embedding_dim == width:
+            target.weight.copy_(module.weight @ basis_Dd.to(module.weight))
+
+
+def principal_components(gram_DD: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` first eigenvectors of X^T X (float64), [D, count], largest first. Their signs are settled (the entry
+    of largest magnitude is positive), so that every machine finds the same ones."""
+    _, vectors_DD = torch.linalg.eigh(gram_DD)  # eigenvalues come in ascending order
+    first_Dn = vectors_DD[:, len(gram_DD) - count :].flip(1)
+    largest_1n = first_Dn.abs().argmax(0, keepdim=True)
+    return first_Dn * first_Dn.gather(0, largest_1n).sign()
+
+
+def embedding_width(model: PreTrainedModel) -> int:
+    """Channels of the word embedding; ELECTRA's may have fewer than its hidden states."""
+    return _embedding(model).weight.shape[1]
+
+
+def _embedding(model: PreTrainedModel) -> nn.Embedding:
+    return cast(nn.Embedding, model.get_input_embeddings())

@@ -1,0 +1,200 @@
+"""What `python -m pipeline doctor` finds out about the machine: versions, devices, compiler, disk, ports, locks, tools.
+
+In: the run directory. Out: a list of `Finding`. Used by doctor.py; `Finding` also by doctor_recipe.py.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from data_prep.shards import DataError
+from pipeline.errors import UserError
+from pipeline.runtime import preflight
+from pipeline.runtime.allotment import allotted_gpus, why_unseen
+from pipeline.training.dry_run import without_trace
+
+REPO = Path(__file__).resolve().parent.parent.parent
+OPTIONAL = {"datasets": "for `hf:` inputs alone"}  # package: when it is needed; all others are needed always
+OLDEST_PYTHON = (3, 11)
+LAUNCHER_PORT = 29500  # where `deepspeed` and `torchrun` let the ranks meet unless they are told another
+FEW_FREE_BYTES = 5 * 2**30
+COMMAND_TIMEOUT_S = 20
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`fail`: a run cannot work. `warn`: it can, but look. `mend` is what to do about it."""
+
+    status: Literal["ok", "warn", "fail"]
+    subject: str
+    what: str
+    fix: str = ""
+
+
+def machine_findings(run_dir: Path) -> list[Finding]:
+    """Everything that can be known without a recipe, in the order in which it is mended."""
+    return [
+        *version_findings(REPO / "requirements.txt"),
+        *device_findings(),
+        compiler_finding(),
+        *lock_findings(),
+        guarded("run dir", lambda: run_dir_finding(run_dir)),
+        port_finding(LAUNCHER_PORT),
+        tensorboard_finding(),
+        slurm_finding(),
+    ]
+
+
+def guarded(subject: str, look: Callable[[], Finding]) -> Finding:
+    """A finding out of a check that may refuse: the refusal says what is wrong and how to mend it."""
+    try:
+        return look()
+    except (UserError, DataError) as error:
+        return Finding("fail", subject, str(error))
+
+
+def version_findings(requirements: Path) -> list[Finding]:
+    """Python and every pinned package: the pins are what the tests ran with."""
+    found = []
+    if sys.version_info[:2] < OLDEST_PYTHON:
+        oldest = ".".join(map(str, OLDEST_PYTHON))
+        found.append(Finding("fail", "python", sys.version.split()[0], f"make venv PYTHON=python{oldest}"))
+    pins = dict(
+        line.split("#")[0].strip().split("==") for line in requirements.read_text().splitlines() if "==" in line
+    )
+    for name, pinned in pins.items():
+        try:
+            installed = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            what, fix = f"{name} is not installed", f"pip install {name}=={pinned}"
+            if name in OPTIONAL:
+                found.append(Finding("warn", "versions", f"{what}; it is needed {OPTIONAL[name]}", fix))
+            else:
+                found.append(Finding("fail", "versions", what, fix))
+            continue
+        if installed.split("+")[0] != pinned:
+            what = f"{name} is {installed}, tested was {pinned}"
+            found.append(Finding("warn", "versions", what, f"pip install {name}=={pinned}"))
+    return found or [Finding("ok", "versions", f"python {sys.version.split()[0]}, {len(pins)} packages as pinned")]
+
+
+def device_findings() -> list[Finding]:
+    """GPUs or CPU, and what they compute in."""
+    from pipeline.runtime.engine import device_precisions
+
+    num_gpus = torch.cuda.device_count()
+    found = []
+    if num_gpus:
+        names = {torch.cuda.get_device_name(number) for number in range(num_gpus)}
+        memory = min(torch.cuda.get_device_properties(number).total_memory for number in range(num_gpus))
+        found.append(
+            Finding("ok", "devices", f"{num_gpus} x {', '.join(names)}, {memory / 2**30:.0f} GiB or more each")
+        )
+        if len(names) > 1:
+            found.append(Finding("warn", "devices", "GPUs of several kinds", "the slowest sets the pace: use one kind"))
+    elif allotted := allotted_gpus():
+        what = f"Slurm has allotted {allotted} GPU(s) here, and torch {torch.__version__} sees none"
+        found.append(Finding("fail", "devices", what, why_unseen()))
+    elif shutil.which("nvidia-smi"):
+        what = f"there is an nvidia-smi, but torch {torch.__version__} sees no GPU"
+        fix = "install the torch build for your driver's CUDA (pytorch.org), and look at CUDA_VISIBLE_DEVICES"
+        found.append(Finding("fail", "devices", what, fix))
+    else:
+        found.append(Finding("ok", "devices", f"no GPU; {os.cpu_count()} CPU cores, ranks meet over gloo"))
+    can = device_precisions(torch.device("cuda", 0) if num_gpus else torch.device("cpu"))
+    has = [name for name, there in (("fp16", can.fp16), ("bf16", can.bf16_fast)) if there]
+    what = f"{can.device} computes in fp32{''.join(', ' + name for name in has)}"
+    found.append(Finding("ok", "precision", what + ("" if has else "; half precision would only be slower here")))
+    return found
+
+
+def compiler_finding() -> Finding:
+    """Nothing is compiled at start; `teacher_options.compile` wants one."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler and shutil.which(compiler):
+        return Finding("ok", "compiler", compiler)
+    fix = "needed only for teacher_options.compile: install g++ or set CXX"
+    return Finding("warn", "compiler", "no C++ compiler", fix)
+
+
+def lock_findings() -> list[Finding]:
+    """What a killed compilation left: the next one would wait for it for ever, in silence."""
+    locks = preflight.stale_build_locks()
+    if not locks:
+        return [Finding("ok", "locks", "no stale compilation lock")]
+    return [
+        Finding("warn", "locks", f"{lock} was left by a killed compilation", f"rm {shlex.quote(str(lock))}")
+        for lock in locks
+    ]
+
+
+def run_dir_finding(run_dir: Path) -> Finding:
+    """Files can be written, synced and renamed there, and there is room."""
+    with without_trace(run_dir):
+        preflight.check_run_dir(run_dir)
+        free = shutil.disk_usage(run_dir).free
+    what = f"{run_dir} can be written to, {free / 2**30:.1f} GiB free"
+    if free < FEW_FREE_BYTES:
+        return Finding("warn", "run dir", what, "free space or take a --run-dir on another disk")
+    return Finding("ok", "run dir", what)
+
+
+def port_finding(port: int) -> Finding:
+    """The launchers' own port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            fix = "deepspeed --master_port N pipeline/train.py ..., or torchrun --master_port N ..."
+            return Finding("warn", "ports", f"another program listens on {port}, where ranks would meet", fix)
+    return Finding("ok", "ports", f"{port} is free for the ranks to meet")
+
+
+def tensorboard_finding() -> Finding:
+    """It can be started and answers."""
+    with tempfile.TemporaryDirectory() as empty:
+        try:
+            from tensorboard import program
+
+            board = program.TensorBoard()
+            board.configure(
+                argv=[None, "--logdir", empty, "--host", "127.0.0.1", "--port", "0", "--load_fast", "false"]
+            )
+            with urllib.request.urlopen(board.launch(), timeout=COMMAND_TIMEOUT_S) as reply:
+                reply.read(1)
+        except (ImportError, OSError, urllib.error.URLError, program.TensorBoardServerException) as error:
+            fix = "pip install -r requirements.txt; until then: python -m pipeline report RUN_DIR"
+            return Finding("warn", "tensorboard", f"does not start ({error})", fix)
+    return Finding("ok", "tensorboard", "starts and answers")
+
+
+def slurm_finding() -> Finding:
+    """Partitions, where there is a cluster."""
+    if not shutil.which("sinfo"):
+        return Finding("ok", "slurm", "none here; runs start with deepspeed, torchrun or python")
+    command = ["sinfo", "--noheader", "--format=%P %a %D x %G"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        done = subprocess.CompletedProcess(command, 1, "", f"no answer in {COMMAND_TIMEOUT_S} s")
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[0]
+        return Finding("warn", "slurm", f"sinfo fails: {reason}", "is slurmctld reachable from here? `scontrol ping`")
+    partitions = "; ".join(line.strip() for line in done.stdout.splitlines())
+    return Finding("ok", "slurm", f"{partitions or 'no partition'}; check nodes with slurm/node_check.sh")

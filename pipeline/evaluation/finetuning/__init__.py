@@ -1,0 +1,1 @@
+"""Fine-tuning tasks: XNLI and question answering."""

@@ -1,0 +1,176 @@
+"""MLQA: fine-tune on English SQuAD v1.1, zero-shot on every language. The grid and the choice are grid.py's.
+
+In: encoders, SQuAD and MLQA in their official layouts. Out: per model F1 and exact match on each test language and their
+means, for the learning rate and epoch with the best F1 on the development questions of all languages together. Used by
+`pipeline evaluate`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForQuestionAnswering
+
+from pipeline.errors import UserError
+from pipeline.evaluation.encoder import Encoder
+from pipeline.evaluation.finetuning.batches import known_segments
+from pipeline.evaluation.finetuning.grid import run_grids
+from pipeline.evaluation.finetuning.loop import FinetuneConfig, FinetuneTask, Scores, load_with_head
+from pipeline.evaluation.finetuning.squad_data import QaData, read_qa
+from pipeline.evaluation.finetuning.squad_metrics import MLQA_LANGUAGES, exact_match, f1, mlqa_words, squad_words
+from pipeline.evaluation.finetuning.squad_windows import WindowedQuestions, best_answers, cut_windows
+from pipeline.evaluation.languages import choose_languages, left_out_line
+from pipeline.evaluation.ranks import Ranks
+from pipeline.recipe.ranges import LARGEST_INT, LONGEST_ROW, check_ranges
+
+
+@dataclass
+class MlqaConfig(FinetuneConfig):
+    """Where SQuAD and MLQA are; the grid's defaults are the paper's."""
+
+    epochs: int = 3
+    batch: int = 32
+    micro_batch: int = 8
+    max_length: int = 512
+    stride: int = 128  # tokens between the starts of two windows
+    train: str = ""  # SQuAD v1.1's train-v1.1.json, or datasets:rajpurkar/squad
+    data: str = ""  # directory with MLQA's dev and test files
+    languages: list[str] | None = None  # None: those of MLQA's seven that the students were trained on
+    rule: Literal["mlqa", "squad"] = "mlqa"  # how answers are compared; squad: as in SQuAD v1.1 and XQuAD
+    max_train: int | None = None  # the first so many questions; None: all
+    max_evaluation: int | None = None  # the first so many questions of each language; None: all
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stride < 1 or self.languages == []:
+            raise UserError("mlqa.stride must be at least 1 and mlqa.languages name at least one language")
+        limits = dict.fromkeys(("max_train", "max_evaluation"), (1, LARGEST_INT))
+        check_ranges(self, "mlqa", {**limits, "stride": (1, LONGEST_ROW)})
+
+
+def read(config: MlqaConfig) -> QaData:
+    languages = list(config.languages or MLQA_LANGUAGES)
+    return read_qa(config.train, config.data, languages, config.max_train, config.max_evaluation)
+
+
+def evaluate_mlqa(
+    encoders: list[Encoder], config: MlqaConfig, ranks: Ranks, directory: Path
+) -> dict[str, dict[str, Any]]:
+    """Per model, the chosen cell's F1 and exact match in per cent; all ranks call it together."""
+    data = read(config)
+    languages = choose_languages(list(data.dev), config.languages, encoders, "mlqa.languages", "test questions")
+    data = QaData(data.train, *({x: of[x] for x in languages.chosen} for of in (data.dev, data.test)))
+    grids = run_grids(
+        "mlqa",
+        encoders,
+        lambda encoder: make_task(encoder, data, config, ranks),
+        *(data.fingerprint(), config, directory, ranks),
+    )
+    about = {"train_questions": len(data.train), "moved_answers": data.moved_answers, "left_out": languages.left_out}
+    return {name: {**grid, **about} for name, grid in grids.items()}
+
+
+def make_task(encoder: Encoder, data: QaData, config: MlqaConfig, ranks: Ranks) -> FinetuneTask:
+    """Cut all windows once, for all cells."""
+
+    def windows_of(questions: Any) -> WindowedQuestions:
+        windowed = cut_windows(encoder.tokenizer, questions, config.max_length, config.stride)
+        windowed.rows.segments = known_segments(windowed.rows.segments, encoder.model.config)
+        return windowed
+
+    windowed = {
+        split: {language: windows_of(questions) for language, questions in of_split.items()}
+        for split, of_split in (("dev", data.dev), ("test", data.test))
+    }
+    pad_id = encoder.tokenizer.pad_token_id
+
+    def score(model: Any, split: str) -> Scores:
+        return {x: answer_scores(model, of, x, pad_id, config, ranks) for x, of in windowed[split].items()}
+
+    return FinetuneTask(
+        load=lambda: load_with_head(AutoModelForQuestionAnswering, encoder),
+        rows=windows_of(data.train).rows,
+        loss=span_loss,
+        score=score,
+        pad_id=pad_id,
+    )
+
+
+def span_loss(outputs: Any, inputs: dict[str, torch.Tensor], targets_B2: torch.Tensor) -> torch.Tensor:
+    """Mean of the two cross-entropies over positions, summed over rows. Padding is no position: without the mask a row's
+    loss would depend on what it is batched with."""
+    padding_BL = inputs["attention_mask"] == 0
+    losses = [
+        torch.nn.functional.cross_entropy(
+            logits_BL.float().masked_fill(padding_BL, float("-inf")), targets_B2[:, side], reduction="sum"
+        )
+        for side, logits_BL in enumerate((outputs.start_logits, outputs.end_logits))
+    ]
+    return (losses[0] + losses[1]) / 2
+
+
+def answer_scores(
+    model: Any, windowed: WindowedQuestions, language: str, pad_id: int, config: MlqaConfig, ranks: Ranks
+) -> dict[str, float]:
+    """F1 and exact match in per cent; every rank answers every so many-th question, from all its windows."""
+    rows_of = dict(list(enumerate(windowed.rows_of_each()))[ranks.rank :: ranks.world_size])
+    logits = _span_logits(
+        model, windowed, [row for rows in rows_of.values() for row in rows], pad_id, config.micro_batch
+    )
+    totals = torch.zeros(2, dtype=torch.float64, device=model.device)
+    for number, rows in rows_of.items():
+        question = windowed.questions[number]
+        windows = [windowed.windows[row] for row in rows]
+        starts, ends = zip(*(logits[row] for row in rows), strict=True)
+        answer = words_of(best_answers(question.context, windows, starts, ends)[0][1], language, config.rule)
+        truths = [words_of(text, language, config.rule) for text in question.answers]
+        totals += torch.tensor([max(f1(answer, t) for t in truths), max(exact_match(answer, t) for t in truths)]).to(
+            totals
+        )
+    f1_sum, exact_sum = (100.0 * ranks.sum(totals) / len(windowed.questions)).tolist()
+    return {"f1": f1_sum, "exact_match": exact_sum}
+
+
+def words_of(text: str, language: str, rule: str) -> list[str]:
+    return squad_words(text) if rule == "squad" else mlqa_words(text, language)
+
+
+def _span_logits(model: Any, windowed: WindowedQuestions, rows: list[int], pad_id: int, size: int) -> dict[int, tuple]:
+    """Row -> logits of start and end over its context tokens."""
+    order = sorted(rows, key=lambda row: len(windowed.rows.ids[row]))
+    logits = {}
+    for begin in range(0, len(order), size):
+        chunk = order[begin : begin + size]
+        outputs = model(**windowed.rows.inputs(chunk, pad_id, model.device))
+        starts_BL, ends_BL = (x.float().cpu().numpy() for x in (outputs.start_logits, outputs.end_logits))
+        for place, row in enumerate(chunk):
+            window = windowed.windows[row]
+            context = slice(window.first, window.first + len(window.offsets))
+            logits[row] = (starts_BL[place, context], ends_BL[place, context])
+    return logits
+
+
+def mlqa_table(results: dict[str, dict[str, Any]]) -> str:
+    """One row per model: F1 / exact match per language and the average, and where the grid chose it."""
+    first = next(iter(results.values()))
+    width = max(len("model"), *map(len, results))
+    lines = [f"MLQA, F1 / exact match in per cent, trained on {first['train_questions']} English questions"]
+    lines.append(f"{'model':<{width}}" + "".join(f"{x:>14}" for x in [*first["test"], "average"]) + "   dev F1  chosen")
+    for name, result in results.items():
+        scores = [*result["test"].values(), result["mean"]]
+        cells = "".join(f"{score['f1']:7.1f} /{score['exact_match']:5.1f}" for score in scores)
+        epochs = ", ".join(map(str, result["best_epochs"]))
+        lines.append(
+            f"{name:<{width}}{cells} {result['dev_mean']:8.1f}  lr {result['learning_rate']:g}, epoch {epochs}"
+        )
+    notes = [moved_line(first), left_out_line(results)]
+    return "\n".join([*lines, *filter(None, notes)])
+
+
+def moved_line(result: dict[str, Any]) -> str:
+    """How many answers were not where their file says."""
+    count = result.get("moved_answers", 0)
+    return f"{count} answer(s) were found near their `answer_start`, not at it, and read there" if count else ""

@@ -1,0 +1,113 @@
+"""XNLI: fine-tune on English sentence pairs, zero-shot on every language. The grid and the choice are grid.py's.
+
+In: encoders, XNLI in an official layout. Out: per model the accuracy on each test language and their average, for the
+learning rate and epoch that are best on the development pairs of all languages together. Used by `pipeline evaluate`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from pipeline.evaluation.encoder import Encoder
+from pipeline.evaluation.finetuning.batches import TokenRows, tokenize_pairs
+from pipeline.evaluation.finetuning.grid import run_grids
+from pipeline.evaluation.finetuning.loop import FinetuneConfig, FinetuneTask, Scores, load_with_head
+from pipeline.evaluation.finetuning.xnli_data import LABELS, LabelledPairs, XnliData, read_xnli
+from pipeline.evaluation.languages import choose_languages, left_out_line
+from pipeline.evaluation.ranks import Ranks
+from pipeline.recipe.ranges import LARGEST_INT, check_ranges
+
+
+@dataclass
+class XnliConfig(FinetuneConfig):
+    """Where XNLI is; the grid's defaults are the paper's."""
+
+    data: str = ""  # directory with the official files, or datasets:facebook/xnli
+    train_language: str = "en"
+    languages: list[str] | None = None  # None: every language of xnli.dev.tsv that the students were trained on
+    max_train: int | None = None  # the first so many pairs; None: all
+    max_evaluation: int | None = None  # the first so many pairs of each language; None: all
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, "xnli", dict.fromkeys(("max_train", "max_evaluation"), (1, LARGEST_INT)))
+
+
+def read(config: XnliConfig) -> XnliData:
+    return read_xnli(config.data, config.train_language, config.languages, config.max_train, config.max_evaluation)
+
+
+def evaluate_xnli(
+    encoders: list[Encoder], config: XnliConfig, ranks: Ranks, directory: Path
+) -> dict[str, dict[str, Any]]:
+    """Per model, the chosen cell's test accuracy in per cent; all ranks call it together."""
+    data = read(config)
+    languages = choose_languages(list(data.dev), config.languages, encoders, "xnli.languages", "test pairs")
+    data = XnliData(data.train, *({x: of[x] for x in languages.chosen} for of in (data.dev, data.test)))
+    grids = run_grids(
+        "xnli",
+        encoders,
+        lambda encoder: make_task(encoder, data, config, ranks),
+        *(data.fingerprint(), config, directory, ranks),
+    )
+    about = {"train_language": config.train_language, "train_pairs": len(data.train), "left_out": languages.left_out}
+    return {name: {**grid, **about} for name, grid in grids.items()}
+
+
+def make_task(encoder: Encoder, data: XnliData, config: XnliConfig, ranks: Ranks) -> FinetuneTask:
+    """Tokenise everything once, for all cells."""
+
+    def rows_of(pairs: LabelledPairs) -> TokenRows:
+        return tokenize_pairs(encoder, pairs.first, pairs.second, pairs.labels, config.max_length)
+
+    rows = {
+        split: {language: rows_of(pairs) for language, pairs in of_split.items()}
+        for split, of_split in (("dev", data.dev), ("test", data.test))
+    }
+    pad_id = encoder.tokenizer.pad_token_id
+
+    def score(model: Any, split: str) -> Scores:
+        size = config.micro_batch
+        return {x: {"accuracy": accuracy(model, of, pad_id, size, ranks)} for x, of in rows[split].items()}
+
+    return FinetuneTask(
+        load=lambda: load_with_head(AutoModelForSequenceClassification, encoder, num_labels=len(LABELS)),
+        rows=rows_of(data.train),
+        loss=classification_loss,
+        score=score,
+        pad_id=pad_id,
+    )
+
+
+def classification_loss(outputs: Any, inputs: dict[str, torch.Tensor], targets_B1: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(outputs.logits.float(), targets_B1[:, 0], reduction="sum")
+
+
+def accuracy(model: Any, rows: TokenRows, pad_id: int, size: int, ranks: Ranks) -> float:
+    """Per cent right; every rank takes every so many-th batch."""
+    right = torch.zeros(1, dtype=torch.float64, device=model.device)
+    for chunk in rows.chunks_by_length(size)[ranks.rank :: ranks.world_size]:
+        guesses = model(**rows.inputs(chunk, pad_id, model.device)).logits.argmax(dim=-1)
+        right += (guesses == rows.targets[chunk, 0].to(model.device)).sum()
+    return 100.0 * float(ranks.sum(right)) / len(rows)
+
+
+def xnli_table(results: dict[str, dict[str, Any]]) -> str:
+    """One row per model: accuracy per language and the average, and where the grid chose it."""
+    first = next(iter(results.values()))
+    width = max(len("model"), *map(len, results))
+    lines = [f"XNLI accuracy in per cent, trained on {first['train_pairs']} pairs of {first['train_language']}"]
+    lines.append(f"{'model':<{width}}" + "".join(f"{x:>8}" for x in [*first["test"], "average"]) + "      dev  chosen")
+    for name, result in results.items():
+        figures = [scores["accuracy"] for scores in result["test"].values()] + [result["mean"]["accuracy"]]
+        cells = "".join(f"{figure:8.1f}" for figure in figures)
+        epochs = ", ".join(map(str, result["best_epochs"]))
+        lines.append(
+            f"{name:<{width}}{cells} {result['dev_mean']:8.1f}  lr {result['learning_rate']:g}, epoch {epochs}"
+        )
+    return "\n".join([*lines, *filter(None, [left_out_line(results)])])

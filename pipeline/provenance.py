@@ -1,0 +1,103 @@
+"""Where a run comes from: versions, commit, machine, data and recipe, written to `run.json` before step 1.
+
+Used by trainer.py, the model card and the report, so that a student can always be traced to what made it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import socket
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Recipe, as_tree
+
+REPO = Path(__file__).resolve().parent.parent
+CODE = ("pipeline", "data_prep")
+PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "sentencepiece", "safetensors", "numpy")
+# What may change between two lives of one run: it decides how long, how often and how cut, not what is computed.
+MAY_CHANGE = (
+    "steps",
+    "save_every",
+    "eval_every",
+    "micro_batch_per_gpu",
+    "deterministic",
+    "checkpoint",
+    "guard",
+    "metrics",
+    "retrieval",
+)
+
+
+KNOWN_BY_CONTENT = ("teacher", "vocabulary")  # identity.py
+
+
+def resume_critical_config(recipe: Recipe) -> dict[str, Any]:
+    """The part of a recipe that must not change within one run, flattened to dotted keys."""
+    tree = {key: value for key, value in as_tree(recipe).items() if key not in MAY_CHANGE}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update({f"{key}.{inner}": item for inner, item in value.items()})
+        else:
+            flat[key] = value
+    return flat
+
+
+def changed_keys(begun: Mapping[str, Any], recipe: Recipe, by_path: bool) -> list[str]:
+    """Keys of a run's mathematics that are no longer what it was begun with. Without `by_path` another place of teacher
+    and vocabulary is none: what is there is compared by content. A key that a newer version has added counts with its default."""
+    now, then = resume_critical_config(recipe), {**resume_critical_config(Recipe()), **begun}
+    differing = [key for key in now if now[key] != then.get(key)]
+    is_elsewhere = {key for key in KNOWN_BY_CONTENT if not by_path and None not in (then.get(key), now[key])}
+    return [f"{key}: {then.get(key)} -> {now[key]}" for key in differing if key not in is_elsewhere]
+
+
+def code_fingerprint(repo: Path = REPO) -> str:
+    """Short hash over the code itself, whether or not it is a checkout and whatever was changed in it."""
+    digest = hashlib.sha256()
+    for path in sorted(path for package in CODE for path in (repo / package).rglob("*.py")):
+        digest.update(path.relative_to(repo).as_posix().encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def fingerprint(value: Any) -> str:
+    """Short hash of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def library_versions() -> dict[str, Any]:
+    """Python's version and those of the packages that take part in the mathematics."""
+    return {"python": platform.python_version(), "packages": {name: metadata.version(name) for name in PACKAGES}}
+
+
+def describe_run(recipe: Recipe, **facts: Any) -> dict[str, Any]:
+    """The content of `run.json`; `facts` are added as given. Nothing of the environment's variables is recorded."""
+    return {
+        "git_commit": git_commit(),
+        "code_fingerprint": code_fingerprint(),
+        **library_versions(),
+        "host": socket.gethostname(),
+        "machine": platform.machine(),
+        "recipe_fingerprint": fingerprint(resume_critical_config(recipe)),
+        **facts,
+    }
+
+
+def git_commit() -> str:
+    """Commit of the code, with `+changes` when the tree differs from it; "unknown" outside a checkout."""
+    try:
+        commit = _git("rev-parse", "--short=12", "HEAD")
+        return commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError, subprocess.TimeoutExpired):
+        return "unknown"
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(REPO), *arguments], capture_output=True, text=True, check=True, timeout=20)
+    return done.stdout.strip()

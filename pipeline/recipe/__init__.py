@@ -1,0 +1,1 @@
+"""Recipe text to values, and the ranges that values may have."""

@@ -1,0 +1,127 @@
+"""When a run did what: its lives, checkpoints and restarts, and what it cost. Used by report.py and report_plots.py.
+
+In: the points of `metrics.jsonl`, `lives.json` where there is one, and the checkpoints on disk. Out: `Events`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.runtime.json_files import RESTORE, read_json_if_there
+
+GAP_IN_INTERVALS = 10  # a pause this many times the usual one between two lines is a restart
+SECONDS_PER_HOUR = 3600.0
+
+Points = list[dict[str, Any]]
+
+
+@dataclass
+class Attempt:
+    """One start of the run: (hours since the first start, finished steps), in order; `ranks` that ran it."""
+
+    progress: list[tuple[float, int]]
+    ranks: int
+
+    @property
+    def hours(self) -> float:
+        return self.progress[-1][0] - self.progress[0][0]
+
+
+@dataclass
+class Events:
+    """What a time line shows."""
+
+    attempts: list[Attempt] = field(default_factory=list)
+    saved_steps: list[int] = field(default_factory=list)
+    restarts: list[int] = field(default_factory=list)  # steps that a later attempt began from
+
+    @property
+    def saved(self) -> list[tuple[float, int]]:
+        """Checkpoints in hours and steps, as far as the time of the step is known."""
+        hours = {step: hour for attempt in self.attempts for hour, step in attempt.progress}
+        return [(hours[step], step) for step in self.saved_steps if step in hours]
+
+
+def series(metrics: Points, tag: str) -> list[tuple[int, float]]:
+    """(step, value) of every point that has the tag."""
+    return [(point["step"], point[tag]) for point in metrics if tag in point]
+
+
+def _is_start(start: Any) -> bool:
+    if not isinstance(start, dict) or not isinstance(start.get("saved_steps", []), list):
+        return False
+    return all(type(step) is int for step in start.get("saved_steps", [])) and all(
+        type(start.get(key)) in (int, float) for key in ("time_s", "first_step", "world_size")
+    )
+
+
+def events_of(run_dir: Path, metrics: Points, committed_steps: Sequence[int]) -> Events:
+    """From `lives.json`; a run without one is one life, whose restarts are guessed from its pauses."""
+    path = run_dir / "lives.json"
+    starts = read_json_if_there(path, list)
+    if not all(_is_start(start) for start in starts):
+        raise UserError(f"{path} is no list of starts with time_s, first_step and world_size. {RESTORE}.")
+    if not starts:
+        origin = metrics[0]["time_s"] if metrics else 0.0
+        progress = [((point["time_s"] - origin) / SECONDS_PER_HOUR, point["step"]) for point in metrics]
+        return Events([Attempt(progress, 1)], sorted(committed_steps), pauses(metrics))
+    origin = starts[0]["time_s"]
+    ends = [start["time_s"] for start in starts[1:]] + [float("inf")]
+    attempts = []
+    for start, end in zip(starts, ends, strict=True):
+        mine = [point for point in metrics if start["time_s"] <= point["time_s"] < end]
+        progress = [(point["time_s"], point["step"]) for point in mine]
+        hours = [((time_s - origin) / SECONDS_PER_HOUR, step) for time_s, step in progress]
+        attempts.append(
+            Attempt([((start["time_s"] - origin) / SECONDS_PER_HOUR, start["first_step"]), *hours], start["world_size"])
+        )
+    saved = sorted({step for start in starts for step in start.get("saved_steps", [])} | set(committed_steps))
+    return Events(attempts, saved, [start["first_step"] for start in starts[1:]])
+
+
+def pauses(metrics: Points) -> list[int]:
+    """Steps after which nothing was reported for much longer than usual: the run was down, or saving for very long."""
+    lines = [point for point in metrics if "loss/total" in point]
+    gaps = [(after["time_s"] - before["time_s"], before["step"]) for before, after in itertools.pairwise(lines)]
+    if not gaps:
+        return []
+    usual = sorted(gap for gap, _ in gaps)[len(gaps) // 2]
+    return [step for gap, step in gaps if gap > GAP_IN_INTERVALS * usual]
+
+
+def cost(metrics: Points, events: Events, about: dict[str, Any], tokens_per_row: int | None) -> dict[str, str]:
+    """What the run took, as label and figure."""
+    running = sum(attempt.hours for attempt in events.attempts)
+    wall = max(attempt.progress[-1][0] for attempt in events.attempts)
+    rows = metrics[-1]["samples"]
+    saving_s = sum(value for _, value in series(metrics, "speed/save_stall_seconds"))
+    waits = [value for _, value in series(metrics, "speed/data_wait_share")]
+    device = {"cuda": "GPU", "cpu": "CPU process"}.get(about.get("device", ""), "rank")
+    shown = {
+        "wall clock, first start to last line": duration(wall),
+        "of that running": f"{duration(running)} in {len(events.attempts)} start(s)",
+        f"{device} hours": f"{sum(attempt.hours * attempt.ranks for attempt in events.attempts):,.3g}",
+        "rows that the student saw": f"{rows:,}",
+    }
+    if tokens_per_row:
+        shown["tokens that the student saw"] = f"{rows * tokens_per_row:,}"
+    if saving_s:
+        shown["training held up by checkpoints"] = f"{saving_s:.1f} s"
+    if waits:
+        shown["training held up by data"] = f"{sum(waits) / len(waits):.2%} of the time"
+    skipped = series(metrics, "optimizer/skipped_steps")
+    if skipped:
+        shown["optimizer steps skipped"] = f"{skipped[-1][1]:.0f}"
+    return shown
+
+
+def duration(hours: float) -> str:
+    """As people say it: seconds, minutes or hours."""
+    if hours < 0.05:
+        return f"{hours * 3600:.0f} s"
+    return f"{hours * 60:.1f} min" if hours < 2 else f"{hours:,.1f} h"

@@ -1,0 +1,111 @@
+"""Losses that are not finite or far above the last ones, and the recipe section `guard` that says what to do about them.
+
+In: losses and skipped steps. Out: z-scores, `spikes.jsonl`, and `DivergedRunError` with the batch named in `bad_batch.json`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.errors import DivergedRunError, UserError
+from pipeline.recipe.ranges import LARGEST_INT, LONGEST_S, check_ranges
+from pipeline.runtime.noncritical_files import make_way_for_file, write_file_or_warn
+
+
+@dataclass
+class GuardConfig:
+    """When a run is sick or hung."""
+
+    max_bad_steps: int = 8  # non-finite steps in a row before the run stops
+    hang_timeout_s: float = 1800.0  # no finished step or evaluation batch for so long: dump stacks and end
+    slow_timeout_s: float = 3600.0  # the same for the first step (kernels load) and for saves (disks queue)
+    deadline_margin_s: float = 120.0  # save this long before the job's end, or three saves if that is longer
+    spike_window: int = 200  # steps that a loss is compared with
+    spike_sigmas: float = 8.0  # a loss so many standard deviations above their mean is reported as a spike
+    spikes: Literal["log", "skip"] = "log"  # skip: no parameter is changed by such a step; spikes.jsonl names its rows
+    verify_shards: bool = False  # before step 1, hash every shard file (sizes are always checked)
+
+    def __post_init__(self) -> None:
+        if self.max_bad_steps < 1 or self.spike_window < 2:
+            raise UserError("guard.max_bad_steps must be at least 1 and guard.spike_window at least 2")
+        if min(self.hang_timeout_s, self.slow_timeout_s, self.deadline_margin_s, self.spike_sigmas) <= 0:
+            raise UserError("guard's timeouts, deadline_margin_s and spike_sigmas must be positive")
+        timeouts = dict.fromkeys(("hang_timeout_s", "slow_timeout_s", "deadline_margin_s"), (0, LONGEST_S))
+        check_ranges(self, "guard", {**timeouts, "max_bad_steps": (1, LARGEST_INT), "spike_window": (2, 10**6)})
+
+
+class SpikeDetector:
+    """Says when a loss stands far above those of the last steps (its z-score against a window)."""
+
+    def __init__(self, config: GuardConfig):
+        self._sigmas, self._skips = config.spike_sigmas, config.spikes == "skip"
+        self.losses: deque[float] = deque(maxlen=config.spike_window)  # goes into checkpoints: it decides over steps
+
+    def is_to_skip(self, loss: float) -> bool:
+        """Whether a step with this loss, which is the same number on all ranks, must change nothing."""
+        return self._skips and self._score(loss) is not None
+
+    def z_score(self, loss: float) -> float | None:
+        """The z-score of a spike, None for an ordinary loss. Spikes and non-finite losses do not enter the window."""
+        score = self._score(loss)
+        if score is None and math.isfinite(loss):
+            self.losses.append(loss)
+        return score
+
+    def _score(self, loss: float) -> float | None:
+        window = self.losses
+        if math.isfinite(loss) and len(window) >= max(2, (window.maxlen or 0) // 10):
+            # a floor of one percent keeps a flat curve from calling every ripple a spike
+            deviation = max(statistics.pstdev(window), 0.01 * abs(statistics.fmean(window)))
+            score = (loss - statistics.fmean(window)) / deviation
+            if score > self._sigmas:
+                return score
+        return None
+
+
+def record_spike(file: Path, step: int, loss: float, score: float, skipped: bool, rows: list[dict[str, Any]]) -> None:
+    """Add a spike and the rows of its global batch to `file`."""
+    entry = {"step": step, "loss": loss, "sigmas": round(score, 1), "skipped": skipped, "rows": rows}
+    make_way_for_file(file)
+    with contextlib.suppress(OSError), open(file, "a", encoding="utf-8") as lines:  # a full disk ends no run
+        lines.write(json.dumps(entry) + "\n")
+
+
+class BadStepCounter:
+    """Counts non-finite steps in a row and stops the run, naming the batch, when there are too many.
+
+    Dynamic fp16 loss scaling overflows on purpose while it looks for its scale: such a step counts only once the scale
+    has fallen to its floor, or when the loss itself is not finite. `loss_scale_floor`: infinite for a fixed scale.
+    Loss and skipped steps are the same on all ranks, so the one that `writes` knows all there is to write.
+    """
+
+    def __init__(self, config: GuardConfig, report: Path, loss_scale_floor: float = 1.0, writes: bool = True):
+        self._config = config
+        self._report = report
+        self._floor = loss_scale_floor
+        self._writes = writes
+        self.in_a_row = 0
+
+    def observe(
+        self, step: int, loss: float, skipped: bool, loss_scale: float, rows: Callable[[], list[dict[str, Any]]]
+    ) -> None:
+        """Raises `DivergedRunError` at the K-th bad step in a row; `rows()` names the rows of the global batch."""
+        bad = not math.isfinite(loss) or (skipped and loss_scale <= self._floor)
+        self.in_a_row = self.in_a_row + 1 if bad else 0
+        if self.in_a_row < self._config.max_bad_steps:
+            return
+        if self._writes:
+            write_file_or_warn(self._report, json.dumps({"step": step, "loss": str(loss), "rows": rows()}, indent=1))
+        raise DivergedRunError(
+            f"{self.in_a_row} steps in a row were not finite, the last one step {step} (loss {loss}). No parameter was "
+            f"changed by them. {self._report} names languages and rows of the last batch. Look at that text, lower "
+            "optimizer.lr, or use ds_configs/zero2_bf16.json"
+        )

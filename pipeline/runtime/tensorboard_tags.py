@@ -1,0 +1,41 @@
+"""How TensorBoard groups a run's curves: its first screen answers 'is it learning, is it fast, is it healthy?'.
+
+In: the tags of `metrics.jsonl`. Out: the tags that TensorBoard shows, in groups that sort in the order of reading, and
+the charts of its Custom Scalars tab. Used by metrics.py.
+"""
+
+from __future__ import annotations
+
+LEARNING, FAST, HEALTHY = "1_is_it_learning", "2_is_it_fast", "3_is_it_healthy"
+RELATIONS, LANGUAGES = "4_loss_per_relation", "5_heldout_loss_per_language"
+NAMED = {
+    "loss/total": f"{LEARNING}/loss",
+    "heldout/mean": f"{LEARNING}/heldout_loss",
+    "loss/spike_sigmas": f"{HEALTHY}/spike_sigmas",
+}
+GROUPS = {"speed": FAST, "optimizer": HEALTHY, "loss": RELATIONS, "heldout": LANGUAGES}
+# Chart -> tags as regular expressions: several curves in one chart.
+LAYOUT = {
+    "Is it learning?": {
+        "loss and held-out loss": ["Multiline", [f"{LEARNING}/.*"]],
+        "loss per relation": ["Multiline", [f"{RELATIONS}/.*"]],
+        "held-out loss per language": ["Multiline", [f"{LANGUAGES}/.*"]],
+    },
+    "Is it fast?": {
+        "tokens per second": ["Multiline", [f"{FAST}/tokens_per_second"]],
+        "share of waiting for data": ["Multiline", [f"{FAST}/data_wait_share"]],
+        "seconds held up by a save": ["Multiline", [f"{FAST}/save_stall_seconds"]],
+    },
+    "Is it healthy?": {
+        "gradient norm": ["Multiline", [f"{HEALTHY}/gradient_norm"]],
+        "learning rate": ["Multiline", [f"{HEALTHY}/learning_rate"]],
+        "skipped steps and spikes": ["Multiline", [f"{HEALTHY}/(skipped_steps|spike_sigmas)"]],
+        "loss scale": ["Multiline", [f"{HEALTHY}/loss_scale"]],
+    },
+}
+
+
+def tensorboard_tag(tag: str) -> str:
+    """TensorBoard's name of a curve; what has no group keeps its own."""
+    group, _, name = tag.partition("/")
+    return NAMED.get(tag) or (f"{GROUPS[group]}/{name}" if group in GROUPS else tag)

@@ -1,0 +1,124 @@
+"""What a run's teacher, tokenizer and vocabulary are by content: another path or date is no change, other bytes are.
+
+In: a model's directory or hub name. Out: a flat dictionary of hashes that goes into a checkpoint's state.json, run.json and
+lineage.json, and what differs between two of them. Weights are hashed tensor by tensor under their names in the encoder,
+so that heads, other shards and other metadata make no difference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from data_prep.shards import FAST_TOKENIZER_NAME, SENTENCEPIECE_NAMES
+from pipeline.data.tokenizer_hash import deciding_file
+from pipeline.distillation.models.model_files import ModelFiles, Tensor, read_model
+from pipeline.distillation.models.vocabulary import MAP_FILE, read_vocabulary
+from pipeline.errors import UserError
+
+Identity = dict[str, str]
+WEIGHTS, CONFIG, TOKENIZER, VOCABULARY = "teacher weights", "teacher config", "tokenizer", "vocabulary"
+IDS_IN = (*SENTENCEPIECE_NAMES, FAST_TOKENIZER_NAME, "vocab.txt", "vocab.json", "merges.txt", "added_tokens.json")
+BLOCK_BYTES = 4 << 20
+# Keys of a config.json that say who wrote it, in which precision it is stored and what its head is called.
+NOT_COMPUTED = (
+    "_name_or_path",
+    "transformers_version",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "id2label",
+    "label2id",
+)
+
+
+def identity_of(teacher: str, vocabulary: str | None = None) -> Identity:
+    """Everything that a run may not change while it runs."""
+    files = read_model(teacher)
+    identity = {WEIGHTS: weights_hash(files), CONFIG: config_hash(files.config)}
+    if vocabulary is not None:
+        identity[VOCABULARY] = hash_file(read_vocabulary(vocabulary).directory / MAP_FILE)
+    return {**identity, **tokenizer_identity(vocabulary or teacher)}
+
+
+def tokenizer_identity(name: str) -> Identity:
+    """The files of a model from which its ids follow."""
+    decides = deciding_file(name)
+    names = {decides.name, *IDS_IN} if Path(name).expanduser().is_dir() else {decides.name}
+    present = sorted(file for file in names if (decides.parent / file).is_file())
+    return {f"{TOKENIZER} {file}": hash_file(decides.parent / file) for file in present}
+
+
+def weights_hash(files: ModelFiles) -> str:
+    """xxh3-128 over the encoder's tensors in the order of their names: name, type, shape, bytes."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(files.encoder_tensors().items()):
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+        _add_bytes(digest, tensor)
+    return digest.hexdigest()
+
+
+def _add_bytes(digest: Any, tensor: Tensor) -> None:
+    with open(tensor.file, "rb", buffering=0) as file:
+        file.seek(tensor.start)
+        left = tensor.end - tensor.start
+        while left > 0 and (block := file.read(min(BLOCK_BYTES, left))):
+            digest.update(block)
+            left -= len(block)
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """sha256 of what a config.json has the model compute."""
+    content = {key: value for key, value in config.items() if key not in NOT_COMPUTED}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def changes(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What of `then` is another thing or missing now, one entry each. Files that have come are no change."""
+    return [
+        f"{name}: {hash_then[:12]} -> {now[name][:12] if name in now else 'missing'}"
+        for name, hash_then in sorted(then.items())
+        if now.get(name) != hash_then
+    ]
+
+
+def warn_of_other_teacher(then: Mapping[str, str], teacher: str) -> None:
+    """Say it where the teacher's place holds another model by now: a student stays what it was trained to be."""
+    if WEIGHTS not in then:
+        return
+    try:
+        files = read_model(teacher, is_cached=True)
+    except UserError:  # moved or deleted: nothing here needs it
+        return
+    now = {WEIGHTS: weights_hash(files), CONFIG: config_hash(files.config)}
+    if changed := changes({name: then[name] for name in (WEIGHTS, CONFIG) if name in then}, now):
+        print(
+            f"warning: {teacher} is no longer the teacher that this student was distilled from ({'; '.join(changed)}); "
+            "the lineage names the one that was",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def check_same_tokenizer_files(then: Mapping[str, str], name: str, run_dir: Path) -> None:
+    """A `UserError` where the tokenizer of a finished run is no longer in the place that it was trained with."""
+    known = {key: value for key, value in then.items() if key.startswith(TOKENIZER)}
+    if not known:
+        return
+    if changed := changes(known, tokenizer_identity(name)):
+        raise UserError(
+            f"the tokenizer in {name} is no longer the one that {run_dir} was trained with ({'; '.join(changed)}): its ids "
+            "would mean other pieces to this student. Put the files back, or set `teacher` (with a vocabulary: "
+            f"`vocabulary`) in {run_dir / 'run.json'} to a directory that has them"
+        )

@@ -1,0 +1,111 @@
+"""Settings of a recipe that are valid and do something else than most people who write them expect: one line each.
+
+In: a recipe, and the rows of its shards. Out: lines that a run prints once before its first step, as the dry run and the
+doctor do. Nothing here is an error: each line says what will happen and the setting that changes it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from pipeline.config import Recipe
+from pipeline.data.batches import BatchSource
+from pipeline.runtime.optimizer import learning_rate
+
+SMALLEST_USEFUL_RATE = 1e-9  # Adam moves a weight by about the rate; of a weight of 0.02 in fp32 less is rounded away
+LONG_RUN_STEPS = 1000  # a shorter run is repeated sooner than a lost one is missed
+MANY_EPOCHS = 100.0
+NAMED = 6  # languages in one line
+
+
+def recipe_warnings(recipe: Recipe, source: BatchSource) -> list[str]:
+    """What to say about this recipe on these shards before step 1."""
+    return [
+        *_schedule(recipe),
+        *_saving(recipe),
+        *_unused(recipe),
+        *_held_out(recipe, source),
+        *_mixing(recipe, source),
+    ]
+
+
+def _schedule(recipe: Recipe) -> Iterator[str]:
+    optimizer, steps = recipe.optimizer, recipe.steps
+    if optimizer.warmup_steps >= steps > 1:
+        yield (
+            f"optimizer.warmup_steps is {optimizer.warmup_steps} and the run has {steps} steps: the learning rate is still "
+            f"rising at the end, at {learning_rate(optimizer, steps - 1, steps):.2e} instead of {optimizer.lr:.2e}. For a "
+            f"warm-up of a tenth of the run: --set optimizer.warmup_steps={steps // 10}"
+        )
+    if optimizer.lr < SMALLEST_USEFUL_RATE:
+        yield f"optimizer.lr is {optimizer.lr:.2e}: the weights would hardly move. The papers use 1e-4 to 6e-4"
+
+
+def _saving(recipe: Recipe) -> Iterator[str]:
+    steps, every, milestone = recipe.steps, recipe.save_every, recipe.checkpoint.keep_every
+    if every > steps > LONG_RUN_STEPS:
+        yield (
+            f"save_every is {every} and the run has {steps} steps: the only checkpoint is the last one, and a crash before "
+            f"it loses everything. For ten checkpoints: --set save_every={steps // 10}"
+        )
+    if milestone is None:
+        return
+    really = math.lcm(every, milestone)
+    if really > steps:
+        yield (
+            f"checkpoint.keep_every is {milestone}, and no checkpoint of this run is at a multiple of it (save_every is "
+            f"{every}, steps {steps}): no milestone is kept but the last step"
+        )
+    elif really != milestone:
+        yield (
+            f"checkpoint.keep_every is {milestone}, which is no multiple of save_every ({every}): milestones are kept "
+            f"every {really} steps"
+        )
+
+
+def _unused(recipe: Recipe) -> Iterator[str]:
+    if recipe.language_weights is not None:
+        changed = [name for name in ("alpha", "sampling_unit") if getattr(recipe, name) != getattr(Recipe, name)]
+        if changed:
+            yield f"language_weights decides how languages are mixed: {' and '.join(changed)} of this recipe has no effect"
+
+
+def _held_out(recipe: Recipe, source: BatchSource) -> Iterator[str]:
+    kept = dict(zip(source.languages, source.heldout_counts, strict=True))
+    fewer = {name: count for name, count in kept.items() if count < recipe.heldout_rows}
+    if fewer:
+        named = _named({name: f"{count} of {source.rows_per_language[name]} rows" for name, count in fewer.items()})
+        yield (
+            f"held out is at most a tenth of a language: {len(fewer)} of {len(kept)} languages have fewer than the "
+            f"{recipe.heldout_rows} rows of heldout_rows ({named}), so their held-out losses are less certain"
+        )
+
+
+def _mixing(recipe: Recipe, source: BatchSource) -> Iterator[str]:
+    samples = recipe.steps * recipe.global_batch
+    shares, uncapped = source.shares, source.uncapped_shares
+    lowered = {name: f"{uncapped[name]:.1%} to {shares[name]:.1%}" for name in shares if shares[name] < uncapped[name]}
+    if lowered:
+        yield f"max_epochs {recipe.max_epochs:g} lowers the share of {len(lowered)} languages ({_named(lowered)})"
+    absent = {name: f"{share:.2e} of the rows" for name, share in shares.items() if share * samples < 1}
+    if absent:
+        yield (
+            f"{len(absent)} languages may not occur in the {samples} rows of this run ({_named(absent)}). Raise steps, lower "
+            "alpha, or leave them out (--set languages=[...])"
+        )
+    epochs = {name: shares[name] * samples / (source.rows_per_language[name] - source.heldout_counts[i])
+              for i, name in enumerate(source.languages)}  # fmt: skip
+    often = sorted((name for name in epochs if epochs[name] > MANY_EPOCHS), key=lambda name: -epochs[name])
+    if often:
+        yield (
+            f"{len(often)} languages are read more than {MANY_EPOCHS:.0f} times "
+            f"({_named({name: f'{epochs[name]:.0f} times' for name in often})}). A cap: --set max_epochs={MANY_EPOCHS:.0f}"
+        )
+
+
+def _named(facts: dict[str, str]) -> str:
+    """`sw 1.0 %, hi 2.0 % and 5 more`."""
+    listed = [f"{name} {fact}" for name, fact in list(facts.items())[:NAMED]]
+    more = f" and {len(facts) - NAMED} more" if len(facts) > NAMED else ""
+    return ", ".join(listed) + more
