@@ -1,4 +1,7 @@
-"""What the documents tell people to type, and where they point: commands, mentioned paths, links."""
+"""Find commands, code blocks and anchors in documents, docstrings and recipes.
+
+In: Markdown pages, modules and recipe headers. Out: `Command` objects, and the anchors of a page's headings.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from pathlib import Path
 
 from tests.conftest import REPO
 
-# The log tells of commands that are gone; results are dated.
+# Left out: the log names removed commands, and benchmark results are dated.
 DOCUMENTS = sorted(
     path
     for pattern in ("*.md", "docs/*.md", "samples/*.md", "ds_configs/*.md")
@@ -21,7 +24,7 @@ DOCUMENTS = sorted(
 PROGRAM = re.compile(
     r"(python3?|deepspeed|torchrun|make|sbatch|srun|hf|pip|tensorboard)\s|(\.venv/bin|slurm)/\S+(\s|$)"
 )
-FOREIGN = (
+OTHER_PROGRAMS = (
     "git",
     "cd",
     "cp",
@@ -42,17 +45,17 @@ FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<body>.*?)^ *```$",
 
 @dataclass(frozen=True)
 class Command:
-    """One command as somebody would type it. `whole`: it stands in a block, so it must be complete."""
+    """One command as a user would type it. `complete`: it is in a block, so no required argument may be missing."""
 
     where: str
     text: str
-    whole: bool
+    complete: bool
 
     @property
     def words(self) -> list[str]:
-        """As the shell splits it, up to a pipe or redirection, without `...` and other marks of an outline."""
+        """The words after shell splitting, up to a pipe or redirection, without placeholders such as `...`."""
         text = re.split(r"\s(?:>|\|)\s", self.text)[0]
-        text = re.sub(r"\[(--[^\]]*)\]", r"\1", text).replace(",...", "")  # optional, as usage lines write it
+        text = re.sub(r"\[(--[^\]]*)\]", r"\1", text).replace(",...", "")  # optional arguments in usage lines
         words = [
             word
             for word in shlex.split(text, comments=True)
@@ -66,7 +69,7 @@ def relative(path: Path) -> str:
 
 
 def commands_of(document: Path) -> Iterator[Command]:
-    """Commands in blocks, then those in running text."""
+    """Yield the commands in code blocks, then those in running text."""
     text = document.read_text(encoding="utf-8")
     for block in FENCE.finditer(text):
         if block["language"] in ("", "bash"):
@@ -74,40 +77,40 @@ def commands_of(document: Path) -> Iterator[Command]:
     for span in re.findall(r"`([^`]+)`", FENCE.sub("", text)):
         line = " ".join(span.split())
         if PROGRAM.match(line) and " " in line:
-            yield Command(relative(document), line, whole=False)
+            yield Command(relative(document), line, complete=False)
 
 
 def _commands_in_block(where: str, body: str, strict: bool) -> Iterator[Command]:
     for line in CONTINUED.sub(" ", body).splitlines():
         for part in re.split(r" && |; ", re.sub(r"(^|\s)#.*", "", line).strip()):
             if PROGRAM.match(part) and not DRAWING.search(part):
-                yield Command(where, part, whole=True)
-            elif strict and part and not part.startswith(FOREIGN):
+                yield Command(where, part, complete=True)
+            elif strict and part and not part.startswith(OTHER_PROGRAMS):
                 raise AssertionError(f"{where}: no check knows the command {part!r}")
 
 
 def commands_in_docstrings() -> Iterator[Command]:
-    """Indented command lines at the top of modules; what follows two blanks is a remark."""
+    """Yield command lines in module docstrings. Text after two blanks is a remark."""
     for package in ("pipeline", "data_prep", "demo", "benchmarks", "tests"):
         for path in sorted((REPO / package).rglob("*.py")):
             docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
             for line in CONTINUED.sub(" ", docstring).splitlines():
                 text = re.split(r"\s{2,}", line.strip())[0]
                 if text.startswith(("python -m", "deepspeed ", "torchrun ", "python benchmarks/bench_")):
-                    yield Command(relative(path), text, whole=False)
+                    yield Command(relative(path), text, complete=False)
 
 
 def commands_in_recipes() -> Iterator[Command]:
-    """The lines of a recipe's header that are commands."""
+    """Yield the lines of a recipe's header that are commands."""
     for path in sorted((REPO / "recipes").glob("*.yaml")):
         for line in path.read_text(encoding="utf-8").splitlines():
             text = re.split(r"\s{2,}", line.removeprefix("#").strip())[0]
             if line.startswith("#") and text.startswith(("deepspeed ", "sbatch ", "make ", "python ")):
-                yield Command(relative(path), text, whole=True)
+                yield Command(relative(path), text, complete=True)
 
 
 def anchors_of(document: Path) -> set[str]:
-    """The anchors that a Markdown page's headings get on the hosting sites."""
+    """Return the anchors that hosting sites give to a Markdown page's headings."""
     text = FENCE.sub("", document.read_text(encoding="utf-8"))
     headings = re.findall(r"^#+ +(.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower().replace("`", "")).strip().replace(" ", "-") for heading in headings}

@@ -1,6 +1,6 @@
-"""Every command in README, docs, recipes and docstrings is parsed by the program that it names; the cheap ones are run.
+"""Parse every command in README, docs, recipes and docstrings with the program that it names; run the cheap ones.
 
-A renamed verb, option, file, make target or recipe key fails here, with the page that still has the old name.
+A renamed verb, option, file, make target or recipe key fails here. The test's name shows the page with the old name.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ SBATCH_OPTIONS = {"--nodes", "--exclude", "--signal", "--mem", "--gres", "--time
 
 
 class Parsed(Exception):
-    """Raised in place of what would come after the arguments."""
+    """Raised after the arguments were parsed, so that the program does not continue."""
 
 
 class Incomplete(Exception):
-    """Raised where required arguments are missing."""
+    """Raised when required arguments are missing."""
 
     def __init__(self, parser: argparse.ArgumentParser) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Incomplete(Exception):
 
 @pytest.fixture
 def parse_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs end as soon as their arguments have been parsed."""
+    """End every program after it has parsed its arguments."""
     real = argparse.ArgumentParser.parse_args
 
     def error_of(parser: type[argparse.ArgumentParser]) -> Callable[[argparse.ArgumentParser, str], None]:
@@ -78,8 +78,8 @@ def parse_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPO)
 
 
-def run_program(words: list[str], whole: bool, start: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Start something that parses `sys.argv`. What is only mentioned in passing may lack what is required."""
+def run_program(words: list[str], complete: bool, start: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run `start` with `words` as `sys.argv`. Only a complete command must have all required arguments."""
     monkeypatch.setattr(sys, "argv", words)
     code: object = 0
     incomplete = None
@@ -91,11 +91,11 @@ def run_program(words: list[str], whole: bool, start: Callable[[], object], monk
         incomplete = found
     except SystemExit as ended:
         code = ended.code
-    assert code in (0, None), f"the program refuses {words}"
+    assert code in (0, None), f"the program rejects {words}"
     if incomplete is not None:
-        assert not whole, f"{words} lacks what is required"
+        assert not complete, f"{words} lacks required arguments"
         options = {word.split("=")[0] for word in words if word.startswith("--")}
-        assert options <= set(incomplete.parser._option_string_actions), f"the program refuses {words}"
+        assert options <= set(incomplete.parser._option_string_actions), f"the program rejects {words}"
 
 
 def check_python(command: Command, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,13 +104,13 @@ def check_python(command: Command, words: list[str], monkeypatch: pytest.MonkeyP
         assert verb in VERBS, f"no verb {verb}"
         module = importlib.import_module(VERBS[verb])
         monkeypatch.setattr(module, "run", lambda arguments: None)
-        run_program([verb, *rest], command.whole, lambda: run_verb(verb, module, rest), monkeypatch)
+        run_program([verb, *rest], command.complete, lambda: run_verb(verb, module, rest), monkeypatch)
     elif words[:2] == ["-m", "data_prep"]:
         assert words[2] in ("prepare", "merge", "verify", "stats", "trim-vocab"), f"no verb {words[2]}"
-        run_program(words[1:], command.whole, lambda: data_prep_command.main(words[2:]), monkeypatch)
+        run_program(words[1:], command.complete, lambda: data_prep_command.main(words[2:]), monkeypatch)
     elif words[:2] == ["-m", "demo"]:
         start = lambda: importlib.import_module("demo.__main__").main()  # noqa: E731
-        run_program(words[1:], command.whole, start, monkeypatch)
+        run_program(words[1:], command.complete, start, monkeypatch)
     elif words[0] == "-m":
         assert words[1] in ("pip", "pytest") or importlib.util.find_spec(words[1]), f"no module {words[1]}"
     elif words[0] == "pipeline/train.py":
@@ -118,16 +118,16 @@ def check_python(command: Command, words: list[str], monkeypatch: pytest.MonkeyP
     else:
         assert (REPO / words[0]).is_file(), f"no file {words[0]}"
         run_program(
-            words, command.whole, lambda: runpy.run_path(str(REPO / words[0]), run_name="__main__"), monkeypatch
+            words, command.complete, lambda: runpy.run_path(str(REPO / words[0]), run_name="__main__"), monkeypatch
         )
 
 
 def check_training(command: Command, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Options by the program's own parser, recipe and its overrides by the recipe's."""
+    """Parse the options with the program's parser, and the recipe and its overrides with the recipe's."""
     from pipeline.train import main
 
     if words[1:]:
-        run_program(words, command.whole, main, monkeypatch)
+        run_program(words, command.complete, main, monkeypatch)
     values = dict(itertools.pairwise(words))
     recipe = values.get("--recipe", "recipes/quickstart.yaml")
     overrides = [value for option, value in itertools.pairwise(words) if option == "--set"]
@@ -136,9 +136,9 @@ def check_training(command: Command, words: list[str], monkeypatch: pytest.Monke
 
 
 def check_launched(command: Command, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """`deepspeed` or `torchrun`: the launcher's words by the launcher's parser, the rest by training's."""
+    """`deepspeed` or `torchrun`: parse the launcher's options with its parser, the rest with training's."""
     if "pipeline/train.py" not in words:
-        assert not command.whole
+        assert not command.complete
         return
     script = words.index("pipeline/train.py")
     if words[0] == "deepspeed":
@@ -153,7 +153,7 @@ def check_launched(command: Command, words: list[str], monkeypatch: pytest.Monke
 
 
 def check_script(command: Command, words: list[str], is_batch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A script of slurm/: it is there and reads these options; a training's further options are training's."""
+    """A script in slurm/ exists and reads these options. Further options of a training go to training's parser."""
     scripts = [number for number, word in enumerate(words) if word.endswith(".sh")]
     if not scripts:
         assert is_batch
@@ -162,18 +162,18 @@ def check_script(command: Command, words: list[str], is_batch: bool, monkeypatch
     text = (REPO / words[number]).read_text(encoding="utf-8")
     for option in (word.split("=")[0] for word in words[:number] if word.startswith("--")):
         assert option in SBATCH_OPTIONS, f"sbatch {option}: if Slurm has it, add it to SBATCH_OPTIONS"
-    further = words[number + 1 :]
+    arguments = words[number + 1 :]
     if words[number].endswith("distill_xlmr.sh"):
-        if len(further) > 3:
-            check_training(command, ["pipeline/train.py", "--deepspeed", further[1], *further[3:]], monkeypatch)
+        if len(arguments) > 3:
+            check_training(command, ["pipeline/train.py", "--deepspeed", arguments[1], *arguments[3:]], monkeypatch)
         return
-    for option in (word.split("=")[0] for word in further if word.startswith("--")):
+    for option in (word.split("=")[0] for word in arguments if word.startswith("--")):
         assert option in text, f"{words[number]} does not know {option}"
 
 
 @pytest.mark.usefixtures("parse_only")
 @pytest.mark.parametrize("command", ALL, ids=lambda command: f"{command.where}: {command.text[:60]}")
-def test_command_is_understood(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_parses(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     words = command.words
     while re.match(r"[A-Z_]+=", words[0]):
         words = words[1:]  # environment
@@ -194,8 +194,8 @@ def test_command_is_understood(command: Command, monkeypatch: pytest.MonkeyPatch
         assert program in ("hf", "srun", "tensorboard", "pre-commit"), f"no check knows {program}"
 
 
-def test_readme_prepares_text_as_it_says(tiny_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """README's commands from text to shards, run as they stand on two small files in place of CC-100."""
+def test_readme_commands_prepare_text(tiny_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run README's commands from text to shards unchanged, on two small files in place of CC-100."""
     (tmp_path / "data" / "cc100").mkdir(parents=True)
     for language in ("hi", "sw"):
         shutil.copy(SAMPLES / "cc100" / f"{language}.txt.xz", tmp_path / "data" / "cc100")
@@ -214,12 +214,12 @@ def test_python_in_documents_compiles(document: Path) -> None:
     for block in FENCE.finditer(document.read_text(encoding="utf-8")):
         if block["language"] == "python":
             source = re.sub(rf"^{block['indent']}", "", block["body"], flags=re.MULTILINE)
-            is_entry = re.match(r'"[\w-]+": ', source)  # a line of a table, as CONTRIBUTING shows it
+            is_entry = re.match(r'"[\w-]+": ', source)  # an entry of a table, as in CONTRIBUTING
             compile("{" + source + "}" if is_entry else source, str(document), "exec")
 
 
-def test_a_renamed_option_would_be_seen(parse_only: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check itself: names that do not exist are refused."""
+def test_unknown_names_are_rejected(parse_only: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test of the check itself: commands with unknown verbs, options, keys or targets fail it."""
     for text in (
         "python -m pipeline evaluate MODEL --taks speed --output DIR",
         "python -m data_prep prepare --input A --tokenizer B --outptu C",
@@ -230,4 +230,4 @@ def test_a_renamed_option_would_be_seen(parse_only: None, monkeypatch: pytest.Mo
         "make tset",
     ):
         with pytest.raises((AssertionError, ValueError)):
-            test_command_is_understood(Command("nowhere", text, whole=True), monkeypatch)
+            test_command_parses(Command("nowhere", text, complete=True), monkeypatch)

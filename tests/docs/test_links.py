@@ -1,4 +1,4 @@
-"""Links between documents lead somewhere, and the files, tests and docs that they mention are there."""
+"""Links between documents have a target, and the files and tests that documents mention exist."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import REPO
 from tests.docs.documents import DOCUMENTS, FENCE, anchors_of, relative
 
-PARTS = (
+TOP_LEVEL_FOLDERS = (
     "pipeline",
     "data_prep",
     "recipes",
@@ -29,7 +29,7 @@ ALL = [*DOCUMENTS, REPO / "docs" / "log.md"]
 
 
 @pytest.mark.parametrize("document", ALL, ids=relative)
-def test_links_lead_somewhere(document: Path) -> None:
+def test_links_have_a_target(document: Path) -> None:
     text = FENCE.sub("", document.read_text(encoding="utf-8"))
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if target.startswith(("http://", "https://", "mailto:")):
@@ -43,20 +43,20 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
-def test_mentioned_files_are_there(document: Path) -> None:
-    """`pipeline/x.py`, `docs/y.md`, `slurm/z.sh`, with `*` and `NAME` for many."""
+def test_mentioned_files_exist(document: Path) -> None:
+    """Paths such as `pipeline/x.py`, `docs/y.md`, `slurm/z.sh`; `*` and `NAME` match several files."""
     for span in re.findall(r"`([^`\n]+)`", FENCE.sub("", document.read_text(encoding="utf-8"))):
         for word in re.split(r"[\s(),;]+", span):
             name = word.partition("::")[0].rstrip(".:")
-            if not re.match(rf"({'|'.join(PARTS)})/[\w./*-]*$", name) or name in MADE_BY_USERS:
+            if not re.match(rf"({'|'.join(TOP_LEVEL_FOLDERS)})/[\w./*-]*$", name) or name in MADE_BY_USERS:
                 continue
             pattern = re.sub(r"\b(NAME|LANG|NNNNN|XX|DATE)\b", "*", name).rstrip("/")
             assert list(REPO.glob(pattern)), f"{relative(document)} mentions {name}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
-def test_mentioned_tests_are_there(document: Path) -> None:
-    """`tests/FILE.py::test_name`; a `::test_name` after it means the same file. An end of `...` is cut short."""
+def test_mentioned_tests_exist(document: Path) -> None:
+    """`tests/FILE.py::test_name`; a later `::test_name` means the same file. `...` at the end shortens a name."""
     file = None
     for path, name in re.findall(
         r"`(tests/[\w/]+\.py)?(?:::(\w+)(?:\.\.\.)?)?(?:\[[^\]`]*\])?`", document.read_text(encoding="utf-8")

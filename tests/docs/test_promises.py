@@ -1,4 +1,4 @@
-"""Promises in the documents name tests that are there, and no promise of SECURITY.md is without one."""
+"""Promises in the documents name tests that exist, and every promise of SECURITY.md names at least one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.conftest import REPO
 
 
 @pytest.mark.parametrize("document", ["SECURITY.md", "docs/reliability.md"])
-def test_the_tests_that_are_named_exist(document: str) -> None:
+def test_named_tests_exist(document: str) -> None:
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)", (REPO / document).read_text(encoding="utf-8"))
     assert named
     for file, function in named:
