@@ -13,25 +13,19 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from data_prep.shards import ShardSet
 from pipeline.config import Recipe, load_recipe
 from pipeline.data.tokenizer_hash import compare_ids
-from pipeline.distillation.models.loading import blank_model, check_weights, load_config
+from pipeline.distillation.models.loading import check_weights, load_config
 from pipeline.distillation.models.model_files import looks_like_path, read_model
-from pipeline.distillation.models.student import student_hf_config
-from pipeline.distillation.models.student_init import copied_layers
-from pipeline.distillation.models.vocabulary import read_vocabulary
-from pipeline.distillation.relations.loss import check_heads
-from pipeline.distillation.tap import tap
 from pipeline.doctor.machine import Finding, guarded
 from pipeline.errors import UserError
+from pipeline.planning.meta_models import Sizes, build_encoders
 from pipeline.runtime import ds_config, preflight
 from pipeline.runtime.engine import device_precisions
 from pipeline.runtime.host_memory import available_memory_bytes
@@ -40,19 +34,6 @@ from pipeline.training.dry_run import nearest_directory
 from pipeline.training.recipe_warnings import recipe_warnings
 
 FILES_OPEN_ANYWAY = 256  # by Python, torch and TensorBoard
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Parameters of a run's models, counted without building them."""
-
-    teacher: int
-    trained: int
-    untrained: int
-
-    @property
-    def checkpoint_bytes(self) -> int:
-        return 12 * self.trained + 4 * self.untrained
 
 
 def recipe_findings(
@@ -72,7 +53,7 @@ def recipe_findings(
     if all(finding.status == "ok" for finding in teacher):
         if shards.status != "fail":
             found.append(guarded("ids", lambda: ids_finding(recipe)))
-        sizes = count_parameters(recipe)
+        sizes = build_encoders(recipe, load_config(recipe.teacher)).sizes
         found += [memory_finding(sizes, num_ranks), guarded("disk", lambda: disk_finding(recipe, sizes, run_dir))]
     return found
 
@@ -166,46 +147,13 @@ def weights_finding(name: str) -> Finding:
 
 def shape_finding(recipe: Recipe, shards_are_there: bool) -> Finding:
     """Known family, layers and heads that exist, and the shards' tokenizer."""
-    config, teacher, student = blank_models(recipe)
-    relations, num_layers = recipe.relations, config.num_hidden_layers
-    tapped = tap(teacher, relations.teacher_taps or num_layers, **relations.tap_options, role="teacher")
-    tapped_student = tap(student, relations.student_taps or recipe.student.layers, role="student")
-    widths = {"teacher": tapped.widths[0], "student": tapped_student.widths[0]}
-    check_heads(widths["teacher"], relations.heads, "teacher", widths["student"])
-    check_heads(widths["student"], relations.heads, "student", widths["teacher"])
+    config = load_config(recipe.teacher)
+    tapped = build_encoders(recipe, config).teacher
     if shards_are_there:
-        check_fit(recipe, ShardSet(recipe.data), teacher)
+        check_fit(recipe, ShardSet(recipe.data), tapped.model)
     agrees = "; tokenizer as the shards'" if shards_are_there else ""
     shape = f"{config.num_hidden_layers} layers x {config.hidden_size}"
     return Finding("ok", "teacher", f"{config.model_type}, {shape}, read at layer {tapped.layers}{agrees}")
-
-
-def blank_models(recipe: Recipe) -> tuple[PretrainedConfig, PreTrainedModel, PreTrainedModel]:
-    """The teacher's config, and teacher and student without storage."""
-    config = load_config(recipe.teacher)
-    if recipe.vocabulary is not None:
-        config.vocab_size = len(read_vocabulary(recipe.vocabulary))
-    num_layers = config.num_hidden_layers
-    taps = recipe.relations.teacher_taps or num_layers
-    highest = taps if isinstance(taps, int) else max(taps)
-    chosen = copied_layers(num_layers, recipe.student.layers, recipe.student.init_layers, highest)
-    with torch.device("meta"):
-        teacher = blank_model(config, recipe.teacher)
-        student = AutoModel.from_config(student_hf_config(config, recipe.student, chosen))
-    return config, teacher, student
-
-
-def count_parameters(recipe: Recipe) -> Sizes:
-    """As a run would split them: what the tap reaches is trained, less what is frozen."""
-    _, teacher, student = blank_models(recipe)
-    tapped = tap(
-        student, recipe.relations.student_taps or recipe.student.layers, **recipe.relations.tap_options, role="student"
-    )
-    reached = {id(parameter): parameter.numel() for parameter in tapped.parameters()}
-    if recipe.student.freeze:
-        reached.pop(id(student.get_input_embeddings().weight))
-    trained = sum(reached.values())
-    return Sizes(teacher.num_parameters(), trained, student.num_parameters() - trained)
 
 
 def memory_finding(sizes: Sizes, num_ranks: int) -> Finding:

@@ -26,8 +26,9 @@ from pipeline.doctor.machine import (
     slurm_finding,
     version_findings,
 )
-from pipeline.doctor.recipe import Sizes, disk_finding, recipe_findings
+from pipeline.doctor.recipe import disk_finding, recipe_findings
 from pipeline.errors import EXIT_USER, exit_code_of
+from pipeline.planning.meta_models import Sizes
 
 Look = Callable[..., list[Finding]]
 
