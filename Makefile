@@ -52,9 +52,9 @@ FUZZ_SECONDS ?= 600
 fuzz: venv
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -q -s tests/fuzz
 
-# Hundreds of kills, preemptions and frozen ranks against a run that nobody touched: an hour or more.
+# Hundreds of kills, preemptions and frozen ranks, compared with a run without faults: an hour or more.
 faults: venv
-	$(BIN)/python benchmarks/bench_faults.py
+	$(BIN)/python -m tests.faults.sweeps
 
 clean:
 	rm -rf artifacts runs

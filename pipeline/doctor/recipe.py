@@ -20,24 +20,20 @@ import torch
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from data_prep.shards import ShardSet
+from data_prep.shards import DataError, ShardSet
 from pipeline.config import Recipe, load_recipe
-from pipeline.data.tokenizer_hash import compare_ids
 from pipeline.distillation.models.loading import blank_model, check_weights, load_config
 from pipeline.distillation.models.model_files import looks_like_path, read_model
 from pipeline.distillation.models.student import student_hf_config
 from pipeline.distillation.models.student_init import copied_layers
 from pipeline.distillation.models.vocabulary import read_vocabulary
-from pipeline.distillation.relations.loss import check_heads
 from pipeline.distillation.tap import tap
 from pipeline.doctor.machine import Finding, guarded
 from pipeline.errors import UserError
-from pipeline.runtime import ds_config, preflight
-from pipeline.runtime.engine import device_precisions
+from pipeline.runtime import preflight
 from pipeline.runtime.host_memory import available_memory_bytes
-from pipeline.training.build import check_fit, open_data
-from pipeline.training.dry_run import nearest_directory
-from pipeline.training.recipe_warnings import recipe_warnings
+from pipeline.runtime.preflight import nearest_directory
+from pipeline.training.checks import Check, Inputs, start_up_checks
 
 FILES_OPEN_ANYWAY = 256  # by Python, torch and TensorBoard
 
@@ -64,57 +60,45 @@ def recipe_findings(
     except UserError as error:
         return [Finding("fail", "recipe", str(error))]
     num_ranks = ranks or torch.cuda.device_count() or 1
-    found = [guarded("batch", lambda: batch_finding(recipe, recipe_path, ds_path, num_ranks))]
-    shards = guarded("shards", lambda: shards_finding(recipe))
-    found += [shards, *([] if shards.status == "fail" else more_about_shards(recipe, check_hashes))]
-    teacher = teacher_findings(recipe, shards_are_there=shards.status != "fail")
-    found += teacher
-    if all(finding.status == "ok" for finding in teacher):
-        if shards.status != "fail":
-            found.append(guarded("ids", lambda: ids_finding(recipe)))
-        sizes = count_parameters(recipe)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    inputs = Inputs(recipe, recipe_path, ds_path, num_ranks, device, lambda recipe: blank_models(recipe)[1])
+    found: list[Finding] = []
+    failed: set[str] = set()
+    for check in start_up_checks(inputs):
+        if check.subject == "teacher":
+            weights = teacher_finding(recipe)
+            found.append(weights)
+            failed |= {"teacher"} if weights.status != "ok" else set()
+        if failed.isdisjoint({check.subject, *check.needs}):
+            looked = findings_of(check)
+            found += looked
+            failed |= {finding.subject for finding in looked if finding.status == "fail"}
+            if check.subject == "shards" and "shards" not in failed:
+                found += more_about_shards(recipe, check_hashes)
+    if failed.isdisjoint({"teacher", "tokenizer"}):
+        try:
+            sizes = count_parameters(recipe)
+        except UserError as error:  # the student has no such layer
+            return [*found, Finding("fail", "student", str(error))]
         found += [memory_finding(sizes, num_ranks), guarded("disk", lambda: disk_finding(recipe, sizes, run_dir))]
     return found
 
 
-def batch_finding(recipe: Recipe, recipe_path: Path, ds_path: Path, num_ranks: int) -> Finding:
-    """Recipe and DeepSpeed JSON agree, and the batch divides."""
-    batch = ds_config.split_batch(recipe.global_batch, recipe.micro_batch_per_gpu, num_ranks)
-    can = device_precisions(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
-    _, warnings = ds_config.resolve(ds_path, str(recipe_path), recipe.optimizer, batch, num_ranks, can)
-    what = f"{recipe.global_batch} rows = {batch.micro_batch} x {batch.accumulation} x {num_ranks} rank(s)"
-    return Finding("ok", "batch", "; ".join([what, *warnings]))
-
-
-def shards_finding(recipe: Recipe) -> Finding:
-    """There, whole by size, and long enough for the recipe's rows."""
-    source = open_data(recipe)
-    shards = source.shards
-    tokens = sum(shards.num_tokens(language) for language in source.languages)
-    epochs = recipe.steps * recipe.global_batch * recipe.seq_len / max(tokens, 1)
-    return Finding(
-        "ok",
-        "shards",
-        f"{recipe.data}: {len(source.languages)} languages, {tokens / 1e6:,.1f} M tokens, sizes as in the manifest; the run "
-        f"reads {epochs:.1f} times as many",
-    )
-
-
-def ids_finding(recipe: Recipe) -> Finding:
-    """Ids in the shards are those that users of the teacher's tokenizer get."""
-    what, warnings = compare_ids(recipe.tokenizer, ShardSet(recipe.data))
-    if warnings:
-        return Finding(
-            "warn", "ids", "; ".join([what, *warnings]), "python -m data_prep prepare ... --output NEW_DIRECTORY"
-        )
-    return Finding("ok", "ids", what)
+def findings_of(check: Check) -> list[Finding]:
+    """What a run's own start-up check finds, without stopping at an error."""
+    try:
+        found = check.look()
+    except (UserError, DataError) as error:
+        return [Finding("fail", check.subject, str(error))]
+    if check.subject == "batch":  # what the DeepSpeed JSON falls back to on this device
+        return [Finding("ok", check.subject, "; ".join([found.what, *found.warnings]))]
+    ok = [Finding("ok", check.subject, found.what)] if found.what else []
+    return [*ok, *(Finding("warn", check.subject, warning, check.fix) for warning in found.warnings)]
 
 
 def more_about_shards(recipe: Recipe, check_hashes: bool) -> Iterator[Finding]:
-    """What a run would warn of, open files, and every byte's hash where that was asked for."""
+    """Open files, and the hash of every shard where that was asked for."""
     shards = ShardSet(recipe.data)
-    for text in recipe_warnings(recipe, open_data(recipe)):
-        yield Finding("warn", "recipe", text)
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     needed = len(shards.all_shards()) + FILES_OPEN_ANYWAY
     if limit != resource.RLIM_INFINITY and limit < needed:
@@ -130,16 +114,13 @@ def more_about_shards(recipe: Recipe, check_hashes: bool) -> Iterator[Finding]:
             yield Finding("ok", "shards", "every hash as in the manifest")
 
 
-def teacher_findings(recipe: Recipe, shards_are_there: bool) -> list[Finding]:
-    """Weights without pickle, a family that can be read, layers, heads, tokenizer."""
+def teacher_finding(recipe: Recipe) -> Finding:
+    """The weights are on this machine, without pickle."""
     path = Path(recipe.teacher).expanduser()
     if not path.is_dir() and not looks_like_path(recipe.teacher) and not is_cached(recipe.teacher):
         fix = f"on a node with network: hf download {recipe.teacher} (compute nodes then read the cache, HF_HOME)"
-        return [Finding("warn", "teacher", f"{recipe.teacher} is a hub name and not in the cache yet", fix)]
-    weights = guarded("teacher", lambda: weights_finding(recipe.teacher))
-    if weights.status == "fail":
-        return [weights]
-    return [weights, guarded("teacher", lambda: shape_finding(recipe, shards_are_there))]
+        return Finding("warn", "teacher", f"{recipe.teacher} is a hub name and not in the cache yet", fix)
+    return guarded("teacher", lambda: weights_finding(recipe.teacher))
 
 
 def is_cached(name: str) -> bool:
@@ -162,22 +143,6 @@ def weights_finding(name: str) -> Finding:
     tensors = files.tensors
     size = sum(file.stat().st_size for file in {tensor.file for tensor in tensors.values()})
     return Finding("ok", "teacher", f"{name}: {len(tensors)} tensors, {size / 2**30:.2f} GiB of safetensors")
-
-
-def shape_finding(recipe: Recipe, shards_are_there: bool) -> Finding:
-    """Known family, layers and heads that exist, and the shards' tokenizer."""
-    config, teacher, student = blank_models(recipe)
-    relations, num_layers = recipe.relations, config.num_hidden_layers
-    tapped = tap(teacher, relations.teacher_taps or num_layers, **relations.tap_options, role="teacher")
-    tapped_student = tap(student, relations.student_taps or recipe.student.layers, role="student")
-    widths = {"teacher": tapped.widths[0], "student": tapped_student.widths[0]}
-    check_heads(widths["teacher"], relations.heads, "teacher", widths["student"])
-    check_heads(widths["student"], relations.heads, "student", widths["teacher"])
-    if shards_are_there:
-        check_fit(recipe, ShardSet(recipe.data), teacher)
-    agrees = "; tokenizer as the shards'" if shards_are_there else ""
-    shape = f"{config.num_hidden_layers} layers x {config.hidden_size}"
-    return Finding("ok", "teacher", f"{config.model_type}, {shape}, read at layer {tapped.layers}{agrees}")
 
 
 def blank_models(recipe: Recipe) -> tuple[PretrainedConfig, PreTrainedModel, PreTrainedModel]:
