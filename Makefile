@@ -52,7 +52,7 @@ fuzz: venv ## read broken recipes, configs, manifests and data, new ones each ti
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -q -s tests/fuzz
 
 faults: venv ## disturb runs with hundreds of kills, preemptions and frozen ranks: an hour or more
-	$(BIN)/python benchmarks/bench_faults.py
+	$(BIN)/python -m tests.faults.sweeps
 
 clean: ## delete artifacts/ and runs/
 	rm -rf artifacts runs

@@ -38,9 +38,9 @@ def main() -> None:
     arguments = parser.parse_args()
     recipe_path = arguments.recipe or DEFAULT_RECIPE
 
-    from pipeline.training.launch import run_from_files
+    from pipeline.training.launch import RunOptions, run_from_files
 
-    run_from_files(
+    options = RunOptions(
         recipe_path=recipe_path,
         recipe_is_default=arguments.recipe is None,
         ds_path=arguments.deepspeed,
@@ -49,6 +49,7 @@ def main() -> None:
         allow_change=arguments.allow_change,
         is_dry_run=arguments.dry_run,
     )
+    run_from_files(options)
 
 
 if __name__ == "__main__":

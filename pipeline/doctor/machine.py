@@ -26,7 +26,7 @@ from data_prep.shards import DataError
 from pipeline.errors import UserError
 from pipeline.runtime import preflight
 from pipeline.runtime.allotment import allotted_gpus, why_unseen
-from pipeline.training.dry_run import without_trace
+from pipeline.runtime.preflight import without_trace
 
 REPO = Path(__file__).resolve().parent.parent.parent
 OPTIONAL = {"datasets": "for `hf:` inputs alone"}  # package -> when it is required; all others are always required

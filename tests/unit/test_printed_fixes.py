@@ -22,7 +22,7 @@ from pipeline.distillation.models.teacher import load_encoder
 from pipeline.errors import UserError
 from pipeline.planning.meta_models import blank_models
 from pipeline.runtime.ds_config import split_batch
-from pipeline.training.build import check_fit, open_data
+from pipeline.training.checks import check_fit, open_data
 from pipeline.training.how_to_prepare import how_to_prepare
 from tests.conftest import REPO, SAMPLES
 

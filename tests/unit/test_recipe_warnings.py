@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import load_recipe
-from pipeline.training.build import open_data
+from pipeline.training.checks import open_data
 from pipeline.training.recipe_warnings import recipe_warnings
 
 ENOUGH = ["heldout_rows=1"]  # the tiny corpus has more than ten rows of every language

@@ -11,18 +11,18 @@ import time
 from importlib.abc import MetaPathFinder
 
 
-def alter(trainer):
-    original = trainer.train_step
+def alter(stepper):
+    train_step = stepper.train_step
     is_slow = int(os.environ.get("SLURM_RESTART_COUNT", "0")) < int(os.environ.get("SLOW_ATTEMPTS", "1000"))
     pause_s = float(os.environ.get("SLOW_STEP_S", "0")) if is_slow else 0.0
 
-    def train_step(self, step, *arguments):
+    def altered_step(self, step, batches):
         time.sleep(pause_s)
         if os.environ.get("RANK") == os.environ.get("BUG_RANK") and step == int(os.environ["BUG_STEP"]):
             raise RuntimeError("an injected bug")
-        return original(self, step, *arguments)
+        return train_step(self, step, batches)
 
-    trainer.train_step = train_step
+    stepper.train_step = altered_step
 
 
 if "RANK" in os.environ and os.environ["RANK"] == os.environ.get("LATE_RANK"):
@@ -41,7 +41,7 @@ class TrainerFinder(MetaPathFinder):
 
         def exec_module(module):
             execute(module)
-            alter(module.Trainer)
+            alter(module.Stepper)
 
         spec.loader.exec_module = exec_module
         return spec
