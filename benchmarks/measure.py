@@ -42,16 +42,12 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """Short commit hash, with `+` for local changes."""
-    git = ["git", "-C", str(REPO)]
+    """Short commit hash, with `+` for local changes; "unknown" outside a checkout."""
+    describe = ["git", "-C", str(REPO), "describe", "--always", "--exclude=*", "--dirty=+"]
     try:
-        name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
-        dirty = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-        ).stdout
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return name.strip() + ("+" if dirty.strip() else "")
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
