@@ -1,60 +1,58 @@
-# make demo   the whole job on real text, then one table        make test   lint and every test this machine can run
+# `make` or `make help` lists the targets. Every target that needs it makes .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+.DEFAULT_GOAL := help
 
-.PHONY: demo test doctor faults coverage mutants fuzz lint format clean venv
-venv: .venv/.installed
+.PHONY: help venv demo doctor test lint format coverage mutants fuzz faults clean
+help: ## list the targets
+	@sed -n 's/^\([a-z%-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "make %-9s %s\n", $$1, $$2 }'
+
+venv: .venv/.installed ## make .venv and install the packages that demo and tests need
 .venv/.installed: requirements.txt requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -r requirements.txt -r requirements-dev.txt
 	touch $@
 
-demo: venv
+demo: venv ## distil a student of a real teacher on sample text, and print a table of results (SET="key=value ..." for settings)
 	$(BIN)/python -m demo $(addprefix --set ,$(SET))
 
-# make doctor RECIPE=recipes/NAME.yaml: also that run's shards, teacher, memory and disk
-doctor: venv
+doctor: venv ## check this machine, and with RECIPE=recipes/NAME.yaml that run's shards, teacher, memory and disk
 	$(BIN)/python -m pipeline doctor $(addprefix --recipe ,$(RECIPE))
 
-lint: venv
+test: venv lint ## lint, and run all tests that this machine can run
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-%: venv ## run the tests of one directory: make test-unit, test-dist, test-faults, test-slurm, test-golden, test-e2e
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/$*
+
+lint: venv ## check format, types, shell scripts and spelling
 	ruff check .
 	ruff format --check .
 	mypy
 	shellcheck -x slurm/*.sh slurm/lib/*.sh slurm/site.example.env .ci/run
 	codespell
 
-format: venv
+format: venv ## format the code, and fix what ruff can fix
 	ruff check --fix .
 	ruff format .
 
-test: venv lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
-
-# One kind of test: make test-unit, test-dist, test-faults, test-slurm, test-golden, test-e2e
-test-%: venv
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/$*
-
-# Lines that tests/unit and tests/golden run, with what they start; KINDS="tests" for all of them.
 KINDS ?= tests/unit tests/golden
-coverage: venv
+coverage: venv ## report the lines that KINDS (default: tests/unit tests/golden) run, subprocesses included
 	coverage erase
 	coverage run -m pytest -q $(KINDS)
 	coverage combine --quiet
 	coverage report --skip-covered --sort=cover
 
-# Planted bugs, each caught by the test that is there for it.
-mutants: venv
+mutants: venv ## plant bugs, and check that the test for each of them fails
 	$(BIN)/python -m tests.mutants
 
-# Broken recipes, configs, manifests and data files, other ones each time, for FUZZ_SECONDS in all.
 FUZZ_SECONDS ?= 600
-fuzz: venv
+fuzz: venv ## read broken recipes, configs, manifests and data, new ones each time, for FUZZ_SECONDS (default: 600)
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -q -s tests/fuzz
 
-# Hundreds of kills, preemptions and frozen ranks against a run that nobody touched: an hour or more.
-faults: venv
-	$(BIN)/python benchmarks/bench_faults.py
+faults: venv ## disturb runs with hundreds of kills, preemptions and frozen ranks: an hour or more
+	$(BIN)/python -m tests.faults.sweeps
 
-clean:
+clean: ## delete artifacts/ and runs/
 	rm -rf artifacts runs

@@ -1,10 +1,10 @@
-"""What `python -m pipeline plan` predicts, against what real steps on a CPU hold, compute and send.
+"""Compare the predictions of `python -m pipeline plan` with the memory, operations and traffic of real steps on a CPU.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_plan.py [--quick] [--json FILE]
 
-Memory: most bytes of tensors alive in the second optimizer step under a real DeepSpeed engine, from torch's profiler.
-Operations: torch's counter over one real micro-batch. Traffic: bytes that real gloo ranks hand to their collectives.
-Times and everything that only a GPU does are not measured here. `--quick` is what the tests run: small, two clusters.
+Memory: peak bytes of tensors in the second optimizer step under a real DeepSpeed engine, from torch's profiler.
+Operations: torch's counter over one real micro-batch. Traffic: bytes that real gloo ranks pass to their collectives.
+Times, and everything that only a GPU does, are not measured. `--quick` runs small shapes on two clusters, as the tests do.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def run_for_real(cases: list[Case], directory: Path) -> dict[str, list[dict[str,
 
 
 def memory_row(case: Case, reports: list[dict[str, Any]], directory: Path) -> Row:
-    """MB at the fullest moment, of the rank that holds most."""
+    """Peak MB of the rank that holds most."""
     predicted = case.plan(directory).memory
     measured = max(report["peak_bytes"] for report in reports)
     return [
@@ -69,15 +69,15 @@ def traffic_rows(case: Case, reports: list[dict[str, Any]], directory: Path) -> 
     rows = []
     planned: list[Collective] = case.plan(directory).collectives
     for kind, real in REAL_NAMES.items():
-        predicted = sum(c.whole_bytes for c in planned if c.kind == kind)
+        predicted = sum(c.total_bytes for c in planned if c.kind == kind)
         measured = max(report["collectives"].get(real, [0, 0])[1] for report in reports)
-        if predicted or measured > 1000:  # less are single numbers: norms and flags
+        if predicted or measured > 1000:  # smaller ones are single numbers: norms and flags
             rows.append([case.name, f"{kind}, kB", predicted / 1e3, measured / 1e3, predicted / measured])
     return rows
 
 
 def compare(one_rank: list[Case], many_ranks: list[Case]) -> list[Row]:
-    """All rows; each case runs once."""
+    """All rows of the table. Each case runs once."""
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         reports = run_for_real([*one_rank, *many_ranks], directory)

@@ -1,9 +1,10 @@
-"""What knowing its teacher and owning its directory cost a run at its start, in seconds; no step pays anything.
+"""Measure what identity checks and the directory lock add to the start of a run, in seconds. They add nothing to a step.
 
     python benchmarks/bench_start.py [--quick] [--json FILE]
 
-For recipes/quickstart.yaml, after `make demo`. Identity: hashes of the teacher's weights and config and of the tokenizer's files. Facts: what all ranks compare, with
-every shape of a student, serialised and hashed. Lock: taking and leaving a run directory.
+Runs on recipes/quickstart.yaml after `make demo`. Identity: hashes of the teacher's weights and config, and of the
+tokenizer's files. Facts: what all ranks compare, with every shape of a student, serialised and hashed. Lock: acquire and
+release the lock of a run directory.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ ROUNDS = 7
 
 
 def seconds(action: Callable[[], object], rounds: int) -> float:
-    """Median of `rounds`; one more before them fills the page cache and does not count."""
+    """Median of `rounds`, after one that fills the page cache and is not counted."""
     spent = []
     for _ in range(rounds + 1):
         began = time.perf_counter()

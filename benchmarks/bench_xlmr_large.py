@@ -1,9 +1,9 @@
-"""Try the paper's XLM-R-large recipes end to end for two steps, with a randomly initialised teacher of that shape.
+"""Run the paper's XLM-R-large recipes end to end for two steps, with a randomly initialised teacher of that shape.
 
-    python benchmarks/bench_xlmr_large.py [--quick] [--json FILE]        (about 9 GB of memory; --quick: one of the two recipes)
+    python benchmarks/bench_xlmr_large.py [--quick] [--json FILE]        (about 9 GB of memory; --quick: one recipe)
 
-Shapes, configs, shards in the 250 002-token vocabulary, training, checkpoint and export are the real ones; only the
-teacher's weights are random, so losses mean nothing. Prints peak memory per recipe.
+Shapes, configs, shards in the 250 002-token vocabulary, training, checkpoint and export are the real ones. Only the
+teacher's weights are random, so losses are meaningless. Prints peak memory per recipe.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RECIPES = ("xlmr_large_l6_h384", "xlmr_large_l12_h384")
 
 
 def make_teacher(directory: Path, tokenizer: Path) -> None:
-    """XLM-R-large's config with random weights, and the tokenizer of the quickstart teacher (the same 250 002 ids)."""
+    """Save a model of XLM-R-large's config with random weights, and the quickstart teacher's tokenizer (the same 250 002 ids)."""
     config = XLMRobertaConfig(
         vocab_size=250002,
         hidden_size=1024,
@@ -47,7 +47,7 @@ def make_teacher(directory: Path, tokenizer: Path) -> None:
 
 
 def run(arguments: list[str]) -> float:
-    """A command that must succeed; returns the peak resident memory of all children so far in GB."""
+    """Run a command that must succeed. Returns the peak resident memory of all children so far, in GB."""
     subprocess.run([sys.executable, *arguments], cwd=REPO, check=True)
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
 

@@ -1,6 +1,6 @@
-"""What every `bench_*.py` shares: its two options, the machine and commit in its report, a markdown table.
+"""The parts that every `bench_*.py` shares: two options, the machine and commit in the report, a Markdown table.
 
-A benchmark calls `arguments(__doc__)`, measures, and ends in `publish(...)`: prints the table and, with `--json FILE`,
+A benchmark calls `arguments(__doc__)`, measures, and calls `publish(...)`, which prints the table and, with `--json FILE`,
 writes the same figures for programs.
 """
 
@@ -23,7 +23,7 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    """A parser with `--quick` and `--json FILE`; add what the benchmark needs of its own."""
+    """A parser with `--quick` and `--json FILE`. A benchmark adds its own options."""
     parser = CommandLine(description=description)
     parser.add_argument("--quick", action="store_true", help="a small version, in seconds; its figures are rough")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
@@ -42,20 +42,16 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """Short commit hash; `+` marks local changes."""
-    git = ["git", "-C", str(REPO)]
+    """Short commit hash, with `+` for local changes; "unknown" outside a checkout."""
+    describe = ["git", "-C", str(REPO), "describe", "--always", "--exclude=*", "--dirty=+"]
     try:
-        name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
-        dirty = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-        ).stdout
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return name.strip() + ("+" if dirty.strip() else "")
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Cells as they are; floats with three significant digits."""
+    """A Markdown table. Floats have three significant digits."""
     cells = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     return "\n".join("| " + " | ".join(row) + " |" for row in [list(header), ["---"] * len(header), *cells])
 
@@ -63,7 +59,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def publish(
     title: str, header: Sequence[str], rows: Sequence[Sequence[Any]], figures: dict[str, Any], json_file: Path | None
 ) -> str:
-    """Print the report as markdown and return it; with `json_file` also write `figures` with machine, commit, date."""
+    """Print the report as Markdown and return it. With `json_file`, also write `figures` with machine, commit and date."""
     command = " ".join(["python", *(word.removeprefix(f"{REPO}/") for word in sys.argv)])
     about = {"date": date.today().isoformat(), "commit": commit(), "machine": machine(), "command": command}
     report = "\n".join(

@@ -1,7 +1,7 @@
-"""The runs that a plan is checked on: six shapes for memory and operations, ZeRO stages on 2 and 4 ranks for traffic.
+"""The runs with which plans are compared: six shapes for memory and operations, ZeRO stages on 2 and 4 ranks for traffic.
 
-In: a size, `small` (tests) or `large` (bench_plan.py). Out: cases for plan_ranks.py, and the plan of each. `measured_flops`
-counts the products of a real micro-batch.
+In: a size, 1 (tests) or 2 (bench_plan.py). Out: cases for plan_ranks.py, and the plan of each. `measured_flops` counts the
+operations of a real micro-batch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipeline.distillation.distiller import DistillModule
 from pipeline.distillation.models.architectures import architecture_of
 from pipeline.distillation.models.student import build_student
 from pipeline.distillation.models.teacher import load_teacher
-from pipeline.planning.devices import DEVICES
+from pipeline.planning.devices import DEVICES, Hardware
 from pipeline.planning.meta_models import read_config
 from pipeline.planning.plan import Plan, Planner
 
@@ -31,7 +31,7 @@ aten = torch.ops.aten
 
 @dataclass
 class Case:
-    """One real run: a teacher's shape, what the recipe changes, and how it is launched."""
+    """One real run: a teacher's shape, changes to the recipe, and how it is launched."""
 
     name: str
     recipe: dict[str, Any]
@@ -40,7 +40,7 @@ class Case:
     precision: str = "fp32"
     ranks: int = 1
     zero: dict[str, Any] = field(default_factory=dict)
-    keep_gathered: bool = False  # a partitioned teacher keeps what it gathered, as far as DeepSpeed's defaults go
+    keep_gathered: bool = False  # a partitioned teacher keeps gathered parameters up to DeepSpeed's defaults
 
     @property
     def overrides(self) -> list[str]:
@@ -55,7 +55,7 @@ class Case:
         return path
 
     def for_ranks(self, directory: Path) -> dict[str, Any]:
-        """As plan_ranks.py reads it."""
+        """The case as plan_ranks.py reads it."""
         return {
             "name": self.name,
             "recipe": str(RECIPE),
@@ -70,11 +70,11 @@ class Case:
         }
 
     def plan(self, directory: Path) -> Plan:
-        """What a plan says of it."""
+        """The predicted plan of this case."""
         ds = {"zero_optimization": {"stage": self.stage, "overlap_comm": False, **self.zero}}
         path = directory / "planned.json"
         path.write_text(json.dumps({**ds, "bf16": {"enabled": self.precision == "bf16"}}))
-        planner = Planner(self.load(), RECIPE, path, DEVICES["cpu"], teacher_config=self.write_config(directory))
+        planner = Planner(self.load(), RECIPE, path, Hardware(DEVICES["cpu"]), self.write_config(directory))
         return planner.plan(1, self.ranks)
 
 
@@ -96,7 +96,7 @@ def teacher_shape(layers: int, hidden: int, vocabulary: int, **changes: Any) -> 
 
 
 def shapes(size: int) -> list[Case]:
-    """Six runs on one rank; widths, rows and vocabulary grow with `size` (tests: 1, benchmark: 2)."""
+    """Six runs on one rank. Widths and vocabulary grow with `size` (tests: 1, benchmark: 2)."""
     hidden, vocabulary = 96 * size, 2000 * size**2
     teacher = teacher_shape(4, 2 * hidden, vocabulary)
     same = teacher_shape(4, hidden, vocabulary)
@@ -131,7 +131,7 @@ def shapes(size: int) -> list[Case]:
 
 
 def clusters(size: int) -> list[Case]:
-    """The same step on 2 and 4 ranks; tests take the first two."""
+    """The same step on 2 and 4 ranks. Tests run the first two."""
     hidden, vocabulary = 48 * size, 2000 * size
     teacher = teacher_shape(3, 2 * hidden, vocabulary, num_attention_heads=4)
     base = {
@@ -158,7 +158,7 @@ def clusters(size: int) -> list[Case]:
 
 
 def measured_flops(case: Case, directory: Path) -> int:
-    """Operations that torch counts in one real micro-batch: both forwards, the loss, the student's backward."""
+    """Operations that torch counts in one real micro-batch: both forward passes, the loss, the student's backward pass."""
     recipe, relations = case.load(), case.load().relations
     config = read_config(recipe.teacher, case.write_config(directory))
     pooler = {"add_pooling_layer": False} if architecture_of(config).has_pooler else {}
@@ -180,11 +180,11 @@ def _attention_forward(query, key, value, *arguments, out_shape=None, **keywords
 
 
 def _attention_backward(gradient, query, key, value, *arguments, out_shape=None, **keywords) -> int:
-    """Five products, as torch counts its other attention kernels: logits again, and a gradient for each factor."""
+    """Five products, as torch counts for its other attention kernels: the logits again, and a gradient for each factor."""
     return 5 * sdpa_flop_count(query, key, value) // 2
 
 
-# torch's counter has formulas for its GPU kernels only.
+# torch's counter has formulas for GPU kernels only.
 _CPU_ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,

@@ -1,9 +1,9 @@
-"""Real training steps under real ranks, with what they hold and what they send counted: what a plan is compared with.
+"""Run real training steps on real ranks and count the bytes that they hold and send: what a plan is compared with.
 
     python benchmarks/plan_ranks.py OPTIONS.json REPORT.json
 
-Options: `{"cases": [{"recipe": [overrides], "config": {teacher's config}, "stage", "precision", "ranks", ...}]}`. Everything
-is imported once; each case forks its ranks, which run two optimizer steps on random rows. Used by bench_plan.py and tests.
+Options: `{"cases": [case, ...]}` with cases of `plan_cases.Case.for_ranks`. All libraries are imported once. Each case forks
+its ranks, which run two optimizer steps on random rows.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import deepspeed
 import torch
 import torch.distributed
+from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModel
 
@@ -36,14 +37,13 @@ from pipeline.runtime import dist
 from pipeline.runtime.ds_config import split_batch
 from pipeline.runtime.engine import StudentEngine, partition_teacher
 from pipeline.training.build import DTYPES
-from tests.dist.ports import free_port
 
 GATHER_LIMITS = ("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size")
 COLLECTIVES = ("all_reduce", "reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather", "broadcast")
 
 
 def build(case: dict[str, Any], recipe: Recipe, launch: dist.Launch) -> tuple[StudentEngine, int, int]:
-    """The same objects as pipeline/training/build.py builds, from random weights; engine, micro-batch, accumulation."""
+    """The objects that pipeline/training/build.py builds, with random weights: engine, micro-batch, accumulation."""
     relations = recipe.relations
     torch.manual_seed(0)
     config = read_config(recipe.teacher, Path(case["config"]))
@@ -77,7 +77,7 @@ def build(case: dict[str, Any], recipe: Recipe, launch: dist.Launch) -> tuple[St
 
 
 def use_default_limits() -> None:
-    """From now on this rank's engines keep as many gathered parameters as DeepSpeed does by default."""
+    """Make all later engines of this rank keep as many gathered parameters as DeepSpeed does by default."""
     initialize = deepspeed.initialize
 
     def without_limits(config: dict[str, Any], **keywords: Any) -> Any:
@@ -96,11 +96,11 @@ def optimizer_step(engine: StudentEngine, ids_BL: torch.Tensor, accumulation: in
 
 
 def run_rank(case: dict[str, Any], rank: int, port: int, report: Path) -> None:
-    """One rank of one case: peak bytes of tensors in the second step, and what its collectives carried."""
+    """Run one rank of one case. Reports the peak bytes of tensors in the second step, and the traffic of its collectives."""
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case["ranks"], "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in environment.items()}, MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
-    untrained = count_collectives()  # before DeepSpeed takes its references to them
+    traffic = count_collectives()  # before DeepSpeed stores references to them
     launch = dist.read_launch()
     dist.init_process_group(launch, 120)
     recipe = load_recipe(Path(case["recipe"]), case["set"])
@@ -110,15 +110,15 @@ def run_rank(case: dict[str, Any], rank: int, port: int, report: Path) -> None:
         ids_BL = torch.randint(4, case["vocabulary"], (rows, recipe.seq_len), generator=generator)
         optimizer_step(engine, ids_BL, accumulation)
         with torch.profiler.record_function("second step"):
-            untrained.clear()
+            traffic.clear()
             optimizer_step(engine, ids_BL, accumulation)
-    result = {"peak_bytes": peak_bytes(profiler), "collectives": dict(untrained)}
+    result = {"peak_bytes": peak_bytes(profiler), "collectives": dict(traffic)}
     report.write_text(json.dumps(result))
     os._exit(0)
 
 
 def peak_bytes(profiler: profile) -> int:
-    """Most bytes of tensors alive at once since the mark "second step"."""
+    """Most bytes of tensors allocated at any moment since the mark "second step"."""
     events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
     begin = min(event.start_ns() for event in events if event.name() == "second step")
     alive = peak = 0
@@ -130,27 +130,27 @@ def peak_bytes(profiler: profile) -> int:
 
 
 def count_collectives() -> dict[str, list[int]]:
-    """Per kind: how often it is called, and the bytes of the whole tensor (of all ranks together) that it deals with."""
-    untrained: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
+    """Per kind: the number of calls, and the bytes of the complete tensors (of all ranks together)."""
+    traffic: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
 
     def wrap(kind: str, original: Any) -> Any:
         def counted(*arguments: Any, **keywords: Any) -> Any:
             tensors = [a for a in [*arguments, *keywords.values()] if isinstance(a, torch.Tensor)]
-            untrained[kind][0] += 1
-            untrained[kind][1] += max((t.numel() * t.element_size() for t in tensors), default=0)
+            traffic[kind][0] += 1
+            traffic[kind][1] += max((t.numel() * t.element_size() for t in tensors), default=0)
             return original(*arguments, **keywords)
 
         return counted
 
     for kind in COLLECTIVES:
         setattr(torch.distributed, kind, wrap(kind, getattr(torch.distributed, kind)))
-    return untrained
+    return traffic
 
 
 def run_case(case: dict[str, Any]) -> list[dict[str, Any]]:
-    """Fork the ranks of one case and collect their reports."""
+    """Fork the ranks of one case, and collect their reports."""
     context = multiprocessing.get_context("fork")
-    port = free_port()
+    port = get_free_port()
     with tempfile.TemporaryDirectory() as temporary:
         files = [Path(temporary) / f"{rank}.json" for rank in range(case["ranks"])]
         ranks = [context.Process(target=run_rank, args=(case, rank, port, file)) for rank, file in enumerate(files)]

@@ -20,7 +20,8 @@ from pipeline.distillation.models.teacher import load_encoder as load_teacher_en
 from pipeline.evaluation.encoder import Encoder, load_encoder
 from pipeline.evaluation.retrieval import evaluate_retrieval, retrieval_table
 from pipeline.export.card import write_card
-from pipeline.training.build import cut_teacher, open_data, student_of
+from pipeline.training.build import student_of
+from pipeline.training.checks import cut_teacher, open_data
 
 STAGES = ("teacher", "before", "after")
 

@@ -1,16 +1,18 @@
-"""`python -m pipeline VERB ...`: everything but training. Each verb is one module with `add_arguments` and `run`."""
+"""Everything except training, as `python -m pipeline VERB ...`. Training: `pipeline/train.py --help`."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import sys
+from pathlib import Path
 from types import ModuleType
 
-from data_prep.command_line import CommandLine
+from data_prep.command_line import CommandLine, add_version
 from pipeline.errors import exit_code_of
 
-VERBS = {
+VERBS = {  # each module has a docstring, `add_arguments` and `run`
     "export": "pipeline.export.command",
     "evaluate": "pipeline.evaluation.command",
     "report": "pipeline.report.page",
@@ -23,11 +25,13 @@ VERBS = {
 
 
 def main(arguments: list[str]) -> None:
-    """Import the verb's module alone: `--help` of one verb must not cost the imports of all."""
-    parser = CommandLine(prog="python -m pipeline", description=__doc__)
-    parser.add_argument("verb", choices=VERBS)
+    """Import and run the module of one verb. The other verbs' imports would take seconds."""
+    parser = CommandLine(prog="python -m pipeline", description=__doc__, epilog=_describe_verbs())
+    parser.add_argument("verb", choices=VERBS, metavar="VERB", help="one of those below; its options: VERB --help")
+    add_version(parser)
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed --module adds it
-    parser.add_argument("rest", nargs=argparse.REMAINDER, help="see `python -m pipeline VERB --help`")
+    rest = parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="options of the verb")
+    rest.required = False  # so that the message about a missing verb does not name it
     chosen = parser.parse_args(arguments)
     run_verb(chosen.verb, importlib.import_module(VERBS[chosen.verb]), chosen.rest)
 
@@ -37,6 +41,17 @@ def run_verb(name: str, module: ModuleType, arguments: list[str]) -> None:
     parser = CommandLine(prog=f"python -m pipeline {name}", description=module.__doc__)
     module.add_arguments(parser)
     module.run(parser.parse_args(arguments))
+
+
+def _describe_verbs() -> str:
+    """One line per verb."""
+    return "\n".join(["verbs:", *(f"  {name:<10} {first_line(module)}" for name, module in VERBS.items())])
+
+
+def first_line(module: str) -> str:
+    """The first line of a module's docstring, without an import: torch would take seconds."""
+    path = Path(__file__).parent.parent / f"{module.replace('.', '/')}.py"
+    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Exit codes and the two exceptions behind them; every command line of `pipeline` ends in `exit_code_of`."""
+"""Exit codes and the exceptions behind them. Every command line of `pipeline` ends in `exit_code_of`."""
 
 from __future__ import annotations
 
@@ -15,31 +15,28 @@ EXIT_HUNG = 4
 
 
 class UserError(Explained):
-    """Something that the user can mend. The message says what is wrong, where, and how to mend it."""
+    """A problem that the user can fix. The message says what is wrong, where, and how to fix it."""
 
 
 class DivergedRunError(RuntimeError):
-    """The run itself is ill (non-finite loss, crash loop): starting it again unchanged will not help."""
+    """The run cannot continue (non-finite loss, crash loop): an unchanged restart will not help."""
 
 
 def did_you_mean(key: str, known: Sequence[str]) -> str:
-    """The end of a message about an unknown key: the nearest known one, or all of them."""
+    """The end of a message about an unknown key: the nearest known key, or all of them."""
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
     return f"did you mean `{nearest[0]}`?" if nearest else f"known here: {', '.join(known)}"
 
 
 def exit_code_of(main: Callable[[], object]) -> int:
-    """Run `main`; print what a user can fix as one paragraph, without a traceback, and give the exit code."""
+    """Run `main` and return the exit code. Errors that a user can fix are printed as one paragraph without a traceback."""
     print_bytes_as_they_come()
     try:
         main()
-        sys.stdout.flush()  # here, where a reader that has gone is no traceback
-    except (UserError, DataError) as error:
+        sys.stdout.flush()  # inside `try`, so that a closed pipe gives no traceback
+    except (UserError, DataError, DivergedRunError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER
-    except DivergedRunError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_DIVERGED
+        return EXIT_DIVERGED if isinstance(error, DivergedRunError) else EXIT_USER
     except (Exception, KeyboardInterrupt) as error:
         return code_without_traceback(error)
     return EXIT_DONE

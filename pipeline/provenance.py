@@ -1,6 +1,6 @@
-"""Where a run comes from: versions, commit, machine, data and recipe, written to `run.json` before step 1.
+"""The origin of a run: versions, commit, machine, data and recipe.
 
-Used by trainer.py, the model card and the report, so that a student can always be traced to what made it.
+In: a recipe. Out: the content of `run.json`, which is written before step 1, and the list of changes that a resume rejects.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipeline.config import Recipe, as_tree
 REPO = Path(__file__).resolve().parent.parent
 CODE = ("pipeline", "data_prep")
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "sentencepiece", "safetensors", "numpy")
-# What may change between two lives of one run: it decides how long, how often and how cut, not what is computed.
+# Keys that may change between two attempts of one run: how long, how often and in which parts, not what is computed.
 MAY_CHANGE = (
     "steps",
     "save_every",
@@ -32,34 +32,36 @@ MAY_CHANGE = (
     "metrics",
     "retrieval",
 )
-
-
-KNOWN_BY_CONTENT = ("teacher", "vocabulary")  # identity.py
+COMPARED_BY_CONTENT = ("teacher", "vocabulary")  # training/identity.py
 
 
 def resume_critical_config(recipe: Recipe) -> dict[str, Any]:
     """The part of a recipe that must not change within one run, flattened to dotted keys."""
-    tree = {key: value for key, value in as_tree(recipe).items() if key not in MAY_CHANGE}
     flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat.update({f"{key}.{inner}": item for inner, item in value.items()})
-        else:
-            flat[key] = value
+    for key, value in as_tree(recipe).items():
+        if key not in MAY_CHANGE:
+            is_section = isinstance(value, dict)
+            flat |= {f"{key}.{inner}": item for inner, item in value.items()} if is_section else {key: value}
     return flat
 
 
 def changed_keys(begun: Mapping[str, Any], recipe: Recipe, by_path: bool) -> list[str]:
-    """Keys of a run's mathematics that are no longer what it was begun with. Without `by_path` another place of teacher
-    and vocabulary is none: what is there is compared by content. A key that a newer version has added counts with its default."""
+    """The changes of a run's resume-critical config, as `key: before -> now`.
+
+    Args:
+        begun: the config with which the run began. A key that it lacks (of a newer version) has its default.
+        recipe: of this attempt
+        by_path: compare teacher and vocabulary by path. False: another path is not a change; their content is compared
+            elsewhere.
+    """
     now, then = resume_critical_config(recipe), {**resume_critical_config(Recipe()), **begun}
     differing = [key for key in now if now[key] != then.get(key)]
-    is_elsewhere = {key for key in KNOWN_BY_CONTENT if not by_path and None not in (then.get(key), now[key])}
+    is_elsewhere = {key for key in COMPARED_BY_CONTENT if not by_path and None not in (then.get(key), now[key])}
     return [f"{key}: {then.get(key)} -> {now[key]}" for key in differing if key not in is_elsewhere]
 
 
 def code_fingerprint(repo: Path = REPO) -> str:
-    """Short hash over the code itself, whether or not it is a checkout and whatever was changed in it."""
+    """Short hash of the source files, uncommitted changes included. Works outside a git checkout too."""
     digest = hashlib.sha256()
     for path in sorted(path for package in CODE for path in (repo / package).rglob("*.py")):
         digest.update(path.relative_to(repo).as_posix().encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
@@ -72,12 +74,12 @@ def fingerprint(value: Any) -> str:
 
 
 def library_versions() -> dict[str, Any]:
-    """Python's version and those of the packages that take part in the mathematics."""
+    """The versions of Python and of the packages that take part in the computation."""
     return {"python": platform.python_version(), "packages": {name: metadata.version(name) for name in PACKAGES}}
 
 
 def describe_run(recipe: Recipe, **facts: Any) -> dict[str, Any]:
-    """The content of `run.json`; `facts` are added as given. Nothing of the environment's variables is recorded."""
+    """The content of `run.json`, with `facts` added as given. Environment variables are not recorded."""
     return {
         "git_commit": git_commit(),
         "code_fingerprint": code_fingerprint(),
@@ -90,7 +92,7 @@ def describe_run(recipe: Recipe, **facts: Any) -> dict[str, Any]:
 
 
 def git_commit() -> str:
-    """Commit of the code, with `+changes` when the tree differs from it; "unknown" outside a checkout."""
+    """Commit of the code, with `+changes` where tracked files differ from it; "unknown" outside a checkout."""
     try:
         commit = _git("rev-parse", "--short=12", "HEAD")
         return commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")

@@ -1,9 +1,9 @@
-"""The reference of recipe keys, made from the dataclasses: what `docs/recipes.md` holds.
+"""Print the reference of all recipe keys: the content of docs/recipes.md.
 
     python -m pipeline recipes > docs/recipes.md
 
-A key's description is the comment beside its field, a section's the docstring of its dataclass, so code and page cannot
-tell different things; a test says when the page is stale.
+The description of a key is the comment on the line of its field, that of a section the docstring of its dataclass. A test
+fails where the page is not up to date.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ from pipeline.config import Recipe, load_recipe
 REPO = Path(__file__).resolve().parent.parent
 INTRODUCTION = """# Recipes
 
-Made by `python -m pipeline recipes > docs/recipes.md` from the dataclasses and from `recipes/`; change those, not this page.
+This page is generated from the dataclasses and from `recipes/` by `python -m pipeline recipes > docs/recipes.md`. Change those,
+not this page.
 
-A recipe is a YAML file. What it leaves out has its default, `--set key=value` and `--set section.key=value` override it, and an
-unknown key is an error that names the nearest known one. Batch, learning rate and clipping are the recipe's; ZeRO stage,
-precision, communication and offload are the DeepSpeed JSON's (`ds_configs/README.md`). What may change between two lives of one run:
-`docs/reliability.md`. Try one before it runs: `deepspeed pipeline/train.py --deepspeed ds_configs/zero2.json --recipe FILE --dry-run`.
+A recipe is a YAML file. A key that it leaves out has its default. `--set key=value` and `--set section.key=value` override it.
+An unknown key is an error that names the nearest known key. Batch, learning rate and clipping belong to the recipe; ZeRO stage,
+precision, communication and offload belong to the DeepSpeed JSON (`ds_configs/README.md`). `docs/reliability.md` lists what may
+change when a run resumes. To try a recipe: `deepspeed pipeline/train.py --deepspeed ds_configs/zero2.json --recipe FILE --dry-run`.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """No options: it prints the page."""
+    """This verb has no options."""
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -45,8 +46,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def page() -> str:
-    """The whole of docs/recipes.md."""
-    sections = [INTRODUCTION, "## The recipes that are here\n", recipe_table(), "## Keys\n", section(Recipe, "")]
+    """The content of docs/recipes.md."""
+    sections = [INTRODUCTION, "## Available recipes\n", recipe_table(), "## Keys\n", section(Recipe, "")]
     return "\n".join(sections)
 
 
@@ -65,7 +66,7 @@ def recipe_table() -> str:
 def section(cls: type, prefix: str) -> str:
     """A dataclass's keys as a table, then the sections inside it."""
     comments, hints = field_comments(cls), typing.get_type_hints(cls)
-    rows, inner = [["key", "type", "default", "what it is"]], []
+    rows, inner = [["key", "type", "default", "description"]], []
     for field in dataclasses.fields(cls):
         nested = next(dataclasses_in(hints[field.name]), None)
         name = f"{prefix}{field.name}"
@@ -84,7 +85,7 @@ def section(cls: type, prefix: str) -> str:
 
 
 def dataclasses_in(hint: Any) -> Iterator[type]:
-    """Dataclasses that a type hint is or holds."""
+    """The dataclasses in a type hint."""
     if dataclasses.is_dataclass(hint):
         yield typing.cast(type, hint)
     for argument in typing.get_args(hint):
@@ -92,7 +93,7 @@ def dataclasses_in(hint: Any) -> Iterator[type]:
 
 
 def field_comments(cls: type) -> dict[str, str]:
-    """The comment on each field's own line; a field without one is an error, because the page would say nothing of it."""
+    """The comment on the line of each field. A field without one is an error: its row would have no description."""
     source = textwrap.dedent(inspect.getsource(cls))
     comment_at = {
         token.start[0]: token.string.lstrip("# ")
@@ -103,19 +104,19 @@ def field_comments(cls: type) -> dict[str, str]:
     last_line = {node.target.id: node.end_lineno for node in body if isinstance(node, ast.AnnAssign)}  # type: ignore[union-attr]
     sections = {f.name for f in dataclasses.fields(cls) if dataclasses.is_dataclass(typing.get_type_hints(cls)[f.name])}
     comments = {name: comment_at.get(typing.cast(int, line), "") for name, line in last_line.items()}
-    silent = [name for name, comment in comments.items() if not comment and name not in sections]
-    assert not silent, f"{cls.__name__}: a comment beside {', '.join(silent)} would be its line in docs/recipes.md"
+    missing = [name for name, comment in comments.items() if not comment and name not in sections]
+    assert not missing, f"{cls.__name__}: write a comment on the line of {', '.join(missing)}, for docs/recipes.md"
     return comments
 
 
 def type_text(field: dataclasses.Field) -> str:
-    """The annotation as written, in YAML's words; choices without their wrapping."""
+    """The annotation in YAML's terms, with `a or b` for literals."""
     text = re.sub(r"Literal\[(.*?)\]", lambda found: found[1].replace(", ", " or "), str(field.type))
     return text.replace('"', "").replace("'", "").replace(" | None", " or null")
 
 
 def default_text(field: dataclasses.Field) -> str:
-    """The default as YAML would have it."""
+    """The default as written in YAML."""
     if field.default is not dataclasses.MISSING:
         value = field.default
     elif field.default_factory is not dataclasses.MISSING:
@@ -126,7 +127,7 @@ def default_text(field: dataclasses.Field) -> str:
 
 
 def as_text(comment: str) -> str:
-    """A comment in YAML's words; `<s>` must not be taken for markup."""
+    """A comment in YAML's terms, with `<` escaped, since `<s>` is not markup."""
     return comment.replace("None:", "null:").replace("<", "&lt;")
 
 
@@ -139,6 +140,6 @@ def source_path(cls: type) -> str:
 
 
 def markdown(rows: list[list[str]]) -> str:
-    """A table whose first row is its head."""
+    """A Markdown table whose first row is its header."""
     head, *body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join([head, "|" + " --- |" * len(rows[0]), *body, ""])

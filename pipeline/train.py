@@ -1,4 +1,4 @@
-"""Distil a student. The same command on a laptop and on a cluster:
+"""Distil a student. The same command runs on a laptop and on a cluster:
 
 deepspeed pipeline/train.py --deepspeed ds_configs/zero2.json                      (recipes/quickstart.yaml)
 deepspeed pipeline/train.py --deepspeed ds_configs/zero2.json --recipe recipes/xlmr_large_l12_h384.yaml
@@ -12,10 +12,10 @@ import os
 import sys
 from pathlib import Path
 
-# Started by path, Python puts pipeline/ itself first on sys.path; the packages live one level up.
+# Python puts the directory of a script, pipeline/, first on sys.path. The packages are one level up.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data_prep.command_line import CommandLine  # noqa: E402
+from data_prep.command_line import CommandLine, add_version  # noqa: E402
 from data_prep.outputs import output_path  # noqa: E402
 from pipeline.errors import exit_code_of  # noqa: E402
 
@@ -23,23 +23,24 @@ DEFAULT_RECIPE = Path("recipes/quickstart.yaml")
 
 
 def main() -> None:
-    """Parse the command line and run; the heavy imports wait until the arguments are known to be right."""
+    """Parse the command line, and train. The slow imports follow after the arguments have been checked."""
     parser = CommandLine(description=__doc__)
     parser.add_argument(
         "--deepspeed", type=Path, required=True, metavar="JSON", help="for example ds_configs/zero2.json"
     )
-    parser.add_argument("--recipe", type=Path, help=f"what to distil from what (default: {DEFAULT_RECIPE})")
-    parser.add_argument("--run-dir", type=output_path, help="where everything goes (default: runs/NAME_OF_RECIPE)")
+    parser.add_argument("--recipe", type=Path, help=f"teacher, student, data and schedule (default: {DEFAULT_RECIPE})")
+    parser.add_argument("--run-dir", type=output_path, help="directory of all output (default: runs/NAME_OF_RECIPE)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
     parser.add_argument("--allow-change", action="store_true", help="resume although the recipe or the data changed")
-    parser.add_argument("--dry-run", action="store_true", help="one real step and a summary; leaves nothing behind")
+    parser.add_argument("--dry-run", action="store_true", help="run one real step, print a summary, keep no files")
+    add_version(parser)
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # launchers add it
     arguments = parser.parse_args()
     recipe_path = arguments.recipe or DEFAULT_RECIPE
 
-    from pipeline.training.launch import run_from_files
+    from pipeline.training.launch import RunOptions, run_from_files
 
-    run_from_files(
+    options = RunOptions(
         recipe_path=recipe_path,
         recipe_is_default=arguments.recipe is None,
         ds_path=arguments.deepspeed,
@@ -48,12 +49,13 @@ def main() -> None:
         allow_change=arguments.allow_change,
         is_dry_run=arguments.dry_run,
     )
+    run_from_files(options)
 
 
 if __name__ == "__main__":
     code = exit_code_of(main)
     sys.stdout.flush()
     sys.stderr.flush()
-    # All work is on disk here. The collective library's threads can abort the interpreter's own shutdown (seen once in
-    # some fifty runs on CPU), which would turn a finished run into exit code 134.
+    # All results are on disk. The threads of the collective library can abort the interpreter's own shutdown (seen in one
+    # of about fifty runs on CPU), which would change the exit code of a finished run to 134.
     os._exit(code)

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Languages that an array has prepared one by one become one set of shards, checked byte by byte and counted.
+# Merge the languages that a job array has prepared into one set of shards, check every byte, and count tokens.
 #
 #   sbatch slurm/merge_shards.sh SHARDS [LANGUAGE ...]
 #
-# Takes every language under SHARDS.parts (hard links: no second copy), or the named ones; a language that is not
-# finished is an error that names it. Languages merged before stay, so that more can be added later.
+# Merges every language under SHARDS.parts, or the named ones, as hard links: no second copy. A language that is not finished
+# is an error that names it. Languages of an earlier merge stay, so that more can be added later.
 #SBATCH --job-name=merge-shards
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
@@ -37,12 +37,12 @@ fi
   "slurm/prepare_cc100.sh TEXT_DIR TOKENIZER ${shards@Q}"
 
 name_job merge-shards "$(basename "$shards")-merge"
-arriving=() unfinished=() differing=()
+new=() unfinished=() differing=()
 for language in "${languages[@]}"; do
   if [[ ! -f $parts/$language/manifest.json ]]; then
     unfinished+=("$language")
   elif [[ ! -d $shards/$language ]]; then
-    arriving+=("$parts/$language")
+    new+=("$parts/$language")
   elif [[ -f $shards/$language/journal.jsonl ]] &&
     ! cmp --silent "$parts/$language/$language/journal.jsonl" "$shards/$language/journal.jsonl"; then
     differing+=("$language")
@@ -50,16 +50,16 @@ for language in "${languages[@]}"; do
 done
 if ((${#unfinished[@]})); then
   fail "not finished: ${unfinished[*]}. Submit the array again (finished languages are skipped), or name the languages" \
-    "to be merged: sbatch slurm/merge_shards.sh ${shards@Q} LANGUAGE ..."
+    "to merge: sbatch slurm/merge_shards.sh ${shards@Q} LANGUAGE ..."
 fi
 
 if ((${#differing[@]})); then
-  fail "${differing[*]}: prepared again in $parts since $shards was merged, and not the same. If the new ones are meant:" \
+  fail "${differing[*]}: prepared again in $parts since the merge into $shards, with other results. To use the new shards:" \
     "rm -r $(printf '%q ' "${differing[@]/#/$shards/}")and submit this again"
 fi
 
-note "merging ${#arriving[@]} of ${#languages[@]} languages into $shards (the others are there already)"
-on_node -m data_prep merge "$shards" ${arriving[@]+--from "${arriving[@]}"}
+note "merging ${#new[@]} of ${#languages[@]} languages into $shards (the others are merged already)"
+on_node -m data_prep merge "$shards" ${new[@]+--from "${new[@]}"}
 on_node -m data_prep verify "$shards"
 on_node -m data_prep stats "$shards"
-note "finished: $shards. $parts may be removed; its shards are hard links to the same data"
+note "finished: $shards. $parts can be removed; its shards are hard links to the same data"

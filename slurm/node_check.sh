@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Are these nodes fit for a run, and alike? Names the node that is not. Minutes, before a run of weeks.
+# Check that nodes are fit for a run and equal to each other, and name each node that is not. Needs a few minutes.
 #
 #   sbatch --nodes 4 slurm/node_check.sh [RECIPE] [RUN_DIR] [--set KEY=VALUE ...]
 #
-# On each node: GPUs and driver, whether torch sees and uses all that Slurm has allotted, versions, commit, room and write
-# access in the run directory, the recipe's shards and teacher. Then one process per GPU meets the others and adds up 64 MiB. Environment: MIN_FREE_GB (default 20),
-# PROCESSES_PER_NODE, SITE_ENV, ALLOW_CPU_RANKS=1 (CPUs are meant, though there are GPUs).
+# On each node: GPUs and driver, whether torch finds and uses all allotted GPUs, versions, commit, free space and write access
+# in the run directory, the recipe's shards and teacher. Then one process per GPU joins a process group and all-reduces
+# 64 MiB. Environment: MIN_FREE_GB (default 20), PROCESSES_PER_NODE, SITE_ENV, ALLOW_CPU_RANKS=1 (use CPUs despite GPUs).
 #SBATCH --job-name=node-check
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -33,7 +33,7 @@ mkdir -p "$reports"
 mapfile -t nodes < <(nodes_of_job)
 note "job $SLURM_JOB_ID: checking ${nodes[*]} for $recipe; reports in $reports"
 
-# A node that fails must not take the others' reports along: what is missing is what the comparison looks for.
+# A failing node must not stop the reports of the others: the comparison names nodes without a report.
 srun --kill-on-bad-exit=0 --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --output="${reports//%/%%}/%N.json" \
   --error="${reports//%/%%}/%N.log" "${SRUN_OPTIONS[@]}" "${CONTAINER[@]}" "$PYTHON" slurm/lib/probe_node.py \
   "$recipe" "$run_dir" "${MIN_FREE_GB:-20}" "${overrides[@]}" || true
@@ -43,7 +43,7 @@ on_node slurm/lib/compare_nodes.py "$reports" "${nodes[@]}" || code=1
 srun --kill-on-bad-exit=0 --overcommit --ntasks="$((processes * ${#nodes[@]}))" --ntasks-per-node="$processes" \
   --cpus-per-task=1 --output="${reports//%/%%}/ranks-%N.log" "${SRUN_OPTIONS[@]}" "${CONTAINER[@]}" "$PYTHON" \
   slurm/lib/probe_ranks.py || true
-for said in "reached the first rank" "adding up works"; do
+for said in "reached the first rank" "all-reduce works"; do
   silent=()
   for node in "${nodes[@]}"; do
     (($(grep -c "$said" "$reports/ranks-$node.log" || true) == processes)) || silent+=("$node")
@@ -54,5 +54,5 @@ for said in "reached the first rank" "adding up works"; do
     break
   fi
 done
-((code)) || note "all ${#nodes[@]} nodes are fit: $(grep -h 'adding up works' "$reports/ranks-${nodes[0]}.log" | head -n 1)"
+((code)) || note "all ${#nodes[@]} nodes are fit: $(grep -h 'all-reduce works' "$reports/ranks-${nodes[0]}.log" | head -n 1)"
 exit "$code"

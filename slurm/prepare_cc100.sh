@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Texts to token shards on CPU nodes: a job array, one language per task. Then slurm/merge_shards.sh
+# Prepare token shards from text on CPU nodes: a job array with one language per task. Next step: slurm/merge_shards.sh
 #
 #   sbatch --array=0-115%20 slurm/prepare_cc100.sh TEXT_DIR TOKENIZER SHARDS [LANGUAGE ...]
 #
-# TEXT_DIR holds en.txt.xz, zh-Hans.txt.xz, ..., or directories en/, zh-Hans/; without LANGUAGE it is all of them, in
-# alphabetical order. Task number N takes the N-th; numbers beyond the last end at once. What is finished is skipped, and what was interrupted goes on: to
-# mend a failed array, submit it again. PREPARE_OPTIONS, an array in the site's settings, goes to `data_prep prepare`.
+# TEXT_DIR holds en.txt.xz, zh-Hans.txt.xz, ..., or directories en/, zh-Hans/. Without LANGUAGE, all of them are prepared, in
+# alphabetical order. Task N prepares language N; numbers above the last language end immediately. After a failure, submit the
+# array again: finished languages are skipped, interrupted ones resume. PREPARE_OPTIONS, an array in the site's settings, is
+# passed to `data_prep prepare`.
 #SBATCH --job-name=prepare-cc100
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
@@ -39,7 +40,7 @@ if ((SLURM_ARRAY_TASK_ID >= ${#languages[@]})); then
 fi
 language=${languages[SLURM_ARRAY_TASK_ID]}
 mapfile -t files < <(texts_of "$text" "$language")
-((${#files[@]})) || fail "LANGUAGE: there is no text $text/$language.txt.xz (or .txt, .jsonl, .parquet, or a directory" \
+((${#files[@]})) || fail "LANGUAGE: no text found at $text/$language.txt.xz (or .txt, .jsonl, .parquet, or a directory" \
   "$text/$language). Languages there: $(languages_of "$text" 2>/dev/null | tr '\n' ' ')"
 
 part=$(parts_of "$shards")/$language
@@ -50,7 +51,7 @@ code=0
 on_node -m data_prep prepare --input "${files[@]}" --language "$language" --tokenizer "$tokenizer" --output "$part" \
   --workers "${SLURM_CPUS_PER_TASK:-1}" "${PREPARE_OPTIONS[@]}" || code=$?
 if ((code != 0)); then
-  note "FAILED: $language (code $code). Jobs that depend on this array are cancelled. The reason stands above; mend it" \
+  note "FAILED: $language (code $code). Jobs that depend on this array are cancelled. The reason is above; fix it" \
     "and submit the array again: finished languages are skipped"
   exit 1
 fi

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Queue the whole way from text to an evaluated student: prepare (array) -> merge -> train -> evaluate.
+# Queue all stages from text to an evaluated student: prepare (array) -> merge -> train -> evaluate.
 #
 #   slurm/submit_all.sh --text /data/cc100 --tokenizer /models/xlm-roberta-large --shards data/cc100_shards \
 #     --recipe recipes/xlmr_large_l12_h384.yaml --nodes 4 [--dry-run] [-- arguments of pipeline/train.py]
-#   slurm/submit_all.sh --from train --recipe recipes/xlmr_large_l12_h384.yaml     what comes before is there already
-#   slurm/submit_all.sh --status runs/xlmr_large_l12_h384                          how far it is, and what went wrong
+#   slurm/submit_all.sh --from train --recipe recipes/xlmr_large_l12_h384.yaml     earlier stages are done already
+#   slurm/submit_all.sh --status runs/xlmr_large_l12_h384                          the state of each stage, and errors
 #
-# --shards is where prepare and merge write and what training reads (`data`). Options: --run-dir DIR, --ds JSON, --languages "de en sw", --at-once N (array tasks, default 20), --evaluate "ARGUMENTS",
-# --chain N: for clusters that forbid requeueing, N training jobs that follow each other instead of one that requeues.
-# Each stage starts when the one before has succeeded; when that fails, Slurm cancels the rest. sbatch options per stage
-# stand in the site's settings. Job numbers are recorded in RUN_DIR/jobs.tsv.
+# --shards: the directory that prepare and merge write and that training reads (`data`). Options: --run-dir DIR, --ds JSON,
+# --languages "de en sw", --at-once N (array tasks that run at the same time, default 20), --evaluate "ARGUMENTS", --chain N
+# (for clusters that forbid requeueing: N training jobs, one after another, instead of one that requeues). Each stage starts
+# when the stage before it has succeeded; when one fails, Slurm cancels the rest. The site's settings hold the sbatch options
+# of each stage. Job numbers are recorded in RUN_DIR/jobs.tsv.
 set -euo pipefail
 caller=$PWD
 cd "$(dirname "$0")/.."
@@ -31,10 +32,10 @@ read_arguments() {
       --) shift && train_arguments=("$@") && break ;;
     esac
     case $1 in
-      --set | --set=* | --allow-change) fail "$1 is an argument of pipeline/train.py: put it behind --, at the end (-- --set steps=7)" ;;
+      --set | --set=* | --allow-change) fail "$1 is an argument of pipeline/train.py: put it after --, at the end (-- --set steps=7)" ;;
       --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" && continue ;;
     esac
-    (($# >= 2)) || fail "$1 needs a value, or is no option of this script (see --help)"
+    (($# >= 2)) || fail "$1 needs a value, or is not an option of this script (see --help)"
     case $1 in
       --text) text=$(from_caller "$2") ;;
       --tokenizer) tokenizer=$(from_caller "$2") ;;
@@ -48,20 +49,20 @@ read_arguments() {
       --chain) chain=$2 ;;
       --status) status=$(from_caller "$2") ;;
       --languages) read_languages "$2" ;;
-      --evaluate) mapfile -t evaluate_arguments < <(xargs printf '%s\n' <<<"$2") ;; # knows quotes
+      --evaluate) mapfile -t evaluate_arguments < <(xargs printf '%s\n' <<<"$2") ;; # xargs parses quotes
       *) fail "unknown option $1 (see --help)" ;;
     esac
     shift 2
   done
 }
 
-# Separated by spaces or commas; a name that is there twice is one language, since two tasks would prepare the same shards.
+# Separated by spaces or commas. A repeated name counts once: two tasks would otherwise prepare the same shards.
 read_languages() {
   mapfile -t languages < <(tr -s ' ,\t' '\n' <<<"$1" | awk 'NF && !seen[$0]++')
   ((${#languages[@]})) || fail "--languages is empty; leave it out for all languages of --text"
 }
 
-# A relative path means the directory where this was called; one that is only in the repository means that.
+# A relative path is relative to the directory of the caller, or to the repository where it exists only there.
 from_caller() { # PATH
   if [[ $1 == /* || $caller == "$PWD" || -z $1 ]] || [[ -e $1 && ! -e $caller/$1 ]]; then
     printf '%s\n' "$1"
@@ -87,16 +88,16 @@ check_arguments() {
     check_languages
   fi
   if [[ $first == prepare || $first == merge ]]; then
-    [[ -n $shards ]] || fail "--shards is missing: the directory where the token shards go, and that training reads"
+    [[ -n $shards ]] || fail "--shards is missing: the directory that the token shards are written to and that training reads"
   fi
   [[ -z $shards ]] || pass_on_shards
-  refuse_while_queued
+  check_queue
 }
 
 check_languages() {
   local language most
   for language in "${languages[@]}"; do
-    [[ -n $(texts_of "$text" "$language") ]] || fail "--languages: there is no text of '$language' in $text. Languages" \
+    [[ -n $(texts_of "$text" "$language") ]] || fail "--languages: no text of '$language' found in $text. Languages" \
       "there: $(languages_of "$text" 2>/dev/null | tr '\n' ' ')"
   done
   most=$(scontrol show config 2>/dev/null | sed -n 's/^MaxArraySize *= *//p') || true
@@ -106,7 +107,7 @@ check_languages() {
   fi
 }
 
-# Training reads what was prepared: --shards goes before the caller's own --set, and the two must agree.
+# Training reads the prepared shards: --shards becomes a --set before the caller's own, and the two must agree.
 pass_on_shards() {
   local word previous='' other of_recipe
   for word in "${train_arguments[@]}"; do
@@ -114,7 +115,7 @@ pass_on_shards() {
     [[ $previous != --set || $word != data=* ]] || other=${word#data=}
     [[ $word != --set=data=* ]] || other=${word#--set=data=}
     if [[ -n $other ]] && ! same_path "$(unquoted "$other")" "$shards"; then
-      fail "--shards is $shards, and --set data=$other would let training read something else. Leave one of them out"
+      fail "--shards is $shards, and --set data=$other would make training read another directory. Leave one of them out"
     fi
     previous=$word
   done
@@ -129,7 +130,7 @@ pass_on_shards() {
   fi
 }
 
-unquoted() { # VALUE, which may stand in YAML's quotes
+unquoted() { # VALUE, with or without YAML's quotes
   sed "s/^'\(.*\)'\$/\1/;s/^\"\(.*\)\"\$/\1/;s/''/'/g" <<<"$1"
 }
 
@@ -137,8 +138,8 @@ same_path() { # PATH PATH
   [[ $(realpath --canonicalize-missing -- "$1") == $(realpath --canonicalize-missing -- "$2") ]]
 }
 
-# Two jobs at one run directory, or two arrays at one set of shards, would get into each other's way.
-refuse_while_queued() {
+# Two jobs must not use one run directory, nor two arrays one set of shards.
+check_queue() {
   local stage number rest state active=() numbers=()
   [[ -f $run_dir/jobs.tsv && -z $dry_run ]] || return 0
   while IFS=$'\t' read -r stage number rest; do
@@ -148,11 +149,11 @@ refuse_while_queued() {
       numbers+=("$number")
     fi
   done <"$run_dir/jobs.tsv"
-  ((${#active[@]} == 0)) || fail "$run_dir has jobs in the queue already: ${active[*]}. Wait for them, or end them first:" \
+  ((${#active[@]} == 0)) || fail "$run_dir has jobs in the queue already: ${active[*]}. Wait for them, or cancel them first:" \
     "scancel ${numbers[*]}"
 }
 
-# submit STAGE DEPENDENCY SBATCH_ARGUMENT ...: sets `job` to the new job's number, records it.
+# submit STAGE DEPENDENCY SBATCH_ARGUMENT ...: sets `job` to the number of the new job, and records it.
 submit() {
   local stage=$1 dependency=$2
   shift 2
@@ -163,7 +164,7 @@ submit() {
     echo "${command[*]@Q}"
     return
   fi
-  job=$("${command[@]}") || fail "sbatch refused the $stage job (its reason stands above). Jobs queued so far: $run_dir/jobs.tsv"
+  job=$("${command[@]}") || fail "sbatch rejected the $stage job (its reason is above). Jobs queued so far: $run_dir/jobs.tsv"
   job=${job%%;*}
   jobs+=("$job")
   printf '%s\t%s\t%(%F %T)T\n' "$stage" "$job" -1 >>"$run_dir/jobs.tsv"
@@ -173,7 +174,7 @@ submit() {
 submit_stages() {
   local logs=$run_dir/logs before='' link
   job='' jobs=()
-  [[ -n $dry_run ]] || mkdir -p "$logs" || fail "--run-dir: $logs cannot be made. Take another --run-dir"
+  [[ -n $dry_run ]] || mkdir -p "$logs" || fail "--run-dir: $logs cannot be created. Use another --run-dir"
   logs=${logs//%/%%} # sbatch replaces %j and the like
   if [[ $first == prepare ]]; then
     submit prepare '' "--array=0-$((${#languages[@]} - 1))%$at_once" "--output=$logs/prepare-%A_%a.log" \
@@ -212,7 +213,7 @@ show_status() {
   done
 }
 
-# All states of a job or of an array's tasks; accounting remembers what the controller has forgotten.
+# All states of a job or of an array's tasks. Accounting keeps jobs that the controller has forgotten.
 state_of() {
   local states
   states=$(scontrol --oneliner show job "$1" 2>/dev/null | grep -o 'JobState=[A-Z_]*' | cut -d= -f2 | sort | uniq -c) ||
@@ -220,7 +221,7 @@ state_of() {
   xargs <<<"${states:-forgotten by Slurm}"
 }
 
-# Why a stage failed: its logs' own error lines, and how each log ends. Of an array, the tasks that did not finish.
+# Why a stage failed: the error lines and the end of each of its logs; of an array, those of the tasks that did not finish.
 explain() { # STAGE JOB STATE
   local log has_log='' unfinished=()
   for log in "$run_dir/logs/$1-$2.log" "$run_dir/logs/$1-$2"_*.log; do
@@ -230,7 +231,7 @@ explain() { # STAGE JOB STATE
     unfinished+=("$log")
   done
   if [[ -z $has_log && $3 == *CANCELLED* ]]; then
-    echo "  never started: what it depends on did not succeed, or it was cancelled by hand"
+    echo "  never started: a job that it depends on did not succeed, or it was cancelled manually"
   elif [[ -z $has_log ]]; then
     echo "  no log $run_dir/logs/$1-$2*.log: the node failed before the script began, or could not write there. See: scontrol show job $2"
   fi
@@ -242,11 +243,11 @@ end_of() { # LOG
   printf '  the end of %s:\n' "$1"
   if [[ -s $1 ]]; then
     tail -n "$LAST_LINES" "$1" | cut -c 1-500 | sed 's/^/    /'
-    # An error further up, as where Slurm's own lines come last.
+    # Errors further up, for logs that end with lines of Slurm itself.
     grep -E '^(error:|\[.*\] FAILED)' "$1" | tail -n 3 | cut -c 1-500 | grep -vFf <(tail -n "$LAST_LINES" "$1" | cut -c 1-500) |
       sed 's/^/    above: /' || true
   else
-    echo "    (nothing was written)"
+    echo "    (the log is empty)"
   fi
 }
 

@@ -283,6 +283,10 @@ class DistillModule(nn.Module):
         real_BL = extent.real_tokens(distance_BL)
         return distance_BL.mean() if real_BL is None else ((distance_BL * real_BL).sum(1) / real_BL.sum(1)).mean()
 
+    def load_basis(self, basis_Dd: torch.Tensor | None) -> None:
+        """Replace the basis that this start measured by a checkpoint's."""
+        self.basis_Dd = basis_Dd
+
     def keep_backend(self, name: str | None) -> None:
         """Go on with what an earlier life of the run chose: a new choice by the clock could differ, and with it the
         last bits of every later step. What the recipe pins stays."""

@@ -1,1 +1,1 @@
-"""Is this machine ready, and is this recipe?"""
+"""`python -m pipeline doctor`: checks of this machine and of a run before it starts."""

@@ -1,10 +1,10 @@
-"""Before a run: is this machine ready, and are recipe, shards and teacher? Each finding comes with its mend.
+"""Check this machine and a run's recipe, shards, teacher, memory and disk, and print how to fix each problem.
 
-    python -m pipeline doctor                                        the machine alone
-    python -m pipeline doctor --recipe recipes/quickstart.yaml       and what that run would need
+    python -m pipeline doctor                                        only the machine
+    python -m pipeline doctor --recipe recipes/quickstart.yaml       also what that run needs
 
-Nothing is written but a probe in the run directory, which is removed. Exit code 0, or 2 when something must be mended
-before a run can work. What it looks at: doctor_machine.py, doctor_recipe.py.
+It writes only a probe file in the run directory, and removes it. Exit code 0, or 2 where a problem must be fixed before a
+run can start.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pipeline.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", type=Path, help="also look at this run's shards, teacher, memory and disk")
+    parser.add_argument("--recipe", type=Path, help="also check this run's shards, teacher, memory and disk")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
     parser.add_argument("--deepspeed", type=Path, default=Path("ds_configs/zero2.json"), metavar="JSON")
-    parser.add_argument("--run-dir", type=Path, help="where the run will be (default: runs/NAME_OF_RECIPE)")
-    parser.add_argument("--ranks", type=int, help="processes that the run will have (default: GPUs here, or 1)")
-    parser.add_argument("--hash", action="store_true", help="read every byte of the shards and check its hash")
+    parser.add_argument("--run-dir", type=Path, help="directory of the run (default: runs/NAME_OF_RECIPE)")
+    parser.add_argument("--ranks", type=int, help="number of processes of the run (default: GPUs here, or 1)")
+    parser.add_argument("--hash", action="store_true", help="also check the hash of every shard, which reads all bytes")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -40,17 +40,17 @@ def run(arguments: argparse.Namespace) -> None:
     failed = [finding.subject for finding in findings if finding.status == "fail"]
     if failed:
         raise UserError(
-            f"not ready: {', '.join(dict.fromkeys(failed))}. The lines above that begin with FAIL say how to mend it"
+            f"not ready: {', '.join(dict.fromkeys(failed))}. The lines above that begin with FAIL say how to fix this"
         )
 
 
 def table(findings: list[Finding]) -> str:
-    """One line per finding, its mend below it where there is something to do, and the count of each kind."""
+    """One line per finding, its fix below it, and the count of each status."""
     lines = []
     for finding in findings:
         status = finding.status if finding.status == "ok" else finding.status.upper()
         lines.append(f"{status:<5} {finding.subject:<12} {finding.what}")
         if finding.fix:
-            lines.append(f"{'':<18} mend: {finding.fix}")
+            lines.append(f"{'':<18} fix: {finding.fix}")
     counts = Counter(finding.status for finding in findings)
-    return "\n".join([*lines, f"{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} to mend"])
+    return "\n".join([*lines, f"{counts['ok']} ok, {counts['warn']} warnings, {counts['fail']} to fix"])

@@ -1,6 +1,6 @@
-"""What `python -m pipeline doctor` finds out about the machine: versions, devices, compiler, disk, ports, locks, tools.
+"""Check the machine: versions, devices, compiler, locks, run directory, ports, TensorBoard, Slurm.
 
-In: the run directory. Out: a list of `Finding`. Used by doctor.py; `Finding` also by doctor_recipe.py.
+In: the run directory. Out: a list of `Finding`.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from data_prep.shards import DataError
 from pipeline.errors import UserError
 from pipeline.runtime import preflight
 from pipeline.runtime.allotment import allotted_gpus, why_unseen
-from pipeline.training.dry_run import without_trace
+from pipeline.runtime.preflight import without_trace
 
 REPO = Path(__file__).resolve().parent.parent.parent
-OPTIONAL = {"datasets": "for `hf:` inputs alone"}  # package: when it is needed; all others are needed always
+OPTIONAL = {"datasets": "for `hf:` inputs alone"}  # package -> when it is required; all others are always required
 OLDEST_PYTHON = (3, 11)
-LAUNCHER_PORT = 29500  # where `deepspeed` and `torchrun` let the ranks meet unless they are told another
+LAUNCHER_PORT = 29500  # default master port of `deepspeed` and `torchrun`
 FEW_FREE_BYTES = 5 * 2**30
 COMMAND_TIMEOUT_S = 20
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`fail`: a run cannot work. `warn`: it can, but look. `mend` is what to do about it."""
+    """The result of one check. `fail`: a run cannot work. `warn`: it can, with a caveat. `fix`: what to do."""
 
     status: Literal["ok", "warn", "fail"]
     subject: str
@@ -47,7 +47,7 @@ class Finding:
 
 
 def machine_findings(run_dir: Path) -> list[Finding]:
-    """Everything that can be known without a recipe, in the order in which it is mended."""
+    """All checks that need no recipe, in the order in which problems are fixed."""
     return [
         *version_findings(REPO / "requirements.txt"),
         *device_findings(),
@@ -61,7 +61,7 @@ def machine_findings(run_dir: Path) -> list[Finding]:
 
 
 def guarded(subject: str, look: Callable[[], Finding]) -> Finding:
-    """A finding out of a check that may refuse: the refusal says what is wrong and how to mend it."""
+    """The finding of `look`, or a failure with the message of its error, which says how to fix it."""
     try:
         return look()
     except (UserError, DataError) as error:
@@ -69,7 +69,7 @@ def guarded(subject: str, look: Callable[[], Finding]) -> Finding:
 
 
 def version_findings(requirements: Path) -> list[Finding]:
-    """Python and every pinned package: the pins are what the tests ran with."""
+    """Python and every pinned package. The tests ran with the pinned versions."""
     found = []
     if sys.version_info[:2] < OLDEST_PYTHON:
         oldest = ".".join(map(str, OLDEST_PYTHON))
@@ -83,18 +83,18 @@ def version_findings(requirements: Path) -> list[Finding]:
         except metadata.PackageNotFoundError:
             what, fix = f"{name} is not installed", f"pip install {name}=={pinned}"
             if name in OPTIONAL:
-                found.append(Finding("warn", "versions", f"{what}; it is needed {OPTIONAL[name]}", fix))
+                found.append(Finding("warn", "versions", f"{what}; it is required {OPTIONAL[name]}", fix))
             else:
                 found.append(Finding("fail", "versions", what, fix))
             continue
         if installed.split("+")[0] != pinned:
-            what = f"{name} is {installed}, tested was {pinned}"
+            what = f"{name} is {installed}; the tests ran with {pinned}"
             found.append(Finding("warn", "versions", what, f"pip install {name}=={pinned}"))
     return found or [Finding("ok", "versions", f"python {sys.version.split()[0]}, {len(pins)} packages as pinned")]
 
 
 def device_findings() -> list[Finding]:
-    """GPUs or CPU, and what they compute in."""
+    """GPUs or CPU, and their precisions."""
     from pipeline.runtime.engine import device_precisions
 
     num_gpus = torch.cuda.device_count()
@@ -106,34 +106,36 @@ def device_findings() -> list[Finding]:
             Finding("ok", "devices", f"{num_gpus} x {', '.join(names)}, {memory / 2**30:.0f} GiB or more each")
         )
         if len(names) > 1:
-            found.append(Finding("warn", "devices", "GPUs of several kinds", "the slowest sets the pace: use one kind"))
+            found.append(
+                Finding("warn", "devices", "GPUs of several kinds", "the slowest determines the speed: use one kind")
+            )
     elif allotted := allotted_gpus():
-        what = f"Slurm has allotted {allotted} GPU(s) here, and torch {torch.__version__} sees none"
+        what = f"Slurm has allotted {allotted} GPU(s) here, and torch {torch.__version__} finds none"
         found.append(Finding("fail", "devices", what, why_unseen()))
     elif shutil.which("nvidia-smi"):
-        what = f"there is an nvidia-smi, but torch {torch.__version__} sees no GPU"
-        fix = "install the torch build for your driver's CUDA (pytorch.org), and look at CUDA_VISIBLE_DEVICES"
+        what = f"nvidia-smi exists, but torch {torch.__version__} finds no GPU"
+        fix = "install the torch build for your driver's CUDA (pytorch.org), and check CUDA_VISIBLE_DEVICES"
         found.append(Finding("fail", "devices", what, fix))
     else:
-        found.append(Finding("ok", "devices", f"no GPU; {os.cpu_count()} CPU cores, ranks meet over gloo"))
+        found.append(Finding("ok", "devices", f"no GPU; {os.cpu_count()} CPU cores, ranks communicate over gloo"))
     can = device_precisions(torch.device("cuda", 0) if num_gpus else torch.device("cpu"))
     has = [name for name, there in (("fp16", can.fp16), ("bf16", can.bf16_fast)) if there]
     what = f"{can.device} computes in fp32{''.join(', ' + name for name in has)}"
-    found.append(Finding("ok", "precision", what + ("" if has else "; half precision would only be slower here")))
+    found.append(Finding("ok", "precision", what + ("" if has else "; half precision would be slower here")))
     return found
 
 
 def compiler_finding() -> Finding:
-    """Nothing is compiled at start; `teacher_options.compile` wants one."""
+    """A C++ compiler. Only `teacher_options.compile` requires one."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler and shutil.which(compiler):
         return Finding("ok", "compiler", compiler)
-    fix = "needed only for teacher_options.compile: install g++ or set CXX"
+    fix = "required only for teacher_options.compile: install g++ or set CXX"
     return Finding("warn", "compiler", "no C++ compiler", fix)
 
 
 def lock_findings() -> list[Finding]:
-    """What a killed compilation left: the next one would wait for it for ever, in silence."""
+    """Locks that a killed compilation left. The next compilation would wait for them indefinitely without a message."""
     locks = preflight.stale_build_locks()
     if not locks:
         return [Finding("ok", "locks", "no stale compilation lock")]
@@ -144,30 +146,32 @@ def lock_findings() -> list[Finding]:
 
 
 def run_dir_finding(run_dir: Path) -> Finding:
-    """Files can be written, synced and renamed there, and there is room."""
+    """Files can be written, synced and renamed in the run directory, and some space is free."""
     with without_trace(run_dir):
         preflight.check_run_dir(run_dir)
         free = shutil.disk_usage(run_dir).free
     what = f"{run_dir} can be written to, {free / 2**30:.1f} GiB free"
     if free < FEW_FREE_BYTES:
-        return Finding("warn", "run dir", what, "free space or take a --run-dir on another disk")
+        return Finding("warn", "run dir", what, "free space, or use a --run-dir on another disk")
     return Finding("ok", "run dir", what)
 
 
 def port_finding(port: int) -> Finding:
-    """The launchers' own port."""
+    """The default port of the launchers is free."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError:
             fix = "deepspeed --master_port N pipeline/train.py ..., or torchrun --master_port N ..."
-            return Finding("warn", "ports", f"another program listens on {port}, where ranks would meet", fix)
-    return Finding("ok", "ports", f"{port} is free for the ranks to meet")
+            return Finding(
+                "warn", "ports", f"another program listens on {port}, the default port of the launchers", fix
+            )
+    return Finding("ok", "ports", f"{port}, the default port of the launchers, is free")
 
 
 def tensorboard_finding() -> Finding:
-    """It can be started and answers."""
+    """TensorBoard starts and answers a request."""
     with tempfile.TemporaryDirectory() as empty:
         try:
             from tensorboard import program
@@ -185,9 +189,9 @@ def tensorboard_finding() -> Finding:
 
 
 def slurm_finding() -> Finding:
-    """Partitions, where there is a cluster."""
+    """The partitions of the cluster, where Slurm is installed."""
     if not shutil.which("sinfo"):
-        return Finding("ok", "slurm", "none here; runs start with deepspeed, torchrun or python")
+        return Finding("ok", "slurm", "not installed; start runs with deepspeed, torchrun or python")
     command = ["sinfo", "--noheader", "--format=%P %a %D x %G"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S)
@@ -195,6 +199,8 @@ def slurm_finding() -> Finding:
         done = subprocess.CompletedProcess(command, 1, "", f"no answer in {COMMAND_TIMEOUT_S} s")
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[0]
-        return Finding("warn", "slurm", f"sinfo fails: {reason}", "is slurmctld reachable from here? `scontrol ping`")
+        return Finding(
+            "warn", "slurm", f"sinfo fails: {reason}", "check with `scontrol ping` whether slurmctld can be reached"
+        )
     partitions = "; ".join(line.strip() for line in done.stdout.splitlines())
     return Finding("ok", "slurm", f"{partitions or 'no partition'}; check nodes with slurm/node_check.sh")

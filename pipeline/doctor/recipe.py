@@ -1,7 +1,7 @@
-"""What `python -m pipeline doctor --recipe R` finds out about one run: recipe, batch, shards, teacher, memory, disk.
+"""Check one run: its start-up checks (training/checks.py), files of shards and teacher, memory and disk.
 
-In: a recipe and a DeepSpeed JSON. Out: a list of `Finding`. Models are built without storage from their configs, so that
-this takes seconds whatever their size; weights are looked at by their files' headers. Used by doctor.py.
+In: a recipe and a DeepSpeed JSON. Out: a list of `Finding`. Models are built without weights from their configs, and only
+the headers of weight files are read, so that this takes seconds for a model of any size.
 """
 
 from __future__ import annotations
@@ -13,137 +13,98 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from data_prep.shards import ShardSet
+from data_prep.shards import DataError, ShardSet
 from pipeline.config import Recipe, load_recipe
-from pipeline.data.tokenizer_hash import compare_ids
-from pipeline.distillation.models.loading import blank_model, check_weights, load_config
+from pipeline.distillation.models.loading import check_weights, load_config
 from pipeline.distillation.models.model_files import looks_like_path, read_model
-from pipeline.distillation.models.student import student_hf_config
-from pipeline.distillation.models.student_init import copied_layers
-from pipeline.distillation.models.vocabulary import read_vocabulary
-from pipeline.distillation.relations.loss import check_heads
-from pipeline.distillation.tap import tap
 from pipeline.doctor.machine import Finding, guarded
 from pipeline.errors import UserError
-from pipeline.runtime import ds_config, preflight
-from pipeline.runtime.engine import device_precisions
+from pipeline.planning.meta_models import ADAM_BYTES, Sizes, blank_models, build_encoders
+from pipeline.runtime import preflight
 from pipeline.runtime.host_memory import available_memory_bytes
-from pipeline.training.build import check_fit, open_data
-from pipeline.training.dry_run import nearest_directory
-from pipeline.training.recipe_warnings import recipe_warnings
+from pipeline.runtime.preflight import nearest_directory
+from pipeline.training.checks import Check, Inputs, start_up_checks
 
 FILES_OPEN_ANYWAY = 256  # by Python, torch and TensorBoard
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Parameters of a run's models, counted without building them."""
-
-    teacher: int
-    trained: int
-    untrained: int
-
-    @property
-    def checkpoint_bytes(self) -> int:
-        return 12 * self.trained + 4 * self.untrained
 
 
 def recipe_findings(
     recipe_path: Path, overrides: list[str], ds_path: Path, run_dir: Path, ranks: int | None, check_hashes: bool
 ) -> list[Finding]:
-    """In the order in which a run would meet them; what rests on a failed part is left out."""
+    """All findings in the order of a run's start. A check is skipped where one that it needs has failed."""
     try:
         recipe = load_recipe(recipe_path, overrides)
     except UserError as error:
         return [Finding("fail", "recipe", str(error))]
     num_ranks = ranks or torch.cuda.device_count() or 1
-    found = [guarded("batch", lambda: batch_finding(recipe, recipe_path, ds_path, num_ranks))]
-    shards = guarded("shards", lambda: shards_finding(recipe))
-    found += [shards, *([] if shards.status == "fail" else more_about_shards(recipe, check_hashes))]
-    teacher = teacher_findings(recipe, shards_are_there=shards.status != "fail")
-    found += teacher
-    if all(finding.status == "ok" for finding in teacher):
-        if shards.status != "fail":
-            found.append(guarded("ids", lambda: ids_finding(recipe)))
-        sizes = count_parameters(recipe)
-        found += [memory_finding(sizes, num_ranks), guarded("disk", lambda: disk_finding(recipe, sizes, run_dir))]
-    return found
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    inputs = Inputs(recipe, recipe_path, ds_path, num_ranks, device, _blank_teacher)
+    found: list[Finding] = []
+    failed: set[str] = set()
+    for check in start_up_checks(inputs):
+        if check.subject == "teacher":
+            weights = teacher_finding(recipe)
+            found.append(weights)
+            failed |= {"teacher"} if weights.status != "ok" else set()
+        if failed.isdisjoint({check.subject, *check.needs}):
+            results = check_findings(check)
+            found += results
+            failed |= {finding.subject for finding in results if finding.status == "fail"}
+            if check.subject == "shards" and "shards" not in failed:
+                found += shard_file_findings(recipe, check_hashes)
+    return found + (size_findings(recipe, num_ranks, run_dir) if failed.isdisjoint({"teacher", "tokenizer"}) else [])
 
 
-def batch_finding(recipe: Recipe, recipe_path: Path, ds_path: Path, num_ranks: int) -> Finding:
-    """Recipe and DeepSpeed JSON agree, and the batch divides."""
-    batch = ds_config.split_batch(recipe.global_batch, recipe.micro_batch_per_gpu, num_ranks)
-    can = device_precisions(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
-    _, warnings = ds_config.resolve(ds_path, str(recipe_path), recipe.optimizer, batch, num_ranks, can)
-    what = f"{recipe.global_batch} rows = {batch.micro_batch} x {batch.accumulation} x {num_ranks} rank(s)"
-    return Finding("ok", "batch", "; ".join([what, *warnings]))
+def _blank_teacher(recipe: Recipe) -> PreTrainedModel:
+    return blank_models(recipe, load_config(recipe.teacher))[1]
 
 
-def shards_finding(recipe: Recipe) -> Finding:
-    """There, whole by size, and long enough for the recipe's rows."""
-    source = open_data(recipe)
-    shards = source.shards
-    tokens = sum(shards.num_tokens(language) for language in source.languages)
-    epochs = recipe.steps * recipe.global_batch * recipe.seq_len / max(tokens, 1)
-    return Finding(
-        "ok",
-        "shards",
-        f"{recipe.data}: {len(source.languages)} languages, {tokens / 1e6:,.1f} M tokens, sizes as in the manifest; the run "
-        f"reads {epochs:.1f} times as many",
-    )
+def check_findings(check: Check) -> list[Finding]:
+    """The findings of one start-up check of a run. An error becomes a failure."""
+    try:
+        found = check.look()
+    except (UserError, DataError) as error:
+        return [Finding("fail", check.subject, str(error))]
+    if check.subject == "batch":  # its warnings name what the DeepSpeed JSON falls back to on this device
+        return [Finding("ok", check.subject, "; ".join([found.what, *found.warnings]))]
+    ok = [Finding("ok", check.subject, found.what)] if found.what else []
+    return [*ok, *(Finding("warn", check.subject, warning, check.fix) for warning in found.warnings)]
 
 
-def ids_finding(recipe: Recipe) -> Finding:
-    """Ids in the shards are those that users of the teacher's tokenizer get."""
-    what, warnings = compare_ids(recipe.tokenizer, ShardSet(recipe.data))
-    if warnings:
-        return Finding(
-            "warn", "ids", "; ".join([what, *warnings]), "python -m data_prep prepare ... --output NEW_DIRECTORY"
-        )
-    return Finding("ok", "ids", what)
-
-
-def more_about_shards(recipe: Recipe, check_hashes: bool) -> Iterator[Finding]:
-    """What a run would warn of, open files, and every byte's hash where that was asked for."""
-    shards = ShardSet(recipe.data)
-    for text in recipe_warnings(recipe, open_data(recipe)):
-        yield Finding("warn", "recipe", text)
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    needed = len(shards.all_shards()) + FILES_OPEN_ANYWAY
+def shard_file_findings(recipe: Recipe, check_hashes: bool) -> Iterator[Finding]:
+    """The limit of open files, and with `check_hashes` the hash of every shard."""
+    num_shards = len(ShardSet(recipe.data).all_shards())
+    limit, needed = resource.getrlimit(resource.RLIMIT_NOFILE)[0], num_shards + FILES_OPEN_ANYWAY
     if limit != resource.RLIM_INFINITY and limit < needed:
-        what = f"{len(shards.all_shards())} shards, but only {limit} files may be open"
+        what = f"{num_shards} shards, but only {limit} files may be open"
         yield Finding("warn", "shards", what, f"ulimit -n {needed}")
     if check_hashes:
         command = [sys.executable, "-m", "data_prep", "verify", recipe.data]
         done = subprocess.run(command, capture_output=True, text=True)
         problems = [line.removeprefix("error: ") for line in done.stderr.splitlines() if line.startswith("error: ")]
-        fix = (done.stderr.strip().splitlines() or [""])[-1]  # names the languages to make again
+        fix = (done.stderr.strip().splitlines() or [""])[-1]  # names the languages to prepare again
         yield from (Finding("fail", "shards", problem, fix) for problem in problems)
         if not problems:
             yield Finding("ok", "shards", "every hash as in the manifest")
 
 
-def teacher_findings(recipe: Recipe, shards_are_there: bool) -> list[Finding]:
-    """Weights without pickle, a family that can be read, layers, heads, tokenizer."""
+def teacher_finding(recipe: Recipe) -> Finding:
+    """The teacher's weights are on this machine, complete, and not a pickle."""
     path = Path(recipe.teacher).expanduser()
     if not path.is_dir() and not looks_like_path(recipe.teacher) and not is_cached(recipe.teacher):
         fix = f"on a node with network: hf download {recipe.teacher} (compute nodes then read the cache, HF_HOME)"
-        return [Finding("warn", "teacher", f"{recipe.teacher} is a hub name and not in the cache yet", fix)]
-    weights = guarded("teacher", lambda: weights_finding(recipe.teacher))
-    if weights.status == "fail":
-        return [weights]
-    return [weights, guarded("teacher", lambda: shape_finding(recipe, shards_are_there))]
+        return Finding("warn", "teacher", f"{recipe.teacher} is a hub name and not in the cache yet", fix)
+    return guarded("teacher", lambda: weights_finding(recipe.teacher))
 
 
 def is_cached(name: str) -> bool:
-    """Config and weights of a hub model are on this machine."""
+    """Whether config and weights of a hub model are on this machine."""
     try:
         cached_file(name, "config.json", local_files_only=True, trust_remote_code=False)
     except OSError:
@@ -156,93 +117,57 @@ def is_cached(name: str) -> bool:
 
 
 def weights_finding(name: str) -> Finding:
-    """The files are there, their headers can be read, and they hold what a model of its config has."""
+    """The headers of the weight files can be read, and name every tensor of the config's model."""
     files = read_model(name)
     check_weights(files, load_config(name))
-    tensors = files.tensors
-    size = sum(file.stat().st_size for file in {tensor.file for tensor in tensors.values()})
-    return Finding("ok", "teacher", f"{name}: {len(tensors)} tensors, {size / 2**30:.2f} GiB of safetensors")
+    size = sum(file.stat().st_size for file in {tensor.file for tensor in files.tensors.values()})
+    return Finding("ok", "teacher", f"{name}: {len(files.tensors)} tensors, {size / 2**30:.2f} GiB of safetensors")
 
 
-def shape_finding(recipe: Recipe, shards_are_there: bool) -> Finding:
-    """Known family, layers and heads that exist, and the shards' tokenizer."""
-    config, teacher, student = blank_models(recipe)
-    relations, num_layers = recipe.relations, config.num_hidden_layers
-    tapped = tap(teacher, relations.teacher_taps or num_layers, **relations.tap_options, role="teacher")
-    tapped_student = tap(student, relations.student_taps or recipe.student.layers, role="student")
-    widths = {"teacher": tapped.widths[0], "student": tapped_student.widths[0]}
-    check_heads(widths["teacher"], relations.heads, "teacher", widths["student"])
-    check_heads(widths["student"], relations.heads, "student", widths["teacher"])
-    if shards_are_there:
-        check_fit(recipe, ShardSet(recipe.data), teacher)
-    agrees = "; tokenizer as the shards'" if shards_are_there else ""
-    shape = f"{config.num_hidden_layers} layers x {config.hidden_size}"
-    return Finding("ok", "teacher", f"{config.model_type}, {shape}, read at layer {tapped.layers}{agrees}")
-
-
-def blank_models(recipe: Recipe) -> tuple[PretrainedConfig, PreTrainedModel, PreTrainedModel]:
-    """The teacher's config, and teacher and student without storage."""
-    config = load_config(recipe.teacher)
-    if recipe.vocabulary is not None:
-        config.vocab_size = len(read_vocabulary(recipe.vocabulary))
-    num_layers = config.num_hidden_layers
-    taps = recipe.relations.teacher_taps or num_layers
-    highest = taps if isinstance(taps, int) else max(taps)
-    chosen = copied_layers(num_layers, recipe.student.layers, recipe.student.init_layers, highest)
-    with torch.device("meta"):
-        teacher = blank_model(config, recipe.teacher)
-        student = AutoModel.from_config(student_hf_config(config, recipe.student, chosen))
-    return config, teacher, student
-
-
-def count_parameters(recipe: Recipe) -> Sizes:
-    """As a run would split them: what the tap reaches is trained, less what is frozen."""
-    _, teacher, student = blank_models(recipe)
-    tapped = tap(
-        student, recipe.relations.student_taps or recipe.student.layers, **recipe.relations.tap_options, role="student"
-    )
-    reached = {id(parameter): parameter.numel() for parameter in tapped.parameters()}
-    if recipe.student.freeze:
-        reached.pop(id(student.get_input_embeddings().weight))
-    trained = sum(reached.values())
-    return Sizes(teacher.num_parameters(), trained, student.num_parameters() - trained)
+def size_findings(recipe: Recipe, num_ranks: int, run_dir: Path) -> list[Finding]:
+    """Memory and disk for the sizes of teacher and student."""
+    try:
+        sizes = build_encoders(recipe, load_config(recipe.teacher)).sizes
+    except UserError as error:  # for example a student without such a layer
+        return [Finding("fail", "student", str(error))]
+    return [memory_finding(sizes, num_ranks), guarded("disk", lambda: disk_finding(recipe, sizes, run_dir))]
 
 
 def memory_finding(sizes: Sizes, num_ranks: int) -> Finding:
-    """Every rank of a node loads the whole teacher in fp32 before it is cut and halved."""
+    """Host memory at the start, when every rank of a node loads the complete teacher in fp32 and then cuts it."""
     needed = 4 * sizes.teacher + 16 * sizes.trained + 4 * sizes.untrained
     available = available_memory_bytes()
     what = (
         f"teacher {sizes.teacher / 1e6:.0f} M parameters; student {sizes.trained / 1e6:.1f} M trained, "
-        f"{sizes.untrained / 1e6:.1f} M carried along: a rank holds {needed / 2**30:.1f} GiB of host memory while it starts"
+        f"{sizes.untrained / 1e6:.1f} M untrained: a rank needs {needed / 2**30:.1f} GiB of host memory when it starts"
     )
     if needed * num_ranks > available:
-        fix = "start fewer ranks on this node, or take one with more memory"
+        fix = "start fewer ranks on this node, or use a node with more memory"
         return Finding("warn", "memory", f"{what}; {available / 2**30:.1f} GiB are free for {num_ranks} of them", fix)
     return Finding("ok", "memory", what)
 
 
 def disk_finding(recipe: Recipe, sizes: Sizes, run_dir: Path) -> Finding:
-    """Room for the newest checkpoints, and for the milestones that a run leaves over its whole length."""
+    """Space for the newest checkpoints, and for the milestones of the complete run."""
     keeping, where = recipe.checkpoint, nearest_directory(run_dir)
     preflight.check_disk(where, sizes.checkpoint_bytes, keeping.keep, 0)
     what = f"{keeping.keep} checkpoints of {sizes.checkpoint_bytes / 2**30:.2f} GiB"
     num_milestones = recipe.steps // keeping.keep_every if keeping.keep_every else 0
     if num_milestones == 0:
         return Finding("ok", "disk", f"{what} fit")
-    # A milestone shares what is carried along with the newest ones (checkpoint_writer.py), wherever files can be linked.
-    milestone_bytes = 12 * sizes.trained if files_can_be_linked(where) else sizes.checkpoint_bytes
+    # Where files can be linked, a milestone shares the untrained weights of the newest one (checkpoint_writer.py).
+    milestone_bytes = ADAM_BYTES * sizes.trained if files_can_be_linked(where) else sizes.checkpoint_bytes
     needed = sizes.checkpoint_bytes * (keeping.keep + 1) + milestone_bytes * num_milestones
     what += f" and {num_milestones} milestones (checkpoint.keep_every) of {milestone_bytes / 2**30:.2f} GiB"
     free = shutil.disk_usage(where).free
     if free < needed:
-        what += f" take {needed / 2**30:.1f} GiB with the one being written, {where} has {free / 2**30:.1f} GiB free"
-        return Finding("warn", "disk", what, "raise checkpoint.keep_every, or move milestones away in time")
+        what += f" need {needed / 2**30:.1f} GiB with the one being written, {where} has {free / 2**30:.1f} GiB free"
+        return Finding("warn", "disk", what, "raise checkpoint.keep_every, or move milestones away during the run")
     return Finding("ok", "disk", f"{what} fit")
 
 
 def files_can_be_linked(directory: Path) -> bool:
-    """Two names for one file: what a checkpoint's unchanging weights are kept with."""
+    """Whether the file system has hard links."""
     try:
         with tempfile.TemporaryDirectory(dir=directory, prefix=".doctor-") as probe:
             (Path(probe) / "one").touch()

@@ -1,1 +1,1 @@
-"""`python -m pipeline plan`: what a run will need before anything is started. The model is docs/planning.md."""
+"""`python -m pipeline plan`: what a run needs, predicted before anything starts. docs/planning.md describes the model."""

@@ -1,6 +1,6 @@
-"""The few numbers of a plan that are neither counted nor published: what share of a peak is reached, and fixed costs.
+"""The numbers of a plan that are neither counted nor published: the share of each peak rate that is reached, fixed costs.
 
-No GPU has confirmed them here yet; docs/planning.md says where each comes from. All can be changed on the command line.
+None was measured on a GPU of this project. docs/planning.md gives the source of each. The command line can change some.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Shares are of the published rates in devices.py; bytes and seconds are per GPU."""
+    """Shares are of the published rates in devices.py. Bytes and seconds are per GPU."""
 
-    product_efficiency: float = 0.55  # of the dense peak, once the last wave of tiles is accounted for
-    attention_efficiency: float = 0.40  # of the dense peak, and of the special-function rate
-    memory_efficiency: float = 0.80  # of the memory's rate, for kernels that only move data
+    product_efficiency: float = 0.55  # of the dense peak, after the loss in the last wave of tiles
+    attention_efficiency: float = 0.40  # of the dense peak and of the special-function rate
+    memory_efficiency: float = 0.80  # of the memory rate, for kernels that only move data
     link_efficiency: float = 0.80  # of NVLink, PCIe and network
-    kernel_s: float = 6e-6  # host time per kernel in eager mode: a floor when kernels are small
+    kernel_s: float = 6e-6  # host time per kernel in eager mode: the minimum when kernels are small
     host_copy_gb_s: float = 12.0  # pinned memory to GPU and back
     checkpoint_gb_s: float = 1.0  # file system and hashing, per node
     fixed_gib: float = 1.2  # CUDA context, cuBLAS workspaces, NCCL buffers
-    fragmentation: float = 0.05  # of what comes and goes within a step
+    fragmentation: float = 0.05  # of the memory that is allocated and freed within a step
     tokenizer_mb_s: float = 13.5  # text per core: benchmarks/results/2026-11-23-prepare.md
     text_bytes_per_token: float = 13.5 / 2.94  # the same measurement
     shard_bytes_per_token: float = 4.01  # the same measurement

@@ -1,10 +1,11 @@
-"""What a run will need, before it is started and without the teacher's weights, a GPU or the network.
+"""Predict memory, time and disk of a run, before it starts and without the teacher's weights, a GPU or the network.
 
 python -m pipeline plan --recipe recipes/xlmr_large_l12_h384.yaml --deepspeed ds_configs/zero2.json \\
     --gpu a100-80 --nodes 1 --gpus-per-node 8 [--json FILE] [--plot FILE.png]
 
-Memory per GPU and step time by part, days, GPU-hours, tokens, checkpoints, preparation and disk; ZeRO stages and node counts
-compared. The model and what it rests on: docs/planning.md. What does not fit is refused, with what would (exit code 2).
+The report gives memory per GPU and step time by part, days, GPU-hours, tokens, checkpoints, preparation and disk. It compares
+ZeRO stages and node counts. Method and sources: docs/planning.md. A run that does not fit is an error that names the changes
+with which it fits (exit code 2).
 """
 
 from __future__ import annotations
@@ -13,16 +14,15 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 from pipeline.config import load_recipe
 from pipeline.errors import UserError
 from pipeline.planning import report
 from pipeline.planning.assumptions import Assumptions
-from pipeline.planning.devices import DEVICES, Device, device_of
+from pipeline.planning.devices import DEVICES, Hardware, device_of
 from pipeline.planning.plan import Planner
 from pipeline.planning.preparation import CC100_TEXT_GB, preparation_of
-from pipeline.planning.scaling import STAGES, compare_stages, draw, scale, scaling_knee
+from pipeline.planning.scaling import STAGES, compare_stages, draw, scale
 
 MOST_NODES, MOST_GPUS_PER_NODE = 4096, 72
 MOST_TEXT_GB, MOST_MEMORY_GIB = 1e9, 1e6
@@ -36,42 +36,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus-per-node", type=int, default=8)
     parser.add_argument(
-        "--teacher-config", type=Path, metavar="FILE", help="config.json of a teacher that is not known"
+        "--teacher-config", type=Path, metavar="FILE", help="config.json of a teacher that is not in the table"
     )
     parser.add_argument("--memory-gib", type=float, help="usable memory of a GPU, instead of the table's")
     parser.add_argument("--network-gbit", type=float, help="network rate per GPU, instead of the table's")
-    parser.add_argument("--efficiency", type=float, help="share of the peak that matrix products reach (default 0.55)")
+    parser.add_argument("--efficiency", type=float, help="share of the peak that matrix products reach (default: 0.55)")
     parser.add_argument("--text-gb", type=float, default=CC100_TEXT_GB, help="text to prepare (default: all of CC-100)")
-    parser.add_argument("--prepare-cores", type=int, default=64, help="cores that prepare it (default 64)")
+    parser.add_argument("--prepare-cores", type=int, default=64, help="cores that prepare the text (default: 64)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw how the run scales")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="plot how the run scales")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Plan, print, and refuse what does not fit after the other figures have been looked up for what would."""
+    """Plan and print. Raises `UserError` where the run does not fit."""
     _check_numbers(arguments)
     recipe = load_recipe(arguments.recipe, arguments.set)
-    assumptions = Assumptions()
-    if arguments.efficiency is not None:
-        assumptions = dataclasses.replace(assumptions, product_efficiency=arguments.efficiency)
-    device = _device(arguments)
-    planner = Planner(recipe, arguments.recipe, arguments.deepspeed, device, assumptions, arguments.teacher_config)
+    hardware = _hardware(arguments)
+    planner = Planner(recipe, arguments.recipe, arguments.deepspeed, hardware, arguments.teacher_config)
     plan = planner.plan(arguments.nodes, arguments.gpus_per_node)
-    if not planner.fits(plan):
-        planner.refuse(plan)
-    largest = planner.largest_micro_batch(arguments.nodes, arguments.gpus_per_node)
-    preparation = preparation_of(recipe, arguments.text_gb, arguments.prepare_cores, assumptions)
-    stages = compare_stages(planner, arguments.nodes, arguments.gpus_per_node)
-    points_of = {stage: scale(planner, arguments.gpus_per_node, stage) for stage in STAGES}
-    points = points_of[plan.setting.stage]
-    print(report.text(planner, plan, largest, preparation, stages, points, scaling_knee(points)), flush=True)
+    planner.check_fits(plan)
+    found = report.PlanReport(
+        planner,
+        plan,
+        largest_micro_batch=planner.largest_micro_batch(arguments.nodes, arguments.gpus_per_node),
+        preparation=preparation_of(recipe, arguments.text_gb, arguments.prepare_cores, hardware.assumptions),
+        stages=compare_stages(planner, arguments.nodes, arguments.gpus_per_node),
+        points_of={stage: scale(planner, arguments.gpus_per_node, stage) for stage in STAGES},
+    )
+    print(report.text(found), flush=True)
     if arguments.json:
-        figures: dict[str, Any] = report.figures(planner, plan, largest, preparation, stages, points_of)
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps(report.figures(found), indent=1) + "\n", encoding="utf-8")
     if arguments.plot:
-        title = f"{arguments.recipe.stem} on {device.name}, global batch {recipe.global_batch}"
-        draw(points_of, plan.setting.stage, title, arguments.plot)
+        title = f"{arguments.recipe.stem} on {hardware.device.name}, global batch {recipe.global_batch}"
+        draw(found.points_of, plan.setting.stage, title, arguments.plot)
 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:
@@ -79,19 +77,22 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
     for name, most in limits.items():
         if not 1 <= getattr(arguments, name) <= most:
             option = name.replace("_", "-")
-            raise UserError(f"--{option} is {getattr(arguments, name)}; it must lie between 1 and {most}")
+            raise UserError(f"--{option} is {getattr(arguments, name)}; it must be between 1 and {most}")
     for name in ("memory_gib", "network_gbit", "efficiency", "text_gb"):
         value = getattr(arguments, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
     if arguments.text_gb > MOST_TEXT_GB or (arguments.memory_gib or 0) > MOST_MEMORY_GIB:
-        raise UserError(f"--text-gb goes up to {MOST_TEXT_GB:g} and --memory-gib up to {MOST_MEMORY_GIB:g}")
+        raise UserError(f"--text-gb must be at most {MOST_TEXT_GB:g}, and --memory-gib at most {MOST_MEMORY_GIB:g}")
     if arguments.efficiency is not None and arguments.efficiency > 1:
-        raise UserError(f"--efficiency is {arguments.efficiency}; it is a share of the peak, so at most 1")
+        raise UserError(f"--efficiency is {arguments.efficiency}; it is a share of the peak, so it must be at most 1")
 
 
-def _device(arguments: argparse.Namespace) -> Device:
-    """The table's row with what the command line knows better."""
-    device = device_of(arguments.gpu)
+def _hardware(arguments: argparse.Namespace) -> Hardware:
+    """The row of the device table, with the values that the command line overrides."""
+    device, assumptions = device_of(arguments.gpu), Assumptions()
     given = {"memory_gib": arguments.memory_gib, "network_gbit_s": arguments.network_gbit}
-    return dataclasses.replace(device, **{name: value for name, value in given.items() if value is not None})
+    device = dataclasses.replace(device, **{name: value for name, value in given.items() if value is not None})
+    if arguments.efficiency is not None:
+        assumptions = dataclasses.replace(assumptions, product_efficiency=arguments.efficiency)
+    return Hardware(device, assumptions)

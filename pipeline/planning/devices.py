@@ -1,6 +1,6 @@
-"""What a plan knows about each GPU: published figures, one row each, and where they stand. Used by timing.py and memory.py.
+"""The table of GPUs that a plan knows: one row of published figures each, with their source.
 
-Rates are per GPU: dense (no sparsity), in one direction, decimal units; memory is what the driver shows, in GiB.
+Rates are per GPU: dense (no sparsity), in one direction, in decimal units. Memory is what the driver shows, in GiB.
 """
 
 from __future__ import annotations
@@ -8,36 +8,37 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.errors import UserError, did_you_mean
+from pipeline.planning.assumptions import Assumptions
 
 
 @dataclass(frozen=True)
 class Device:
-    """One GPU (or one CPU core) and its share of the node that it usually sits in."""
+    """One GPU (or one CPU core) and its share of the node in which it is usually installed."""
 
     name: str
     memory_gib: float
-    half_tflops: float  # fp16 (and bf16, where there is bf16) with fp32 accumulation
-    fp32_tflops: float  # without TF32, which torch leaves off
+    half_tflops: float  # fp16, and bf16 where the GPU has it, with fp32 accumulation
+    fp32_tflops: float  # without TF32, which torch disables by default
     memory_gb_s: float
     link_gb_s: float  # to the other GPUs of the node
     network_gbit_s: float  # to other nodes
     processors: int  # streaming multiprocessors
     clock_ghz: float  # boost
     bf16: bool = True
-    flash: bool = True  # stock attention kernels for half precision run there (compute capability 8.0 and later)
+    flash: bool = True  # has stock half-precision attention kernels (compute capability 8.0 and later)
     nvlink: bool = True
     source: str = ""
 
     @property
     def exponentials_per_s(self) -> float:
-        """16 special functions per multiprocessor and clock (CUDA programming guide, capabilities 7.0 to 9.0)."""
+        """16 special functions per multiprocessor and clock (CUDA programming guide, compute capabilities 7.0 to 9.0)."""
         return 16 * self.processors * self.clock_ghz * 1e9
 
     def flops_per_s(self, precision: str) -> float:
         return 1e12 * (self.fp32_tflops if precision == "fp32" else self.half_tflops)
 
 
-# Network: DGX-1 4 x 100 Gbit/s, DGX A100 8 x 200, DGX H100 and H200 8 x 400, for 8 GPUs; otherwise 25 a GPU, an assumption.
+# Network: DGX-1 4 x 100 Gbit/s, DGX A100 8 x 200, DGX H100 and H200 8 x 400, for 8 GPUs; otherwise 25 per GPU, an assumption.
 _V100 = "NVIDIA V100 data sheet (SXM2)"
 _DEVICES = (
     Device("a100-40", 40, 312, 19.5, 1555, 300, 200, 108, 1.41, source="NVIDIA A100 data sheet (SXM)"),
@@ -57,7 +58,7 @@ _DEVICES = (
     Device("a40", 45, 150, 37.4, 696, 32, 25, 84, 1.74, nvlink=False, source="NVIDIA A40 data sheet"),
     Device("rtx3090", 24, 71, 35.6, 936, 32, 25, 82, 1.70, nvlink=False, source="NVIDIA GA102 whitepaper"),
     Device("rtx4090", 24, 165, 82.6, 1008, 32, 25, 128, 2.52, nvlink=False, source="NVIDIA Ada whitepaper"),
-    # One core: rates that reproduce benchmarks/results/2026-11-23-step.md at the assumed efficiency, to plan the quickstart.
+    # One core, to plan the quickstart: rates that reproduce benchmarks/results/2026-11-23-step.md at the assumed efficiency.
     Device(
         "cpu", 12, 0.16, 0.128, 15, 5, 1, 1, 3.0, flash=False, nvlink=False, source="bench_step.py on one EPYC core"
     ),
@@ -66,10 +67,26 @@ DEVICES = {device.name: device for device in _DEVICES}
 
 
 def device_of(name: str) -> Device:
-    """The table's row; an unknown name is a `UserError` that names the nearest one."""
+    """The row of the table. An unknown name is a `UserError` with the nearest known name."""
     if name not in DEVICES:
         raise UserError(
             f"--gpu {name} is not in the table; {did_you_mean(name, list(DEVICES))} "
-            f"Known: {', '.join(DEVICES)}. A new one is a row in pipeline/planning/devices.py"
+            f"Known: {', '.join(DEVICES)}. To add one, add a row to pipeline/planning/devices.py"
         )
     return DEVICES[name]
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A device and the shares of its peak rates that a plan assumes."""
+
+    device: Device
+    assumptions: Assumptions = Assumptions()  # noqa: RUF009  (frozen)
+
+    @property
+    def memory_bytes_per_s(self) -> float:
+        return self.device.memory_gb_s * 1e9 * self.assumptions.memory_efficiency
+
+    @property
+    def host_copy_bytes_per_s(self) -> float:
+        return self.assumptions.host_copy_gb_s * 1e9

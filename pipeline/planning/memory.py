@@ -1,7 +1,7 @@
-"""Bytes on one GPU, by part, at the fullest moment of an optimizer step.
+"""Bytes on one GPU, by part, at the moment of an optimizer step when most are allocated.
 
-In: the encoders, the rehearsal's passages and a `Setting`. Out: `Memory`. The rules follow what DeepSpeed 0.19 allocates
-(docs/planning.md names each); benchmarks/bench_plan.py compares them with the profiler's count of a real step.
+In: the encoders, their traced costs and a `Setting`. Out: `Memory`. The rules follow what DeepSpeed 0.19 allocates
+(docs/planning.md gives each); benchmarks/bench_plan.py compares them with a profiler's count of a real step.
 """
 
 from __future__ import annotations
@@ -10,35 +10,43 @@ from dataclasses import dataclass
 
 from pipeline.distillation.relations.chunked import TILE_ENTRIES_CPU, TILE_ENTRIES_GPU
 from pipeline.planning.assumptions import Assumptions
-from pipeline.planning.meta_models import Encoders
-from pipeline.planning.trace import Passage, StudentPassages
+from pipeline.planning.meta_models import ADAM_BYTES, Encoders
+from pipeline.planning.trace import PassCost, StudentCost
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-ADAM_BYTES = 12  # fp32 weight and two moments
 GIB = 2**30
-PREFETCHED_ELEMENTS = 50_000_000  # ZeRO-3 gathers so many at once (DeepSpeed's default)
+PREFETCHED_ELEMENTS = 50_000_000  # that ZeRO-3 gathers ahead (DeepSpeed's default)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a recipe, a DeepSpeed JSON and a machine come to for one GPU."""
+    """What one GPU runs: the result of a recipe, a DeepSpeed JSON and a cluster."""
 
     stage: int
     precision: str
     teacher_precision: str
     world_size: int
+    gpus_per_node: int
     micro_batch: int
     accumulation: int
     seq_len: int
     relation_heads: int
     num_relations: int  # losses per micro-batch: pairs x layers, and one for `tail: relation`
     reduce_bucket: int  # elements
-    persistence_threshold: int  # ZeRO-3: smaller parameters stay whole
+    persistence_threshold: int  # ZeRO-3: smaller parameters are not partitioned
     overlap: bool
     offload: bool
     teacher_partitioned: bool
     on_cpu: bool
     flash_loss: bool
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.world_size // self.gpus_per_node)
+
+    @property
+    def gpus_in_node(self) -> int:
+        return min(self.world_size, self.gpus_per_node)
 
     @property
     def bytes_each(self) -> int:
@@ -47,7 +55,7 @@ class Setting:
 
 @dataclass
 class Memory:
-    """Bytes by part; `moment` is when they are all there at once."""
+    """Bytes by part at the `moment` when their sum is largest."""
 
     parts: dict[str, int]
     moment: str
@@ -58,10 +66,9 @@ class Memory:
 
 
 def memory_of(
-    encoders: Encoders, teacher: Passage, student: StudentPassages, setting: Setting, assumptions: Assumptions
+    encoders: Encoders, teacher: PassCost, student: StudentCost, setting: Setting, assumptions: Assumptions
 ) -> Memory:
-    """The fullest of four moments: teacher's forward, loss, backward, optimizer."""
-    lasting = lasting_parts(encoders, setting)
+    """The largest of four moments: teacher's forward, loss, backward, optimizer."""
     kept_gradients = _gradients_between_micro_steps(encoders, setting)
     moments = {
         "teacher's forward": {"activations": teacher.peak_bytes, "gradients": kept_gradients},
@@ -73,26 +80,25 @@ def memory_of(
         "backward": _in_backward(encoders, student.backward, setting),
         "optimizer": _in_optimizer(encoders, setting),
     }
-    moment = max(moments, key=lambda name: sum(moments[name].values()))
-    parts = {**lasting, "loss tiles": 0, **moments[moment]}
+    moment, temporary = max(moments.items(), key=lambda item: sum(item[1].values()))
+    parts = {**lasting_parts(encoders, setting), **temporary}
     buffers = parts.pop("buffers", 0)
     if not setting.on_cpu:
-        coming_and_going = sum(moments[moment].values())
-        buffers += int(assumptions.fixed_gib * GIB + assumptions.fragmentation * coming_and_going)
+        buffers += int(assumptions.fixed_gib * GIB + assumptions.fragmentation * sum(temporary.values()))
     order = ("teacher", "student", "gradients", "optimizer", "activations", "loss tiles")
     return Memory({**{name: parts.get(name, 0) for name in order}, "buffers": buffers}, moment)
 
 
 def lasting_parts(encoders: Encoders, setting: Setting) -> dict[str, int]:
-    """What is there from the first step to the last."""
-    each, ranks = setting.bytes_each, setting.world_size
-    teacher = encoders.teacher_parameters * BYTES[setting.teacher_precision]
-    largest = max(parameter.numel() for parameter in encoders.teacher.parameters()) * BYTES[setting.teacher_precision]
+    """Bytes that are allocated from the first step to the last."""
+    ranks, teacher_bytes = setting.world_size, BYTES[setting.teacher_precision]
+    teacher = encoders.teacher_parameters * teacher_bytes
     if setting.teacher_partitioned:
-        # A rank's share; what is gathered ahead (whole small teachers), and this rank's part of it once more, to send.
-        gathered = min(teacher, PREFETCHED_ELEMENTS * BYTES[setting.teacher_precision] + largest)
+        # A rank's partition, the parameters that are gathered ahead (at most all), and this rank's part of those to send.
+        largest = max(parameter.numel() for parameter in encoders.teacher.parameters()) * teacher_bytes
+        gathered = min(teacher, PREFETCHED_ELEMENTS * teacher_bytes + largest)
         teacher = teacher // ranks + gathered + gathered // ranks
-    student = encoders.student_parameters * each
+    student = encoders.student_parameters * setting.bytes_each
     if setting.stage == 3:
         student += student // ranks  # gathered parameters stay from forward to backward: up to 1e9 of them
     optimizer = 0 if setting.offload else ADAM_BYTES * encoders.trained_parameters // ranks
@@ -106,8 +112,8 @@ def _gradients_between_micro_steps(encoders: Encoders, setting: Setting) -> int:
     return encoders.trained_parameters * setting.bytes_each // share
 
 
-def _in_backward(encoders: Encoders, backward: Passage, setting: Setting) -> dict[str, int]:
-    """The end of backward, where the embedding's dense gradient comes last, or its beginning, whichever is fuller."""
+def _in_backward(encoders: Encoders, backward: PassCost, setting: Setting) -> dict[str, int]:
+    """The largest moment of backward: its beginning, or its end, when the embedding's dense gradient is computed."""
     trained, each = encoders.trained_parameters, setting.bytes_each
     owned = trained * each // setting.world_size * (2 if setting.accumulation > 1 and setting.stage > 1 else 1)
     bucket = setting.reduce_bucket * each * (2 if setting.overlap else 1)
@@ -117,7 +123,7 @@ def _in_backward(encoders: Encoders, backward: Passage, setting: Setting) -> dic
 
 
 def _in_optimizer(encoders: Encoders, setting: Setting) -> dict[str, int]:
-    """This rank's gradients as they came and in fp32, and what AdamW holds while it updates."""
+    """This rank's gradients, as reduced and in fp32, and the temporaries of AdamW's update."""
     if setting.offload:
         return {"gradients": encoders.trained_parameters * setting.bytes_each // setting.world_size}
     owned = encoders.trained_parameters // setting.world_size
@@ -126,7 +132,7 @@ def _in_optimizer(encoders: Encoders, setting: Setting) -> dict[str, int]:
 
 
 def loss_workspace(encoders: Encoders, setting: Setting) -> int:
-    """What the relation loss holds beside its input and the gradient that it keeps."""
+    """Bytes that the relation loss holds in addition to its inputs and the gradient that it keeps."""
     length, heads = setting.seq_len, setting.relation_heads
     width_T, width_S = encoders.teacher.widths[0], encoders.student.widths[0]
     if setting.flash_loss:
@@ -141,6 +147,6 @@ def loss_workspace(encoders: Encoders, setting: Setting) -> int:
 
 
 def flash_widths(head_T: int, head_S: int, precision: str) -> list[int]:
-    """Channels per head of the `flash` backend's four attention calls: biases ride along, padded to multiples of 8."""
+    """Channels per head of the `flash` backend's four attention calls, with their bias channels, in multiples of 8."""
     biases = 1 if precision == "fp32" else 3
     return [-(-n // 8) * 8 for n in (head_T + head_S, head_S, head_S + biases, max(head_T + biases, head_S))]

@@ -1,7 +1,7 @@
-"""What comes before training: how long the text takes to prepare, and how much disk text, shards and checkpoints take.
+"""The cost of preparing the text before training: core-hours, tokens, and the size of the shards.
 
-In: a recipe, the corpus's size and the number of cores. Out: `Preparation`. Rates are those measured by
-benchmarks/bench_prepare.py; where the shards are there already, their tokens are counted instead.
+In: a recipe, the size of the corpus and the number of cores. Out: `Preparation`. Rates are those that
+benchmarks/bench_prepare.py measured. Where the shards exist already, their tokens are counted instead.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ CC100_FILES_GB = 550.0  # the .txt.xz files
 
 @dataclass(frozen=True)
 class Preparation:
-    """`there`: the shards exist and nothing needs preparing."""
+    """`done`: the shards exist, so that nothing has to be prepared."""
 
-    there: bool
+    done: bool
     text_gb: float
     tokens: float
     core_hours: float
@@ -35,9 +35,9 @@ class Preparation:
 
 
 def preparation_of(recipe: Recipe, text_gb: float, cores: int, assumptions: Assumptions) -> Preparation:
-    """From the shards in `recipe.data` where there are any, else from `text_gb` of text."""
+    """From the shards in `recipe.data` where they exist, else from `text_gb` of text."""
     needed = float(recipe.steps) * recipe.global_batch * recipe.seq_len
-    tokens = _tokens_there(Path(recipe.data), recipe.languages)
+    tokens = _tokens_prepared(Path(recipe.data), recipe.languages)
     if tokens:
         size_gb = tokens * assumptions.shard_bytes_per_token / 1e9
         return Preparation(True, tokens * assumptions.text_bytes_per_token / 1e9, tokens, 0.0, 0.0, size_gb, needed)
@@ -47,7 +47,7 @@ def preparation_of(recipe: Recipe, text_gb: float, cores: int, assumptions: Assu
     return Preparation(False, text_gb, tokens, core_hours, core_hours / cores, size_gb, needed)
 
 
-def _tokens_there(path: Path, languages: list[str] | None) -> float:
+def _tokens_prepared(path: Path, languages: list[str] | None) -> float:
     if not path.is_dir():
         return 0.0
     try:

@@ -1,43 +1,54 @@
-"""A plan as text for the console and as figures for programs. Used by command.py alone."""
+"""A plan as text for the console and as figures for programs.
+
+In: a `PlanReport`. Out: Markdown text, or a tree of numbers in bytes and seconds that can be written as JSON.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.planning.memory import GIB
 from pipeline.planning.plan import SECONDS_PER_DAY, Plan, Planner
 from pipeline.planning.preparation import CC100_FILES_GB, CC100_TEXT_GB, Preparation
-from pipeline.planning.scaling import Point
+from pipeline.planning.scaling import Point, scaling_knee
 
 
-def text(
-    planner: Planner,
-    plan: Plan,
-    largest: int | None,
-    preparation: Preparation,
-    stages: dict[int, Plan | None],
-    points: list[Point],
-    scaling_knee: str,
-) -> str:
-    """The whole report; every line of it is a prediction."""
-    setting, device, step = plan.setting, planner.device, plan.step
+@dataclass(frozen=True)
+class PlanReport:
+    """The plan of a run, and the alternatives that the report compares it with."""
+
+    planner: Planner
+    plan: Plan
+    largest_micro_batch: int | None
+    preparation: Preparation
+    stages: dict[int, Plan | None]
+    points_of: dict[int, list[Point]]  # ZeRO stage -> numbers of GPUs
+
+    @property
+    def points(self) -> list[Point]:
+        return self.points_of[self.plan.setting.stage]
+
+
+def text(report: PlanReport) -> str:
+    """The complete report. Every figure in it is a prediction."""
+    planner, plan = report.planner, report.plan
+    setting, device, step = plan.setting, planner.hardware.device, plan.step
     mfu = step.flops / (step.total * device.flops_per_s(setting.precision))
-    of = f"{plan.nodes} x {plan.gpus_per_node} {device.name}"
     micro = f"{setting.micro_batch} rows x {setting.accumulation} x {plan.num_gpus} GPUs"
-    loss = "flash" if setting.flash_loss else "chunked"
     share = [[name, f"{seconds * 1e3:.1f}", f"{seconds / step.total:.0%}"] for name, seconds in step.parts.items()]
     parts = [[name, f"{size / GIB:.2f}"] for name, size in plan.memory.parts.items()]
     sections = [
-        f"# {planner.recipe_path} on {of}: a prediction (docs/planning.md says what it rests on)",
+        f"# {planner.recipe_path} on {plan.nodes} x {plan.gpus_per_node} {device.name}: a prediction (method: docs/planning.md)",
         *(f"warning: {warning}" for warning in plan.warnings),
-        f"ZeRO-{setting.stage}, {setting.precision}, teacher in {setting.teacher_precision}, loss by `{loss}`, "
-        f"micro-batch {micro} of {setting.seq_len} tokens",
+        f"ZeRO-{setting.stage}, {setting.precision}, teacher in {setting.teacher_precision}, "
+        f"loss by `{'flash' if setting.flash_loss else 'chunked'}`, micro-batch {micro} of {setting.seq_len} tokens",
         "",
-        f"## Memory per GPU, GiB (fullest: {plan.memory.moment})",
+        f"## Memory per GPU, GiB (peak: {plan.memory.moment})",
         _table(["part", "GiB"], [*parts, ["all", f"{plan.memory.total / GIB:.2f} of {device.memory_gib:g}"]]),
-        f"largest micro-batch that fits: {largest}",
+        f"largest micro-batch that fits: {report.largest_micro_batch}",
         "",
         "## One optimizer step, ms",
         _table(["part", "ms", "share"], [*share, ["all", f"{step.total * 1e3:.1f}", "100%"]]),
@@ -45,25 +56,22 @@ def text(
         f"{planner.recipe.global_batch * setting.seq_len / step.total / 1e3:.0f} thousand tokens/s",
         "",
         "## The run",
-        *_run_lines(planner, plan, preparation),
+        *_run_lines(planner, plan, report.preparation),
         "",
         "## ZeRO stages on the same GPUs",
-        _stages_table(planner, stages),
+        _stages_table(planner, report.stages),
         "",
         "## More GPUs, same global batch",
-        _scaling_table(points),
-        scaling_knee,
+        _scaling_table(report.points),
+        scaling_knee(report.points),
     ]
     return "\n".join(sections)
 
 
 def _run_lines(planner: Planner, plan: Plan, preparation: Preparation) -> list[str]:
-    recipe = planner.recipe
-    kept = recipe.checkpoint.keep + (
-        recipe.steps // recipe.checkpoint.keep_every if recipe.checkpoint.keep_every else 0
-    )
+    recipe, keeping = planner.recipe, planner.recipe.checkpoint
+    kept = keeping.keep + (recipe.steps // keeping.keep_every if keeping.keep_every else 0)
     size_gb = plan.checkpoint_bytes / 1e9
-    done = "none, the shards are there" if preparation.there else _hours_of_preparation(preparation)
     return [
         f"{plan.run_s / SECONDS_PER_DAY:.2f} days, {plan.gpu_hours:.0f} GPU-hours for {recipe.steps} steps "
         f"and {preparation.tokens_needed / 1e9:.1f} G tokens ({preparation.epochs:.2g} times the shards)",
@@ -71,7 +79,7 @@ def _run_lines(planner: Planner, plan: Plan, preparation: Preparation) -> list[s
         f"{plan.checkpoint_write_s:.0f} s; {kept} are kept: {kept * size_gb:.0f} GB",
         f"held-out evaluation: {plan.evaluation_s:.1f} s every {recipe.eval_every} steps",
         f"shards: {preparation.tokens / 1e9:.2f} G tokens, {preparation.shard_gb:.1f} GB",
-        f"preparation: {done}",
+        f"preparation: {'none, the shards exist' if preparation.done else _hours_of_preparation(preparation)}",
     ]
 
 
@@ -79,7 +87,7 @@ def _hours_of_preparation(preparation: Preparation) -> str:
     corpus = f" (CC-100; {CC100_FILES_GB:.0f} GB as .xz)" if preparation.text_gb == CC100_TEXT_GB else ""
     return (
         f"{preparation.text_gb:.0f} GB of text{corpus}, {preparation.core_hours:.0f} core-hours, "
-        f"{preparation.wall_hours:.1f} h on the cores given"
+        f"{preparation.wall_hours:.1f} h on the given cores"
     )
 
 
@@ -87,17 +95,11 @@ def _stages_table(planner: Planner, stages: dict[int, Plan | None]) -> str:
     rows = []
     for stage, plan in stages.items():
         if plan is None:
-            rows.append([f"ZeRO-{stage}", "-", "-", "-", "refused"])
+            rows.append([f"ZeRO-{stage}", "-", "-", "-", "not possible"])
             continue
-        communication = plan.step.parts["communication"]
-        verdict = "fits" if planner.fits(plan) else "does not fit"
-        cells = [
-            f"{plan.memory.total / GIB:.2f}",
-            f"{plan.step.total * 1e3:.1f}",
-            f"{communication * 1e3:.2f}",
-            verdict,
-        ]
-        rows.append([f"ZeRO-{stage}", *cells])
+        figures = [f"{plan.memory.total / GIB:.2f}", f"{plan.step.total * 1e3:.1f}"]
+        figures += [f"{plan.step.parts['communication'] * 1e3:.2f}", "fits" if planner.fits(plan) else "does not fit"]
+        rows.append([f"ZeRO-{stage}", *figures])
     return _table(["stage", "GiB per GPU", "step ms", "communication ms", ""], rows)
 
 
@@ -117,50 +119,42 @@ def _scaling_table(points: list[Point]) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown whose columns line up on a console too."""
+    """Markdown whose columns are aligned on a console too."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in [header, *rows]]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def figures(
-    planner: Planner,
-    plan: Plan,
-    largest: int | None,
-    preparation: Preparation,
-    stages: dict[int, Plan | None],
-    points_of: dict[int, list[Point]],
-) -> dict[str, Any]:
+def figures(report: PlanReport) -> dict[str, Any]:
     """Everything in the report, in bytes and seconds."""
+    planner, encoders = report.planner, report.planner.encoders
     return {
         "recipe": str(planner.recipe_path),
         "deepspeed": str(planner.ds_path),
-        "device": dataclasses.asdict(planner.device),
-        "assumptions": dataclasses.asdict(planner.assumptions),
+        "device": dataclasses.asdict(planner.hardware.device),
+        "assumptions": dataclasses.asdict(planner.hardware.assumptions),
         "parameters": {
-            "teacher": planner.encoders.teacher_parameters,
-            "student": planner.encoders.student_parameters,
-            "trained": planner.encoders.trained_parameters,
-            "carried": planner.encoders.untrained_parameters,
+            "teacher": encoders.teacher_parameters,
+            "student": encoders.student_parameters,
+            "trained": encoders.trained_parameters,
+            "untrained": encoders.sizes.untrained,
         },
-        "plan": plan_figures(plan),
-        "largest_micro_batch": largest,
-        "preparation": dataclasses.asdict(preparation),
-        "stages": {stage: None if other is None else plan_figures(other) for stage, other in stages.items()},
-        "scaling": {
-            stage: [
-                {
-                    "gpus": point.num_gpus,
-                    "fits": point.fits,
-                    "efficiency": point.efficiency,
-                    "why_not": point.why_not,
-                    "plan": None if point.plan is None else plan_figures(point.plan),
-                }
-                for point in points
-            ]
-            for stage, points in points_of.items()
-        },
+        "plan": plan_figures(report.plan),
+        "largest_micro_batch": report.largest_micro_batch,
+        "preparation": dataclasses.asdict(report.preparation),
+        "stages": {stage: None if other is None else plan_figures(other) for stage, other in report.stages.items()},
+        "scaling": {stage: list(map(_point_figures, points)) for stage, points in report.points_of.items()},
+    }
+
+
+def _point_figures(point: Point) -> dict[str, Any]:
+    return {
+        "gpus": point.num_gpus,
+        "fits": point.fits,
+        "efficiency": point.efficiency,
+        "why_not": point.why_not,
+        "plan": None if point.plan is None else plan_figures(point.plan),
     }
 
 

@@ -1,6 +1,6 @@
-"""The same run at other ZeRO stages and on more GPUs: where adding GPUs stops paying, and why.
+"""The same run at other ZeRO stages and on more GPUs: where adding GPUs is no longer efficient, and why.
 
-In: a `Planner`. Out: `Point`s, the sentence that names the part which grows, and the plot. Used by command.py.
+In: a `Planner`. Out: `Point`s, a sentence that names the part with the largest growth, and the plot.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pipeline.planning.plan import Plan, Planner
 
 MOST_GPUS = 512
 STAGES = (1, 2, 3)
-SCALING_KNEE = 0.8  # share of the perfect speed-up below which more GPUs are said not to pay
+SCALING_KNEE = 0.8  # of perfect speed-up: below this share the report says that more GPUs are not efficient
 COLOURS = {
     "teacher": "#4477aa",
     "student": "#66ccee",
@@ -29,15 +29,15 @@ REASONS = {
     "teacher": "its kernels are too small to fill a GPU",
     "student": "its kernels are too small to fill a GPU",
     "loss": "its kernels are too small to fill a GPU",
-    "communication": "as much travels for few rows as for many",
-    "optimizer": "every GPU passes all gradients through its buckets",
+    "communication": "the same bytes are sent for few rows as for many",
+    "optimizer": "every GPU copies all gradients through its buckets",
     "data": "rows are copied",
 }
 
 
 @dataclass
 class Point:
-    """One number of GPUs; `plan` is None where the batch does not divide, and `why_not` says so."""
+    """One number of GPUs. `plan` is None where the batch does not divide, and `why_not` says so."""
 
     num_gpus: int
     plan: Plan | None
@@ -47,8 +47,10 @@ class Point:
 
 
 def scale(planner: Planner, gpus_per_node: int, stage: int | None = None) -> list[Point]:
-    """1, 2, 4, ... GPUs of one node, then 2, 4, 8, ... nodes. Each point takes the largest micro-batch up to the recipe's
-    that divides a rank's rows."""
+    """1, 2, 4, ... GPUs of one node, then 2, 4, 8, ... nodes.
+
+    Each point has the largest micro-batch that divides a rank's rows and is not above the recipe's.
+    """
     counts = [n for n in (2**i for i in range(10)) if n <= gpus_per_node]
     counts += [gpus_per_node * 2**i for i in range(10) if counts[-1] < gpus_per_node * 2**i <= MOST_GPUS]
     points: list[Point] = []
@@ -68,7 +70,7 @@ def scale(planner: Planner, gpus_per_node: int, stage: int | None = None) -> lis
 
 
 def scaling_knee(points: list[Point]) -> str:
-    """Where the speed-up falls below `BEND` of perfect, and the part whose GPU-seconds have grown most."""
+    """A sentence: where the speed-up falls below `SCALING_KNEE` of perfect, and the part whose GPU-seconds grow most."""
     planned = [(point, point.plan) for point in points if point.plan and point.fits]
     if not planned:
         return "nothing fits"
@@ -82,15 +84,15 @@ def scaling_knee(points: list[Point]) -> str:
             total = sum(max(0.0, value) for value in growth.values())
             worst = max(growth, key=growth.__getitem__)
             return (
-                f"Scaling bends at {point.num_gpus} GPUs ({point.efficiency:.0%} of perfect). "
-                f"{growth[worst] / total:.0%} of that is {worst}: {REASONS[worst]}."
+                f"Scaling knee at {point.num_gpus} GPUs ({point.efficiency:.0%} of perfect). "
+                f"{growth[worst] / total:.0%} of the loss is {worst}: {REASONS[worst]}."
             )
     last = planned[-1][0]
-    return f"No bend up to {last.num_gpus} GPUs ({last.efficiency:.0%} of perfect)."
+    return f"No scaling knee up to {last.num_gpus} GPUs ({last.efficiency:.0%} of perfect)."
 
 
 def compare_stages(planner: Planner, nodes: int, gpus_per_node: int) -> dict[int, Plan | None]:
-    """The same cluster at each stage; None where the files allow no such run."""
+    """The same cluster at each stage; None where recipe and JSON do not allow such a run."""
     plans: dict[int, Plan | None] = {}
     for stage in STAGES:
         try:
@@ -101,7 +103,7 @@ def compare_stages(planner: Planner, nodes: int, gpus_per_node: int) -> dict[int
 
 
 def draw(points_of: dict[int, list[Point]], stage: int, title: str, path: Path) -> None:
-    """Left: GPU-seconds of a step by part against the number of GPUs. Right: share of perfect speed-up per ZeRO stage."""
+    """Left: GPU-seconds of a step by part over the number of GPUs. Right: share of perfect speed-up per ZeRO stage."""
     matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure = Figure(figsize=(9.5, 3.6), layout="constrained")
     bars, lines = figure.subplots(1, 2)

@@ -1,8 +1,8 @@
-"""A training step without data: forward and backward on torch's `meta` device, every operation written into a ledger.
+"""Trace one training step on torch's `meta` device, where operations have shapes and no data.
 
-In: tapped encoders on `meta`, a micro-batch and a precision. Out: `Passage`s - matrix products by shape, memory traffic,
-kernels, bytes that are kept and bytes at the peak. Nothing is computed, so a step of any size takes a fraction of a second.
-Used by memory.py and timing.py.
+In: tapped encoders on `meta`, a micro-batch and a precision. Out: a `PassCost` for each forward or backward pass: matrix
+products by shape, memory traffic, kernels, bytes kept and bytes at the peak. Nothing is computed, so that even a large step
+is traced in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pipeline.distillation.tap import TappedEncoder
 
-ATTENTION = "rehearsal"  # the name under which transformers knows the stand-in below
+ATTENTION = "minilm_trace"  # the name under which transformers finds the attention function below
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 _NO_KERNEL = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided", "aten::_unsafe_view")
 
 
 @dataclass
-class Passage:
-    """What one stretch of a step does on one GPU."""
+class PassCost:
+    """What one forward or backward pass does on one GPU."""
 
     products: Counter[tuple[int, int, int, int]] = field(default_factory=Counter)  # (batch, M, K, N) of each product
     attentions: Counter[tuple[int, int, int, int, bool]] = field(default_factory=Counter)  # (B, H, L, d, is backward)
-    traffic_bytes: int = 0  # what all kernels read and write
+    traffic_bytes: int = 0  # read and written by all kernels
     num_kernels: int = 0
-    kept_bytes: int = 0  # alive at its end
-    peak_bytes: int = 0  # most alive at any moment of it
+    kept_bytes: int = 0  # allocated at the end of the pass
+    peak_bytes: int = 0  # most bytes allocated at any moment of the pass
 
     @property
     def product_flops(self) -> int:
@@ -43,7 +43,7 @@ class Passage:
 
     @property
     def attention_flops(self) -> int:
-        """Two products in forward (logits, mixture); five in backward, which computes the logits again."""
+        """Two products in forward (logits, mixture), five in backward, which computes the logits again."""
         return sum(
             (10 if backward else 4) * rows * heads * length**2 * width * count
             for (rows, heads, length, width, backward), count in self.attentions.items()
@@ -59,22 +59,18 @@ class Passage:
 
 
 class OpTracer(TorchDispatchMode):
-    """Watches every operation and the life of every tensor that operations make."""
+    """Counts every operation, and the bytes of every tensor from its allocation until it is freed."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._alive: dict[int, weakref.ref] = {}
+        self._allocated: dict[int, weakref.ref] = {}
         self._bytes = 0
-        self.begin()
+        self._cost = PassCost()
 
-    def begin(self) -> None:
-        """Open a new passage; what is alive stays alive."""
-        self.passage = Passage(peak_bytes=self._bytes)
-
-    def end(self) -> Passage:
-        self.passage.kept_bytes = self._bytes
-        finished = self.passage
-        self.begin()
+    def end_pass(self) -> PassCost:
+        """The cost since the last call. Tensors that are still allocated count in the next pass too."""
+        finished, self._cost = self._cost, PassCost(peak_bytes=self._bytes)
+        finished.kept_bytes = self._bytes
         return finished
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
@@ -83,44 +79,44 @@ class OpTracer(TorchDispatchMode):
             inputs, outputs = _tensors([arguments, keywords]), _tensors(result)
             self._count(function._schema.name, inputs, outputs)
             for tensor in outputs:
-                self._watch(tensor)
+                self._add_allocation(tensor)
         return result
 
     def _count(self, name: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
-        passage = self.passage
+        cost = self._cost
         if not outputs or name in _NO_KERNEL:
             return
-        passage.num_kernels += 1
-        passage.traffic_bytes += sum(tensor.numel() * tensor.element_size() for tensor in [*inputs, *outputs])
+        cost.num_kernels += 1
+        cost.traffic_bytes += sum(tensor.numel() * tensor.element_size() for tensor in [*inputs, *outputs])
         if name in _PRODUCTS:
             left, right = inputs[-2:]
             batch = left.shape[0] if left.dim() == 3 else 1
-            passage.products[batch, left.shape[-2], left.shape[-1], right.shape[-1]] += 1
+            cost.products[batch, left.shape[-2], left.shape[-1], right.shape[-1]] += 1
         elif name in ("minilm_plan::attention", "minilm_plan::attention_backward"):
             backward = name.endswith("backward")
             query_BHLd = inputs[1] if backward else inputs[0]
-            passage.attentions[(*query_BHLd.shape, backward)] += 1
+            cost.attentions[(*query_BHLd.shape, backward)] += 1
 
-    def _watch(self, tensor: torch.Tensor) -> None:
+    def _add_allocation(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key in self._alive:
+        if key in self._allocated:
             return
 
         def freed(_: weakref.ref) -> None:
-            if self._alive.pop(key, None) is not None:
+            if self._allocated.pop(key, None) is not None:
                 self._bytes -= size
 
-        self._alive[key] = weakref.ref(storage, freed)
+        self._allocated[key] = weakref.ref(storage, freed)
         self._bytes += size
-        self.passage.peak_bytes = max(self.passage.peak_bytes, self._bytes)
+        self._cost.peak_bytes = max(self._cost.peak_bytes, self._bytes)
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-# -- attention as the fused kernels do it: no map is kept, the logarithm of its sums is
+# -- attention with the memory of a fused kernel: it keeps the log-sums of each row, not the attention map
 
 
 @torch.library.custom_op("minilm_plan::attention", mutates_args=())
@@ -170,45 +166,50 @@ ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
 # -- the two models
 
 
-def trace_teacher(teacher: TappedEncoder, rows: int, seq_len: int, precision: str) -> Passage:
-    """One forward of the frozen teacher; what it keeps are Q, K, V (and the output, where a tail term wants it)."""
+def trace_teacher(teacher: TappedEncoder, rows: int, seq_len: int, precision: str) -> PassCost:
+    """One forward pass of the frozen teacher. It keeps Q, K, V, and the output where a tail term needs it."""
     teacher.to(DTYPES[precision])
-    with torch.no_grad(), OpTracer() as ledger:
-        results = _read(teacher, rows, seq_len)
-        passage = ledger.end()
+    with torch.no_grad(), OpTracer() as tracer:
+        results = _run(teacher, rows, seq_len)
+        cost = tracer.end_pass()
     del results
-    return passage
+    return cost
 
 
 @dataclass
-class StudentPassages:
-    """Forward up to the loss, and backward."""
+class StudentCost:
+    """The student's forward pass up to the loss, and its backward pass."""
 
-    forward: Passage
-    backward: Passage
+    forward: PassCost
+    backward: PassCost
 
 
 def trace_student(
     student: TappedEncoder, rows: int, seq_len: int, precision: str, relations_per_tap: int, gradients_stay: bool
-) -> StudentPassages:
-    """One forward and backward. `gradients_stay`: on their parameters (ZeRO-1), else they leave as they come (2, 3)."""
+) -> StudentCost:
+    """One forward and one backward pass.
+
+    Args:
+        relations_per_tap: gradients that the loss keeps for each of Q, K and V
+        gradients_stay: on their parameters until the optimizer step (ZeRO-1); False: each is freed when it is ready (2, 3)
+    """
     student.to(DTYPES[precision])
-    handles = [] if gradients_stay else [_let_go(p) for p in student.parameters() if p.requires_grad]
-    with OpTracer() as ledger:
-        results = _read(student, rows, seq_len)
+    handles = [] if gradients_stay else [_free_gradient(p) for p in student.parameters() if p.requires_grad]
+    with OpTracer() as tracer:
+        results = _run(student, rows, seq_len)
         losses = [_Loss.apply(x_BLD, relations_per_tap) for x_BLD in _tensors(results)]
-        forward = ledger.end()
+        forward = tracer.end_pass()
         del results
         torch.autograd.backward(losses)
-        backward = ledger.end()
+        backward = tracer.end_pass()
     for handle in handles:
         handle.remove()
     student.zero_grad(set_to_none=True)
-    return StudentPassages(forward, backward)
+    return StudentCost(forward, backward)
 
 
 class _Loss(torch.autograd.Function):
-    """Keeps for backward what relations.py keeps: one finished gradient for each use of a tensor."""
+    """Keeps for backward what relations/loss.py keeps: one finished gradient for each use of a tensor."""
 
     @staticmethod
     def forward(context, x_BLD, uses):
@@ -224,15 +225,15 @@ class _Loss(torch.autograd.Function):
         return total, None
 
 
-def _let_go(parameter: torch.nn.Parameter):
+def _free_gradient(parameter: torch.nn.Parameter):
     def drop(p: torch.Tensor) -> None:
         p.grad = None
 
     return parameter.register_post_accumulate_grad_hook(drop)
 
 
-def _read(encoder: TappedEncoder, rows: int, seq_len: int):
-    """The encoder on ids that are not there. DeBERTa looks for padding where it gets no mask, and here there are no values."""
+def _run(encoder: TappedEncoder, rows: int, seq_len: int):
+    """The encoder's results for ids without values. Without a mask DeBERTa would search the ids for padding, so it gets one."""
     ids_BL = torch.zeros(rows, seq_len, dtype=torch.long, device="meta")
-    wants_mask = encoder.model.config.model_type == "deberta-v2"
-    return encoder(ids_BL, torch.ones_like(ids_BL) if wants_mask else None)
+    needs_mask = encoder.model.config.model_type == "deberta-v2"
+    return encoder(ids_BL, torch.ones_like(ids_BL) if needs_mask else None)

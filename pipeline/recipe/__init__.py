@@ -1,1 +1,1 @@
-"""Recipe text to values, and the ranges that values may have."""
+"""Reading recipe text, and the ranges of recipe values."""

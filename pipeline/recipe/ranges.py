@@ -1,7 +1,7 @@
-"""Numbers of a recipe that are too small or too large to be meant, refused before anything is made.
+"""Check the numbers of a recipe before anything is built.
 
-A huge number is no setting of a run: it ends in an overflow, in a loop over its divisors or in a request for terabytes.
-The upper limits are far above what anybody trains with. Used by the dataclasses of a recipe and of an evaluation.
+In: a dataclass of a recipe or an evaluation, and a range for each key. Out: nothing, or a `UserError`. The upper limits are
+far above those of any real run. A larger number would end in an overflow, a loop over its divisors, or terabytes of memory.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 from pipeline.errors import UserError
 
 LARGEST_INT = 2**63 - 1  # of a tensor, a file and a seed
-LONGEST_S = 1e8  # three years; the system's timers end somewhat above
+LONGEST_S = 1e8  # three years; the limit of the system's timers is slightly higher
 LARGEST_BATCH = 2**24
 LONGEST_ROW = 2**20
 LARGEST_WEIGHT = 1e9
 
 
 def check_ranges(section: object, name: str, limits: Mapping[str, tuple[float, float]]) -> None:
-    """Every value of `limits`' keys (each number of a list or mapping) lies in its range; None is not looked at.
+    """Raises where the value of a key, or a number in its list or mapping, is outside its range. None is not checked.
 
     Args:
         section: a dataclass
@@ -31,7 +31,7 @@ def check_ranges(section: object, name: str, limits: Mapping[str, tuple[float, f
     for key, (least, most) in limits.items():
         for where, value in _numbers(f"{name}.{key}" if name else key, getattr(section, key)):
             if not least <= value <= most:
-                raise UserError(f"`{where}` is {_shown(value)}; it must lie between {_shown(least)} and {_shown(most)}")
+                raise UserError(f"`{where}` is {_shown(value)}; it must be between {_shown(least)} and {_shown(most)}")
 
 
 def _numbers(where: str, value: Any) -> list[tuple[str, float]]:

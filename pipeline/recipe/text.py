@@ -1,8 +1,8 @@
-"""Recipe text to a tree of dictionaries, lists and scalars that keep the characters they were written with.
+"""Parse recipe text into dictionaries, lists and scalars that keep their characters.
 
-YAML types a bare scalar before anybody knows which key wants it: `no` (Norwegian) becomes false, `1e-3` stays text, `010` is
-eight and `12:30` is 750. Here a bare scalar stays `Plain` text, and `Plain.value` gives the type that YAML 1.2 has for it
-once the key's own type is known not to be text. Used by config.py.
+YAML 1.1 gives an unquoted scalar a type without knowing its key: `no` (Norwegian) becomes false, `1e-3` stays text, `010` is
+8 and `12:30` is 750. Here an unquoted scalar stays `Plain` text. Where the type of its key is not text, `Plain.value` gives the
+value of YAML 1.2.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _TRUTH = {"true": True, "false": False}
 
 
 class Plain(str):
-    """A scalar without quotes, as it stands in the file."""
+    """An unquoted scalar with the characters of the file."""
 
     @property
     def value(self) -> Any:
-        """None, bool, int, float or str, as YAML 1.2 reads it. Raises `ValueError` for an endless number."""
+        """None, bool, int, float or str, as YAML 1.2 reads it. Raises `ValueError` for a number with too many digits."""
         if self in _NULL:
             return None
         if self.lower() in _TRUTH:
@@ -41,26 +41,26 @@ class Plain(str):
 
 
 class _Loader(yaml.SafeLoader):
-    """Dictionaries, lists and scalars only, as `safe_load`, and no key twice: the second would win silently."""
+    """As `safe_load`: dictionaries, lists and scalars only. A repeated key is an error, since the second would silently win."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
         if twice is not None:
-            raise yaml.YAMLError(f"the key `{twice}` is there twice{node.start_mark}")
+            raise yaml.YAMLError(f"the key `{twice}` occurs twice{node.start_mark}")
         return super().construct_mapping(node, deep)
 
     def construct_text(self, node: yaml.ScalarNode) -> str:
         return Plain(node.value) if node.style is None else str(node.value)
 
 
-_Loader.yaml_implicit_resolvers = {}  # no scalar has a type yet, but for the key that merges mappings
+_Loader.yaml_implicit_resolvers = {}  # no scalar has a type, except the key that merges mappings
 _Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"<<"), ["<"])
 _Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_text)
 
 
 def parse(text: str) -> Any:
-    """The tree of one YAML document. Raises `ValueError` with line and column where it is none."""
+    """The tree of one YAML document. Raises `ValueError` with line and column where it is not valid."""
     try:
         return _Loader(text).get_single_data()
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -68,17 +68,17 @@ def parse(text: str) -> Any:
         if "'\\t'" in reason:
             reason += ". Indent with spaces, not with tabs"
         if "expected a single document" in reason:
-            reason += ". Keep one, and take out the lines of ---"
+            reason += ". Keep one, and remove the lines of ---"
         raise ValueError(reason) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping from a file; a missing file or anything but a mapping is a `UserError`."""
+    """A YAML mapping from a file. Raises `UserError` where the file is missing or holds something else."""
     if not path.is_file():
         known = ", ".join(sorted(str(p) for p in Path("recipes").glob("*.yaml"))) or "none"
-        raise UserError(f"there is no recipe at {path}. Recipes here: {known}")
+        raise UserError(f"recipe {path} not found. Recipes here: {known}")
     try:
-        tree = parse(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a byte order mark
+        tree = parse(path.read_text(encoding="utf-8-sig"))  # some editors write a byte order mark
     except (ValueError, OSError) as error:
         raise UserError(f"{path} is not readable YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -88,13 +88,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def shown(override: str) -> str:
-    """An override in a message: one line, and no more of it than tells which it is."""
+    """An override for a message: on one line, and at most `MOST_SHOWN` characters."""
     line = " ".join(override.split())
     return line if len(line) <= MOST_SHOWN else line[:MOST_SHOWN] + "..."
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Put `a.b=c` into a nested mapping; `c` is read as YAML, so `null`, `[1, 2]` and `5e-4` work."""
+    """Set `a.b=c` in a nested mapping. `c` is read as YAML, so that `null`, `[1, 2]` and `5e-4` work."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UserError(f"--set {shown(override)}: write it as --set key=value or --set section.key=value")
@@ -108,8 +108,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         value = parse(text)
     except ValueError as error:
         raise UserError(f"--set {shown(override)}: the value is not readable YAML: {error}") from None
-    if isinstance(value, Plain) and value != text.strip():  # the rest was taken for a comment
+    if isinstance(value, Plain) and value != text.strip():  # YAML read the rest as a comment
         raise UserError(
-            f"""--set {shown(override)}: YAML reads `{shown(value)}` and no more; quote it: --set '{key}="{shown(text)}"'"""
+            f"""--set {shown(override)}: YAML reads only `{shown(value)}`; quote it: --set '{key}="{shown(text)}"'"""
         )
     tree[last] = Plain() if value is None else value

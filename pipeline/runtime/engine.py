@@ -102,6 +102,11 @@ class StudentEngine:
         return self._engine.module
 
     @property
+    def deepspeed_engine(self) -> Any:
+        """DeepSpeed's engine, for comparisons with its own checkpoints and checks (tests/dist, tests/faults/sweeps)."""
+        return self._engine
+
+    @property
     def device(self) -> torch.device:
         return self._engine.device
 

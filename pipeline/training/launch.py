@@ -1,7 +1,7 @@
-"""What `pipeline/train.py` does once its options are read: start this rank, build the parts, train or only try.
+"""What `pipeline/train.py` does after it has parsed its options: join the other ranks, build the parts, train or dry-run.
 
-Used by train.py. Surroundings that a run needs from its first second to its last are set up here: log file, stop
-requests, process group, watchdog.
+In: `RunOptions`. Out: a trained run directory, or what the dry run prints. What a run needs from its first second to its
+last is set up here: log file, stop requests, process group, watchdog.
 """
 
 from __future__ import annotations
@@ -9,81 +9,104 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import load_recipe
-from pipeline.errors import EXIT_DONE
+from pipeline.config import Recipe, load_recipe
 from pipeline.runtime import clocks, dist
 from pipeline.runtime.allotment import unused_gpu_warning
 from pipeline.runtime.directory_lock import check_run_directory, owned_by_rank_0
+from pipeline.runtime.dist import Launch
 from pipeline.runtime.launcher_watch import watch_launchers
 from pipeline.runtime.rank_log import log_crash, tee_output
+from pipeline.runtime.restarts import Restarts
+from pipeline.runtime.run_paths import RunPaths
 from pipeline.runtime.stop import StopRequests
 from pipeline.runtime.watchdog import Watchdog, process_identity
-from pipeline.training.build import assemble
+from pipeline.training.build import Run, build
 from pipeline.training.dry_run import dry_run, writable_without_trace
+from pipeline.training.ready import check_ready
+from pipeline.training.resume import resume
 from pipeline.training.trainer import Trainer
 
-COLLECTIVE_TIMEOUT_MARGIN = 1.5  # the watchdog should bite first: it knows where every thread stands
+COLLECTIVE_TIMEOUT_MARGIN = 1.5  # the watchdog ends a run first: it knows where every thread is
 
 
-def run_from_files(
-    recipe_path: Path,
-    recipe_is_default: bool,
-    ds_path: Path,
-    run_dir: Path,
-    overrides: list[str],
-    allow_change: bool,
-    is_dry_run: bool = False,
-) -> int:
-    """Everything behind `pipeline/train.py`. Returns the exit code; raises what the user can mend."""
+@dataclass(frozen=True)
+class RunOptions:
+    """The command line of pipeline/train.py."""
+
+    recipe_path: Path
+    recipe_is_default: bool
+    ds_path: Path
+    run_dir: Path
+    overrides: list[str]
+    allow_change: bool
+    is_dry_run: bool = False
+
+
+def run_from_files(options: RunOptions) -> None:
+    """Everything behind `pipeline/train.py`. Raises what the user can fix."""
     began = time.monotonic()
     launch = dist.read_launch()
+    _print_first_lines(options, launch)
+    recipe, paths = load_recipe(options.recipe_path, options.overrides), RunPaths(options.run_dir)
+    reads = {"the teacher": Path(recipe.teacher), "the shards": Path(recipe.data)}
+    writes = {paths.recipe.name: options.recipe_path, paths.deepspeed.name: options.ds_path}
+    check_run_directory(paths.directory, writes, reads)
+    stop = StopRequests(paths.stop, recipe.guard.deadline_margin_s)
+    with contextlib.ExitStack() as stack:
+        if options.is_dry_run and launch.is_main:  # the others write nothing before they have met this rank
+            stack.enter_context(writable_without_trace(paths))
+        held = stack.enter_context(contextlib.ExitStack())  # released once the ranks have parted
+        stack.callback(dist.shut_down)
+        try:
+            _join(recipe, stop, launch)
+            if not options.is_dry_run:
+                held.enter_context(owned_by_rank_0(paths.directory, launch))
+            with Watchdog(recipe.guard, paths.stacks(launch.rank, options.is_dry_run)) as watchdog:
+                _agree_with_other_ranks(stop, watchdog, launch)
+                parts = build(recipe, options.recipe_path, options.ds_path, launch)
+                if not options.is_dry_run:  # not before: a rejected run leaves no files
+                    tee_output(paths.log(launch.rank))
+                run = Run(parts, paths, stop, watchdog, Restarts(paths.directory, writes=launch.is_main))
+                check_ready(run)
+                state = resume(run, options.allow_change, counts_as_start=not options.is_dry_run)
+                if options.is_dry_run:
+                    dry_run(run, state, time.monotonic() - began)
+                else:
+                    Trainer(run, state).train()
+            if options.is_dry_run:
+                dist.barrier()  # every rank has closed its files
+        except Exception as error:
+            if not options.is_dry_run:
+                log_crash(paths.log(launch.rank), error)  # now: leaving the other ranks can hang
+            raise
+
+
+def _print_first_lines(options: RunOptions, launch: Launch) -> None:
     if launch.is_main:
-        note = " (no --recipe given)" if recipe_is_default else ""
-        print(f"recipe {recipe_path}{note}, run directory {run_dir}", flush=True)
+        note = " (no --recipe given)" if options.recipe_is_default else ""
+        print(f"recipe {options.recipe_path}{note}, run directory {options.run_dir}", flush=True)
         if warning := unused_gpu_warning():
             print(f"warning: {warning}", flush=True)
-    recipe = load_recipe(recipe_path, overrides)
-    reads = {"the teacher": Path(recipe.teacher), "the shards": Path(recipe.data)}
-    check_run_directory(run_dir, {"recipe.yaml": recipe_path, "deepspeed.json": ds_path}, reads)
-    logs, trace, held = run_dir / "logs", contextlib.ExitStack(), contextlib.ExitStack()
-    if is_dry_run and launch.is_main:  # the others make nothing before they have met this rank
-        trace.enter_context(writable_without_trace(run_dir))
-    stop = StopRequests(run_dir / "STOP", recipe.guard.deadline_margin_s)
+
+
+def _join(recipe: Recipe, stop: StopRequests, launch: Launch) -> None:
+    """Meet the other ranks. Until then a signal ends this process: it has nothing to save."""
     stop.listen()
     stop.end_at_once()
     watch_launchers(stop.launcher_has_gone)
     slowest_s = max(recipe.guard.hang_timeout_s, recipe.guard.slow_timeout_s)
-    kind = "dry-run-stacks" if is_dry_run else "stacks"  # a dry run leaves those of earlier lives where they are
-    try:
-        dist.init_process_group(launch, slowest_s * COLLECTIVE_TIMEOUT_MARGIN)
-        stop.listen()
-        if not is_dry_run:
-            held.enter_context(owned_by_rank_0(run_dir, launch))
-        with Watchdog(recipe.guard, logs / f"{kind}-rank{launch.rank}.txt") as watchdog:
-            marks = dist.gather_json(process_identity(os.getpid()), launch.device)
-            left_s, warnings = clocks.agree(dist.gather_json(clocks.my_clock(), launch.device))
-            stop.agree_on_deadline(left_s)
-            for warning in warnings if launch.is_main else ():
-                print(f"warning: {warning}", flush=True)
-            watchdog.register_local_ranks([mark for mark in marks if mark])
-            parts = assemble(recipe, recipe_path, ds_path, launch)
-            if not is_dry_run:  # not sooner: a run that is refused leaves nothing behind
-                tee_output(logs / f"rank{launch.rank}.log")
-            trainer = Trainer(recipe, parts, launch, run_dir, stop, watchdog)
-            if is_dry_run:
-                dry_run(trainer, allow_change, time.monotonic() - began)
-            else:
-                trainer.run(allow_change)
-        if is_dry_run:
-            dist.barrier()  # every rank has closed its files
-    except Exception as error:
-        if not is_dry_run:
-            log_crash(logs / f"rank{launch.rank}.log", error)  # at once: leaving the other ranks can hang
-        raise
-    finally:
-        dist.shut_down()
-        held.close()
-        trace.close()
-    return EXIT_DONE
+    dist.init_process_group(launch, slowest_s * COLLECTIVE_TIMEOUT_MARGIN)
+    stop.listen()
+
+
+def _agree_with_other_ranks(stop: StopRequests, watchdog: Watchdog, launch: Launch) -> None:
+    """On the deadline, and on which processes of this host are ranks of this run."""
+    marks = dist.gather_json(process_identity(os.getpid()), launch.device)
+    left_s, warnings = clocks.agree(dist.gather_json(clocks.my_clock(), launch.device))
+    stop.agree_on_deadline(left_s)
+    for warning in warnings if launch.is_main else ():
+        print(f"warning: {warning}", flush=True)
+    watchdog.register_local_ranks([mark for mark in marks if mark])

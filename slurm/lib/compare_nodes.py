@@ -1,6 +1,6 @@
-"""Compare the nodes' reports and name every node that has a problem or is unlike the others.
+"""Compare the reports of all nodes, and name every node that has a problem or differs from the others.
 
-python slurm/lib/compare_nodes.py REPORTS_DIRECTORY NODE [NODE ...]          exit code 1 when a node is bad
+python slurm/lib/compare_nodes.py REPORTS_DIRECTORY NODE [NODE ...]          exit code 1 where a node is bad
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any
 
 
 def read_report(directory: Path, node: str) -> dict[str, Any]:
-    """The last line that node wrote, or a report that says that there is none."""
+    """The last line that the node wrote, or a report with the problem that there is none."""
     try:
         return json.loads((directory / f"{node}.json").read_text(encoding="utf-8").splitlines()[-1])
     except (OSError, ValueError, IndexError):
         log = directory / f"{node}.log"
         last = log.read_text(errors="replace").strip().splitlines()[-1:] if log.is_file() else []
-        return {"facts": {}, "problems": [f"no report; {last[0] if last else 'it did not even start'} (see {log})"]}
+        return {"facts": {}, "problems": [f"no report; {last[0] if last else 'it did not start'} (see {log})"]}
 
 
 def differences(reports: dict[str, dict[str, Any]]) -> list[str]:
-    """`node: fact is this, elsewhere that`, for every node that is not like the majority."""
+    """`node: fact is this, elsewhere that`, for every node that differs from the majority."""
     found = []
     names = {name for report in reports.values() for name in report["facts"]}
     for name in sorted(names):

@@ -1,8 +1,8 @@
-"""Is a run with the marker DONE what this job asks for? Prints `finished`, or `asked for more`: then training looks at it.
+"""Tell whether a run with the marker file DONE is the run that this job asks for. Prints `finished` or `asked for more`.
 
 python slurm/lib/is_finished.py RECIPE RUN_DIR [arguments of pipeline/train.py]        (distill_xlmr.sh, before it starts ranks)
 
-More steps are trained. Anything else that has changed is training's to accept or to reject, by its own rules.
+After `asked for more`, training decides: it trains more steps, and accepts or rejects other changes by its own rules.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pipeline.errors import UserError  # noqa: E402
 
 
 def is_finished(recipe_path: Path, run_dir: Path, overrides: list[str]) -> bool:
-    """The run directory's own recipe is the one that is asked for."""
+    """Whether the recipe in the run directory equals the one that is asked for."""
     asked_for = as_tree(load_recipe(recipe_path, overrides))
     try:
         trained = as_tree(load_recipe(run_dir / "recipe.yaml", []))
-    except UserError:  # gone, or of a version with other keys
+    except UserError:  # missing, or written by a version with other keys
         return False
     return asked_for == trained
 

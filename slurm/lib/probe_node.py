@@ -1,6 +1,6 @@
-"""What one node is like, as one line of JSON: `facts`, which must be the same on all nodes, and `problems`.
+"""Report one node as one line of JSON: `facts`, which must be equal on all nodes, and `problems`.
 
-python slurm/lib/probe_node.py RECIPE RUN_DIR MIN_FREE_GB [KEY=VALUE ...]          (node_check.sh runs it once per node)
+python slurm/lib/probe_node.py RECIPE RUN_DIR MIN_FREE_GB [KEY=VALUE ...]          (node_check.sh runs it on each node)
 """
 
 from __future__ import annotations
@@ -38,29 +38,29 @@ def graphics_cards() -> str:
 
 
 def check_gpus() -> None:
-    """torch sees every GPU that Slurm has allotted here, and computes on each."""
+    """Raises where torch does not find every GPU that Slurm has allotted here, or one computes a wrong sum."""
     check_allotted_gpus()
     seen, allotted = torch.cuda.device_count(), allotted_gpus()
     if seen and seen < allotted:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        raise RuntimeError(f"{allotted} GPUs are allotted, torch sees {seen} (CUDA_VISIBLE_DEVICES is {visible!r})")
+        raise RuntimeError(f"{allotted} GPUs are allotted, torch finds {seen} (CUDA_VISIBLE_DEVICES is {visible!r})")
     for number in range(seen):
         if float(torch.ones(1024, device=f"cuda:{number}").sum()) != 1024:
-            raise RuntimeError(f"GPU {number} does not add up 1024 ones")
+            raise RuntimeError(f"GPU {number} computes a wrong sum of 1024 ones")
 
 
 def check_run_dir(run_dir: Path, min_free_gb: int) -> None:
-    """A file can be written, flushed and renamed there, and there is room."""
+    """Raises where no file can be written and synced in the run directory, or too little space is free."""
     with tempfile.NamedTemporaryFile(dir=run_dir, prefix=f"probe-{socket.gethostname()}-") as file:
         file.write(b"probe")
         os.fsync(file.fileno())
     free_gb = shutil.disk_usage(run_dir).free / 1e9
     if free_gb < min_free_gb:
-        raise OSError(f"{free_gb:.0f} GB are free in {run_dir}, at least {min_free_gb} are wanted")
+        raise OSError(f"{free_gb:.0f} GB are free in {run_dir}, at least {min_free_gb} are required")
 
 
 def check_teacher(teacher: str) -> None:
-    """A local teacher must be there; a hub name is left to the run, which may have it in its cache."""
+    """Raises where a local teacher has no config. A hub name is not checked: the run may have it in its cache."""
     if Path(teacher).is_absolute() or teacher.startswith("."):
         (Path(teacher) / "config.json").read_bytes()
 
@@ -73,11 +73,11 @@ def main(recipe_path: Path, run_dir: Path, min_free_gb: int, overrides: list[str
     def attempt(check: Callable[[], Any]) -> Any:
         try:
             return check()
-        except Exception as error:  # whatever is wrong with this node is what we are here to say
+        except Exception as error:  # every problem of this node belongs in the report
             problems.append(f"{type(error).__name__}: {error}")
             return None
 
-    facts["GPUs that torch sees"] = torch.cuda.device_count()
+    facts["GPUs that torch finds"] = torch.cuda.device_count()
     recipe = load_recipe(recipe_path, overrides)
     attempt(check_gpus)
     attempt(lambda: check_run_dir(run_dir, min_free_gb))

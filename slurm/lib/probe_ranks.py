@@ -1,4 +1,4 @@
-"""Meet the other ranks as a run would and add up a tensor; every rank says how far it came.
+"""Join a process group as a run does, all-reduce a tensor, and print each step that succeeded.
 
 srun ... python slurm/lib/probe_ranks.py          (node_check.sh: one task per GPU)
 """
@@ -27,7 +27,7 @@ def main() -> None:
     launch = dist.read_launch()
     where = f"rank {launch.rank} on {socket.gethostname()} ({launch.device})"
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # Rank 0 keeps the store; whoever can set a key in it has a way to it.
+    # Rank 0 holds the store. A rank that can set a key in it can reach rank 0.
     store = torch.distributed.TCPStore(
         address, port, launch.world_size, launch.is_main, timedelta(seconds=TIMEOUT_S), wait_for_workers=False
     )
@@ -45,11 +45,11 @@ def main() -> None:
     total = int(values[-1].item())
     gigabytes_s = NUM_ROUNDS * NUM_ELEMENTS * 4 / 1e9 / (time.monotonic() - began)
     assert total == launch.world_size, f"{where}: the sum of ones is {total}, not {launch.world_size}"
-    print(f"{where}: adding up works, {gigabytes_s:.2f} GB/s over {launch.world_size} ranks", flush=True)
-    dist.barrier()  # rank 0 keeps the store until all are through
+    print(f"{where}: all-reduce works, {gigabytes_s:.2f} GB/s over {launch.world_size} ranks", flush=True)
+    dist.barrier()  # rank 0 holds the store until all ranks have finished
     dist.shut_down()
 
 
 if __name__ == "__main__":
     main()
-    os._exit(0)  # as pipeline/train.py does, and for its reason
+    os._exit(0)  # as in pipeline/train.py, for the same reason

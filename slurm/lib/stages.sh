@@ -1,17 +1,17 @@
 # shellcheck shell=bash
-# Names that the preparing, merging and watching scripts agree on.
+# Names that the scripts for prepare, merge and status share.
 
-# Each language has an output directory of its own while it is prepared, so that tasks of an array never write to one file.
+# Each language is prepared in its own directory, so that two tasks of an array never write to one file.
 parts_of() { # SHARDS
   echo "${1%/}.parts"
 }
 
 how_to_get_tokenizer() { # TOKENIZER
-  echo "It is a SentencePiece model, or a directory with one: the teacher's. Of a hub name (on a node with network):" \
+  echo "It is a SentencePiece model, or a directory with one: the teacher's. To download a hub model (on a node with network):" \
     "hf download ${1@Q} --local-dir DIRECTORY"
 }
 
-# What data_prep reads, by the end of a file's name in small letters (a test compares this with data_prep's own rule).
+# File name endings that data_prep reads, in lower case (a test compares this with data_prep's own rule).
 TEXT_ENDINGS='(txt|jsonl|ndjson)(\.(xz|gz|zst|bz2))?|json\.(xz|gz|zst|bz2)|parquet'
 is_text() { # FILE
   [[ ${1,,} =~ \.($TEXT_ENDINGS)$ ]]
@@ -31,8 +31,8 @@ texts_of() { # TEXT_DIR LANGUAGE
   if [[ -d $1/$2 ]]; then printf '%s\n' "$1/$2"; fi
 }
 
-# Languages of a directory of texts, by the names of its files and directories: en.txt.xz, zh-Hans.jsonl.gz, sw/part-1.txt.
-# What has another name (README.txt, SHA256SUMS, index.html) is no language; it is listed on standard error.
+# Languages of a directory of texts, from the names of its files and directories: en.txt.xz, zh-Hans.jsonl.gz, sw/part-1.txt.
+# Other names (README.txt, SHA256SUMS, index.html) are not languages; they are listed on standard error.
 languages_of() { # TEXT_DIR
   local entry name known found=() left_out=()
   known=$'\n'$(known_languages)$'\n'
@@ -46,13 +46,13 @@ languages_of() { # TEXT_DIR
     fi
   done
   if ((${#left_out[@]})); then
-    note "$1: not taken, as by its name no text of a CC-100 language: ${left_out[*]:0:10}$( ((${#left_out[@]} <= 10)) ||
-      echo " and $((${#left_out[@]} - 10)) more"). A language of another name has to be named: --languages, or LANGUAGE" >&2
+    note "$1: skipped, because the name is not that of a CC-100 language's text: ${left_out[*]:0:10}$( ((${#left_out[@]} <= 10)) ||
+      echo " and $((${#left_out[@]} - 10)) more"). To prepare a language of another name, give it: --languages, or LANGUAGE" >&2
   fi
   ((${#found[@]} == 0)) || printf '%s\n' "${found[@]}" | LC_ALL=C sort -u
 }
 
-# A text file, or a directory named like a language alone with one below it.
+# A text file, or a directory that is named like a language and holds a text file.
 holds_text() { # FILE_OR_DIRECTORY
   if [[ -d $1 ]]; then
     [[ ${1##*/} != *.* ]] && [[ $(find -L "$1" -type f -regextype posix-extended \

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults.lab import Lab
 from tests.dist.fork_server import ForkServer
 from tests.dist.training_process import TrainingProcess
+from tests.faults.sweeps.lab import Lab
 
 
 @pytest.fixture(scope="session")

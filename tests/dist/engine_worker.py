@@ -64,7 +64,7 @@ def make_engine(run: dict[str, Any], world_size: int) -> StudentEngine:
     }
     engine = StudentEngine(module, dict(module.named_parameters()), OPTIMIZER, config)
     if engine.stage < 3:  # what a GPU's engine does by itself
-        assert use_multi_tensor_checks(engine._zero, TESTED_WITH) is None
+        assert use_multi_tensor_checks(engine.deepspeed_engine.optimizer, TESTED_WITH) is None
     return engine
 
 
@@ -113,7 +113,7 @@ def execute(run: dict[str, Any], launch: dist.Launch) -> dict[str, Any]:
 
 def checks_agree(engine: StudentEngine) -> list[bool]:
     """ZeRO-1 and -2: overflow verdict and norm of every group are DeepSpeed's own, to the last bit; and the verdict."""
-    zero = engine._zero
+    zero = engine.deepspeed_engine.optimizer
     if engine.stage == 3:
         return []
     verdict, own = zero.has_overflow_partitioned_grads_serial(), type(zero).has_overflow_partitioned_grads_serial(zero)

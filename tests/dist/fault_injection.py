@@ -1,29 +1,31 @@
-"""What is arranged to go wrong inside a real rank, at a place that a signal from outside could hit only by luck.
+"""Faults inside a real rank, at places that a signal from outside would hit only by chance.
 
-A fault is a dictionary: `kind`, `rank` (absent: every rank), and when. Steps count from 0, the n-th call from 1.
+A fault is a dictionary: `kind`, `rank` (absent: every rank), and when. Steps count from 0, calls of an operation from 1.
+The harness wraps public functions and methods of `pipeline.training` and `CheckpointWriter`, before the rank's program starts.
 
     signal     sends `signal` to the rank itself in step `step`, before its micro-batch `micro`
-    at call    in the save of step `save`, at the `call`-th of `operation` (fsync, rename, mkdir, link): SIGKILL, or with
-               `error` an OSError of that number, as from a full disk, or that exception (MemoryError, say)
-    file size  in the save of step `save` no file may grow past `bytes`: the kernel refuses the write
-    nan        the loss of `steps` is multiplied by not-a-number, so that every gradient of this rank is
+    at call    in the save of step `save`, at call number `call` of `operation` (fsync, rename, mkdir, link): SIGKILL, or
+               with `error` an OSError of that number, as from a full disk, or that exception (MemoryError, for example)
+    file size  in the save of step `save` no file may grow past `bytes`: the kernel rejects the write
+    nan        the loss of `steps` is multiplied by NaN, so that every gradient of this rank is NaN
     spike      the loss of `steps` is multiplied by a hundred
-    broken weights  after step `step` one master weight of this rank is not a number
+    broken weights  after step `step` one master weight of this rank is NaN
     pause      every step takes `seconds` longer
-    witness    nothing goes wrong: every micro-batch that the student is fed is appended to `file`
-    kernels    nothing goes wrong: whether torch's strict mode was on in the student's forward and in backward goes to `file`
-    resave     nothing goes wrong: what was loaded is saved again to the directory `to`
-    no memory  a save finds none left for a snapshot
+    witness    no fault: every micro-batch of the student is appended to `file`
+    kernels    no fault: whether torch's strict mode was on in the student's forward and in backward goes to `file`
+    resave     no fault: what was loaded is saved again to the directory `to`
+    no memory  a save finds no memory for a snapshot
     stop file  STOP is made while the run starts, after it has begun to listen for it
     elsewhere  the rank starts in the directory `directory` and with `environment` in its environment, as on another node
-    bug        the student cannot be built, or with `after load` a run cannot continue, for a reason that nobody foresaw
+    bug        an IndexError while the student is built, or with `after load` after the checkpoint was loaded
     other text a projected student is measured on `tokens` tokens
-    stock      checkpoints are DeepSpeed's own (benchmarks/faults/stock.py)
+    stock      checkpoints are DeepSpeed's own (tests/faults/sweeps/stock.py)
 """
 
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import json
 import os
 import resource
@@ -36,69 +38,94 @@ from typing import Any
 import torch
 
 InjectedFault = dict[str, Any]
+IN_STEPS = ("signal", "nan", "spike", "broken weights", "pause", "witness", "kernels")
+IN_SAVES = ("at call", "file size")
 
 
 def arrange(faults: list[InjectedFault], rank: int) -> None:
-    """Called in the rank before its program starts."""
-    mine = [fault for fault in faults if fault.get("rank", rank) == rank]
-    if not mine:
+    """Prepare this rank's share of `faults`. Called in the rank before its program starts."""
+    kinds: dict[str, list[InjectedFault]] = {}
+    for fault in faults:
+        if fault.get("rank", rank) == rank:
+            kinds.setdefault(fault["kind"], []).append(fault)
+    for fault in kinds.get("elsewhere", []):
+        os.chdir(fault.get("directory", "."))
+        os.environ |= fault.get("environment", {})
+    if not kinds.keys() - {"elsewhere"}:
         return
-    for fault in mine:
-        if fault["kind"] == "elsewhere":
-            os.chdir(fault.get("directory", "."))
-            os.environ |= fault.get("environment", {})
     from pipeline.runtime import checkpoint_writer
-    from pipeline.runtime.checkpoint_writer import CheckpointWriter
-    from pipeline.training import build as assembly
-    from pipeline.training.trainer import Trainer
+    from pipeline.training import build, launch, run_logger
 
-    kinds = {kind: [m for m in mine if m["kind"] == kind] for kind in {m["kind"] for m in mine}}
-    _around_steps(
-        Trainer,
-        [m for m in mine if m["kind"] in ("signal", "nan", "spike", "broken weights", "pause", "witness", "kernels")],
-    )
-    _around_saves(CheckpointWriter, [m for m in mine if m["kind"] in ("at call", "file size")])
+    if in_steps := [fault for kind in IN_STEPS for fault in kinds.get(kind, [])]:
+        _around_steps(in_steps)
+    if in_saves := [fault for kind in IN_SAVES for fault in kinds.get(kind, [])]:
+        _around_saves(in_saves)
     if "no memory" in kinds:
         checkpoint_writer.available_memory_bytes = lambda: 0
     if "other text" in kinds:
-        assembly.CALIBRATION_TOKENS = kinds["other text"][0]["tokens"]
+        build.CALIBRATION_TOKENS = kinds["other text"][0]["tokens"]
     if "bug" in kinds:
         if kinds["bug"][0].get("after load"):
-            Trainer._begin = lambda *unused: [][0]
+            run_logger.RunLogger.describe = lambda *unused: [][0]  # type: ignore[method-assign]
         else:
-            assembly.student_of = lambda *unused: [][0]
+            build.student_of = lambda *unused: [][0]
     if "stop file" in kinds:
-        _make_stop_file_in_start_up(Trainer)
+        launch.check_ready = _followed_by(launch.check_ready, lambda run, *_: run.paths.stop.touch())
     if "resave" in kinds:
-        _resave_what_was_loaded(Trainer, CheckpointWriter, Path(kinds["resave"][0]["to"]))
+        launch.resume = _resumed_and_saved(launch.resume, Path(kinds["resave"][0]["to"]))
     if "stock" in kinds:
-        from benchmarks.faults.stock import use_stock_checkpoints
+        from tests.faults.sweeps.stock import use_stock_checkpoints
 
-        use_stock_checkpoints(Trainer, kinds["stock"][0])
+        use_stock_checkpoints(kinds["stock"][0])
 
 
-def _around_steps(trainer: Any, faults: list[InjectedFault]) -> None:
-    whole_step, now = trainer.train_step, {"step": -1, "micro": -1}
+def _followed_by(function: Callable, after: Callable) -> Callable:
+    def both(*arguments: Any, **keywords: Any) -> Any:
+        result = function(*arguments, **keywords)
+        after(*arguments)
+        return result
 
-    def train_step(self: Any, step: int, batches: Any) -> Any:
-        if now["step"] < 0:
-            self.engine.__class__ = _unlucky(type(self.engine), faults, now)
+    return both
+
+
+# -- in steps
+
+
+def _around_steps(faults: list[InjectedFault]) -> None:
+    from pipeline.training import launch
+    from pipeline.training.trainer import Stepper
+
+    build, train_step, now = launch.build, Stepper.train_step, {"step": -1, "micro": -1}
+
+    def build_with_faulty_engine(*arguments: Any) -> Any:
+        parts = build(*arguments)
+        return dataclasses.replace(parts, engine=FaultyEngine(parts.engine, faults, now))
+
+    def faulty_step(self: Any, step: int, batches: Any) -> Any:
         now.update(step=step, micro=0)
-        time.sleep(sum(m["seconds"] for m in faults if m["kind"] == "pause"))
-        report = whole_step(self, step, batches)
-        if any(m["kind"] == "broken weights" and m["step"] == step for m in faults):
+        time.sleep(sum(fault["seconds"] for fault in faults if fault["kind"] == "pause"))
+        report = train_step(self, step, batches)
+        if any(fault["kind"] == "broken weights" and fault["step"] == step for fault in faults):
             fragment = next(self.engine.fragments())
             fragment.view(fragment.buffer)[0] = float("nan")
         return report
 
-    trainer.train_step = train_step
+    launch.build = build_with_faulty_engine
+    Stepper.train_step = faulty_step  # type: ignore[method-assign]
 
 
-def _unlucky(engine: type, faults: list[InjectedFault], now: dict[str, int]) -> type:
-    """A subclass of the engine in which the faults of the present step and micro-batch happen."""
+class FaultyEngine:
+    """An engine in whose forward the faults of the present step and micro-batch happen."""
 
-    def call(self: Any, *arguments: Any, **keywords: Any) -> Any:
-        for fault in faults:
+    def __init__(self, engine: Any, faults: list[InjectedFault], now: dict[str, int]):
+        self._engine, self._faults, self._now = engine, faults, now
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        now = self._now
+        for fault in self._faults:
             if fault["kind"] == "signal" and (fault["step"], fault.get("micro", 0)) == (now["step"], now["micro"]):
                 os.kill(os.getpid(), signal.Signals[fault["signal"]])
             if fault["kind"] == "witness":
@@ -106,17 +133,15 @@ def _unlucky(engine: type, faults: list[InjectedFault], now: dict[str, int]) -> 
                 with open(fault["file"], "a") as file:
                     file.write(json.dumps(line) + "\n")
         now["micro"] += 1
-        files = [fault["file"] for fault in faults if fault["kind"] == "kernels"]
-        hook = self.module.student.register_forward_hook(lambda *unused: _note_mode(files, "forward"))
-        loss, parts = engine.__call__(self, *arguments, **keywords)
+        files = [fault["file"] for fault in self._faults if fault["kind"] == "kernels"]
+        hook = self._engine.module.student.register_forward_hook(lambda *unused: _note_mode(files, "forward"))
+        loss, parts = self._engine(*arguments, **keywords)
         hook.remove()
         loss.register_hook(lambda unused: _note_mode(files, "backward"))
         for kind, factor in (("nan", float("nan")), ("spike", 100.0)):
-            if any(now["step"] in fault["steps"] for fault in faults if fault["kind"] == kind):
+            if any(now["step"] in fault["steps"] for fault in self._faults if fault["kind"] == kind):
                 loss = loss * factor
         return loss, parts
-
-    return type("Unlucky", (engine,), {"__call__": call})
 
 
 def _note_mode(files: list[str], where: str) -> None:
@@ -125,32 +150,30 @@ def _note_mode(files: list[str], where: str) -> None:
             notes.write(f"{where} {torch.are_deterministic_algorithms_enabled()}\n")
 
 
-def _make_stop_file_in_start_up(trainer: Any) -> None:
-    check = trainer._check_before
-
-    def check_and_touch(self: Any) -> None:
-        check(self)
-        (self.run_dir / "STOP").touch()
-
-    trainer._check_before = check_and_touch
+# -- in saves
 
 
-def _resave_what_was_loaded(trainer: Any, writer: Any, directory: Path) -> None:
-    resume = trainer._resume
+def _resumed_and_saved(resume: Callable, directory: Path) -> Callable:
+    from pipeline.runtime.checkpoint_writer import CheckpointWriter
+    from pipeline.training.resume import checkpoint_state
 
-    def resume_and_save(self: Any, *arguments: Any) -> int:
-        first = resume(self, *arguments)
-        if first:
-            copy = writer(directory, self.engine, self.parts.student.untrained, self.launch.rank)
-            copy.begin(self._state(first))
-            assert copy.wait().problem is None
-        return first
+    def resume_and_save(run: Any, *arguments: Any, **keywords: Any) -> Any:
+        state = resume(run, *arguments, **keywords)
+        if state.first_step:
+            copy = CheckpointWriter(directory, run.parts.engine, run.parts.student.untrained, run.launch.rank)
+            copy.begin(checkpoint_state(run.parts, state, state.first_step))
+            outcome = copy.wait()
+            assert outcome is not None
+            assert outcome.problem is None
+        return state
 
-    trainer._resume = resume_and_save
+    return resume_and_save
 
 
-def _around_saves(writer: Any, faults: list[InjectedFault]) -> None:
-    begin, finish = writer.begin, writer._finish
+def _around_saves(faults: list[InjectedFault]) -> None:
+    from pipeline.runtime.checkpoint_writer import CheckpointWriter
+
+    begin = CheckpointWriter.begin
     armed: list[Callable[[], None]] = []
 
     def begin_armed(self: Any, state: Any) -> None:
@@ -159,13 +182,18 @@ def _around_saves(writer: Any, faults: list[InjectedFault]) -> None:
                 armed.append(_limit(fault["bytes"]) if fault["kind"] == "file size" else _trap(fault))
         begin(self, state)
 
-    def finish_and_disarm(self: Any, *arguments: Any) -> Any:
-        outcome = finish(self, *arguments)
-        while armed:
-            armed.pop()()
-        return outcome
+    def disarmed_after(method: Callable) -> Any:
+        def call(self: Any) -> Any:
+            outcome = method(self)
+            while outcome is not None and armed:
+                armed.pop()()
+            return outcome
 
-    writer.begin, writer._finish = begin_armed, finish_and_disarm
+        return call
+
+    CheckpointWriter.begin = begin_armed  # type: ignore[method-assign]
+    CheckpointWriter.poll = disarmed_after(CheckpointWriter.poll)  # type: ignore[method-assign]
+    CheckpointWriter.wait = disarmed_after(CheckpointWriter.wait)  # type: ignore[method-assign]
 
 
 def _limit(size_bytes: int) -> Callable[[], None]:
@@ -175,7 +203,7 @@ def _limit(size_bytes: int) -> Callable[[], None]:
 
 
 def _trap(fault: InjectedFault) -> Callable[[], None]:
-    """From now on the n-th call of an operation kills this process, or fails."""
+    """From now on the `call`-th call of an operation kills this process, or raises. Returns what ends that."""
     name = fault["operation"]
     owner: Any = Path if name in ("rename", "mkdir") else os
     original, calls = getattr(owner, name), [0]

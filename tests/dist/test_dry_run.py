@@ -46,7 +46,7 @@ def test_a_new_run_is_tried_and_then_made_as_if_nothing_had_been(
 
     before = state_of(run_dir)
     again = training.run(*run[:-1], "steps=4", "--dry-run")
-    assert f"{run_dir} would go on after step 2" in again.out
+    assert f"{run_dir} would resume after step 2" in again.out
     assert state_of(run_dir) == before
     assert "would do nothing" in training.run(*run, "--dry-run").out
     assert state_of(run_dir) == before

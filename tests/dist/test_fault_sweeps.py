@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.bench_faults import FIGURES
-from benchmarks.faults.lab import Lab
 from tests.dist.fork_server import ForkServer
+from tests.faults.sweeps.__main__ import FIGURES
+from tests.faults.sweeps.lab import Lab
 
 
 @pytest.mark.parametrize("name", FIGURES)

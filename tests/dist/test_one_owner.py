@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults.lab import Lab
 from pipeline.runtime.checkpoint import committed_steps, read_model_weights
 from tests.dist.runs import end_group
+from tests.faults.sweeps.lab import Lab
 
 SLOW = {"kind": "pause", "seconds": 0.05}
 

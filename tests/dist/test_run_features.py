@@ -14,7 +14,6 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from benchmarks.faults.lab import Lab, same_end, same_state, wait_until
 from data_prep.shards import ShardSet
 from pipeline.config import load_recipe
 from pipeline.errors import EXIT_USER
@@ -24,6 +23,7 @@ from pipeline.runtime.checkpoint import UNTRAINED_FILE, committed_steps, read_mo
 from tests.conftest import write_fp32_config
 from tests.dist.fork_server import ForkServer
 from tests.dist.runs import curve, end_group, metrics
+from tests.faults.sweeps.lab import Lab, same_end, same_state, wait_until
 
 STEPS = {"steps": 8, "save_every": 1, "eval_every": 8, "checkpoint.keep": 10}
 
@@ -242,7 +242,10 @@ def test_a_save_that_dies_on_one_rank_is_no_checkpoint(error: str, lab: Lab) -> 
     run_dir = lab.fresh("run")
     dies = {"kind": "at call", "save": 4, "rank": 1, "operation": "fsync", "call": 2, "error": error}
     assert lab.live(run_dir, 2, settings, faults=[dies]) == 0
-    assert "warning: checkpoint of step 4 not written, going on: rank 1" in run_dir.with_suffix(".log").read_text()
+    assert (
+        "warning: checkpoint of step 4 not written, the run continues: rank 1"
+        in run_dir.with_suffix(".log").read_text()
+    )
     assert committed_steps(run_dir / "checkpoints") == [2, 6]
     assert same_end(run_dir, lab.untouched(2, settings))
 

@@ -26,7 +26,7 @@ from pipeline.errors import EXIT_DIVERGED
 from pipeline.export.hf import export_run
 from pipeline.runtime.checkpoint import committed_steps, read_model_weights
 from pipeline.runtime.tensorboard_tags import tensorboard_tag
-from pipeline.training.build import open_data
+from pipeline.training.checks import open_data
 from tests.conftest import REPO
 from tests.dist.runs import curve, end_group, finish, launcher, metrics, start, train, wait_for_line
 
@@ -282,7 +282,7 @@ def test_hung_rank_is_noticed(tmp_path: Path, arguments: list[str]) -> None:
         end_group(process)
     stacks = list((run_dir / "logs").glob("stacks-rank*.txt"))
     assert len(stacks) == 2, "the stopped rank has stacks too"
-    assert all("_train" in file.read_text() for file in stacks)
+    assert all("training/trainer.py" in file.read_text() for file in stacks)
     assert "guard.hang_timeout_s" in log.read_text()
 
 

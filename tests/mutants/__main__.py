@@ -1,7 +1,7 @@
-"""`make mutants`: plant each bug of bugs.py into a copy of the tree, and see the test that is there for it fail.
+"""`make mutants`: plant each bug of bugs.py in a copy of the tree, and check that its test fails.
 
-The test must pass in the copy before the bug is planted. Prints one row per bug; exit code 1 if one was not caught. A few
-minutes; `python -m tests.mutants mask sqrt` takes those alone whose names hold one of the words.
+The tests must pass in the copy without a bug. Prints one row per bug; the exit code is 1 if a bug was not caught. It takes
+a few minutes. `python -m tests.mutants mask sqrt` plants only the bugs whose names contain one of the words.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PASSED, FAILED = 0, 1  # pytest's exit codes; any other means that the test did 
 
 
 def copy_tree(target: Path, below: Sequence[str] = ()) -> None:
-    """Tracked files and new ones, as they are now; not what git ignores. `below`: these directories alone."""
+    """Copy tracked and new files as they are now, without those that git ignores. `below`: only these directories."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z", "--", *below]
     listed = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout
     for name in filter(None, listed.split("\0")):
@@ -39,7 +39,7 @@ def run_tests(root: Path, tests: Sequence[str]) -> subprocess.CompletedProcess[s
 
 
 def verdict(root: Path, bug: Bug) -> str:
-    """ "caught" if the test fails with the bug; the file is as before afterwards."""
+    """ "caught" if the test fails with the bug. The file is restored afterwards."""
     path = root / bug.file
     clean = path.read_bytes()
     bug.plant(root)

@@ -1,7 +1,7 @@
-"""Bugs that a distillation is likely to have, as replacements of text, and the test that is there to catch each.
+"""Bugs that are likely in a distillation, as replacements of text, and the test that catches each.
 
-Every one trains without an error message and gives a student that is a little worse than it could be. A bug that has come
-to change nothing (a factor that Adam divides away) would be caught by no test, and rightly: its probe shows that it does.
+With each of them training runs without an error message and gives a slightly worse student. A bug without effect, such as
+a factor that Adam divides away, cannot be caught by a test. The probe of a bug shows that it has an effect.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from pathlib import Path
 
 
 class StaleBugError(AssertionError):
-    """The text that a bug replaces is no longer there, or is there twice."""
+    """The text that a bug replaces does not occur exactly once."""
 
 
 @dataclass(frozen=True)
 class Bug:
-    """`before` becomes `after` in `file`; `test` passes without that and fails with it.
+    """`before` becomes `after` in `file`. `test` passes without the bug and fails with it.
 
-    `probe` names a function of probes.py whose figures the bug changes. Without one, `make test` runs `test` itself.
+    `probe` names a function of probes.py whose figures the bug changes. A bug without a probe is checked by `test` itself.
     """
 
     name: str
@@ -29,13 +29,13 @@ class Bug:
     probe: str = ""
 
     def plant(self, root: Path) -> None:
-        """Change the file below `root`. Raises `StaleBugError` where the text is not there exactly once."""
+        """Change the file below `root`. Raises `StaleBugError` where the text does not occur exactly once."""
         path = root / self.file
         text = path.read_text(encoding="utf-8")
         if text.count(self.before) != 1:
             raise StaleBugError(
                 f"{self.name}: {self.file} holds the text to be replaced {text.count(self.before)} times, not once. "
-                "The code has changed: write the bug anew in tests/mutants/bugs.py"
+                "The code has changed: update the bug in tests/mutants/bugs.py"
             )
         path.write_text(text.replace(self.before, self.after), encoding="utf-8")
 
@@ -106,7 +106,7 @@ BUGS = (
         "training_rows",
     ),
     Bug(
-        "carried-along weights decayed",
+        "frozen weights decayed",
         "pipeline/distillation/models/student.py",
         "in_use = {id(parameter) for parameter in tapped.parameters() if parameter.requires_grad}",
         "in_use = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}",
@@ -117,7 +117,7 @@ BUGS = (
         "last micro-batch overweighted",
         "pipeline/training/trainer.py",
         "self.engine.backward(loss)",
-        "self.engine.backward(loss * (1.5 if 0 < micro == self.parts.batch.accumulation - 1 else 1.0))",
+        "self.engine.backward(loss * (1.5 if 0 < micro == accumulation - 1 else 1.0))",
         "tests/dist/test_train.py::test_two_ranks_give_the_losses_of_one",
         "direction_of_a_step",
     ),
@@ -147,8 +147,8 @@ BUGS = (
     ),
     Bug(
         "samples written as steps",
-        "pipeline/training/trainer.py",
-        '"samples": step * self.recipe.global_batch,',
+        "pipeline/training/resume.py",
+        '"samples": step * parts.recipe.global_batch,',
         '"samples": step,',
         "tests/dist/test_train.py::test_a_checkpoint_counts_rows",
         "samples_in_a_checkpoint",

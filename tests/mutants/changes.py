@@ -1,8 +1,8 @@
-"""Does a planted bug change anything? A list of bugs as JSON on standard input, verdicts as JSON on standard output.
+"""Does a planted bug change any figure? A list of bugs as JSON on standard input, verdicts as JSON on standard output.
 
     python -m tests.mutants.changes        bug name -> "changed", "SAME", or why its probe gave no figures
 
-Libraries are imported once, then every probe runs in a fork that takes `pipeline` and `data_prep` from a copy of them.
+The libraries are imported once. Each probe then runs in a fork that imports `pipeline` and `data_prep` from the changed copy.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def figures(root: Path, probe: str) -> Any:
     if pid == 0:
         os.close(reading)
         try:
-            os.dup2(2, 1)  # libraries chatter
+            os.dup2(2, 1)  # libraries print there
             sys.path.insert(0, str(root))
             answer: Any = getattr(probes, probe)()
         except BaseException:
@@ -47,7 +47,7 @@ def figures(root: Path, probe: str) -> Any:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Equal, numbers to a thousandth."""
+    """Whether both are equal; numbers are compared to a relative difference of 1e-3."""
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(same, one, other))
     if isinstance(one, int | float) and isinstance(other, int | float):
@@ -57,7 +57,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def verdicts(bugs: list[Bug]) -> dict[str, str]:
-    """One copy of the packages; each bug is planted, probed and taken out again."""
+    """Plant, probe and remove each bug in one copy of the packages."""
     import deepspeed  # noqa: F401
     import transformers.models.xlm_roberta.modeling_xlm_roberta  # noqa: F401
 
@@ -72,10 +72,10 @@ def verdicts(bugs: list[Bug]) -> dict[str, str]:
                 found[bug.name] = f"without the bug {clean[bug.probe]}"
                 continue
             path = root / bug.file
-            whole = path.read_bytes()
+            before = path.read_bytes()
             bug.plant(root)
             planted = figures(root, bug.probe)
-            path.write_bytes(whole)
+            path.write_bytes(before)
             found[bug.name] = (
                 planted if isinstance(planted, str) else "SAME" if same(planted, clean[bug.probe]) else "changed"
             )

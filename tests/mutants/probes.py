@@ -1,7 +1,7 @@
-"""Small pieces of the product's work whose figures the planted bugs change: what each probe returns is compared.
+"""Small parts of the product's work. Each probe returns figures that at least one planted bug changes.
 
 A probe runs in a process whose `pipeline` and `data_prep` are the copy with the bug, so it imports them when it is called.
-Numbers are compared to a thousandth: a bug that moves rounding alone is none.
+Numbers are compared to a thousandth: a change of rounding alone does not count.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def relation_losses() -> Figures:
 
 
 def loss_of_a_large_student() -> Figures:
-    """Logits of several hundred on the student's side alone."""
+    """Logits of several hundred for the student only."""
     from pipeline.distillation.relations.loss import relation_kl
 
     torch.manual_seed(0)
@@ -89,7 +89,7 @@ def training_rows() -> Figures:
 
 
 def rows_by_seed() -> Figures:
-    """Row of each of 200 samples under two seeds."""
+    """The row of each of 200 samples under two seeds."""
     from pipeline.data.sampler import TemperatureSampler
 
     return [TemperatureSampler([50, 500], 0.3, seed)(np.arange(200))[1].tolist() for seed in (0, 1)]
@@ -127,7 +127,7 @@ def tiny_engine() -> Any:
     from pipeline.runtime.engine import StudentEngine
     from pipeline.runtime.optimizer import OptimizerConfig
 
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")  # DeepSpeed insists
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")  # DeepSpeed requires them
     dist.init_process_group(dist.Launch(0, 1, 0, torch.device("cpu")), 60)
     torch.manual_seed(0)
     module = torch.nn.Linear(5, 3)
@@ -170,22 +170,23 @@ class PlainEngine:
         return SimpleNamespace(gradient_norm=1.0, skipped=False, loss_scale=1.0)
 
 
-def trainer_of(rank: int, world_size: int = 1) -> Any:
-    """A trainer before its first step, with a plain engine."""
+def stepper_of(rank: int, world_size: int = 1, **recipe: Any) -> Any:
+    """A `Stepper` before its first step, with a plain engine and without data."""
     from pipeline.config import Recipe
     from pipeline.runtime import dist
     from pipeline.runtime.anomalies import GuardConfig, SpikeDetector
     from pipeline.runtime.ds_config import BatchShape
-    from pipeline.training.trainer import Trainer
+    from pipeline.training.resume import TrainState
+    from pipeline.training.trainer import Stepper
 
     dist.init_process_group(dist.Launch(0, 1, 0, torch.device("cpu")), 60)
-    trainer = Trainer.__new__(Trainer)
-    trainer.recipe = Recipe(global_batch=2 * ACCUMULATION * world_size, steps=10)
-    trainer.launch = dist.Launch(rank, world_size, rank, torch.device("cpu"))
-    trainer.parts = MagicMock(batch=BatchShape(2, ACCUMULATION), precision="fp32")
-    trainer.spikes, trainer.skipped_steps = SpikeDetector(GuardConfig()), 0
-    trainer.engine, trainer.source, trainer.data_fingerprint = PlainEngine(), MagicMock(), "f"
-    return trainer
+    parts = MagicMock(
+        recipe=Recipe(global_batch=2 * ACCUMULATION * world_size, steps=10, **recipe),
+        launch=dist.Launch(rank, world_size, rank, torch.device("cpu")),
+        batch=BatchShape(2, ACCUMULATION),
+        engine=PlainEngine(),
+    )
+    return Stepper(parts, TrainState(SpikeDetector(GuardConfig())))
 
 
 def batches() -> Iterator[tuple[torch.Tensor, None]]:
@@ -195,9 +196,9 @@ def batches() -> Iterator[tuple[torch.Tensor, None]]:
 
 def direction_of_a_step() -> Figures:
     """The gradient of one step over three micro-batches, of length 1: what Adam and clipping see of it."""
-    trainer = trainer_of(rank=0)
-    trainer.train_step(0, batches())
-    gradient = trainer.engine.layer.weight.grad
+    stepper = stepper_of(rank=0)
+    stepper.train_step(0, batches())
+    gradient = stepper.engine.layer.weight.grad
     return (gradient / gradient.norm()).flatten().tolist()
 
 
@@ -205,21 +206,23 @@ def random_numbers_by_rank() -> Figures:
     """What dropout draws from in the same step on two ranks."""
     figures = []
     for rank in range(2):
-        trainer = trainer_of(rank, world_size=2)
-        trainer.train_step(4, batches())
-        figures.append(trainer.engine.random)
+        stepper = stepper_of(rank, world_size=2)
+        stepper.train_step(4, batches())
+        figures.append(stepper.engine.random)
     return figures
 
 
 def sample_numbers_of_a_resumed_run() -> Figures:
     """The first two micro-batches after step 5, on the second of two ranks."""
-    numbers = trainer_of(1, world_size=2)._sample_numbers(5)
+    numbers = stepper_of(1, world_size=2).sample_numbers(5)
     return [next(numbers).tolist() for _ in range(2)]
 
 
 def samples_in_a_checkpoint() -> Figures:
-    """What a checkpoint says of how much was read."""
-    trainer = trainer_of(0)
-    trainer.engine = MagicMock()
-    state = trainer._state(7)
+    """The number of rows read, as a checkpoint states it."""
+    from pipeline.training.resume import checkpoint_state
+
+    stepper = stepper_of(0)
+    stepper.parts.engine = MagicMock()
+    state = checkpoint_state(stepper.parts, stepper.state, 7)
     return [state["step"], state["samples"]]

@@ -1,8 +1,8 @@
-"""A real Slurm cluster that exists for one test session: a controller and two nodes, each a host in namespaces of its own.
+"""A real Slurm cluster for one test session: a controller and two nodes, each a host in its own namespaces.
 
-Every host has its own processes, network, host name and mounts; they are joined by a bridge inside the controller's
-network namespace, so nothing is reachable from outside and `localhost` means each host itself. A host lives exactly as
-long as the pipe to its first process: whatever ends this process, kill -9 included, ends the whole cluster.
+Every host has its own processes, network, host name and mounts. A bridge inside the controller's network namespace connects
+them: nothing is reachable from outside, and `localhost` is each host itself. A host exists as long as the pipe to its first
+process. Whatever ends this process, kill -9 included, therefore ends the complete cluster.
 
     python -m tests.slurm.cluster sbatch --test-only slurm/distill_xlmr.sh     one command, or none for a shell
 """
@@ -24,9 +24,9 @@ SUBNET = "10.91.7"  # exists only inside the namespaces
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged", "unshare", "nsenter", "ip")
 SBIN = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 CLIENT_TIMEOUT_S = 120
-NODE_LOSS_S = 10  # a silent node is given up after so long; Slurm's own default is 300
+NODE_LOSS_S = 10  # after which a silent node is DOWN; Slurm's own default is 300
 KILL_WAIT_S = 10  # between TERM and KILL
-# bash reaps orphans while it waits for its standard input to close, which is what a host's first process has to do.
+# The first process of a host must reap orphans until its standard input is closed. bash does.
 FIRST_PROCESS = """
 hostname "$1" && mount --bind "$2/etc/hosts" /etc/hosts && ip link set lo up || exit 1
 for gpu in "$2"/dev/gpu*; do mount --bind /dev/null "$gpu" || exit 1; done
@@ -36,7 +36,7 @@ read -r
 
 
 class ClusterError(RuntimeError):
-    """The cluster could not do what a test needs."""
+    """The cluster did not reach a state that a test needs."""
 
 
 def why_impossible() -> str | None:
@@ -52,11 +52,11 @@ def why_impossible() -> str | None:
         capture_output=True,
         text=True,
     )
-    return None if tried.returncode == 0 else f"this machine refuses namespaces: {tried.stderr.strip()}"
+    return None if tried.returncode == 0 else f"this machine does not allow namespaces: {tried.stderr.strip()}"
 
 
 class Host:
-    """A set of namespaces with a first process; leaving it kills everything inside at once, like a power loss."""
+    """A set of namespaces with a first process. Its end kills all processes inside immediately, like a power loss."""
 
     def __init__(self, name: str, address: str, directory: Path):
         self.name, self.address, self._directory = name, address, directory
@@ -75,7 +75,7 @@ class Host:
                 stderr=log,
                 env={**os.environ, "PATH": SBIN},
                 text=True,
-                start_new_session=True,  # Ctrl-C belongs to the tests, which then take the cluster down
+                start_new_session=True,  # Ctrl-C must reach only the tests, which then stop the cluster
             )
         assert self.holder.stdout is not None
         if self.holder.stdout.readline().strip() != "up":
@@ -96,7 +96,7 @@ class Host:
             os.kill(self.pid, signal.SIGKILL)
         else:
             self.holder.kill()
-        self.holder.wait()  # it has waited for the first process, and the kernel for all others
+        self.holder.wait()  # it waits for the first process, and the kernel for all others
         for pipe in (self.holder.stdin, self.holder.stdout):
             assert pipe is not None
             pipe.close()
@@ -147,7 +147,7 @@ class Cluster:
         """Switch a node on and start its slurmd."""
         node, port = self.nodes[name], f"to-{name}"
         node.power_on()
-        # The cable of an earlier life goes away with that life, only somewhat later.
+        # The kernel removes the network link of the earlier boot somewhat later than its host.
         subprocess.run(self.head.enter("ip", "link", "del", port, only_network=True), capture_output=True)
         peer = ["peer", "name", "eth0", "netns", str(node.pid)]
         self._on_network("link", "add", port, "type", "veth", *peer)
@@ -180,7 +180,7 @@ class Cluster:
         return {**os.environ, **ours, **extra}
 
     def attempt(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run a command on the controller, whatever comes of it."""
+        """Run a command on the controller. Its exit code is not checked."""
         return subprocess.run(
             self.head.enter(*command),
             env=self._environment(environment),
@@ -223,7 +223,7 @@ class Cluster:
         return self.state(job)
 
     def end(self, jobs: Iterable[str]) -> None:
-        """Cancel what is left of the jobs and wait until they are gone."""
+        """Cancel the jobs and wait until they have left the queue."""
         jobs = list(jobs)
         self.attempt("scancel", *jobs)
         self.wait_for(lambda: not self.run("squeue", "--noheader", f"--jobs={','.join(jobs)}").strip(), "end of jobs")
@@ -240,7 +240,7 @@ class Cluster:
         (self.directory / "etc" / "hosts").write_text("\n".join(["127.0.0.1 localhost", *names, ""]))
         for number in range(self.gpus):
             (self.directory / "dev" / f"gpu{number}").touch()
-        gres = f"Name=gpu Type=pretended File={self.directory}/dev/gpu[0-{self.gpus - 1}]\n"
+        gres = f"Name=gpu Type=fake File={self.directory}/dev/gpu[0-{self.gpus - 1}]\n"
         (self.directory / "etc" / "gres.conf").write_text(gres)
         (self.directory / "etc" / "slurm.conf").write_text(self._slurm_conf())
 

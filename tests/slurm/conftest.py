@@ -1,4 +1,4 @@
-"""The cluster, and what its jobs train. Without Slurm or root the tests skip; SLURM_TESTS=require makes that a failure."""
+"""The cluster and the runs of the Slurm tests. They skip without Slurm or root; SLURM_TESTS=require makes that a failure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.slurm.jobs import Training
 
 @pytest.fixture(scope="session")
 def slurm_here() -> None:
-    """Goes on only where a cluster can be made."""
+    """Skips or fails the test where no cluster can be made."""
     if reason := why_impossible():
         if os.environ.get("SLURM_TESTS") == "require":
             pytest.fail(f"SLURM_TESTS=require, but {reason}")
@@ -66,5 +66,5 @@ def two_node_run(tmp_path_factory: pytest.TempPathFactory, training: Training) -
 
 @pytest.fixture(autouse=True)
 def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jobs are submitted from the root of the repository, whatever pytest was started from."""
+    """Jobs are submitted from the root of the repository, from whatever directory pytest was started."""
     monkeypatch.chdir(REPO)

@@ -1,4 +1,4 @@
-"""Submit training jobs as a user does, disturb them, and read what they left behind."""
+"""Submit training jobs as a user does, disturb them, and read their results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FAULTS = Path(__file__).parent / "faults"
 
 @dataclass
 class Training:
-    """What `sbatch slurm/distill_xlmr.sh` needs to train the tiny student on the cluster."""
+    """The inputs of `sbatch slurm/distill_xlmr.sh` for the tiny student on the test cluster."""
 
     cluster: Cluster
     site_env: Path
@@ -27,7 +27,7 @@ class Training:
     ds_json: Path
 
     def submit(self, run_dir: Path, *options: str, extra: tuple[str, ...] = (), **environment: str) -> Job:
-        """One job on CPUs, one process per node unless said otherwise; `options` are sbatch's."""
+        """One job on CPUs, by default with one process per node. `options` are those of sbatch."""
         small = ["--gpus-per-node=0", "--cpus-per-task=2", f"--output={run_dir}.out"]
         environment = {"SITE_ENV": str(self.site_env), "PROCESSES_PER_NODE": "1", **environment}
         environment["PYTHONPATH"] = str(FAULTS)
@@ -36,7 +36,7 @@ class Training:
         return Job(self.cluster, number, run_dir)
 
     def submit_without_launcher(self, run_dir: Path, *options: str) -> Job:
-        """`srun python pipeline/train.py`, one task per rank and nothing between."""
+        """`srun python pipeline/train.py`, one task per rank, without a launcher."""
         arguments = ["--deepspeed", str(self.ds_json), "--recipe", str(self.recipe), "--run-dir", str(run_dir)]
         command = shlex.join(["srun", sys.executable, "pipeline/train.py", *arguments])
         number = self.cluster.submit(*options, f"--output={run_dir}.out", f"--wrap={command}", OMP_NUM_THREADS="1")
@@ -52,13 +52,13 @@ class Job:
 
     @property
     def log(self) -> str:
-        """The batch log: one screen about the job, over all its lives."""
+        """The batch log of all attempts of the job."""
         path = self.run_dir.with_name(self.run_dir.name + ".out")
         return path.read_text() if path.exists() else ""
 
     def node_logs(self, attempt: int) -> dict[str, str]:
-        """Node -> what its ranks said in one life of the job."""
-        prefix = f"job{self.number}-life{attempt}-"
+        """Node -> the output of its ranks in one attempt of the job."""
+        prefix = f"job{self.number}-attempt{attempt}-"
         paths = (self.run_dir / "logs").glob(f"{prefix}*.log")
         return {path.stem.removeprefix(prefix): path.read_text() for path in paths}
 
@@ -70,9 +70,9 @@ class Job:
         return int(self.facts()["Restarts"])
 
     def state(self) -> str:
-        """The job's state; on the way, a requeued job is spared most of the two minutes that Slurm lets it wait.
+        """The job's state. Also shortens the two minutes that Slurm makes a requeued job wait, to `restart_delay_s`.
 
-        Not all: nodes still refuse a job that they killed within this second, or (`restart_delay_s`) kill it belatedly.
+        Not to zero: a node rejects a job that it killed within the same second, and may kill the new attempt.
         """
         facts = self.facts()
         if facts["JobState"] == "PENDING" and facts["Reason"] == "BeginTime":
@@ -83,27 +83,27 @@ class Job:
         return facts["JobState"]
 
     def wait_end(self) -> str:
-        """The state in which the job ended for good."""
+        """Wait for the final state of the job, and return it."""
         self.cluster.wait_for(lambda: self.state() in FINAL, f"end of job {self.number}")
         return self.state()
 
     def wait_step(self, attempt: int, step: int) -> None:
-        """Until life `life` has finished a step numbered `step` or higher."""
+        """Wait until attempt `attempt` has finished step `step` or a later one."""
 
         def reached() -> bool:
-            assert self.state() not in FINAL, f"the job ended before step {step} of life {attempt}:\n{self.log}"
+            assert self.state() not in FINAL, f"the job ended before step {step} of attempt {attempt}:\n{self.log}"
             return any(done >= step for log in self.node_logs(attempt).values() for done in steps_in(log))
 
-        self.cluster.wait_for(reached, f"step {step} in life {attempt} of job {self.number}")
+        self.cluster.wait_for(reached, f"step {step} in attempt {attempt} of job {self.number}")
 
     def wait_until_saved(self, attempt: int) -> None:
-        """Until the batch script has seen that life `life` stopped as asked."""
+        """Wait until the batch script has logged that attempt `attempt` stopped on request."""
         self.cluster.wait_for(
-            lambda: self.log.count("stopped on request") > attempt, f"save of life {attempt} of job {self.number}"
+            lambda: self.log.count("stopped on request") > attempt, f"save of attempt {attempt} of job {self.number}"
         )
 
     def preempt(self) -> None:
-        """What Slurm does ahead of a time limit: USR1 to the batch script."""
+        """Send USR1 to the batch script, as Slurm does before a time limit."""
         self.cluster.run("scancel", "--signal=USR1", "--batch", self.number)
 
 
@@ -113,6 +113,6 @@ def steps_in(log: str) -> list[int]:
 
 
 def same_weights(a: Path, b: Path) -> bool:
-    """Bit for bit, trained and carried along."""
+    """Whether all weights are equal bit for bit, trained and untrained."""
     (one, _), (two, _) = read_model_weights(a), read_model_weights(b)
     return one.keys() == two.keys() and all((one[name] == two[name]).all() for name in one)

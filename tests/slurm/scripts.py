@@ -1,4 +1,4 @@
-"""The scripts of `slurm/` started here, without Slurm."""
+"""Run the scripts of `slurm/` without Slurm."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.conftest import REPO
 
 
 def bash(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a script here, in a job's environment but without Slurm."""
+    """Run a script in the environment of a job, without Slurm."""
     job = {"SLURM_SUBMIT_DIR": str(REPO), "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "here", "SLURM_CPUS_PER_TASK": "1"}
     job["SLURM_JOB_NUM_NODES"] = "1"
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
@@ -27,7 +27,7 @@ def bash(script: str, *arguments: str, **environment: str) -> subprocess.Complet
 
 
 def programs(directory: Path, **lines: str) -> dict[str, str]:
-    """An environment whose PATH begins with bash programs of these names; srun is there, and only starts its command."""
+    """An environment whose PATH begins with bash programs of these names. The default srun only starts its command."""
     directory.mkdir()
     for name, text in {"srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"', "scontrol": "", **lines}.items():
         (directory / name).write_text(f"#!/bin/bash\n{text}\n")

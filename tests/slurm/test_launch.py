@@ -1,4 +1,4 @@
-"""Ranks started by srun alone: what train.py makes of Slurm's environment. No cluster is needed here."""
+"""Ranks that srun starts without a launcher: train.py reads Slurm's environment. These tests need no cluster."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TASK = {
 
 @pytest.fixture
 def environment(no_launcher: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """Nothing of a launcher, and a `scontrol` that knows the nodes localhost and 'far'."""
+    """No variables of a launcher, and a fake `scontrol`."""
     fake = tmp_path / "scontrol"
     fake.write_text(
         '#!/bin/sh\n[ "$3" = hostnames ] && echo "${FIRST_NODE}" && echo n2 || echo "NodeName=x NodeAddr=10.0.0.7"\n'
@@ -52,13 +52,15 @@ def test_rank_size_and_first_node(environment: pytest.MonkeyPatch) -> None:
     assert 15000 <= int(os.environ["MASTER_PORT"]) < 30000
 
 
-def test_a_name_that_does_not_resolve_gives_way_to_the_address(environment: pytest.MonkeyPatch) -> None:
+def test_an_address_replaces_a_name_that_does_not_resolve(environment: pytest.MonkeyPatch) -> None:
     start(environment, FIRST_NODE="no-such-host.invalid")
     read_launch()
     assert os.environ["MASTER_ADDR"] == "10.0.0.7"
 
 
-def test_without_scontrol_the_message_says_what_to_set(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_scontrol_the_message_names_the_variable_to_set(
+    environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     start(environment, PATH=str(tmp_path / "empty"))
     with pytest.raises(UserError, match="Set MASTER_ADDR"):
         read_launch()
@@ -70,7 +72,7 @@ def test_one_node_needs_no_scontrol(environment: pytest.MonkeyPatch, tmp_path: P
     assert os.environ["MASTER_ADDR"] == "127.0.0.1"
 
 
-def test_the_next_life_meets_at_another_port(environment: pytest.MonkeyPatch) -> None:
+def test_every_attempt_has_another_port(environment: pytest.MonkeyPatch) -> None:
     ports = set()
     for attempt in range(20):
         start(environment, SLURM_RESTART_COUNT=str(attempt))
@@ -82,14 +84,14 @@ def test_the_next_life_meets_at_another_port(environment: pytest.MonkeyPatch) ->
 
 
 def test_a_batch_script_without_srun_is_one_process(environment: pytest.MonkeyPatch) -> None:
-    """There SLURM_NTASKS counts what srun could start, and SLURM_PROCID is 0."""
+    """SLURM_NTASKS is then what srun could start, and SLURM_PROCID is 0."""
     start(environment, SLURM_PROCID="0")
     for name in ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES", "SLURM_STEP_ID"):
         environment.delenv(name)
     assert read_launch().world_size == 1
 
 
-def test_a_launcher_below_srun_has_the_last_word(environment: pytest.MonkeyPatch) -> None:
+def test_a_launcher_under_srun_overrides_slurm(environment: pytest.MonkeyPatch) -> None:
     start(environment, RANK="1", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="12345")
     assert read_launch().world_size == 2
 
@@ -102,7 +104,7 @@ def test_a_launcher_below_srun_has_the_last_word(environment: pytest.MonkeyPatch
         ({"SLURM_STEP_ID": "2", "SLURM_STEP_GPUS": "0-3,6"}, 5),
         ({"SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_GPUS": "0,1,2,3,4,5,6,7"}, 8),  # a batch script
         ({"SLURM_JOB_GPUS": "0,1"}, 2),
-        ({"SLURM_STEP_ID": "2", "SLURM_JOB_GPUS": "0,1"}, 0),  # a step that asked for none, in a job with some
+        ({"SLURM_STEP_ID": "2", "SLURM_JOB_GPUS": "0,1"}, 0),  # a step without GPUs in a job with GPUs
         ({"SLURM_STEP_ID": "2", "SLURM_GPUS_ON_NODE": "0"}, 0),
         ({}, 0),
     ],
@@ -123,7 +125,7 @@ def test_no_cpu_rank_on_allotted_gpus(environment: pytest.MonkeyPatch) -> None:
     assert read_launch().device.type == alone().device.type == "cpu"
 
 
-def test_the_doctor_fails_for_gpus_that_torch_does_not_see(environment: pytest.MonkeyPatch) -> None:
+def test_doctor_fails_where_torch_finds_no_allotted_gpu(environment: pytest.MonkeyPatch) -> None:
     environment.setattr(torch.cuda, "is_available", lambda: False)
     environment.setattr(torch.cuda, "device_count", lambda: 0)
     start(environment, SLURM_STEP_GPUS="0")
@@ -134,10 +136,10 @@ def test_the_doctor_fails_for_gpus_that_torch_does_not_see(environment: pytest.M
     ("on_node", "ranks_local", "expected"),
     [("4", {}, 0), ("", {}, 0), ("1", {}, None), ("4", {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, None)],
 )
-def test_a_task_that_sees_its_own_gpu_alone(
+def test_a_task_that_sees_only_its_own_gpu(
     environment: pytest.MonkeyPatch, on_node: str, ranks_local: dict[str, str], expected: int | None
 ) -> None:
-    """--gpus-per-task=1: cuda:0 for every local rank. Two ranks that share a node's only GPU stay refused."""
+    """--gpus-per-task=1: cuda:0 for every local rank. Two ranks on the only GPU of a node are rejected."""
     environment.setattr(torch.cuda, "is_available", lambda: True)
     environment.setattr(torch.cuda, "device_count", lambda: 1)
     environment.setattr(torch.cuda, "set_device", lambda device: None)
@@ -148,4 +150,4 @@ def test_a_task_that_sees_its_own_gpu_alone(
         return
     launch = read_launch()
     assert (launch.device, launch.local_rank, launch.rank) == (torch.device("cuda", 0), 0, 5)
-    assert os.environ["LOCAL_RANK"] == "0", "DeepSpeed takes its device from there"
+    assert os.environ["LOCAL_RANK"] == "0", "DeepSpeed reads its device from it"

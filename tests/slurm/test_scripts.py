@@ -1,4 +1,4 @@
-"""What can be said of the Slurm scripts without running a job: syntax, lint, arguments, and what sbatch makes of them."""
+"""The Slurm scripts without running a job: syntax, lint, arguments, and their sbatch headers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_shellcheck() -> None:
 
 @pytest.mark.parametrize("script", BATCH_SCRIPTS)
 def test_sbatch_accepts_the_header(script: str, cluster: Cluster) -> None:
-    """--test-only with the script's own header, the GPUs excepted: the pretended nodes have two."""
+    """--test-only with the script's own header, except for GPUs: the test nodes have two."""
     options = ["--gpus-per-node=2", "--cpus-per-task=8"] if "gpus" in (REPO / "slurm" / script).read_text() else []
     done = cluster.attempt("sbatch", "--test-only", *options, f"slurm/{script}")
     assert done.returncode == 0, done.stderr
@@ -51,37 +51,37 @@ def test_sbatch_accepts_the_header(script: str, cluster: Cluster) -> None:
 @pytest.mark.parametrize(
     ("script", "arguments", "environment", "says"),
     [
-        ("distill_xlmr.sh", ["no.yaml"], {}, "RECIPE: there is no no.yaml"),
-        ("distill_xlmr.sh", ["recipes/quickstart.yaml", "no.json"], {}, "DS_JSON: there is no no.json"),
+        ("distill_xlmr.sh", ["no.yaml"], {}, "RECIPE: no.yaml not found"),
+        ("distill_xlmr.sh", ["recipes/quickstart.yaml", "no.json"], {}, "DS_JSON: no.json not found"),
         ("distill_xlmr.sh", ["recipes/quickstart.yaml"], {"MAX_RESTARTS": "many"}, "MAX_RESTARTS is 'many'"),
         ("distill_xlmr.sh", ["recipes/quickstart.yaml"], {"ON_PREEMPTION": "x"}, "ON_PREEMPTION is 'x'"),
         ("distill_xlmr.sh", ["recipes/quickstart.yaml"], {}, "this job has no GPU"),
         ("distill_xlmr.sh", ["recipes/quickstart.yaml"], {"PROCESSES_PER_NODE": "0"}, "PROCESSES_PER_NODE is '0'"),
-        ("distill_xlmr.sh", [], {"PYTHON": "/no/python"}, "there is no Python at /no/python"),
-        ("distill_xlmr.sh", [], {"SITE_ENV": "/no/site.env"}, "SITE_ENV: there is no /no/site.env"),
+        ("distill_xlmr.sh", [], {"PYTHON": "/no/python"}, "no Python found at /no/python"),
+        ("distill_xlmr.sh", [], {"SITE_ENV": "/no/site.env"}, "SITE_ENV: /no/site.env not found"),
         ("prepare_cc100.sh", [], {}, "usage: sbatch"),
-        ("prepare_cc100.sh", ["no", "samples", "out"], {}, "TEXT_DIR: there is no no"),
+        ("prepare_cc100.sh", ["no", "samples", "out"], {}, "TEXT_DIR: no not found"),
         ("prepare_cc100.sh", ["samples/cc100", "samples", "out"], {}, "submit with --array"),
         (
             "prepare_cc100.sh",
             ["samples/cc100", "samples", "o", "xx"],
             {"SLURM_ARRAY_TASK_ID": "0"},
-            "LANGUAGE: there is no text",
+            "LANGUAGE: no text found",
         ),
         ("merge_shards.sh", ["no"], {}, "Prepare first"),
-        ("evaluate.sh", ["no"], {}, "RUN_DIR: there is no no"),
+        ("evaluate.sh", ["no"], {}, "RUN_DIR: no not found"),
         ("evaluate.sh", ["slurm"], {}, "The run is not finished"),
-        ("node_check.sh", ["no.yaml"], {}, "RECIPE: there is no no.yaml"),
+        ("node_check.sh", ["no.yaml"], {}, "RECIPE: no.yaml not found"),
         ("submit_all.sh", ["--recipe"], {}, "--recipe needs a value"),
         ("submit_all.sh", ["--color", "red"], {}, "unknown option --color"),
-        ("submit_all.sh", ["--set", "steps=7"], {}, "put it behind --"),
-        ("submit_all.sh", ["--recipe", "no.yaml"], {}, "--recipe: there is no no.yaml"),
-        ("submit_all.sh", ["--recipe", "recipes/quickstart.yaml"], {}, "--text: there is no (not given)"),
+        ("submit_all.sh", ["--set", "steps=7"], {}, "put it after --"),
+        ("submit_all.sh", ["--recipe", "no.yaml"], {}, "--recipe: no.yaml not found"),
+        ("submit_all.sh", ["--recipe", "recipes/quickstart.yaml"], {}, "--text: (not given) not found"),
         ("submit_all.sh", ["--recipe", "recipes/quickstart.yaml", "--from", "x"], {}, "--from is 'x'"),
-        ("submit_all.sh", ["--status", "no"], {}, "--status: there is no no/jobs.tsv"),
+        ("submit_all.sh", ["--status", "no"], {}, "--status: no/jobs.tsv not found"),
     ],
 )
-def test_what_the_user_can_mend_is_said_in_one_paragraph(
+def test_user_errors_are_one_paragraph(
     script: str, arguments: list[str], environment: dict[str, str], says: str
 ) -> None:
     done = bash(script, *arguments, **environment)
@@ -98,7 +98,7 @@ def test_scripts_are_submitted_from_the_repository(tmp_path: Path) -> None:
 
 @pytest.fixture
 def finished(tmp_path: Path) -> tuple[Path, Path]:
-    """A recipe, and a run directory where it has been trained to its last step."""
+    """A recipe, and a run directory with its finished run."""
     recipe, run_dir = tmp_path / "my recipe.yaml", tmp_path / "my run"
     recipe.write_text("steps: 12\n")
     run_dir.mkdir()
@@ -116,10 +116,10 @@ def test_a_finished_run_is_not_trained_again(finished: tuple[Path, Path], tmp_pa
 
 
 @pytest.mark.parametrize("setting", ["steps=24", "seed=7"])
-def test_a_finished_run_that_is_asked_for_more_is_trainings_to_judge(
+def test_training_decides_about_new_settings_of_a_finished_run(
     setting: str, finished: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """The ranks are started; a marker of the earlier job does not make a success of their failure."""
+    """The ranks are started. A marker file of the earlier job does not hide their failure."""
     recipe, run_dir = finished
     environment = programs(tmp_path / "bin", srun='case $* in *torch*) echo "RANKS $*"; exit 1;; *true) ;; *) while [[ $1 == --* ]]; do shift; done; exec "$@";; esac')  # fmt: skip
     arguments = [str(recipe), "ds_configs/zero2.json", str(run_dir), "--set", setting]
@@ -128,10 +128,10 @@ def test_a_finished_run_that_is_asked_for_more_is_trainings_to_judge(
     assert setting in done.stdout
     assert done.returncode == 1
     assert "failed (code 1) and is not requeued" in done.stdout
-    assert (run_dir / "DONE").exists(), "the twelve steps are still there"
+    assert (run_dir / "DONE").exists(), "the marker of the twelve steps is kept"
 
 
-def test_a_recipe_that_cannot_be_read_is_no_finished_run(finished: tuple[Path, Path], tmp_path: Path) -> None:
+def test_an_unreadable_recipe_is_an_error(finished: tuple[Path, Path], tmp_path: Path) -> None:
     recipe, run_dir = finished
     arguments = [str(recipe), "ds_configs/zero2.json", str(run_dir), "--set", "stops=24"]
     done = bash("distill_xlmr.sh", *arguments, PROCESSES_PER_NODE="1", **programs(tmp_path / "bin"))
@@ -142,7 +142,7 @@ def test_a_recipe_that_cannot_be_read_is_no_finished_run(finished: tuple[Path, P
 @pytest.mark.parametrize("container", ["CONTAINER=(inside)", "SRUN_OPTIONS=(--container-image=x)"])
 @pytest.mark.parametrize("script", ["merge_shards.sh", "evaluate.sh", "node_check.sh", "prepare_cc100.sh"])
 def test_every_python_of_every_script_runs_in_the_container(script: str, container: str, tmp_path: Path) -> None:
-    """Apptainer comes before the command, pyxis among srun's options; the Python outside must not be needed at all."""
+    """Apptainer precedes the command, pyxis is an option of srun. No Python outside the container is needed."""
     site, log, run_dir = tmp_path / "site.env", tmp_path / "calls", tmp_path / "run"
     site.write_text(f"PYTHON=python-of-the-image\n{container}\n")
     run_dir.mkdir()
@@ -169,7 +169,7 @@ def test_every_python_of_every_script_runs_in_the_container(script: str, contain
 
 
 def test_two_evaluations_export_one_student(tmp_path: Path) -> None:
-    """Both jobs at once, then a third after more training. Slurm's part is left out; Python's is to say what it was called for."""
+    """Two jobs at the same time, then a third after more training. A fake Python logs what it is called for."""
     run_dir, calls = tmp_path / "run", tmp_path / "calls"
     run_dir.mkdir()
     (run_dir / "recipe.yaml").write_text("teacher: some/teacher\n")
@@ -189,7 +189,7 @@ def test_two_evaluations_export_one_student(tmp_path: Path) -> None:
         both = [pool.submit(evaluate) for _ in range(2)]
     assert [job.result().returncode for job in both] == [0, 0], [job.result().stderr for job in both]
     lines = calls.read_text().splitlines()
-    assert lines[:2] == ["begin export", "end export"], "nobody evaluates before the student is there"
+    assert lines[:2] == ["begin export", "end export"], "no job evaluates before the export is finished"
     assert [lines.count(f"begin {verb}") for verb in ("export", "evaluate", "report")] == [1, 2, 2]
     os.utime(run_dir / "DONE")
     os.utime(run_dir / "student" / "lineage.json", (1, 1))

@@ -1,4 +1,4 @@
-"""submit_all.sh on a real cluster: text of four languages to an evaluated student, a failed language on the way."""
+"""submit_all.sh on a real cluster: from text of four languages to an evaluated student, with one failure of a language."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.conftest import SAMPLES
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import FAULTS, Job, Training, same_weights
 
-pytestmark = pytest.mark.timeout(3600)  # cores are often shared; every wait inside has a limit of its own
+pytestmark = pytest.mark.timeout(3600)  # cores are often shared; every wait has its own limit
 LANGUAGES = ["he", "hi", "sw", "tr"]
 
 
@@ -27,8 +27,8 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def recipe(tmp_path: Path, tiny_recipe: Path, tiny_shards: Path) -> Path:
-    """The tiny recipe over shards that are still to be made."""
-    path = tmp_path / "whole.yaml"
+    """The tiny recipe with shards that do not exist yet."""
+    path = tmp_path / "all_stages.yaml"
     path.write_text(tiny_recipe.read_text().replace(str(tiny_shards), str(tmp_path / "shards")))
     return path
 
@@ -40,7 +40,7 @@ def jobs_of(run_dir: Path) -> dict[str, str]:
 
 
 def wait_all(cluster: Cluster, run_dir: Path) -> dict[str, str]:
-    """Stage -> state, once nothing of it is left to run."""
+    """Stage -> state, after all jobs have ended."""
     numbers = jobs_of(run_dir)
     listed = f"--jobs={','.join(numbers.values())}"
     cluster.wait_for(lambda: not cluster.run("squeue", "--noheader", listed).strip(), "end of all stages", 400)
@@ -62,19 +62,19 @@ def test_text_to_evaluated_student(
     ]
     environment = {"SITE_ENV": str(site_env), "PROCESSES_PER_NODE": "1"}
 
-    whole = (text / "sw.txt.xz").read_bytes()
-    (text / "sw.txt.xz").write_bytes(whole[: len(whole) // 2])  # a download that was cut off
+    complete = (text / "sw.txt.xz").read_bytes()
+    (text / "sw.txt.xz").write_bytes(complete[: len(complete) // 2])  # an incomplete download
     cluster.run(*command, **environment)
     states = wait_all(cluster, run_dir)
     assert [states[stage] for stage in ("merge", "train", "evaluate")] == ["CANCELLED"] * 3
     status = cluster.run("slurm/submit_all.sh", "--status", str(run_dir), **environment)
     assert "FAILED: sw" in status
-    assert "sw.txt.xz" in status, "the reason stands there too"
+    assert "sw.txt.xz" in status, "the reason is shown too"
     assert status.count("never started") == 3
     assert {path.name for path in (tmp_path / "shards.parts").glob("*/manifest.json")} == {"manifest.json"}
     untouched = (tmp_path / "shards.parts" / "hi" / "manifest.json").stat().st_mtime_ns
 
-    (text / "sw.txt.xz").write_bytes(whole)
+    (text / "sw.txt.xz").write_bytes(complete)
     cluster.run(*command, **environment)
     states = wait_all(cluster, run_dir)
     assert set(states.values()) == {"COMPLETED"}
@@ -91,7 +91,7 @@ def test_text_to_evaluated_student(
 def test_a_chain_of_jobs_where_requeueing_is_forbidden(
     cluster: Cluster, training: Training, plain_run: Path, tmp_path: Path
 ) -> None:
-    """The first link is stopped and ends, the second goes on, the third finds nothing left to do."""
+    """The first job is stopped and ends, the second resumes, the third finds a finished run."""
     run_dir = tmp_path / "run"
     command = ["slurm/submit_all.sh", "--from", "train", "--chain", "3", "--recipe", str(training.recipe)]
     command += ["--ds", str(training.ds_json), "--run-dir", str(run_dir)]
@@ -99,11 +99,11 @@ def test_a_chain_of_jobs_where_requeueing_is_forbidden(
     cluster.run(*command, SLOW_STEP_S="1", **environment)
     lines = [line.split("\t") for line in (run_dir / "jobs.tsv").read_text().splitlines()]
     links = [Job(cluster, number, run_dir) for stage, number, _ in lines if stage == "train"]
-    cluster.run("scancel", lines[-1][1])  # the evaluation is another test's
+    cluster.run("scancel", lines[-1][1])  # another test evaluates
     links[0].wait_step(attempt=0, step=2)
     links[0].preempt()
     assert [link.wait_end() for link in links] == ["COMPLETED"] * 3
-    assert "ends here; the next job" in (run_dir / "logs" / f"train-{links[0].number}.log").read_text()
+    assert "ends; the next job" in (run_dir / "logs" / f"train-{links[0].number}.log").read_text()
     assert "is finished" in (run_dir / "logs" / f"train-{links[2].number}.log").read_text()
     assert same_weights(run_dir, plain_run)
 
@@ -111,7 +111,7 @@ def test_a_chain_of_jobs_where_requeueing_is_forbidden(
 def test_node_check_names_the_bad_node(
     cluster: Cluster, site_env: Path, tiny_recipe: Path, tiny_shards: Path, tmp_path: Path
 ) -> None:
-    """First both nodes are well; then the shards vanish on one of them; then GPUs are allotted that torch does not see."""
+    """First both nodes are fit. Then one has no shards. Then torch does not find the allotted GPUs."""
 
     def check(num_gpus: int = 0) -> str:
         log = tmp_path / f"check-{num_gpus}.log"
@@ -121,26 +121,26 @@ def test_node_check_names_the_bad_node(
         state = cluster.wait_state(job, "COMPLETED", "FAILED")
         return f"{state}\n{log.read_text()}"
 
-    well = check()
-    assert well.startswith("COMPLETED"), well
-    assert "all 2 nodes are fit" in well
+    fit = check()
+    assert fit.startswith("COMPLETED"), fit
+    assert "all 2 nodes are fit" in fit
     cluster.on_node("n2", "mount", "-t", "tmpfs", "none", str(tiny_shards))
     try:
-        ill = check()
+        bad = check()
     finally:
         cluster.on_node("n2", "umount", str(tiny_shards))
-    assert ill.startswith("FAILED"), ill
-    assert "BAD n2: DataError" in ill
-    assert "BAD n1: DataError" not in ill
-    blind = check(num_gpus=2)
-    assert blind.startswith("FAILED"), blind
+    assert bad.startswith("FAILED"), bad
+    assert "BAD n2: DataError" in bad
+    assert "BAD n1: DataError" not in bad
+    no_gpus = check(num_gpus=2)
+    assert no_gpus.startswith("FAILED"), no_gpus
     for node in ("n1", "n2"):
-        assert f"BAD {node}: UserError: Slurm has allotted 2 GPU(s) on {node} to this job, and torch" in blind
+        assert f"BAD {node}: UserError: Slurm has allotted 2 GPU(s) on {node} to this job, and torch" in no_gpus
 
 
 @pytest.mark.usefixtures("slurm_here")
-def test_the_cluster_goes_away_with_its_owner(tmp_path: Path) -> None:
-    """A host whose pipe closes ends with all its processes: so does it when the test session is killed."""
+def test_the_cluster_ends_with_its_owner(tmp_path: Path) -> None:
+    """A host ends with all its processes when its pipe closes, as it does when the test session is killed."""
     with Cluster(tmp_path, num_nodes=1) as own:
         node = own.nodes["n1"]
         assert node.holder is not None

@@ -1,4 +1,4 @@
-"""`submit_all.sh`: which jobs it submits for which languages, shards and run, and what its status shows."""
+"""`submit_all.sh`: the jobs that it submits for languages, shards and a run, and the output of --status."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.slurm.scripts import bash, commands_of, programs, submit_all
 
 
 def test_dry_run_shows_every_command_and_submits_nothing(tmp_path: Path) -> None:
-    """Values with spaces stay whole; there is no sbatch on this PATH."""
+    """Values may contain spaces. There is no sbatch on this PATH."""
     text = tmp_path / "my text"
     text.mkdir()
     for name in ("de.txt.xz", "zh-Hans.txt.xz", "sw.jsonl.gz"):
@@ -53,7 +53,7 @@ def test_dry_run_from_a_later_stage() -> None:
 
 @pytest.fixture
 def mixed_text(tmp_path: Path) -> Path:
-    """Texts of four languages, one in a directory, and what usually lies beside them."""
+    """Texts of four languages, one in a directory, and other files that such directories usually hold."""
     text = tmp_path / "my text"
     (text / "sw").mkdir(parents=True)
     (text / "empty").mkdir()
@@ -72,7 +72,7 @@ def mixed_text(tmp_path: Path) -> Path:
     return text
 
 
-def test_readme_and_checksums_are_no_languages(mixed_text: Path, tmp_path: Path) -> None:
+def test_readme_and_checksums_are_not_languages(mixed_text: Path, tmp_path: Path) -> None:
     options = ["--text", str(mixed_text), "--tokenizer", str(tmp_path), "--shards", "s", "--dry-run"]
     done = submit_all(*options)
     prepare = commands_of(done)[0]
@@ -92,13 +92,13 @@ def test_readme_and_checksums_are_no_languages(mixed_text: Path, tmp_path: Path)
     for spelled in ("gsw de", "gsw,de", " gsw  de,gsw "):
         assert commands_of(submit_all(*options, "--languages", spelled))[0][-3:] == ["s", "gsw", "de"]
     assert "--languages is empty" in submit_all(*options, "--languages", " ").stderr
-    refused = submit_all(*options, "--languages", "de en")
-    assert refused.returncode == 2
-    assert "no text of 'en'" in refused.stderr
-    assert "de no sw zh-Hans" in refused.stderr
+    rejected = submit_all(*options, "--languages", "de en")
+    assert rejected.returncode == 2
+    assert "no text of 'en'" in rejected.stderr
+    assert "de no sw zh-Hans" in rejected.stderr
 
 
-def test_a_task_reads_the_texts_of_its_language_alone(mixed_text: Path, tmp_path: Path) -> None:
+def test_a_task_reads_only_the_texts_of_its_language(mixed_text: Path, tmp_path: Path) -> None:
     environment = programs(tmp_path / "bin", srun='printf "%s|" "$@"')
     for number, expected in enumerate(["de.txt.xz", "no.2.txt|{}/no.parquet", "sw", "zh-Hans.jsonl.gz"]):
         arguments = [str(mixed_text), "samples", str(tmp_path / "s")]
@@ -108,16 +108,16 @@ def test_a_task_reads_the_texts_of_its_language_alone(mixed_text: Path, tmp_path
         )
 
 
-def test_the_scripts_know_what_data_prep_knows() -> None:
+def test_languages_and_file_endings_are_those_of_data_prep() -> None:
     script = 'source slurm/lib/stages.sh; known_languages; for name in "$@"; do is_text "x$name" && echo "$name"; done'
     kinds = (".txt", ".jsonl", ".ndjson", ".json", ".parquet", ".TXT", ".md5", ".html", ".tok", ".csv", ".md")
     endings = [kind + packing for kind in kinds for packing in (*PACKINGS, ".XZ", ".md5")]
     done = subprocess.run(["bash", "-c", script, "bash", *endings], cwd=REPO, capture_output=True, text=True)
     read = {ending for ending in endings if kind_of("x" + ending)}
-    assert set(done.stdout.split()) == {*CC100, *read}, "slurm/lib/stages.sh has another rule than data_prep"
+    assert set(done.stdout.split()) == {*CC100, *read}, "slurm/lib/stages.sh and data_prep differ"
 
 
-def test_training_reads_the_shards_that_are_prepared(tmp_path: Path) -> None:
+def test_training_reads_the_prepared_shards(tmp_path: Path) -> None:
     def data_of(*options: str, shards: str = "my shards") -> list[str]:
         done = submit_all("--from", "train", "--shards", shards, "--dry-run", *options)
         return [word for word in commands_of(done)[0] if word.startswith("data=")]
@@ -130,28 +130,28 @@ def test_training_reads_the_shards_that_are_prepared(tmp_path: Path) -> None:
     said = submit_all("--from", "train", "--shards", "elsewhere", "--dry-run").stderr
     assert "training reads elsewhere (--shards) instead of artifacts/shards" in said
     for words in (["--set", "data=other"], ["--set=data=other"]):
-        refused = submit_all("--from", "train", "--shards", "s", "--dry-run", "--", *words)
-        assert refused.returncode == 2
-        assert "--shards is s, and --set data=other would" in refused.stderr
+        rejected = submit_all("--from", "train", "--shards", "s", "--dry-run", "--", *words)
+        assert rejected.returncode == 2
+        assert "--shards is s, and --set data=other would" in rejected.stderr
 
 
-def test_paths_mean_the_directory_where_the_command_was_given(mixed_text: Path, tmp_path: Path) -> None:
+def test_paths_are_relative_to_the_directory_of_the_caller(mixed_text: Path, tmp_path: Path) -> None:
     options = ["--text", "my text", "--tokenizer", ".", "--shards=out", "--run-dir", "50%", "--dry-run"]
     prepare, merge, train, _ = commands_of(submit_all(*options, cwd=tmp_path))
     assert prepare[7:10] == [str(mixed_text), str(tmp_path), f"{tmp_path}/out"]
     assert merge[-5] == f"{tmp_path}/out"
-    assert f"--output={tmp_path}/50%%/logs/train-%j.log" in train, "sbatch replaces what follows a lone %"
+    assert f"--output={tmp_path}/50%%/logs/train-%j.log" in train, "sbatch replaces patterns after a single %"
     assert train[-4:] == ["ds_configs/zero2.json", f"{tmp_path}/50%", "--set", f"data={tmp_path}/out"]
-    assert "recipes/quickstart.yaml" in train, "what only the repository has is found there"
+    assert "recipes/quickstart.yaml" in train, "a file of the repository is found there"
 
 
-def test_job_names_begin_with_the_runs(tmp_path: Path) -> None:
+def test_job_names_begin_with_the_name_of_the_run(tmp_path: Path) -> None:
     done = submit_all("--from", "train", "--run-dir", str(tmp_path / "xlmr-try2"), "--dry-run")
     names = [word for command in commands_of(done) for word in command if word.startswith("--job-name=")]
     assert names == ["--job-name=xlmr-try2-train", "--job-name=xlmr-try2-evaluate"]
 
 
-def test_arguments_of_the_evaluation_keep_their_quotes() -> None:
+def test_quotes_in_evaluation_arguments_are_parsed() -> None:
     done = submit_all(
         "--from", "evaluate", "--evaluate", "--set 'retrieval.pairs=/my dir' --tasks retrieval", "--dry-run"
     )
@@ -197,4 +197,4 @@ def test_status_shows_how_the_log_of_a_failed_job_ends(tmp_path: Path) -> None:
         "scontrol show job 9",
     ):
         assert words in done.stdout, done.stdout
-    assert "finished: de" not in done.stdout, "that task is well"
+    assert "finished: de" not in done.stdout, "that task has succeeded"

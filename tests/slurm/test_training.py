@@ -1,4 +1,4 @@
-"""Training jobs on a real cluster: to the end, through preemption, time limits, dead nodes and bugs."""
+"""Training jobs on a real cluster finish despite preemption, time limits and dead nodes; bugs fail them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ from tests.dist.runs import curve, metrics, train
 from tests.slurm.cluster import KILL_WAIT_S
 from tests.slurm.jobs import Job, Training, same_weights
 
-pytestmark = pytest.mark.timeout(3600)  # cores are often shared; every wait inside has a limit of its own
+pytestmark = pytest.mark.timeout(3600)  # cores are often shared; every wait has its own limit
 NUM_PREEMPTIONS = int(os.environ.get("SLURM_PREEMPTIONS", "5"))
 STEPS = 12  # of the tiny recipe
 
 
 @pytest.fixture(scope="module")
 def time_limited_job(training: Training, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """Submitted before the other tests: it sleeps through most of its first life, until its time limit nears."""
+    """Submitted before the other tests, because its first attempt sleeps until shortly before its time limit."""
     run_dir = tmp_path_factory.mktemp("limit") / "run"
-    extra = ("--set", "guard.deadline_margin_s=1")  # newer Slurm tells ranks the job's end; here the signal is meant
+    extra = (
+        "--set",
+        "guard.deadline_margin_s=1",
+    )  # newer Slurm tells ranks the end of the job; this test is about the signal
     return training.submit(run_dir, "--time=1", "--signal=B:USR1@45", extra=extra, SLOW_STEP_S="6", SLOW_ATTEMPTS="1")
 
 
@@ -32,13 +35,13 @@ def time_limited_job(training: Training, tmp_path_factory: pytest.TempPathFactor
 def test_two_nodes_with_two_ranks_give_the_losses_of_one_process(
     training: Training, plain_run: Path, tmp_path: Path
 ) -> None:
-    """Ranks per node are counted from the (pretended) GPUs, as on a real cluster; that they train on CPUs has to be said."""
+    """The (fake) GPUs give the ranks per node, as on a real cluster. Training them on CPUs must be allowed explicitly."""
     asked = ("--nodes=2", "--gpus-per-node=2")
-    refused = training.submit(tmp_path / "refused", *asked, PROCESSES_PER_NODE="")
+    rejected = training.submit(tmp_path / "rejected", *asked, PROCESSES_PER_NODE="")
     job = training.submit(tmp_path / "run", *asked, PROCESSES_PER_NODE="", ALLOW_CPU_RANKS="1")
-    assert refused.wait_end() == "FAILED"
-    assert "Slurm has allotted 2 GPU(s)" in (refused.run_dir / "FAILED").read_text()
-    assert refused.facts()["JobName"] == "refused-train"
+    assert rejected.wait_end() == "FAILED"
+    assert "Slurm has allotted 2 GPU(s)" in (rejected.run_dir / "FAILED").read_text()
+    assert rejected.facts()["JobName"] == "rejected-train"
     assert job.wait_end() == "COMPLETED", job.log
     assert curve(job.run_dir) == pytest.approx(curve(plain_run), rel=1e-5)
     assert curve(job.run_dir, "heldout/mean") == pytest.approx(curve(plain_run, "heldout/mean"), rel=1e-5)
@@ -48,7 +51,7 @@ def test_two_nodes_with_two_ranks_give_the_losses_of_one_process(
 
 
 def test_srun_alone_starts_ranks_on_two_nodes(two_node_run: Path, plain_run: Path) -> None:
-    """One task per rank and no launcher: train.py finds rank, size and the first node by itself."""
+    """One task per rank and no launcher: train.py finds rank, world size and the first node in Slurm's environment."""
     assert curve(two_node_run) == pytest.approx(curve(plain_run), rel=1e-5)
 
 
@@ -63,10 +66,8 @@ def test_preempted_requeued_and_finished_bit_for_bit(training: Training, two_nod
     assert same_weights(job.run_dir, two_node_run)
 
 
-def test_a_more_urgent_job_takes_the_node_and_gives_it_back(
-    training: Training, plain_run: Path, tmp_path: Path
-) -> None:
-    """Slurm's own preemption: it sends TERM to the ranks, not to the batch script, and grants some time."""
+def test_preemption_by_a_more_urgent_job(training: Training, plain_run: Path, tmp_path: Path) -> None:
+    """Slurm's own preemption sends TERM to the ranks, not to the batch script, and allows a grace time."""
     job = training.submit(tmp_path / "run", SLOW_STEP_S="1", SLOW_ATTEMPTS="1")
     job.wait_step(attempt=0, step=2)
     urgent = training.cluster.submit(
@@ -79,15 +80,13 @@ def test_a_more_urgent_job_takes_the_node_and_gives_it_back(
     assert same_weights(job.run_dir, plain_run)
 
 
-def test_a_more_urgent_job_takes_a_node_while_the_ranks_meet(
-    training: Training, two_node_run: Path, tmp_path: Path
-) -> None:
-    """A rank that waits for the others has nothing to save and ends by TERM. That is not a failure of the run."""
+def test_preemption_before_the_process_group_exists(training: Training, two_node_run: Path, tmp_path: Path) -> None:
+    """A rank that waits for the others has nothing to save and ends by TERM. The run has not failed."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run/PREEMPTED").write_text("left by an earlier job\n")
     job = training.submit(tmp_path / "run", "--nodes=2", LATE_RANK="1", LATE_S="300")
     training.cluster.wait_for(lambda: "recipe " in job.node_logs(0).get("n1", ""), "the first rank's start")
-    time.sleep(3)  # from its first line to where it waits
+    time.sleep(3)  # from its first line until it waits
     urgent = training.cluster.submit(
         "--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path}/urgent.out", "--wrap=hostname"
     )
@@ -100,15 +99,15 @@ def test_a_more_urgent_job_takes_a_node_while_the_ranks_meet(
 
 
 def test_a_node_loses_power(training: Training, two_node_run: Path, tmp_path: Path) -> None:
-    """Slurm requeues; the job resumes from the last whole checkpoint."""
+    """Slurm requeues the job, and the job resumes from the last complete checkpoint."""
     job = training.submit(tmp_path / "run", "--nodes=2", SLOW_STEP_S="1", SLOW_ATTEMPTS="1")
     job.wait_step(attempt=0, step=5)
-    # Files are committed after the line of the next step.
+    # Files are committed after the log line of the next step.
     training.cluster.wait_for(lambda: 4 in committed_steps(job.run_dir / "checkpoints"), "checkpoint of step 4")
-    # On a node that comes back, Slurm kills what it believes to be left of the job, the new life included.
+    # On a rebooted node, Slurm kills what it believes to be left of the job, including the new attempt.
     job.restart_delay_s = KILL_WAIT_S + 2
     training.cluster.lose_power("n2")
-    training.cluster.wait_for(lambda: "DOWN" in training.cluster.node_state("n2"), "n2 given up")
+    training.cluster.wait_for(lambda: "DOWN" in training.cluster.node_state("n2"), "n2 DOWN")
     training.cluster.boot("n2")
     assert job.wait_end() == "COMPLETED", job.log
     assert job.restarts == 1
@@ -117,20 +116,20 @@ def test_a_node_loses_power(training: Training, two_node_run: Path, tmp_path: Pa
 
 
 def test_a_bug_in_one_rank_fails_the_job(training: Training, tmp_path: Path) -> None:
-    """Not requeued, nothing hangs, and the batch log ends with the cause, not with what the other rank made of it."""
+    """The job is not requeued, nothing hangs, and the batch log ends with the cause, not with the errors of the other rank."""
     job = training.submit(tmp_path / "run", "--nodes=2", BUG_RANK="1", BUG_STEP="5")
     assert job.wait_end() == "FAILED", job.log
     assert job.restarts == 0
     last_lines = job.log.rstrip().splitlines()[-2:]
-    assert any("RuntimeError: a bug put here on purpose" in line for line in last_lines), job.log
-    assert "a bug put here on purpose" in (job.run_dir / "FAILED").read_text()
+    assert any("RuntimeError: an injected bug" in line for line in last_lines), job.log
+    assert "an injected bug" in (job.run_dir / "FAILED").read_text()
     assert not (job.run_dir / "DONE").exists()
 
 
 def test_many_preemptions_in_a_row_lose_no_step(training: Training, plain_run: Path, tmp_path: Path) -> None:
-    """Every life goes on exactly where the one before was stopped; the last one meets the cap on restarts.
+    """Every attempt resumes exactly where the one before it was stopped. The last one reaches MAX_RESTARTS.
 
-    SLURM_PREEMPTIONS=20 makes it twenty of them; by default there are five.
+    There are five preemptions by default; SLURM_PREEMPTIONS=20 makes them twenty.
     """
     steps = max(STEPS, 3 * NUM_PREEMPTIONS)
     extra = () if steps == STEPS else ("--set", f"steps={steps}")
@@ -147,7 +146,7 @@ def test_many_preemptions_in_a_row_lose_no_step(training: Training, plain_run: P
         job.wait_until_saved(attempt)
         if attempt:
             assert f"checkpoints/step-{saved:08d}" in job.node_logs(attempt)["n1"], (
-                "resumed elsewhere than it was stopped"
+                "resumed from another step than it was stopped at"
             )
         saved = committed_steps(run_dir / "checkpoints")[-1]
         assert job.log.count("stopped on request") == attempt + 1
@@ -162,8 +161,8 @@ def test_many_preemptions_in_a_row_lose_no_step(training: Training, plain_run: P
     assert same_weights(run_dir, plain_run)
 
 
-def test_the_jobs_own_time_limit(time_limited_job: Job, plain_run: Path) -> None:
-    """The early signal saves and requeues before the limit kills; --signal may come late, the limit does not."""
+def test_time_limit_of_the_job(time_limited_job: Job, plain_run: Path) -> None:
+    """The early signal saves and requeues the job before the time limit kills it."""
     job = time_limited_job
     assert job.wait_end() == "COMPLETED", job.log
     assert job.restarts >= 1
@@ -173,7 +172,7 @@ def test_the_jobs_own_time_limit(time_limited_job: Job, plain_run: Path) -> None
 
 
 def test_two_jobs_for_one_run_directory(training: Training, plain_run: Path, tmp_path: Path) -> None:
-    """Each on a node of its own: the second is rejected and says who holds it, the first ends as if it had been alone."""
+    """Each has its own node. The second is rejected and names the owner; the first finishes as without the second."""
     first = training.submit(tmp_path / "run", "--nodelist=n1", SLOW_STEP_S="4")
     first.wait_step(attempt=0, step=2)
     its_log = tmp_path / "second.out"
@@ -187,8 +186,8 @@ def test_two_jobs_for_one_run_directory(training: Training, plain_run: Path, tmp
     assert curve(first.run_dir) == curve(plain_run)
 
 
-def test_a_finished_run_is_trained_further_or_left_alone(training: Training, plain_run: Path, tmp_path: Path) -> None:
-    """As pipeline/train.py does it: two more steps are taken, the same steps are there already, another seed is rejected."""
+def test_a_finished_run_is_continued_or_kept(training: Training, plain_run: Path, tmp_path: Path) -> None:
+    """As with pipeline/train.py: two more steps are trained, the same steps are finished already, another seed is rejected."""
     run_dir = Path(shutil.copytree(plain_run, tmp_path / "run"))
     more = training.submit(run_dir, extra=("--set", "steps=14"))
     assert more.wait_end() == "COMPLETED", more.log
@@ -200,7 +199,7 @@ def test_a_finished_run_is_trained_further_or_left_alone(training: Training, pla
     other = training.submit(run_dir, extra=("--set", "steps=14", "--set", "seed=7"))
     assert other.wait_end() == "FAILED", other.log
     assert "seed: 0 -> 7" in (run_dir / "FAILED").read_text()
-    assert (run_dir / "DONE").exists(), "the fourteen steps are still there"
+    assert (run_dir / "DONE").exists(), "the marker of the fourteen steps is kept"
 
 
 def test_a_stop_file_ends_the_job(training: Training, tmp_path: Path) -> None:
@@ -209,11 +208,11 @@ def test_a_stop_file_ends_the_job(training: Training, tmp_path: Path) -> None:
     (job.run_dir / "STOP").touch()
     assert job.wait_end() == "COMPLETED", job.log
     assert job.restarts == 0
-    assert "the next job with this run directory goes on" in job.log
+    assert "the next job with this run directory resumes" in job.log
 
 
-def test_a_cancelled_job_stays_cancelled(training: Training, tmp_path: Path) -> None:
-    """It saves if it can, but must not rise again."""
+def test_a_cancelled_job_is_not_requeued(training: Training, tmp_path: Path) -> None:
+    """It saves if it has time, and is not started again."""
     job = training.submit(tmp_path / "run", SLOW_STEP_S="0.5")
     job.wait_step(attempt=0, step=1)
     training.cluster.end([job.number])

@@ -1,4 +1,4 @@
-"""`python -m pipeline doctor` in surroundings that are really broken: it names what is wrong, and what to do about it."""
+"""`python -m pipeline doctor` where something is really broken: it names the problem and how to fix it."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ from pipeline.doctor.machine import (
     slurm_finding,
     version_findings,
 )
-from pipeline.doctor.recipe import Sizes, disk_finding, recipe_findings
+from pipeline.doctor.recipe import disk_finding, recipe_findings
 from pipeline.errors import EXIT_USER, exit_code_of
+from pipeline.planning.meta_models import Sizes
 
 Look = Callable[..., list[Finding]]
 
 
 @pytest.fixture
 def look(tiny_recipe: Path, fp32_config: Path, tmp_path: Path) -> Look:
-    """What the doctor finds about the tiny recipe with these overrides."""
+    """The findings about the tiny recipe with these overrides."""
 
     def findings(*overrides: str, check_hashes: bool = False, ranks: int = 1) -> list[Finding]:
         return recipe_findings(tiny_recipe, list(overrides), fp32_config, tmp_path / "run", ranks, check_hashes)
@@ -46,7 +47,7 @@ def no_links(*_: object, **__: object) -> None:
     raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
 
-def the_failure(findings: list[Finding]) -> Finding:
+def only_failure(findings: list[Finding]) -> Finding:
     failures = [finding for finding in findings if finding.status == "fail"]
     assert len(failures) == 1, findings
     return failures[0]
@@ -89,48 +90,48 @@ def test_exit_code_and_paragraph_when_something_fails(
 
 
 def test_missing_shards_name_the_command(look: Look, tmp_path: Path) -> None:
-    assert "python -m data_prep prepare" in the_failure(look(f"data={tmp_path / 'nowhere'}")).what
+    assert "python -m data_prep prepare" in only_failure(look(f"data={tmp_path / 'nowhere'}")).what
 
 
-def test_what_a_run_would_warn_of_is_to_look_at(look: Look) -> None:
+def test_warnings_of_a_run_are_warnings_here(look: Look) -> None:
     found = [finding.what for finding in look("optimizer.warmup_steps=40") if finding.status == "warn"]
     assert any("optimizer.warmup_steps is 40" in what for what in found), found
 
 
-def test_damaged_shards_name_the_file(look: Look, tiny_shards: Path, tmp_path: Path) -> None:
+def test_corrupt_shards_name_the_file(look: Look, tiny_shards: Path, tmp_path: Path) -> None:
     shards = shutil.copytree(tiny_shards, tmp_path / "shards")
     victim = next((shards / "tr").glob("*.tok"))
     content = victim.read_bytes()
     victim.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
-    assert all(finding.status != "fail" for finding in look(f"data={shards}")), "sizes alone cannot show it"
-    assert victim.name in the_failure(look(f"data={shards}", check_hashes=True)).what
+    assert all(finding.status != "fail" for finding in look(f"data={shards}")), "sizes alone do not show it"
+    assert victim.name in only_failure(look(f"data={shards}", check_hashes=True)).what
     victim.write_bytes(content[:-8])
-    assert victim.name in the_failure(look(f"data={shards}")).what
+    assert victim.name in only_failure(look(f"data={shards}")).what
 
 
 def test_teacher_that_is_a_pickle(look: Look, tiny_teacher: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((tiny_teacher / "config.json").read_bytes())
     (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
-    what = the_failure(look(f"teacher={tmp_path}")).what
+    what = only_failure(look(f"teacher={tmp_path}")).what
     assert "holds no model.safetensors" in what
     assert "save_pretrained" in what
 
 
-def test_teacher_whose_weights_are_cut(look: Look, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_teacher_with_truncated_weights(look: Look, tiny_teacher: Path, tmp_path: Path) -> None:
     other = shutil.copytree(tiny_teacher, tmp_path / "teacher")
     weights = other / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    assert "model.safetensors" in the_failure(look(f"teacher={other}")).what
+    assert "model.safetensors" in only_failure(look(f"teacher={other}")).what
 
 
-def test_teacher_of_an_unknown_family_and_of_other_shards(look: Look, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_teacher_of_an_unknown_architecture_or_of_other_shards(look: Look, tiny_teacher: Path, tmp_path: Path) -> None:
     other = shutil.copytree(tiny_teacher, tmp_path / "teacher")
     model = other / "sentencepiece.bpe.model"
     model.write_bytes(model.read_bytes() + b"\x00")
-    assert "another tokenizer" in the_failure(look(f"teacher={other}")).what
+    assert "another tokenizer" in only_failure(look(f"teacher={other}")).what
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
-    assert "xlm-roberta" in the_failure(look(f"teacher={other}")).what
+    assert "xlm-roberta" in only_failure(look(f"teacher={other}")).what
 
 
 def test_ids_of_another_tokenizer(look: Look, tiny_teacher: Path, tmp_path: Path) -> None:
@@ -138,14 +139,14 @@ def test_ids_of_another_tokenizer(look: Look, tiny_teacher: Path, tmp_path: Path
     settings = json.loads((other / "tokenizer_config.json").read_text())
     (other / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "CamembertTokenizer"}))
     (other / "tokenizer.json").unlink()
-    failure = the_failure(look(f"teacher={other}"))
+    failure = only_failure(look(f"teacher={other}"))
     assert (failure.subject, "CamembertTokenizer" in failure.what) == ("ids", True)
 
 
-def test_ids_that_were_compared_with_this_very_tokenizer(
+def test_ids_that_were_compared_with_the_same_tokenizer(
     look: Look, tiny_teacher: Path, tiny_shards: Path, tmp_path: Path
 ) -> None:
-    """The manifest names what they were compared with; a copy of the tokenizer's directory is the same."""
+    """The manifest names the tokenizer of the comparison. A copy of its directory is the same tokenizer."""
     shards, teacher = tmp_path / "shards", shutil.copytree(tiny_teacher, tmp_path / "teacher")
     text = str(REPO / "samples" / "cc100" / "sw.txt.xz")
     assert prepare_main(["prepare", "--input", text, "--tokenizer", str(tiny_teacher), "--output", str(shards)]) == 0
@@ -153,28 +154,28 @@ def test_ids_that_were_compared_with_this_very_tokenizer(
     assert found["ids"] == Finding("ok", "ids", "ids compared with AutoTokenizer's when the shards were prepared")
 
 
-def test_hub_name_that_is_not_there_yet(look: Look) -> None:
+def test_hub_name_that_is_not_cached_yet(look: Look) -> None:
     found = [finding for finding in look("teacher=nobody/no-such-model") if finding.subject == "teacher"]
     assert [finding.status for finding in found] == ["warn"]
     assert "hf download nobody/no-such-model" in found[0].fix
 
 
 def test_what_does_not_divide(look: Look) -> None:
-    assert "micro_batch_per_gpu could be" in the_failure(look("micro_batch_per_gpu=3")).what
-    assert "relations.heads" in the_failure(look("relations.heads=7")).what
-    assert "layers 1 to 4" in the_failure(look("relations.teacher_layer=5")).what
-    assert "3 ranks" in the_failure(look(ranks=3)).what
+    assert "micro_batch_per_gpu could be" in only_failure(look("micro_batch_per_gpu=3")).what
+    assert "relations.heads" in only_failure(look("relations.heads=7")).what
+    assert "layers 1 to 4" in only_failure(look("relations.teacher_layer=5")).what
+    assert "3 ranks" in only_failure(look(ranks=3)).what
 
 
 def test_too_small_a_disk(look: Look) -> None:
-    assert "checkpoint.keep" in the_failure(look("checkpoint.keep=1000000000")).what
+    assert "checkpoint.keep" in only_failure(look("checkpoint.keep=1000000000")).what
 
 
 @pytest.mark.parametrize("links", [True, False])
 def test_milestones_count_towards_the_disk(
     tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
 ) -> None:
-    """In hundredths of what is free: 1 trained, 20 carried along. Two checkpoints take 42; ten milestones 10, or 210 unlinked."""
+    """In hundredths of the free space: 1 trained, 20 untrained. Two checkpoints need 42; ten milestones 10, or 210 without links."""
     if not links:
         monkeypatch.setattr(os, "link", no_links)  # as on FAT
     hundredth = shutil.disk_usage(tmp_path).free // 100
@@ -198,7 +199,7 @@ def test_directory_that_cannot_be_written_to() -> None:
     assert "--run-dir" in finding.what
 
 
-def test_stale_lock_and_how_to_remove_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stale_lock_and_its_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lock = tmp_path / "py311_cpu" / "op" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
@@ -227,11 +228,11 @@ def test_versions_other_than_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     missing = version_findings(pins)[1]
     assert (missing.status, missing.what) == (
         "warn",
-        "no-such-package is not installed; it is needed for one kind of input",
+        "no-such-package is not installed; it is required for one kind of input",
     )
 
 
-def test_slurm_that_answers_and_that_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_that_answers_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sinfo = tmp_path / "sinfo"
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     sinfo.write_text("#!/bin/sh\necho 'gpu* up 4 x gpu:8'\n")

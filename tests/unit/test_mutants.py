@@ -1,4 +1,4 @@
-"""The bugs that `make mutants` plants still fit the code and change its figures, and the tests that catch them are there."""
+"""The bugs of `make mutants` fit the code and change its figures, and the tests that catch them exist."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.mutants.bugs import BUGS, Bug, StaleBugError
 from tests.mutants.changes import as_json
 
 PROBED = [bug for bug in BUGS if bug.probe]
-# What the last bug of the ten once was: the same factor on every micro-batch, which neither Adam nor clipping sees.
+# A factor on every micro-batch: neither Adam nor clipping sees it.
 WITHOUT_EFFECT = Bug(
     "a factor on every micro-batch",
     "pipeline/training/trainer.py",
@@ -28,7 +28,7 @@ WITHOUT_EFFECT = Bug(
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
-def test_bug_fits_the_code_and_its_test_is_there(bug: Bug, tmp_path: Path) -> None:
+def test_bug_fits_the_code_and_its_test_exists(bug: Bug, tmp_path: Path) -> None:
     copy = tmp_path / bug.file
     copy.parent.mkdir(parents=True)
     copy.write_text((REPO / bug.file).read_text(encoding="utf-8"), encoding="utf-8")
@@ -43,7 +43,7 @@ def test_bug_fits_the_code_and_its_test_is_there(bug: Bug, tmp_path: Path) -> No
 
 @pytest.fixture(scope="module")
 def changes() -> dict[str, str]:
-    """Bug -> whether the figures of its probe are others once it is planted."""
+    """Bug -> whether it changes the figures of its probe."""
     command = [sys.executable, "-m", "tests.mutants.changes"]
     done = subprocess.run(command, cwd=REPO, input=as_json([*PROBED, WITHOUT_EFFECT]), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -53,7 +53,7 @@ def changes() -> dict[str, str]:
 @pytest.mark.parametrize("bug", PROBED, ids=lambda bug: bug.name)
 def test_a_planted_bug_changes_a_figure(bug: Bug, changes: dict[str, str]) -> None:
     assert changes[bug.name] == "changed", (
-        "make it a bug again, or give it a probe that sees it (tests/mutants/probes.py)"
+        "change the bug so that it has an effect, or give it a probe that shows it (tests/mutants/probes.py)"
     )
 
 
@@ -62,7 +62,7 @@ def test_a_bug_without_effect_is_noticed(changes: dict[str, str]) -> None:
 
 
 def test_bugs_without_a_probe_are_caught_by_their_tests(tmp_path: Path) -> None:
-    """Slower than a probe; there may be none of them."""
+    """This is slower than a probe."""
     bugs = [bug for bug in BUGS if not bug.probe]
     if bugs:
         copy_tree(tmp_path)

@@ -19,10 +19,10 @@ from data_prep.shards import DataError, ShardSet
 from pipeline.config import Recipe, load_recipe
 from pipeline.distillation.models.architectures import check_length
 from pipeline.distillation.models.teacher import load_encoder
-from pipeline.doctor.recipe import blank_models
 from pipeline.errors import UserError
+from pipeline.planning.meta_models import blank_models
 from pipeline.runtime.ds_config import split_batch
-from pipeline.training.build import check_fit, open_data
+from pipeline.training.checks import check_fit, open_data
 from pipeline.training.how_to_prepare import how_to_prepare
 from tests.conftest import REPO, SAMPLES
 

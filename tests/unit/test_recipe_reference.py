@@ -1,4 +1,4 @@
-"""docs/recipes.md is what the dataclasses say now."""
+"""docs/recipes.md is generated from the current dataclasses."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pipeline.recipe_reference import field_comments, page
 from tests.conftest import REPO
 
 
-def test_the_page_is_not_stale() -> None:
+def test_the_page_is_up_to_date() -> None:
     assert (REPO / "docs" / "recipes.md").read_text(encoding="utf-8") == page(), (
-        "docs/recipes.md is stale: python -m pipeline recipes > docs/recipes.md"
+        "docs/recipes.md is not up to date: run python -m pipeline recipes > docs/recipes.md"
     )
 
 
-def test_a_key_without_a_comment_is_refused() -> None:
+def test_a_key_without_a_comment_is_rejected() -> None:
     @dataclass
-    class Silent:
-        told: int = 1  # what it is
-        untold: int = 2
+    class Section:
+        described: int = 1  # a description
+        undescribed: int = 2
 
-    with pytest.raises(AssertionError, match="a comment beside untold"):
-        field_comments(Silent)
+    with pytest.raises(AssertionError, match="a comment on the line of undescribed"):
+        field_comments(Section)

@@ -1,4 +1,4 @@
-"""What a recipe's scalars mean: text where a key wants text, numbers where it wants numbers, in files and in --set."""
+"""Scalars of a recipe, in files and in --set: the type of the key decides whether they are text or numbers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_norwegian_is_a_language(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["123", "1e-3", "007", "2026-11-27", "12:30", "0x10", "true", "1_000"])
-def test_a_directory_may_be_named_like_anything(tmp_path: Path, name: str) -> None:
+def test_a_directory_may_have_any_name(tmp_path: Path, name: str) -> None:
     recipe = recipe_of(tmp_path, f"teacher: {name}\ndata: {name}\n")
     assert (recipe.teacher, recipe.data) == (name, name)
     assert recipe_of(tmp_path, recipe_to_yaml(recipe)) == recipe
@@ -53,7 +53,7 @@ def test_a_directory_may_be_named_like_anything(tmp_path: Path, name: str) -> No
         ("max_epochs=", None),
     ],
 )
-def test_numbers_and_truth_where_they_are_wanted(tmp_path: Path, override: str, expected: Any) -> None:
+def test_numbers_and_booleans_by_the_type_of_the_key(tmp_path: Path, override: str, expected: Any) -> None:
     found: Any = recipe_of(tmp_path, "steps: 1\nvocabulary: x\nmax_epochs: 2\n", override)
     for name in override.partition("=")[0].split("."):
         found = getattr(found, name)
@@ -78,15 +78,15 @@ def test_numbers_and_truth_where_they_are_wanted(tmp_path: Path, override: str, 
         ("teacher=null", r'`teacher` must be text, not null; write it in quotes \("null"\) if it is meant'),
         ("languages=no", r"`languages` must be a list like \[a, b\], not 'no'"),
         ("languages=[]", "languages is an empty list"),
-        ("data=/my #1", r"""YAML reads `/my` and no more; quote it: --set 'data="/my #1"'"""),
+        ("data=/my #1", r"""YAML reads only `/my`; quote it: --set 'data="/my #1"'"""),
     ],
 )
-def test_what_does_not_fit_is_named_as_it_was_written(tmp_path: Path, override: str, says: str) -> None:
+def test_errors_show_the_value_as_it_was_written(tmp_path: Path, override: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         recipe_of(tmp_path, "steps: 1\n", override)
 
 
-def test_the_quotes_that_a_message_asks_for_help(tmp_path: Path) -> None:
+def test_quoting_as_the_message_says_works(tmp_path: Path) -> None:
     assert recipe_of(tmp_path, 'teacher: "null"\n').teacher == "null"
     assert recipe_of(tmp_path, "steps: 1\n", 'data="/my #1"').data == "/my #1"
 
@@ -94,21 +94,21 @@ def test_the_quotes_that_a_message_asks_for_help(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("steps: 1\n---\nsteps: 2\n", "take out the lines of ---"),
+        ("steps: 1\n---\nsteps: 2\n", "remove the lines of ---"),
         ("student:\n\tlayers: 2\n", "spaces, not with tabs"),
-        ("student: {layers: 2, layers: 3}\n", "`layers` is there twice.*line 1"),
-        ("language_weights: {no: 1, no: 2}\n", "`no` is there twice"),
+        ("student: {layers: 2, layers: 3}\n", "`layers` occurs twice.*line 1"),
+        ("language_weights: {no: 1, no: 2}\n", "`no` occurs twice"),
         ("", "pairs, not nothing"),
         ("# only a comment\n", "pairs, not nothing"),
         ("just text\n", "pairs, not text"),
     ],
 )
-def test_text_that_is_no_recipe(tmp_path: Path, text: str, says: str) -> None:
+def test_text_that_is_not_a_recipe(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         recipe_of(tmp_path, text)
 
 
 def test_another_encoding(tmp_path: Path) -> None:
-    assert recipe_of(tmp_path, "steps: 7\n", encoding="utf-8-sig").steps == 7, "a byte order mark is no character"
+    assert recipe_of(tmp_path, "steps: 7\n", encoding="utf-8-sig").steps == 7, "a byte order mark is skipped"
     with pytest.raises(UserError, match="not readable YAML"):
         recipe_of(tmp_path, "teacher: Lehrer-für-alle\n", encoding="latin-1")

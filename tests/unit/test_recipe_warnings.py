@@ -1,4 +1,4 @@
-"""Valid settings that do something else than expected are named before the first step, with the setting to change."""
+"""Valid settings with an unexpected effect give a warning before the first step, with the setting to change."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import load_recipe
-from pipeline.training.build import open_data
+from pipeline.training.checks import open_data
 from pipeline.training.recipe_warnings import recipe_warnings
 
 ENOUGH = ["heldout_rows=1"]  # the tiny corpus has more than ten rows of every language
@@ -19,7 +19,7 @@ def warnings_of(recipe_file: Path, *overrides: str) -> list[str]:
     return recipe_warnings(recipe, open_data(recipe))
 
 
-def test_an_ordinary_recipe_gives_none(tiny_recipe: Path) -> None:
+def test_an_ordinary_recipe_gives_no_warning(tiny_recipe: Path) -> None:
     assert warnings_of(tiny_recipe) == []
 
 
@@ -42,7 +42,7 @@ def test_an_ordinary_recipe_gives_none(tiny_recipe: Path) -> None:
         (["steps=40000"], ["read more than 100 times", "--set max_epochs=100"]),
     ],
 )
-def test_what_is_silent_otherwise_is_named(tiny_recipe: Path, overrides: list[str], says: list[str]) -> None:
+def test_unexpected_effects_give_a_warning(tiny_recipe: Path, overrides: list[str], says: list[str]) -> None:
     found = [line for line in warnings_of(tiny_recipe, *overrides) if says[0] in line]
     assert len(found) == 1, warnings_of(tiny_recipe, *overrides)
     for words in says:
@@ -50,7 +50,7 @@ def test_what_is_silent_otherwise_is_named(tiny_recipe: Path, overrides: list[st
 
 
 @pytest.mark.parametrize("overrides", [["optimizer.warmup_steps=50", "steps=50"], ["steps=2000", "save_every=5000"]])
-def test_the_setting_that_is_printed_ends_the_warning(tiny_recipe: Path, overrides: list[str]) -> None:
+def test_the_printed_setting_removes_the_warning(tiny_recipe: Path, overrides: list[str]) -> None:
     (line,) = (line for line in warnings_of(tiny_recipe, *overrides) if "--set" in line and "epochs" not in line)
     setting = shlex.split(line.partition("--set ")[2])[0]
     assert not [line for line in warnings_of(tiny_recipe, *overrides, setting) if setting.partition("=")[0] in line]

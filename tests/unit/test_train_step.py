@@ -7,9 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from pipeline.config import Recipe
 from pipeline.runtime import dist
-from tests.mutants.probes import batches, trainer_of
+from tests.mutants.probes import batches, stepper_of
 
 
 @pytest.fixture(autouse=True)
@@ -19,28 +18,27 @@ def process_group() -> Iterator[None]:
 
 
 def drawn(seed: int, step: int, rank: int) -> list[float]:
-    """The random numbers of a step's three micro-batches: what dropout makes its masks of."""
-    trainer = trainer_of(rank, world_size=2)
-    trainer.recipe = Recipe(**{**vars(trainer.recipe), "seed": seed})
-    trainer.train_step(step, batches())
-    return trainer.engine.random
+    """The random numbers of a step's three micro-batches, from which dropout makes its masks."""
+    stepper = stepper_of(rank, world_size=2, seed=seed)
+    stepper.train_step(step, batches())
+    return stepper.engine.random
 
 
 def test_dropout_differs_by_rank_step_and_seed() -> None:
     first = drawn(seed=0, step=3, rank=0)
-    assert len(set(first)) == len(first), "every micro-batch has masks of its own"
+    assert len(set(first)) == len(first), "every micro-batch has its own masks"
     for other in (drawn(0, 3, 1), drawn(0, 4, 0), drawn(1, 3, 0)):
         assert not set(first) & set(other)
     torch.manual_seed(99)
-    assert drawn(seed=0, step=3, rank=0) == first, "a resumed run drops what the uninterrupted one dropped"
+    assert drawn(seed=0, step=3, rank=0) == first, "a resumed run drops the same elements as the uninterrupted one"
 
 
-def test_micro_batches_weigh_the_same() -> None:
-    """The gradient of a step is the mean of its micro-batches' own gradients."""
-    trainer = trainer_of(rank=0)
-    trainer.train_step(0, batches())
-    layer = trainer.engine.layer
-    whole, layer.weight.grad = layer.weight.grad, None
+def test_micro_batches_have_equal_weights() -> None:
+    """The gradient of a step is the mean of its micro-batches' gradients."""
+    stepper = stepper_of(rank=0)
+    stepper.train_step(0, batches())
+    layer = stepper.engine.layer
+    of_step, layer.weight.grad = layer.weight.grad, None
     for input_ids_BL, _ in batches():
-        trainer.engine.backward(trainer.engine(input_ids_BL)[0])
-    assert torch.allclose(whole, layer.weight.grad, atol=1e-7)
+        stepper.engine.backward(stepper.engine(input_ids_BL)[0])
+    assert torch.allclose(of_step, layer.weight.grad, atol=1e-7)

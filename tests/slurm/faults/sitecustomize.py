@@ -1,7 +1,7 @@
-"""Put on PYTHONPATH by the Slurm tests: makes the real trainer slow, or wrong on one rank, without touching its code.
+"""Slurm tests put this on PYTHONPATH: it slows the real trainer down, or makes one rank fail, without changing its code.
 
-SLOW_STEP_S seconds pass before every step of the job's first SLOW_ATTEMPTS lives; rank BUG_RANK raises at step BUG_STEP.
-In the job's first life, rank LATE_RANK comes LATE_S seconds late to where the ranks meet.
+Every step of the job's first SLOW_ATTEMPTS attempts starts SLOW_STEP_S seconds late. Rank BUG_RANK raises at step BUG_STEP.
+In the first attempt, rank LATE_RANK joins the process group LATE_S seconds late.
 """
 
 import importlib.util
@@ -11,18 +11,18 @@ import time
 from importlib.abc import MetaPathFinder
 
 
-def alter(trainer):
-    whole_step = trainer.train_step
+def alter(stepper):
+    train_step = stepper.train_step
     is_slow = int(os.environ.get("SLURM_RESTART_COUNT", "0")) < int(os.environ.get("SLOW_ATTEMPTS", "1000"))
     pause_s = float(os.environ.get("SLOW_STEP_S", "0")) if is_slow else 0.0
 
-    def train_step(self, step, batches):
+    def altered_step(self, step, batches):
         time.sleep(pause_s)
         if os.environ.get("RANK") == os.environ.get("BUG_RANK") and step == int(os.environ["BUG_STEP"]):
-            raise RuntimeError("a bug put here on purpose")
-        return whole_step(self, step, batches)
+            raise RuntimeError("an injected bug")
+        return train_step(self, step, batches)
 
-    trainer.train_step = train_step
+    stepper.train_step = altered_step
 
 
 if "RANK" in os.environ and os.environ["RANK"] == os.environ.get("LATE_RANK"):
@@ -30,7 +30,7 @@ if "RANK" in os.environ and os.environ["RANK"] == os.environ.get("LATE_RANK"):
 
 
 class TrainerFinder(MetaPathFinder):
-    """Alters pipeline.training.trainer as soon as it has been imported."""
+    """Alters pipeline.training.trainer after its import."""
 
     def find_spec(self, name, path, target=None):
         if name != "pipeline.training.trainer":
@@ -41,7 +41,7 @@ class TrainerFinder(MetaPathFinder):
 
         def exec_module(module):
             execute(module)
-            alter(module.Trainer)
+            alter(module.Stepper)
 
         spec.loader.exec_module = exec_module
         return spec

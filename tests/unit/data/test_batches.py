@@ -13,7 +13,7 @@ import torch
 from data_prep.shards import DataError, ShardSet
 from pipeline.config import load_recipe
 from pipeline.data.batches import PLAN_WINDOW, BatchSource, Prefetcher, heldout_count
-from pipeline.training.build import open_data
+from pipeline.training.checks import open_data
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The plan's command: what it reports, what it refuses and what it then proposes, and the formulas of docs/planning.md."""
+"""`python -m pipeline plan`: its report, what it rejects and proposes instead, and the formulas of docs/planning.md."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from pipeline.__main__ import main
 from pipeline.config import load_recipe
 from pipeline.errors import EXIT_DONE, EXIT_USER, exit_code_of
-from pipeline.planning.devices import DEVICES
+from pipeline.planning.devices import DEVICES, Hardware
 from pipeline.planning.memory import GIB
 from pipeline.planning.meta_models import KNOWN_TEACHERS, build_encoders
 from pipeline.planning.plan import Planner
@@ -22,13 +22,13 @@ from tests.conftest import REPO
 
 RECIPE = REPO / "recipes" / "xlmr_large_l12_h384.yaml"
 ZERO2 = REPO / "ds_configs" / "zero2.json"
-SHALLOW = ["student.layers=2", "relations.teacher_layer=4"]  # costs less to rehearse
+SHALLOW = ["student.layers=2", "relations.teacher_layer=4"]  # cheaper to trace
 Planned = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
 def planned(capsys: pytest.CaptureFixture) -> Planned:
-    """Run the verb; exit code and what it printed (the one error paragraph, if it refused)."""
+    """Run the command; its exit code, and what it printed or its one error paragraph."""
 
     def run(*words: str, recipe: Path = RECIPE, ds: Path = ZERO2, gpu: str = "a100-80") -> tuple[int, str]:
         arguments = ["plan", "--recipe", str(recipe), "--deepspeed", str(ds), "--gpu", gpu, *words]
@@ -43,14 +43,14 @@ def planned(capsys: pytest.CaptureFixture) -> Planned:
 
 
 def planner(*overrides: str, gpu: str = "a100-80", ds: Path = ZERO2) -> Planner:
-    return Planner(load_recipe(RECIPE, list(overrides)), RECIPE, ds, DEVICES[gpu])
+    return Planner(load_recipe(RECIPE, list(overrides)), RECIPE, ds, Hardware(DEVICES[gpu]))
 
 
 def test_report_figures_and_plot(planned: Planned, tmp_path: Path) -> None:
     small = [word for change in SHALLOW for word in ("--set", change)]
     code, text = planned(*small, "--json", str(tmp_path / "plan.json"), "--plot", str(tmp_path / "plan.png"))
     assert code == EXIT_DONE
-    for words in ("Memory per GPU", "optimizer step", "GPU-hours", "checkpoint", "shards", "ZeRO-3", "Scaling bends"):
+    for words in ("Memory per GPU", "optimizer step", "GPU-hours", "checkpoint", "shards", "ZeRO-3", "Scaling knee"):
         assert words in text
     figures: dict[str, Any] = json.loads((tmp_path / "plan.json").read_text())
     plan = figures["plan"]
@@ -64,7 +64,7 @@ def test_report_figures_and_plot(planned: Planned, tmp_path: Path) -> None:
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_operations_are_those_of_the_formulas() -> None:
+def test_operations_equal_the_formulas() -> None:
     """docs/planning.md, equations (1) to (3), written out for XLM-R-large cut at 19 and a 12 x 384 student."""
     encoders = build_encoders(load_recipe(RECIPE, []))
     rows, length = 2, 512
@@ -78,7 +78,7 @@ def test_operations_are_those_of_the_formulas() -> None:
 
 
 def test_activations_are_36_bytes_per_channel() -> None:
-    """What one more post-norm layer keeps for backward in half precision: 36 bytes a token and channel, 4 per head, 16 for norms."""
+    """One more post-norm layer keeps for backward, per token in half precision: 36 bytes per channel, 4 per head, 16 for norms."""
     rows, length, kept = 4, 128, []
     for layers in (4, 5):
         encoders = build_encoders(load_recipe(RECIPE, [f"student.layers={layers}"]))
@@ -93,7 +93,7 @@ def test_every_known_teacher_can_be_planned() -> None:
         assert encoders.teacher_parameters > encoders.student_parameters
 
 
-def test_bends_where_communication_outweighs_a_small_share() -> None:
+def test_scaling_knee_is_where_communication_outweighs_a_small_share() -> None:
     points = scale(planner(*SHALLOW), 8)
     assert points[-1].plan is None
     efficiencies = [point.efficiency for point in points if point.plan]
@@ -101,7 +101,7 @@ def test_bends_where_communication_outweighs_a_small_share() -> None:
     assert "communication" in scaling_knee(points)
 
 
-def test_more_stages_never_take_more_optimizer_memory() -> None:
+def test_higher_stages_never_use_more_optimizer_memory() -> None:
     one = planner(*SHALLOW, gpu="v100-16")
     sizes = [one.plan(2, 8, stage).memory.total for stage in (1, 2)]
     assert sizes[1] <= sizes[0]
@@ -138,7 +138,7 @@ def test_unknown_teacher(planned: Planned) -> None:
     assert "--teacher-config config.json" in error
 
 
-def test_teacher_of_a_directory_or_a_config_file(planned: Planned, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_teacher_from_a_directory_or_a_config_file(planned: Planned, tiny_teacher: Path, tmp_path: Path) -> None:
     changes = ["relations.heads=12", "relations.teacher_layer=3", "seq_len=32", "student.layers=1", "global_batch=8"]
     small = [word for change in changes for word in ("--set", change)]
     assert planned("--set", f"teacher={tiny_teacher}", *small)[0] == EXIT_DONE
@@ -151,11 +151,11 @@ def test_teacher_of_a_directory_or_a_config_file(planned: Planned, tiny_teacher:
     assert "gpt2" in planned("--teacher-config", str(broken))[1]
 
 
-def test_longer_than_the_positions(planned: Planned) -> None:
+def test_rows_longer_than_the_positions(planned: Planned) -> None:
     assert "positions for 512" in planned("--set", "seq_len=1024")[1]
 
 
-def test_what_does_not_fit_is_refused_with_what_would(planned: Planned) -> None:
+def test_a_run_that_does_not_fit_is_rejected_with_changes_that_fit(planned: Planned) -> None:
     code, error = planned("--memory-gib", "4.5", "--set", SHALLOW[1])
     assert code == EXIT_USER
     assert "does not fit on a100-80" in error
@@ -165,7 +165,7 @@ def test_what_does_not_fit_is_refused_with_what_would(planned: Planned) -> None:
         assert planner(SHALLOW[1], change).plan(1, 8).memory.total < 4.5 * GIB
 
 
-def test_a_teacher_that_does_not_fit_whole(planned: Planned) -> None:
+def test_a_teacher_that_fits_only_partitioned(planned: Planned) -> None:
     xxl = [
         "--set",
         "teacher=facebook/xlm-roberta-xxl",

@@ -1,9 +1,9 @@
-"""Ten promises of a run that cannot be lost, each kept under real faults, counted, beside stock DeepSpeed.
+"""Ten promises of a run that survives faults, each tested under real faults, counted, and compared with stock DeepSpeed.
 
-    python benchmarks/bench_faults.py [--quick] [--only exact,kills,...] [--json FILE]        (make faults)
+    python -m tests.faults.sweeps [--quick] [--only exact,kills,...] [--json FILE]        (make faults)
 
-Every life is a real `pipeline/train.py` on a tiny teacher (benchmarks/faults/lab.py). Ranks are forked from one process
-that has imported everything (tests/dist/fork_server.py). The full sweep takes most of an hour of one core or two.
+Every attempt is a real `pipeline/train.py` with a tiny teacher (lab.py). Ranks are forked from one process that has
+imported everything (tests/dist/fork_server.py). The full sweep takes most of an hour on one or two cores.
 """
 
 from __future__ import annotations
@@ -15,19 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
-
-from benchmarks.faults import cost, damage, disk, exact, kills, soak  # noqa: E402
-from benchmarks.faults.lab import Lab, Outcome  # noqa: E402
-from benchmarks.measure import arguments, publish  # noqa: E402
-from pipeline.errors import EXIT_USER, did_you_mean  # noqa: E402
-from tests.dist.fork_server import ForkServer  # noqa: E402
+from benchmarks.measure import arguments, publish
+from pipeline.errors import EXIT_USER, did_you_mean
+from tests.dist.fork_server import ForkServer
+from tests.faults.sweeps import corruption, cost, disk, exact, kills, soak
+from tests.faults.sweeps.lab import Lab, Outcome
 
 FIGURES: dict[str, Callable[[Lab, bool], Outcome]] = {
     "exact": exact.interrupted_equals_uninterrupted,
     "kills": kills.kills,
-    "damage": damage.corrupted_checkpoints,
+    "damage": corruption.corrupted_checkpoints,
     "layouts": exact.ranks_and_stages_change,
     "preempt": kills.preemptions,
     "nan": exact.not_a_number,
@@ -46,13 +43,13 @@ def main() -> None:
     names = options.only.split(",") if options.only else list(FIGURES)
     for name in names:
         if name not in FIGURES:
-            print(f"error: there is no figure {name!r}; {did_you_mean(name, list(FIGURES))}", file=sys.stderr)
+            print(f"error: unknown figure {name!r}; {did_you_mean(name, list(FIGURES))}", file=sys.stderr)
             sys.exit(EXIT_USER)
     rows: list[list[str]] = []
     figures: dict[str, Any] = {}
     broken = []
     for name in names:
-        # a directory of its own: what is left of a sweep is gigabytes
+        # one directory for each: a sweep leaves gigabytes
         with tempfile.TemporaryDirectory() as temporary, ForkServer() as server:
             began = time.monotonic()
             outcome = FIGURES[name](Lab(Path(temporary), server), options.quick)

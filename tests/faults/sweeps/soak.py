@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.faults.lab import Lab, Outcome, newest_step, same_student, steps_done
 from tests.dist.fork_server import Job
 from tests.dist.runs import curve, end_group
+from tests.faults.sweeps.lab import Lab, Outcome, newest_step, same_student, steps_done
 
 # As little as a step can be: two ranks, a row of eight tokens each, one layer, one relation.
 TINY = {"global_batch": 2, "micro_batch_per_gpu": 1, "seq_len": 8, "heldout_rows": 1, "metrics.log_every": 20}

@@ -6,8 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
-from benchmarks.faults.lab import Lab, Outcome
 from tests.dist.runs import curve, end_group, metrics
+from tests.faults.sweeps.lab import Lab, Outcome
 
 QUICKSTART = Path("recipes/quickstart.yaml")
 INPUTS = (Path("artifacts/teacher"), Path("artifacts/shards"))
@@ -55,7 +55,7 @@ def _stopped_seconds(lab: Lab, layers: int, vocabulary: int) -> dict[str, float]
     directory.mkdir()
     log, report = directory / "log", directory / "report.json"
     words = [str(layers), str(vocabulary), str(directory / "checkpoints"), str(report)]
-    job = lab.server.start(1, words, log, script="benchmarks/faults/large_save.py")
+    job = lab.server.start(1, words, log, script="tests/faults/sweeps/large_save.py")
     try:
         assert job.wait() == 0, log.read_text()[-3000:]
         return json.loads(report.read_text())

@@ -61,7 +61,7 @@ def main(layers: int, vocabulary: int, directory: Path, report: Path) -> None:
         time.sleep(0.1)
     assert outcome.problem is None, outcome.problem
     began = time.monotonic()
-    engine._engine.save_checkpoint(str(directory / "stock"), tag="step1")
+    engine.deepspeed_engine.save_checkpoint(str(directory / "stock"), tag="step1")
     stock_s = time.monotonic() - began
     count = sum(parameter.numel() for parameter in trained.values())
     figures = {"stopped_s": stopped_s, "whole_s": outcome.seconds, "stock_s": stock_s, "parameters_m": count / 1e6}

@@ -7,8 +7,8 @@ import random
 import shutil
 from pathlib import Path
 
-from benchmarks.faults.lab import Lab, Outcome
 from pipeline.runtime.checkpoint import newest_valid
+from tests.faults.sweeps.lab import Lab, Outcome
 from tests.unit.runtime.test_checkpoint_damage import damage_somehow
 
 SETTINGS = {"steps": 8, "save_every": 4, "eval_every": 8}
@@ -49,11 +49,11 @@ def _differs(checkpoint: Path, original: Path) -> bool:
 
 
 def flips_that_stock_loads(lab: Lab) -> int:
-    """How many flips `load_checkpoint` takes without a word (benchmarks/faults/stock_flips.py, in one rank)."""
+    """How many flips `load_checkpoint` takes without a word (tests/faults/sweeps/stock_flips.py, in one rank)."""
     directory = lab.fresh("stock-flips")
     log, report = directory.with_suffix(".log"), directory / "report.json"
     directory.mkdir()
     words = [str(directory / "checkpoints"), str(STOCK_FLIPS), str(report)]
-    job = lab.server.start(1, words, log, script="benchmarks/faults/stock_flips.py")
+    job = lab.server.start(1, words, log, script="tests/faults/sweeps/stock_flips.py")
     assert job.wait() == 0, log.read_text()[-3000:]
     return json.loads(Path(report).read_text())["silent"]

@@ -12,10 +12,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults.lab import Lab, Outcome, newest_step, same_end, same_student, wait_until
 from pipeline.runtime.checkpoint import committed_steps, damage
 from tests.dist.fork_server import ForkServer
 from tests.dist.runs import end_group
+from tests.faults.sweeps.lab import Lab, Outcome, newest_step, same_end, same_student, wait_until
 
 SETTINGS = {"steps": 8, "save_every": 2, "eval_every": 8}
 FULL_AT = 6  # the third of four saves; by then there are checkpoints to keep, to link from and to prune
@@ -71,7 +71,7 @@ def _on_a_full_file_system(lab: Lab) -> bool | None:
         return None
     with tempfile.TemporaryDirectory() as mount:
         script = f'mount -t tmpfs -o size={TMPFS_BYTES} none "$1" && shift && exec "$@"'
-        command = [*TMPFS, "sh", "-c", script, "sh", mount, sys.executable, "-m", "benchmarks.faults.disk"]
+        command = [*TMPFS, "sh", "-c", script, "sh", mount, sys.executable, "-m", "tests.faults.sweeps.disk"]
         done = subprocess.run([*command, mount, str(lab.recipe)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])["kept"]
@@ -92,7 +92,9 @@ def main(mount: Path, recipe: Path) -> None:
                 while file.write(bytes(4096)):
                     pass
             assert shutil.disk_usage(mount).free == 0
-            failed = wait_until(lambda: "not written, going on" in log.read_text() or job.poll() is not None, 60)
+            failed = wait_until(
+                lambda: "not written, the run continues" in log.read_text() or job.poll() is not None, 60
+            )
             held = newest_step(run_dir)
             ballast.unlink()
             code = job.wait(120)

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults.lab import Lab, Outcome, newest_step, same_end, steps_done, wait_until
 from tests.dist.fork_server import Job
 from tests.dist.runs import end_group
+from tests.faults.sweeps.lab import Lab, Outcome, newest_step, same_end, steps_done, wait_until
 
 INTERVAL = 20
 SETTINGS = {"steps": 240, "save_every": INTERVAL, "eval_every": 240}
@@ -119,7 +119,7 @@ def freeze(sweep: Sweep, job: Job, run_dir: Path) -> bool:
     sweep.seconds.append(time.monotonic() - began)
     timeout_s = HANG_TIMEOUT_S if sweep.seconds[-1] < SLOW_TIMEOUT_S else SLOW_TIMEOUT_S
     gone = all(not Path(f"/proc/{pid}").exists() for pid in job.ranks)
-    written = sum("_train" in file.read_text() for file in stacks.glob("stacks-rank*.txt"))
+    written = sum("training/trainer.py" in file.read_text() for file in stacks.glob("stacks-rank*.txt"))
     if (run_dir / "DONE").exists():  # in its last steps: nothing is left to be ended
         return code == 0 and gone
     return code != 0 and gone and written == len(job.ranks) and sweep.seconds[-1] < timeout_s + EXTRA_S
@@ -130,7 +130,7 @@ def freeze(sweep: Sweep, job: Job, run_dir: Path) -> bool:
 
 def kills(lab: Lab, quick: bool) -> Outcome:
     """Figure 2: random moments, named points, and the same trainer with DeepSpeed's own checkpoints."""
-    from benchmarks.faults.stock import killed_with_stock_checkpoints
+    from tests.faults.sweeps.stock import killed_with_stock_checkpoints
 
     choice = random.Random(2)
     sweeps = [Sweep(lab, "kill", ranks, wanted, choice) for ranks, wanted in ((2, 3),) if quick]

@@ -22,7 +22,7 @@ def main(directory: Path, number: int, report: Path) -> None:
     for step in range(3):
         engine.backward(engine(*batch(step, launch)))
         engine.step(1e-2)
-    engine._engine.save_checkpoint(str(directory / "good"), tag="step3")
+    engine.deepspeed_engine.save_checkpoint(str(directory / "good"), tag="step3")
     choice, silent, problems = random.Random(3), 0, []
     for _ in range(number):
         copy = directory / "flipped"
@@ -30,7 +30,7 @@ def main(directory: Path, number: int, report: Path) -> None:
         shutil.copytree(directory / "good", copy)
         _flip_one_bit(copy / "step3", choice)
         try:
-            path, _ = engine._engine.load_checkpoint(str(copy))
+            path, _ = engine.deepspeed_engine.load_checkpoint(str(copy))
             silent += path is not None
         except Exception as error:
             problems.append(f"{type(error).__name__}: {str(error)[:100]}")

@@ -1,5 +1,7 @@
-"""The same trainer, student and kills with DeepSpeed's own save_checkpoint and load_checkpoint: what a user has without
-this pipeline's checkpoints. A rank reaches this file through the fault `stock`."""
+"""The same trainer, student and kills with DeepSpeed's own save_checkpoint and load_checkpoint, for comparison.
+
+A rank uses them through the fault `stock` (tests/dist/fault_injection.py).
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults.lab import Lab, steps_done, wait_until
 from tests.dist.runs import end_group
+from tests.faults.sweeps.lab import Lab, steps_done, wait_until
 
 INTERVAL = 20
 SETTINGS = {"steps": 100000, "save_every": INTERVAL, "eval_every": 100000, "optimizer.decay": "constant"}
@@ -30,51 +32,49 @@ IN_STARTUP = 5
 # -- in the rank
 
 
-def use_stock_checkpoints(trainer: Any, options: dict[str, Any]) -> None:
-    """Replace writer and resume by DeepSpeed's, and say in a file what was loaded."""
+def use_stock_checkpoints(options: dict[str, Any]) -> None:
+    """Replace writer, pruning and resume by DeepSpeed's, and report what was loaded in the file `options["report"]`."""
+    from pipeline.runtime.anomalies import SpikeDetector
     from pipeline.runtime.checkpoint_writer import SaveOutcome
-    from pipeline.runtime.restarts import Restarts
+    from pipeline.training import launch, saving
+    from pipeline.training.resume import TrainState
 
     class StockWriter:
         def __init__(self, directory: Path, engine: Any, *unused: Any):
             self._directory, self._engine = directory, engine
+            self._outcome: SaveOutcome | None = None
 
         def begin(self, state: Any) -> None:
             began = time.monotonic()
             if state["step"] == options.get("kill_in"):
                 _kill_in_this_save(options, self._directory)
-            self._engine._engine.save_checkpoint(str(self._directory), tag=f"step{state['step']}")
+            self._engine.deepspeed_engine.save_checkpoint(str(self._directory), tag=f"step{state['step']}")
             seconds = time.monotonic() - began
             self._outcome = SaveOutcome(state["step"], None, seconds, seconds)
 
         def wait(self) -> Any:
-            outcome, self._outcome = getattr(self, "_outcome", None), None
+            outcome, self._outcome = self._outcome, None
             return outcome
 
         poll = wait
 
-    def resume(self: Any, *unused: Any) -> int:
-        self.restarts = Restarts(self.run_dir)
-        self.restarts._attempts.clear()  # no crash-loop guard: it is not DeepSpeed's
-        report = Path(f"{options['report']}-{self.launch.rank}.json")
+    def resume(run: Any, *unused: Any, **keywords: Any) -> TrainState:
+        report = Path(f"{options['report']}-{run.launch.rank}.json")
         report.write_text(json.dumps({"problem": "ended while loading"}))
         try:
-            path, _ = self.engine._engine.load_checkpoint(str(self.checkpoints))
+            path, _ = run.parts.engine.deepspeed_engine.load_checkpoint(str(run.paths.checkpoints))
         except BaseException as error:
             report.write_text(json.dumps({"problem": f"{type(error).__name__}: {str(error)[:200]}"}))
             raise
         first = int(Path(path).parent.name.removeprefix("step")) if path else 0
         report.write_text(json.dumps({"problem": None, "step": first}))
-        self.saved_step = first
-        if self.launch.is_main:
-            self.restarts.begin(first, self.launch.world_size)
-        return first
+        if run.launch.is_main:
+            run.restarts.begin(first, run.launch.world_size)
+        return TrainState(SpikeDetector(run.recipe.guard), first_step=first)
 
-    import pipeline.training.trainer
-
-    pipeline.training.trainer.CheckpointWriter = StockWriter  # type: ignore[misc, assignment]
-    pipeline.training.trainer.checkpoint.prune = lambda directory, *config: None
-    trainer._resume = resume
+    saving.CheckpointWriter = StockWriter  # type: ignore[misc, assignment]
+    saving.prune = lambda directory, *config: None
+    launch.resume = resume
 
 
 def _kill_in_this_save(options: dict[str, Any], directory: Path) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.faults.lab import Lab, Outcome, newest, same_end, same_state
 from data_prep.shards import ShardSet
 from pipeline.config import load_recipe
 from pipeline.errors import EXIT_DIVERGED
 from tests.dist.runs import curve
+from tests.faults.sweeps.lab import Lab, Outcome, newest, same_end, same_state
 
 STEPS, SAVE_EVERY = 6, 3
 SETTINGS = {"steps": STEPS, "save_every": SAVE_EVERY, "eval_every": STEPS}

@@ -1,0 +1,158 @@
+"""Resume: choose a checkpoint, check that this is still the same run, load it; and what `state.json` holds.
+
+In: a `Run`. Out: a `TrainState`, and the engine filled with the checkpoint's weights and moments. Rank 0 chooses, and
+every rank follows its one decision. Where the directory has no checkpoint, the run begins at step 0.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.shards import UnreadableError
+from pipeline.distillation.models.student import dropout_of
+from pipeline.errors import DivergedRunError, UserError
+from pipeline.provenance import changed_keys, fingerprint, library_versions, resume_critical_config
+from pipeline.runtime import dist
+from pipeline.runtime.anomalies import SpikeDetector
+from pipeline.runtime.checkpoint import CheckpointReader, newest_valid
+from pipeline.runtime.restarts import FALL_BACK_AFTER, GIVE_UP_AFTER
+from pipeline.training.agreement import other_surroundings
+from pipeline.training.build import Parts, Run
+from pipeline.training.identity import changes
+
+
+@dataclass
+class TrainState:
+    """What changes from step to step besides weights and moments. Each save writes it, each resume reads it."""
+
+    spikes: SpikeDetector
+    first_step: int = 0  # steps that were done when this start began
+    skipped_steps: int = 0
+
+    def observe(self, loss: float, skipped: bool) -> float | None:
+        """Count one optimizer step. Returns the z-score of a loss that is a spike, else None."""
+        self.skipped_steps += skipped
+        return self.spikes.z_score(loss)
+
+
+def checkpoint_state(parts: Parts, state: TrainState, step: int) -> dict[str, Any]:
+    """The content of a checkpoint's `state.json`: everything besides tensors, after `step` finished steps."""
+    critical = resume_critical_config(parts.recipe)
+    return {
+        "step": step,
+        "samples": step * parts.recipe.global_batch,
+        "adam_step": parts.engine.adam_step(),
+        "skipped_steps": state.skipped_steps,
+        "last_losses": list(state.spikes.losses),
+        "scaler": parts.engine.scaler_state(),
+        "world_size": parts.launch.world_size,
+        "zero_stage": parts.engine.stage,
+        "precision": parts.precision,
+        "relation_backend": parts.distiller.backend,
+        "recipe": critical,
+        "recipe_fingerprint": fingerprint(critical),
+        "data_fingerprint": parts.source.fingerprint,
+        "identity": parts.identity,
+        "versions": library_versions(),
+        "deepspeed": parts.ds_config,
+        "parameters": parts.engine.shapes,
+    }
+
+
+def resume(run: Run, allow_change: bool, counts_as_start: bool = True) -> TrainState:
+    """Load the newest valid checkpoint. All ranks call this together.
+
+    Args:
+        allow_change: warn instead of raising where recipe, teacher or data are no longer those of the checkpoint
+        counts_as_start: whether the crash-loop counter sees this start; False for a dry run
+
+    Raises:
+        UserError: no checkpoint is valid, or it belongs to another run
+        DivergedRunError: the last starts all ended in a crash
+    """
+    parts, device = run.parts, run.launch.device
+    run.stop.saw_earlier_saves(dist.broadcast_json(run.restarts.slowest_save_s, device))
+    decision = dist.broadcast_json(_choose(run) if run.launch.is_main else None, device)
+    if decision["crash_loop"]:
+        raise DivergedRunError(decision["crash_loop"])
+    if decision["error"]:
+        raise UserError(decision["error"])
+    for problem in decision["problems"]:
+        run.say(f"warning: checkpoint passed over: {problem}")
+    state = TrainState(SpikeDetector(run.recipe.guard))
+    if decision["path"]:
+        reader = CheckpointReader(Path(decision["path"]))
+        warnings = check_changes(reader.state, parts, run.paths.directory, allow_change)
+        dropout = max(dropout_of(parts.student.model.config).values(), default=0.0)
+        for line in [*warnings, *other_surroundings(reader.state, parts.ds_config, dropout)]:
+            run.say(f"warning: {line}")
+        reader.check_shapes(parts.engine.shapes, parts.student.untrained)
+        state.first_step, state.skipped_steps = reader.state["step"], reader.state["skipped_steps"]
+        state.spikes.losses.extend(reader.state.get("last_losses", []))
+    if counts_as_start and run.launch.is_main and state.first_step < run.recipe.steps:
+        run.restarts.begin(state.first_step, run.launch.world_size)  # before the load, so that a crash in it counts
+    if decision["path"]:
+        _load(parts, reader)
+        run.say(f"resumed from {decision['path']}")
+    return state
+
+
+def _choose(run: Run) -> dict[str, Any]:
+    """Rank 0's decision: which checkpoint, or why none."""
+    crashes = run.restarts.crashes_in_a_row
+    decision: dict[str, Any] = {"error": None, "crash_loop": None, "path": None, "problems": []}
+    if crashes >= GIVE_UP_AFTER:
+        remove = shlex.join(["rm", str(run.paths.restarts)])
+        return decision | {
+            "crash_loop": f"the last {crashes} starts in {run.paths.directory} all ended without a new checkpoint and "
+            f"without a stop request. Read the end of their logs, fix the cause, and then: {remove}"
+        }
+    try:
+        path, problems = newest_valid(run.paths.checkpoints, skip=int(crashes >= FALL_BACK_AFTER))
+    except (UserError, UnreadableError) as error:
+        return decision | {"error": str(error)}
+    return decision | {"path": str(path) if path else None, "problems": problems}
+
+
+def check_changes(saved: dict[str, Any], parts: Parts, run_dir: Path, allow_change: bool) -> list[str]:
+    """Compare a checkpoint's `state.json` with this run. Teacher and vocabulary are compared by content where the
+    checkpoint knows it, else by path.
+
+    Returns:
+        warnings about what differs and may differ
+
+    Raises:
+        UserError: recipe, teacher or data differ, and `allow_change` is False
+    """
+    warnings, known = [], saved.get("identity")
+    changed = changed_keys(saved["recipe"], parts.recipe, by_path=known is None)
+    if saved["data_fingerprint"] != parts.source.fingerprint:
+        changed.append(f"data: {saved['data_fingerprint']} -> {parts.source.fingerprint}")
+    if known is None:
+        warnings.append(
+            "this checkpoint was made before checkpoints held the hash of their teacher: if the weights at "
+            f"{parts.recipe.teacher} have changed since, nothing notices"
+        )
+    else:
+        changed += changes(known, parts.identity)
+    if changed and not allow_change:
+        raise UserError(
+            f"{run_dir} was begun with another recipe, teacher or data ({'; '.join(changed)}). Set it back, choose "
+            "another --run-dir, or add --allow-change to continue from this checkpoint with the changes"
+        )
+    if changed:
+        warnings.append(f"--allow-change: this run continues with changes ({'; '.join(changed)})")
+    return warnings
+
+
+def _load(parts: Parts, reader: CheckpointReader) -> None:
+    """Weights, moments, loss scale, frozen weights, and the backend that the run has chosen."""
+    student, distiller, saved = parts.student, parts.distiller, reader.state
+    parts.engine.load(reader.read, saved["adam_step"], saved["scaler"])
+    student.untrained.update(reader.untrained())
+    parts.engine.load_frozen(student.frozen, student.untrained)
+    distiller.load_basis(student.basis_Dd)
+    distiller.keep_backend(saved.get("relation_backend"))
