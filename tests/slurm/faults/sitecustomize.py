@@ -1,7 +1,7 @@
-"""Put on PYTHONPATH by the Slurm tests: makes the real trainer slow, or wrong on one rank, without touching its code.
+"""Put on PYTHONPATH by the Slurm tests: makes the real trainer slow, or wrong on one rank, without changing its code.
 
-SLOW_STEP_S seconds pass before every step of the job's first SLOW_ATTEMPTS lives; rank BUG_RANK raises at step BUG_STEP.
-In the job's first life, rank LATE_RANK comes LATE_S seconds late to where the ranks meet.
+SLOW_STEP_S seconds pass before every step of the job's first SLOW_ATTEMPTS attempts; rank BUG_RANK raises at step BUG_STEP.
+In the job's first attempt, rank LATE_RANK joins the other ranks LATE_S seconds late.
 """
 
 import importlib.util
