@@ -92,9 +92,7 @@ def main(mount: Path, recipe: Path) -> None:
                 while file.write(bytes(4096)):
                     pass
             assert shutil.disk_usage(mount).free == 0
-            failed = wait_until(
-                lambda: "not written, the run continues" in log.read_text() or job.poll() is not None, 60
-            )
+            failed = wait_until(lambda: "not written" in log.read_text() or job.poll() is not None, 60)
             held = newest_step(run_dir)
             ballast.unlink()
             code = job.wait(120)

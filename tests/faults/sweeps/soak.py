@@ -61,7 +61,7 @@ def _one_attempt(
     settings: dict[str, Any],
     poison: dict[str, Any],
     choice: random.Random,
-    faults: Counter[str],
+    counts: Counter[str],
 ) -> None:
     """One attempt and the fault that ends it. A full disk ends no attempt; it is followed by another fault."""
     first, every = newest_step(run_dir), settings["save_every"]
@@ -69,7 +69,7 @@ def _one_attempt(
     third_save = (first // every + 3) * every
     if fault == "full disk":
         faults.append({"kind": "file size", "save": third_save, "rank": choice.randrange(2), "bytes": 2000})
-        faults[fault] += third_save <= settings["steps"] - every
+        counts[fault] += third_save <= settings["steps"] - every
         fault = choice.choice(("kill", "preempt"))
     if fault == "kill in a save":
         faults.append(
@@ -80,10 +80,10 @@ def _one_attempt(
     try:
         while job.poll() is None:
             if steps_done(run_dir) >= goal and _strike(fault, job, run_dir, choice):
-                faults[fault] += 1
+                counts[fault] += 1
                 break
             time.sleep(0.02)
-        faults[fault] += fault == "kill in a save" and job.poll() not in (None, 0)
+        counts[fault] += fault == "kill in a save" and job.poll() not in (None, 0)
         if fault in ("preempt", "stop file"):
             assert job.wait() == 0
     finally:
