@@ -25,6 +25,7 @@ from pipeline.distillation.models.teacher import load_encoder, load_teacher
 from pipeline.errors import EXIT_DIVERGED
 from pipeline.export.hf import export_run
 from pipeline.runtime.checkpoint import committed_steps, read_model_weights
+from pipeline.runtime.run_paths import RunPaths
 from pipeline.runtime.tensorboard_tags import tensorboard_tag
 from pipeline.training.checks import open_data
 from tests.conftest import REPO
@@ -108,12 +109,18 @@ def test_documents_kept_apart(tmp_path: Path, tiny_recipe: Path, arguments: list
 
 
 def test_run_directory_is_complete(plain_run: Path) -> None:
-    assert (plain_run / "DONE").exists()
-    run = json.loads((plain_run / "run.json").read_text())
+    paths = RunPaths(plain_run)
+    named = {path.name for path in (*vars(paths).values(), paths.restarts)}
+    assert {path.name for path in plain_run.iterdir()} <= named, (
+        "every file of a run directory has its name in RunPaths"
+    )
+    assert paths.done.exists()
+    assert all(path.is_file() for path in paths.needed_by_export)
+    run = json.loads(paths.description.read_text())
     assert run["precision"] == "fp32"
     assert run["packages"]["deepspeed"] == "0.19.8"
     assert json.loads((plain_run / "deepspeed.json").read_text())["train_batch_size"] == 8
-    assert not list(plain_run.rglob("latest")), "DeepSpeed's own checkpoint pointer has no place here"
+    assert not list(plain_run.rglob("latest")), "a run writes no `latest` file of DeepSpeed"
     assert sorted(p.name for p in (plain_run / "checkpoints").iterdir()) == ["step-00000008", "step-00000012"]
 
 
