@@ -36,7 +36,6 @@ from pipeline.runtime import ds_config, preflight
 from pipeline.runtime.engine import device_precisions
 from pipeline.runtime.host_memory import available_memory_bytes
 from pipeline.training.build import check_fit, open_data
-from pipeline.training.dry_run import nearest_directory
 from pipeline.training.recipe_warnings import recipe_warnings
 
 FILES_OPEN_ANYWAY = 256  # by Python, torch and TensorBoard
@@ -224,7 +223,7 @@ def memory_finding(sizes: Sizes, num_ranks: int) -> Finding:
 
 def disk_finding(recipe: Recipe, sizes: Sizes, run_dir: Path) -> Finding:
     """Room for the newest checkpoints, and for the milestones that a run leaves over its whole length."""
-    keeping, where = recipe.checkpoint, nearest_directory(run_dir)
+    keeping, where = recipe.checkpoint, preflight.nearest_directory(run_dir)
     preflight.check_disk(where, sizes.checkpoint_bytes, keeping.keep, 0)
     what = f"{keeping.keep} checkpoints of {sizes.checkpoint_bytes / 2**30:.2f} GiB"
     num_milestones = recipe.steps // keeping.keep_every if keeping.keep_every else 0

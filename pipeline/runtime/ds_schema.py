@@ -1,7 +1,7 @@
-"""What a DeepSpeed JSON may hold: every key to its last level, with its type, its range and the reason where only one value works.
+"""Every key that a DeepSpeed JSON may have, with its type, its range, and the reason where only one value works.
 
 In: the parsed JSON. Out: nothing, or a `UserError` that names file, dotted key, value and fix. The keys are those of
-DeepSpeed 0.19's own models; it ignores unknown keys at the top level and ends in a traceback on others. Used by ds_config.py.
+DeepSpeed 0.19's own models. DeepSpeed ignores unknown keys at the top level and ends with a traceback on others.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ class Flag:
 
 @dataclass(frozen=True)
 class Number:
-    """A finite number from `least` to `most`; whole unless said otherwise. 5e8 is a whole number, as DeepSpeed reads it."""
+    """A finite number from `least` to `most`, by default an integer. As in DeepSpeed, 5e8 is an integer."""
 
     least: float = 0
     most: float = 2**63 - 1
-    whole: bool = True
+    integer: bool = True
 
     def problem(self, value: Any) -> str | None:
-        kind = "a whole number" if self.whole else "a number"
+        kind = "an integer" if self.integer else "a number"
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if is_number and isinstance(value, float):
-            is_number = math.isfinite(value) and (value.is_integer() or not self.whole)
+            is_number = math.isfinite(value) and (value.is_integer() or not self.integer)
         if is_number and self.least <= value <= self.most:
             return None
         return f"must be {kind} from {self.least:g} to {self.most:g}"
@@ -58,7 +58,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Only:
-    """A key that DeepSpeed knows and that may have one value here; `why` completes the sentence."""
+    """A key of DeepSpeed that may have only one value here; `why` completes the error message."""
 
     value: Any
     why: str
@@ -74,7 +74,7 @@ class Text:
     """A string, or `null` for none."""
 
     def problem(self, value: Any) -> str | None:
-        return None if value is None or isinstance(value, str) else "must be text in quotes"
+        return None if value is None or isinstance(value, str) else "must be a string"
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Texts:
     def problem(self, value: Any) -> str | None:
         if isinstance(value, list) and all(isinstance(text, str) for text in value):
             return None
-        return "must be a list of texts in quotes"
+        return "must be a list of strings"
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class FromRecipe:
 
 @dataclass(frozen=True)
 class AutoFlag:
-    """`true`, `false`, or `"auto"`: what the device can do."""
+    """`true`, `false`, or `"auto"`: on where the device supports it."""
 
     def problem(self, value: Any) -> str | None:
         return None if isinstance(value, bool) or value == AUTO else 'must be true, false or "auto"'
@@ -124,19 +124,19 @@ class AutoFlag:
 Rule = Flag | Number | Choice | Only | Text | Numbers | Texts | FromRecipe | AutoFlag
 Section = Mapping[str, "Rule | Section"]
 
-_FRACTION = Number(0, 1, whole=False)
+_FRACTION = Number(0, 1, integer=False)
 _MASTER = "master weights and moments are fp32 here, and so are the checkpoints"
 _EXACT = "its state is not in this pipeline's checkpoints, so that a resumed run would differ"
 _NVME = "offload to nvme is not supported by this pipeline's checkpoints"
-_BUCKET = Number(1, 10**10)  # elements; DeepSpeed allocates them at once
+_BUCKET = Number(1, 10**10)  # elements; DeepSpeed allocates them at the start
 
 _OPTIMIZER: Section = {
     "type": Choice(("AdamW",)),
     "params": {
-        "lr": FromRecipe(Number(0, 1e6, whole=False)),
+        "lr": FromRecipe(Number(0, 1e6, integer=False)),
         "betas": FromRecipe(Numbers(_FRACTION, 2)),
-        "eps": FromRecipe(Number(0, 1, whole=False)),
-        "weight_decay": FromRecipe(Number(0, 1e6, whole=False)),
+        "eps": FromRecipe(Number(0, 1, integer=False)),
+        "weight_decay": FromRecipe(Number(0, 1e6, integer=False)),
         "torch_adam": Only(
             True,
             "DeepSpeed's own Adam compiles at start and keeps its step count where a checkpoint by parameter name cannot "
@@ -146,16 +146,16 @@ _OPTIMIZER: Section = {
         "fused": Choice((True, False, None)),
         "foreach": Choice((True, False, None)),
         "amsgrad": Only(False, f"its third moment is not saved; {_EXACT}"),
-        "maximize": Only(False, "it would ascend: the loss would grow"),
+        "maximize": Only(False, "the loss would grow"),
         "capturable": Only(False, "there is no CUDA graph here"),
-        "differentiable": Only(False, "nobody differentiates through the step"),
+        "differentiable": Only(False, "nothing differentiates through the step"),
     },
 }
 
 _FP16: Section = {
     "enabled": AutoFlag(),
     "auto_cast": Only(False, "the student's parameters are fp16 themselves"),
-    "loss_scale": Number(0, 2**32, whole=False),
+    "loss_scale": Number(0, 2**32, integer=False),
     "initial_scale_power": Number(0, 32),
     "loss_scale_window": Number(1),
     "hysteresis": Number(1),
@@ -188,7 +188,7 @@ _ZERO: Section = {
     "allgather_partitions": Flag(),
     "allgather_bucket_size": _BUCKET,
     "overlap_comm": Flag(),
-    "compute_grad_norm": Only(True, "the gradient's norm is logged and clipped by"),
+    "compute_grad_norm": Only(True, "the gradient norm is logged and used for clipping"),
     "load_from_fp32_weights": Flag(),
     "elastic_checkpoint": Flag(),
     "offload_param": {**_OFFLOAD, "buffer_size": Number(), "max_in_cpu": Number()},
@@ -220,7 +220,7 @@ _ZERO: Section = {
         1,
         "ZeRO++ keeps a second copy of the parameters that a resume does not refresh: the first step would use old weights",
     ),
-    "zero_quantized_weights": Only(False, "weights rounded on the wire are not the weights of a resumed run"),
+    "zero_quantized_weights": Only(False, "weights rounded in communication differ from those of a resumed run"),
     "zero_quantized_nontrainable_weights": Only(False, "frozen weights would be rounded, and exported so"),
     "zero_quantized_gradients": Only(False, "rounded gradients depend on the number of ranks"),
     "memory_efficient_linear": Flag(),
@@ -238,7 +238,7 @@ CONFIG: Section = {
     "train_batch_size": FromRecipe(Number(1)),
     "train_micro_batch_size_per_gpu": FromRecipe(Number(1)),
     "gradient_accumulation_steps": FromRecipe(Number(1)),
-    "gradient_clipping": FromRecipe(Number(0, whole=False)),
+    "gradient_clipping": FromRecipe(Number(0, integer=False)),
     "optimizer": _OPTIMIZER,
     "fp16": _FP16,
     "bf16": _BF16,
@@ -247,7 +247,7 @@ CONFIG: Section = {
     "communication_data_type": Choice(_TYPES),
     "seq_parallel_communication_data_type": Choice(_TYPES),
     "prescale_gradients": Flag(),
-    "gradient_predivide_factor": Number(1e-6, 1e6, whole=False),
+    "gradient_predivide_factor": Number(1e-6, 1e6, integer=False),
     "data_types": {"grad_accum_dtype": Choice(_TYPES)},
     "wall_clock_breakdown": Flag(),
     "memory_breakdown": Flag(),
@@ -258,10 +258,10 @@ CONFIG: Section = {
         **{"enabled": Flag(), "prof_all": Flag(), "prof_ops": Texts(), "verbose": Flag(), "debug": Flag()},
     },
     "flops_profiler": {
-        **{"enabled": Flag(), "recompute_fwd_factor": Number(0, 100, whole=False), "profile_step": Number(1)},
+        **{"enabled": Flag(), "recompute_fwd_factor": Number(0, 100, integer=False), "profile_step": Number(1)},
         **{"module_depth": Number(-1), "top_modules": Number(1), "detailed": Flag(), "output_file": Text()},
     },
-    "aio": {  # what offload to nvme would use: harmless beside a config without it
+    "aio": {  # settings of offload to nvme, without effect when nothing is offloaded there
         **{"block_size": Number(1), "queue_depth": Number(1), "intra_op_parallelism": Number(1)},
         **{"single_submit": Flag(), "overlap_events": Flag(), "use_gds": Only(False, _NVME)},
     },
@@ -285,7 +285,7 @@ REMOVED = {
 
 
 def parse(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`, each key once. Raises `UserError` for whatever cannot be read as one."""
+    """The JSON object in `path`. Raises `UserError` where the file is not one, or has a key twice."""
     try:
         config = json.loads(
             path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_duplicates, parse_constant=_not_a_number
@@ -302,7 +302,7 @@ def parse(path: Path) -> dict[str, Any]:
 
 
 def check(config: dict[str, Any], path: Path) -> None:
-    """A `UserError` for the first key that is unknown, removed, of a wrong type or out of range."""
+    """Raise a `UserError` for the first key that is unknown, removed, of a wrong type or out of range."""
     _check_section(config, CONFIG, "", path)
 
 
@@ -340,4 +340,4 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _not_a_number(word: str) -> Any:
-    raise ValueError(f"{word} is no number that JSON has")
+    raise ValueError(f"{word} is not a JSON number")

@@ -42,7 +42,6 @@ from pipeline.training.recipe_warnings import recipe_warnings
 
 CALIBRATION_TOKENS = 8192  # on which `student.init: project` measures the teacher's states
 T = TypeVar("T")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -95,7 +94,7 @@ def assemble(recipe: Recipe, recipe_path: Path, ds_path: Path, launch: Launch) -
     if recipe.student.init == "project":
         dist.take_from_main([*student.model.parameters(), *student.untrained.values()], launch.device)
     teacher = load_teacher(
-        teacher_model, relations.teacher_taps, DTYPES[teacher_precision], "cpu", **relations.tap_options
+        teacher_model, relations.teacher_taps, ds_config.DTYPES[teacher_precision], "cpu", **relations.tap_options
     )
     del teacher_model  # what lies above the distilled layer is freed here
     placed = _place(teacher, recipe, teacher_precision, launch)

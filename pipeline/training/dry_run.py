@@ -59,7 +59,7 @@ def dry_run(trainer: Trainer, allow_change: bool, start_s: float) -> None:
 @contextlib.contextmanager
 def writable_without_trace(run_dir: Path) -> Iterator[None]:
     """A `UserError` where a run could not write; afterwards the run directory and its logs/ are gone if they were not there."""
-    with without_trace(run_dir / "logs"):
+    with preflight.without_trace(run_dir / "logs"):
         preflight.check_run_dir(run_dir)
         yield
 
@@ -109,7 +109,7 @@ def describe_loss(parts: Parts, report: StepReport, skipped: int) -> str:
 
 
 def describe_disk(run_dir: Path, checkpoint_bytes: int) -> str:
-    free = shutil.disk_usage(nearest_directory(run_dir)).free
+    free = shutil.disk_usage(preflight.nearest_directory(run_dir)).free
     return f"a checkpoint takes {checkpoint_bytes / 2**30:.2f} GiB, {free / 2**30:.1f} GiB are free"
 
 
@@ -122,20 +122,3 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def _kind_of_memory(device: torch.device) -> str:
     return "reserved on its GPU" if device.type == "cuda" else "resident"
-
-
-def nearest_directory(path: Path) -> Path:
-    """`path` itself or the nearest directory above it that exists."""
-    return next(directory for directory in (path, *path.absolute().parents) if directory.is_dir())
-
-
-@contextlib.contextmanager
-def without_trace(run_dir: Path) -> Iterator[None]:
-    """Directories that the block makes on the way to `run_dir` are gone afterwards, unless something lies in them."""
-    new = [directory for directory in (run_dir, *run_dir.absolute().parents) if not directory.exists()]
-    try:
-        yield
-    finally:
-        for directory in new:
-            with contextlib.suppress(OSError):
-                directory.rmdir()

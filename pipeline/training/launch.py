@@ -52,8 +52,8 @@ def run_from_files(
         trace.enter_context(writable_without_trace(run_dir))
     stop = StopRequests(run_dir / "STOP", recipe.guard.deadline_margin_s)
     stop.listen()
-    stop.end_at_once()
-    watch_launchers(stop.launcher_has_gone)
+    stop.end_immediately()
+    watch_launchers(stop.launcher_ended)
     slowest_s = max(recipe.guard.hang_timeout_s, recipe.guard.slow_timeout_s)
     kind = "dry-run-stacks" if is_dry_run else "stacks"  # a dry run leaves those of earlier lives where they are
     try:

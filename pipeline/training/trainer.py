@@ -27,13 +27,13 @@ from pipeline.distillation.models.student import dropout_of
 from pipeline.errors import DivergedRunError, UserError
 from pipeline.provenance import changed_keys, fingerprint, library_versions, resume_critical_config
 from pipeline.runtime import checkpoint, dist, preflight
-from pipeline.runtime.anomalies import BadStepCounter, SpikeDetector, record_spike
+from pipeline.runtime.anomalies import NonFiniteStepCounter, SpikeDetector, record_spike
 from pipeline.runtime.checkpoint_writer import CheckpointWriter, SaveOutcome
 from pipeline.runtime.dist import Launch
 from pipeline.runtime.ds_config import loss_scale_floor
 from pipeline.runtime.noncritical_files import write_file_or_warn
 from pipeline.runtime.optimizer import learning_rate
-from pipeline.runtime.restarts import FALL_BACK_AFTER, GIVE_UP_AFTER, Restarts
+from pipeline.runtime.restarts import FALL_BACK_AFTER, GIVE_UP_AFTER, Restarts, restarts_file
 from pipeline.runtime.stop import StopRequests
 from pipeline.runtime.watchdog import Watchdog
 from pipeline.training.agreement import other_surroundings
@@ -123,7 +123,7 @@ class Trainer:
 
     def _train(self, first: int, batches: Prefetcher) -> None:
         floor = loss_scale_floor(self.parts.ds_config)
-        bad_steps = BadStepCounter(self.recipe.guard, self.run_dir / "bad_batch.json", floor, self.launch.is_main)
+        bad_steps = NonFiniteStepCounter(self.recipe.guard, self.run_dir / "bad_batch.json", floor, self.launch.is_main)
         stream = iter(batches)
         self.watchdog.feed_before_slow_work()
         self.reporter.begin_interval()
@@ -249,7 +249,7 @@ class Trainer:
         if crashes >= GIVE_UP_AFTER:
             decision["crash_loop"] = (
                 f"the last {crashes} starts in {self.run_dir} all ended without a new checkpoint and without having been "
-                f"asked to stop. Read the end of their logs, fix the cause, and then: rm {shlex.quote(str(self.run_dir / 'restarts.json'))}"
+                f"asked to stop. Read the end of their logs, fix the cause, and then: rm {shlex.quote(str(restarts_file(self.run_dir)))}"
             )
             return decision
         try:
@@ -341,7 +341,7 @@ class Trainer:
             self.known_steps.add(outcome.step)
             checkpoint.prune(self.checkpoints, self.recipe.checkpoint, outcome.step, self.known_steps)
 
-    def _observe(self, step: int, report: StepReport, bad_steps: BadStepCounter) -> None:
+    def _observe(self, step: int, report: StepReport, bad_steps: NonFiniteStepCounter) -> None:
         self.skipped_steps += report.skipped
         score = self.spikes.z_score(report.loss)
         if score is not None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.faults.lab import Lab
-from pipeline.runtime.checkpoint import committed_steps, read_model_weights
+from pipeline.runtime.checkpoint import read_model_weights
+from pipeline.runtime.checkpoint_files import committed_steps
 from tests.dist.runs import end_group
 
 SLOW = {"kind": "pause", "seconds": 0.05}

@@ -20,7 +20,8 @@ from pipeline.config import load_recipe
 from pipeline.errors import EXIT_USER
 from pipeline.export.hf import export_run
 from pipeline.provenance import code_fingerprint
-from pipeline.runtime.checkpoint import UNTRAINED_FILE, committed_steps, read_model_weights
+from pipeline.runtime.checkpoint import read_model_weights
+from pipeline.runtime.checkpoint_files import UNTRAINED_FILE, committed_steps
 from tests.conftest import write_fp32_config
 from tests.dist.fork_server import ForkServer
 from tests.dist.runs import curve, end_group, metrics
@@ -96,7 +97,7 @@ def test_damaged_shards_are_found_before_step_1_if_asked(lab: Lab) -> None:
     run_dir = lab.fresh("run")
     assert lab.live(run_dir, 2, settings) == EXIT_USER
     for rank in range(2):
-        assert f"{victim}: damaged" in (run_dir / "logs" / f"rank{rank}.log").read_text()
+        assert f"{victim}: corrupt" in (run_dir / "logs" / f"rank{rank}.log").read_text()
     assert not (run_dir / "metrics.jsonl").exists()
 
 
@@ -162,7 +163,7 @@ def test_a_crash_while_loading_is_counted(lab: Lab) -> None:
     run_dir = lab.fresh("run")
     assert lab.live(run_dir, 1, {**STEPS, "steps": 2}) == 0
     assert lab.live(run_dir, 1, STEPS, faults=[{"kind": "bug", "after load": True}]) == 1
-    first, second = json.loads((run_dir / "lives.json").read_text())
+    first, second = json.loads((run_dir / "restarts.json").read_text())
     assert first["ended"] == "DONE"
     assert first["slowest_save_s"] >= 0
     assert (second["first_step"], second["ended"], second["saved_steps"]) == (2, None, [])

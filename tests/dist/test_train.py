@@ -24,7 +24,8 @@ from pipeline.distillation.models.student import build_student
 from pipeline.distillation.models.teacher import load_encoder, load_teacher
 from pipeline.errors import EXIT_DIVERGED
 from pipeline.export.hf import export_run
-from pipeline.runtime.checkpoint import committed_steps, read_model_weights
+from pipeline.runtime.checkpoint import read_model_weights
+from pipeline.runtime.checkpoint_files import committed_steps
 from pipeline.runtime.tensorboard_tags import tensorboard_tag
 from pipeline.training.build import open_data
 from tests.conftest import REPO
@@ -253,17 +254,17 @@ def test_crash_loop_falls_back_and_then_stops(tmp_path: Path, plain_run: Path, a
     """Three lives that saved nothing: the checkpoint before the newest is tried. Six: exit code 3 with the reason."""
     run_dir = shutil.copytree(plain_run, tmp_path / "run")
     crash = {"first_step": 12, "saved_steps": [], "ended": None}
-    restarts = json.loads((run_dir / "lives.json").read_text())
-    (run_dir / "lives.json").write_text(json.dumps([*restarts, crash, crash, crash]))
+    restarts = json.loads((run_dir / "restarts.json").read_text())
+    (run_dir / "restarts.json").write_text(json.dumps([*restarts, crash, crash, crash]))
     text = train("python", 1, run_dir, [*arguments, "--set", "steps=14"])
     assert "passed over after three crashes" in text
     assert "resumed from" in text
     assert "step-00000008" in text
-    (run_dir / "lives.json").write_text(json.dumps([*restarts, *[crash] * 6]))
+    (run_dir / "restarts.json").write_text(json.dumps([*restarts, *[crash] * 6]))
     log = tmp_path / "last.log"
     process = start([*launcher("python"), *arguments, "--run-dir", str(run_dir), "--set", "steps=16"], log)
     assert process.wait(120) == EXIT_DIVERGED
-    assert "lives.json" in log.read_text()
+    assert "restarts.json" in log.read_text()
 
 
 def test_hung_rank_is_noticed(tmp_path: Path, arguments: list[str]) -> None:

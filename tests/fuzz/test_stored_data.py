@@ -23,14 +23,15 @@ from pipeline.errors import UserError
 from pipeline.evaluation import results
 from pipeline.evaluation.training_metadata import trained_as
 from pipeline.report.timeline import events_of
-from pipeline.runtime.checkpoint import damage, fsync_and_hash, newest_valid, read_model_weights
+from pipeline.runtime.checkpoint import newest_valid, read_model_weights
+from pipeline.runtime.checkpoint_files import corruption, fsync_and_hash
 from pipeline.runtime.json_files import read_points
 from pipeline.runtime.metrics import Metrics
 from pipeline.runtime.restarts import Restarts
 from tests.fuzz.mutations import mutated_bytes, mutated_json, mutated_tree
 from tests.fuzz.trials import fuzz, refused_or_done
 from tests.unit.made_up_run import make_run
-from tests.unit.runtime.test_checkpoint_damage import write
+from tests.unit.runtime.test_checkpoint_corruption import write
 
 
 def listed(tree: Any) -> list[Any]:
@@ -118,7 +119,7 @@ def test_checkpoint(tmp_path: Path) -> None:
             digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
             text = json.dumps({**content, "sha256": digest}, indent=1, sort_keys=True)
             (checkpoint / "manifest.json").write_text(text)
-        refused_or_done(lambda: damage(checkpoint))
+        refused_or_done(lambda: corruption(checkpoint))
         refused_or_done(lambda: newest_valid(run_dir / "checkpoints"))
         refused_or_done(lambda: read_model_weights(run_dir))
 
@@ -127,7 +128,7 @@ def test_checkpoint(tmp_path: Path) -> None:
 
 def test_run_directory_before_a_resume(tmp_path: Path) -> None:
     good = make_run(tmp_path / "good")
-    names = ("lives.json", "metrics.jsonl", "run.json", "retrieval/after.json")
+    names = ("restarts.json", "metrics.jsonl", "run.json", "retrieval/after.json")
     originals = {name: (good / name).read_bytes() for name in names}
     lineage = {"recipe": {"relations": {"layers": None, "heads": 12}, "seq_len": 128, "languages": ["de"]}, "steps": 8,
                "identity": {"teacher": "x"}, "languages": ["de", "th"]}  # fmt: skip

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 
 from data_prep.__main__ import main as data_prep
 from data_prep.shards import ShardSet, UnreadableError, read_again
-from pipeline.runtime.checkpoint import committed_steps, newest_valid
+from pipeline.runtime.checkpoint import newest_valid
+from pipeline.runtime.checkpoint_files import committed_steps
 from pipeline.runtime.tensor_files import save_tensors
-from tests.unit.runtime.test_checkpoint_damage import write
+from tests.unit.runtime.test_checkpoint_corruption import write
 
 NOBODY = 65534
 
