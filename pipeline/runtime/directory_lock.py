@@ -14,7 +14,6 @@ from data_prep.outputs import check_output_place
 from data_prep.ownership import owned_directory
 from data_prep.shards import DataError
 from pipeline.errors import UserError
-from pipeline.runtime import dist
 from pipeline.runtime.dist import Launch
 
 
@@ -51,6 +50,6 @@ def owned_by_rank_0(run_dir: Path, launch: Launch) -> Iterator[None]:
                 problem = f"the run directory {run_dir} cannot be written to ({error}); use another --run-dir"
             except (MemoryError, RecursionError) as error:
                 problem = paragraph_of(error)
-        if problem := dist.broadcast_json(problem, launch.device):
+        if problem := launch.from_main(problem):
             raise UserError(problem)
         yield

@@ -26,7 +26,7 @@ _SLURM_STEP = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_NODES", "SLURM_S
 
 @dataclass(frozen=True)
 class Launch:
-    """Rank and device of this process."""
+    """Rank and device of this process. The collectives do nothing with one rank, so that they need no process group."""
 
     rank: int
     world_size: int
@@ -36,6 +36,18 @@ class Launch:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Element-wise sum over ranks, in place."""
+        return sum_over_ranks(values) if self.world_size > 1 else values
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's JSON value on every rank."""
+        return broadcast_json(value, self.device) if self.world_size > 1 else value
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            barrier()
 
 
 def read_launch() -> Launch:
