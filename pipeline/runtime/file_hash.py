@@ -1,4 +1,4 @@
-"""Hashes of whole files. In: a path. Out: a hexadecimal digest; the file is read in blocks, never as a whole."""
+"""Hashes of files. In: a path. Out: a hexadecimal digest of its content, which is read in blocks."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ LARGEST_JSON_BYTES = 64 << 20  # run.json and restarts.json of the longest runs 
 def set_aside(path: Path, why: object) -> None:
     """Rename a file or directory that is in the way, and warn. One that cannot be renamed stays.
 
-    A device stays too: renamed, it would be missing for the whole machine.
+    A device stays too: renamed, it would be missing for every program of the machine.
     """
     if path.is_char_device() or path.is_block_device():
         print(f"warning: {path} is unusable ({_short(why)}); a device is not renamed", flush=True)
@@ -74,7 +74,7 @@ def write_file_or_warn(path: Path, text: str) -> bool:
     """Replace a file atomically; False, with a warning, where the disk is full or the directory cannot be written to."""
     try:
         make_way_for_file(path)
-        if path.is_char_device() or path.is_block_device():  # a rename would remove it for the whole machine
+        if path.is_char_device() or path.is_block_device():  # a rename would remove it for every program
             path.write_text(text, encoding="utf-8")
         else:
             replace_file(path, text)

@@ -51,7 +51,7 @@ def test_this_host_has_free_memory() -> None:
             },
         ),
         (
-            "2, in a container whose path is that of the host",
+            "2, in a container that sees the path of the host",
             {
                 "proc/self/cgroup": "0::/docker/abc\n",
                 "cgroup/memory.max": f"{4 * GIB}\n",

@@ -127,7 +127,7 @@ def test_a_device_is_not_renamed(tmp_path: Path) -> None:
     try:
         os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 7))  # a device of this test, not one of the machine
     except PermissionError:
-        pytest.skip("making a device takes root")
+        pytest.skip("only root can make a device")
     write_file_or_warn(device, "done")
     set_aside(device, "not a regular file")
     assert device.is_char_device()
