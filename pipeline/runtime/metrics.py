@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from data_prep.durable_files import replace_file
 from data_prep.shards import read_again
-from pipeline.errors import UserError
-from pipeline.runtime.noncritical_files import make_way_for_directory, make_way_for_file, set_aside
+from pipeline.recipe.ranges import LARGEST_INT, check_ranges
+from pipeline.runtime.noncritical_files import make_way_for_directory, make_way_for_file, open_log, set_aside
 from pipeline.runtime.tensorboard_tags import LAYOUT, tensorboard_tag
 
 
@@ -34,8 +34,7 @@ class MetricsConfig:
     images: bool = True  # relation maps of a fixed row, teacher next to student, at every evaluation
 
     def __post_init__(self) -> None:
-        if self.log_every < 1:
-            raise UserError("metrics.log_every must be at least 1")
+        check_ranges(self, "metrics", {"log_every": (1, LARGEST_INT)})
 
 
 class Metrics:
@@ -86,7 +85,7 @@ class Metrics:
 
     def _append(self, line: str) -> None:
         if self._lines is None:
-            self._lines = open(self._path, "a", encoding="utf-8")
+            self._lines = open_log(self._path, "a")
         self._lines.write(line)
         self._lines.flush()  # what does not fit on the disk stays in the buffer and is written with the next line
 

@@ -10,7 +10,7 @@ import itertools
 import json
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TextIO
 
 from data_prep.durable_files import replace_file
 from data_prep.shards import DataError, read_again
@@ -52,6 +52,14 @@ def make_way_for_directory(path: Path) -> None:
     """Rename a file at the path of a directory that will be made."""
     if (path.exists() or path.is_symlink()) and not path.is_dir():
         set_aside(path, "not a directory")
+
+
+def open_log(path: Path, mode: Literal["a", "w"]) -> TextIO:
+    """Open a text file for writing, after making its directory and renaming what is in the way. Raises OSError."""
+    make_way_for_directory(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make_way_for_file(path)
+    return open(path, mode, encoding="utf-8")
 
 
 def read_json_or_warn(path: Path) -> Any:

@@ -93,7 +93,7 @@ def problem_on_disk(
     try:
         check_run_dir(run_dir)
         check_disk(run_dir, checkpoint_bytes, num_checkpoints, num_present)
-    except UserError as error:
+    except (UserError, OSError) as error:  # on rank 0 alone an exception would leave the other ranks waiting
         return str(error)
     if warning := milestones_warning(run_dir, checkpoint_bytes, num_milestones):
         print(f"warning: {warning}", flush=True)
@@ -117,7 +117,8 @@ def check_shared(run_dir: Path, launch: dist.Launch) -> None:
         time.sleep(0.1)
     ranks = dist.gather_json([socket.gethostname(), found], launch.device)
     if launch.is_main:
-        token.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            token.unlink()
     if blind := sorted({host for host, found in ranks if not found}):
         raise UserError(
             f"{run_dir} is not one directory for all ranks: what rank 0 writes there on {ranks[0][0]} is not found on "

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from data_prep.shards import DataError
 from pipeline.errors import UserError
-from pipeline.runtime.noncritical_files import make_way_for_directory, make_way_for_file
+from pipeline.runtime.noncritical_files import open_log
 
 
 class _Tee:
@@ -47,19 +47,14 @@ def log_crash(log: Path, error: Exception) -> None:
     is_teed = isinstance(sys.stderr, _Tee)  # then the interpreter's own traceback reaches the log
     if isinstance(error, UserError | DataError) or is_teed:
         return
-    with contextlib.suppress(OSError):
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "a", encoding="utf-8") as file:
-            file.write(_first_line() + "".join(traceback.format_exception(error)))
+    with contextlib.suppress(OSError), open_log(log, "a") as file:
+        file.write(_first_line() + "".join(traceback.format_exception(error)))
 
 
 def tee_output(log: Path) -> None:
     """From now on, append everything that this process prints to `log` too."""
     try:
-        make_way_for_directory(log.parent)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        make_way_for_file(log)
-        file = open(log, "a", encoding="utf-8")
+        file = open_log(log, "a")
     except OSError as error:
         print(f"warning: the log {log} cannot be written, the run continues without it: {error}", flush=True)
         return

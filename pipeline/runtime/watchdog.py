@@ -21,7 +21,7 @@ from typing import IO, Any
 from data_prep.ownership import start_ticks
 from pipeline.errors import EXIT_HUNG
 from pipeline.runtime.anomalies import GuardConfig
-from pipeline.runtime.noncritical_files import make_way_for_directory, make_way_for_file
+from pipeline.runtime.noncritical_files import open_log
 
 ProcessIdentity = list[Any]
 
@@ -80,11 +80,8 @@ class Watchdog:
     def _open_stacks(self) -> IO[str]:
         """The file for stacks; the console where it cannot be opened, because a log must not end a run."""
         try:
-            make_way_for_directory(self._stacks.parent)
-            self._stacks.parent.mkdir(parents=True, exist_ok=True)
-            make_way_for_file(self._stacks)
             _keep_earlier(self._stacks)
-            return open(self._stacks, "w", encoding="utf-8")
+            return open_log(self._stacks, "w")
         except OSError as error:
             print(f"warning: {self._stacks} cannot be written, stacks go to the console: {error}", flush=True)
             return open(2, "w", encoding="utf-8", closefd=False)
@@ -136,7 +133,7 @@ class Watchdog:
 
 def _keep_earlier(stacks: Path) -> None:
     """Rename the stacks of an earlier attempt to `earlier-1-stacks-rank0.txt`, those of the next one to `earlier-2-...`."""
-    if stacks.exists() and stacks.stat().st_size > 0:
+    if stacks.is_file() and stacks.stat().st_size > 0:
         numbers = itertools.count(1)
         names = (stacks.with_name(f"earlier-{number}-{stacks.name}") for number in numbers)
         stacks.rename(next(name for name in names if not name.exists()))
