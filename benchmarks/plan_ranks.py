@@ -34,7 +34,7 @@ from pipeline.distillation.models.student import build_student
 from pipeline.distillation.models.teacher import load_teacher
 from pipeline.planning.meta_models import read_config
 from pipeline.runtime import dist
-from pipeline.runtime.ds_config import split_batch
+from pipeline.runtime.ds_config import DTYPES, split_batch
 from pipeline.runtime.engine import StudentEngine, partition_teacher
 from pipeline.training.build import DTYPES
 

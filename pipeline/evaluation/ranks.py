@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -21,35 +19,13 @@ from pipeline.runtime.allotment import check_allotted_gpus
 COLLECTIVE_TIMEOUT_S = 4 * 3600.0
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those that evaluate together."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Element-wise sum over ranks, in place."""
-        return dist.sum_over_ranks(values) if self.world_size > 1 else values
-
-    def from_main(self, value: Any) -> Any:
-        """Rank 0's JSON value on every rank."""
-        return dist.broadcast_json(value, self.device) if self.world_size > 1 else value
-
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
+Ranks = dist.Launch
 
 
 def alone() -> Ranks:
     """One process, on the GPU if there is one. Raises `UserError` where Slurm has allotted some and torch sees none."""
     check_allotted_gpus()
-    return Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return Ranks(0, 1, 0, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 @contextmanager
@@ -62,6 +38,6 @@ def joined() -> Iterator[Ranks]:
     launch = dist.read_launch()
     dist.init_process_group(launch, COLLECTIVE_TIMEOUT_S)
     try:
-        yield Ranks(launch.rank, launch.world_size, launch.device)
+        yield launch
     finally:
         dist.shut_down()

@@ -22,6 +22,7 @@ from pipeline.distillation.models.loading import config_of
 from pipeline.errors import UserError
 from pipeline.export.card import CARD_FILE, LINEAGE_FILE, VOCABULARY_FILE, lineage_of, write_card
 from pipeline.export.handover import hand_over, limit_tokenizer
+from pipeline.runtime import ds_config
 from pipeline.runtime.checkpoint import read_model_weights
 from pipeline.runtime.json_files import read_json
 from pipeline.runtime.tensor_files import not_finite, save_tensors
@@ -53,7 +54,7 @@ PRODUCTS = (
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
 )  # of an export
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+DTYPES = {name: ds_config.DTYPES[name] for name in ("fp32", "fp16")}
 
 
 def export_run(run_dir: Path, output: Path, extras: Sequence[Extra] = (), dtype: torch.dtype = torch.float32) -> Path:

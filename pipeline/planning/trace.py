@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pipeline.distillation.tap import TappedEncoder
+from pipeline.runtime.ds_config import DTYPES
 
 ATTENTION = "minilm_trace"  # the name under which transformers finds the attention function below
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

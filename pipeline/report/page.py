@@ -2,7 +2,7 @@
 
     python -m pipeline report runs/quickstart            writes runs/quickstart/report.html
 
-In: what a run leaves behind (recipe.yaml, run.json, lives.json, metrics.jsonl, TensorBoard images, checkpoints,
+In: what a run leaves behind (recipe.yaml, run.json, restarts.json, metrics.jsonl, TensorBoard images, checkpoints,
 retrieval results, an evaluation). Out: a page with curves, tables, relation maps and the recipe; it loads nothing from anywhere.
 Works on a running run.
 """
@@ -32,7 +32,7 @@ from pipeline.recipe.text import read_yaml
 from pipeline.report import plots as plots
 from pipeline.report import timeline as times
 from pipeline.report.retrieval import read_retrieval
-from pipeline.runtime.checkpoint import committed_steps
+from pipeline.runtime.checkpoint_files import committed_steps
 from pipeline.runtime.json_files import read_json_if_there, read_points
 
 POOLING_NAMES = {"output": "output", "last_input": "input of the last layer", "values": "values of the distilled layer"}

@@ -1,6 +1,6 @@
 """When a run did what: its lives, checkpoints and restarts, and what it cost. Used by report.py and report_plots.py.
 
-In: the points of `metrics.jsonl`, `lives.json` where there is one, and the checkpoints on disk. Out: `Events`.
+In: the points of `metrics.jsonl`, `restarts.json` where there is one, and the checkpoints on disk. Out: `Events`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.runtime.json_files import RESTORE, read_json_if_there
+from pipeline.runtime.restarts import restarts_file
 
 GAP_IN_INTERVALS = 10  # a pause this many times the usual one between two lines is a restart
 SECONDS_PER_HOUR = 3600.0
@@ -61,8 +62,8 @@ def _is_start(start: Any) -> bool:
 
 
 def events_of(run_dir: Path, metrics: Points, committed_steps: Sequence[int]) -> Events:
-    """From `lives.json`; a run without one is one life, whose restarts are guessed from its pauses."""
-    path = run_dir / "lives.json"
+    """From `restarts.json`; a run without one is one attempt, whose restarts are guessed from its pauses."""
+    path = restarts_file(run_dir)
     starts = read_json_if_there(path, list)
     if not all(_is_start(start) for start in starts):
         raise UserError(f"{path} is no list of starts with time_s, first_step and world_size. {RESTORE}.")

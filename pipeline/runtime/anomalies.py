@@ -1,6 +1,7 @@
-"""Losses that are not finite or far above the last ones, and the recipe section `guard` that says what to do about them.
+"""Loss spikes and non-finite steps, and the recipe section `guard` that says what to do about them.
 
-In: losses and skipped steps. Out: z-scores, `spikes.jsonl`, and `DivergedRunError` with the batch named in `bad_batch.json`.
+In: the loss of each step and whether it was skipped. Out: z-scores, `spikes.jsonl`, and `DivergedRunError` with the rows of
+the last batch in `bad_batch.json`.
 """
 
 from __future__ import annotations
@@ -17,25 +18,23 @@ from typing import Any, Literal
 
 from pipeline.errors import DivergedRunError, UserError
 from pipeline.recipe.ranges import LARGEST_INT, LONGEST_S, check_ranges
-from pipeline.runtime.noncritical_files import make_way_for_file, write_file_or_warn
+from pipeline.runtime.noncritical_files import open_log, write_file_or_warn
 
 
 @dataclass
 class GuardConfig:
-    """When a run is sick or hung."""
+    """When a run counts as diverged or hung, and when it stops before the end of its job."""
 
     max_bad_steps: int = 8  # non-finite steps in a row before the run stops
-    hang_timeout_s: float = 1800.0  # no finished step or evaluation batch for so long: dump stacks and end
+    hang_timeout_s: float = 1800.0  # no step or evaluation batch finished for this long: dump stacks and exit
     slow_timeout_s: float = 3600.0  # the same for the first step (kernels load) and for saves (disks queue)
-    deadline_margin_s: float = 120.0  # save this long before the job's end, or three saves if that is longer
-    spike_window: int = 200  # steps that a loss is compared with
-    spike_sigmas: float = 8.0  # a loss so many standard deviations above their mean is reported as a spike
-    spikes: Literal["log", "skip"] = "log"  # skip: no parameter is changed by such a step; spikes.jsonl names its rows
+    deadline_margin_s: float = 120.0  # save this long before the end of the job, or three saves if that is longer
+    spike_window: int = 200  # number of earlier steps that a loss is compared with
+    spike_sigmas: float = 8.0  # a loss this many standard deviations above their mean is reported as a spike
+    spikes: Literal["log", "skip"] = "log"  # skip: such a step changes no parameter; spikes.jsonl names its rows
     verify_shards: bool = False  # before step 1, hash every shard file (sizes are always checked)
 
     def __post_init__(self) -> None:
-        if self.max_bad_steps < 1 or self.spike_window < 2:
-            raise UserError("guard.max_bad_steps must be at least 1 and guard.spike_window at least 2")
         if min(self.hang_timeout_s, self.slow_timeout_s, self.deadline_margin_s, self.spike_sigmas) <= 0:
             raise UserError("guard's timeouts, deadline_margin_s and spike_sigmas must be positive")
         timeouts = dict.fromkeys(("hang_timeout_s", "slow_timeout_s", "deadline_margin_s"), (0, LONGEST_S))
@@ -43,18 +42,20 @@ class GuardConfig:
 
 
 class SpikeDetector:
-    """Says when a loss stands far above those of the last steps (its z-score against a window)."""
+    """Compares a loss with those of the last steps by its z-score."""
 
     def __init__(self, config: GuardConfig):
         self._sigmas, self._skips = config.spike_sigmas, config.spikes == "skip"
-        self.losses: deque[float] = deque(maxlen=config.spike_window)  # goes into checkpoints: it decides over steps
+        self.losses: deque[float] = deque(
+            maxlen=config.spike_window
+        )  # saved in checkpoints: it decides which steps skip
 
     def is_to_skip(self, loss: float) -> bool:
-        """Whether a step with this loss, which is the same number on all ranks, must change nothing."""
+        """Whether a step with this loss must change no parameter. `loss` is the same number on all ranks."""
         return self._skips and self._score(loss) is not None
 
     def z_score(self, loss: float) -> float | None:
-        """The z-score of a spike, None for an ordinary loss. Spikes and non-finite losses do not enter the window."""
+        """The z-score of a spike; None for an ordinary loss. Spikes and non-finite losses are not added to the window."""
         score = self._score(loss)
         if score is None and math.isfinite(loss):
             self.losses.append(loss)
@@ -63,7 +64,7 @@ class SpikeDetector:
     def _score(self, loss: float) -> float | None:
         window = self.losses
         if math.isfinite(loss) and len(window) >= max(2, (window.maxlen or 0) // 10):
-            # a floor of one percent keeps a flat curve from calling every ripple a spike
+            # at least one percent of the mean: on a flat curve every small change would be a spike
             deviation = max(statistics.pstdev(window), 0.01 * abs(statistics.fmean(window)))
             score = (loss - statistics.fmean(window)) / deviation
             if score > self._sigmas:
@@ -72,22 +73,26 @@ class SpikeDetector:
 
 
 def record_spike(file: Path, step: int, loss: float, score: float, skipped: bool, rows: list[dict[str, Any]]) -> None:
-    """Add a spike and the rows of its global batch to `file`."""
+    """Append a spike and the rows of its global batch to `file`."""
     entry = {"step": step, "loss": loss, "sigmas": round(score, 1), "skipped": skipped, "rows": rows}
-    make_way_for_file(file)
-    with contextlib.suppress(OSError), open(file, "a", encoding="utf-8") as lines:  # a full disk ends no run
+    with contextlib.suppress(OSError), open_log(file, "a") as lines:  # a full disk must not end a run
         lines.write(json.dumps(entry) + "\n")
 
 
-class BadStepCounter:
+class NonFiniteStepCounter:
     """Counts non-finite steps in a row and stops the run, naming the batch, when there are too many.
 
-    Dynamic fp16 loss scaling overflows on purpose while it looks for its scale: such a step counts only once the scale
-    has fallen to its floor, or when the loss itself is not finite. `loss_scale_floor`: infinite for a fixed scale.
-    Loss and skipped steps are the same on all ranks, so the one that `writes` knows all there is to write.
+    Dynamic fp16 loss scaling overflows on purpose while it searches for its scale. Such a step counts only once the scale has
+    reached its minimum, or when the loss itself is not finite.
     """
 
     def __init__(self, config: GuardConfig, report: Path, loss_scale_floor: float = 1.0, writes: bool = True):
+        """
+        Args:
+            report: the file that names the rows of the last batch
+            loss_scale_floor: lowest loss scale; infinite where the scale is fixed
+            writes: True on one rank. Losses and skipped steps are the same on all ranks.
+        """
         self._config = config
         self._report = report
         self._floor = loss_scale_floor
@@ -97,9 +102,15 @@ class BadStepCounter:
     def observe(
         self, step: int, loss: float, skipped: bool, loss_scale: float, rows: Callable[[], list[dict[str, Any]]]
     ) -> None:
-        """Raises `DivergedRunError` at the K-th bad step in a row; `rows()` names the rows of the global batch."""
-        bad = not math.isfinite(loss) or (skipped and loss_scale <= self._floor)
-        self.in_a_row = self.in_a_row + 1 if bad else 0
+        """Count a step.
+
+        Args:
+            rows: returns the rows of the step's global batch
+        Raises:
+            DivergedRunError: this was the `guard.max_bad_steps`-th non-finite step in a row
+        """
+        is_counted = not math.isfinite(loss) or (skipped and loss_scale <= self._floor)
+        self.in_a_row = self.in_a_row + 1 if is_counted else 0
         if self.in_a_row < self._config.max_bad_steps:
             return
         if self._writes:

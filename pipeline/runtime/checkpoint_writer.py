@@ -1,8 +1,8 @@
 """Writes checkpoints: a snapshot on the training thread, the files in the background, the commit when all ranks are done.
 
-Commit: every rank writes into `step-N.TOKEN.tmp`, syncs and hashes; rank 0 adds the manifest, renames, syncs the parent. A
-failure on any rank (disk full, say) leaves no trace of this checkpoint and every older one as it was. Used by
-trainer.py; all ranks make the same calls in the same order.
+Every rank writes into `step-N.TOKEN.tmp`, fsyncs and hashes its files. Rank 0 adds the manifest, renames the directory and
+fsyncs its parent. A failure on any rank (a full disk, for example) removes this checkpoint and leaves every older one as it
+was. All ranks make the same calls in the same order.
 """
 
 from __future__ import annotations
@@ -22,16 +22,19 @@ import torch
 
 from pipeline.errors import DivergedRunError, UserError
 from pipeline.runtime import dist
-from pipeline.runtime.checkpoint import (
+from pipeline.runtime.checkpoint import CheckpointConfig, kept_steps
+from pipeline.runtime.checkpoint_files import (
     KINDS,
+    MANIFEST,
+    STATE,
     UNTRAINED_FILE,
-    CheckpointConfig,
     checkpoint_path,
     commit,
     committed_steps,
     file_corruption,
+    fragment_file,
     fsync_and_hash,
-    kept_steps,
+    untrained_file,
 )
 from pipeline.runtime.host_memory import available_memory_bytes
 from pipeline.runtime.tensor_files import save_tensors
@@ -39,14 +42,16 @@ from pipeline.runtime.tensor_files import save_tensors
 if TYPE_CHECKING:
     from pipeline.runtime.engine import StudentEngine
 
-MEMORY_MARGIN = 4  # snapshots that must fit for one to be taken: several ranks of a host take theirs at the same moment
+# A snapshot is taken where the memory of this many is free: several ranks of a host take theirs at the same moment.
+MEMORY_MARGIN = 4
+Copies = dict[str, torch.Tensor]  # "parameter:start" -> flat fp32 fragment on the CPU
 
 
 @dataclass(frozen=True)
 class SaveOutcome:
-    """How a save ended: `problem` is None when the checkpoint is committed.
+    """How a save ended. `problem` is None when the checkpoint is committed.
 
-    `seconds` from the snapshot to the commit; training stood still for `stopped_s` of them.
+    `seconds` counts from the snapshot to the commit; training was stopped for `stopped_s` of them.
     """
 
     step: int
@@ -57,7 +62,7 @@ class SaveOutcome:
 
 @dataclass
 class _Pending:
-    """A save under way on this rank."""
+    """A save in progress on this rank."""
 
     step: int
     began_s: float
@@ -68,7 +73,7 @@ class _Pending:
 
 
 class CheckpointWriter:
-    """One save at a time. `begin`, then `poll` after every step or `wait`; both return the outcome once."""
+    """One save at a time: `begin`, then `poll` after every step or `wait`. Both return the outcome once."""
 
     def __init__(
         self,
@@ -78,37 +83,38 @@ class CheckpointWriter:
         rank: int,
         keeping: CheckpointConfig | None = None,
     ):
-        """`keeping`: what will be pruned after each commit."""
-        self._directory, self._engine, self._carried, self._rank = directory, engine, untrained, rank
+        """`keeping`: how many checkpoints the caller keeps when it prunes after each commit."""
+        self._directory, self._engine, self._untrained, self._rank = directory, engine, untrained, rank
         self._keeping = keeping or CheckpointConfig()
         self._world_size = torch.distributed.get_world_size()
-        # One name for all ranks of this attempt; no other one writes under it.
+        # One name for all ranks of this attempt; no other attempt writes under it.
         self._token: str = dist.broadcast_json(secrets.token_hex(4), engine.device)
         self._pending: _Pending | None = None
         self._failures = 0  # in a row
 
     def begin(self, state: Mapping[str, Any]) -> None:
-        """Snapshot the engine and start writing the checkpoint of `state["step"]`. No save may be under way.
+        """Take a snapshot of the engine and start writing the checkpoint of `state["step"]`. No save may be in progress.
 
-        Raises `DivergedRunError` on all ranks where a weight is NaN or infinite: it never recovers, and a checkpoint of it would
-        push the finite ones out.
+        Raises:
+            DivergedRunError: on all ranks, where a weight is NaN or infinite. Such a weight never recovers, and its
+                checkpoints would displace the finite ones.
         """
-        assert self._pending is None, "the save before must be waited for"
+        assert self._pending is None, "wait for the previous save first"
         self._check_finite(state["step"])
         began_s, partial = time.monotonic(), self._partial(state["step"])
-        problem = _attempt(lambda: _start(partial)) if self._rank == 0 else None
+        problem = _attempt(lambda: _make_empty(partial)) if self._rank == 0 else None
         problem = dist.broadcast_json(problem, self._engine.device)
         self._pending = pending = _Pending(state["step"], began_s, threading.Thread(), problem, {})
         if problem is None:
-            pending.problem = "the writing never came to its end"  # until it has: silence is no success
+            pending.problem = "the writing thread did not finish"  # replaced when it does
             if problem := _attempt(lambda: self._start_writing(pending, partial, state)):
                 pending.problem = problem
         pending.stopped_s = time.monotonic() - began_s
 
     def _start_writing(self, pending: _Pending, partial: Path, state: Mapping[str, Any]) -> None:
-        """This rank's share, beside the training from a snapshot; where memory is short, at once and kind by kind."""
+        """Write this rank's files: from a snapshot in a thread, or, where memory is short, now and one kind at a time."""
 
-        def write(of_kind: Callable[[str], dict[str, torch.Tensor]]) -> None:
+        def write(of_kind: Callable[[str], Copies]) -> None:
             pending.problem = _attempt(lambda: pending.files.update(self._write(partial, of_kind, state)))
 
         if available_memory_bytes() > MEMORY_MARGIN * self._snapshot_bytes():
@@ -119,13 +125,13 @@ class CheckpointWriter:
             write(self._copies)
 
     def poll(self) -> SaveOutcome | None:
-        """The outcome, if a save was under way and every rank has written its share by now."""
+        """The outcome, if a save was in progress and every rank has written its files."""
         if self._pending is None or dist.any_rank(self._pending.thread.is_alive(), self._engine.device):
             return None
         return self._finish(self._pending, time.monotonic())
 
     def wait(self) -> SaveOutcome | None:
-        """Block until the save under way, if any, has ended."""
+        """Block until the save in progress, if any, has ended; its outcome."""
         if self._pending is None:
             return None
         stopped_from_s = time.monotonic()
@@ -143,22 +149,22 @@ class CheckpointWriter:
             )
 
     def check_failed_saves(self, failed: SaveOutcome) -> None:
-        """After so many failed saves in a row nothing that is trained would be kept: a `UserError`, on all ranks."""
+        """Raise a `UserError` on all ranks after `checkpoint.max_failed_saves` failed saves in a row."""
         if self._failures >= self._keeping.max_failed_saves:
             raise UserError(
                 f"{self._failures} saves in a row have failed (checkpoint.max_failed_saves), the last one of step "
-                f"{failed.step}: {failed.problem}. Older checkpoints are as they were. Let {self._directory} be written to, "
-                "with room for one checkpoint more, then start the same command again"
+                f"{failed.step}: {failed.problem}. Older checkpoints are unchanged. Make {self._directory} writable, with "
+                "room for one more checkpoint, then start the same command again"
             )
 
     def _partial(self, step: int) -> Path:
-        return self._directory / f"step-{step:08d}.{self._token}.tmp"
+        return self._directory / f"{checkpoint_path(self._directory, step).name}.{self._token}.tmp"
 
     def _snapshot_bytes(self) -> int:
         return sum(4 * len(KINDS) * fragment.numel for fragment in self._engine.fragments())
 
-    def _copies(self, kind: str) -> dict[str, torch.Tensor]:
-        """This rank's fragments of one kind, copied to the CPU: "parameter:start" -> flat fp32."""
+    def _copies(self, kind: str) -> Copies:
+        """This rank's fragments of one kind."""
         engine = self._engine
         return {
             f"{f.name}:{f.start}": (f.view(f.buffer) if kind == "weight" else engine.moment(f, kind)).to(
@@ -167,21 +173,17 @@ class CheckpointWriter:
             for f in engine.fragments()
         }
 
-    def _write(
-        self, partial: Path, of_kind: Callable[[str], dict[str, torch.Tensor]], state: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """This rank's files, synced; name -> size and sha256."""
+    def _write(self, partial: Path, of_kind: Callable[[str], Copies], state: Mapping[str, Any]) -> dict[str, Any]:
+        """Write and fsync this rank's files; name -> manifest entry."""
         entries = {}
         for kind in KINDS:
-            name = f"{kind}-{self._rank:05d}-of-{self._world_size:05d}.safetensors"
+            name = fragment_file(kind, self._rank, self._world_size)
             save_tensors(of_kind(kind), partial / name)
             entries[name] = fsync_and_hash(partial / name)
         if self._rank == 0:
-            (partial / "state.json").write_text(json.dumps(dict(state), indent=1), encoding="utf-8")
-            entries |= {
-                "state.json": fsync_and_hash(partial / "state.json"),
-                UNTRAINED_FILE: _write_untrained(partial, self._carried, self._keeping),
-            }
+            (partial / STATE).write_text(json.dumps(dict(state), indent=1), encoding="utf-8")
+            entries[STATE] = fsync_and_hash(partial / STATE)
+            entries[UNTRAINED_FILE] = write_untrained(partial, state["step"], self._untrained, self._keeping)
         return entries
 
     def _finish(self, pending: _Pending, stopped_from_s: float) -> SaveOutcome:
@@ -204,7 +206,7 @@ class CheckpointWriter:
 
 
 def _attempt(action: Callable[[], object]) -> str | None:
-    """What kept `action` from its end. Of whatever kind: this save has failed on all ranks, and the run goes on."""
+    """The error of `action`, or None. Any exception on one rank must fail this save on all ranks, and not the run."""
     try:
         action()
     except Exception as error:
@@ -212,21 +214,22 @@ def _attempt(action: Callable[[], object]) -> str | None:
     return None
 
 
-def _start(partial: Path) -> None:
+def _make_empty(partial: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
 
 
-def _write_untrained(partial: Path, untrained: Mapping[str, torch.Tensor], keeping: CheckpointConfig) -> dict[str, Any]:
-    """The weights that training never touches: linked from an earlier checkpoint where that leaves two copies.
+def write_untrained(
+    partial: Path, step: int, untrained: Mapping[str, torch.Tensor], keeping: CheckpointConfig
+) -> dict[str, Any]:
+    """Write the weights that training does not change, or link them from an earlier checkpoint; their manifest entry.
 
-    They never change within a run and can be most of a checkpoint (390 of 500 MB in the quickstart). Two files take
-    turns, so that the newest checkpoint and the one that stays beside it never depend on the same bytes on disk.
+    They are the same at every step of a run and can be most of a checkpoint (390 of 500 MB in the quickstart). Two copies
+    take turns, so that the newest checkpoint and the one kept next to it never depend on the same bytes on disk.
     """
-    step = int(partial.name.split(".")[0].removeprefix("step-"))
     earlier = [other for other in committed_steps(partial.parent) if other < step]
     source = _source_of_link(partial.parent, earlier, step, keeping)
-    entry = _linked(source, partial) if source else None
+    entry = _link(source, partial) if source else None
     if entry is not None:
         return entry
     save_tensors(dict(untrained), partial / UNTRAINED_FILE)
@@ -234,29 +237,29 @@ def _write_untrained(partial: Path, untrained: Mapping[str, torch.Tensor], keepi
 
 
 def _source_of_link(directory: Path, earlier: list[int], step: int, keeping: CheckpointConfig) -> Path | None:
-    """The newest checkpoint whose copy is another one than that of the checkpoint which will stay beside `step`."""
-    beside = [other for other in kept_steps([*earlier, step], keeping) if other < step]
-    if not beside:
+    """The newest untrained weights that are not the same file as those of the checkpoint that will be kept next to `step`."""
+    kept = [other for other in kept_steps([*earlier, step], keeping) if other < step]
+    if not kept:
         return None
-    copy = checkpoint_path(directory, beside[-1]) / UNTRAINED_FILE
-    others = (checkpoint_path(directory, other) for other in reversed(earlier))
-    return next((other for other in others if not _same_copy(other / UNTRAINED_FILE, copy)), None)
+    copy = untrained_file(checkpoint_path(directory, kept[-1]))
+    others = (untrained_file(checkpoint_path(directory, other)) for other in reversed(earlier))
+    return next((other for other in others if not _is_same_file(other, copy)), None)
 
 
-def _same_copy(one: Path, other: Path) -> bool:
+def _is_same_file(one: Path, other: Path) -> bool:
     try:
         return one.samefile(other)
-    except OSError:  # one of them is gone: not to be linked from
+    except OSError:  # one of them does not exist, so it cannot be linked from
         return True
 
 
-def _linked(source: Path, partial: Path) -> dict[str, Any] | None:
-    """Link the carried weights of a checkpoint, if they are whole and the file system has links; their entry."""
+def _link(source: Path, partial: Path) -> dict[str, Any] | None:
+    """Link the untrained weights `source` of a checkpoint, if they are valid and the file system has links; their entry."""
     try:
-        entry = json.loads((source / "manifest.json").read_text(encoding="utf-8"))["files"][UNTRAINED_FILE]
-        if file_corruption(source / UNTRAINED_FILE, entry) is not None:
+        entry = json.loads((source.parent / MANIFEST).read_text(encoding="utf-8"))["files"][source.name]
+        if file_corruption(source, entry) is not None:
             return None
-        os.link(source / UNTRAINED_FILE, partial / UNTRAINED_FILE)
-    except (OSError, ValueError, KeyError, TypeError):  # UnreadableError too: a copy of our own is written instead
+        os.link(source, partial / UNTRAINED_FILE)
+    except (OSError, ValueError, KeyError, TypeError):  # UnreadableError too: a new copy is written instead
         return None
     return entry

@@ -1,7 +1,7 @@
-"""One deadline for all ranks, in a time that no clock of another machine can move.
+"""One deadline for all ranks, independent of differences between their clocks.
 
-In: `SLURM_JOB_END_TIME` (seconds since the epoch) and the wall clock of every rank at the start. Out: the seconds that are
-left, the same on all ranks, and a warning where hosts disagree. From then on ranks count with their monotonic clocks.
+In: `SLURM_JOB_END_TIME` (seconds since the epoch) and the wall clock of every rank at the start. Out: the seconds left, the
+same on all ranks, and a warning where the clocks differ. After that each rank counts with its monotonic clock.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from collections.abc import Sequence
 
 from pipeline.errors import UserError
 
-LARGEST_DIFFERENCE_S = 120.0  # a clock that is a minute off is no fault
+LARGEST_DIFFERENCE_S = 120.0  # a clock that is a minute off gets no warning
 ClockReport = tuple[str, float, float]  # host, seconds since the epoch, end of the job
 
 
 def my_clock() -> ClockReport:
-    """What this rank tells the others."""
+    """This rank's report for `agree`."""
     return socket.gethostname(), time.time(), job_end_s()
 
 
 def job_end_s() -> float:
-    """The job's end by the scheduler's clock; infinite where there is none."""
+    """The end of the job in seconds since the epoch; infinite where there is none."""
     text = os.environ.get("SLURM_JOB_END_TIME") or "inf"
     try:
         end_s = float(text)
@@ -38,10 +38,16 @@ def job_end_s() -> float:
 
 
 def agree(reports: Sequence[ClockReport]) -> tuple[float, list[str]]:
-    """Seconds to the job's end for all ranks (infinite: no deadline), and warnings for the console.
+    """Agree on the time left.
 
-    Rank 0's clock decides. Where it says that the end is over, which no job outlives, another rank's does; where all say
-    so, there is no deadline: each start would stop after its first step, and be started again, indefinitely.
+    Rank 0's clock decides. By a correct clock a running job has not ended. If it has ended by rank 0's clock, the clock of
+    another rank decides. If it has ended by every clock, there is no deadline: otherwise each start would stop after its
+    first step and be started again, indefinitely.
+
+    Args:
+        reports: what `my_clock` returned on each rank, in rank order
+    Returns:
+        seconds to the end of the job (infinite: no deadline), and warnings for the console
     """
     warnings = []
     main_host, main_s, _ = reports[0]
@@ -49,7 +55,7 @@ def agree(reports: Sequence[ClockReport]) -> tuple[float, list[str]]:
     if abs(difference_s := furthest[1] - main_s) > LARGEST_DIFFERENCE_S:
         warnings.append(
             f"the clock of {furthest[0]} is {abs(difference_s):.0f} s {'ahead of' if difference_s > 0 else 'behind'} that of "
-            f"{main_host}, which runs rank 0. Set them right (chronyc makestep); the deadline follows rank 0's"
+            f"{main_host}, which runs rank 0. Correct them (chronyc makestep); the deadline follows rank 0's"
         )
     end_s = min(report[2] for report in reports)
     if math.isinf(end_s):

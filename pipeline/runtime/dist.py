@@ -1,7 +1,7 @@
-"""Where this process stands among the ranks, whoever launched it, and the few collectives a run needs.
+"""Rank and device of this process, for any launcher, and the collectives that a run needs.
 
-In: the environment that `deepspeed`, `torchrun`, `srun` or nobody left. Out: `Launch`, and helpers that pass plain
-numbers and JSON between ranks. Nothing here pickles, so a rank never executes what another rank sent.
+In: the environment of `deepspeed`, `torchrun`, `srun` or plain `python`. Out: `Launch`, and functions that pass numbers,
+tensors and JSON between ranks. Nothing here pickles, so a rank never executes what another rank sent.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SLURM_STEP = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_NODES", "SLURM_S
 
 @dataclass(frozen=True)
 class Launch:
-    """Rank and device of this process."""
+    """Rank and device of this process. The collectives do nothing with one rank, so that they need no process group."""
 
     rank: int
     world_size: int
@@ -37,11 +37,27 @@ class Launch:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Element-wise sum over ranks, in place."""
+        return sum_over_ranks(values) if self.world_size > 1 else values
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's JSON value on every rank."""
+        return broadcast_json(value, self.device) if self.world_size > 1 else value
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            barrier()
+
 
 def read_launch() -> Launch:
-    """Fill in what the launcher left out (plain `python` sets nothing, `srun` sets SLURM_*), then read it."""
+    """Read the launcher's variables, after setting those that it left out (`python` sets none, `srun` sets SLURM_*).
+
+    Raises:
+        UserError: a variable is missing, not a number or out of range; or this rank has no GPU of its own
+    """
     environment = os.environ
-    # srun alone sets SLURM_STEP_NUM_TASKS; SLURM_NTASKS and SLURM_PROCID stand in a batch script's environment as well
+    # only srun sets SLURM_STEP_NUM_TASKS; SLURM_NTASKS and SLURM_PROCID are in a batch script's environment as well
     if "RANK" not in environment and number_in(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
         _map_slurm(environment)
     environment.setdefault("RANK", "0")
@@ -57,12 +73,12 @@ def read_launch() -> Launch:
             "deepspeed, torchrun or srun, or `unset RANK LOCAL_RANK WORLD_SIZE` for one process"
         )
     if number_in(environment, "MASTER_PORT", 1) >= 2**16:
-        raise UserError(f"MASTER_PORT is {environment['MASTER_PORT']}; a port lies between 0 and 65535")
+        raise UserError(f"MASTER_PORT is {environment['MASTER_PORT']}; a port is between 0 and 65535")
     check_allotted_gpus()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if torch.cuda.device_count() == 1 and local_rank > 0 and _is_slurm_task(environment):
-            # --gpus-per-task=1 or --gpu-bind: each task sees its own GPU alone, as cuda:0. DeepSpeed reads LOCAL_RANK too.
+            # --gpus-per-task=1 or --gpu-bind: each task sees only its own GPU, as cuda:0. DeepSpeed reads LOCAL_RANK too.
             local_rank, environment["LOCAL_RANK"] = 0, "0"
         if local_rank >= torch.cuda.device_count():
             raise UserError(
@@ -75,7 +91,7 @@ def read_launch() -> Launch:
 
 
 def number_in(environment: Mapping[str, str], name: str, default: int) -> int:
-    """A launcher's variable as a number. Raises `UserError` where it is none, or larger than any launcher's."""
+    """A launcher's variable as a number. Raises `UserError` where it is not one, or has more than ten digits."""
     text = environment.get(name, str(default))
     if not (text.isascii() and text.isdecimal() and len(text) <= 10):
         raise UserError(f"{name} is {text[:40]!r}, not a number: start with deepspeed, torchrun or srun")
@@ -83,7 +99,7 @@ def number_in(environment: Mapping[str, str], name: str, default: int) -> int:
 
 
 def _is_slurm_task(environment: Any) -> bool:
-    """Whether srun started this rank itself, rather than a launcher that starts several, on a node with a GPU for each."""
+    """Whether srun started this rank directly, not a launcher that starts several, on a node with a GPU for each rank."""
     on_node = environment.get("SLURM_GPUS_ON_NODE", "")
     return (
         environment.get("SLURM_STEP_NUM_TASKS") == environment["WORLD_SIZE"]
@@ -93,7 +109,7 @@ def _is_slurm_task(environment: Any) -> bool:
 
 
 def _map_slurm(environment: Any) -> None:
-    """One srun task per rank: Slurm's names for what torch.distributed wants to know."""
+    """One srun task per rank: set the variables of torch.distributed from Slurm's."""
     if missing := [name for name in _SLURM_STEP if name not in environment]:
         raise UserError(
             f"srun set SLURM_STEP_NUM_TASKS but not {', '.join(missing)}: start with deepspeed, torchrun or srun"
@@ -104,13 +120,13 @@ def _map_slurm(environment: Any) -> None:
     if "MASTER_ADDR" not in environment:
         alone = environment["SLURM_STEP_NUM_NODES"] == "1"
         environment["MASTER_ADDR"] = "127.0.0.1" if alone else _first_address(environment["SLURM_STEP_NODELIST"])
-    # Every task computes the same port without talking: from job, life and step, below the kernel's own range (32768).
+    # Every task computes the same port: from job, attempt and step, below the kernel's own range (32768).
     job, attempt, step = (number_in(environment, f"SLURM_{name}", 0) for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
     environment.setdefault("MASTER_PORT", str(15000 + (job * 7 + attempt * 13 + step) % 15000))
 
 
 def _first_address(node_list: str) -> str:
-    """The first node of a list like `n[1-4]`: its name where that resolves, else the address that Slurm has for it."""
+    """The first node of a list like `n[1-4]`: its name where that resolves, else the address that Slurm knows."""
     try:
         first = _scontrol("hostnames", node_list).split()[0]
         try:
@@ -121,7 +137,7 @@ def _first_address(node_list: str) -> str:
         return first
     except (OSError, subprocess.SubprocessError) as error:
         raise UserError(
-            f"srun started several ranks, but `scontrol` does not say where the first one is ({error}). Set MASTER_ADDR "
+            f"srun started several ranks, but `scontrol` does not name the first node ({error}). Set MASTER_ADDR "
             "to the first node's name before srun"
         ) from None
 
@@ -132,14 +148,14 @@ def _scontrol(kind: str, name: str) -> str:
 
 
 def init_process_group(launch: Launch, timeout_s: float) -> None:
-    """Join the other ranks: NCCL beside GPUs, gloo otherwise. `timeout_s` bounds every later collective."""
+    """Join the other ranks: NCCL with GPUs, gloo otherwise. `timeout_s` limits every later collective."""
     if torch_dist.is_initialized():
         return
     backend = "nccl" if launch.device.type == "cuda" else "gloo"
-    # One process meets itself at a port that the kernel picks and keeps: nobody can take it in between.
+    # For one process the kernel chooses the port and keeps it, so no other program can take it.
     alone = torch_dist.TCPStore("127.0.0.1", 0, 1, is_master=True) if launch.world_size == 1 else None
     timeout = timedelta(seconds=timeout_s)
-    gpu = launch.device if backend == "nccl" else None  # else NCCL guesses at the first barrier, and warns of it
+    gpu = launch.device if backend == "nccl" else None  # else NCCL guesses at the first barrier, and warns
     rank, size = launch.rank, launch.world_size
     try:
         torch_dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=alone, device_id=gpu)
@@ -148,7 +164,7 @@ def init_process_group(launch: Launch, timeout_s: float) -> None:
         if "EADDRINUSE" in str(error):
             raise UserError(
                 f"another program listens on {address}, where the ranks would meet (another run on this machine?). "
-                f"Take another port: deepspeed --master_port {_free_port()} pipeline/train.py ..., or the same option of torchrun"
+                f"Use another port: deepspeed --master_port {_free_port()} pipeline/train.py ..., or the same option of torchrun"
             ) from None
         raise UserError(f"the ranks could not meet at {address}: {str(error).splitlines()[0]}") from None
 
@@ -160,20 +176,16 @@ def _free_port() -> int:
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Element-wise sum over ranks, in place. Shape and dtype must agree on all ranks."""
+    """Element-wise sum over ranks, in place. Shape and dtype must be the same on all ranks."""
     torch_dist.all_reduce(values)
     return values
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """True on every rank when it is true on one: how ranks agree to stop or to skip."""
-    return max_over_ranks(float(flag), device) > 0
-
-
-def max_over_ranks(value: float, device: torch.device) -> float:
-    tensor = torch.tensor([value], dtype=torch.float64, device=device)
+    """True on every rank when `flag` is true on one of them."""
+    tensor = torch.tensor([float(flag)], dtype=torch.float64, device=device)
     torch_dist.all_reduce(tensor, op=torch_dist.ReduceOp.MAX)
-    return float(tensor.item())
+    return tensor.item() > 0
 
 
 def barrier() -> None:
@@ -201,7 +213,7 @@ def broadcast_json(value: Any, device: torch.device) -> Any:
 
 
 def take_from_main(tensors: Iterable[torch.Tensor], device: torch.device) -> None:
-    """Give every rank rank 0's values, in place: what each computed for itself may differ where their machines do."""
+    """Give every rank the values of rank 0, in place: other machines may compute other last bits."""
     for tensor in tensors:
         moved = tensor.detach().to(device)
         torch_dist.broadcast(moved, 0)

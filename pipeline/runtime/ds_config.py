@@ -1,8 +1,8 @@
-"""The DeepSpeed JSON: read, checked against the recipe, and resolved to what this machine can run.
+"""Reads the DeepSpeed JSON, checks it against the recipe and resolves it to what this machine can run.
 
-The recipe owns batch, learning rate and clipping; the JSON owns ZeRO stage, precision, communication, offload and the
-optimizer's implementation. DeepSpeed itself silently ignores unknown keys and turns `"auto"` fp16 off, so
-nothing reaches it unresolved. No DeepSpeed import here: engine.py hands the result over.
+The recipe owns batch, learning rate and clipping. The JSON owns ZeRO stage, precision, communication, offload and the
+optimizer's implementation. DeepSpeed silently ignores unknown keys and turns `"auto"` fp16 off, so it gets only resolved
+values. This module does not import DeepSpeed; engine.py passes the result on.
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline.errors import UserError
 from pipeline.runtime import ds_schema
 from pipeline.runtime.optimizer import OptimizerConfig
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How the global batch is cut: rows per rank and micro-step, and micro-steps per optimizer step."""
+    """How the global batch is divided: rows per rank and micro-step, and micro-steps per optimizer step."""
 
     micro_batch: int
     accumulation: int
@@ -27,7 +31,7 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class Precisions:
-    """What the device can do. `bf16_fast`: has instructions for it, rather than emulating it."""
+    """The precisions of a device. `bf16_fast`: it has instructions for bf16 and does not emulate it."""
 
     fp16: bool
     bf16: bool
@@ -36,14 +40,18 @@ class Precisions:
 
 
 def split_batch(global_batch: int, micro_batch: int, world_size: int) -> BatchShape:
-    """Rows per rank and micro-step, and accumulation. Raises `UserError` that names values which do divide."""
+    """Rows per rank and micro-step, and accumulation.
+
+    Raises:
+        UserError: the numbers do not divide; names values that do
+    """
     if global_batch % world_size:
-        # whole micro-batches on every rank, where there is room for one
+        # full micro-batches on every rank, where the batch is large enough for one
         unit = world_size * min(micro_batch, max(1, global_batch // world_size))
         near = unit * max(1, round(global_batch / unit))
         raise UserError(
             f"global_batch {global_batch} does not divide by {world_size} ranks; "
-            f"take --set global_batch={near}, or another number of GPUs"
+            f"use --set global_batch={near}, or another number of GPUs"
         )
     per_rank = global_batch // world_size
     micro_batch = min(micro_batch, per_rank)
@@ -59,10 +67,10 @@ def split_batch(global_batch: int, micro_batch: int, world_size: int) -> BatchSh
 
 
 def read_ds_json(path: Path) -> dict[str, Any]:
-    """The JSON as written, checked to its last level (ds_schema.py). Raises `UserError`."""
+    """The JSON as written, with every key checked (ds_schema.py). Raises `UserError`."""
     if not path.is_file():
         known = ", ".join(sorted(str(p) for p in Path("ds_configs").glob("*.json"))) or "none"
-        raise UserError(f"there is no DeepSpeed config at {path}. Configs here: {known}")
+        raise UserError(f"DeepSpeed config {path} not found. Configs here: {known}")
     config = ds_schema.parse(path)
     ds_schema.check(config, path)
     return config
@@ -73,7 +81,12 @@ def resolve(
 ) -> tuple[dict[str, Any], list[str]]:
     """The effective DeepSpeed config, and warnings to print once.
 
-    Values that JSON and recipe both give must agree; `"auto"` takes the recipe's value.
+    A value in both JSON and recipe must be the same in both. `"auto"` means the recipe's value.
+
+    Args:
+        can: the precisions of this rank's device
+    Raises:
+        UserError: names the file, the key and both values
     """
     config = read_ds_json(path)
     owned: dict[str, Any] = {
@@ -82,7 +95,7 @@ def resolve(
         "gradient_accumulation_steps": batch.accumulation,
         "gradient_clipping": optimizer.gradient_clipping,
     }
-    _take(config, owned, f"{path}", recipe_path)
+    _set_owned(config, owned, f"{path}", recipe_path)
     _resolve_optimizer(config, optimizer, path, recipe_path)
     config.setdefault("zero_optimization", {})
     config.setdefault("steps_per_print", 2**62)  # the pipeline's own console line says more
@@ -91,7 +104,8 @@ def resolve(
     return config, warnings
 
 
-def _take(config: dict[str, Any], owned: dict[str, Any], where: str, recipe_path: str) -> None:
+def _set_owned(config: dict[str, Any], owned: dict[str, Any], where: str, recipe_path: str) -> None:
+    """Set the keys that the recipe owns; a `UserError` where the JSON has another value."""
     for key, value in owned.items():
         given = config.get(key, "auto")
         if given not in ("auto", value):
@@ -110,12 +124,12 @@ def _resolve_optimizer(config: dict[str, Any], optimizer: OptimizerConfig, path:
     if parameters.get("fused") and parameters.get("foreach"):
         raise UserError(f"{path} sets both `fused` and `foreach` in `optimizer.params`; keep one")
     owned = {"lr": optimizer.lr, "betas": list(optimizer.betas), "eps": optimizer.eps}
-    _take(parameters, {**owned, "weight_decay": optimizer.weight_decay}, f"{path} optimizer.params", recipe_path)
+    _set_owned(parameters, {**owned, "weight_decay": optimizer.weight_decay}, f"{path} optimizer.params", recipe_path)
     config["optimizer"] = section
 
 
 def _resolve_precision(config: dict[str, Any], path: Path, can: Precisions) -> list[str]:
-    """fp16 where the device has it; else bf16 where that is fast, else fp32. Says so, naming file and reason."""
+    """Replace fp16 where the device does not have it: by bf16 where that is fast, else by fp32. Returns the warning."""
     fp16 = config.setdefault("fp16", {"enabled": False})
     bf16 = config.setdefault("bf16", {"enabled": False})
     for name, section in (("fp16", fp16), ("bf16", bf16)):
@@ -152,7 +166,7 @@ def _check_stage(config: dict[str, Any], path: Path) -> None:
 
 
 def precision_of(config: dict[str, Any]) -> str:
-    """`fp16`, `bf16` or `fp32` of an effective config."""
+    """The precision of an effective config: a key of `DTYPES`."""
     for name in ("fp16", "bf16"):
         if config[name].get("enabled"):
             return name
@@ -160,6 +174,6 @@ def precision_of(config: dict[str, Any]) -> str:
 
 
 def loss_scale_floor(config: dict[str, Any]) -> float:
-    """How low fp16's dynamic loss scale can fall; infinite where the scale is fixed and each overflow is a bad step."""
+    """The minimum of fp16's dynamic loss scale; infinite where the scale is fixed, because then each overflow counts."""
     fp16 = config["fp16"]
     return float("inf") if fp16.get("loss_scale", 0) else float(fp16.get("min_loss_scale", 1))

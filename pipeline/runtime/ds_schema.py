@@ -1,14 +1,13 @@
-"""What a DeepSpeed JSON may hold: every key to its last level, with its type, its range and the reason where only one value works.
+"""Every key that a DeepSpeed JSON may have, with its type, its range, and the reason where only one value works.
 
 In: the parsed JSON. Out: nothing, or a `UserError` that names file, dotted key, value and fix. The keys are those of
-DeepSpeed 0.19's own models; it ignores unknown keys at the top level and ends in a traceback on others. Used by ds_config.py.
+DeepSpeed 0.19's own models. DeepSpeed ignores unknown keys at the top level and ends with a traceback on others.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,251 +18,201 @@ AUTO = "auto"
 
 
 @dataclass(frozen=True)
-class Flag:
-    """`true` or `false`."""
+class Rule:
+    """A condition on one value, and the words with which an error message continues after "it"."""
+
+    accepts: Callable[[Any], bool]
+    words: str
 
     def problem(self, value: Any) -> str | None:
-        return None if isinstance(value, bool) else "must be true or false"
+        return None if self.accepts(value) else self.words
 
 
-@dataclass(frozen=True)
-class Number:
-    """A finite number from `least` to `most`; whole unless said otherwise. 5e8 is a whole number, as DeepSpeed reads it."""
-
-    least: float = 0
-    most: float = 2**63 - 1
-    whole: bool = True
-
-    def problem(self, value: Any) -> str | None:
-        kind = "a whole number" if self.whole else "a number"
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if is_number and isinstance(value, float):
-            is_number = math.isfinite(value) and (value.is_integer() or not self.whole)
-        if is_number and self.least <= value <= self.most:
-            return None
-        return f"must be {kind} from {self.least:g} to {self.most:g}"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One of a few values, `null` included where it is listed."""
-
-    values: tuple[Any, ...]
-
-    def problem(self, value: Any) -> str | None:
-        if any(type(value) is type(known) and value == known for known in self.values):
-            return None
-        return f"must be {' or '.join(json.dumps(known) for known in self.values)}"
-
-
-@dataclass(frozen=True)
-class Only:
-    """A key that DeepSpeed knows and that may have one value here; `why` completes the sentence."""
-
-    value: Any
-    why: str
-
-    def problem(self, value: Any) -> str | None:
-        if type(value) is type(self.value) and value == self.value:
-            return None
-        return f"must be {json.dumps(self.value)}, or left out: {self.why}"
-
-
-@dataclass(frozen=True)
-class Text:
-    """A string, or `null` for none."""
-
-    def problem(self, value: Any) -> str | None:
-        return None if value is None or isinstance(value, str) else "must be text in quotes"
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """A list of `count` numbers of one kind."""
-
-    each: Number
-    count: int
-
-    def problem(self, value: Any) -> str | None:
-        if isinstance(value, list) and len(value) == self.count and not any(map(self.each.problem, value)):
-            return None
-        return f"must be a list of {self.count} numbers, each {self.each.least:g} to {self.each.most:g}"
-
-
-@dataclass(frozen=True)
-class Texts:
-    """A list of strings."""
-
-    def problem(self, value: Any) -> str | None:
-        if isinstance(value, list) and all(isinstance(text, str) for text in value):
-            return None
-        return "must be a list of texts in quotes"
-
-
-@dataclass(frozen=True)
-class FromRecipe:
-    """A value that the recipe owns: `"auto"`, or the recipe's own value (ds_config.py compares)."""
-
-    rule: Number | Numbers
-
-    def problem(self, value: Any) -> str | None:
-        if value == AUTO:
-            return None
-        found = self.rule.problem(value)
-        return f'{found}, or "auto" for the recipe\'s value' if found else None
-
-
-@dataclass(frozen=True)
-class AutoFlag:
-    """`true`, `false`, or `"auto"`: what the device can do."""
-
-    def problem(self, value: Any) -> str | None:
-        return None if isinstance(value, bool) or value == AUTO else 'must be true, false or "auto"'
-
-
-Rule = Flag | Number | Choice | Only | Text | Numbers | Texts | FromRecipe | AutoFlag
 Section = Mapping[str, "Rule | Section"]
 
-_FRACTION = Number(0, 1, whole=False)
+
+def _is_same(value: Any, known: Any) -> bool:
+    return type(value) is type(known) and value == known  # `true` is not 1
+
+
+def _number(least: float = 0, most: float = 2**63 - 1, integer: bool = True) -> Rule:
+    """A finite number from `least` to `most`, by default an integer. As in DeepSpeed, 5e8 is an integer."""
+
+    def accepts(value: Any) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:  # NaN is not
+            return False
+        return isinstance(value, int) or value.is_integer() or not integer
+
+    return Rule(accepts, f"must be {'an integer' if integer else 'a number'} from {least:g} to {most:g}")
+
+
+def _choice(*values: Any) -> Rule:
+    """One of `values`, which may contain None for `null`."""
+    words = " or ".join(json.dumps(known) for known in values)
+    return Rule(lambda value: any(_is_same(value, known) for known in values), f"must be {words}")
+
+
+def _only(known: Any, why: str) -> Rule:
+    """A key of DeepSpeed that may have only one value here; `why` completes the error message."""
+    return Rule(lambda value: _is_same(value, known), f"must be {json.dumps(known)}, or left out: {why}")
+
+
+def _from_recipe(rule: Rule) -> Rule:
+    """A value that the recipe owns: `"auto"`, or the recipe's own value (ds_config.py compares)."""
+    return Rule(lambda value: value == AUTO or rule.accepts(value), f'{rule.words}, or "auto" for the recipe\'s value')
+
+
+def _is_list_of(value: Any, accepts: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(accepts, value))
+
+
+_FLAG = Rule(lambda value: isinstance(value, bool), "must be true or false")
+_AUTO_FLAG = Rule(lambda value: isinstance(value, bool) or value == AUTO, 'must be true, false or "auto"')
+_TEXT = Rule(lambda value: value is None or isinstance(value, str), "must be a string")
+_TEXTS = Rule(lambda value: _is_list_of(value, lambda text: isinstance(text, str)), "must be a list of strings")
+_FRACTION = _number(0, 1, integer=False)
+_BETAS = Rule(
+    lambda value: _is_list_of(value, _FRACTION.accepts) and len(value) == 2, "must be a list of 2 numbers, each 0 to 1"
+)
 _MASTER = "master weights and moments are fp32 here, and so are the checkpoints"
 _EXACT = "its state is not in this pipeline's checkpoints, so that a resumed run would differ"
 _NVME = "offload to nvme is not supported by this pipeline's checkpoints"
-_BUCKET = Number(1, 10**10)  # elements; DeepSpeed allocates them at once
+_BUCKET = _number(1, 10**10)  # elements; DeepSpeed allocates them at the start
 
 _OPTIMIZER: Section = {
-    "type": Choice(("AdamW",)),
+    "type": _choice("AdamW"),
     "params": {
-        "lr": FromRecipe(Number(0, 1e6, whole=False)),
-        "betas": FromRecipe(Numbers(_FRACTION, 2)),
-        "eps": FromRecipe(Number(0, 1, whole=False)),
-        "weight_decay": FromRecipe(Number(0, 1e6, whole=False)),
-        "torch_adam": Only(
+        "lr": _from_recipe(_number(0, 1e6, integer=False)),
+        "betas": _from_recipe(_BETAS),
+        "eps": _from_recipe(_number(0, 1, integer=False)),
+        "weight_decay": _from_recipe(_number(0, 1e6, integer=False)),
+        "torch_adam": _only(
             True,
             "DeepSpeed's own Adam compiles at start and keeps its step count where a checkpoint by parameter name cannot "
             "restore it exactly",
         ),
-        "adam_w_mode": Only(True, "weight decay is decoupled from the gradient (AdamW)"),
-        "fused": Choice((True, False, None)),
-        "foreach": Choice((True, False, None)),
-        "amsgrad": Only(False, f"its third moment is not saved; {_EXACT}"),
-        "maximize": Only(False, "it would ascend: the loss would grow"),
-        "capturable": Only(False, "there is no CUDA graph here"),
-        "differentiable": Only(False, "nobody differentiates through the step"),
+        "adam_w_mode": _only(True, "weight decay is decoupled from the gradient (AdamW)"),
+        "fused": _choice(True, False, None),
+        "foreach": _choice(True, False, None),
+        "amsgrad": _only(False, f"its third moment is not saved; {_EXACT}"),
+        "maximize": _only(False, "the loss would grow"),
+        "capturable": _only(False, "there is no CUDA graph here"),
+        "differentiable": _only(False, "nothing differentiates through the step"),
     },
 }
 
 _FP16: Section = {
-    "enabled": AutoFlag(),
-    "auto_cast": Only(False, "the student's parameters are fp16 themselves"),
-    "loss_scale": Number(0, 2**32, whole=False),
-    "initial_scale_power": Number(0, 32),
-    "loss_scale_window": Number(1),
-    "hysteresis": Number(1),
-    "consecutive_hysteresis": Flag(),
-    "min_loss_scale": Number(1, 2**32),
-    "fp16_master_weights_and_grads": Only(False, _MASTER),
+    "enabled": _AUTO_FLAG,
+    "auto_cast": _only(False, "the student's parameters are fp16 themselves"),
+    "loss_scale": _number(0, 2**32, integer=False),
+    "initial_scale_power": _number(0, 32),
+    "loss_scale_window": _number(1),
+    "hysteresis": _number(1),
+    "consecutive_hysteresis": _FLAG,
+    "min_loss_scale": _number(1, 2**32),
+    "fp16_master_weights_and_grads": _only(False, _MASTER),
 }
 
 _BF16: Section = {
-    "enabled": AutoFlag(),
-    "immediate_grad_update": Flag(),
-    "check_grad_overflow": Only(True, "a non-finite gradient must skip the step"),
-    "bf16_master_weights_and_grads": Only(False, _MASTER),
-    "bf16_optimizer_states": Only(False, _MASTER),
+    "enabled": _AUTO_FLAG,
+    "immediate_grad_update": _FLAG,
+    "check_grad_overflow": _only(True, "a non-finite gradient must skip the step"),
+    "bf16_master_weights_and_grads": _only(False, _MASTER),
+    "bf16_optimizer_states": _only(False, _MASTER),
 }
 
 _OFFLOAD: Section = {
-    "device": Choice(("none", "cpu")),
-    "nvme_path": Only(None, _NVME),
-    "buffer_count": Number(0, 1000),
-    "pin_memory": Flag(),
+    "device": _choice("none", "cpu"),
+    "nvme_path": _only(None, _NVME),
+    "buffer_count": _number(0, 1000),
+    "pin_memory": _FLAG,
 }
 
 _ZERO: Section = {
-    "stage": Number(0, 3),  # ds_config.py says why not 0
-    "contiguous_gradients": Flag(),
-    "reduce_scatter": Flag(),
+    "stage": _number(0, 3),  # ds_config.py says why not 0
+    "contiguous_gradients": _FLAG,
+    "reduce_scatter": _FLAG,
     "reduce_bucket_size": _BUCKET,
-    "use_multi_rank_bucket_allreduce": Flag(),
-    "allgather_partitions": Flag(),
+    "use_multi_rank_bucket_allreduce": _FLAG,
+    "allgather_partitions": _FLAG,
     "allgather_bucket_size": _BUCKET,
-    "overlap_comm": Flag(),
-    "compute_grad_norm": Only(True, "the gradient's norm is logged and clipped by"),
-    "load_from_fp32_weights": Flag(),
-    "elastic_checkpoint": Flag(),
-    "offload_param": {**_OFFLOAD, "buffer_size": Number(), "max_in_cpu": Number()},
+    "overlap_comm": _FLAG,
+    "compute_grad_norm": _only(True, "the gradient norm is logged and used for clipping"),
+    "load_from_fp32_weights": _FLAG,
+    "elastic_checkpoint": _FLAG,
+    "offload_param": {**_OFFLOAD, "buffer_size": _number(), "max_in_cpu": _number()},
     "offload_optimizer": {
         **_OFFLOAD,
-        "pipeline_read": Flag(),
-        "pipeline_write": Flag(),
-        "fast_init": Flag(),
-        "ratio": Only(1, "a part of the optimizer on the CPU needs DeepSpeed's own Adam"),
-        "super_offload": Only(False, "it needs DeepSpeed's own Adam"),
+        "pipeline_read": _FLAG,
+        "pipeline_write": _FLAG,
+        "fast_init": _FLAG,
+        "ratio": _only(1, "a part of the optimizer on the CPU needs DeepSpeed's own Adam"),
+        "super_offload": _only(False, "it needs DeepSpeed's own Adam"),
         "cpuadam_cores_perc": _FRACTION,
     },
-    "zenflow": Only(None, _EXACT),
-    "sub_group_size": Number(1),
-    "stage3_prefetch_bucket_size": Number(),
-    "stage3_param_persistence_threshold": Number(),
-    "stage3_model_persistence_threshold": Number(),
-    "stage3_max_live_parameters": Number(),
-    "stage3_max_reuse_distance": Number(),
-    "stage3_gather_16bit_weights_on_model_save": Flag(),
-    "stage3_module_granularity_threshold": Number(),
-    "stage3_use_all_reduce_for_fetch_params": Flag(),
-    "stage3_allgather_sequential": Flag(),
-    "ignore_unused_parameters": Flag(),
-    "legacy_stage1": Only(False, "DeepSpeed's old stage 1 has no state by parameter name"),
-    "round_robin_gradients": Flag(),
-    "parameter_alignment": Flag(),
-    "zero_hpz_partition_size": Only(
+    "zenflow": _only(None, _EXACT),
+    "sub_group_size": _number(1),
+    "stage3_prefetch_bucket_size": _number(),
+    "stage3_param_persistence_threshold": _number(),
+    "stage3_model_persistence_threshold": _number(),
+    "stage3_max_live_parameters": _number(),
+    "stage3_max_reuse_distance": _number(),
+    "stage3_gather_16bit_weights_on_model_save": _FLAG,
+    "stage3_module_granularity_threshold": _number(),
+    "stage3_use_all_reduce_for_fetch_params": _FLAG,
+    "stage3_allgather_sequential": _FLAG,
+    "ignore_unused_parameters": _FLAG,
+    "legacy_stage1": _only(False, "DeepSpeed's old stage 1 has no state by parameter name"),
+    "round_robin_gradients": _FLAG,
+    "parameter_alignment": _FLAG,
+    "zero_hpz_partition_size": _only(
         1,
         "ZeRO++ keeps a second copy of the parameters that a resume does not refresh: the first step would use old weights",
     ),
-    "zero_quantized_weights": Only(False, "weights rounded on the wire are not the weights of a resumed run"),
-    "zero_quantized_nontrainable_weights": Only(False, "frozen weights would be rounded, and exported so"),
-    "zero_quantized_gradients": Only(False, "rounded gradients depend on the number of ranks"),
-    "memory_efficient_linear": Flag(),
-    "pipeline_loading_checkpoint": Flag(),
-    "override_module_apply": Flag(),
-    "log_trace_cache_warnings": Flag(),
-    "enable_sanity_checks": Flag(),
-    "save_muon_momentum_buffer_in_memory": Only(False, "the optimizer is AdamW"),
-    "leaf_module": {"classes": Texts(), "names": Texts(), "name_suffixes": Texts()},
+    "zero_quantized_weights": _only(False, "weights rounded in communication differ from those of a resumed run"),
+    "zero_quantized_nontrainable_weights": _only(False, "frozen weights would be rounded, and exported so"),
+    "zero_quantized_gradients": _only(False, "rounded gradients depend on the number of ranks"),
+    "memory_efficient_linear": _FLAG,
+    "pipeline_loading_checkpoint": _FLAG,
+    "override_module_apply": _FLAG,
+    "log_trace_cache_warnings": _FLAG,
+    "enable_sanity_checks": _FLAG,
+    "save_muon_momentum_buffer_in_memory": _only(False, "the optimizer is AdamW"),
+    "leaf_module": {"classes": _TEXTS, "names": _TEXTS, "name_suffixes": _TEXTS},
 }
 
 _TYPES = ("fp16", "bf16", "fp32", None)
 
 CONFIG: Section = {
-    "train_batch_size": FromRecipe(Number(1)),
-    "train_micro_batch_size_per_gpu": FromRecipe(Number(1)),
-    "gradient_accumulation_steps": FromRecipe(Number(1)),
-    "gradient_clipping": FromRecipe(Number(0, whole=False)),
+    "train_batch_size": _from_recipe(_number(1)),
+    "train_micro_batch_size_per_gpu": _from_recipe(_number(1)),
+    "gradient_accumulation_steps": _from_recipe(_number(1)),
+    "gradient_clipping": _from_recipe(_number(0, integer=False)),
     "optimizer": _OPTIMIZER,
     "fp16": _FP16,
     "bf16": _BF16,
     "zero_optimization": _ZERO,
-    "zero_force_ds_cpu_optimizer": Only(False, "torch's AdamW runs on the offloaded partition, uncompiled"),
-    "communication_data_type": Choice(_TYPES),
-    "seq_parallel_communication_data_type": Choice(_TYPES),
-    "prescale_gradients": Flag(),
-    "gradient_predivide_factor": Number(1e-6, 1e6, whole=False),
-    "data_types": {"grad_accum_dtype": Choice(_TYPES)},
-    "wall_clock_breakdown": Flag(),
-    "memory_breakdown": Flag(),
-    "dump_state": Flag(),
-    "disable_allgather": Flag(),
-    "steps_per_print": Number(1),
+    "zero_force_ds_cpu_optimizer": _only(False, "torch's AdamW runs on the offloaded partition, uncompiled"),
+    "communication_data_type": _choice(*_TYPES),
+    "seq_parallel_communication_data_type": _choice(*_TYPES),
+    "prescale_gradients": _FLAG,
+    "gradient_predivide_factor": _number(1e-6, 1e6, integer=False),
+    "data_types": {"grad_accum_dtype": _choice(*_TYPES)},
+    "wall_clock_breakdown": _FLAG,
+    "memory_breakdown": _FLAG,
+    "dump_state": _FLAG,
+    "disable_allgather": _FLAG,
+    "steps_per_print": _number(1),
     "comms_logger": {
-        **{"enabled": Flag(), "prof_all": Flag(), "prof_ops": Texts(), "verbose": Flag(), "debug": Flag()},
+        **{"enabled": _FLAG, "prof_all": _FLAG, "prof_ops": _TEXTS, "verbose": _FLAG, "debug": _FLAG},
     },
     "flops_profiler": {
-        **{"enabled": Flag(), "recompute_fwd_factor": Number(0, 100, whole=False), "profile_step": Number(1)},
-        **{"module_depth": Number(-1), "top_modules": Number(1), "detailed": Flag(), "output_file": Text()},
+        **{"enabled": _FLAG, "recompute_fwd_factor": _number(0, 100, integer=False), "profile_step": _number(1)},
+        **{"module_depth": _number(-1), "top_modules": _number(1), "detailed": _FLAG, "output_file": _TEXT},
     },
-    "aio": {  # what offload to nvme would use: harmless beside a config without it
-        **{"block_size": Number(1), "queue_depth": Number(1), "intra_op_parallelism": Number(1)},
-        **{"single_submit": Flag(), "overlap_events": Flag(), "use_gds": Only(False, _NVME)},
+    "aio": {  # settings of offload to nvme, without effect when nothing is offloaded there
+        **{"block_size": _number(1), "queue_depth": _number(1), "intra_op_parallelism": _number(1)},
+        **{"single_submit": _FLAG, "overlap_events": _FLAG, "use_gds": _only(False, _NVME)},
     },
 }
 
@@ -285,7 +234,7 @@ REMOVED = {
 
 
 def parse(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`, each key once. Raises `UserError` for whatever cannot be read as one."""
+    """The JSON object in `path`. Raises `UserError` where the file is not one, or has a key twice."""
     try:
         config = json.loads(
             path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_duplicates, parse_constant=_not_a_number
@@ -302,7 +251,7 @@ def parse(path: Path) -> dict[str, Any]:
 
 
 def check(config: dict[str, Any], path: Path) -> None:
-    """A `UserError` for the first key that is unknown, removed, of a wrong type or out of range."""
+    """Raise a `UserError` for the first key that is unknown, removed, of a wrong type or out of range."""
     _check_section(config, CONFIG, "", path)
 
 
@@ -340,4 +289,4 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _not_a_number(word: str) -> Any:
-    raise ValueError(f"{word} is no number that JSON has")
+    raise ValueError(f"{word} is not a JSON number")

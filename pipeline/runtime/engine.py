@@ -1,8 +1,8 @@
-"""The DeepSpeed engine around the student: the only file that imports deepspeed.
+"""The DeepSpeed engine of the student. This is the only file that imports deepspeed.
 
 In: a module, its trained parameters and an effective config. Out: forward, backward, step, and the engine's state as
-`Fragment`s - the flat pieces of fp32 master weights and Adam moments that this rank owns - so that checkpoint.py can
-save and load them by parameter name, at any ZeRO stage and any number of ranks, without DeepSpeed's own files.
+`Fragment`s: the flat pieces of the fp32 master weights and Adam moments that this rank owns. With them, checkpoints are saved
+and loaded by parameter name, at any ZeRO stage and any number of ranks, without DeepSpeed's own files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-import deepspeed  # noqa: E402  (the accelerator is chosen, and the chatter turned down, before this import)
+import deepspeed  # noqa: E402  (the accelerator is chosen, and the log level set, before this import)
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 
 from pipeline.runtime.determinism import deterministic_kernels  # noqa: E402
@@ -28,10 +28,10 @@ from pipeline.runtime.optimizer import MOMENTS, OptimizerConfig, parameter_group
 
 @dataclass(frozen=True)
 class Fragment:
-    """The part of one parameter that this rank owns, as views into flat fp32 buffers.
+    """The part of one parameter that this rank owns, as a range of a flat fp32 buffer.
 
     `start` and `numel` address the flattened parameter; `offset` addresses the buffer. Every element of every trained
-    parameter is owned by exactly one rank, so fragments of all ranks tile the model.
+    parameter belongs to exactly one rank, so the fragments of all ranks together are the model.
     """
 
     name: str
@@ -41,13 +41,13 @@ class Fragment:
     offset: int
 
     def view(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This fragment's slice of `tensor`, which is laid out like `buffer` (the buffer itself or a moment)."""
+        """This fragment's slice [numel] of `tensor`: the buffer itself or a moment, which has the same layout."""
         return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did. `skipped`: a gradient was not finite, so no rank changed a parameter."""
+    """The result of one optimizer step. `skipped`: a gradient was not finite, so no rank changed a parameter."""
 
     gradient_norm: float
     skipped: bool
@@ -55,7 +55,7 @@ class StepResult:
 
 
 def device_precisions(device: torch.device) -> Precisions:
-    """What this device computes natively, as DeepSpeed and torch report it."""
+    """The precisions that this device computes natively, as reported by DeepSpeed and torch."""
     accelerator = get_accelerator()
     if device.type == "cuda":
         bf16 = bool(accelerator.is_bf16_supported())
@@ -66,7 +66,7 @@ def device_precisions(device: torch.device) -> Precisions:
 
 
 class StudentEngine:
-    """A DeepSpeed engine with its state opened up by parameter name."""
+    """A DeepSpeed engine whose state is accessible by parameter name."""
 
     def __init__(
         self,
@@ -89,9 +89,9 @@ class StudentEngine:
         )
         self._zero = self._engine.optimizer
         self._adam = self._zero.optimizer
-        # On a CPU nothing waits for launches, and the largest magnitude of many numbers takes longer there than two extremes.
-        takes_checks = self.stage in (1, 2) and not self._zero.cpu_offload and self.device.type == "cuda"
-        warning = use_multi_tensor_checks(self._zero, deepspeed.__version__) if takes_checks else None
+        # On a CPU there are no launches to save, and the multi-tensor norm is slower than the minimum and maximum.
+        uses_checks = self.stage in (1, 2) and not self._zero.cpu_offload and self.device.type == "cuda"
+        warning = use_multi_tensor_checks(self._zero, deepspeed.__version__) if uses_checks else None
         self.warnings = [warning] if warning else []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -114,12 +114,12 @@ class StudentEngine:
         self._engine.train(mode)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate gradients of one micro-batch; DeepSpeed divides by the number of micro-batches."""
+        """Accumulate the gradients of one micro-batch. DeepSpeed divides by the number of micro-batches."""
         with deterministic_kernels(self._deterministic):
             self._engine.backward(loss)
 
     def step(self, learning_rate: float) -> StepResult | None:
-        """After each micro-batch; None until the last of an optimizer step, then what the step did."""
+        """Call it after each micro-batch. None until the last one of an optimizer step, then the result of the step."""
         boundary = self._engine.is_gradient_accumulation_boundary()
         if boundary:
             for group in self._adam.param_groups:
@@ -142,7 +142,7 @@ class StudentEngine:
         return self._fragments_of_partitioned_parameters() if self.stage == 3 else self._fragments_of_flat_groups()
 
     def not_finite(self) -> str | None:
-        """A parameter of which this rank holds elements that are NaN or infinite, in fp32."""
+        """The name of a parameter whose fp32 fragment on this rank has NaN or infinite elements, or None."""
         for fragment in self.fragments():
             if not torch.isfinite(fragment.view(fragment.buffer)).all():
                 return fragment.name
@@ -168,28 +168,33 @@ class StudentEngine:
                     yield Fragment(self._names[id(parameter)], start, numel, buffer, offset)
 
     def moment(self, fragment: Fragment, name: str) -> torch.Tensor:
-        """`exp_avg` or `exp_avg_sq` of a fragment, fp32; zeros before the first step, when Adam has none."""
+        """`exp_avg` or `exp_avg_sq` of a fragment, fp32 [numel]; zeros before the first step, when Adam has none."""
         state = self._adam.state.get(fragment.buffer, {})
         if name not in state:
             return torch.zeros(fragment.numel, dtype=torch.float32)
         return fragment.view(state[name])
 
     def adam_step(self) -> int:
-        """Updates that Adam has made (skipped steps are not among them)."""
+        """The number of updates that Adam has made, without skipped steps."""
         steps = [int(state["step"]) for state in self._adam.state.values() if "step" in state]
         return max(steps, default=0)
 
     def scaler_state(self) -> dict[str, float]:
-        """The dynamic loss scaler's numbers; empty where the scale is fixed."""
+        """The state of the dynamic loss scaler; empty where the scale is fixed."""
         scaler = self._zero.loss_scaler
         return {name: float(getattr(scaler, name)) for name in _SCALER_NUMBERS if hasattr(scaler, name)}
 
     @torch.no_grad()
     def load(self, read: Any, adam_step: int, scaler: Mapping[str, float]) -> None:
-        """Fill every fragment from `read(kind, name, start, numel) -> fp32 tensor`, kind "weight" or a moment's name.
+        """Fill every fragment.
 
-        Adam's state is laid out here, before its first step, in the form that torch's AdamW continues from. The low-
-        precision copies are refreshed last: without it the next forward would run on the weights of before the load.
+        Adam's state is created here, before its first step, in the form that torch's AdamW continues from. The low-precision
+        copies are refreshed last: otherwise the next forward would use the weights from before the load.
+
+        Args:
+            read: `read(kind, name, start, numel)` -> fp32 [numel]; kind is "weight" or the name of a moment
+            adam_step: updates that Adam had made
+            scaler: what `scaler_state` returned
         """
         for fragment in self.fragments():
             state = self._adam.state[fragment.buffer]
@@ -207,8 +212,10 @@ class StudentEngine:
 
     @torch.no_grad()
     def load_frozen(self, frozen: Mapping[str, torch.nn.Parameter], weights: Mapping[str, torch.Tensor]) -> None:
-        """Parameters without gradient, from a checkpoint: what this start computed for them may have other last bits, or
-        come from a teacher or a text that has changed since."""
+        """Load the parameters without gradient from a checkpoint.
+
+        Those that this attempt initialised may have other last bits, or come from a teacher or text that has changed since.
+        """
         for name, parameter in frozen.items():
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
                 parameter.copy_(weights[name])
@@ -219,14 +226,14 @@ class StudentEngine:
             return
         for group in range(len(self._zero.fp32_partitioned_groups_flat)):
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
-        if self._zero.persistent_parameters:  # small parameters that ZeRO-3 keeps whole on every rank
+        if self._zero.persistent_parameters:  # small parameters that ZeRO-3 does not partition
             self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
 
 
 def partition_teacher(teacher: torch.nn.Module, precision: str) -> Callable:
-    """A frozen module whose parameters are spread over the ranks by a ZeRO-3 engine of its own, without optimizer.
+    """Partition the parameters of a frozen module over the ranks with a ZeRO-3 engine of its own, without optimizer.
 
-    Each layer is gathered for its forward and let go again: for teachers that do not fit on one device whole.
+    Each layer is gathered for its forward and released again, for teachers that do not fit on one device.
     """
     _forbid_compilation_at_start()
     config = {
@@ -234,7 +241,7 @@ def partition_teacher(teacher: torch.nn.Module, precision: str) -> Callable:
         "zero_optimization": {
             "stage": 3,
             "stage3_param_persistence_threshold": 0,
-            # Gather when needed, let go at once: by default up to a billion gathered parameters stay, which is the teacher.
+            # Release immediately: by default up to a billion gathered parameters stay, which is the complete teacher.
             "stage3_max_live_parameters": 0,
             "stage3_max_reuse_distance": 0,
             "stage3_prefetch_bucket_size": 0,
@@ -252,6 +259,6 @@ _SCALER_NUMBERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresi
 
 
 def _forbid_compilation_at_start() -> None:
-    """DeepSpeed would compile a shared-memory op at start on CPU: minutes, and a stale lock if killed meanwhile."""
+    """On CPU, DeepSpeed would compile a shared-memory op at start: that takes minutes, and a kill leaves a stale lock."""
     if get_accelerator().device_name() == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,7 +1,7 @@
-"""One reader for the JSON that a run, an export or an evaluation wrote: an object or a list, or a `UserError` with its name.
+"""Reads the JSON that a run, an export or an evaluation wrote. In: a path. Out: its content, or a `UserError` that names it.
 
-People edit such files, copy them half and pack them into archives, so any of them may hold anything. Readers of files with
-a format of their own (checkpoints, shards, DeepSpeed's JSON, a model's config.json) say more and stand beside their format.
+Users edit and copy such files, so any of them may hold anything. Files with a format of their own (checkpoints, shards,
+DeepSpeed's JSON, a model's config.json) have their own readers, which report more.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ _WORDS: dict[type, str] = {dict: "an object with keys", list: "a list"}
 
 
 def read_json(path: Path, kind: type = dict, advice: str = RESTORE) -> Any:
-    """The content of `path`, which is a `kind`. Raises `UserError` where it cannot be read, parsed or is another kind."""
+    """The content of `path`.
+
+    Args:
+        kind: dict or list, the type that the content must have
+        advice: the end of the error message, without a full stop
+    Raises:
+        UserError: the file cannot be read or parsed, or its content is not a `kind`
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -32,15 +39,17 @@ def read_json(path: Path, kind: type = dict, advice: str = RESTORE) -> Any:
 
 
 def read_json_if_there(path: Path, kind: type = dict) -> Any:
-    """As `read_json`, and an empty `kind` where there is no such file."""
+    """Like `read_json`; an empty `kind` where the file does not exist."""
     return read_json(path, kind) if path.is_file() else kind()
 
 
 def read_points(path: Path, needed: tuple[str, ...] = ("step", "time_s")) -> list[dict[str, Any]]:
-    """The points of a `metrics.jsonl`. A last line that is still being written, or that a kill cut short, is left out.
+    """The points of a `metrics.jsonl`. An incomplete last line, still being written or cut by a kill, is left out.
 
+    Args:
+        needed: keys that every point must have
     Raises:
-        UserError: with the line's number, where a line is no point with a step and numbers
+        UserError: a line is not a point with a step and numbers; names the line's number
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -53,9 +62,11 @@ def read_points(path: Path, needed: tuple[str, ...] = ("step", "time_s")) -> lis
         try:
             point = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: no JSON ({str(error)[:200]}). Remove that line.") from None
+            raise UserError(f"{path}, line {number}: not JSON ({str(error)[:200]}). Remove that line.") from None
         if not _is_point(point) or not all(key in point for key in needed):
-            raise UserError(f"{path}, line {number}: no point with numbers for {', '.join(needed)}. Remove that line.")
+            raise UserError(
+                f"{path}, line {number}: not a point with numbers for {', '.join(needed)}. Remove that line."
+            )
         points.append(point)
     return points
 

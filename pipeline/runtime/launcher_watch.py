@@ -1,7 +1,7 @@
-"""Notices that the launcher of this rank has gone: `deepspeed` that was killed leaves its ranks training without it.
+"""Notices that the launcher of this rank has ended: a killed `deepspeed` leaves its ranks training without it.
 
-In: the processes above this one. Out: a call when one of them that is a launcher has ended. A shell, `nohup`, `srun` or
-`ssh` above a rank or a launcher may end as it likes: only `deepspeed` and `torchrun` themselves are watched.
+In: the processes above this one. Out: a call when a launcher among them has ended. Only `deepspeed` and `torchrun` are
+watched: a shell, `nohup`, `srun` or `ssh` above a rank or a launcher may end at any time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LAUNCHER_MODULES = (
 
 
 def launchers_above(pid: int) -> list[tuple[int, int]]:
-    """Number and start of each launcher above `pid`, from the nearest on, without a gap."""
+    """Process number and start time of each launcher above `pid`, nearest first, up to the first other program."""
     found = []
     while (pid := _parent(pid)) > 1 and _is_launcher(pid):
         if (started := start_ticks(pid)) is not None:
@@ -54,7 +54,7 @@ def _parent(pid: int) -> int:
 
 
 def _is_launcher(pid: int) -> bool:
-    """By its command line: the program, the script that Python runs, or the module behind `-m`."""
+    """Look at the command line: the program, the script that Python runs, or the module after `-m`."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:

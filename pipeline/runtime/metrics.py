@@ -1,7 +1,7 @@
-"""What a run shows: TensorBoard, `metrics.jsonl`, one console line per interval and a progress bar.
+"""Writes what a run reports: TensorBoard, `metrics.jsonl`, console lines and a progress bar.
 
-In: numbers per step from trainer.py. Out: files under the run directory, written by rank 0 alone; the other ranks hold
-a `Metrics` that does nothing. `metrics.jsonl` has one object per line, `{"step": .., "samples": .., "time_s": .., tags}`.
+In: numbers per step. Out: files in the run directory. Only rank 0 writes; on the other ranks a `Metrics` does nothing.
+`metrics.jsonl` has one object per line: `{"step": .., "samples": .., "time_s": .., tags}`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from data_prep.durable_files import replace_file
 from data_prep.shards import read_again
-from pipeline.errors import UserError
-from pipeline.runtime.noncritical_files import make_way_for_directory, make_way_for_file, set_aside
+from pipeline.recipe.ranges import LARGEST_INT, check_ranges
+from pipeline.runtime.noncritical_files import make_way_for_directory, make_way_for_file, open_log, set_aside
 from pipeline.runtime.tensorboard_tags import LAYOUT, tensorboard_tag
 
 
@@ -31,11 +31,10 @@ class MetricsConfig:
     """How often a run reports."""
 
     log_every: int = 10  # steps between console lines and points of a curve
-    images: bool = True  # relation maps of a fixed row, teacher beside student, at every evaluation
+    images: bool = True  # relation maps of a fixed row, teacher next to student, at every evaluation
 
     def __post_init__(self) -> None:
-        if self.log_every < 1:
-            raise UserError("metrics.log_every must be at least 1")
+        check_ranges(self, "metrics", {"log_every": (1, LARGEST_INT)})
 
 
 class Metrics:
@@ -43,86 +42,87 @@ class Metrics:
 
     def __init__(self, run_dir: Path, active: bool, first_step: int, steps: int):
         self.active = active
-        self.known_of_first_step: set[str] = set()  # tags that an earlier life has written
+        self.known_of_first_step: set[str] = set()  # tags that an earlier attempt has written
         if not active:
             return
-        self._board_dir = run_dir / "tensorboard"
-        # What a killed life wrote past the checkpoint that this life resumes from is dropped: purge_step and later.
+        self._tensorboard_dir = run_dir / "tensorboard"
+        # An earlier attempt may have written past the checkpoint that this one resumes from: those steps are dropped.
         purge_step = first_step + 1 if first_step else 0
         self._purge_step: int | None = purge_step
-        self._board: SummaryWriter | None = None
+        self._writer: SummaryWriter | None = None
         self._has_warned = False
         self._path = run_dir / "metrics.jsonl"
         self._lines: TextIO | None = None
         self._bar = tqdm(
             total=steps, initial=first_step, unit="step", desc="distil", disable=not sys.stderr.isatty(), leave=False
         )
-        self._going_on(lambda: make_way_for_directory(self._board_dir))
-        self._on_board(lambda board: None)  # opens it
-        self._going_on(lambda: self.known_of_first_step.update(_truncate_after(self._path, first_step)))
+        self._attempt(lambda: make_way_for_directory(self._tensorboard_dir))
+        self._on_tensorboard(lambda writer: None)  # opens it
+        self._attempt(lambda: self.known_of_first_step.update(_truncate_after(self._path, first_step)))
 
     def describe(self, recipe_yaml: str, deepspeed_json: str, hyper_parameters: Mapping[str, Any]) -> None:
+        """Write the settings of the run and the layout of the charts to TensorBoard."""
         table = "\n".join(f"| {key} | {value} |" for key, value in hyper_parameters.items())
         texts = {
             "recipe": f"```yaml\n{recipe_yaml}\n```",
             "deepspeed": f"```json\n{deepspeed_json}\n```",
             "hyper-parameters": f"| key | value |\n|---|---|\n{table}",
         }
-        self._on_board(lambda board: board.add_custom_scalars(LAYOUT))
+        self._on_tensorboard(lambda writer: writer.add_custom_scalars(LAYOUT))
         for tag, text in texts.items():
-            self._on_board(partial(SummaryWriter.add_text, tag=tag, text_string=text))
+            self._on_tensorboard(partial(SummaryWriter.add_text, tag=tag, text_string=text))
 
     def write(self, step: int, samples: int, values: Mapping[str, float]) -> None:
         """One point on every curve. `step` counts finished optimizer steps."""
         if not self.active:
             return
         for tag, value in values.items():
-            self._on_board(
+            self._on_tensorboard(
                 partial(SummaryWriter.add_scalar, tag=tensorboard_tag(tag), scalar_value=value, global_step=step)
             )
         row = {"step": step, "samples": samples, "time_s": round(time.time(), 3), **values}
-        self._going_on(lambda: self._append(json.dumps(row) + "\n"))
+        self._attempt(lambda: self._append(json.dumps(row) + "\n"))
 
     def _append(self, line: str) -> None:
         if self._lines is None:
-            self._lines = open(self._path, "a", encoding="utf-8")
+            self._lines = open_log(self._path, "a")
         self._lines.write(line)
-        self._lines.flush()  # what does not fit on the disk stays in the buffer and goes with the next line
+        self._lines.flush()  # what does not fit on the disk stays in the buffer and is written with the next line
 
     def image(self, tag: str, step: int, image_CHW: torch.Tensor) -> None:
-        self._on_board(lambda board: board.add_image(tag, image_CHW, step))
+        self._on_tensorboard(lambda writer: writer.add_image(tag, image_CHW, step))
 
-    def _on_board(self, action: Callable[[SummaryWriter], object]) -> None:
-        """TensorBoard's writer never recovers from a failed write: it is replaced by the next call."""
+    def _on_tensorboard(self, action: Callable[[SummaryWriter], object]) -> None:
+        """TensorBoard's writer never recovers from a failed write, so the next call makes a new one."""
 
         def act() -> None:
-            if self._board is None:
-                self._board = SummaryWriter(str(self._board_dir), purge_step=self._purge_step, flush_secs=30)
-                self._purge_step = None  # of the first file alone
+            if self._writer is None:
+                self._writer = SummaryWriter(str(self._tensorboard_dir), purge_step=self._purge_step, flush_secs=30)
+                self._purge_step = None  # only for the first file
             try:
-                action(self._board)
+                action(self._writer)
             except Exception:
-                self._board = None
+                self._writer = None
                 raise
 
         if self.active:
-            self._going_on(act)
+            self._attempt(act)
 
-    def _going_on(self, action: Callable[[], object]) -> None:
-        """A full disk costs points of a curve, never the run. TensorBoard has exceptions of its own for files."""
+    def _attempt(self, action: Callable[[], object]) -> None:
+        """Warn once instead of raising: a full disk costs points of a curve, never the run. TensorBoard has its own errors."""
         try:
             action()
         except Exception as error:
             if not self._has_warned:
                 self._has_warned = True
-                self.say(f"warning: metrics not written, going on without them: {error}")
+                self.say(f"warning: metrics not written, the run continues without them: {error}")
 
     def advance(self) -> None:
         if self.active:
             self._bar.update(1)
 
     def say(self, line: str) -> None:
-        """One console line, above the progress bar where there is one."""
+        """Print one console line, above the progress bar where there is one."""
         if self.active:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
@@ -130,14 +130,18 @@ class Metrics:
     def close(self) -> None:
         if self.active:
             self._bar.close()
-            if self._board is not None:
-                self._going_on(self._board.close)
+            if self._writer is not None:
+                self._attempt(self._writer.close)
             if self._lines is not None:
-                self._going_on(self._lines.close)
+                self._attempt(self._lines.close)
 
 
 def _truncate_after(path: Path, first_step: int) -> set[str]:
-    """Drop lines of steps that will be done again, and a line that a kill cut short. The tags that `first_step` has."""
+    """Drop lines of steps that will be done again, and a line that a kill cut short.
+
+    Returns:
+        the tags of step `first_step`
+    """
     make_way_for_file(path)
     if not path.exists():
         return set()
@@ -146,12 +150,12 @@ def _truncate_after(path: Path, first_step: int) -> set[str]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line.decode())
-            if 0 < first_step >= row["step"]:  # a run that begins again measures step 0 again
+            if 0 < first_step >= row["step"]:  # a run that starts at step 0 measures it again
                 kept.append(line.decode())
                 tags |= set(row) if row["step"] == first_step else set()
         except (ValueError, KeyError, TypeError, RecursionError):
             num_bad += number < len(lines) and bool(line.strip())  # the last one was cut short by a kill
     if num_bad:
-        set_aside(path, f"{num_bad} lines are no points of a curve; the others are kept")
+        set_aside(path, f"{num_bad} lines are not points of a curve; the others are kept")
     replace_file(path, "".join(line + "\n" for line in kept))
     return tags

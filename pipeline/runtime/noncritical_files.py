@@ -1,7 +1,7 @@
-"""Files beside the training (logs, metrics, run.json, lives.json, TensorBoard): none of them may end a run.
+"""Files that a run can do without (logs, metrics, run.json, restarts.json, TensorBoard): none of them may end a run.
 
-In: the path of one that is not what it should be. Out: it is renamed `NAME.corrupt-N`, a warning says so, and the caller
-writes it again. Where even that fails, the caller goes on without the file.
+In: the path of a file that is not what it should be. Out: it is renamed `NAME.corrupt-N`, a warning says so, and the caller
+writes the file again. Where even that fails, the run continues without the file.
 """
 
 from __future__ import annotations
@@ -10,19 +10,21 @@ import itertools
 import json
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TextIO
 
 from data_prep.durable_files import replace_file
 from data_prep.shards import DataError, read_again
 
-LARGEST_JSON_BYTES = 64 << 20  # run.json and lives.json of the longest runs have some hundred kilobytes
+LARGEST_JSON_BYTES = 64 << 20  # run.json and restarts.json of the longest runs have a few hundred kilobytes
 
 
 def set_aside(path: Path, why: object) -> None:
-    """Rename a file or directory that is in the way, with a warning. One that cannot be renamed stays, and so does a
-    device: renamed, it would be missing for the whole machine."""
+    """Rename a file or directory that is in the way, and warn. One that cannot be renamed stays.
+
+    A device stays too: renamed, it would be missing for every program of the machine.
+    """
     if path.is_char_device() or path.is_block_device():
-        print(f"warning: {path} is unusable ({_short(why)}); a device is left alone", flush=True)
+        print(f"warning: {path} is unusable ({_short(why)}); a device is not renamed", flush=True)
         return
     names = (path.with_name(f"{path.name}.corrupt-{number}") for number in itertools.count(1))
     try:
@@ -35,31 +37,40 @@ def set_aside(path: Path, why: object) -> None:
 
 
 def make_way_for_file(path: Path) -> None:
-    """Rename a directory, FIFO, socket or dangling link where a file is to be written. A device stays: it is the machine's."""
+    """Rename a directory, FIFO, socket or dangling link at the path of a file that will be written. A device stays."""
     try:
         mode = path.stat().st_mode
     except OSError:
         if path.is_symlink():
-            set_aside(path, "a link to nothing")
+            set_aside(path, "a dangling link")
         return
     if stat.S_ISDIR(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
         set_aside(path, "not a regular file")
 
 
 def make_way_for_directory(path: Path) -> None:
+    """Rename a file at the path of a directory that will be made."""
     if (path.exists() or path.is_symlink()) and not path.is_dir():
         set_aside(path, "not a directory")
 
 
+def open_log(path: Path, mode: Literal["a", "w"]) -> TextIO:
+    """Open a text file for writing, after making its directory and renaming what is in the way. Raises OSError."""
+    make_way_for_directory(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make_way_for_file(path)
+    return open(path, mode, encoding="utf-8")
+
+
 def read_json_or_warn(path: Path) -> Any:
-    """The content of a JSON file that the run can do without; None where it is missing or was set aside."""
+    """The content of a JSON file. None where it does not exist, cannot be read now, or was renamed as unusable."""
     if not path.exists():
         return None
     try:
         if not path.is_file() or path.stat().st_size > LARGEST_JSON_BYTES:
             raise ValueError("not a regular file of a run's size")
         return json.loads(read_again(path, path.read_bytes).decode())
-    except DataError as error:  # it may be whole: it stays where it is
+    except DataError as error:  # it may be valid, so it is not renamed
         print(f"warning: {error}", flush=True)
         return None
     except (OSError, ValueError, RecursionError, MemoryError) as error:
@@ -67,16 +78,18 @@ def read_json_or_warn(path: Path) -> Any:
         return None
 
 
-def write_file_or_warn(path: Path, text: str) -> None:
-    """Replace a file by its new content at once. A full disk or a directory that cannot be written costs the file."""
+def write_file_or_warn(path: Path, text: str) -> bool:
+    """Replace a file atomically; False, with a warning, where the disk is full or the directory cannot be written to."""
     try:
         make_way_for_file(path)
-        if path.is_char_device() or path.is_block_device():  # a rename would take it from the whole machine
+        if path.is_char_device() or path.is_block_device():  # a rename would remove it for every program
             path.write_text(text, encoding="utf-8")
         else:
             replace_file(path, text)
     except OSError as error:
-        print(f"warning: {path} not written, going on without it: {error}", flush=True)
+        print(f"warning: {path} not written, the run continues without it: {error}", flush=True)
+        return False
+    return True
 
 
 def _short(why: object) -> str:

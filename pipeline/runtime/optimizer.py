@@ -1,6 +1,6 @@
-"""Optimizer settings of a recipe, the learning rate as a pure function of the step, and who is weight-decayed.
+"""Optimizer settings of a recipe, the learning rate of a step, and the parameter groups for weight decay.
 
-Used by engine.py. A pure function needs no state in a checkpoint and cannot drift from the step count.
+The learning rate is a pure function of the step. It needs no state in a checkpoint and cannot drift from the step count.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's two moments, under torch's names
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and its schedule; the defaults are the paper's for base-size teachers."""
+    """AdamW and its schedule. The defaults are the paper's for base-size teachers."""
 
-    lr: float = 6e-4  # the highest learning rate, reached after warm-up
+    lr: float = 6e-4  # the highest learning rate, reached after the warm-up
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # Adam's
     eps: float = 1e-6  # Adam's
     weight_decay: float = 0.01  # of matrices; biases and norm weights are not decayed
@@ -44,9 +44,9 @@ class OptimizerConfig:
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Rate of optimizer step `step` (0-based) of `steps`: linear warm-up, then linear decay to 0 (or constant).
+    """The rate of optimizer step `step` (0-based) of `steps`: linear warm-up, then linear decay to 0 or a constant rate.
 
-    A warm-up as long as the run or longer simply never ends, as in the field's usual schedulers.
+    A warm-up that is at least as long as the run does not end within it, as in `transformers`' schedulers.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
@@ -56,7 +56,7 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 
 def parameter_groups(trained: Mapping[str, torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices are decayed; biases and LayerNorm weights (the 1-D parameters) are not."""
+    """Parameter groups for AdamW: matrices with weight decay; biases and LayerNorm weights (1-D parameters) without."""
     decayed = [parameter for parameter in trained.values() if parameter.dim() > 1]
     plain = [parameter for parameter in trained.values() if parameter.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]

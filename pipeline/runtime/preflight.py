@@ -1,7 +1,7 @@
-"""Before step 1: will this run be able to save, do all ranks agree on what they run, is anything in the way.
+"""Checks before step 1: can this run save, do all ranks run the same thing, are the shards valid.
 
-In: the run directory, the size of a checkpoint, fingerprints of every rank. Out: nothing, or a `UserError` that names
-the rank or the file and the mend. Used by trainer.py.
+In: the run directory, the size of a checkpoint, facts about every rank. Out: nothing, or a `UserError` that names the rank or
+the file and the fix.
 """
 
 from __future__ import annotations
@@ -20,22 +20,37 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from data_prep.command_line import module_command
 from data_prep.durable_files import sync, unique_name
 from data_prep.shards import Shard, read_again
 from pipeline.errors import UserError
 from pipeline.runtime import dist
+from pipeline.runtime.file_hash import xxh3_128_of
 from pipeline.runtime.noncritical_files import make_way_for_file
 
 STALE_LOCK_AGE_S = 600.0
-HASH_BLOCK_BYTES = 4 << 20
 SHARED_PATIENCE_S = 10.0  # a network file system may show another node's file a little later
 
 
+def nearest_directory(path: Path) -> Path:
+    """`path` itself or the nearest directory above it that exists."""
+    return next(directory for directory in (path, *path.absolute().parents) if directory.is_dir())
+
+
+@contextlib.contextmanager
+def without_trace(run_dir: Path) -> Iterator[None]:
+    """Remove the directories that the block makes on the way to `run_dir`, unless they contain files."""
+    new = [directory for directory in (run_dir, *run_dir.absolute().parents) if not directory.exists()]
+    try:
+        yield
+    finally:
+        for directory in new:
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+
+
 def check_run_dir(run_dir: Path) -> None:
-    """A file can be written, synced and renamed there."""
+    """Check that a file can be written, synced and renamed in `run_dir`. Raises `UserError`."""
     probe, renamed = (unique_name(run_dir / "preflight", suffix) for suffix in (".tmp", ".renamed"))
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -46,22 +61,22 @@ def check_run_dir(run_dir: Path) -> None:
         probe.rename(renamed)
         renamed.unlink()
     except OSError as error:
-        raise UserError(f"the run directory {run_dir} cannot be written to ({error}); take another --run-dir") from None
+        raise UserError(f"the run directory {run_dir} cannot be written to ({error}); use another --run-dir") from None
 
 
 def check_disk(run_dir: Path, checkpoint_bytes: int, num_checkpoints: int, num_present: int) -> None:
-    """Room for the checkpoints that will stay, and one more while it is written."""
+    """Check that there is space for the checkpoints that are kept and for one more while it is written. Raises `UserError`."""
     needed = checkpoint_bytes * max(1, num_checkpoints + 1 - num_present)
     free = shutil.disk_usage(run_dir).free
     if free < needed:
         raise UserError(
             f"{run_dir} has {free / 2**30:.1f} GiB free; {num_checkpoints} checkpoints and the one being written take "
-            f"{needed / 2**30:.1f} GiB more. Free space, lower checkpoint.keep, or take a --run-dir on another disk"
+            f"{needed / 2**30:.1f} GiB more. Free space, lower checkpoint.keep, or use a --run-dir on another disk"
         )
 
 
 def milestones_warning(run_dir: Path, checkpoint_bytes: int, num_milestones: int) -> str | None:
-    """Milestones come over weeks and may be moved away meanwhile: too little room for them all is no refusal."""
+    """A warning where the disk is too small for all milestones. They are written over weeks and may be moved meanwhile."""
     needed, free = checkpoint_bytes * num_milestones, shutil.disk_usage(run_dir).free
     if free >= needed:
         return None
@@ -74,11 +89,11 @@ def milestones_warning(run_dir: Path, checkpoint_bytes: int, num_milestones: int
 def problem_on_disk(
     run_dir: Path, checkpoint_bytes: int, num_checkpoints: int, num_present: int, num_milestones: int
 ) -> str | None:
-    """What keeps rank 0 from saving here, for all ranks to know; warns of what may be in the way."""
+    """Why rank 0 cannot save in `run_dir`, or None. Prints warnings about what may cause trouble later."""
     try:
         check_run_dir(run_dir)
         check_disk(run_dir, checkpoint_bytes, num_checkpoints, num_present)
-    except UserError as error:
+    except (UserError, OSError) as error:  # on rank 0 alone an exception would leave the other ranks waiting
         return str(error)
     if warning := milestones_warning(run_dir, checkpoint_bytes, num_milestones):
         print(f"warning: {warning}", flush=True)
@@ -88,11 +103,13 @@ def problem_on_disk(
 
 
 def check_shared(run_dir: Path, launch: dist.Launch) -> None:
-    """All ranks must mean the same directory: what rank 0 writes into it, every one of them finds there."""
-    name = dist.broadcast_json(f".shared-{secrets.token_hex(8)}", launch.device)  # new: no node remembers it as missing
+    """Check that `run_dir` is the same directory on all ranks: each must find the file that rank 0 writes into it."""
+    name = dist.broadcast_json(
+        f".shared-{secrets.token_hex(8)}", launch.device
+    )  # a new name: no node has cached it as missing
     token = run_dir / name
     if launch.is_main:
-        with contextlib.suppress(OSError):  # then not even rank 0 finds it
+        with contextlib.suppress(OSError):  # then rank 0 does not find it either
             token.touch()
     dist.barrier()
     deadline = time.monotonic() + SHARED_PATIENCE_S
@@ -100,24 +117,25 @@ def check_shared(run_dir: Path, launch: dist.Launch) -> None:
         time.sleep(0.1)
     ranks = dist.gather_json([socket.gethostname(), found], launch.device)
     if launch.is_main:
-        token.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            token.unlink()
     if blind := sorted({host for host, found in ranks if not found}):
         raise UserError(
             f"{run_dir} is not one directory for all ranks: what rank 0 writes there on {ranks[0][0]} is not found on "
-            f"{', '.join(blind)}. Take a --run-dir on a file system that all nodes share"
+            f"{', '.join(blind)}. Use a --run-dir on a file system that all nodes share"
         )
 
 
 def ensure_run_dir(run_dir: Path) -> None:
-    """Make `checkpoints/`, and let a power failure take neither its name nor those of the directories above it."""
+    """Make `checkpoints/`, and sync the directories above it so that their names survive a power failure."""
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     for directory in (run_dir, *run_dir.absolute().parents[:2]):
-        with contextlib.suppress(OSError):  # one that may be entered but not read
+        with contextlib.suppress(OSError):  # a directory without read permission
             sync(directory)
 
 
 def remove_markers(run_dir: Path) -> None:
-    """Markers of how an earlier start ended."""
+    """Remove the marker files of an earlier attempt."""
     for marker in ("DONE", "PREEMPTED", "FAILED"):
         with contextlib.suppress(OSError):
             make_way_for_file(run_dir / marker)
@@ -125,7 +143,7 @@ def remove_markers(run_dir: Path) -> None:
 
 
 def agree(facts: dict[str, Any], launch: dist.Launch) -> None:
-    """A `UserError` on every rank where one of them has other facts. Only hashes travel while all have the same."""
+    """Raise a `UserError` on every rank where the facts differ. The facts themselves are sent only if their hashes differ."""
     text = json.dumps(facts, sort_keys=True)
     if len(set(dist.gather_json(hashlib.sha256(text.encode()).hexdigest(), launch.device))) > 1:
         hosts = dist.gather_json(socket.gethostname(), launch.device)
@@ -133,9 +151,9 @@ def agree(facts: dict[str, Any], launch: dist.Launch) -> None:
 
 
 def check_agreement(facts_by_rank: Sequence[dict[str, Any]], hosts: Sequence[str] = ()) -> None:
-    """Every rank runs the same code and libraries with the same recipe on the same data."""
+    """Raise a `UserError` for the first fact that differs between ranks: code, libraries, recipe or data."""
     first = facts_by_rank[0]
-    names = dict.fromkeys(name for facts in facts_by_rank for name in facts)  # in their order: causes before effects
+    names = dict.fromkeys(name for facts in facts_by_rank for name in facts)  # in this order: causes before effects
     for name in names:
         differing = [rank for rank, facts in enumerate(facts_by_rank) if facts.get(name) != first.get(name)]
         if differing:
@@ -151,7 +169,7 @@ def check_agreement(facts_by_rank: Sequence[dict[str, Any]], hosts: Sequence[str
 def _how_to_agree(name: str) -> str:
     if "precision" in name:
         return (
-            "Their devices cannot do the same. Take nodes of one kind, or write a precision that all have: in the DeepSpeed "
+            "Their devices cannot do the same. Use nodes of one kind, or write a precision that all have: in the DeepSpeed "
             "JSON for the student, `teacher_options.dtype` for the teacher"
         )
     return (
@@ -161,15 +179,18 @@ def _how_to_agree(name: str) -> str:
 
 
 def my_share(shards: Sequence[Shard], launch: dist.Launch) -> Sequence[Shard]:
-    """The files that this rank verifies. Ranks that see the same files, on one host, share them; every other copy is
-    read as a whole: what is right on one node's disk says nothing about another's."""
+    """The shards that this rank verifies.
+
+    Ranks on one host that see the same files divide them. Each other copy is read completely: valid files on one node's disk
+    do not show that those on another node's are valid.
+    """
     copies = dist.gather_json(_copy_identity(shards), launch.device)
     sharers = [rank for rank, copy in enumerate(copies) if copy == copies[launch.rank]]
     return shards[sharers.index(launch.rank) :: len(sharers)]
 
 
 def _copy_identity(shards: Iterable[Shard]) -> str:
-    """Names the very files: host, device and inode of each. Two mounts on one host are two copies."""
+    """Identifies the files by host, device and inode. Two mounts on one host are two copies."""
     digest = hashlib.sha256(f"{socket.gethostname()} {_boot_id()}".encode())
     for shard in shards:
         about = shard.path.stat()
@@ -178,7 +199,7 @@ def _copy_identity(shards: Iterable[Shard]) -> str:
 
 
 def _boot_id() -> str:
-    """Two nodes cloned from one image may have one name; they were not booted as one."""
+    """Differs between two nodes that have the same name because they were cloned from one image."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text()
     except OSError:
@@ -186,37 +207,35 @@ def _boot_id() -> str:
 
 
 def corrupt_shards(shards: Iterable[Shard], progress: Callable[[], None]) -> list[str]:
-    """Shard files that are not what the manifest's hash says: every byte is read."""
-
-    def digest_of(path: Path) -> str:
-        digest = xxhash.xxh3_128()
-        with open(path, "rb") as file:
-            while block := file.read(HASH_BLOCK_BYTES):
-                digest.update(block)
-                progress()
-        return digest.hexdigest()
-
+    """The paths of shards whose content does not have the manifest's hash. `progress` is called after each block."""
     return [
-        str(shard.path) for shard in shards if read_again(shard.path, partial(digest_of, shard.path)) != shard.xxh3_128
+        str(shard.path)
+        for shard in shards
+        if read_again(shard.path, partial(xxh3_128_of, shard.path, progress)) != shard.xxh3_128
     ]
 
 
 def check_problems(found_by_rank: Sequence[dict[str, Any]], data: str) -> None:
-    """Every rank raises the same error, so that none is left waiting for the others."""
+    """Raise the same `UserError` on every rank where one of them found a problem, so that no rank waits for the others.
+
+    Args:
+        found_by_rank: per rank "problem" (text or None), "shards" (paths of corrupt ones) and "host"
+        data: the directory of the shards
+    """
     for found in found_by_rank:
         if found["problem"]:
             raise UserError(found["problem"])
-    damaged = list(dict.fromkeys(path for found in found_by_rank for path in found["shards"]))
-    if damaged:
+    corrupt = list(dict.fromkeys(path for found in found_by_rank for path in found["shards"]))
+    if corrupt:
         hosts = sorted({found["host"] for found in found_by_rank if found["shards"]})
         raise UserError(
-            f"{', '.join(damaged[:3])}{' and others' if len(damaged) > 3 else ''}: damaged (on {', '.join(hosts)}), the hash is not the "
-            f"manifest's. `{module_command('data_prep', 'verify', data)}` says where; copy the files again or prepare them again"
+            f"{', '.join(corrupt[:3])}{' and others' if len(corrupt) > 3 else ''}: corrupt (on {', '.join(hosts)}), the hash is not "
+            f"the manifest's. `{module_command('data_prep', 'verify', data)}` says where; copy the files again or prepare them again"
         )
 
 
 def stale_build_locks() -> list[Path]:
-    """Locks that a killed compilation left in torch's extension cache: a later compilation would wait for them for ever."""
+    """Locks of a killed compilation in torch's extension cache. A later compilation would wait for them indefinitely."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
     locks = root.rglob("lock") if root.is_dir() else iter(())
     return [lock for lock in locks if time.time() - lock.stat().st_mtime > STALE_LOCK_AGE_S]

@@ -1,7 +1,7 @@
-"""What a rank prints, kept in the run directory too: `logs/rank0.log`, one file per rank, lives one after another.
+"""Copies what a rank prints into `logs/rank0.log` of the run directory: one file per rank, attempts one after another.
 
-In: this process's Python output. Out: the same on the console and in the file. Text that native libraries write past
-Python reaches the console only. Used by run.py.
+In: this process's Python output. Out: the same on the console and in the file. Native libraries write past Python, so their
+text reaches only the console.
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ from typing import Any, TextIO
 
 from data_prep.shards import DataError
 from pipeline.errors import UserError
-from pipeline.runtime.noncritical_files import make_way_for_directory, make_way_for_file
+from pipeline.runtime.noncritical_files import open_log
 
 
 class _Tee:
-    """A text stream that also goes to a file. A full disk, below the file or below a redirected console, costs lines, never
-    the run."""
+    """A text stream that also writes to a file. A full disk under either of them costs lines, never the run."""
 
     def __init__(self, console: TextIO, file: TextIO):
         self._console, self._file = console, file
 
     def write(self, text: str) -> int:
-        if "\r" not in text:  # a progress bar draws itself again and again
+        if "\r" not in text:  # a progress bar redraws itself
             with contextlib.suppress(OSError, ValueError):
                 self._file.write(text)
                 self._file.flush()
@@ -44,36 +43,31 @@ class _Tee:
 
 
 def log_crash(log: Path, error: Exception) -> None:
-    """What ended this process before `tee_output` is appended to `log`; nothing is made for what a user can mend."""
-    the_interpreter_will_tell = isinstance(sys.stderr, _Tee)
-    if isinstance(error, UserError | DataError) or the_interpreter_will_tell:
+    """Append the traceback of an error that ended this process before `tee_output`, unless it is one that a user can fix."""
+    is_teed = isinstance(sys.stderr, _Tee)  # then the interpreter's own traceback reaches the log
+    if isinstance(error, UserError | DataError) or is_teed:
         return
-    with contextlib.suppress(OSError):
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "a", encoding="utf-8") as file:
-            file.write(_beginning() + "".join(traceback.format_exception(error)))
+    with contextlib.suppress(OSError), open_log(log, "a") as file:
+        file.write(_first_line() + "".join(traceback.format_exception(error)))
 
 
 def tee_output(log: Path) -> None:
-    """From now on whatever this process prints is appended to `log`, too."""
+    """From now on, append everything that this process prints to `log` too."""
     try:
-        make_way_for_directory(log.parent)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        make_way_for_file(log)
-        file = open(log, "a", encoding="utf-8")
+        file = open_log(log, "a")
     except OSError as error:
-        print(f"warning: the log {log} cannot be written, going on without it: {error}", flush=True)
+        print(f"warning: the log {log} cannot be written, the run continues without it: {error}", flush=True)
         return
-    file.write(_beginning())
+    file.write(_first_line())
     consoles = {id(stream): _Tee(stream, file) for stream in (sys.stdout, sys.stderr)}
     loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict]
     for handler in [handler for logger in [logging.root, *loggers] for handler in logger.handlers]:
-        held = vars(handler).get("stream")  # handlers hold the stream that was there before
+        held = vars(handler).get("stream")  # handlers keep the stream that they were made with
         if id(held) in consoles:
             vars(handler)["stream"] = consoles[id(held)]
     sys.stdout, sys.stderr = consoles[id(sys.stdout)], consoles[id(sys.stderr)]
 
 
-def _beginning() -> str:
-    """The line that a life opens with."""
+def _first_line() -> str:
+    """The first line of an attempt."""
     return f"-- {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n"

@@ -1,12 +1,15 @@
-"""The lives of a run: one entry per start, in `lives.json`, so that a crash loop is noticed.
+"""The attempts of a run: one entry per start in `restarts.json`, so that a crash loop is noticed.
 
-A life that ends without having saved anything new and without having been asked to stop has crashed. After three such
-lives in a row the run falls back to the checkpoint before the newest; after six it stops: starting again unchanged
-would burn a cluster for nothing. Rank 0 alone uses this.
+An attempt that ended without a new checkpoint and without a stop request has crashed. After three crashes in a row the run
+resumes from the checkpoint before the newest. After six it stops: another start would repeat the crash. Only rank 0 writes.
+
+Older versions called the file `lives.json`. It is read where `restarts.json` does not exist. The first entry that is
+written goes to `restarts.json`, after all entries of the old file, and the old file is deleted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import time
@@ -17,36 +20,34 @@ from pipeline.runtime.noncritical_files import read_json_or_warn, set_aside, wri
 
 FALL_BACK_AFTER = 3
 GIVE_UP_AFTER = 6
+FILE, FORMER_FILE = "restarts.json", "lives.json"
 
 
-def _is_entry(entry: Any) -> bool:
-    return (
-        isinstance(entry, dict)
-        and isinstance(entry.get("saved_steps"), list)
-        and "ended" in entry
-        and type(entry.get("slowest_save_s", 0.0)) in (int, float)
-        and entry.get("slowest_save_s", 0.0) >= 0
-    )
+def restarts_file(run_dir: Path) -> Path:
+    """The file with the attempts of a run: `restarts.json`, or `lives.json` where only that exists."""
+    is_former = (run_dir / FORMER_FILE).exists() and not (run_dir / FILE).exists()
+    return run_dir / (FORMER_FILE if is_former else FILE)
 
 
 class Restarts:
-    """Reads and appends to `lives.json`; every change is written to a temporary name and renamed."""
+    """Reads the attempts of a run and records this one."""
 
     def __init__(self, run_dir: Path, writes: bool = True):
-        """`writes`: rank 0, which sets a file of another shape aside; crashes are then counted from this start on."""
-        self._path = run_dir / "lives.json"
+        """`writes`: on rank 0. A file of another shape is renamed, and crashes are counted from this attempt on."""
+        self._run_dir = run_dir
         self._attempts: list[dict[str, Any]] = []
         if not writes:
             return
-        found = read_json_or_warn(self._path)
+        path = restarts_file(run_dir)
+        found = read_json_or_warn(path)
         if isinstance(found, list) and all(map(_is_entry, found)):
             self._attempts = found
-        elif found is not None or self._path.exists():
-            set_aside(self._path, "not the starts of a run")
+        elif found is not None or path.exists():
+            set_aside(path, "not the attempts of a run")
 
     @property
     def crashes_in_a_row(self) -> int:
-        """Restarts at the end of the list that neither saved nor were asked to stop."""
+        """Number of the latest attempts that neither saved a checkpoint nor were asked to stop."""
         count = 0
         for attempt in reversed(self._attempts):
             if attempt["saved_steps"] or attempt["ended"]:
@@ -56,7 +57,7 @@ class Restarts:
 
     @property
     def slowest_save_s(self) -> float:
-        """Of the last life that saved: what a save may take on the disks of these days."""
+        """Seconds of the slowest save of the latest attempt that saved: an estimate for this attempt's saves."""
         return next(
             (attempt["slowest_save_s"] for attempt in reversed(self._attempts) if "slowest_save_s" in attempt), 0.0
         )
@@ -73,9 +74,21 @@ class Restarts:
         self._write()
 
     def end(self, how: str) -> None:
-        """The life ends as it should: "DONE" or "PREEMPTED"."""
+        """Record that the attempt ended as it should. `how`: "DONE" or "PREEMPTED"."""
         self._attempts[-1]["ended"] = how
         self._write()
 
     def _write(self) -> None:
-        write_file_or_warn(self._path, json.dumps(self._attempts, indent=1))
+        if write_file_or_warn(self._run_dir / FILE, json.dumps(self._attempts, indent=1)):
+            with contextlib.suppress(OSError):
+                (self._run_dir / FORMER_FILE).unlink(missing_ok=True)
+
+
+def _is_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("saved_steps"), list)
+        and "ended" in entry
+        and type(entry.get("slowest_save_s", 0.0)) in (int, float)
+        and entry.get("slowest_save_s", 0.0) >= 0
+    )

@@ -1,4 +1,7 @@
-"""One safetensors file: written under the mode that the umask asks for, opened with the errno of the system."""
+"""Safetensors files: written with the permissions of the umask, opened with the operating system's own errors.
+
+In: a path, tensors by name. Out: a file, an open file, or whether its header or its tensors can be trusted.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from data_prep.shards import read_again
 
 
 def follow_umask(path: Path) -> None:
-    """Give a file that safetensors wrote (0600) the mode of any other new file: a group that shares the run continues it."""
+    """Give a file of safetensors, which has mode 0600, the mode of any other new file: another user may continue the run."""
     probe = unique_name(path, ".tmp")
     with contextlib.suppress(OSError):  # a file system without modes
         descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
@@ -31,27 +34,27 @@ def follow_umask(path: Path) -> None:
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """`save_file` under the mode that the umask asks for."""
+    """`save_file` of safetensors, with the permissions of the umask."""
     save_file(tensors, path, metadata=metadata)
     follow_umask(path)
 
 
 def open_tensors(path: Path) -> Any:
-    """`safe_open`, with the errno of the system: the library reports "No such file" for whatever keeps it from opening."""
+    """`safe_open` with the system's errno: the library reports "No such file" for every reason that prevents opening."""
 
     def attempt() -> Any:
         try:
             return safe_open(path, framework="pt")
         except (OSError, SafetensorError):
-            with open(path, "rb") as file:  # raises what the library hides
+            with open(path, "rb") as file:  # raises the error that the library hides
                 file.read(1)
             raise
 
     return read_again(path, attempt)
 
 
-def names_a_tensor_twice(path: Path) -> bool:
-    """Whether a header holds one name twice: the library takes the last one."""
+def has_duplicate_names(path: Path) -> bool:
+    """Whether a header holds one tensor name twice. The library would silently use the last one."""
     levels: list[list[str]] = [[]]
     if header := read_again(path, lambda: _header_bytes(path)):
         json.loads(header, object_pairs_hook=lambda pairs: levels.append([key for key, _ in pairs]))
@@ -65,5 +68,5 @@ def _header_bytes(path: Path) -> bytes:
 
 
 def not_finite(weights: Mapping[str, torch.Tensor]) -> str | None:
-    """The first tensor with elements that are NaN or infinite."""
+    """The name of the first tensor that has NaN or infinite elements, or None."""
     return next((name for name, tensor in weights.items() if not torch.isfinite(tensor).all()), None)

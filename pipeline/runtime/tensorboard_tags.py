@@ -1,7 +1,7 @@
-"""How TensorBoard groups a run's curves: its first screen answers 'is it learning, is it fast, is it healthy?'.
+"""How TensorBoard groups the curves of a run: is it learning, is it fast, is it healthy?
 
 In: the tags of `metrics.jsonl`. Out: the tags that TensorBoard shows, in groups that sort in the order of reading, and
-the charts of its Custom Scalars tab. Used by metrics.py.
+the charts of its Custom Scalars tab.
 """
 
 from __future__ import annotations
@@ -36,6 +36,6 @@ LAYOUT = {
 
 
 def tensorboard_tag(tag: str) -> str:
-    """TensorBoard's name of a curve; what has no group keeps its own."""
+    """TensorBoard's name of a curve. A tag without a group keeps its name."""
     group, _, name = tag.partition("/")
     return NAMED.get(tag) or (f"{GROUPS[group]}/{name}" if group in GROUPS else tag)

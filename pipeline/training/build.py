@@ -39,7 +39,6 @@ from pipeline.training.identity import Identity
 
 CALIBRATION_TOKENS = 8192  # on which `student.init: project` measures the teacher's states
 T = TypeVar("T")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

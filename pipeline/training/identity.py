@@ -21,6 +21,7 @@ from pipeline.data.tokenizer_hash import deciding_file
 from pipeline.distillation.models.model_files import ModelFiles, Tensor, read_model
 from pipeline.distillation.models.vocabulary import MAP_FILE, read_vocabulary
 from pipeline.errors import UserError
+from pipeline.runtime.file_hash import sha256_of
 
 Identity = dict[str, str]
 WEIGHTS, CONFIG, TOKENIZER, VOCABULARY = "teacher weights", "teacher config", "tokenizer", "vocabulary"
@@ -43,7 +44,7 @@ def identity_of(teacher: str, vocabulary: str | None = None) -> Identity:
     files = read_model(teacher)
     identity = {WEIGHTS: weights_hash(files), CONFIG: config_hash(files.config)}
     if vocabulary is not None:
-        identity[VOCABULARY] = hash_file(read_vocabulary(vocabulary).directory / MAP_FILE)
+        identity[VOCABULARY] = sha256_of(read_vocabulary(vocabulary).directory / MAP_FILE)
     return {**identity, **tokenizer_identity(vocabulary or teacher)}
 
 
@@ -52,7 +53,7 @@ def tokenizer_identity(name: str) -> Identity:
     decides = deciding_file(name)
     names = {decides.name, *IDS_IN} if Path(name).expanduser().is_dir() else {decides.name}
     present = sorted(file for file in names if (decides.parent / file).is_file())
-    return {f"{TOKENIZER} {file}": hash_file(decides.parent / file) for file in present}
+    return {f"{TOKENIZER} {file}": sha256_of(decides.parent / file) for file in present}
 
 
 def weights_hash(files: ModelFiles) -> str:
@@ -77,11 +78,6 @@ def config_hash(config: Mapping[str, Any]) -> str:
     """sha256 of the keys of a config.json that change what the model computes."""
     content = {key: value for key, value in config.items() if key not in NOT_COMPUTED}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def hash_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def changes(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

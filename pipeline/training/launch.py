@@ -95,8 +95,8 @@ def _print_first_lines(options: RunOptions, launch: Launch) -> None:
 def _join(recipe: Recipe, stop: StopRequests, launch: Launch) -> None:
     """Meet the other ranks. Until then a signal ends this process: it has nothing to save."""
     stop.listen()
-    stop.end_at_once()
-    watch_launchers(stop.launcher_has_gone)
+    stop.end_immediately()
+    watch_launchers(stop.launcher_ended)
     slowest_s = max(recipe.guard.hang_timeout_s, recipe.guard.slow_timeout_s)
     dist.init_process_group(launch, slowest_s * COLLECTIVE_TIMEOUT_MARGIN)
     stop.listen()

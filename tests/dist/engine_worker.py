@@ -22,7 +22,7 @@ from pipeline.runtime import checkpoint, dist
 from pipeline.runtime.checkpoint_writer import CheckpointWriter
 from pipeline.runtime.engine import StudentEngine
 from pipeline.runtime.multi_tensor import TESTED_WITH, use_multi_tensor_checks
-from pipeline.runtime.optimizer import OptimizerConfig
+from pipeline.runtime.optimizer import MOMENTS, OptimizerConfig
 
 OPTIMIZER = OptimizerConfig(lr=1e-2, warmup_steps=0, weight_decay=0.1)
 ROWS = 8
@@ -165,7 +165,7 @@ def digest(engine: StudentEngine) -> dict[str, str]:
     """One hash per owned fragment and kind, keyed by its position in the parameter."""
     hashes = {}
     for f in engine.fragments():
-        kinds = {"weight": f.view(f.buffer), **{m: engine.moment(f, m) for m in checkpoint.MOMENTS}}
+        kinds = {"weight": f.view(f.buffer), **{m: engine.moment(f, m) for m in MOMENTS}}
         for kind, tensor in kinds.items():
             hashes[f"{kind} {f.name} {f.start} {f.numel}"] = hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()
     return hashes

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.runtime.checkpoint import KINDS, CheckpointReader, committed_steps, damage, newest_valid
+from pipeline.runtime.checkpoint import CheckpointReader, newest_valid
+from pipeline.runtime.checkpoint_files import KINDS, committed_steps, corruption
 from tests.dist.ranks import run_ranks, run_ranks_to_any_end
 
 WORKER = Path(__file__).parent / "engine_worker.py"
@@ -144,7 +145,7 @@ def test_full_disk_keeps_the_older_checkpoint_and_the_run(tmp_path: Path) -> Non
         directory = Path(run["directory"])
         expected = [2, 6] if 6 in run["save"] else [2]
         assert committed_steps(directory) == expected
-        assert all(damage(directory / f"step-{step:08d}") is None for step in expected)
+        assert all(corruption(directory / f"step-{step:08d}") is None for step in expected)
         assert not list(directory.glob("*.tmp")), "a failed save left something behind"
         if 6 not in run["save"]:
             assert "File too large" in reports[0][str(number)]["problem"]

@@ -16,7 +16,7 @@ from data_prep.shards import ShardSet
 from pipeline.config import load_recipe
 from pipeline.errors import EXIT_DIVERGED, EXIT_USER, UserError
 from pipeline.export.hf import export_run
-from pipeline.runtime.checkpoint import commit, committed_steps, fsync_and_hash
+from pipeline.runtime.checkpoint_files import commit, committed_steps, fsync_and_hash
 from tests.dist.runs import end_group
 from tests.faults.sweeps.lab import Lab, newest_step, same_student, steps_done, wait_until
 

@@ -19,7 +19,8 @@ from pipeline.config import load_recipe
 from pipeline.errors import EXIT_USER
 from pipeline.export.hf import export_run
 from pipeline.provenance import code_fingerprint
-from pipeline.runtime.checkpoint import UNTRAINED_FILE, committed_steps, read_model_weights
+from pipeline.runtime.checkpoint import read_model_weights
+from pipeline.runtime.checkpoint_files import UNTRAINED_FILE, committed_steps
 from tests.conftest import write_fp32_config
 from tests.dist.fork_server import ForkServer
 from tests.dist.runs import curve, end_group, metrics
@@ -98,7 +99,7 @@ def test_corrupt_shards_are_found_before_step_1_with_verify_shards(lab: Lab) -> 
     run_dir = lab.fresh("run")
     assert lab.run(run_dir, 2, settings) == EXIT_USER
     for rank in range(2):
-        assert f"{victim}: damaged" in (run_dir / "logs" / f"rank{rank}.log").read_text()
+        assert f"{victim}: corrupt" in (run_dir / "logs" / f"rank{rank}.log").read_text()
     assert not (run_dir / "metrics.jsonl").exists()
 
 

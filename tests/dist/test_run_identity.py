@@ -21,8 +21,8 @@ from data_prep.__main__ import main as data_prep
 from data_prep.shards import manifest_digest
 from pipeline.__main__ import main as pipeline
 from pipeline.errors import EXIT_USER, UserError, exit_code_of
-from pipeline.runtime import checkpoint
-from pipeline.runtime.checkpoint import checkpoint_path, committed_steps, read_model_weights
+from pipeline.runtime.checkpoint import read_model_weights
+from pipeline.runtime.checkpoint_files import checkpoint_path, commit, committed_steps, fsync_and_hash
 from pipeline.training.identity import changes, identity_of
 from tests.conftest import REPO
 from tests.dist.ports import free_port
@@ -83,7 +83,7 @@ def rewrite_state(committed: Path, change: Callable[[dict[str, Any]], None]) -> 
     state = json.loads((partial / "state.json").read_text())
     change(state)
     (partial / "state.json").write_text(json.dumps(state))
-    checkpoint.commit(partial, committed, {path.name: checkpoint.fsync_and_hash(path) for path in partial.iterdir()})
+    commit(partial, committed, {path.name: fsync_and_hash(path) for path in partial.iterdir()})
 
 
 def identity(run_dir: Path) -> dict[str, str]:
@@ -342,7 +342,7 @@ def test_each_copy_of_the_shards_is_checked(
         manifest.write_text(json.dumps(tree))
     sets = ("data=shards", "guard.verify_shards=true") if second == "other bytes" else ("data=shards",)
     expected = {
-        "other bytes": rf"{victims[0].name}, \S+{victims[1].name}: damaged \(on {socket.gethostname()}\)",
+        "other bytes": rf"{victims[0].name}, \S+{victims[1].name}: corrupt \(on {socket.gethostname()}\)",
         "cut": r"error: rank 1: Shard .* holds 5000 bytes",
         "other shards": r"rank 1 has another data than rank 0 \(",
     }

@@ -260,17 +260,17 @@ def test_crash_loop_falls_back_and_then_stops(tmp_path: Path, plain_run: Path, a
     """After three attempts without a save the checkpoint before the newest is loaded; after six the exit code is 3."""
     run_dir = shutil.copytree(plain_run, tmp_path / "run")
     crash = {"first_step": 12, "saved_steps": [], "ended": None}
-    restarts = json.loads((run_dir / "lives.json").read_text())
-    (run_dir / "lives.json").write_text(json.dumps([*restarts, crash, crash, crash]))
+    restarts = json.loads((run_dir / "restarts.json").read_text())
+    (run_dir / "restarts.json").write_text(json.dumps([*restarts, crash, crash, crash]))
     text = train("python", 1, run_dir, [*arguments, "--set", "steps=14"])
     assert "passed over after three crashes" in text
     assert "resumed from" in text
     assert "step-00000008" in text
-    (run_dir / "lives.json").write_text(json.dumps([*restarts, *[crash] * 6]))
+    (run_dir / "restarts.json").write_text(json.dumps([*restarts, *[crash] * 6]))
     log = tmp_path / "last.log"
     process = start([*launcher("python"), *arguments, "--run-dir", str(run_dir), "--set", "steps=16"], log)
     assert process.wait(120) == EXIT_DIVERGED
-    assert "lives.json" in log.read_text()
+    assert "restarts.json" in log.read_text()
 
 
 def test_hung_rank_is_noticed(tmp_path: Path, arguments: list[str]) -> None:

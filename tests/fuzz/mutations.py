@@ -1,7 +1,7 @@
-"""Valid input made wrong: what the fuzz targets draw. A case is two integers, so hypothesis can shrink and print it.
+"""Mutations of valid input for the fuzz targets. A case is two integers, so hypothesis can shrink and print it.
 
-A tree (of JSON or YAML) loses keys, gets values of other types, absurd numbers and deep nests; a text gets flipped, cut,
-doubled and inserted bytes.
+In a tree (of JSON or YAML), keys are deleted and values replaced by other types, absurd numbers and deeply nested ones. In a
+text, bytes are flipped, deleted, repeated and inserted.
 """
 
 from __future__ import annotations

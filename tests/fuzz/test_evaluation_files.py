@@ -1,4 +1,4 @@
-"""Fuzz: what people hand to `pipeline evaluate`: sentence pairs, scored pairs, XNLI, SQuAD and MLQA."""
+"""Fuzz: input files of `pipeline evaluate`: sentence pairs, scored pairs, XNLI, SQuAD and MLQA."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.evaluation.sts import read_scored_pairs
 from pipeline.evaluation.tatoeba import read_line_pairs
 from tests.conftest import REPO
 from tests.fuzz.mutations import mutated_bytes, mutated_json
-from tests.fuzz.trials import fuzz, refused_or_done
+from tests.fuzz.trials import fuzz, rejected_or_done
 
 SQUAD = {"version": "1.1", "data": [{"title": "t", "paragraphs": [{"context": "The cat sat on the mat.", "qas": [
     {"id": "1", "question": "Who sat?", "answers": [{"text": "The cat", "answer_start": 0}]},
@@ -31,10 +31,10 @@ def test_sentence_pairs(tmp_path: Path) -> None:
 
     def trial(seed: int, times: int) -> None:
         (tmp_path / "pairs" / "en-de.tsv").write_bytes(mutated_bytes(content, seed, times))
-        refused_or_done(lambda: read_pairs(RetrievalConfig(pairs=str(tmp_path / "pairs"))))
+        rejected_or_done(lambda: read_pairs(RetrievalConfig(pairs=str(tmp_path / "pairs"))))
         for number, path in enumerate(lines):
             path.write_bytes(mutated_bytes(b"one\ntwo\nthree\nfour\n", seed + number, times))
-        refused_or_done(lambda: read_line_pairs(*lines, 100))
+        rejected_or_done(lambda: read_line_pairs(*lines, 100))
 
     fuzz("sentence pairs", trial)
 
@@ -43,7 +43,7 @@ def test_scored_pairs(tmp_path: Path) -> None:
     def trial(seed: int, times: int) -> None:
         path = tmp_path / ("sts.csv" if seed % 2 else "sts.tsv")
         path.write_bytes(mutated_bytes(SCORED if seed % 2 else SCORED.replace(b",", b"\t"), seed, times))
-        refused_or_done(lambda: read_scored_pairs(path, ["sentence1", "sentence2", "score"]))
+        rejected_or_done(lambda: read_scored_pairs(path, ["sentence1", "sentence2", "score"]))
 
     fuzz("scored pairs", trial)
 
@@ -52,7 +52,7 @@ def test_xnli(tmp_path: Path) -> None:
     def trial(seed: int, times: int) -> None:
         for number, name in enumerate(("multinli.train.en.tsv", "xnli.dev.tsv", "xnli.test.tsv")):
             (tmp_path / name).write_bytes(mutated_bytes(XNLI if number else MNLI, seed + number, times - 1))
-        refused_or_done(lambda: read_xnli(str(tmp_path), "en", None, None, None))
+        rejected_or_done(lambda: read_xnli(str(tmp_path), "en", None, None, None))
 
     fuzz("XNLI", trial, kept=[(749, 2), (298487, 2)])
 
@@ -62,6 +62,6 @@ def test_squad(tmp_path: Path) -> None:
 
     def trial(seed: int, times: int) -> None:
         path.write_bytes(mutated_json(SQUAD, seed, times))
-        refused_or_done(lambda: read_squad(path))
+        rejected_or_done(lambda: read_squad(path))
 
     fuzz("SQuAD", trial, kept=[(160, 1), (4982, 2)])

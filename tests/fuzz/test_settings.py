@@ -16,7 +16,7 @@ from pipeline.runtime.ds_config import BatchShape, Precisions, resolve
 from pipeline.runtime.optimizer import OptimizerConfig
 from tests.conftest import REPO
 from tests.fuzz.mutations import CHUNKS, ODD_VALUES, mutated_bytes, mutated_json, mutated_tree
-from tests.fuzz.trials import fuzz, refused_or_done
+from tests.fuzz.trials import fuzz, rejected_or_done
 
 RECIPES = [path.read_bytes() for path in sorted((REPO / "recipes").glob("*.yaml"))]
 DS_CONFIGS = [json.loads(path.read_text()) for path in sorted((REPO / "ds_configs").glob("*.json"))]
@@ -53,9 +53,9 @@ def test_recipe_and_overrides(tmp_path: Path) -> None:
         def read() -> None:
             recipe = load_recipe(path, overrides)
             path.write_text(recipe_to_yaml(recipe), encoding="utf-8")
-            assert load_recipe(path, []) == recipe, "what a run writes down reads back"
+            assert load_recipe(path, []) == recipe, "the recipe that a run writes reads back"
 
-        refused_or_done(read)
+        rejected_or_done(read)
 
     fuzz("recipe and --set", trial, kept=[(2021, 1)])
 
@@ -65,7 +65,7 @@ def test_deepspeed_json(tmp_path: Path) -> None:
 
     def trial(seed: int, times: int) -> None:
         path.write_bytes(mutated_json(random.Random(seed).choice(DS_CONFIGS), seed, times))
-        refused_or_done(lambda: resolve(path, "recipes/x.yaml", OptimizerConfig(), BatchShape(4, 2), 8, CPU))
+        rejected_or_done(lambda: resolve(path, "recipes/x.yaml", OptimizerConfig(), BatchShape(4, 2), 8, CPU))
 
     fuzz("DeepSpeed JSON", trial, kept=[(263, 1)])
 
@@ -75,7 +75,7 @@ def test_teacher_config(tmp_path: Path, tiny_teacher: Path) -> None:
 
     def trial(seed: int, times: int) -> None:
         (tmp_path / "config.json").write_bytes(mutated_json(config, seed, times))
-        refused_or_done(lambda: load_config(tmp_path, "teacher"))
+        rejected_or_done(lambda: load_config(tmp_path, "teacher"))
 
     fuzz("teacher's config.json", trial, kept=[(102035, 1)], quick_trials=60)
 
@@ -91,6 +91,6 @@ def test_launcher_environment(no_launcher: pytest.MonkeyPatch) -> None:
             patch.setenv("MASTER_ADDR", "127.0.0.1")
             for name in choice.sample(VARIABLES, times + 1):
                 patch.setenv(name, choice.choice(odd))
-            refused_or_done(read_launch)
+            rejected_or_done(read_launch)
 
     fuzz("launcher's environment", trial)

@@ -1,6 +1,6 @@
-"""Fuzz: shard manifest and journal, checkpoint manifest and state, and the files that a run directory has before a resume.
+"""Fuzz: shard manifest and journal, checkpoint manifest and state, and the files that a resumed run reads.
 
-Hashes are made right again in half of the trials: who edits such a file by hand or by another program may do so as well.
+In half of the trials the hashes are corrected: a program that edits such a file may do so as well.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from pipeline.errors import UserError
 from pipeline.evaluation import results
 from pipeline.evaluation.training_metadata import trained_as
 from pipeline.report.timeline import events_of
-from pipeline.runtime.checkpoint import damage, fsync_and_hash, newest_valid, read_model_weights
+from pipeline.runtime.checkpoint import newest_valid, read_model_weights
+from pipeline.runtime.checkpoint_files import corruption, fsync_and_hash
 from pipeline.runtime.json_files import read_points
 from pipeline.runtime.metrics import Metrics
 from pipeline.runtime.restarts import Restarts
 from tests.fuzz.mutations import mutated_bytes, mutated_json, mutated_tree
-from tests.fuzz.trials import fuzz, refused_or_done
+from tests.fuzz.trials import fuzz, rejected_or_done
 from tests.unit.made_up_run import make_run
-from tests.unit.runtime.test_checkpoint_damage import write
+from tests.unit.runtime.test_checkpoint_corruption import write
 
 
 def listed(tree: Any) -> list[Any]:
@@ -61,7 +62,7 @@ def test_shard_manifest(tmp_path: Path, tiny_shards: Path) -> None:
                     opened.rows(language, np.array([0, num - 1]), 16)
             verify(shards)
 
-        refused_or_done(read)
+        rejected_or_done(read)
 
     fuzz("shard manifest", trial, kept=[(30375621, 1), (4424479, 2)])
 
@@ -81,8 +82,8 @@ def test_shard_journal(tmp_path: Path, tiny_shards: Path) -> None:
                 content += xxhash.xxh3_64_hexdigest(text).encode() + b" " + text + b"\n"
         path.write_bytes(content)
         run_path.write_bytes(mutated_json(json.loads(run), seed, 1) if seed % 5 == 0 else run)
-        refused_or_done(lambda: Journal.read(shards / "sw"))
-        refused_or_done(lambda: write_manifest(shards))
+        rejected_or_done(lambda: Journal.read(shards / "sw"))
+        rejected_or_done(lambda: write_manifest(shards))
 
     fuzz("shard journal", trial, kept=[(3179, 1), (39, 3), (91550, 1), (118420075, 1)])
 
@@ -118,16 +119,16 @@ def test_checkpoint(tmp_path: Path) -> None:
             digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
             text = json.dumps({**content, "sha256": digest}, indent=1, sort_keys=True)
             (checkpoint / "manifest.json").write_text(text)
-        refused_or_done(lambda: damage(checkpoint))
-        refused_or_done(lambda: newest_valid(run_dir / "checkpoints"))
-        refused_or_done(lambda: read_model_weights(run_dir))
+        rejected_or_done(lambda: corruption(checkpoint))
+        rejected_or_done(lambda: newest_valid(run_dir / "checkpoints"))
+        rejected_or_done(lambda: read_model_weights(run_dir))
 
     fuzz("checkpoint manifest and state", trial, kept=[(1482899, 4), (104013, 4), (17445171, 1)])
 
 
 def test_run_directory_before_a_resume(tmp_path: Path) -> None:
     good = make_run(tmp_path / "good")
-    names = ("lives.json", "metrics.jsonl", "run.json", "retrieval/after.json")
+    names = ("restarts.json", "metrics.jsonl", "run.json", "retrieval/after.json")
     originals = {name: (good / name).read_bytes() for name in names}
     lineage = {"recipe": {"relations": {"layers": None, "heads": 12}, "seq_len": 128, "languages": ["de"]}, "steps": 8,
                "identity": {"teacher": "x"}, "languages": ["de", "th"]}  # fmt: skip
@@ -144,16 +145,16 @@ def test_run_directory_before_a_resume(tmp_path: Path) -> None:
             (good / name).write_bytes(changed)
         (good / "lineage.json").write_bytes(mutated_json(lineage, seed, times))
         (good / "evaluation.json").write_bytes(mutated_json(evaluation, seed, times))
-        refused_or_done(lambda: events_of(good, read_points(good / "metrics.jsonl"), [4, 8]))
-        refused_or_done(lambda: trained_as(good))
-        refused_or_done(lambda: results.read(good / "evaluation.json"))
-        refused_or_done(lambda: resume(good))
+        rejected_or_done(lambda: events_of(good, read_points(good / "metrics.jsonl"), [4, 8]))
+        rejected_or_done(lambda: trained_as(good))
+        rejected_or_done(lambda: results.read(good / "evaluation.json"))
+        rejected_or_done(lambda: resume(good))
 
     fuzz("run directory", trial, kept=[(18335178, 1), (3261165, 2), (119429, 2), (158, 1), (79579, 1)])
 
 
 def resume(run_dir: Path) -> None:
-    """What a new attempt reads and rewrites of what stands beside the checkpoints."""
+    """Read and rewrite the files next to the checkpoints as a new attempt does."""
     restarts = Restarts(run_dir)
     assert restarts.crashes_in_a_row >= 0
     assert restarts.slowest_save_s >= 0
@@ -164,4 +165,4 @@ def resume(run_dir: Path) -> None:
     metrics = Metrics(run_dir, True, 4, 8)
     metrics.close()
     if not (run_dir / "metrics.jsonl").is_file():
-        raise UserError("the metrics are gone")
+        raise UserError("metrics.jsonl does not exist")

@@ -1,7 +1,7 @@
-"""How a fuzz target runs: kept seeds first, then drawn ones, each under a time limit.
+"""Runs a fuzz target: kept cases first, then drawn ones, each with a time limit.
 
-In `make test` a few hundred derandomised trials a target; with FUZZ_SECONDS=N (`make fuzz`) for N seconds in all, other ones
-each time, and one line with their number.
+`make test` runs about a hundred derandomised trials per target. `make fuzz` (FUZZ_SECONDS=N) runs for N seconds in all with
+other trials each time, and prints their number.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ Trial = Callable[[int, int], object]
 SECONDS_PER_TRIAL = 20
 LONGEST_PARAGRAPH = 6000
 QUICK_TRIALS = 100
-NUM_TARGETS = 12  # that share FUZZ_SECONDS
+NUM_TARGETS = 12  # they share FUZZ_SECONDS
 BATCH = 100
 ALL_CHECKS = list(HealthCheck)
 
 
 class Hangs(BaseException):
-    """A trial took longer than its limit; no `except Exception` may hide it."""
+    """A trial took longer than its limit. Not an `Exception`, so that no handler hides it."""
 
 
-def refused_or_done(action: Callable[[], object]) -> None:
-    """Works, or says in one paragraph why not. Any other exception is a fault."""
+def rejected_or_done(action: Callable[[], object]) -> None:
+    """Run `action`: it must work, or explain in one paragraph why not. Any other exception fails the test."""
     paragraph = "done"
     previous = signal.signal(signal.SIGALRM, _too_long)
     signal.setitimer(signal.ITIMER_REAL, SECONDS_PER_TRIAL)
@@ -52,7 +52,7 @@ def _too_long(number: int, frame: Any) -> None:
 
 
 def fuzz(name: str, trial: Trial, kept: Iterable[tuple[int, int]] = (), quick_trials: int = QUICK_TRIALS) -> None:
-    """Run `trial(seed, number of changes)` on the kept cases and on drawn ones."""
+    """Run `trial(seed, number of changes)` on the `kept` cases and on drawn ones."""
     for case in kept:
         trial(*case)
     seconds = float(os.environ.get("FUZZ_SECONDS", "0")) / NUM_TARGETS

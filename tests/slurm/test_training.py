@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.runtime.checkpoint import committed_steps
+from pipeline.runtime.checkpoint_files import committed_steps
 from tests.dist.runs import curve, metrics, train
 from tests.slurm.cluster import KILL_WAIT_S
 from tests.slurm.jobs import Job, Training, same_weights

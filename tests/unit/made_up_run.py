@@ -53,7 +53,7 @@ def make_run(directory: Path) -> Path:
         {**attempt, "first_step": 0, "saved_steps": [4], "time_s": 999.0},
         {**attempt, "first_step": 4, "saved_steps": [6, 8], "time_s": 1065.0, "ended": "DONE"},
     ]
-    (directory / "lives.json").write_text(json.dumps(restarts))
+    (directory / "restarts.json").write_text(json.dumps(restarts))
     for stage, accuracy in (("teacher", 0.975), ("before", 0.7), ("after", 0.875)):
         pair = {pooling: {"mean": accuracy} for pooling in POOLINGS}
         result = {"mean": dict.fromkeys(POOLINGS, accuracy), "per_pair": {"de": pair, "th": pair}}

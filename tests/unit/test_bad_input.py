@@ -1,4 +1,4 @@
-"""What a user can get wrong about a run: one paragraph that says what, where and how to mend it, exit code 2, nothing left."""
+"""Errors of a user: one paragraph with what is wrong, where, and the fix; exit code 2; no files left."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Run = Callable[..., str]
 
 
 @pytest.fixture
-def refused(
+def error_of(
     tmp_path: Path, tiny_recipe: Path, fp32_config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> Iterator[Run]:
-    """Run pipeline/train.py's main with overrides; it must refuse. Returns the one paragraph that it printed."""
+    """Run pipeline/train.py's main with overrides that it must reject. Returns the one paragraph that it printed."""
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
@@ -39,7 +39,7 @@ def refused(
         assert "Traceback" not in error
         paragraphs = [line for line in error.splitlines() if line.startswith("error: ")]
         assert len(paragraphs) == 1, error
-        assert not run_dir.exists(), "a refused run left something behind"
+        assert not run_dir.exists(), "a run that was rejected left files"
         return paragraphs[0]
 
     yield run
@@ -48,20 +48,20 @@ def refused(
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
-def test_a_rank_that_is_no_number(name: str, refused: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_is_not_a_number(name: str, error_of: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.setenv(name, "two")
-    assert f"{name} is 'two'" in refused()
+    assert f"{name} is 'two'" in error_of()
 
 
-def test_missing_recipe_lists_the_recipes(refused: Run) -> None:
-    error = refused(recipe=Path("recipes/quikstart.yaml"))
+def test_missing_recipe_lists_the_recipes(error_of: Run) -> None:
+    error = error_of(recipe=Path("recipes/quikstart.yaml"))
     assert "recipes/quikstart.yaml" in error
     assert "recipes/quickstart.yaml" in error
 
 
-def test_options_by_their_whole_names(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """An option of a later version must not change what a shortened one means today."""
+def test_options_cannot_be_abbreviated(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """An option of a later version must not change the meaning of an abbreviation."""
     monkeypatch.setattr(sys, "argv", ["pipeline/train.py", "--deepspeed", "x.json", "--allow"])
     with pytest.raises(SystemExit) as end:
         main()
@@ -69,52 +69,52 @@ def test_options_by_their_whole_names(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "unrecognized arguments: --allow" in capsys.readouterr().err
 
 
-def test_unknown_key_names_the_nearest(refused: Run) -> None:
-    assert "did you mean `alpha`" in refused("alfa=0.3")
-    assert "`student.layer`" in refused("student.layer=3")
+def test_unknown_key_names_the_nearest(error_of: Run) -> None:
+    assert "did you mean `alpha`" in error_of("alfa=0.3")
+    assert "`student.layer`" in error_of("student.layer=3")
 
 
-def test_wrong_type(refused: Run) -> None:
-    assert "`steps` must be int, not 'many'" in refused("steps=many")
-    assert "alpha is 3.0" in refused("alpha=3")
+def test_wrong_type(error_of: Run) -> None:
+    assert "`steps` must be int, not 'many'" in error_of("steps=many")
+    assert "alpha is 3.0" in error_of("alpha=3")
 
 
-def test_missing_shards_name_the_command(refused: Run, tmp_path: Path) -> None:
-    assert "python -m data_prep prepare" in refused(f"data={tmp_path / 'nowhere'}")
+def test_missing_shards_name_the_command(error_of: Run, tmp_path: Path) -> None:
+    assert "python -m data_prep prepare" in error_of(f"data={tmp_path / 'nowhere'}")
 
 
-def test_missing_teacher_names_the_command(refused: Run) -> None:
-    assert "make demo" in refused("teacher=artifacts/no_such_teacher")
+def test_missing_teacher_names_the_command(error_of: Run) -> None:
+    assert "make demo" in error_of("teacher=artifacts/no_such_teacher")
 
 
-def test_unknown_architecture_lists_the_known(refused: Run, tmp_path: Path, tiny_teacher: Path) -> None:
+def test_unknown_architecture_lists_the_known(error_of: Run, tmp_path: Path, tiny_teacher: Path) -> None:
     other = copy_of(tiny_teacher, tmp_path)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "model_type": "gpt2", "architectures": ["GPT2Model"]}))
-    error = refused(f"teacher={other}")
+    error = error_of(f"teacher={other}")
     assert "gpt2" in error
     assert "xlm-roberta" in error
 
 
-def test_layer_out_of_range(refused: Run) -> None:
+def test_layer_out_of_range(error_of: Run) -> None:
     for role, last in (("teacher", 4), ("student", 2)):
-        error = refused(f"relations.{role}_layer=9")
+        error = error_of(f"relations.{role}_layer=9")
         assert f"no layer 9 in the {role}" in error
         assert f"layers 1 to {last}" in error
         assert f"relations.{role}_layer" in error
 
 
-def test_relation_heads_that_do_not_divide(refused: Run) -> None:
-    error = refused("relations.heads=7")
+def test_relation_heads_that_do_not_divide(error_of: Run) -> None:
+    error = error_of("relations.heads=7")
     assert "7" in error
     assert "one of: 1, 2, 3, 4, 6, 8, 12, 24" in error
-    error = refused("relations.heads=24", "student.hidden=32")  # the teacher's width is 48
+    error = error_of("relations.heads=24", "student.hidden=32")  # the teacher's width is 48
     assert error.endswith("one of: 1, 2, 4, 8, 16")
 
 
 @pytest.mark.parametrize("override", ["relations.tail_weight=-1", "relations.pairs={q-q: .nan}"])
-def test_weights_that_are_no_weights(refused: Run, override: str) -> None:
-    assert override.partition("=")[0] in refused(override)
+def test_invalid_relation_weights(error_of: Run, override: str) -> None:
+    assert override.partition("=")[0] in error_of(override)
 
 
 @pytest.mark.parametrize(
@@ -127,32 +127,32 @@ def test_weights_that_are_no_weights(refused: Run, override: str) -> None:
         ("student.hidden=96", "the student is 96 wide"),
     ],
 )
-def test_a_projected_student_is_refused_before_the_teacher_runs(override: str, words: str, refused: Run) -> None:
-    assert words in refused("student.init=project", override)
+def test_a_projected_student_is_rejected_before_the_teacher_runs(override: str, words: str, error_of: Run) -> None:
+    assert words in error_of("student.init=project", override)
 
 
-def test_attention_heads_that_do_not_divide(refused: Run) -> None:
-    assert "student.heads" in refused("student.heads=5")
+def test_attention_heads_that_do_not_divide(error_of: Run) -> None:
+    assert "student.heads" in error_of("student.heads=5")
 
 
-def test_tokenizer_of_other_shards(refused: Run, tmp_path: Path, tiny_teacher: Path) -> None:
+def test_tokenizer_of_other_shards(error_of: Run, tmp_path: Path, tiny_teacher: Path) -> None:
     other = copy_of(tiny_teacher, tmp_path)
     model = other / "sentencepiece.bpe.model"
     model.write_bytes(model.read_bytes() + b"\x00")
-    assert "another tokenizer" in refused(f"teacher={other}")
+    assert "another tokenizer" in error_of(f"teacher={other}")
 
 
-def test_a_tokenizer_whose_ids_are_other_than_the_shards(refused: Run, tmp_path: Path, tiny_teacher: Path) -> None:
-    """The same SentencePiece model, whose hash the shards name, read otherwise by whoever loads the teacher."""
+def test_a_tokenizer_with_other_ids_than_the_shards(error_of: Run, tmp_path: Path, tiny_teacher: Path) -> None:
+    """The SentencePiece model has the hash that the shards name, and the teacher's tokenizer still gives other ids."""
     other = copy_of(tiny_teacher, tmp_path)
     settings = json.loads((other / "tokenizer_config.json").read_text())
     (other / "tokenizer_config.json").write_text(json.dumps({**settings, "add_prefix_space": False}))
-    error = refused(f"teacher={other}")
+    error = error_of(f"teacher={other}")
     assert "are not those of AutoTokenizer.from_pretrained" in error
     assert "save_pretrained" in error
 
 
-def test_token_id_beyond_the_vocabulary(refused: Run, tmp_path: Path, tiny_teacher: Path) -> None:
+def test_token_id_beyond_the_vocabulary(error_of: Run, tmp_path: Path, tiny_teacher: Path) -> None:
     from transformers import AutoModel
 
     small = tmp_path / "small"
@@ -160,38 +160,38 @@ def test_token_id_beyond_the_vocabulary(refused: Run, tmp_path: Path, tiny_teach
     model.resize_token_embeddings(500)
     model.save_pretrained(small)
     shutil.copy(tiny_teacher / "sentencepiece.bpe.model", small)
-    error = refused(f"teacher={small}")
+    error = error_of(f"teacher={small}")
     assert "2002" in error
     assert "500" in error
 
 
-def test_truncated_shard_names_the_file(refused: Run, tmp_path: Path, tiny_shards: Path) -> None:
+def test_truncated_shard_names_the_file(error_of: Run, tmp_path: Path, tiny_shards: Path) -> None:
     shards = copy_of(tiny_shards, tmp_path)
     victim = next((shards / "tr").glob("*.tok"))
     victim.write_bytes(victim.read_bytes()[:-100])
-    assert victim.name in refused(f"data={shards}")
+    assert victim.name in error_of(f"data={shards}")
 
 
-def test_too_little_text_for_one_row(refused: Run) -> None:
+def test_too_little_text_for_one_row(error_of: Run) -> None:
     # sw has the least text; positions of the tiny teacher end at 64, but text is looked at first
-    error = refused("seq_len=60000")
+    error = error_of("seq_len=60000")
     assert "sw" in error
 
 
-def test_sequence_longer_than_the_positions(refused: Run) -> None:
-    assert "positions for 64" in refused("seq_len=65")
+def test_sequence_longer_than_the_positions(error_of: Run) -> None:
+    assert "positions for 64" in error_of("seq_len=65")
 
 
-def test_batch_that_does_not_divide(refused: Run) -> None:
-    assert "micro_batch_per_gpu could be 1, 2, 4, 8" in refused("micro_batch_per_gpu=3")
+def test_batch_that_does_not_divide(error_of: Run) -> None:
+    assert "micro_batch_per_gpu could be 1, 2, 4, 8" in error_of("micro_batch_per_gpu=3")
 
 
-def test_vocabulary_of_another_language(refused: Run) -> None:
-    assert "xx" in refused("languages=[tr, xx]")
+def test_vocabulary_of_another_language(error_of: Run) -> None:
+    assert "xx" in error_of("languages=[tr, xx]")
 
 
-def test_weights_of_a_language_that_is_not_there(refused: Run) -> None:
-    assert "xx" in refused("language_weights={hi: 1, sw: 1, he: 1, tr: 1, xx: 2}")
+def test_weights_of_a_missing_language(error_of: Run) -> None:
+    assert "xx" in error_of("language_weights={hi: 1, sw: 1, he: 1, tr: 1, xx: 2}")
 
 
 @pytest.mark.parametrize(
@@ -203,17 +203,17 @@ def test_weights_of_a_language_that_is_not_there(refused: Run) -> None:
         (lambda config: {**config, "auto_map": {"AutoModel": "evil.Model"}}, "auto_map"),
     ],
 )
-def test_teacher_that_would_not_be_what_was_trained(
-    spoil: Callable[[dict], dict], words: str, refused: Run, tmp_path: Path, tiny_teacher: Path
+def test_teacher_config_that_does_not_match_its_weights(
+    spoil: Callable[[dict], dict], words: str, error_of: Run, tmp_path: Path, tiny_teacher: Path
 ) -> None:
     other = shutil.copytree(tiny_teacher, tmp_path / "teacher")
     (other / "config.json").write_text(json.dumps(spoil(json.loads((other / "config.json").read_text()))))
-    error = refused(f"teacher={other}")
+    error = error_of(f"teacher={other}")
     assert words in error
     assert str(other) in error
 
 
-def test_nan_in_the_teacher(refused: Run, tmp_path: Path, tiny_teacher: Path) -> None:
+def test_nan_in_the_teacher(error_of: Run, tmp_path: Path, tiny_teacher: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     other = copy_of(tiny_teacher, tmp_path)
@@ -221,10 +221,10 @@ def test_nan_in_the_teacher(refused: Run, tmp_path: Path, tiny_teacher: Path) ->
     name = next(name for name in weights if name.endswith("layer.1.output.dense.weight"))
     weights[name][0, 0] = float("nan")
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    assert name in refused(f"teacher={other}")
+    assert name in error_of(f"teacher={other}")
 
 
-def test_deepspeed_json(refused: Run, tmp_path: Path, fp32_config: Path) -> None:
+def test_deepspeed_json(error_of: Run, tmp_path: Path, fp32_config: Path) -> None:
     base = json.loads(fp32_config.read_text())
 
     def with_changes(**changes: object) -> Path:
@@ -232,35 +232,35 @@ def test_deepspeed_json(refused: Run, tmp_path: Path, fp32_config: Path) -> None
         path.write_text(json.dumps({**base, **changes}))
         return path
 
-    assert "ds_configs/zero2.json" in refused(ds=Path("ds_configs/zero9.json"))
-    assert "did you mean `gradient_clipping`" in refused(ds=with_changes(gradient_cliping=1.0))
-    both = refused(ds=with_changes(gradient_clipping=2.5))
+    assert "ds_configs/zero2.json" in error_of(ds=Path("ds_configs/zero9.json"))
+    assert "did you mean `gradient_clipping`" in error_of(ds=with_changes(gradient_cliping=1.0))
+    both = error_of(ds=with_changes(gradient_clipping=2.5))
     assert "2.5" in both
     assert "ds.json" in both
     assert "tiny.yaml" in both
     adam = {"type": "AdamW", "params": {"lr": 0.5}}
-    assert "`lr` to 0.5" in refused(ds=with_changes(optimizer=adam))
-    assert "stage is 0" in refused(ds=with_changes(zero_optimization={"stage": 0}))
-    assert "scheduler" in refused(ds=with_changes(scheduler={"type": "WarmupLR"}))
+    assert "`lr` to 0.5" in error_of(ds=with_changes(optimizer=adam))
+    assert "stage is 0" in error_of(ds=with_changes(zero_optimization={"stage": 0}))
+    assert "scheduler" in error_of(ds=with_changes(scheduler={"type": "WarmupLR"}))
     (tmp_path / "ds.json").write_text("{")
-    assert "not valid JSON" in refused(ds=tmp_path / "ds.json")
+    assert "not valid JSON" in error_of(ds=tmp_path / "ds.json")
 
 
-def test_recipe_that_is_no_mapping_or_runs_code(refused: Run, tmp_path: Path) -> None:
+def test_recipe_that_is_not_a_mapping_or_runs_code(error_of: Run, tmp_path: Path) -> None:
     hostile = tmp_path / "hostile.yaml"
     hostile.write_text("!!python/object/apply:os.system ['touch /tmp/owned']")
-    assert "not readable YAML" in refused(recipe=hostile)
+    assert "not readable YAML" in error_of(recipe=hostile)
     hostile.write_text("- just\n- a list")
-    assert "key: value" in refused(recipe=hostile)
+    assert "key: value" in error_of(recipe=hostile)
 
 
-def test_port_in_use(refused: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_port_in_use(error_of: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
         monkeypatch.setenv("WORLD_SIZE", "2")  # one rank alone meets nobody
-        assert "--master_port" in refused()
+        assert "--master_port" in error_of()
 
 
 def test_resolved_recipe_reads_back_equal(tiny_recipe: Path, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""The fix that an error message prints works when it is pasted: each one is pasted, and the refusal is gone.
+"""The fix that an error message prints works: each one is pasted into a shell, and the error does not come again.
 
-Directories have spaces in their names, since that is what an unquoted path breaks at.
+Directories have spaces in their names, because an unquoted path fails there.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from pipeline.training.checks import check_fit, open_data
 from pipeline.training.how_to_prepare import how_to_prepare
 from tests.conftest import REPO, SAMPLES
 
-ANOTHER_TOKENIZER = b"\xc0\x0c\x01"  # a field that SentencePiece does not know: other bytes, the same pieces
+ANOTHER_TOKENIZER = b"\xc0\x0c\x01"  # an unknown field: SentencePiece ignores it, and the bytes differ
 
 
 def paste(command: str) -> str:
-    """What a shell makes of the command, in the root of the repository; it must succeed."""
+    """Run the command in a shell, in the root of the repository. It must succeed. Returns its output."""
     done = subprocess.run(["/bin/bash", "-c", command], cwd=REPO, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, f"{command}\n{done.stdout[-1000:]}{done.stderr[-2000:]}"
     return done.stdout
 
 
 def setting_in(message: str, key: str) -> str:
-    """The value of `--set` for this key, as a shell hands it over."""
+    """The value of `--set` for this key in a message, as a shell passes it."""
     words = shlex.split(message[message.index("--set ", message.index(key) - 10) :].partition(")")[0].split(" (")[0])
     assert words[1].startswith(key), message
     return words[1]
@@ -45,7 +45,7 @@ def setting_in(message: str, key: str) -> str:
 
 @pytest.fixture
 def recipe_file(tmp_path: Path, tiny_recipe: Path, tiny_teacher: Path) -> Path:
-    """The tiny recipe with a teacher and shards whose paths have spaces; the shards are still to be made."""
+    """The tiny recipe with spaces in the paths of teacher and shards. The shards do not exist yet."""
     teacher = shutil.copytree(tiny_teacher, tmp_path / "my teacher")
     path = tmp_path / "my recipe.yaml"
     lines = [line for line in tiny_recipe.read_text().splitlines() if not line.startswith(("teacher:", "data:"))]
@@ -53,8 +53,8 @@ def recipe_file(tmp_path: Path, tiny_recipe: Path, tiny_teacher: Path) -> Path:
     return path
 
 
-def refused(recipe: Recipe) -> str:
-    """What the run says about its shards."""
+def error_of_recipe(recipe: Recipe) -> str:
+    """The error of a run about its shards."""
     with pytest.raises((UserError, DataError)) as error:
         check_fit(recipe, open_data(recipe).shards, blank_models(recipe)[1])
     return str(error.value)
@@ -63,13 +63,13 @@ def refused(recipe: Recipe) -> str:
 def test_missing_shards_and_then_another_tokenizer(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPO)
     recipe = load_recipe(recipe_file, ["seq_len=16"])
-    message = refused(recipe)
+    message = error_of_recipe(recipe)
     paste(re.findall(r"Make them: (.*?)   \(or", message)[0])
     check_fit(recipe, open_data(recipe).shards, blank_models(recipe)[1])
 
     model = Path(recipe.teacher) / "sentencepiece.bpe.model"
     model.write_bytes(model.read_bytes() + ANOTHER_TOKENIZER)
-    message = refused(recipe)
+    message = error_of_recipe(recipe)
     paste(re.findall(r"Make them: (.*?)   \(then", message)[0])
     recipe = load_recipe(recipe_file, ["seq_len=16", setting_in(message, "data=")])
     check_fit(recipe, open_data(recipe).shards, blank_models(recipe)[1])
@@ -84,12 +84,12 @@ def test_a_missing_teacher(tmp_path: Path) -> None:
     shutil.rmtree(teacher)  # half a gigabyte
 
 
-def test_without_a_tokenizer_no_command_is_printed_that_cannot_work(tmp_path: Path) -> None:
+def test_without_a_tokenizer_no_command_is_printed(tmp_path: Path) -> None:
     assert "python" not in how_to_prepare(str(tmp_path / "nowhere"), "out")
     assert "No tokenizer found" in how_to_prepare("artifacts/no_teacher", "out")
 
 
-def test_a_tokenizer_of_the_hub_is_fetched_first() -> None:
+def test_a_tokenizer_of_the_hub_is_downloaded_first() -> None:
     fetch, prepare = how_to_prepare("some/model", "my shards").removeprefix("Make them: ").split(" && ")
     words = shlex.split(prepare)
     assert shlex.split(fetch)[-1] == words[words.index("--tokenizer") + 1]
@@ -158,7 +158,7 @@ def test_a_shard_that_was_swapped_is_found_by_the_command(prepared: tuple[str, P
     paste(command)
 
 
-def test_a_language_that_is_in_both(prepared: tuple[str, Path, Path], tmp_path: Path) -> None:
+def test_a_language_in_both_directories(prepared: tuple[str, Path, Path], tmp_path: Path) -> None:
     command, shards, text = prepared
     shutil.copy(SAMPLES / "cc100" / "he.txt.xz", text)
     other = tmp_path / "other shards"
@@ -201,7 +201,7 @@ def test_rows_longer_than_the_teachers_positions(tiny_recipe: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "key", "value"), [("alfa=0.4", "alpha", "0.4"), ("optimizer.warmup=3", "warmup_steps", "3")]
 )
-def test_the_nearest_key_is_a_key(wrong: str, key: str, value: str, tiny_recipe: Path) -> None:
+def test_the_suggested_key_exists(wrong: str, key: str, value: str, tiny_recipe: Path) -> None:
     with pytest.raises(UserError) as error:
         load_recipe(tiny_recipe, [wrong])
     (nearest,) = re.findall(r"did you mean `(\w+)`", str(error.value))
@@ -210,7 +210,7 @@ def test_the_nearest_key_is_a_key(wrong: str, key: str, value: str, tiny_recipe:
     load_recipe(tiny_recipe, [f"{section}.{nearest}={value}" if section else f"{nearest}={value}"])
 
 
-def test_commands_name_the_python_that_knows_this_project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_commands_name_the_python_of_this_project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert shlex.split(module_command("data_prep", "verify", "a b"))[1:] == ["-m", "data_prep", "verify", "a b"]
     (tmp_path / "python").symlink_to("/bin/false")

@@ -1,4 +1,4 @@
-"""A file that cannot be read now is not a corrupt one: tried again, then refused by name; nothing is passed over for it."""
+"""A file that cannot be read now is not corrupt: it is read again, then named in an error. No older data is used instead."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 
 from data_prep.__main__ import main as data_prep
 from data_prep.shards import ShardSet, UnreadableError, read_again
-from pipeline.runtime.checkpoint import committed_steps, newest_valid
+from pipeline.runtime.checkpoint import newest_valid
+from pipeline.runtime.checkpoint_files import committed_steps
 from pipeline.runtime.tensor_files import save_tensors
-from tests.unit.runtime.test_checkpoint_damage import write
+from tests.unit.runtime.test_checkpoint_corruption import write
 
 NOBODY = 65534
 
@@ -41,7 +42,7 @@ def no_descriptors_left() -> Iterator[list[int]]:
 
 @contextmanager
 def another_user() -> Iterator[None]:
-    """Root may read everything; somebody else may not."""
+    """Run the block as a user without the permissions of root."""
     if os.geteuid() != 0:
         yield
         return
@@ -53,12 +54,12 @@ def another_user() -> Iterator[None]:
 
 
 @pytest.fixture
-def open_place() -> Iterator[Path]:
-    """A directory that other users may enter, unlike pytest's own."""
-    place = Path(tempfile.mkdtemp())
-    place.chmod(0o755)
-    yield place
-    shutil.rmtree(place)
+def shared_directory() -> Iterator[Path]:
+    """A directory that other users can read, unlike pytest's own."""
+    directory = Path(tempfile.mkdtemp())
+    directory.chmod(0o755)
+    yield directory
+    shutil.rmtree(directory)
 
 
 def test_a_checkpoint_that_cannot_be_opened_is_neither_passed_over_nor_corrupt(tmp_path: Path) -> None:
@@ -66,11 +67,11 @@ def test_a_checkpoint_that_cannot_be_opened_is_neither_passed_over_nor_corrupt(t
     with no_descriptors_left(), pytest.raises(UnreadableError, match=r"EMFILE.*ulimit -n"):
         newest_valid(tmp_path)
     assert newest_valid(tmp_path) == (newer, [])
-    (newer / "state.json").unlink()  # read, and found wrong
+    (newer / "state.json").unlink()  # now it is corrupt
     assert newest_valid(tmp_path)[0] == older
 
 
-def test_what_fails_for_a_moment_is_read_all_the_same(tmp_path: Path) -> None:
+def test_a_read_that_fails_for_a_moment_is_repeated(tmp_path: Path) -> None:
     write(tmp_path, 100)
     newer = write(tmp_path, 200)
     with no_descriptors_left() as held:
@@ -80,37 +81,37 @@ def test_what_fails_for_a_moment_is_read_all_the_same(tmp_path: Path) -> None:
         release.join()
 
 
-def test_a_checkpoint_of_another_user_is_refused_by_name(open_place: Path) -> None:
-    write(open_place, 100)
-    newer = write(open_place, 200)
+def test_an_unreadable_checkpoint_of_another_user_is_named(shared_directory: Path) -> None:
+    write(shared_directory, 100)
+    newer = write(shared_directory, 200)
     for path in newer.iterdir():
         path.chmod(0o644)
     weight = next(newer.glob("weight-*"))
     weight.chmod(0)
     with another_user(), pytest.raises(UnreadableError, match=rf"{weight.name} cannot be read now \(EACCES"):
-        newest_valid(open_place)
+        newest_valid(shared_directory)
     weight.chmod(0o644)
-    newer.chmod(0)  # its files cannot even be counted
+    newer.chmod(0)  # its files cannot be listed
     with another_user(), pytest.raises(UnreadableError, match="EACCES"):
-        newest_valid(open_place)
+        newest_valid(shared_directory)
     newer.chmod(0o755)
-    open_place.chmod(0)  # and this one is not a run without checkpoints
+    shared_directory.chmod(0)  # and the run is not taken for one without checkpoints
     with another_user(), pytest.raises(UnreadableError):
-        committed_steps(open_place)
-    open_place.chmod(0o755)
+        committed_steps(shared_directory)
+    shared_directory.chmod(0o755)
 
 
-def test_missing_files_and_directories_are_answers(tmp_path: Path) -> None:
+def test_a_missing_file_or_a_directory_in_its_place_is_not_read_again(tmp_path: Path) -> None:
     for path, kind in ((tmp_path / "none", FileNotFoundError), (tmp_path, IsADirectoryError)):
         with pytest.raises(kind):
             read_again(path, path.read_bytes)
     assert committed_steps(tmp_path / "none") == []
 
 
-def test_verify_goes_on_past_unreadable_shards(
-    tiny_shards: Path, open_place: Path, capsys: pytest.CaptureFixture[str]
+def test_verify_continues_after_unreadable_shards(
+    tiny_shards: Path, shared_directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shards = Path(shutil.copytree(tiny_shards, open_place / "shards"))
+    shards = Path(shutil.copytree(tiny_shards, shared_directory / "shards"))
     first, *_, last = [shard.path for shard in ShardSet(shards).all_shards()]
     content = bytearray(last.read_bytes())
     content[5000] ^= 1

@@ -16,15 +16,8 @@ from safetensors.torch import load_file
 from data_prep.durable_files import unique_name
 from pipeline.errors import UserError
 from pipeline.evaluation.ranks import Ranks
-from pipeline.runtime.checkpoint import (
-    UNTRAINED_FILE,
-    CheckpointConfig,
-    checkpoint_path,
-    commit,
-    fsync_and_hash,
-    newest_valid,
-    prune,
-)
+from pipeline.runtime.checkpoint import CheckpointConfig, newest_valid, prune
+from pipeline.runtime.checkpoint_files import UNTRAINED_FILE, checkpoint_path, commit, fsync_and_hash, untrained_file
 from pipeline.runtime.optimizer import MOMENTS
 from pipeline.runtime.tensor_files import save_tensors
 
@@ -85,7 +78,7 @@ def resume(
         if f"{name}:0" in tensors[MOMENTS[0]]:
             moments = {kind: tensors[kind][f"{name}:0"].view(parameter.shape).to(parameter.device) for kind in MOMENTS}
             adam.state[parameter] = {"step": torch.tensor(float(state["step"])), **moments}
-    return load_file(path / UNTRAINED_FILE), state
+    return load_file(untrained_file(path)), state
 
 
 def _newest(directory: Path) -> str | None:

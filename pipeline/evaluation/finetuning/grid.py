@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 
 from data_prep.durable_files import replace_file
 from pipeline.evaluation.encoder import VOCABULARY_FILES, Encoder
 from pipeline.evaluation.finetuning.loop import FinetuneConfig, FinetuneTask, GridPoint, Scores, finetune, mean_of
 from pipeline.evaluation.ranks import Ranks
 from pipeline.provenance import fingerprint
+from pipeline.runtime.file_hash import xxh3_128_of
 from pipeline.runtime.json_files import read_json
 
 # Settings that change nothing within one cell. micro_batch is none of them: dropout draws a mask per micro-batch.
@@ -112,15 +112,7 @@ def encoder_fingerprint(encoder: Encoder) -> list[str]:
         return [encoder.path, str(getattr(encoder.model.config, "_commit_hash", None))]
     patterns = ("config.json", "*.safetensors", *VOCABULARY_FILES)
     files = sorted({path for pattern in patterns for path in directory.glob(pattern)})
-    return [f"{path.name} {_xxh3(path)}" for path in files]
-
-
-def _xxh3(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
+    return [f"{path.name} {xxh3_128_of(path)}" for path in files]
 
 
 def _finished(directory: Path) -> dict[str, Any] | None:

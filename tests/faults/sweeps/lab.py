@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from pipeline.runtime.checkpoint import KINDS, CheckpointReader, newest_valid
+from pipeline.runtime.checkpoint import CheckpointReader, newest_valid
+from pipeline.runtime.checkpoint_files import KINDS
 from tests.conftest import (
     make_tiny_shards,
     make_tiny_teacher,

@@ -1,4 +1,4 @@
-"""A wrong clock on one host ends no run after its first step, and is named."""
+"""A wrong clock on one host does not end a run after its first step, and a warning names the host."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from pipeline.runtime.stop import StopRequests
 NOW, DAY = 1_800_000_000.0, 86_400.0
 
 
-def test_ranks_count_from_rank_zeros_clock() -> None:
+def test_rank_zeros_clock_decides() -> None:
     left, warnings = agree([("one", NOW, NOW + 7200), ("two", NOW + DAY, NOW + 7200)])
     assert left == 7200
     assert "clock of two is 86400 s ahead of that of one" in warnings[0]
 
 
-def test_a_minute_is_no_difference() -> None:
+def test_a_difference_of_a_minute_is_ignored() -> None:
     assert agree([("one", NOW, NOW + 7200), ("two", NOW - 60, NOW + 7200)]) == (7200, [])
 
 
-def test_rank_zeros_clock_past_the_jobs_end_gives_way_to_another() -> None:
+def test_another_clock_decides_where_rank_zeros_is_past_the_end_of_the_job() -> None:
     left, warnings = agree([("one", NOW + DAY, NOW + 7200), ("two", NOW, NOW + 7200)])
     assert left == 7200
     assert "another rank's is used" in warnings[-1]
 
 
-def test_an_end_that_is_over_by_every_clock_is_no_deadline() -> None:
+def test_an_end_in_the_past_by_every_clock_is_no_deadline() -> None:
     left, warnings = agree([("one", NOW + DAY, NOW + 7200)])
     assert left == math.inf
     assert "in the past by every clock (one: " in warnings[-1]

@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON to its last level: types, ranges, unknown and doubled keys, and what would break a resume."""
+"""Every key of the DeepSpeed JSON: types, ranges, unknown and duplicate keys, and settings that would break a resume."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def resolved(path: Path) -> dict[str, Any]:
     return resolve(path, "recipes/x.yaml", OptimizerConfig(), BatchShape(4, 2), 8, GPU)[0]
 
 
-def refusal(tmp_path: Path, text: str | bytes) -> str:
+def error_of(tmp_path: Path, text: str | bytes) -> str:
     path = tmp_path / "ds.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError) as error:
@@ -60,7 +60,7 @@ WRONG = [
     ("fp16.initial_scale_power", 1_000_000_000, "0 to 32"),
     ("fp16.initial_scale_power", "auto", "leave the key out"),
     ("fp16.loss_scale_window", 0, "1 to"),
-    ("fp16.min_loss_scale", 0.5, "whole"),
+    ("fp16.min_loss_scale", 0.5, "integer"),
     ("fp16.hysterisis", 2, "did you mean `hysteresis`"),
     ("bf16.check_grad_overflow", False, "skip the step"),
     ("bf16.bf16_master_weights_and_grads", True, "fp32"),
@@ -74,8 +74,8 @@ WRONG = [
     ("optimizer.params.betas", [0.9], "list of 2"),
     ("optimizer.params.lr", "1e-3", '"auto"'),
     ("zero_optimization.stage", 4, "0 to 3"),
-    ("zero_optimization.stage", True, "whole"),
-    ("zero_optimization.stage", "2", "whole"),
+    ("zero_optimization.stage", True, "integer"),
+    ("zero_optimization.stage", "2", "integer"),
     ("zero_optimization.stge", 3, "did you mean `stage`"),
     ("zero_optimization.reduce_bucket_size", -1, "1 to"),
     ("zero_optimization.reduce_bucket_size", 10**18, "1 to"),
@@ -90,11 +90,11 @@ WRONG = [
     ("zero_optimization.zero_quantized_nontrainable_weights", True, "exported"),
     ("zero_optimization.legacy_stage1", True, "by parameter name"),
     ("zero_optimization.cpu_offload", True, '"offload_optimizer": {"device": "cpu"}'),
-    ("zero_optimization.leaf_module", {"names": [1]}, "list of texts"),
+    ("zero_optimization.leaf_module", {"names": [1]}, "list of strings"),
     ("communication_data_type", "float16", '"fp16"'),
     ("gradient_clipping", -1, "0 to"),
     ("train_batch_size", 0, "1 to"),
-    ("train_batch_size", 1.5, "whole"),
+    ("train_batch_size", 1.5, "integer"),
     ("steps_per_print", 0, "1 to"),
     ("activation_checkpointing", {}, "student.checkpointing"),
     ("checkpoint", {"load_universal": True}, "recipe's `checkpoint`"),
@@ -106,8 +106,8 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("dotted", "value", "words"), WRONG, ids=[f"{key}={value}"[:60] for key, value, _ in WRONG])
-def test_a_wrong_value_is_named_with_its_key_and_the_fix(dotted: str, value: Any, words: str, tmp_path: Path) -> None:
-    message = refusal(tmp_path, json.dumps(with_value(dotted, value)))
+def test_the_error_names_key_value_and_fix(dotted: str, value: Any, words: str, tmp_path: Path) -> None:
+    message = error_of(tmp_path, json.dumps(with_value(dotted, value)))
     assert dotted.split(".")[-1] in message
     assert words in message
 
@@ -128,14 +128,14 @@ def test_a_wrong_value_is_named_with_its_key_and_the_fix(dotted: str, value: Any
         (b"\xff\xfe{\x00}\x00", "not valid JSON"),
     ],
 )
-def test_text_that_is_no_config(text: str | bytes, words: str, tmp_path: Path) -> None:
-    assert words in refusal(tmp_path, text)
+def test_text_that_is_not_a_config(text: str | bytes, words: str, tmp_path: Path) -> None:
+    assert words in error_of(tmp_path, text)
 
 
 def test_fused_and_foreach_together(tmp_path: Path) -> None:
     config = with_value("optimizer.params.fused", True)
     config["optimizer"]["params"]["foreach"] = True
-    assert "keep one" in refusal(tmp_path, json.dumps(config))
+    assert "keep one" in error_of(tmp_path, json.dumps(config))
 
 
 def test_a_byte_order_mark_and_numbers_as_people_write_them(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_byte_order_mark_and_numbers_as_people_write_them(tmp_path: Path) -> N
 
 
 def test_keys_are_deepspeeds_own() -> None:
-    """A key that a later DeepSpeed renames or adds fails here, not in a user's run."""
+    """A key that a later DeepSpeed renames or adds makes this test fail, not a user's run."""
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
@@ -190,7 +190,7 @@ def example(rule: Any) -> st.SearchStrategy:
 
 
 @given(zero=example(ds_schema.CONFIG["zero_optimization"]))
-def test_what_is_accepted_deepspeed_accepts(zero: dict[str, Any]) -> None:
+def test_deepspeed_accepts_what_is_accepted_here(zero: dict[str, Any]) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     ds_schema.check({"zero_optimization": zero}, Path("ds.json"))
@@ -212,7 +212,7 @@ json_values = st.recursive(
     value=json_values,
     nested=st.booleans(),
 )
-def test_any_value_anywhere_is_resolved_or_refused(
+def test_any_value_anywhere_is_resolved_or_rejected(
     key: str, inner: str, value: Any, nested: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "any.json"

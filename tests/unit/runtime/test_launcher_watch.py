@@ -1,4 +1,4 @@
-"""Ranks notice the end of the program that launched them, and of nothing else above them."""
+"""Ranks notice the end of their launcher, and ignore the end of other programs above them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LAUNCHER = "import subprocess, sys; subprocess.Popen([sys.executable, *sys.argv[
 
 
 def start_below(launcher: Path, rank: Path, patience_s: float) -> subprocess.Popen:
-    """A launcher by that name, with a rank below it; both write to one pipe."""
+    """Start a launcher of that file name, with a rank below it. Both write to one pipe."""
     launcher.write_text(LAUNCHER)
     rank.write_text(RANK.format(repo=str(REPO)))
     command = [sys.executable, str(launcher), str(rank), str(patience_s)]
@@ -44,7 +44,7 @@ def test_a_launcher_that_was_killed_is_noticed(name: str, tmp_path: Path) -> Non
     assert process.stdout.readline() == "gone\n"
 
 
-def test_a_shell_or_script_above_a_rank_may_end(tmp_path: Path) -> None:
+def test_the_end_of_a_shell_or_script_above_a_rank_is_ignored(tmp_path: Path) -> None:
     process = start_below(tmp_path / "my_script.py", tmp_path / "rank.py", 3)
     os.kill(process.pid, signal.SIGTERM)
     process.wait(10)

@@ -1,4 +1,4 @@
-"""What is left of the memory of a host, and of the job that this process belongs to."""
+"""Memory that is left on a host, and in the job of this process."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.runtime.host_memory import PLENTY, available_memory_bytes
+from pipeline.runtime.host_memory import UNLIMITED, available_memory_bytes
 
 GIB = 2**30
 
 
-def lay_out(base: Path, files: dict[str, str]) -> tuple[Path, Path]:
-    """A /proc and a /sys/fs/cgroup of our own."""
+def make_files(base: Path, files: dict[str, str]) -> tuple[Path, Path]:
+    """Make the files of a /proc and a /sys/fs/cgroup for a test."""
     files = {"proc/meminfo": f"MemTotal: 1 kB\nMemAvailable: {8 * GIB // 1024} kB\n", **files}
     for name, text in files.items():
         path = base / name
@@ -21,8 +21,8 @@ def lay_out(base: Path, files: dict[str, str]) -> tuple[Path, Path]:
     return base / "proc", base / "cgroup"
 
 
-def test_this_host_has_some() -> None:
-    assert 0 < available_memory_bytes() < PLENTY // 2
+def test_this_host_has_free_memory() -> None:
+    assert 0 < available_memory_bytes() < UNLIMITED // 2
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_this_host_has_some() -> None:
             },
         ),
         (
-            "1, beside the groups of other controllers",
+            "1, next to the groups of other controllers",
             {
                 "proc/self/cgroup": "5:cpu,cpuacct:/x\n4:memory:/slurm/job_7\n0::/\n",
                 "cgroup/memory/slurm/job_7/memory.limit_in_bytes": f"{4 * GIB}\n",
@@ -51,7 +51,7 @@ def test_this_host_has_some() -> None:
             },
         ),
         (
-            "2, in a container whose path is that of the host",
+            "2, in a container that sees the path of the host",
             {
                 "proc/self/cgroup": "0::/docker/abc\n",
                 "cgroup/memory.max": f"{4 * GIB}\n",
@@ -61,9 +61,9 @@ def test_this_host_has_some() -> None:
     ],
 )
 def test_the_jobs_limit_counts(version: str, files: dict[str, str], tmp_path: Path) -> None:
-    assert available_memory_bytes(*lay_out(tmp_path, files)) == 2 * GIB, version
+    assert available_memory_bytes(*make_files(tmp_path, files)) == 2 * GIB, version
 
 
-def test_without_limits_the_host_decides(tmp_path: Path) -> None:
-    assert available_memory_bytes(*lay_out(tmp_path, {})) == 8 * GIB
-    assert available_memory_bytes(tmp_path / "no", tmp_path / "none") == PLENTY // 1024 * 1024
+def test_without_limits_the_memory_of_the_host_counts(tmp_path: Path) -> None:
+    assert available_memory_bytes(*make_files(tmp_path, {})) == 8 * GIB
+    assert available_memory_bytes(tmp_path / "no", tmp_path / "none") == UNLIMITED // 1024 * 1024

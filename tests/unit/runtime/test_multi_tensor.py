@@ -1,4 +1,4 @@
-"""Overflow verdict and norm of all gradients at once: right values in a handful of operations."""
+"""Overflow check and norm of all gradients together: right values in a few operations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Launches(TorchDispatchMode):
 
 
 def optimizer(gradients):
-    """What the two methods read of DeepSpeed's optimizer; against a real one: tests/dist/test_checkpoint.py."""
+    """The attributes of DeepSpeed's optimizer that the two methods read. Real one: tests/dist/test_checkpoint.py."""
     zero = types.SimpleNamespace(bit16_groups=[0], averaged_gradients={0: gradients}, device=torch.device("cpu"))
     zero.get_grad_norm_direct = zero.has_overflow_partitioned_grads_serial = None
     return zero
@@ -30,7 +30,7 @@ def optimizer(gradients):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bad", [None, float("nan"), float("inf"), -float("inf")])
-def test_one_bad_number_anywhere_is_an_overflow(dtype, bad):
+def test_one_non_finite_element_anywhere_is_an_overflow(dtype, bad):
     gradients = [torch.full((n,), torch.finfo(dtype).max, dtype=dtype) for n in (5, 1, 9)]
     if bad is not None:
         gradients[1][0] = bad
@@ -56,7 +56,7 @@ def test_launches_do_not_grow_with_the_number_of_gradients():
     assert counts[0] == counts[1] < 10
 
 
-def test_another_deepspeed_keeps_its_own_and_says_so():
+def test_another_deepspeed_keeps_its_own_methods_with_a_warning():
     zero = optimizer([])
     warning = use_multi_tensor_checks(zero, "0.20.0")
     assert warning is not None

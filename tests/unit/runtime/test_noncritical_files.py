@@ -1,4 +1,4 @@
-"""What is beside the training cannot end it: a file of another shape is kept under another name and written again."""
+"""Files that a run can do without cannot end it: one of another shape is kept under another name and written again."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from pipeline.runtime.metrics import Metrics
 from pipeline.runtime.noncritical_files import read_json_or_warn, set_aside, write_file_or_warn
 from pipeline.runtime.rank_log import tee_output
 from pipeline.runtime.restarts import Restarts
-from pipeline.runtime.stop import StopRequests
 from pipeline.runtime.watchdog import Watchdog
 
 
 def put(kind: str, path: Path) -> None:
-    """Something else where a file is expected."""
+    """Create something that is not a regular file at `path`."""
     if kind == "directory":
         path.mkdir()
     elif kind == "fifo":
@@ -28,7 +27,7 @@ def put(kind: str, path: Path) -> None:
         path.symlink_to(path.parent / "nowhere" / "at all")
 
 
-KINDS = ["directory", "fifo", "link to nothing"]
+KINDS = ["directory", "fifo", "dangling link"]
 
 
 @pytest.mark.parametrize(
@@ -36,19 +35,22 @@ KINDS = ["directory", "fifo", "link to nothing"]
     ["null", "[{}]", "{", "5", "[" * 100_000, '[{"saved_steps": 3, "ended": null}]', b"\xff\xfe", b""],
     ids=lambda content: repr(content[:12]),
 )
-def test_starts_of_another_shape_are_kept_aside_and_counted_anew(tmp_path: Path, content: str | bytes) -> None:
-    path = tmp_path / "lives.json"
+@pytest.mark.parametrize("name", ["restarts.json", "lives.json"])
+def test_attempts_of_another_shape_are_renamed_and_counted_from_zero(
+    tmp_path: Path, content: str | bytes, name: str
+) -> None:
+    path = tmp_path / name
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     restarts = Restarts(tmp_path)
     assert (restarts.crashes_in_a_row, restarts.slowest_save_s) == (0, 0.0)
     restarts.begin(0, 1)
-    assert len(json.loads(path.read_text())) == 1
-    assert (tmp_path / "lives.json.corrupt-1").exists()
+    assert len(json.loads((tmp_path / "restarts.json").read_text())) == 1
+    assert (tmp_path / f"{name}.corrupt-1").exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_file_beside_the_training_may_be_in_the_way(tmp_path: Path, kind: str) -> None:
-    names = ("metrics.jsonl", "metrics.tmp", "lives.tmp", "spikes.jsonl", "DONE", "run.json", "run.json.tmp")
+def test_nothing_in_the_place_of_a_noncritical_file_ends_a_run(tmp_path: Path, kind: str) -> None:
+    names = ("metrics.jsonl", "metrics.tmp", "restarts.json", "spikes.jsonl", "DONE", "run.json", "run.json.tmp")
     for name in names:
         put(kind, tmp_path / name)
     restarts = Restarts(tmp_path)
@@ -63,7 +65,7 @@ def test_no_file_beside_the_training_may_be_in_the_way(tmp_path: Path, kind: str
     assert json.loads((tmp_path / "spikes.jsonl").read_text())["loss"] == 2.0
     assert (tmp_path / "DONE").read_text() == "done"
     assert read_json_or_warn(tmp_path / "run.json") == {}
-    assert len(json.loads((tmp_path / "lives.json").read_text())) == 1
+    assert len(json.loads((tmp_path / "restarts.json").read_text())) == 1
 
 
 def test_good_points_of_a_curve_survive_bad_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,7 +78,7 @@ def test_good_points_of_a_curve_survive_bad_lines(tmp_path: Path, capsys: pytest
     metrics.close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
     assert (tmp_path / "metrics.jsonl.corrupt-1").read_bytes() == before
-    assert "5 lines are no points" in capsys.readouterr().out
+    assert "5 lines are not points" in capsys.readouterr().out
     assert "loss/total" in metrics.known_of_first_step
 
 
@@ -98,10 +100,10 @@ def test_tensorboard_and_logs_that_are_files_are_replaced(tmp_path: Path) -> Non
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
-def test_a_place_that_takes_no_files_costs_the_logs_and_nothing_else(
+def test_a_directory_that_cannot_be_written_to_costs_the_logs_and_nothing_else(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """/proc takes no files, from root either."""
+    """Not even root can create files in /proc."""
     nowhere = Path("/proc/self")
     with Watchdog(GuardConfig(), nowhere / "logs" / "stacks-rank0.txt"):
         tee_output(nowhere / "logs" / "rank0.log")
@@ -111,31 +113,28 @@ def test_a_place_that_takes_no_files_costs_the_logs_and_nothing_else(
         write_file_or_warn(nowhere / "run.json", "{}")
         Restarts(nowhere).begin(0, 1)
     said = capfd.readouterr().out
-    for name in ("stacks-rank0.txt", "rank0.log", "metrics", "run.json", "lives.json"):
+    for name in ("stacks-rank0.txt", "rank0.log", "metrics", "run.json", "restarts.json"):
         assert any(line.startswith("warning: ") and name in line for line in said.splitlines()), name
 
 
-def test_a_stop_directory_left_by_an_earlier_start_stops_nothing(tmp_path: Path) -> None:
-    (tmp_path / "STOP").mkdir()
-    stop = StopRequests(tmp_path / "STOP", margin_s=1)
-    stop.forget_leftover()
-    assert stop.reason is None
-    assert (tmp_path / "STOP.corrupt-1").is_dir()
+def test_a_full_disk_is_a_warning(capsys: pytest.CaptureFixture) -> None:
+    assert not write_file_or_warn(Path("/dev/full"), "done")
+    assert "warning: /dev/full not written" in capsys.readouterr().out
 
 
-def test_a_device_is_left_where_it_is(tmp_path: Path) -> None:
+def test_a_device_is_not_renamed(tmp_path: Path) -> None:
     device = tmp_path / "full"
     try:
-        os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 7))  # one of its own: the machine's is not put at risk
+        os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 7))  # a device of this test, not one of the machine
     except PermissionError:
-        pytest.skip("making a device takes root")
+        pytest.skip("only root can make a device")
     write_file_or_warn(device, "done")
     set_aside(device, "not a regular file")
     assert device.is_char_device()
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
-def test_every_bad_file_keeps_a_name_of_its_own(tmp_path: Path) -> None:
+def test_every_renamed_file_gets_a_name_of_its_own(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         (tmp_path / "run.json").write_text(str(number))
         set_aside(tmp_path / "run.json", "another shape")

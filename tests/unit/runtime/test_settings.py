@@ -1,4 +1,4 @@
-"""DeepSpeed JSON against recipe and device, the schedule, and who is weight-decayed."""
+"""DeepSpeed JSON against recipe and device, the learning rate schedule, and weight decay."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_fp16_falls_back_with_one_warning(can: Precisions, instead: str) -> None
     assert instead in warnings[0]
 
 
-def test_bf16_on_a_gpu_without_it_names_the_config_to_use() -> None:
+def test_bf16_on_a_gpu_without_bf16_names_the_config_to_use() -> None:
     with pytest.raises(UserError, match=r"zero2\.json"):
         resolved(REPO / "ds_configs" / "zero2_bf16.json", OLD_GPU)
 
@@ -58,11 +58,11 @@ def test_auto_precision_is_never_silently_off(tmp_path: Path) -> None:
     ("global_batch", "micro", "ranks", "expected"),
     [(256, 32, 8, BatchShape(32, 1)), (256, 8, 8, BatchShape(8, 4)), (16, 16, 2, BatchShape(8, 1))],
 )
-def test_batch_is_cut(global_batch: int, micro: int, ranks: int, expected: BatchShape) -> None:
+def test_batch_is_divided(global_batch: int, micro: int, ranks: int, expected: BatchShape) -> None:
     assert split_batch(global_batch, micro, ranks) == expected
 
 
-def test_batch_that_does_not_divide_names_what_would() -> None:
+def test_batch_that_does_not_divide_names_values_that_do() -> None:
     with pytest.raises(UserError, match="global_batch=12"):
         split_batch(13, 4, 3)
     with pytest.raises(UserError, match="1, 2, 3, 4, 6, 12"):
@@ -90,6 +90,6 @@ def test_biases_and_norms_are_not_decayed() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"lr": 0}, {"betas": [0.9]}, {"betas": [0.9, 1.0]}, {"warmup_steps": -1}])
-def test_impossible_optimizers(wrong: dict) -> None:
+def test_invalid_optimizer_settings(wrong: dict) -> None:
     with pytest.raises(UserError):
         OptimizerConfig(**wrong)

@@ -1,4 +1,4 @@
-"""TensorBoard as people meet it: the real server on a run's log directory, read back over HTTP."""
+"""TensorBoard's own server on the log directory of a run, read back over HTTP."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Get = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def get(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Get]:
-    """Ask the real server about a log directory that the run's own writer made."""
+    """Query TensorBoard's server about a log directory that `Metrics` wrote."""
     run_dir = tmp_path_factory.mktemp("runs") / "quick"
     run_dir.mkdir()
     metrics = Metrics(run_dir, active=True, first_step=0, steps=2)
@@ -86,7 +86,7 @@ def _address(server: subprocess.Popen, log: Path) -> str:
     return found[0]
 
 
-def test_every_figure_is_there_under_its_group(get: Get) -> None:
+def test_every_value_is_found_under_its_group(get: Get) -> None:
     (run,) = get("runs")
     tags = get("plugin/scalars/tags")[run]
     assert set(tags) == {tensorboard_tag(tag) for tag in VALUES}

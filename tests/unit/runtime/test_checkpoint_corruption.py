@@ -1,4 +1,4 @@
-"""A damaged checkpoint is never taken: flips, cuts, missing and swapped files, files of other steps, hostile names."""
+"""A corrupt checkpoint is never resumed from: flipped bits, cut, missing and swapped files, files of other steps, hostile names."""
 
 from __future__ import annotations
 
@@ -12,21 +12,24 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.errors import UserError
-from pipeline.runtime import checkpoint
-from pipeline.runtime.checkpoint import (
+from pipeline.runtime.checkpoint import CheckpointConfig, CheckpointReader, newest_valid, prune
+from pipeline.runtime.checkpoint_files import (
+    FORMER_UNTRAINED_FILE,
     KINDS,
-    CheckpointConfig,
-    CheckpointReader,
+    UNTRAINED_FILE,
+    commit,
     committed_steps,
-    damage,
-    newest_valid,
-    prune,
+    corruption,
+    fsync_and_hash,
+    manifest_text,
+    untrained_file,
 )
+from pipeline.runtime.checkpoint_writer import write_untrained
 
 NUMEL = 40
 
 
-def write(directory: Path, step: int) -> Path:
+def write(directory: Path, step: int, untrained: str = UNTRAINED_FILE) -> Path:
     """A checkpoint of one 5 x 8 parameter as two ranks would write it, committed by the product's own code."""
     partial = directory / f"step-{step:08d}.tmp"
     partial.mkdir(parents=True)
@@ -36,10 +39,10 @@ def write(directory: Path, step: int) -> Path:
         for rank, (start, stop) in enumerate(((0, 17), (17, NUMEL))):
             name = f"{kind}-{rank:05d}-of-00002.safetensors"
             save_file({f"encoder.weight:{start}": values[start:stop].clone()}, partial / name)
-    save_file({"tail": torch.full((3,), float(step))}, partial / checkpoint.UNTRAINED_FILE)
+    save_file({"tail": torch.full((3,), float(step))}, partial / untrained)
     (partial / "state.json").write_text(json.dumps({"step": step, "parameters": {"encoder.weight": [5, 8]}}))
-    files = {path.name: checkpoint.fsync_and_hash(path) for path in partial.iterdir()}
-    checkpoint.commit(partial, directory / f"step-{step:08d}", files)
+    files = {path.name: fsync_and_hash(path) for path in partial.iterdir()}
+    commit(partial, directory / f"step-{step:08d}", files)
     return directory / f"step-{step:08d}"
 
 
@@ -48,7 +51,7 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
     return write(tmp_path, 100), write(tmp_path, 200)
 
 
-def test_whole_checkpoint_reads_back_across_ranks(pair: tuple[Path, Path]) -> None:
+def test_a_valid_checkpoint_reads_back_across_ranks(pair: tuple[Path, Path]) -> None:
     newest, problems = newest_valid(pair[0].parent)
     assert (newest, problems) == (pair[1], [])
     reader = CheckpointReader(pair[1])
@@ -61,13 +64,13 @@ def test_whole_checkpoint_reads_back_across_ranks(pair: tuple[Path, Path]) -> No
         reader.read("weight", "encoder.weight", 30, 20)
     with pytest.raises(UserError, match=r"encoder\.bias"):
         reader.check_shapes({"encoder.weight": [5, 8], "encoder.bias": [8]})
-    for trained, tail in (([8, 5], 3), ([5, 4], 3), ([5, 8], 4)):  # 20 of 40 numbers would be there to be read
+    for trained, tail in (([8, 5], 3), ([5, 4], 3), ([5, 8], 4)):  # the first 20 of 40 numbers could be read
         with pytest.raises(UserError, match=r"encoder\.weight, 5 x 8 there|tail, 3 there and 4 here"):
             reader.check_shapes({"encoder.weight": trained}, {"tail": torch.zeros(tail)})
     reader.check_shapes({"encoder.weight": [5, 8]}, {"tail": torch.zeros(3)})
 
 
-def damage_somehow(choice: random.Random, newer: Path, older: Path) -> str:
+def corrupt_randomly(choice: random.Random, newer: Path, older: Path) -> str:
     files = sorted(path for path in newer.iterdir())
     victim = choice.choice(files)
     kind = choice.choice(["flip", "cut", "missing", "swap", "other step", "grow", "link", "add"])
@@ -87,7 +90,7 @@ def damage_somehow(choice: random.Random, newer: Path, older: Path) -> str:
         content = one.read_bytes()
         one.write_bytes(two.read_bytes())
         two.write_bytes(content)
-    elif kind == "add":  # sorted before the real ones, it would be read in their place
+    elif kind == "add":  # sorted before the right ones, it would be read instead of them
         added = newer / f"{choice.choice(KINDS)}-00000-of-00000.safetensors"
         shutil.copy(older / "weight-00000-of-00002.safetensors", added)
     elif kind == "other step":
@@ -98,7 +101,7 @@ def damage_somehow(choice: random.Random, newer: Path, older: Path) -> str:
     return f"{kind} {victim.name}"
 
 
-def test_400_of_400_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
+def test_400_of_400_corrupt_checkpoints_are_rejected(tmp_path: Path) -> None:
     choice = random.Random(7)
     original, directory = tmp_path / "original", tmp_path / "copy"
     write(original, 100)
@@ -106,7 +109,7 @@ def test_400_of_400_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
     for _ in range(400):
         shutil.copytree(original, directory)
         older, newer = directory / "step-00000100", directory / "step-00000200"
-        how = damage_somehow(choice, newer, older)
+        how = corrupt_randomly(choice, newer, older)
         taken, problems = newest_valid(directory)
         assert taken == older, how
         assert len(problems) == 1, how
@@ -114,20 +117,20 @@ def test_400_of_400_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
         shutil.rmtree(directory)
 
 
-def test_no_whole_checkpoint_stops_the_run(pair: tuple[Path, Path]) -> None:
+def test_without_a_valid_checkpoint_the_run_stops(pair: tuple[Path, Path]) -> None:
     for path in pair:
         (path / "manifest.json").unlink()
-    with pytest.raises(UserError, match="no checkpoint here is whole"):
+    with pytest.raises(UserError, match="no checkpoint here is valid"):
         newest_valid(pair[0].parent)
 
 
-def test_no_checkpoint_at_all_is_a_beginning(tmp_path: Path) -> None:
+def test_without_any_checkpoint_the_run_begins(tmp_path: Path) -> None:
     (tmp_path / "step-00000100.tmp").mkdir()
     assert newest_valid(tmp_path) == (None, [])
 
 
-def test_the_last_whole_checkpoint_is_never_passed_over(pair: tuple[Path, Path]) -> None:
-    """A crash loop takes the one before the newest; where only one is whole, that one; where none is, the run stops."""
+def test_the_last_valid_checkpoint_is_never_passed_over(pair: tuple[Path, Path]) -> None:
+    """A crash loop resumes from the one before the newest. A single valid one is used; without a valid one the run stops."""
     older, newer = pair
     taken, problems = newest_valid(older.parent, skip=1)
     assert taken == older
@@ -137,7 +140,7 @@ def test_the_last_whole_checkpoint_is_never_passed_over(pair: tuple[Path, Path])
     assert taken == newer
     assert len(problems) == 1
     (newer / "manifest.json").unlink()
-    with pytest.raises(UserError, match="no checkpoint here is whole"):
+    with pytest.raises(UserError, match="no checkpoint here is valid"):
         newest_valid(older.parent, skip=1)
 
 
@@ -145,23 +148,23 @@ def test_the_last_whole_checkpoint_is_never_passed_over(pair: tuple[Path, Path])
     "lost", [["state.json"], ["exp_avg-00001-of-00002.safetensors"], [f"{k}-00001" for k in KINDS]]
 )
 def test_a_manifest_must_list_every_file_of_every_rank(pair: tuple[Path, Path], lost: list[str]) -> None:
-    """Whole by its own account, with all hashes right, and still not a checkpoint."""
+    """All hashes are right, and it is still not a complete checkpoint."""
     for path in pair[1].iterdir():
         if path.name == "manifest.json" or any(path.name.startswith(name) for name in lost):
             path.unlink()
-    files = {path.name: checkpoint.fsync_and_hash(path) for path in pair[1].iterdir()}
+    files = {path.name: fsync_and_hash(path) for path in pair[1].iterdir()}
     with pytest.raises(AssertionError):
-        checkpoint.commit(pair[1], pair[1].with_name("step-00000300"), files)
-    (pair[1] / "manifest.json").write_text(checkpoint._manifest_text(files))
-    assert "does not list just the files of" in str(damage(pair[1]))
+        commit(pair[1], pair[1].with_name("step-00000300"), files)
+    (pair[1] / "manifest.json").write_text(manifest_text(files))
+    assert "does not list just the files of" in str(corruption(pair[1]))
     assert newest_valid(pair[0].parent)[0] == pair[0]
 
 
 def test_only_listed_files_are_read(pair: tuple[Path, Path]) -> None:
-    """A file that no checkpoint has is left alone, whatever it begins with: file systems and editors leave some."""
+    """A file with another name is ignored: file systems and editors create some."""
     numel = torch.zeros(NUMEL)
     save_file({"encoder.weight:0": numel}, pair[1] / "weight-0.safetensors")
-    assert damage(pair[1]) is None
+    assert corruption(pair[1]) is None
     assert CheckpointReader(pair[1]).read("weight", "encoder.weight", 0, NUMEL).any()
 
 
@@ -171,7 +174,7 @@ def test_hostile_names_in_a_manifest(pair: tuple[Path, Path], name: str) -> None
     content = json.loads(manifest.read_text())
     content["files"][name] = {"size_bytes": 1, "sha256": "0" * 64}
     manifest.write_text(json.dumps(content))
-    assert "which no checkpoint has" in str(damage(pair[1]))
+    assert "which no checkpoint has" in str(corruption(pair[1]))
 
 
 @pytest.mark.parametrize(
@@ -179,7 +182,7 @@ def test_hostile_names_in_a_manifest(pair: tuple[Path, Path], name: str) -> None
 )
 def test_hostile_manifests(pair: tuple[Path, Path], content: str) -> None:
     (pair[1] / "manifest.json").write_bytes(content.encode("latin-1"))
-    assert damage(pair[1]) is not None
+    assert corruption(pair[1]) is not None
     assert newest_valid(pair[0].parent)[0] == pair[0]
 
 
@@ -190,3 +193,37 @@ def test_pruning_keeps_the_newest_and_every_nth(tmp_path: Path) -> None:
     prune(tmp_path, CheckpointConfig(keep=2, keep_every=200), newest=500)
     assert committed_steps(tmp_path) == [200, 400, 500]
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_the_former_name_of_the_untrained_weights_is_read(tmp_path: Path) -> None:
+    write(tmp_path, 100, FORMER_UNTRAINED_FILE)
+    newest, problems = newest_valid(tmp_path)
+    assert newest is not None
+    assert problems == []
+    assert torch.equal(CheckpointReader(newest).untrained()["tail"], torch.full((3,), 100.0))
+    assert untrained_file(newest).name == FORMER_UNTRAINED_FILE
+    untrained_file(newest).unlink()
+    assert f"{FORMER_UNTRAINED_FILE} is missing" in str(corruption(newest))
+
+
+def test_a_new_checkpoint_links_an_old_one_under_the_present_name(tmp_path: Path) -> None:
+    """An old run is continued: its untrained weights are linked, and the new checkpoint has the present name."""
+    for step in (100, 200):
+        write(tmp_path, step, FORMER_UNTRAINED_FILE)
+    partial = tmp_path / "step-00000300.tmp"
+    partial.mkdir()
+    entry = write_untrained(partial, 300, {"tail": torch.zeros(3)}, CheckpointConfig(keep=2))
+    assert [path.name for path in partial.iterdir()] == [UNTRAINED_FILE]
+    source = (
+        tmp_path / "step-00000100" / FORMER_UNTRAINED_FILE
+    )  # the checkpoint of step 200 is kept next to the new one
+    assert (partial / UNTRAINED_FILE).samefile(source)
+    assert entry == fsync_and_hash(source)
+
+
+def test_a_checkpoint_with_both_names_is_rejected(pair: tuple[Path, Path]) -> None:
+    shutil.copy(pair[1] / UNTRAINED_FILE, pair[1] / FORMER_UNTRAINED_FILE)
+    assert f"{FORMER_UNTRAINED_FILE} is not in the manifest" in str(corruption(pair[1]))
+    files = {path.name: fsync_and_hash(path) for path in pair[1].iterdir() if path.name != "manifest.json"}
+    (pair[1] / "manifest.json").write_text(manifest_text(files))
+    assert "does not list just the files of" in str(corruption(pair[1]))
