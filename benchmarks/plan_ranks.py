@@ -36,7 +36,6 @@ from pipeline.planning.meta_models import read_config
 from pipeline.runtime import dist
 from pipeline.runtime.ds_config import DTYPES, split_batch
 from pipeline.runtime.engine import StudentEngine, partition_teacher
-from pipeline.training.build import DTYPES
 
 GATHER_LIMITS = ("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size")
 COLLECTIVES = ("all_reduce", "reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather", "broadcast")

@@ -22,7 +22,6 @@ from pipeline.distillation.tap import TappedEncoder
 from pipeline.runtime.ds_config import DTYPES
 
 ATTENTION = "minilm_trace"  # the name under which transformers finds the attention function below
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 _NO_KERNEL = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided", "aten::_unsafe_view")
 

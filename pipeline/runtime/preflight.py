@@ -239,20 +239,3 @@ def stale_build_locks() -> list[Path]:
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
     locks = root.rglob("lock") if root.is_dir() else iter(())
     return [lock for lock in locks if time.time() - lock.stat().st_mtime > STALE_LOCK_AGE_S]
-
-
-def nearest_directory(path: Path) -> Path:
-    """`path` itself or the nearest directory above it that exists."""
-    return next(directory for directory in (path, *path.absolute().parents) if directory.is_dir())
-
-
-@contextlib.contextmanager
-def without_trace(run_dir: Path) -> Iterator[None]:
-    """Remove the directories that the block makes on the way to `run_dir`, unless they hold files."""
-    new = [directory for directory in (run_dir, *run_dir.absolute().parents) if not directory.exists()]
-    try:
-        yield
-    finally:
-        for directory in new:
-            with contextlib.suppress(OSError):
-                directory.rmdir()

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline.runtime.restarts import restarts_file
+
 
 class RunPaths:
     """The files of one run. `RunPaths(run_dir)` makes nothing; it only names."""
@@ -34,8 +36,7 @@ class RunPaths:
     @property
     def restarts(self) -> Path:
         """One entry per start: `restarts.json`, or `lives.json` in a run that an earlier version began."""
-        current, former = self.directory / "restarts.json", self.directory / "lives.json"
-        return former if former.exists() and not current.exists() else current
+        return restarts_file(self.directory)
 
     @property
     def needed_by_export(self) -> tuple[Path, ...]:

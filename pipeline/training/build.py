@@ -24,7 +24,7 @@ from pipeline.distillation.models.projection import Calibration
 from pipeline.distillation.models.student import Student, build_student
 from pipeline.distillation.models.teacher import FrozenTeacher, load_encoder, load_teacher
 from pipeline.errors import UserError
-from pipeline.runtime import dist, preflight
+from pipeline.runtime import dist, ds_config, preflight
 from pipeline.runtime.determinism import deterministic_kernels, fix_workspace
 from pipeline.runtime.dist import Launch
 from pipeline.runtime.ds_config import BatchShape
@@ -112,7 +112,7 @@ def build(recipe: Recipe, recipe_path: Path, ds_path: Path, launch: Launch) -> P
     teacher = load_teacher(
         inputs.teacher_model,
         recipe.relations.teacher_taps,
-        DTYPES[inputs.teacher_precision],
+        ds_config.DTYPES[inputs.teacher_precision],
         "cpu",
         **recipe.relations.tap_options,
     )

@@ -22,7 +22,7 @@ import torch
 from pipeline.data.batches import Batch, Prefetcher
 from pipeline.data.heldout import heldout_losses
 from pipeline.runtime import dist, preflight
-from pipeline.runtime.anomalies import BadStepCounter
+from pipeline.runtime.anomalies import NonFiniteStepCounter
 from pipeline.runtime.ds_config import loss_scale_floor
 from pipeline.runtime.noncritical_files import write_file_or_warn
 from pipeline.runtime.optimizer import learning_rate
@@ -92,7 +92,7 @@ class Trainer:
         self.logger = RunLogger(run.parts, run.paths, state.first_step)
         self.saver = Saver(run, state, self.logger)
         floor = loss_scale_floor(run.parts.ds_config)
-        self.bad_steps = BadStepCounter(run.recipe.guard, run.paths.bad_batch, floor, run.launch.is_main)
+        self.bad_steps = NonFiniteStepCounter(run.recipe.guard, run.paths.bad_batch, floor, run.launch.is_main)
 
     def train(self) -> None:
         """Train to the last step or to a stop request, save, and write a marker file."""

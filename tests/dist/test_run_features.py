@@ -165,7 +165,7 @@ def test_a_crash_while_loading_is_counted(lab: Lab) -> None:
     run_dir = lab.fresh("run")
     assert lab.run(run_dir, 1, {**STEPS, "steps": 2}) == 0
     assert lab.run(run_dir, 1, STEPS, faults=[{"kind": "bug", "after load": True}]) == 1
-    first, second = json.loads((run_dir / "lives.json").read_text())
+    first, second = json.loads((run_dir / "restarts.json").read_text())
     assert first["ended"] == "DONE"
     assert first["slowest_save_s"] >= 0
     assert (second["first_step"], second["ended"], second["saved_steps"]) == (2, None, [])
