@@ -363,11 +363,9 @@ class Trainer:
             self.parts.distiller.losses_by_row,
             self.source,
             self.parts.batch.micro_batch,
-            self.launch.rank,
-            self.launch.world_size,
-            self.launch.device,
-            self.watchdog.feed,
+            self.launch,
             dist.sum_over_ranks,
+            self.watchdog.feed,
         )
         self.reporter.heldout(step, losses)
         if self.recipe.metrics.images:
