@@ -85,7 +85,7 @@ def test_an_architecture_touches_two_files(tree: Path) -> None:
         others = ["tests/unit/data_prep/test_tokenizer_kinds.py", "tests/unit/export/test_handover.py"]
         name, _ = example()
         keyword = f"{name} or tiny_encoders_and_architectures or count_positions_from_padding"
-        assert run_tests(tree, keyword, *files, *others) > 25
+        assert run_tests(tree, keyword, *files, *others) >= 20
     finally:
         for path, text in originals.items():
             path.write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
 """First weights of a student: copies of teacher layers, or the teacher's embeddings on their principal components.
 
 In: the complete teacher and a blank student. Out: the student's weights, set in place. Weights that are not set keep the
-architecture's random start. projection.py projects whole layers.
+architecture's random start. projection.py projects complete layers.
 
 Shape suffixes: D channels of the teacher, d of the student, N tokens, n components.
 """

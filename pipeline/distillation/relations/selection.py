@@ -25,7 +25,7 @@ NUM_TIMED_ROWS = 4
 NUM_REPEATS = 5
 # Largest relative gradient error of a correct backend, by the student's precision. Close to the teacher, fp32 should
 # reach 5e-6. `chunked` has 1e-6 to 4.6e-6 (32 to 1024 tokens, 2 to 384 channels per head, most where heads are wide),
-# which would leave too little room for another machine's order of summation.
+# which would leave too little margin for another machine's order of summation.
 FAR, NEAR = "far from", "close to"
 TOLERANCES = {
     FAR: {torch.float64: 1e-9, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2},
