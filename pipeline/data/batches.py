@@ -124,20 +124,16 @@ class BatchSource:
         return [weights[language] for language in self.languages]
 
     def _check_num_rows(self, rows: list[int], heldout: list[int]) -> None:
-        small = [
-            f"{language} ({self.shards.num_tokens(language)} tokens)"
-            for language, count, kept in zip(self.languages, rows, heldout, strict=True)
-            if count - kept < 1
-        ]
+        counts = zip(self.languages, rows, heldout, strict=True)
+        small = [language for language, count, held_out in counts if count - held_out < 1]
         if small:
             need = (self.seq_len - 2) * (2 if any(heldout) else 1)
-            enough = [
-                language for language, count, kept in zip(self.languages, rows, heldout, strict=True) if count > kept
-            ]
+            shown = ", ".join(f"{language} ({self.shards.num_tokens(language)} tokens)" for language in small)
+            enough = [language for language in self.languages if language not in small]
             named = f"languages=[{','.join(enough)}]"
             leave_out = f"--set {shlex.quote(named)}" if enough else "prepare other languages"
             raise DataError(
-                f"Too little text at sequence length {self.seq_len} in {', '.join(small)}: one row for training and the "
+                f"Too little text at sequence length {self.seq_len} in {shown}: one row for training and the "
                 f"held-out rows need {need} tokens. Prepare more text, use a shorter row (--set seq_len={self._longest_row()}), or "
                 f"leave them out ({leave_out})."
             )

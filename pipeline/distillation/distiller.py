@@ -22,6 +22,7 @@ from pipeline.distillation.config import LETTERS, RelationsConfig
 from pipeline.distillation.models.teacher import FrozenTeacher
 from pipeline.distillation.relations.backends import BACKENDS
 from pipeline.distillation.relations.loss import check_heads, relation_kl, relation_kl_by_row
+from pipeline.distillation.relations.reference import relation_log_probabilities
 from pipeline.distillation.relations.selection import Gather, alone, choose_backend
 from pipeline.distillation.tap import Projections, TappedEncoder, without_dropout
 from pipeline.errors import UserError
@@ -117,16 +118,10 @@ class DistillModule(nn.Module):
     def forward(
         self, input_ids_BL: torch.Tensor, lengths_B: torch.Tensor | None = None, segments: torch.Tensor | None = None
     ):
-        """Loss of a batch.
+        """The weighted loss of a batch, a scalar with a graph, and its parts.
 
-        Args:
-            input_ids_BL: token ids, int64.
-            lengths_B: number of real tokens of each row; padding is at the end.
-            segments: [B, S] lengths of each row's documents, padded with 0. Attention and relations then stay inside
-                each document.
-
-        Returns:
-            The weighted loss, a scalar with a graph, and the unweighted parts, [len(part_names)].
+        `lengths_B` counts the real tokens of each row; padding is at the end. `segments` [B, S] are the lengths of each
+        row's documents, padded with 0; attention and relations then stay inside each document.
         """
         mask = SequenceMask(lengths_B, segments)
         teacher, student = self._run_both(input_ids_BL, mask)
@@ -156,31 +151,22 @@ class DistillModule(nn.Module):
         num_heads: int = 4,
         segments: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Relation matrices of the first row as probabilities.
+        """Relation maps (1) of the first row, [2, num_heads, L, L] for teacher and student.
 
-        Args:
-            input_ids_BL: token ids, of which the first row is used.
-            pair: one of `part_names`, or a relation without layers ("v-v"), which means the first pair of layers.
-            num_heads: how many relation heads are returned.
-            segments: as in `forward`.
-
-        Returns:
-            [2, num_heads, L, L]: of the teacher, of the student.
+        `pair` is one of `part_names`, or a relation without layers ("v-v"), which means the first pair of layers.
         """
-        maps = []
+        maps, num_heads = [], min(num_heads, self.config.heads)
         mask = SequenceMask(None, None if segments is None else segments[:1])
         allowed_11LL = mask.attention_mask(input_ids_BL[:1])
         with without_dropout(self.student):
             outputs_of_both = self._run_both(input_ids_BL[:1], mask)
         for outputs in outputs_of_both:
-            queries_HLd, keys_HLd = (
-                x_BLD[0].float().unflatten(-1, (self.config.heads, -1)).transpose(0, 1)[:num_heads]
+            x_1LD, y_1LD = (
+                x_BLD[:1, :, : num_heads * x_BLD.shape[-1] // self.config.heads].float()
                 for x_BLD in self._related_tensors(pair, outputs)
             )
-            logits_HLL = queries_HLd @ keys_HLd.mT * queries_HLd.shape[-1] ** -0.5
-            if allowed_11LL is not None:
-                logits_HLL = logits_HLL.masked_fill(~allowed_11LL[0], float("-inf"))
-            maps.append(logits_HLL.softmax(-1))
+            allowed_1LL = None if allowed_11LL is None else allowed_11LL[0]
+            maps.append(relation_log_probabilities(x_1LD, y_1LD, num_heads, allowed_1LL)[0].exp())
         return torch.stack(maps)
 
     def _related_tensors(self, part: str, outputs: TapOutputs) -> tuple[torch.Tensor, torch.Tensor]:

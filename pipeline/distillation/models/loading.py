@@ -37,17 +37,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16} 
 
 
 def load_encoder(name_or_path: str | Path, role: str = "teacher") -> PreTrainedModel:
-    """Load a complete encoder, without pooler or head.
+    """Load the complete encoder of a directory or hub name, without pooler or head: fp32, eval mode, on the CPU.
 
-    Args:
-        name_or_path: a Hugging Face directory with safetensors, or a hub name.
-        role: what messages call it: teacher, student or model.
-
-    Returns:
-        The encoder in fp32 and in eval mode, on the CPU.
-
-    Raises:
-        UserError: it cannot be loaded, a weight is missing, left over or of another shape, or holds NaN or infinity.
+    `role` is what messages call it. Raises `UserError` if it cannot be loaded, or a weight is missing, left over, of
+    another shape or not finite.
     """
     files = read_model(name_or_path, role)
     config = config_of(files.directory / CONFIG_FILE, files.model.name, role)
@@ -140,8 +133,7 @@ def load_tokenizer(name_or_path: str | Path, role: str = "model") -> Any:
 
 
 def _check_tokenizer_files(directory: Path, model: ModelName) -> None:
-    """Check what transformers would ignore: files that git-lfs has not fetched, and code of the tokenizer's own, in place
-    of which it uses a class of the same architecture."""
+    """Reject what transformers would ignore: files that git-lfs has not fetched, and code of the tokenizer's own."""
     for path in sorted(directory.glob("*")) if directory.is_dir() else ():
         if path.suffix in (".json", ".model", ".txt") and path.is_file():
             check_no_lfs_pointer(path, model)
@@ -160,17 +152,10 @@ def _check_tokenizer_files(directory: Path, model: ModelName) -> None:
 
 
 def with_head(head: Any, encoder: PreTrainedModel, name_or_path: str | Path, **settings: Any) -> Any:
-    """A copy of a loaded encoder under a new head.
+    """A copy of `encoder`, loaded from `name_or_path`, under a new head, a Hugging Face auto class.
 
-    Args:
-        head: a Hugging Face auto class (`AutoModelForSequenceClassification`). The head starts at random, even if the
-            files hold one. The pooler is that of the files, if they hold one.
-        encoder: the loaded encoder.
-        name_or_path: where it was loaded from.
-        settings: changes to its config.
-
-    Raises:
-        UserError: the architecture has no class with this head.
+    The head starts at random, even if the files hold one. A pooler is that of the files, if they hold one. `settings`
+    change the config. Raises `UserError` if the architecture has no class with this head.
     """
     config = copy.deepcopy(encoder.config)
     for key, value in settings.items():

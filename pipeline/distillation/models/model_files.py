@@ -100,15 +100,9 @@ class ModelFiles:
 
 
 def read_model(name_or_path: str | Path, role: str = "teacher", is_cached: bool = False) -> ModelFiles:
-    """Config and tensor table of a model.
+    """Config and tensor table of a directory or hub name. With `is_cached`, only the hub's cache is searched.
 
-    Args:
-        name_or_path: a directory or hub name.
-        role: what messages call it.
-        is_cached: look a hub name up in the cache only, not on the network.
-
-    Raises:
-        UserError: a file is missing, corrupt or of another kind; the message names it and the fix.
+    Raises `UserError`, which names the file and the fix, if a file is missing, corrupt or of another kind.
     """
     model = ModelName(str(name_or_path), role)
     try:
@@ -231,18 +225,14 @@ def _files_of_index(index: Path, model: ModelName) -> list[str]:
 def _read_tensors(path: Path, model: ModelName) -> dict[str, Tensor]:
     """The header of one safetensors file, which must describe the complete file."""
     check_no_lfs_pointer(path, model)
-    fix = "Fetch it again"
     try:
         with safe_open(path, framework="pt"):  # checks lengths, types and offsets against the file's size
             pass
-        levels: list[list[str]] = [[]]
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length), object_pairs_hook=lambda pairs: _note_names(pairs, levels))
+            header = json.loads(file.read(length), object_pairs_hook=_unique_names)
     except (SafetensorError, ValueError, RecursionError) as error:
-        raise model.error(f"{path} is cut short or corrupt ({one_line(error)})", fix) from None
-    if len(levels[-1]) != len(set(levels[-1])):  # the outermost object comes last
-        raise model.error(f"{path} names a tensor twice", fix)
+        raise model.error(f"{path} is cut short or corrupt ({one_line(error)})", "Fetch it again") from None
     found = {}
     for key, entry in header.items():
         if key != "__metadata__":
@@ -251,8 +241,9 @@ def _read_tensors(path: Path, model: ModelName) -> dict[str, Tensor]:
     return found
 
 
-def _note_names(pairs: list[tuple[str, Any]], levels: list[list[str]]) -> dict[str, Any]:
-    levels.append([key for key, _ in pairs])
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("it names a tensor twice")
     return dict(pairs)
 
 

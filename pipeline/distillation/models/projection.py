@@ -68,17 +68,10 @@ def project_layers(
     tapped: set[int],
     calibration: Calibration,
 ) -> torch.Tensor:
-    """Set the student's weights from the teacher's.
+    """Set the student's weights from the teacher's and return P [D, d], fp32, on the CPU.
 
-    Args:
-        teacher: the complete encoder in fp32; its weights are not changed.
-        student: a blank encoder of the same architecture.
-        chosen: the teacher layer of each student layer, from 1.
-        tapped: the student layers whose relations are matched, from 1.
-        calibration: text and relation heads.
-
-    Returns:
-        P [D, d], fp32, on the CPU.
+    `chosen` names the teacher layer of each student layer, `tapped` the student layers whose relations are matched, both
+    counted from 1.
     """
     device, was_training = calibration.rows_BL.device, student.training
     for model in (teacher, student):

@@ -46,9 +46,6 @@ class StudentConfig:
     checkpointing: bool = False  # recompute activations in backward: less memory, a third more work
 
     def __post_init__(self) -> None:
-        for name in ("layers", "hidden", "heads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"`student.{name}` is {getattr(self, name)}; it must be at least 1")
         check_ranges(
             self,
             "student",

@@ -21,17 +21,8 @@ GRAM_BLOCK_ROWS = 8192  # in float64 at a time: all 250 002 rows of XLM-R-large,
 
 
 def copied_layers(num_teacher_layers: int, num_layers: int, named: list[int] | None, teacher_layer: int) -> list[int]:
-    """The teacher layer of each student layer, counted from 1.
-
-    Args:
-        num_teacher_layers: all layers of the teacher.
-        num_layers: layers of the student.
-        named: `student.init_layers`; None: evenly spaced, the last one is `teacher_layer`.
-        teacher_layer: the highest distilled layer.
-
-    Raises:
-        UserError: `named` has another length, or a layer that does not exist.
-    """
+    """The teacher layer of each student layer, from 1: `named` (`student.init_layers`), checked, or evenly spaced ones up
+    to `teacher_layer`, the highest distilled layer."""
     if named is None:
         return [max(1, round((i + 1) * teacher_layer / num_layers)) for i in range(num_layers)]
     if len(named) != num_layers:
@@ -101,10 +92,8 @@ def project_embeddings(
 
 
 def principal_components(gram_DD: torch.Tensor, count: int) -> torch.Tensor:
-    """The first `count` eigenvectors of X^T X (float64), [D, count], largest eigenvalue first.
-
-    The entry of largest magnitude of each is positive, so that every machine finds the same signs.
-    """
+    """The first `count` eigenvectors of X^T X (float64), [D, count], largest eigenvalue first. The entry of largest
+    magnitude of each is positive, so that every machine finds the same signs."""
     _, vectors_DD = torch.linalg.eigh(gram_DD)  # eigenvalues come in ascending order
     first_Dn = vectors_DD[:, len(gram_DD) - count :].flip(1)
     largest_1n = first_Dn.abs().argmax(0, keepdim=True)

@@ -42,14 +42,7 @@ def load_teacher(
     """The frozen teacher, cut above its highest tapped layer.
 
     `model` is converted in place, so build the student first. Deleting `model` afterwards frees the layers above the cut.
-
-    Args:
-        model: the complete encoder in fp32.
-        layer: as in `tap`; None: the last.
-        dtype: of the parameters; buffers keep theirs.
-        device: where it runs.
-        with_output: as in `tap`.
-        after_rotary: as in `tap`.
+    `layer` (None: the last), `with_output` and `after_rotary` are those of `tap`; `dtype` is that of the parameters.
     """
     last = model.config.num_hidden_layers
     tapped = tap(model, last if layer is None else layer, with_output, after_rotary, role="teacher")
@@ -57,11 +50,8 @@ def load_teacher(
 
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype):
-    """Convert the module's parameters to `dtype`, in place, and leave its buffers; returns the module.
-
-    ModernBERT's rotary frequencies are buffers. In bf16 the angle of position 512 would be off by up to 0.5 radians, and
-    that of position 8192 by 8.
-    """
+    """Convert the module's parameters, in place, but not its buffers: ModernBERT's rotary frequencies in bf16 would rotate
+    position 512 by up to 0.5 radians too much or too little, and position 8192 by 8."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
     return module

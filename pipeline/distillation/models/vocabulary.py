@@ -93,10 +93,7 @@ def _problem_of(old_ids: list[int], source_size: int, size: int) -> str | None:
 
 
 def cut_embedding(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
-    """Replace the model's word embedding by its kept rows, in place. All other tensors stay the same objects.
-
-    Raises `UserError` if the model's ids are not those from which the vocabulary was cut.
-    """
+    """Replace the model's word embedding by its kept rows, in place. `UserError`: the model's ids are other ones."""
     if model.config.model_type not in MODEL_TYPES:
         raise UserError(
             f"a {model.config.model_type} model does not number its pieces as XLM-R does, so {vocabulary.directory} does not fit "

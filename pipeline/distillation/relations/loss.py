@@ -97,14 +97,8 @@ def check_backend(name: str) -> None:
 
 
 def check_heads(width: int, num_relation_heads: int, role: str, other_width: int = 0) -> None:
-    """Raise a `UserError` unless `num_relation_heads` divides `width`.
-
-    Args:
-        width: D of the model that messages call `role` ("teacher" or "student").
-        num_relation_heads: A.
-        role: names the model in the message.
-        other_width: D of the other model, if known: the message lists the numbers of heads that divide both.
-    """
+    """Raise a `UserError` unless A divides the width D of the model that messages call `role`. The message lists the
+    numbers of heads that divide `other_width`, that of the other model, as well."""
     if num_relation_heads < 1 or width % num_relation_heads:
         divisors = ", ".join(str(n) for n in range(1, width + 1) if math.gcd(width, other_width) % n == 0)
         raise UserError(

@@ -51,19 +51,10 @@ def alone(found: dict[str, float]) -> list[dict[str, float]]:
 def choose_backend(
     teacher_BLD: torch.Tensor, student_BLD: torch.Tensor, num_heads: int, gather: Gather = alone
 ) -> tuple[str, list[str]]:
-    """Choose the backend for tensors of these shapes, dtypes and device. All ranks must call it together.
+    """The backend for tensors of these shapes, dtypes and device, and a report with one line per candidate.
 
-    Args:
-        teacher_BLD: Q of the teacher on the first batch.
-        student_BLD: Q of the student on the first batch.
-        num_heads: number of relation heads.
-        gather: gives every rank the seconds per correct backend of each rank.
-
-    Returns:
-        The backend's name, and a report with one line per candidate.
-
-    Raises:
-        UserError: no backend is correct on every rank.
+    All ranks call it together; `gather` gives every rank the seconds per correct backend of each rank. Raises
+    `UserError` if no backend is correct on every rank.
     """
     timed = student_BLD.device.type != "cpu"
     report, seconds = [], {}
@@ -106,10 +97,7 @@ def _check(name: str, teacher_BLD: torch.Tensor, student_BLD: torch.Tensor, num_
 def gradient_error(
     name: str, teacher_BLD: torch.Tensor, student_BLD: torch.Tensor, num_heads: int, where: str
 ) -> float:
-    """Relative gradient error of a backend for a student `where` (FAR or NEAR) the teacher.
-
-    NEAR, the teacher has the student's head size.
-    """
+    """Relative gradient error for a student `where` (FAR or NEAR) the teacher; NEAR, both have the student's head size."""
     heads, length = min(NUM_CHECKED_HEADS, num_heads), min(student_BLD.shape[1], MAX_CHECKED_TOKENS)
     teacher, student = check_pair(
         where, length, heads, *(x_BLD.shape[-1] // num_heads for x_BLD in (teacher_BLD, student_BLD))
@@ -128,10 +116,8 @@ def gradient_error(
 def check_pair(
     where: str, length: int, heads: int, teacher_dim: int, student_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """float64 teacher and student of one row, the same at every start, with `*_dim` channels per head.
-
-    NEAR, both have `student_dim` channels per head.
-    """
+    """float64 teacher and student of one row, the same at every start, with `*_dim` channels per head (NEAR:
+    `student_dim` both)."""
     diagonal = DIAGONALS[where]
     if where == FAR:
         return _tokens(length, heads, teacher_dim, 0, diagonal), _tokens(length, heads, student_dim, 1, diagonal)
