@@ -1,9 +1,9 @@
-"""How fast rows are fed to training beside bare memory-map copies, and what the order of samples promises.
+"""Speed at which rows are fed to training, relative to bare memory-map copies; properties of the order of samples.
 
     python benchmarks/bench_feed.py [--tokenizer MODEL] [--quick] [--json FILE]
 
-Speed: sample numbers in, torch int64 batches of 512-token rows out, one thread, from shards of real text in 22 languages;
-the baseline copies the same rows one by one from the same memory maps, without sampling. Order: every promise is counted
+Speed: sample numbers in, torch int64 batches of 512-token rows out, one thread, from shards of real text in 22 languages.
+The baseline copies the same rows one by one from the same memory maps, without sampling. Order: every property is counted
 over 10^6 samples and 100 languages.
 """
 
@@ -25,7 +25,7 @@ sys.path.insert(0, str(REPO))
 
 from benchmarks import measure  # noqa: E402
 from data_prep.shards import ShardSet  # noqa: E402
-from pipeline.data.batches import BatchSource, Prefetcher  # noqa: E402
+from pipeline.data.batches import BatchOptions, BatchSource, Prefetcher  # noqa: E402
 from pipeline.data.sampler import TemperatureSampler, temperature_weights  # noqa: E402
 
 SEQ_LEN = 512
@@ -39,7 +39,7 @@ def make_shards(work: Path, tokenizer: Path) -> ShardSet:
 
 
 def bare_copies(shards: ShardSet, places: list[tuple[str, int]], batch_size: int) -> None:
-    """The rows as a loop over memory maps reads them; sampling was done before."""
+    """The rows, read by a loop over memory maps. Sampling is done beforehand."""
     streams = {language: shards.shards(language)[0].tokens for language in shards.languages}
     for start in range(0, len(places), batch_size):
         batch = np.empty((batch_size, SEQ_LEN), np.int64)
@@ -61,13 +61,13 @@ def cpu_seconds(work: Callable[[], object]) -> float:
 
 
 def speed(shards: ShardSet, batch_size: int, num_samples: int, rounds: int) -> dict[str, float]:
-    """Medians over rounds of fresh samples, so that no plan is used twice."""
-    source = BatchSource(shards, SEQ_LEN, 0.3, 0, heldout_rows_per_language=1)
+    """Medians over rounds of new samples, so that no plan is used twice."""
+    source = BatchSource(shards, BatchOptions(SEQ_LEN, 0.3, 0, heldout_rows=1))
     ratios, rates = [], []
     for number in range(rounds):
         first = number * num_samples
         places = source.locate(np.arange(first, first + num_samples))
-        source = BatchSource(shards, SEQ_LEN, 0.3, 0, heldout_rows_per_language=1)
+        source = BatchSource(shards, BatchOptions(SEQ_LEN, 0.3, 0, heldout_rows=1))
         bare = cpu_seconds(lambda places=places: bare_copies(shards, places, batch_size))
         fed = cpu_seconds(lambda first=first, source=source: feed(source, first, num_samples, batch_size))
         ratios.append(bare / fed)
@@ -80,7 +80,7 @@ def speed(shards: ShardSet, batch_size: int, num_samples: int, rounds: int) -> d
 
 def waiting(shards: ShardSet, step_s: float, num_steps: int) -> float:
     """Share of the time that a training loop with steps of `step_s` waits for its 16 x 128 batches."""
-    source = BatchSource(shards, 128, 0.3, 0, heldout_rows_per_language=8)
+    source = BatchSource(shards, BatchOptions(128, 0.3, 0, heldout_rows=8))
 
     def numbers() -> Iterator[np.ndarray]:
         return (np.arange(step * 16, (step + 1) * 16) for step in range(num_steps))
@@ -93,7 +93,7 @@ def waiting(shards: ShardSet, step_s: float, num_steps: int) -> float:
 
 
 def order(num_samples: int) -> dict[str, float | str]:
-    """Counts of what the sampler promises."""
+    """Counts for every property of the sampler."""
     rows = ROWS_100_LANGUAGES
     sampler, numbers = TemperatureSampler(rows, 0.3, seed=1), np.arange(num_samples)
     language, row = sampler(numbers)

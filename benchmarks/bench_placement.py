@@ -1,11 +1,11 @@
-"""A teacher whole on every rank, against one whose parameters are spread over the ranks: memory and losses.
+"""Memory of a teacher that is complete on every rank, and of one whose parameters are partitioned over the ranks.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_placement.py [--ranks 2 4] [--defaults] [--quick] [--json FILE]
 
-Real gloo ranks, `teacher_options.placement: replicated` and `zero3`, a student that is small beside its teacher; with
-`--defaults` also a `zero3` that keeps what it gathered, as DeepSpeed does by default. Memory: most bytes of tensors alive
-on a rank in the second optimizer step, from torch's profiler. That both placements come to the same losses is held by
-`tests/dist/`.
+Real gloo ranks, `teacher_options.placement: replicated` and `zero3`, and a student that is small compared with its teacher.
+With `--defaults` also a `zero3` that keeps gathered parameters, as DeepSpeed does by default. Memory: most bytes of live
+tensors on a rank in the second optimizer step, from torch's profiler. `tests/dist/` shows that both placements give the
+same losses.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def case(name: str, ranks: int, hidden: int, layers: int) -> Case:
         "global_batch": ranks,
         "micro_batch_per_gpu": 1,
     }
-    small_buckets = {"reduce_bucket_size": 100_000}  # the default, 2 GB, would hide all else
+    small_buckets = {"reduce_bucket_size": 100_000}  # the default, 2 GB, would hide everything else
     shape = teacher_shape(layers, hidden, 1000)
     keep = name == DEFAULTS
     return Case(f"{name}, {ranks} ranks", recipe, shape, ranks=ranks, zero=small_buckets, keep_gathered=keep)
 
 
 def teacher_megabytes(hidden: int, layers: int) -> float:
-    """fp32 parameters of the cut teacher: whole layers below the tapped one, of which the projections are left."""
+    """Megabytes of the cut teacher in fp32: complete layers below the tapped one, and the projections of that one."""
     return 4e-6 * ((layers - 1) * 12 * hidden**2 + 3 * hidden**2 + 1514 * hidden)
 
 
@@ -59,8 +59,8 @@ def main() -> None:
     cases = [case(name, number, hidden, layers) for number in ranks for name in names]
     with tempfile.TemporaryDirectory() as temporary:
         reports = run_for_real(cases, Path(temporary))
-    whole = teacher_megabytes(hidden, layers)
-    rows = [[c.name, whole, max(r["peak_bytes"] for r in reports[c.name]) / 1e6] for c in cases]
+    teacher_mb = teacher_megabytes(hidden, layers)
+    rows = [[c.name, teacher_mb, max(r["peak_bytes"] for r in reports[c.name]) / 1e6] for c in cases]
     header = ["placement", "teacher, MB", "a rank's peak in a step, MB"]
     figures = {"rows": [dict(zip(header, row, strict=True)) for row in rows]}
     publish(f"Teacher of {layers} x {hidden}, fp32, by placement", header, rows, figures, options.json)

@@ -32,8 +32,9 @@ from transformers import AutoTokenizer
 
 from benchmarks.measure import arguments, publish
 from data_prep.shards import ShardSet
-from pipeline.data.batches import BatchSource
-from pipeline.distillation.distiller import DistillModule, RelationsConfig
+from pipeline.data.batches import BatchOptions, BatchSource
+from pipeline.distillation.config import RelationsConfig
+from pipeline.distillation.distiller import DistillModule
 from pipeline.distillation.models.projection import Calibration
 from pipeline.distillation.models.student import Student, StudentConfig, build_student
 from pipeline.distillation.models.teacher import cast_parameters, load_encoder
@@ -165,10 +166,8 @@ class Run:
             whole_teacher,
             variant.student,
             seed,
-            None,
-            relations.teacher_taps,
-            **relations.tap_options,
-            calibration=calibration,
+            relations,
+            calibration,
         )
         basis_Dd = self.student.basis_Dd
         self.student.untrained.clear()  # this run goes on in the model itself, nothing is put back at its end
@@ -242,7 +241,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     whole_teacher = load_encoder(options.teacher)
     tokenizer = AutoTokenizer.from_pretrained(options.teacher, trust_remote_code=False)
-    source = BatchSource(ShardSet(options.data), TOKENS, alpha=0.3, seed=options.seed, heldout_rows_per_language=4)
+    source = BatchSource(ShardSet(options.data), BatchOptions(TOKENS, 0.3, options.seed, heldout_rows=4))
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     chosen = {name: VARIANTS[name] for name in options.only}
     last = whole_teacher.config.num_hidden_layers

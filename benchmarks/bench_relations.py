@@ -1,8 +1,9 @@
-"""The relation loss alone: forward and backward, CPU seconds of one thread and peak memory, against the obvious way.
+"""The relation loss alone, forward and backward: CPU seconds of one thread and peak memory, against the naive baseline.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_relations.py [--quick] [--json FILE] [--plot FILE.png]
 
-One relation (Q with Q) per line; variants take turns; medians. The second table is peak memory over sequence length.
+One relation (Q with Q) per line. Variants take turns, and figures are medians. The second table is peak memory over
+sequence length.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.measure import arguments, markdown_table, publish
 from benchmarks.naive_baseline import added_peak_mb, interleaved_cpu_seconds, naive_relation
-from pipeline.distillation.relations.loss import BACKENDS, relation_kl
+from pipeline.distillation.relations import relation_kl
+from pipeline.distillation.relations.backends import BACKENDS
 
 # name, B, L, teacher width, student width, heads
 SHAPES = [
@@ -26,11 +28,11 @@ SHAPES = [
     ("base, L128", 16, 128, 768, 384, 48),
 ]
 LENGTHS = [512, 1024, 2048, 4096, 8192]
-LONGEST_NAIVE = 2048  # above, the maps of 48 heads no longer fit an ordinary machine
+LONGEST_NAIVE = 2048  # the maps of 48 heads of longer rows do not fit into the memory of an ordinary machine
 
 
 def variants_of(teacher: torch.Tensor, student: torch.Tensor, heads: int) -> dict[str, Callable[[], None]]:
-    """Forward and backward of each way; `student` is a leaf."""
+    """Forward and backward of each variant; `student` is a leaf."""
 
     def runner(loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
         def run() -> None:
@@ -39,10 +41,10 @@ def variants_of(teacher: torch.Tensor, student: torch.Tensor, heads: int) -> dic
 
         return run
 
-    ways = {"obvious": runner(lambda: naive_relation(teacher, student, heads))}
+    variants = {"naive": runner(lambda: naive_relation(teacher, student, heads))}
     for name in BACKENDS:
-        ways[name] = runner(lambda name=name: relation_kl(teacher, student, heads, backend=name))
-    return ways
+        variants[name] = runner(lambda name=name: relation_kl(teacher, student, heads, backend=name))
+    return variants
 
 
 def inputs(rows: int, length: int, width_T: int, width_S: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,17 +54,19 @@ def inputs(rows: int, length: int, width_T: int, width_S: int, dtype: torch.dtyp
 
 
 def compare(quick: bool) -> list[list]:
-    """One row per shape, precision and way: seconds, times faster, peak MB, share of the obvious way's peak."""
+    """One row per shape, precision and variant: CPU seconds, speed-up, peak MB, how many times less than the baseline's."""
     rows = []
     for name, batch, length, width_T, width_S, heads in SHAPES:
         batch = 1 if quick else batch
         for dtype in (torch.float32, torch.bfloat16):
-            ways = variants_of(*inputs(batch, length, width_T, width_S, dtype), heads)
-            seconds = interleaved_cpu_seconds(ways, 2 if quick else 7)
-            for way, run in ways.items():
-                peak, naive_peak = added_peak_mb(run), added_peak_mb(ways["obvious"])
-                gain = seconds["obvious"] / seconds[way]
-                rows.append([f"{name}, B{batch}", str(dtype)[6:], way, seconds[way], gain, peak, naive_peak / peak])
+            variants = variants_of(*inputs(batch, length, width_T, width_S, dtype), heads)
+            seconds = interleaved_cpu_seconds(variants, 2 if quick else 7)
+            for variant, run in variants.items():
+                peak, naive_peak = added_peak_mb(run), added_peak_mb(variants["naive"])
+                gain = seconds["naive"] / seconds[variant]
+                rows.append(
+                    [f"{name}, B{batch}", str(dtype)[6:], variant, seconds[variant], gain, peak, naive_peak / peak]
+                )
     return rows
 
 
@@ -70,17 +74,17 @@ def over_length(quick: bool) -> dict[str, dict[int, float]]:
     """Peak MB above the inputs, one row of L tokens, 768 -> 384, 48 heads, fp32."""
     peaks: dict[str, dict[int, float]] = {}
     for length in LENGTHS[: 2 if quick else None]:
-        for way, run in variants_of(*inputs(1, length, 768, 384, torch.float32), 48).items():
-            if way != "obvious" or length <= LONGEST_NAIVE:
-                peaks.setdefault(way, {})[length] = added_peak_mb(run)
+        for variant, run in variants_of(*inputs(1, length, 768, 384, torch.float32), 48).items():
+            if variant != "naive" or length <= LONGEST_NAIVE:
+                peaks.setdefault(variant, {})[length] = added_peak_mb(run)
     return peaks
 
 
 def draw(peaks: dict[str, dict[int, float]], file: Path) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for way, by_length in peaks.items():
-        axes.loglog(list(by_length), list(by_length.values()), marker="o", base=2, label=way)
+    for variant, by_length in peaks.items():
+        axes.loglog(list(by_length), list(by_length.values()), marker="o", base=2, label=variant)
     axes.set(xlabel="tokens per row", ylabel="peak memory above inputs, MB", title="One relation, 48 heads, 768 -> 384")
     axes.grid(True, alpha=0.3)
     axes.legend()
@@ -93,9 +97,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows, peaks = compare(options.quick), over_length(options.quick)
-    header = ["shape", "precision", "way", "CPU s", "x obvious", "peak MB", "obvious peak / own"]
+    header = ["shape", "precision", "variant", "CPU s", "x naive", "peak MB", "naive peak / own"]
     publish("Relation loss, forward and backward", header, rows, {"rows": rows, "peak_mb": peaks}, options.json)
-    lengths = [[way, *(by_length.get(n, "-") for n in LENGTHS)] for way, by_length in peaks.items()]
+    lengths = [[variant, *(by_length.get(n, "-") for n in LENGTHS)] for variant, by_length in peaks.items()]
     print(markdown_table(["peak MB at", *map(str, LENGTHS)], lengths))
     if options.plot:
         draw(peaks, options.plot)

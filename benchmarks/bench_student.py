@@ -1,10 +1,10 @@
-"""One student in every form that it is handed over in: size, speed, retrieval, and how far each form is from the run.
+"""One student in every export format: size, speed, retrieval, and its difference from the run's checkpoint.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_student.py runs/quickstart [--quick] [--json FILE] [--pairs N]
 
-Exports the run's newest checkpoint (fp32, fp16, ONNX fp32 and int8), whole and cut to the vocabulary of the evaluated
-languages, and compares with the teacher. Speed is in CPU seconds of one thread, the forms taking turns; retrieval pools the
-output over the pairs of the run's recipe. Ends with exit code 1 where a form is farther away than it may be.
+Exports the run's newest checkpoint (fp32, fp16, ONNX fp32 and int8), with the full vocabulary and with that of the
+evaluated languages, and compares with the teacher. Speed is measured in CPU seconds of one thread, and the formats take
+turns. Retrieval pools the output over the pairs of the run's recipe. Exit code 1: a difference is above its limit.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from data_prep.token_counts import token_counts_of_shards
 from data_prep.tokenizer import SentencePieceTokenizer
 from data_prep.vocabulary import TrimOptions, trim_vocabulary
 from pipeline.config import Recipe, load_recipe
+from pipeline.distillation.models.model_files import read_model
 from pipeline.distillation.models.vocabulary import MODEL_FILE, read_vocabulary
 from pipeline.evaluation.encoder import Encoder, load_encoder
 from pipeline.evaluation.retrieval import RetrievalConfig
-from pipeline.export.card import count_parameters
 from pipeline.export.hf import export_run
 from pipeline.export.onnx import FILES, HiddenStates, add_onnx, compare_runs
 from pipeline.export.trim import trim
@@ -46,8 +46,8 @@ LIMITS = {"export": 0.0, "ONNX": 1e-4, "int8": 0.02}  # of hidden states, hidden
 
 
 @dataclass
-class Form:
-    """One way of handing over: how it runs, whose tokenizer it takes, and the file that it is."""
+class Format:
+    """One export format: its forward, its tokenizer and its file."""
 
     name: str
     run: HiddenStates
@@ -56,7 +56,7 @@ class Form:
     parameters: int
 
 
-def torch_form(name: str, directory: Path) -> Form:
+def torch_format(name: str, directory: Path) -> Format:
     encoder = load_encoder(str(directory))
 
     @torch.inference_mode()
@@ -64,10 +64,10 @@ def torch_form(name: str, directory: Path) -> Form:
         return encoder.model(input_ids=input_ids_BL, attention_mask=mask_BL).last_hidden_state
 
     file = directory / "model.safetensors"
-    return Form(name, run, encoder, file, count_parameters(directory))
+    return Format(name, run, encoder, file, read_model(directory, "student").num_parameters)
 
 
-def onnx_form(name: str, like: Form, precision: str) -> Form:
+def onnx_format(name: str, like: Format, precision: str) -> Format:
     file = like.file.parent / "onnx" / FILES[precision]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
@@ -80,27 +80,27 @@ def onnx_form(name: str, like: Form, precision: str) -> Form:
     return replace(like, name=name, run=run, file=file)
 
 
-def make_forms(run_dir: Path, recipe: Recipe, config: RetrievalConfig, work: Path) -> list[list[Form]]:
-    """Groups of forms that read the same ids; the first of each group is what the others are compared with."""
-    checked = replace(config, max_pairs=min(config.max_pairs, 10))  # what the export's own check looks at
-    whole = export_run(run_dir, work / "student", [lambda directory: add_onnx(directory, checked)])
+def make_formats(run_dir: Path, recipe: Recipe, config: RetrievalConfig, work: Path) -> list[list[Format]]:
+    """Groups of formats that read the same ids. The others of a group are compared with its first."""
+    checked = replace(config, max_pairs=min(config.max_pairs, 10))  # as many as the export's own check compares
+    student_dir = export_run(run_dir, work / "student", [lambda directory: add_onnx(directory, checked)])
     half = export_run(run_dir, work / "half", dtype=torch.float16)
     vocabulary = make_vocabulary(recipe, [*config_languages(config), "en"], work / "vocabulary")
-    trim(whole, read_vocabulary(vocabulary), work / "trimmed", [lambda directory: add_onnx(directory, checked)])
-    student = torch_form("student, fp32", whole)
-    trimmed = torch_form("trimmed, fp32", work / "trimmed")
+    trim(student_dir, read_vocabulary(vocabulary), work / "trimmed", [lambda directory: add_onnx(directory, checked)])
+    student = torch_format("student, fp32", student_dir)
+    trimmed = torch_format("trimmed, fp32", work / "trimmed")
     return [
-        [torch_form("teacher, fp32", Path(recipe.teacher))],
+        [torch_format("teacher, fp32", Path(recipe.teacher))],
         [
             student,
-            torch_form("student, fp16 file", half),
-            onnx_form("student, ONNX fp32", student, "fp32"),
-            onnx_form("student, ONNX int8", student, "int8"),
+            torch_format("student, fp16 file", half),
+            onnx_format("student, ONNX fp32", student, "fp32"),
+            onnx_format("student, ONNX int8", student, "int8"),
         ],
         [
             trimmed,
-            onnx_form("trimmed, ONNX fp32", trimmed, "fp32"),
-            onnx_form("trimmed, ONNX int8", trimmed, "int8"),
+            onnx_format("trimmed, ONNX fp32", trimmed, "fp32"),
+            onnx_format("trimmed, ONNX int8", trimmed, "int8"),
         ],
     ]
 
@@ -111,7 +111,7 @@ def config_languages(config: RetrievalConfig) -> list[str]:
 
 
 def make_vocabulary(recipe: Recipe, languages: list[str], output: Path) -> Path:
-    """What these languages use in the run's own shards."""
+    """The vocabulary that these languages use in the run's own shards."""
     shards = ShardSet(recipe.data)
     tokenizer = SentencePieceTokenizer(Path(recipe.tokenizer) / MODEL_FILE)
     options = TrimOptions([language for language in languages if language in shards.languages])
@@ -131,17 +131,19 @@ def export_difference(run_dir: Path, exported: Encoder) -> float:
     return (states[0] - states[1]).abs().max().item()
 
 
-def speeds(forms: list[Form], shapes: list[tuple[int, int]], rounds: int) -> dict[str, list[float]]:
-    """Times the first form's speed, per shape."""
-    ratios: dict[str, list[float]] = {form.name: [] for form in forms}
+def speeds(formats: list[Format], shapes: list[tuple[int, int]], rounds: int) -> dict[str, list[float]]:
+    """Speed of each format relative to the first, per shape."""
+    ratios: dict[str, list[float]] = {each.name: [] for each in formats}
     for batch, length in shapes:
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(4, min(len(form.encoder.tokenizer) for form in forms), (batch, length), generator=generator)
+        ids = torch.randint(
+            4, min(len(each.encoder.tokenizer) for each in formats), (batch, length), generator=generator
+        )
         mask = torch.ones_like(ids)
-        ways: dict[str, Callable[[], Any]] = {form.name: functools.partial(form.run, ids, mask) for form in forms}
+        ways: dict[str, Callable[[], Any]] = {each.name: functools.partial(each.run, ids, mask) for each in formats}
         seconds = interleaved_cpu_seconds(ways, rounds)
-        for form in forms:
-            ratios[form.name].append(seconds[forms[0].name] / seconds[form.name])
+        for each in formats:
+            ratios[each.name].append(seconds[formats[0].name] / seconds[each.name])
     return ratios
 
 
@@ -157,29 +159,29 @@ def main() -> int:
     config = replace(config, languages=(config.languages or ["de"])[: 2 if options.quick else None])
     shapes = QUICK_SHAPES if options.quick else SHAPES
     with tempfile.TemporaryDirectory() as work:
-        groups = make_forms(options.run_dir, recipe, config, Path(work))
+        groups = make_formats(options.run_dir, recipe, config, Path(work))
         parity = export_difference(options.run_dir, groups[1][0].encoder)
         found: dict[str, dict[str, Any]] = {}
         for group in groups:
-            report = compare_runs(group[0].encoder, {form.name: form.run for form in group}, config)
-            found |= {form.name: report[form.name] for form in group}
-        forms = [form for group in groups for form in group]
-        ratios = speeds(forms, shapes, 2 if options.quick else 5)
-        megabytes = {form.name: form.file.stat().st_size / 1e6 for form in forms}
+            report = compare_runs(group[0].encoder, {each.name: each.run for each in group}, config)
+            found |= {each.name: report[each.name] for each in group}
+        formats = [each for group in groups for each in group]
+        ratios = speeds(formats, shapes, 2 if options.quick else 5)
+        megabytes = {each.name: each.file.stat().st_size / 1e6 for each in formats}
         sha256 = hashlib.sha256(groups[1][0].file.read_bytes()).hexdigest()
     rows = [
         [
-            form.name,
-            f"{form.parameters / 1e6:.1f}",
-            f"{megabytes[form.name]:.0f}",
-            *(f"{ratio:.2f}" for ratio in ratios[form.name]),
-            f"{found[form.name]['retrieval_mean']:.4f}",
-            f"{found[form.name]['greatest_difference']:.1e}",
+            each.name,
+            f"{each.parameters / 1e6:.1f}",
+            f"{megabytes[each.name]:.0f}",
+            *(f"{ratio:.2f}" for ratio in ratios[each.name]),
+            f"{found[each.name]['retrieval_mean']:.4f}",
+            f"{found[each.name]['greatest_difference']:.1e}",
         ]
-        for form in forms
+        for each in formats
     ]
     header = [
-        "form",
+        "format",
         "M parameters",
         "MB",
         *(f"x teacher, {b}x{length}" for b, length in shapes),
@@ -193,16 +195,16 @@ def main() -> int:
         "languages": config.languages,
         "pairs": config.max_pairs,
     }
-    publish("A student in every form", header, rows, {**figures, "rows": rows, "checks": checks}, options.json)
-    print(markdown_table(["what", "found", "at most", "holds"], checks))
+    publish("A student in every format", header, rows, {**figures, "rows": rows, "checks": checks}, options.json)
+    print(markdown_table(["check", "measured", "limit", "holds"], checks))
     return 0 if all(check[3] == "yes" for check in checks) else 1
 
 
 def limits(parity: float, found: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """What was promised of the forms, and whether it holds."""
+    """Every limit, the measured value, and whether it holds."""
     checks = [["hidden states, export to checkpoint", parity, LIMITS["export"]]]
     for kind in ("student", "trimmed"):
-        base, onnx, int8 = (found[f"{kind}, {form}"] for form in ("fp32", "ONNX fp32", "ONNX int8"))
+        base, onnx, int8 = (found[f"{kind}, {each}"] for each in ("fp32", "ONNX fp32", "ONNX int8"))
         checks.append([f"hidden states, {kind} ONNX to torch", onnx["greatest_difference"], LIMITS["ONNX"]])
         lost = base["retrieval_mean"] - int8["retrieval_mean"]
         checks.append([f"retrieval lost by int8, {kind}", lost, LIMITS["int8"]])

@@ -1,6 +1,8 @@
-"""The obvious way to write MiniLMv2, which the benchmarks compare with: what most code for it does.
+"""The naive baseline of the benchmarks: MiniLMv2 as most code for it is written, and how time and memory are measured.
 
-Whole Hugging Face models, all layers, Q, K and V caught by forward hooks, relation maps materialised in full, `F.kl_div`.
+Complete Hugging Face models, all layers, Q, K and V from forward hooks, all relation maps in memory, `F.kl_div`.
+
+Shape suffixes: B rows, L positions, D channels, A relation heads, d channels per head.
 """
 
 from __future__ import annotations
@@ -14,11 +16,11 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-CLEAR_PEAK = "5"  # written to /proc/self/clear_refs it resets the process's peak resident size
+CLEAR_PEAK = "5"  # written to /proc/self/clear_refs, it resets the peak resident size of the process
 
 
 def naive_relation(teacher_BLD: torch.Tensor, student_BLD: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Mean KL over rows, heads and queries; every map is a tensor that autograd keeps."""
+    """Mean KL over rows, heads and queries; autograd keeps every map."""
 
     def logits(x_BLD: torch.Tensor) -> torch.Tensor:
         x_BALd = x_BLD.unflatten(-1, (num_heads, -1)).transpose(1, 2)
@@ -30,23 +32,23 @@ def naive_relation(teacher_BLD: torch.Tensor, student_BLD: torch.Tensor, num_hea
 
 
 class HookedEncoder:
-    """A whole Hugging Face encoder; hooks catch what one layer's projections give."""
+    """A complete Hugging Face encoder; hooks store the outputs of one layer's projections."""
 
     def __init__(self, model, layer: int) -> None:
         attention = model.encoder.layer[layer - 1].attention.self
         self.model, self.projections = model, [attention.query, attention.key, attention.value]
 
     def __call__(self, input_ids_BL: torch.Tensor) -> list[torch.Tensor]:
-        caught: list[torch.Tensor] = []
-        hooks = [p.register_forward_hook(lambda _, __, output: caught.append(output)) for p in self.projections]
+        outputs: list[torch.Tensor] = []
+        hooks = [p.register_forward_hook(lambda _, __, output: outputs.append(output)) for p in self.projections]
         self.model(input_ids=input_ids_BL, attention_mask=torch.ones_like(input_ids_BL), output_hidden_states=True)
         for hook in hooks:
             hook.remove()
-        return caught
+        return outputs
 
 
 def interleaved_cpu_seconds(variants: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Median CPU seconds of each variant, run in turns so that what else the machine does hits all alike."""
+    """Median CPU seconds of each variant. Variants take turns, so that other load on the machine affects all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(repeats + 1):
         for name, run in variants.items():
@@ -58,7 +60,7 @@ def interleaved_cpu_seconds(variants: dict[str, Callable[[], None]], repeats: in
 
 
 def added_peak_mb(run: Callable[[], None]) -> float:
-    """Peak resident memory of `run` above what the process held before it, in MB (Linux)."""
+    """Peak resident memory of `run` above that of the process before it, in MB (Linux)."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
     before = _status_kb("VmRSS")

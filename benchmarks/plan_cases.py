@@ -164,8 +164,7 @@ def measured_flops(case: Case, directory: Path) -> int:
     pooler = {"add_pooling_layer": False} if architecture_of(config).has_pooler else {}
     torch.manual_seed(0)
     model = AutoModel.from_config(config, dtype=torch.float32, **pooler)
-    taps = (relations.student_taps, relations.teacher_taps)
-    student = build_student(model, recipe.student, 0, *taps, **relations.tap_options)
+    student = build_student(model, recipe.student, 0, relations)
     teacher = load_teacher(model, relations.teacher_taps, **relations.tap_options)
     module = DistillModule(teacher, student.tapped, relations).train()
     rows = min(recipe.micro_batch_per_gpu, recipe.global_batch)

@@ -48,8 +48,7 @@ def build(case: dict[str, Any], recipe: Recipe, launch: dist.Launch) -> tuple[St
     config = read_config(recipe.teacher, Path(case["config"]))
     pooler = {"add_pooling_layer": False} if architecture_of(config).has_pooler else {}
     model = AutoModel.from_config(config, dtype=torch.float32, **pooler)
-    taps = (relations.student_taps, relations.teacher_taps)
-    student = build_student(model, recipe.student, 0, *taps, **relations.tap_options)
+    student = build_student(model, recipe.student, 0, relations)
     dtype = DTYPES[case["precision"]]
     teacher = load_teacher(model, relations.teacher_taps, dtype, "cpu", **relations.tap_options)
     del model

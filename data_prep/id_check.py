@@ -39,7 +39,7 @@ COMPARED, DIFFERING = "lines_compared", "lines_compared_differing"  # in the cou
 # Of the lines of a language that may differ for no known reason; of real text 0 do, beside .02 to .05 % of near-ties.
 MOST_UNEXPLAINED = 0.01
 FEWEST_UNEXPLAINED = 2  # of a language with few lines
-POSITIONS_FROM_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
+POSITIONS_FROM_PADDING = ("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
 SHOWN_IDS = 8
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
-from pipeline.distillation.distiller import RelationsConfig
+from pipeline.distillation.config import RelationsConfig
 from pipeline.distillation.models.student import StudentConfig
 from pipeline.distillation.models.teacher import TeacherConfig
 from pipeline.errors import UserError, did_you_mean

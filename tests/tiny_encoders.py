@@ -1,4 +1,4 @@
-"""A tiny random encoder of every family that can be distilled, shaped so that the interesting code paths run."""
+"""A tiny random encoder of every architecture, with shapes in which its special code paths run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONFIGS: dict[str, dict] = {
     "xlm-roberta": COMMON,
     "camembert": COMMON,
     "xlm-roberta-xl": COMMON,
-    "electra": {**COMMON, "embedding_size": 24},  # so that embeddings_project is there
+    "electra": {**COMMON, "embedding_size": 24},  # so that it has embeddings_project
     "mpnet": COMMON,
     "distilbert": {
         "vocab_size": VOCABULARY,
@@ -34,7 +34,7 @@ CONFIGS: dict[str, dict] = {
         "max_position_embeddings": 80,
         "pad_token_id": 1,
     },
-    "deberta-v2": {  # with all that DeBERTa-v3 and mDeBERTa have, and v2's convolution
+    "deberta-v2": {  # everything that DeBERTa-v3 and mDeBERTa have, and v2's convolution
         **COMMON,
         "relative_attention": True,
         "pos_att_type": ["p2c", "c2p"],
@@ -50,7 +50,7 @@ CONFIGS: dict[str, dict] = {
 
 
 def tiny_encoder(model_type: str, seed: int = 0, **changes) -> PreTrainedModel:
-    """Random weights, large enough that every term of the forward is visible in its output; eval mode."""
+    """A model in eval mode with random weights, large enough that every term of the forward changes its output."""
     config = AutoConfig.for_model(model_type, **{**CONFIGS[model_type], **changes})
     with torch.random.fork_rng():
         torch.manual_seed(seed)

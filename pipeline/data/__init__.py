@@ -1,1 +1,1 @@
-"""Sample numbers to batches of token ids."""
+"""From sample numbers to batches of token ids, and the held-out rows."""

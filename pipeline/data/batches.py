@@ -1,8 +1,10 @@
-"""Shards to batches: `BatchSource` turns sample numbers into rows, `Prefetcher` keeps the next batches ready.
+"""Shards to batches: `BatchSource` turns sample numbers into rows, `Prefetcher` gathers the next batches in a thread.
 
-    sample numbers -> TemperatureSampler -> HeldOut (rows that may be trained on) -> ShardSet -> int64 [n, seq_len]
+    sample numbers -> TemperatureSampler -> HeldOut (rows for training) -> ShardSet -> int64 [n, seq_len]
 
-There are no worker processes: a whole batch is gathered from the memory maps at once, one thread ahead of the training.
+There are no worker processes: one thread gathers each batch from the memory maps, a few batches ahead of the training.
+
+Shape suffixes: B rows of the batch, L tokens of a row, S documents of a row.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import shlex
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -25,76 +28,80 @@ from pipeline.data.sampler import HeldOut, TemperatureSampler
 
 LARGEST_HELDOUT_SHARE = 0.1
 ORDER_VERSION = 1  # part of the fingerprint: raise it when the sampler's order changes
-PLAN_WINDOW = 8192
+PLAN_WINDOW = 8192  # samples whose places are computed together, which costs a tenth of doing it batch by batch
 
 
 class Batch(NamedTuple):
-    """Rows of token ids and, where documents are kept apart, the lengths of each row's documents, filled up with 0."""
+    """Token ids, and the lengths of each row's documents (padded with 0) where documents are kept apart."""
 
     input_ids_BL: torch.Tensor
     segments_BS: torch.Tensor | None
 
     def pinned(self) -> Batch:
-        """The same in memory that a GPU copies from by itself."""
+        """The batch in pinned memory, from which a GPU copies asynchronously."""
         segments_BS = None if self.segments_BS is None else self.segments_BS.pin_memory()
         return Batch(self.input_ids_BL.pin_memory(), segments_BS)
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """Which rows of the shards are read, and in which order."""
+
+    seq_len: int  # tokens of a row
+    alpha: float  # temperature: shares of languages are proportional to size ** alpha
+    seed: int
+    heldout_rows: int  # per language, at most a tenth of it; never trained on
+    max_epochs: float | None = None  # how often a language is repeated at most
+    languages: Sequence[str] | None = None  # None: all in the shards
+    unit: str = "tokens"  # what a language's size is counted in: tokens, documents or bytes
+    weights: Mapping[str, float] | None = None  # shares by language, instead of the temperature
+    # Samples of the planned run. With it, `max_epochs` lowers a small language's share from the start. Without it, the
+    # language is left out after its last epoch.
+    total_samples: int | None = None
+    documents: str = "joined"  # separate: a `Batch` has the documents' lengths
 
 
 class BatchSource:
     """Rows for training and for evaluation, as pure functions of sample numbers.
 
-    `unit` is what the temperature counts (tokens, documents or bytes of text); `weights` by language replaces it.
-    `total_samples`, the planned run, lets `max_epochs` lower a small language's share from the start instead of dropping
-    it when it has had its epochs. With `documents="separate"` a `Batch` says where documents end.
+    Raises `DataError` if a language has too little text, or the options do not fit the shards.
     """
 
-    def __init__(
-        self,
-        shards: ShardSet,
-        seq_len: int,
-        alpha: float,
-        seed: int,
-        heldout_rows_per_language: int,
-        max_epochs: float | None = None,
-        languages: Sequence[str] | None = None,
-        *,
-        unit: str = "tokens",
-        weights: Mapping[str, float] | None = None,
-        total_samples: int | None = None,
-        documents: str = "joined",
-    ) -> None:
-        self.shards, self.seq_len, self._separate = shards, seq_len, documents == "separate"
-        self.languages = sorted(set(languages)) if languages else list(shards.languages)
-        rows = [shards.num_rows(language, seq_len) for language in self.languages]
+    def __init__(self, shards: ShardSet, options: BatchOptions) -> None:
+        self.shards, self.options, self.seq_len = shards, options, options.seq_len
+        self.languages = sorted(set(options.languages)) if options.languages else list(shards.languages)
+        rows = [shards.num_rows(language, self.seq_len) for language in self.languages]
         self.rows_per_language = dict(zip(self.languages, rows, strict=True))
-        self.heldout_counts = heldout = [heldout_count(count, heldout_rows_per_language) for count in rows]
+        self.heldout_counts = heldout = [heldout_count(count, options.heldout_rows) for count in rows]
         self._check_num_rows(rows, heldout)
         self._split = HeldOut(rows, heldout)
+        sizes: Sequence[float] = self._sizes(options.unit)
+        if options.weights is not None:
+            sizes = self._weights_in_order(options.weights)
         self._sampler = TemperatureSampler(
             self._split.training_per_language,
-            alpha,
-            seed,
-            max_epochs,
-            sizes=self._sizes(unit),
-            weights=None if weights is None else self._weights_in_order(weights),
-            total_samples=total_samples,
+            options.alpha if options.weights is None else None,
+            options.seed,
+            options.max_epochs,
+            sizes=sizes,
+            total_samples=options.total_samples,
         )
-        if total_samples:
-            self._sampler.check_bounds(np.array([total_samples - 1]))
+        if options.total_samples:
+            self._sampler.check_bounds(np.array([options.total_samples - 1]))
         self._plan = lru_cache(maxsize=4)(self._plan_of_window)
-        # everything that decides which tokens sample number n is made of
+        # everything that decides which tokens sample number n has
         self.order = {
             "order_version": ORDER_VERSION,
             "shards": shards.fingerprint,
             "languages": self.languages,
-            "seq_len": seq_len,
-            "alpha": alpha,
-            "seed": seed,
-            "unit": unit,
-            "weights": dict(weights) if weights else None,
+            "seq_len": options.seq_len,
+            "alpha": options.alpha,
+            "seed": options.seed,
+            "unit": options.unit,
+            "weights": dict(options.weights) if options.weights else None,
             "heldout": heldout,
-            "max_epochs": max_epochs,
-            "total_samples": total_samples if max_epochs is not None else None,
+            "max_epochs": options.max_epochs,
+            "total_samples": options.total_samples if options.max_epochs is not None else None,
         }
         self.fingerprint = xxhash.xxh3_128_hexdigest(json.dumps(self.order, sort_keys=True).encode())
 
@@ -117,45 +124,41 @@ class BatchSource:
         return [weights[language] for language in self.languages]
 
     def _check_num_rows(self, rows: list[int], heldout: list[int]) -> None:
-        small = [
-            f"{language} ({self.shards.num_tokens(language)} tokens)"
-            for language, count, kept in zip(self.languages, rows, heldout, strict=True)
-            if count - kept < 1
-        ]
+        counts = zip(self.languages, rows, heldout, strict=True)
+        small = [language for language, count, held_out in counts if count - held_out < 1]
         if small:
             need = (self.seq_len - 2) * (2 if any(heldout) else 1)
-            enough = [
-                language for language, count, kept in zip(self.languages, rows, heldout, strict=True) if count > kept
-            ]
+            shown = ", ".join(f"{language} ({self.shards.num_tokens(language)} tokens)" for language in small)
+            enough = [language for language in self.languages if language not in small]
             named = f"languages=[{','.join(enough)}]"
             leave_out = f"--set {shlex.quote(named)}" if enough else "prepare other languages"
             raise DataError(
-                f"Too little text at sequence length {self.seq_len} in {', '.join(small)}: one row for training and the "
+                f"Too little text at sequence length {self.seq_len} in {shown}: one row for training and the "
                 f"held-out rows need {need} tokens. Prepare more text, use a shorter row (--set seq_len={self._longest_row()}), or "
                 f"leave them out ({leave_out})."
             )
 
     def _longest_row(self) -> int:
-        """The sequence length at which every language has a row for training and one held out."""
+        """The longest row for which every language has one for training and one held out, in tokens."""
         return max(3, min(self.shards.num_tokens(language) for language in self.languages) // 2 + 2)
 
     @property
     def shares(self) -> dict[str, float]:
-        """Each language's share of the samples, for the whole run."""
+        """Each language's share of all samples of the run."""
         return dict(zip(self.languages, self._sampler.weights.tolist(), strict=True))
 
     @property
     def uncapped_shares(self) -> dict[str, float]:
-        """The same before `max_epochs` lowered it."""
+        """`shares` before `max_epochs` lowered them."""
         return dict(zip(self.languages, self._sampler.uncapped_weights.tolist(), strict=True))
 
     def locate(self, sample_numbers: np.ndarray) -> list[tuple[str, int]]:
-        """Language and row in the shards of each sample: what a report on a bad batch names."""
+        """Language and row in the shards of each sample, for reports on a batch."""
         language_index, rows = self._place(sample_numbers)
         return [(self.languages[index], int(row)) for index, row in zip(language_index, rows, strict=True)]
 
     def shard_files(self, language: str, row: int) -> list[str]:
-        """The shard files, below the data directory, that a row's tokens lie in: one, or two where it spans an end."""
+        """The shard files, relative to the data directory, that hold a row's tokens; two where a shard ends in the row."""
         width, start, files = self.seq_len - 2, 0, []
         for shard in self.shards.shards(language):
             end = start + shard.num_tokens
@@ -169,7 +172,7 @@ class BatchSource:
         numbers = np.asarray(sample_numbers, dtype=np.int64).reshape(-1)
         self._sampler.check_bounds(numbers)
         windows = numbers // PLAN_WINDOW
-        if len(numbers) and windows.min() == windows.max():  # almost every batch; a tenth of the time of what follows
+        if len(numbers) and windows.min() == windows.max():  # almost every batch, in a tenth of the time
             window = int(windows[0])
             language_index, rows = self._plan(window)
             inside = numbers - window * PLAN_WINDOW
@@ -182,7 +185,7 @@ class BatchSource:
         return language_index, rows
 
     def _plan_of_window(self, window: int) -> tuple[np.ndarray, np.ndarray]:
-        """Many samples at once cost a tenth of the same samples batch by batch."""
+        """Language index and row of the `PLAN_WINDOW` samples of a window."""
         end = (window + 1) * PLAN_WINDOW
         if self._sampler.num_samples is not None:
             end = min(end, self._sampler.num_samples)
@@ -190,27 +193,27 @@ class BatchSource:
         return language_index, self._split.training_rows(language_index, number)
 
     def batch(self, sample_numbers: np.ndarray) -> np.ndarray:
-        """int64 [n, seq_len]; row i belongs to sample_numbers[i], whatever else is in the batch."""
+        """Token ids, int64 [n, seq_len]. Row i depends on sample_numbers[i] alone."""
         return self.shards.gather(self.languages, *self._place(sample_numbers), self.seq_len)
 
     def segments(self, sample_numbers: np.ndarray) -> np.ndarray:
-        """Document boundaries for attention that must not cross them: lengths per row, padded with 0 (ShardSet.segments)."""
+        """Lengths of each row's documents, padded with 0, [n, S], for attention that must not cross them."""
         located = self.locate(sample_numbers)
         return padded([self.shards.segments(language, [row], self.seq_len)[0] for language, row in located])
 
     def training_batch(self, sample_numbers: np.ndarray) -> Batch:
-        """What the training reads: rows, and their documents where these are kept apart."""
-        segments = self.segments(sample_numbers) if self._separate else None
+        """The rows of these samples, with their documents where these are kept apart."""
+        segments = self.segments(sample_numbers) if self.options.documents == "separate" else None
         return _as_batch(self.batch(sample_numbers), segments)
 
     def heldout(self, language: str) -> np.ndarray:
-        """The held-out rows of a language, int64 [h, seq_len]; none of them is ever in a batch."""
+        """The held-out rows of a language, int64 [h, seq_len]. None of them is ever in a training batch."""
         return self.shards.rows(language, self._heldout_rows(language), self.seq_len)
 
     def heldout_batch(self, languages: Sequence[str]) -> Batch:
         """The held-out rows of several languages, one after the other."""
         rows = np.concatenate([self.heldout(language) for language in languages])
-        if not self._separate:
+        if self.options.documents != "separate":
             return _as_batch(rows, None)
         parts = [self.shards.segments(name, self._heldout_rows(name), self.seq_len) for name in languages]
         return _as_batch(rows, padded([lengths for part in parts for lengths in part]))
@@ -225,15 +228,16 @@ def _as_batch(rows: np.ndarray, segments: np.ndarray | None) -> Batch:
     return Batch(torch.from_numpy(rows), None if segments is None else torch.from_numpy(segments))
 
 
-def heldout_count(num_rows: int, wanted: int) -> int:
-    """At most a tenth of a language, at least one row, unless none is wanted."""
-    return min(wanted, max(1, int(num_rows * LARGEST_HELDOUT_SHARE)))
+def heldout_count(num_rows: int, requested: int) -> int:
+    """Held-out rows of a language: at most a tenth of its rows, and at least one unless none is requested."""
+    return min(requested, max(1, int(num_rows * LARGEST_HELDOUT_SHARE)))
 
 
 class Prefetcher:
-    """Batches for an iterator of sample-number arrays, gathered by one thread up to `depth` batches ahead.
+    """Iterator of batches for arrays of sample numbers, gathered by one thread up to `depth` batches ahead.
 
-    Iterate over it; use it as a context manager or call `close`. An error in the thread is raised in the consumer.
+    Use it as a context manager or call `close`. An error in the thread is raised in the consumer. `wait_s` counts the
+    seconds for which the consumer waited.
     """
 
     def __init__(
@@ -257,7 +261,7 @@ class Prefetcher:
             self._put(error)
 
     def _put(self, item: Batch | BaseException | None) -> bool:
-        """Wait for a free place; False once the consumer has closed."""
+        """Wait for a free place in the queue. Returns False once the consumer has closed."""
         while not self._closing.is_set():
             try:
                 self._ready.put(item, timeout=0.1)

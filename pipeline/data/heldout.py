@@ -1,44 +1,61 @@
-"""Relation loss per language on rows that training never sees.
+"""Relation loss per language on held-out rows, which training never reads.
 
-In: the distiller, the held-out rows of a `BatchSource`. Out: mean loss per language. All ranks call it together and
-share the rows out among them; the result is the same on every rank and, up to summation order, for any rank count.
+In: the distiller's loss of each row, a `BatchSource`. Out: the mean loss per language. All ranks call it together and
+divide the rows among them. The result is the same on every rank and, up to summation order, for any number of ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
 from pipeline.data.batches import BatchSource
 
 
+class Rank(Protocol):
+    """This process among the ranks (`Launch` of runtime/dist.py, `Ranks` of evaluation/ranks.py)."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+
+
 def heldout_losses(
     row_losses: Callable[..., torch.Tensor],
     source: BatchSource,
     micro_batch: int,
-    rank: int,
-    world_size: int,
-    device: torch.device,
-    progress: Callable[[], None],
+    rank: Rank,
     sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
+    progress: Callable[[], None],
 ) -> dict[str, float]:
     """Mean relation loss per language.
 
-    `row_losses` maps int64 `[B, L]` ids and `segments` (a `Batch`'s) to the loss of each row, fp32 `[B]`. Every rank
-    runs the same number of forwards, because ZeRO-3 gathers parameters inside them: where chunks run out, a rank
-    repeats the first and drops the result.
+    Every rank runs the same number of forwards, because ZeRO-3 gathers parameters inside them. A rank without a chunk of
+    its own repeats the first one and drops the result.
+
+    Args:
+        row_losses: maps int64 [B, L] ids and `segments` (of a `Batch`) to the loss of each row, fp32 [B].
+        source: the rows, of all its languages.
+        micro_batch: rows of one forward.
+        rank: which chunks this process computes, and on which device.
+        sum_over_ranks: adds a tensor up over the ranks, in place.
+        progress: is called after every forward.
     """
     input_ids_BL, segments_BS = source.heldout_batch(source.languages)
     counts = torch.tensor(source.heldout_counts)
-    owner = torch.repeat_interleave(torch.arange(len(counts)), counts).to(device)
+    owner = torch.repeat_interleave(torch.arange(len(counts)), counts).to(rank.device)
     chunks = [(start, min(start + micro_batch, len(owner))) for start in range(0, len(owner), micro_batch)]
-    totals = torch.zeros(2, len(source.languages), dtype=torch.float64, device=device)
-    for turn in range(-(-len(chunks) // world_size)):
-        number = turn * world_size + rank
+    totals = torch.zeros(2, len(source.languages), dtype=torch.float64, device=rank.device)
+    for turn in range(-(-len(chunks) // rank.world_size)):
+        number = turn * rank.world_size + rank.rank
         start, stop = chunks[number] if number < len(chunks) else chunks[0]
         segments = None if segments_BS is None else segments_BS[start:stop]
-        losses = row_losses(input_ids_BL[start:stop].to(device), segments=segments).double()
+        losses = row_losses(input_ids_BL[start:stop].to(rank.device), segments=segments).double()
         progress()
         if number < len(chunks):
             totals[0].index_add_(0, owner[start:stop], losses)

@@ -1,10 +1,10 @@
-"""Which row is sample number n? A pure function of (seed, n), so the sampler's whole state is one integer.
+"""The row of sample number n, as a pure function of (seed, n). The state of the sampler is one integer.
 
     sample number -> cycle and place in it -> language (exact integer quotas) -> row (keyed permutation of its rows)
 
-Any rank computes any sample at once, in any order: resuming is starting to count elsewhere, and 1 or 8 ranks see the
-same global order. Languages are drawn with weights ~ (rows of the language) ** alpha; at the end of every cycle each has
-had its share to within one sample, and its rows have been visited equally often to within one visit.
+Every rank computes any sample directly, in any order. To resume, it starts counting at another number, and 1 or 8 ranks
+see the same global order. Languages are drawn with weights ~ size ** alpha. At the end of every cycle each language has
+its share to within one sample, and its rows have been visited equally often to within one visit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LANGUAGE_STREAM, _ROW_STREAM, _HELDOUT_STREAM = 1, 2, 3
 
 
 def mix(*parts: Any) -> np.ndarray:
-    """One well-spread 64-bit key from several integers or arrays of them."""
+    """One uniformly distributed 64-bit key from several integers or arrays of integers."""
     key = np.asarray(_U(0x6A09E667F3BCC909))
     with np.errstate(over="ignore"):
         for part in parts:
@@ -36,9 +36,10 @@ def mix(*parts: Any) -> np.ndarray:
 
 
 class KeyedPermutation:
-    """Feistel permutations of [0, size), one size per group; elements that land outside walk on until they are inside.
+    """Feistel permutations of [0, size), one size per group, with cycle walking.
 
-    The halves may differ by one bit, so the walked domain is less than twice the size.
+    An image outside [0, size) is permuted again until it is inside. The halves may differ by one bit, so the domain is
+    less than twice the size.
     """
 
     def __init__(self, sizes: Sequence[int] | np.ndarray) -> None:
@@ -49,7 +50,7 @@ class KeyedPermutation:
         self._high_mask = (_U(1) << (bits - self._low_bits)) - _U(1)
 
     def __call__(self, values: np.ndarray, group: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """Image of each value under the permutation of its group and key (all arrays of one length)."""
+        """Image of each value under the permutation of its group and key. All arrays have the same length."""
         low_bits, low_mask = self._low_bits[group], self._low_mask[group]
         high_mask, sizes = self._high_mask[group], self.sizes[group]
         out = self._rounds(values.astype(_U), keys, low_bits, low_mask, high_mask)
@@ -84,7 +85,7 @@ class KeyedPermutation:
 
 @dataclass(frozen=True)
 class _Phase:
-    """A stretch of the run with one set of weights; a new one begins where a language has reached `max_epochs`."""
+    """A part of the run with one set of weights. A new phase begins where a language has reached `max_epochs`."""
 
     start: int
     end: int
@@ -96,31 +97,38 @@ class _Phase:
 class TemperatureSampler:
     """`language_index, row = sampler(sample_numbers)` for any array of sample numbers.
 
-    `weights` replaces the temperature; `sizes` (tokens, documents or bytes per language) replaces rows as its base.
-    `max_epochs` caps how often a language's rows are repeated: a language that has had its epochs drops out and the
-    others share its part. With `total_samples` the cap is spread over the whole run instead (its weight is lowered from
-    the start so that it lasts to the end).
+    Args:
+        rows_per_language: number of rows of each language, at least 1.
+        alpha: temperature: shares are proportional to size ** alpha. None: shares are proportional to `sizes`.
+        seed: of the order.
+        max_epochs: how often a language's rows are repeated at most; then it is left out and the others share its part.
+        sizes: tokens, documents or bytes of each language, or weights; None: its rows.
+        total_samples: samples of the planned run. `max_epochs` then lowers a language's share from the start, so that
+            its epochs last to the end of the run.
+
+    Raises:
+        DataError: a language has no rows, or a limit or weight is not positive.
     """
 
     def __init__(
         self,
         rows_per_language: Sequence[int] | np.ndarray,
-        alpha: float = 0.3,
+        alpha: float | None = 0.3,
         seed: int = 0,
         max_epochs: float | None = None,
         *,
-        sizes: Sequence[int] | np.ndarray | None = None,
-        weights: Sequence[float] | np.ndarray | None = None,
+        sizes: Sequence[float] | np.ndarray | None = None,
         total_samples: int | None = None,
     ) -> None:
         self.rows_per_language = np.asarray(rows_per_language, dtype=np.int64)
         self.seed = seed
         if len(self.rows_per_language) == 0 or self.rows_per_language.min() < 1:
-            raise DataError("Every language needs at least one row to be sampled; leave out those without.")
+            raise DataError("Every language needs at least one row to be sampled; leave out those without rows.")
         if max_epochs is not None and max_epochs <= 0:
             raise DataError(f"max_epochs is {max_epochs}; it must be above 0 (or left out for no limit).")
         base = self.rows_per_language if sizes is None else np.asarray(sizes)
-        self.weights = temperature_weights(base, alpha) if weights is None else _normalised(weights, len(base))
+        count = len(self.rows_per_language)
+        self.weights = _normalised(base, count) if alpha is None else temperature_weights(base, alpha)
         self.uncapped_weights = self.weights
         caps = None
         if max_epochs is not None:
@@ -133,12 +141,12 @@ class TemperatureSampler:
 
     @property
     def cycle(self) -> int:
-        """Samples after which every language has had its exact share (until `max_epochs` changes the shares)."""
+        """Samples after which every language has its exact share (until `max_epochs` changes the shares)."""
         return self._phases[0].cycle
 
     @property
     def num_samples(self) -> int | None:
-        """How many samples there are under `max_epochs`; None if there is no end."""
+        """Number of samples under `max_epochs`; None: unlimited."""
         return None if self._phases[-1].end == _ENDLESS else self._phases[-1].end
 
     def __call__(self, sample_numbers: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -149,7 +157,7 @@ class TemperatureSampler:
         return language.reshape(numbers.shape), row.reshape(numbers.shape)
 
     def visits(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Language of each sample, and how often that language was drawn before (in the order of its own rows)."""
+        """Language of each sample, and how often that language was drawn before it."""
         self.check_bounds(numbers)
         language, visit = np.empty(len(numbers), np.int64), np.empty(len(numbers), np.int64)
         phase_of = np.searchsorted(self._starts, numbers, side="right") - 1
@@ -175,12 +183,12 @@ class TemperatureSampler:
         return language, phase.visits_before[language] + before[language] + place - starts[language]
 
     def check_bounds(self, numbers: np.ndarray) -> None:
-        """Sample numbers that this sampler does not have."""
+        """Raise `ValueError` or `DataError` if this sampler does not have these sample numbers."""
         if len(numbers) and int(numbers.min()) < 0:
             raise ValueError(f"sample numbers count from 0, got {int(numbers.min())}")
         if self.num_samples is not None and len(numbers) and int(numbers.max()) >= self.num_samples:
             raise DataError(
-                f"Sample {int(numbers.max())} was asked for, but under max_epochs there are {self.num_samples} samples. "
+                f"Sample {int(numbers.max())} was requested, but under max_epochs there are {self.num_samples} samples. "
                 "Raise max_epochs, lower steps, or prepare more text."
             )
 
@@ -189,14 +197,14 @@ _ENDLESS = 1 << 62
 
 
 def temperature_weights(sizes: np.ndarray, alpha: float) -> np.ndarray:
-    """Shares proportional to size ** alpha: 1 as the data lie, 0 all languages equal."""
+    """Shares proportional to size ** alpha: with 1 as in the data, with 0 all languages equal."""
     raw = np.asarray(sizes, dtype=np.float64)
     smoothed = (raw / raw.sum()) ** alpha
     return smoothed / smoothed.sum()
 
 
 def fill_to_caps(weights: np.ndarray, caps: np.ndarray) -> np.ndarray:
-    """Lower every share to its cap and hand the rest to the others in proportion, until nobody is above (water-filling)."""
+    """Lower every share to its cap and give the rest to the others in proportion, until none is above (water-filling)."""
     if caps.sum() <= 1:
         return caps / caps.sum()
     filled, capped = weights.copy(), np.zeros(len(weights), bool)
@@ -223,7 +231,7 @@ def _phases(weights: np.ndarray, caps: np.ndarray | None) -> list[_Phase]:
         boundaries = _integer_boundaries(np.where(active, weights, 0.0))
         shares = np.diff(boundaries)
         length = _ENDLESS - start
-        if caps is not None:  # the number drawn is at most the share rounded up, so this many are safe for everybody
+        if caps is not None:  # at most the share, rounded up, is drawn, so no language exceeds its cap within them
             lasts = [int(caps[i] - drawn[i]) * (1 << _WEIGHT_BITS) // int(shares[i]) for i in np.flatnonzero(active)]
             length = min(lasts)
             exhausted = np.flatnonzero(active)[np.array(lasts) == length]
@@ -239,7 +247,7 @@ def _phases(weights: np.ndarray, caps: np.ndarray | None) -> list[_Phase]:
 
 
 def _integer_boundaries(weights: np.ndarray) -> np.ndarray:
-    """Cumulative weights as integers up to 2**32; an active language keeps at least 1."""
+    """Cumulative weights as integers up to 2**32; an active language has at least 1."""
     total = 1 << _WEIGHT_BITS
     shares = np.where(weights > 0, np.maximum(1, np.round(weights / weights.sum() * total)), 0).astype(np.int64)
     shares[int(shares.argmax())] += total - int(shares.sum())
@@ -247,20 +255,20 @@ def _integer_boundaries(weights: np.ndarray) -> np.ndarray:
 
 
 def _cycle_length(shares: np.ndarray) -> int:
-    """The power of two at which the rarest language is drawn at least once per cycle: then no quota is negative."""
+    """The power of two for which the rarest language is drawn at least once per cycle, so that no quota is negative."""
     needed = -(-(1 << _WEIGHT_BITS) // int(shares.min()))
     return max(_SMALLEST_CYCLE, 1 << (needed - 1).bit_length())
 
 
 def _drawn(boundaries: np.ndarray, num_samples: int) -> np.ndarray:
-    """How often each language has been drawn after `num_samples` of a phase, exactly, adding up to `num_samples`."""
+    """How often each language is drawn in the first `num_samples` of a phase. The exact sum is `num_samples`."""
     high, low = num_samples >> _WEIGHT_BITS, num_samples & ((1 << _WEIGHT_BITS) - 1)
     cumulative = boundaries.astype(_U) * _U(high) + ((boundaries.astype(_U) * _U(low)) >> _U(_WEIGHT_BITS))
     return np.diff(cumulative.astype(np.int64))
 
 
 class HeldOut:
-    """A stateless split of every language's rows: the first `heldout` places of a fixed permutation are never trained on.
+    """A stateless split of each language's rows: the first places of a fixed permutation are held out of the training.
 
     The split depends on the number of rows alone, not on the run's seed, so runs can be compared on the same text.
     """
@@ -271,11 +279,12 @@ class HeldOut:
         self._permutation = KeyedPermutation(rows_per_language)
 
     def heldout_rows(self, language_index: int) -> np.ndarray:
+        """The held-out rows of a language."""
         places = np.arange(self.heldout_per_language[language_index], dtype=np.int64)
         return self._place_to_row(np.full(len(places), language_index), places)
 
     def training_rows(self, language_index: np.ndarray, number: np.ndarray) -> np.ndarray:
-        """The row behind each training number in [0, rows - heldout)."""
+        """The row of each training number in [0, rows - heldout)."""
         return self._place_to_row(language_index, number + self.heldout_per_language[language_index])
 
     def _place_to_row(self, language_index: np.ndarray, places: np.ndarray) -> np.ndarray:

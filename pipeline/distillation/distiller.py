@@ -1,100 +1,39 @@
-"""One training step's mathematics: a batch of token ids goes past teacher and student, the relation loss comes out.
+"""`DistillModule`, which the training engine wraps: a batch of token ids goes in, the relation loss comes out.
 
-`DistillModule` is what the training engine wraps. The teacher hangs beside it, not inside: it has no entry in
-parameters, state or checkpoints, and no engine converts or partitions it.
+One call runs teacher and student on the batch and adds up the losses that `RelationsConfig` names. The teacher is no
+submodule: it has no entry in parameters, state or checkpoints, and no engine converts or partitions it.
+
+Shape suffixes: B rows, L positions, D channels (d: of a narrower student), S documents of a row, H heads.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
+from pipeline.distillation.config import LETTERS, RelationsConfig
 from pipeline.distillation.models.teacher import FrozenTeacher
-from pipeline.distillation.relations.loss import BACKENDS, check_heads, relation_kl, relation_kl_by_row
+from pipeline.distillation.relations.backends import BACKENDS
+from pipeline.distillation.relations.loss import check_heads, relation_kl, relation_kl_by_row
+from pipeline.distillation.relations.reference import relation_log_probabilities
 from pipeline.distillation.relations.selection import Gather, alone, choose_backend
 from pipeline.distillation.tap import Projections, TappedEncoder, without_dropout
 from pipeline.errors import UserError
-from pipeline.recipe.ranges import LARGEST_WEIGHT, check_ranges
 
-LETTERS = "qkv"
-OUTPUT = "output"  # the tail term among the parts
+OUTPUT = "output"  # name of the tail term among the parts
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class LayerPair:
-    """One teacher layer matched by one student layer, both counted from 1."""
-
-    teacher: int  # the teacher's layer
-    student: int  # the student's layer
-    weight: float = 1.0  # of this pair's losses in the sum
-
-
-@dataclass
-class RelationsConfig:
-    """Which relations of which layers are matched."""
-
-    teacher_layer: int | None = None  # counted from 1; None: the last
-    student_layer: int | None = None  # counted from 1; None: the last
-    layers: list[LayerPair] | None = None  # several pairs instead of the two keys above
-    heads: int = 48  # relation heads; must divide both widths
-    pairs: dict[str, float] = field(default_factory=lambda: {"q-q": 1.0, "k-k": 1.0, "v-v": 1.0})  # pair: weight
-    after_rotary: bool = False  # ModernBERT: read Q and K behind their rotary embedding
-    tail: Literal["none", "relation", "mse"] = "none"  # a term for the student's output, above the distilled layer
-    tail_weight: float = 1.0  # of that term in the sum
-    backend: str = "auto"  # auto: checked and timed at the first batch; or a name of relations.BACKENDS
-
-    def __post_init__(self) -> None:
-        known = [f"{a}-{b}" for a in LETTERS for b in LETTERS]
-        for pair in self.pairs:
-            if pair not in known:
-                raise UserError(f"`relations.pairs` names {pair!r}; a relation is one of {', '.join(known)}")
-        _check_weights("relations.pairs", list(self.pairs.values()))
-        if self.layers:
-            _check_weights("relations.layers", [pair.weight for pair in self.layers])
-        if not 0 <= self.tail_weight < math.inf:
-            raise UserError(f"`relations.tail_weight` is {self.tail_weight}; it must be a number of at least 0")
-        if self.backend != "auto" and self.backend not in BACKENDS:
-            raise UserError(f"`relations.backend` is {self.backend!r}; it must be one of auto, {', '.join(BACKENDS)}")
-        if self.layers is not None and (not self.layers or self.teacher_layer or self.student_layer):
-            raise UserError(
-                "`relations.layers` needs at least one pair, and no teacher_layer or student_layer beside it"
-            )
-        matched = [(pair.teacher, pair.student) for pair in self.layers or []]
-        if len(set(matched)) < len(matched):
-            raise UserError("`relations.layers` names the same two layers twice; give them one weight")
-        weight = (0, LARGEST_WEIGHT)
-        check_ranges(self, "relations", {"heads": (0, 2**16), "pairs": weight, "tail_weight": weight})
-        for number, both in enumerate(self.layers or []):
-            check_ranges(both, f"relations.layers[{number}]", {"weight": weight})
-
-    @property
-    def teacher_taps(self) -> int | list[int] | None:
-        """What `load_teacher` and `build_student` take as the teacher's layer or layers."""
-        return self.teacher_layer if self.layers is None else [pair.teacher for pair in self.layers]
-
-    @property
-    def student_taps(self) -> int | list[int] | None:
-        """What `build_student` takes as the student's layer or layers."""
-        return self.student_layer if self.layers is None else [pair.student for pair in self.layers]
-
-    @property
-    def tap_options(self) -> dict[str, bool]:
-        """The tap's other options, the same for teacher and student."""
-        return {"with_output": self.tail != "none", "after_rotary": self.after_rotary}
-
-
-@dataclass
 class TapOutputs:
-    """What was read from one model: Q, K, V per tapped layer, and its output where a tail term wants it."""
+    """What one model gave on a batch: Q, K, V of each tapped layer, and its output if there is a tail term."""
 
     layers: list[Projections]
     output_BLD: torch.Tensor | None
@@ -102,13 +41,13 @@ class TapOutputs:
 
 @dataclass
 class SequenceMask:
-    """Which positions of a batch are real, and which of them may see each other; by default all."""
+    """Which positions of a batch are real tokens, and which of them see each other. By default all do."""
 
     lengths_B: torch.Tensor | None = None
-    segments: torch.Tensor | None = None  # [B, S] lengths of each row's documents, filled up with 0; best on the host
+    segments: torch.Tensor | None = None  # [B, S] lengths of each row's documents, padded with 0; best on the host
 
     def real_tokens(self, like_BL: torch.Tensor) -> torch.Tensor | None:
-        """1 at real tokens, 0 at padding; None where all are real."""
+        """1 at real tokens, 0 at padding, [B, L]; None where all are real."""
         if self.lengths_B is None and self.segments is None:
             return None
         counts_B = self.lengths_B if self.segments is None else self.segments.sum(1)
@@ -116,7 +55,7 @@ class SequenceMask:
         return (torch.arange(like_BL.shape[1], device=like_BL.device) < counts_B.to(like_BL.device)[:, None]).long()
 
     def attention_mask(self, input_ids_BL: torch.Tensor) -> torch.Tensor | None:
-        """What the encoders get: None, [B, L], or block-diagonal [B, 1, L, L] bool."""
+        """The mask for the encoders: None, [B, L] int64, or block-diagonal [B, 1, L, L] bool."""
         if self.segments is None:
             return self.real_tokens(input_ids_BL)
         ends_BS = self.segments.to(input_ids_BL.device, non_blocking=True).cumsum(1)
@@ -125,24 +64,29 @@ class SequenceMask:
         return (document_BL[:, :, None] == document_BL[:, None, :])[:, None]
 
     def of_relations(self) -> dict[str, Any]:
-        """The arguments of `relation_kl` that say the same."""
+        """The same mask as arguments of `relation_kl`."""
         return {"lengths_B": self.lengths_B} if self.segments is None else {"segments": self._documents}
 
     @cached_property
     def _documents(self) -> list[list[int]]:
-        """Lengths as Python numbers: read once per batch, and from the host without waiting for a GPU."""
+        """Lengths as Python numbers. They are read once per batch, and from the host, without waiting for a GPU."""
         assert self.segments is not None
         return [[length for length in row if length] for row in self.segments.tolist()]
 
 
 class DistillModule(nn.Module):
-    """`(input_ids_BL, lengths_B=None, segments=None) -> (loss, parts)`; `parts` are the unweighted losses in
-    `part_names`' order.
+    """Teacher and student as one module: `(input_ids_BL, lengths_B=None, segments=None) -> (loss, parts)`.
 
-    `teacher` is any callable with the tap's call and results. Both must have been tapped as `config` says
-    (`teacher_taps`, `student_taps`, `tap_options`). `gather` is how ranks agree on a backend at the first batch.
-    `around_student` makes a context for the student's forward, such as one that chooses its kernels.
-    `basis_Dd` says on which components a narrower student's output stands (`Student.basis_Dd`).
+    `parts` are the unweighted losses in the order of `part_names`, detached.
+
+    Args:
+        teacher: a callable with the call and the results of `tap`. Both models must be tapped as `config` says
+            (`teacher_taps`, `student_taps`, `tap_options`).
+        student_tapped: the student; its parameters are those of this module.
+        config: the relations and their weights.
+        gather: exchanges the ranks' results when the backend is chosen on the first batch.
+        basis_Dd: the components on which a narrower student's output is expressed (`Student.basis_Dd`).
+        around_student: makes a context for the student's forward, such as one that selects its kernels.
     """
 
     def __init__(
@@ -157,7 +101,7 @@ class DistillModule(nn.Module):
         super().__init__()
         self._gather = gather
         self._around_student = around_student
-        self.basis_Dd = basis_Dd  # no buffer: an engine in half precision would round it
+        self.basis_Dd = basis_Dd  # not a buffer: an engine in half precision would round it
         self.student = student_tapped
         self.config = config
         self._teacher = (teacher,)  # a tuple hides it from the module tree
@@ -166,23 +110,25 @@ class DistillModule(nn.Module):
         self.part_weights = _part_weights(config)
         self.part_names = list(self.part_weights)
         width = student_tapped.widths[0]
-        teacher_width = (
-            teacher.widths[0] if isinstance(teacher, FrozenTeacher) else width
-        )  # else seen at the first batch
+        # The width of another callable is not known before the first batch, which is checked as well.
+        teacher_width = teacher.widths[0] if isinstance(teacher, FrozenTeacher) else width
         check_heads(width, config.heads, "student", teacher_width)
         check_heads(teacher_width, config.heads, "teacher", width)
 
     def forward(
         self, input_ids_BL: torch.Tensor, lengths_B: torch.Tensor | None = None, segments: torch.Tensor | None = None
     ):
-        """`lengths_B`: padding at the end of rows. `segments` [B, S]: lengths of a row's documents, filled up with 0;
-        attention and relations then stay inside each document."""
-        extent = SequenceMask(lengths_B, segments)
-        teacher, student = self._read(input_ids_BL, extent)
+        """The weighted loss of a batch, a scalar with a graph, and its parts.
+
+        `lengths_B` counts the real tokens of each row; padding is at the end. `segments` [B, S] are the lengths of each
+        row's documents, padded with 0; attention and relations then stay inside each document.
+        """
+        mask = SequenceMask(lengths_B, segments)
+        teacher, student = self._run_both(input_ids_BL, mask)
         self._choose_backend(teacher.layers[0][0], student.layers[0][0])
-        losses = self._relation_losses(relation_kl, teacher, student, extent)
+        losses = self._relation_losses(relation_kl, teacher, student, mask)
         if self.config.tail != "none":
-            losses.append(self._tail_loss(teacher.output_BLD, student.output_BLD, extent))
+            losses.append(self._tail_loss(teacher.output_BLD, student.output_BLD, mask))
         loss = torch.stack([w * part for w, part in zip(self.part_weights.values(), losses, strict=True)]).sum()
         return loss, torch.stack(losses).detach()
 
@@ -191,10 +137,10 @@ class DistillModule(nn.Module):
         self, input_ids_BL: torch.Tensor, lengths_B: torch.Tensor | None = None, segments: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Weighted relation loss of every row, [B], without gradient, dropout or tail term: for held-out text."""
-        extent = SequenceMask(lengths_B, segments)
+        mask = SequenceMask(lengths_B, segments)
         with without_dropout(self.student):
-            teacher, student = self._read(input_ids_BL, extent)
-        losses = self._relation_losses(relation_kl_by_row, teacher, student, extent)
+            teacher, student = self._run_both(input_ids_BL, mask)
+        losses = self._relation_losses(relation_kl_by_row, teacher, student, mask)
         return torch.stack([w * part for w, part in zip(self.part_weights.values(), losses, strict=False)]).sum(0)
 
     @torch.no_grad()
@@ -205,44 +151,42 @@ class DistillModule(nn.Module):
         num_heads: int = 4,
         segments: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Relation matrices of the first row, [2, num_heads, L, L] for teacher and student, as probabilities.
+        """Relation maps (1) of the first row, [2, num_heads, L, L] for teacher and student.
 
-        `pair` is one of `part_names`, or one without its layers, which stands for the first pair of layers.
+        `pair` is one of `part_names`, or a relation without layers ("v-v"), which means the first pair of layers.
         """
-        maps = []
-        extent = SequenceMask(None, None if segments is None else segments[:1])
-        allowed_11LL = extent.attention_mask(input_ids_BL[:1])
+        maps, num_heads = [], min(num_heads, self.config.heads)
+        mask = SequenceMask(None, None if segments is None else segments[:1])
+        allowed_11LL = mask.attention_mask(input_ids_BL[:1])
         with without_dropout(self.student):
-            readings = self._read(input_ids_BL[:1], extent)
-        for reading in readings:
-            queries_HLd, keys_HLd = (
-                x_BLD[0].float().unflatten(-1, (self.config.heads, -1)).transpose(0, 1)[:num_heads]
-                for x_BLD in self._tensors_of(pair, reading)
+            outputs_of_both = self._run_both(input_ids_BL[:1], mask)
+        for outputs in outputs_of_both:
+            x_1LD, y_1LD = (
+                x_BLD[:1, :, : num_heads * x_BLD.shape[-1] // self.config.heads].float()
+                for x_BLD in self._related_tensors(pair, outputs)
             )
-            logits_HLL = queries_HLd @ keys_HLd.mT * queries_HLd.shape[-1] ** -0.5
-            if allowed_11LL is not None:
-                logits_HLL = logits_HLL.masked_fill(~allowed_11LL[0], float("-inf"))
-            maps.append(logits_HLL.softmax(-1))
+            allowed_1LL = None if allowed_11LL is None else allowed_11LL[0]
+            maps.append(relation_log_probabilities(x_1LD, y_1LD, num_heads, allowed_1LL)[0].exp())
         return torch.stack(maps)
 
-    def _tensors_of(self, pair: str, reading: TapOutputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """The two tensors (often the same one) whose relation a part is about."""
-        if pair == OUTPUT:
-            assert reading.output_BLD is not None
-            return reading.output_BLD, reading.output_BLD
-        name, _, layers = pair.partition("@")
+    def _related_tensors(self, part: str, outputs: TapOutputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two tensors (often the same one) of a part's relation."""
+        if part == OUTPUT:
+            assert outputs.output_BLD is not None
+            return outputs.output_BLD, outputs.output_BLD
+        name, _, layers = part.partition("@")
         known = [f"{p.teacher}>{p.student}" for p in self.config.layers or []]
-        projections = reading.layers[known.index(layers) if layers else 0]
+        projections = outputs.layers[known.index(layers) if layers else 0]
         first, second = _letters(name)
         return projections[first], projections[second]
 
-    def _read(self, input_ids_BL: torch.Tensor, extent: SequenceMask) -> tuple[TapOutputs, TapOutputs]:
-        """Both models on one batch; a mask only where there is padding, or documents are to be kept apart."""
-        mask = extent.attention_mask(input_ids_BL)
+    def _run_both(self, input_ids_BL: torch.Tensor, mask: SequenceMask) -> tuple[TapOutputs, TapOutputs]:
+        """Both models on one batch. They get a mask only where there is padding or documents are kept apart."""
+        attention_mask = mask.attention_mask(input_ids_BL)
         with torch.inference_mode():
-            teacher = self._teacher[0](input_ids_BL, mask)
+            teacher = self._teacher[0](input_ids_BL, attention_mask)
         with self._around_student():
-            student = self.student(input_ids_BL, mask)
+            student = self.student(input_ids_BL, attention_mask)
         return self._unpack(teacher), self._unpack(student)
 
     def _unpack(self, result: Any) -> TapOutputs:
@@ -250,25 +194,20 @@ class DistillModule(nn.Module):
         return TapOutputs([taps] if self.config.layers is None else taps, output_BLD)
 
     def _relation_losses(
-        self, loss: Callable, teacher: TapOutputs, student: TapOutputs, extent: SequenceMask
+        self, loss: Callable, teacher: TapOutputs, student: TapOutputs, mask: SequenceMask
     ) -> list[torch.Tensor]:
-        """One loss per layer pair and relation, in `part_names`' order."""
+        """One loss per layer pair and relation, in the order of `part_names`."""
         losses = []
-        for of_teacher, of_student in zip(teacher.layers, student.layers, strict=True):
+        for of_both in zip(teacher.layers, student.layers, strict=True):
             for first, second in map(_letters, self.config.pairs):
-                keys: dict[str, torch.Tensor] = {}
-                if first != second:
-                    keys = {"teacher_keys_BLD": of_teacher[second], "student_keys_BLD": of_student[second]}
-                of_both = (of_teacher[first], of_student[first])
-                losses.append(loss(*of_both, self.config.heads, backend=self.backend, **keys, **extent.of_relations()))
+                related = (x[first] if first == second else (x[first], x[second]) for x in of_both)
+                losses.append(loss(*related, self.config.heads, backend=self.backend, **mask.of_relations()))
         return losses
 
-    def _tail_loss(self, teacher_BLD: Any, student_BLD: Any, extent: SequenceMask) -> torch.Tensor:
-        """The term that gives the layers above the distilled one a signal: outputs' relation, or their distance."""
+    def _tail_loss(self, teacher_BLD: Any, student_BLD: Any, mask: SequenceMask) -> torch.Tensor:
+        """The term that trains the layers above the distilled one: relation, or mean squared distance, of the outputs."""
         if self.config.tail == "relation":
-            return relation_kl(
-                teacher_BLD, student_BLD, self.config.heads, backend=self.backend, **extent.of_relations()
-            )
+            return relation_kl(teacher_BLD, student_BLD, self.config.heads, backend=self.backend, **mask.of_relations())
         target_BLD = teacher_BLD.float()
         if self.basis_Dd is not None:
             self.basis_Dd = self.basis_Dd.to(target_BLD.device)
@@ -280,7 +219,7 @@ class DistillModule(nn.Module):
                 "use `tail: relation`"
             )
         distance_BL = (student_BLD.float() - target_BLD).square().mean(-1)
-        real_BL = extent.real_tokens(distance_BL)
+        real_BL = mask.real_tokens(distance_BL)
         return distance_BL.mean() if real_BL is None else ((distance_BL * real_BL).sum(1) / real_BL.sum(1)).mean()
 
     def load_basis(self, basis_Dd: torch.Tensor | None) -> None:
@@ -288,16 +227,18 @@ class DistillModule(nn.Module):
         self.basis_Dd = basis_Dd
 
     def keep_backend(self, name: str | None) -> None:
-        """Go on with what an earlier life of the run chose: a new choice by the clock could differ, and with it the
-        last bits of every later step. What the recipe pins stays."""
+        """Use the backend that the run began with, unless the recipe names one.
+
+        A new choice depends on measured times. If it differed, so would the last bits of every later step.
+        """
         if self.backend == "auto" and name in BACKENDS:
             self.backend = name
             self.backend_report = [
-                f"relation backend {name}: kept, the run began with it (`relations.backend` pins another)"
+                f"relation backend {name}: kept, because the run began with it (`relations.backend` sets another)"
             ]
 
     def _choose_backend(self, teacher_BLD: torch.Tensor, student_BLD: torch.Tensor) -> None:
-        """On the first batch, when the shape, the precision and the device are known."""
+        """On the first batch, when shapes, precision and device are known."""
         if self.backend == "auto":
             self.backend, self.backend_report = choose_backend(
                 teacher_BLD, student_BLD, self.config.heads, self._gather
@@ -319,14 +260,7 @@ def _part_weights(config: RelationsConfig) -> dict[str, float]:
     return weights if config.tail == "none" else {**weights, OUTPUT: config.tail_weight}
 
 
-def _check_weights(key: str, weights: list[float]) -> None:
-    """Numbers of at least 0, not all 0: a weight below would drive the student away, and NaN would spoil every step."""
-    if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
-        raise UserError(
-            f"`{key}` has the weights {weights}; at least one must be above zero, none below zero, and all must be finite"
-        )
-
-
 def _letters(pair: str) -> tuple[int, int]:
+    """Positions of a relation's two tensors in (Q, K, V)."""
     first, second = (LETTERS.index(letter) for letter in pair.split("-"))
     return first, second

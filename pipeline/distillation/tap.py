@@ -1,9 +1,10 @@
-"""Reads Q, K and V of chosen layers, and runs nothing above the last one.
+"""`tap(hf_model, layer)` returns a module that computes Q, K and V of chosen layers and runs nothing above the last one.
 
-`tap(hf_model, layer)` is a copy of the model's skeleton that shares every parameter: the layer list ends at `layer`,
-which is replaced by its Q, K, V projections (and the norm in front of them). The architecture's own forward does the
-rest, so masks, positions and rotary embeddings are Hugging Face's, and packed rows without padding need no mask at
-all.
+The module is a copy of the model's skeleton that shares every parameter. Its layer list ends at `layer`, which is
+replaced by its Q, K, V projections and the norm in front of them. The architecture's own forward does the rest, so
+masks, positions and rotary embeddings are Hugging Face's. Packed rows without padding need no mask.
+
+Shape suffixes: B rows, L positions, D channels, H attention heads, d channels per head.
 """
 
 from __future__ import annotations
@@ -32,20 +33,28 @@ def tap(
     after_rotary: bool = False,
     role: str | None = None,
 ) -> TappedEncoder:
-    """Module `(input_ids, attention_mask=None) -> (q_BLD, k_BLD, v_BLD)` of layer `layer`, counted from 1.
+    """Module `(input_ids, attention_mask=None) -> (q_BLD, k_BLD, v_BLD)` of one layer or of several.
 
-    A list of layers gives a list of such triples, in the list's order. With `with_output` all layers run and the last
-    hidden state comes after the projections: `(projections, hidden_BLD)`. `after_rotary` reads Q and K with their
-    rotary position embedding (ModernBERT), otherwise as the projections give them. `whose` ("teacher" or "student") is
-    for the words in which a layer that is not there is refused.
+    Args:
+        hf_model: an encoder of a known architecture; the module shares its parameters.
+        layer: counted from 1. A list of layers gives a list of triples, in the list's order.
+        with_output: run all layers and return the last hidden state too: `(projections, hidden_BLD)`.
+        after_rotary: Q and K with their rotary position embedding (ModernBERT), not as the projections return them.
+        role: "teacher" or "student", for the message about a layer that does not exist.
+
+    Raises:
+        UserError: the architecture is unknown, a layer does not exist, or there is no rotary embedding.
     """
     return TappedEncoder(hf_model, layer, with_output, after_rotary, role)
 
 
 @contextmanager
 def without_dropout(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; afterwards every submodule is in its own mode again. A tap shares its layers with the
-    model that was tapped, so one mode for all of them could switch dropout on in a model under evaluation."""
+    """Context with the module in evaluation mode. Afterwards every submodule has its own former mode.
+
+    A tap shares its layers with the model that was tapped, so setting one mode for all of them could switch dropout on
+    in a model that is being evaluated.
+    """
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -67,17 +76,17 @@ class TappedEncoder(nn.Module):
         role: str | None = None,
     ) -> None:
         super().__init__()
-        self.training = hf_model.training  # torch's new modules start in training mode, whatever they are made of
-        family = architecture_of(hf_model.config)
-        if after_rotary and family.rotary_head_dim is None:
+        self.training = hf_model.training  # new modules start in training mode, whatever mode their parts are in
+        architecture = architecture_of(hf_model.config)
+        if after_rotary and architecture.rotary_head_dim is None:
             raise UserError(
                 f"{hf_model.config.model_type} has no rotary embedding; set `relations.after_rotary: false`"
             )
         self.single = isinstance(layer, int)
         self.layers = [layer] if isinstance(layer, int) else list(layer)
         self.with_output = with_output
-        self.takes_block_mask = family.takes_block_mask
-        num_layers = len(cast(nn.ModuleList, hf_model.get_submodule(family.layers)))
+        self.accepts_block_mask = architecture.accepts_block_mask
+        num_layers = len(cast(nn.ModuleList, hf_model.get_submodule(architecture.layers)))
         for number in self.layers:
             if not 1 <= number <= num_layers:
                 fix = f". Set `relations.{role}_layer` or `relations.layers`" if role else ""
@@ -85,16 +94,17 @@ class TappedEncoder(nn.Module):
                     f"there is no layer {number} in the {role or 'model'}: a {hf_model.config.model_type} with layers 1 to "
                     f"{num_layers}{fix}"
                 )
-        self.model = _cut(hf_model, family, set(self.layers), with_output, after_rotary)
-        self._taps = {n: cast(TapLayer, self.model.get_submodule(f"{family.layers}.{n - 1}")) for n in self.layers}
+        self.model = _cut(hf_model, architecture, set(self.layers), with_output, after_rotary)
+        self._taps = {
+            n: cast(TapLayer, self.model.get_submodule(f"{architecture.layers}.{n - 1}")) for n in self.layers
+        }
 
     def forward(self, input_ids_BL: torch.Tensor, attention_mask: torch.Tensor | None = None):
-        """`attention_mask` is [B, L] (1 at real tokens) or, block-diagonal for several documents a row, [B, 1, L,
-        L]."""
-        if attention_mask is not None and attention_mask.dim() > 2 and not self.takes_block_mask:
+        """`attention_mask`: [B, L], 1 at real tokens; or block-diagonal [B, 1, L, L], for several documents in a row."""
+        if attention_mask is not None and attention_mask.dim() > 2 and not self.accepts_block_mask:
             raise UserError(
                 f"{self.model.config.model_type} cannot keep several documents of a row apart; "
-                "let rows cross documents: pass a [B, L] mask or none"
+                "pass a [B, L] mask or none, so that attention crosses documents"
             )
         hidden_BLD = self.model(input_ids=input_ids_BL, attention_mask=attention_mask)[0]
         taken = {layer: layer_tap.take() for layer, layer_tap in self._taps.items()}
@@ -109,24 +119,24 @@ class TappedEncoder(nn.Module):
 
 
 class TapLayer(nn.Module):
-    """Stands in a layer's place and keeps the Q, K, V that this layer computes from its input until they are taken.
+    """Replaces a layer: computes Q, K, V from the layer's input and stores them until `take` is called.
 
-    With `goes_on` the layer itself runs as well (a tap below the last one); without, nothing but the projections does.
+    With `run_layer` the layer itself runs too (a tap below the last one). Otherwise only the projections run.
     """
 
-    def __init__(self, layer: nn.Module, family: ArchitectureSpec, run_layer: bool, after_rotary: bool) -> None:
+    def __init__(self, layer: nn.Module, architecture: ArchitectureSpec, run_layer: bool, after_rotary: bool) -> None:
         super().__init__()
-        for name in family.layer_attributes:
+        for name in architecture.layer_attributes:
             setattr(self, name, getattr(layer, name))
-        shared_norm = layer.get_submodule(family.norm_before) if family.norm_before else None
+        shared_norm = layer.get_submodule(architecture.norm_before) if architecture.norm_before else None
         self.norm = nn.Identity().train(layer.training) if shared_norm is None else shared_norm
-        self.projections = nn.ModuleList(layer.get_submodule(name) for name in family.projections)
+        self.projections = nn.ModuleList(layer.get_submodule(name) for name in architecture.projections)
         self.training = self.projections.training = layer.training
         self.layer = layer if run_layer else None
-        self.returns = family.layer_returns
+        self.returns = architecture.layer_returns
         self.rotary_head_dim: int | None = None
-        if after_rotary and family.rotary_head_dim:
-            self.rotary_head_dim = attrgetter(family.rotary_head_dim)(layer)
+        if after_rotary and architecture.rotary_head_dim:
+            self.rotary_head_dim = attrgetter(architecture.rotary_head_dim)(layer)
         self.width = sum(cast(nn.Linear, projection).out_features for projection in self.projections) // 3
         self._kept: Projections | None = None
 
@@ -142,51 +152,51 @@ class TapLayer(nn.Module):
         return (hidden_BLD, None)[: self.returns] if self.returns else hidden_BLD
 
     def _rotate(self, query_BLD: torch.Tensor, key_BLD: torch.Tensor, cos_and_sin) -> list[torch.Tensor]:
-        """Q and K as the attention sees them: each head's channels turned by its position."""
+        """Q and K as attention gets them: the channels of each head rotated by the token's position."""
         heads = [x_BLD.unflatten(-1, (-1, self.rotary_head_dim)).transpose(1, 2) for x_BLD in (query_BLD, key_BLD)]
         return [x_BHLd.transpose(1, 2).flatten(2) for x_BHLd in apply_rotary_pos_emb(*heads, *cos_and_sin)]
 
     def take(self) -> Projections:
-        """The last forward's Q, K and V; they are let go, so that no graph lives longer than its step."""
+        """Q, K and V of the last forward. They are released, so that no graph outlasts its step."""
         kept, self._kept = self._kept, None
         assert kept is not None, "the encoder ran past a tapped layer"
         return kept
 
 
 def _cut(
-    hf_model: PreTrainedModel, family: ArchitectureSpec, layers: set[int], with_output: bool, after_rotary: bool
+    hf_model: PreTrainedModel, architecture: ArchitectureSpec, layers: set[int], with_output: bool, after_rotary: bool
 ) -> PreTrainedModel:
-    """The model's skeleton with taps in place, sharing all parameters, and nothing that runs above the last tap."""
+    """The model's skeleton with the taps in it. It shares all parameters and runs nothing above the last tap."""
     model = _shallow_copy(hf_model)
     model.config = copy.deepcopy(hf_model.config)
     model.config.output_hidden_states = model.config.output_attentions = False
     model._modules.pop("pooler", None)
     model.pooler = None
-    old_layers = cast(nn.ModuleList, hf_model.get_submodule(family.layers))
+    old_layers = cast(nn.ModuleList, hf_model.get_submodule(architecture.layers))
     last = len(old_layers) if with_output else max(layers)
     new_layers = nn.ModuleList(
-        TapLayer(layer, family, with_output or number < last, after_rotary) if number in layers else layer
+        TapLayer(layer, architecture, with_output or number < last, after_rotary) if number in layers else layer
         for number, layer in enumerate(old_layers[:last], start=1)
     )
     new_layers.training = old_layers.training
-    _replace(model, family.layers, new_layers)
+    _replace(model, architecture.layers, new_layers)
     if not with_output:
-        for name in family.after_layers:
+        for name in architecture.after_layers:
             _replace(model, name, nn.Identity().train(hf_model.training))
-        if last == 1 and family.after_first_layer:
-            _replace(model, family.after_first_layer, None)
+        if last == 1 and architecture.after_first_layer:
+            _replace(model, architecture.after_first_layer, None)
     return model
 
 
 def _shallow_copy(module: nn.Module):
-    """A module with its own dictionary of children, and the same children and parameters."""
+    """A copy with its own dictionary of children, which holds the same children and parameters."""
     twin = copy.copy(module)
     twin._modules = dict(module._modules)
     return twin
 
 
 def _replace(model: nn.Module, dotted_name: str, new_child: nn.Module | None) -> None:
-    """Put a child at a dotted name, copying the modules on the way so that the original model keeps its own."""
+    """Set the child at a dotted name. The modules on the path are copied, so that the original model keeps its own."""
     *parents, last = dotted_name.split(".")
     owner = model
     for name in parents:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from pipeline.distillation.models import loading
-from pipeline.distillation.models.architectures import POSITIONS_AFTER_PADDING, architecture_of, usable_positions
+from pipeline.distillation.models.architectures import architecture_of, usable_positions
 from pipeline.distillation.models.vocabulary import MAP_FILE, read_vocabulary
 from pipeline.distillation.tap import tap
 from pipeline.errors import UserError
@@ -108,7 +108,7 @@ def check_same_tokenizer(path: str, tokenizer: Any, config: PretrainedConfig) ->
     if len(tokenizer) > config.vocab_size:
         problem = f"the tokenizer has {len(tokenizer)} pieces, the model only {config.vocab_size} embeddings"
     pads = (tokenizer.pad_token_id, config.pad_token_id)
-    if config.model_type in POSITIONS_AFTER_PADDING and None not in pads and pads[0] != pads[1]:
+    if architecture_of(config).positions_after_padding and None not in pads and pads[0] != pads[1]:
         problem = f"padding is id {pads[0]} of the tokenizer and id {pads[1]} of the model"
     kept = Path(path) / MAP_FILE
     if kept.is_file():

@@ -15,10 +15,11 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from data_prep.shards import ShardSet
-from pipeline.data.batches import BatchSource
+from pipeline.data.batches import BatchOptions, BatchSource
 from pipeline.data.heldout import heldout_losses
 from pipeline.data.tokenizer_hash import deciding_file, tokenizer_sha256
-from pipeline.distillation.distiller import DistillModule, RelationsConfig
+from pipeline.distillation.config import RelationsConfig
+from pipeline.distillation.distiller import DistillModule
 from pipeline.distillation.models.model_files import read_model
 from pipeline.distillation.models.teacher import FrozenTeacher, check_vocabulary
 from pipeline.distillation.tap import tap
@@ -74,15 +75,15 @@ def evaluate_heldout(encoders: list[Encoder], config: HeldoutConfig, ranks: Rank
     shards = ShardSet(Path(config.data))
     languages = choose_languages(shards.languages, config.languages, encoders, "heldout.languages", "shards")
     chosen["languages"] = languages.chosen
-    source = BatchSource(
-        shards,
+    options = BatchOptions(
         seq_len=chosen["seq_len"],
         alpha=1.0,  # how training mixes languages; the held-out rows do not depend on it
         seed=0,
-        heldout_rows_per_language=chosen["heldout_rows"],
+        heldout_rows=chosen["heldout_rows"],
         languages=chosen["languages"],
         documents=chosen["documents"],
     )
+    source = BatchSource(shards, options)
     teacher = _load_teacher(config.teacher, chosen["teacher_layer"])
     for encoder in [teacher, *encoders]:
         _check_fit(encoder, source, config.data)
@@ -100,9 +101,8 @@ def evaluate_heldout(encoders: list[Encoder], config: HeldoutConfig, ranks: Rank
             total=-(-chunks // ranks.world_size), desc=f"held-out loss of {encoder.name}", unit="batch", disable=None
         )
         losses = heldout_losses(
-            *(distiller.losses_by_row, source, config.batch_size, ranks.rank, ranks.world_size, ranks.device),
+            *(distiller.losses_by_row, source, config.batch_size, ranks, ranks.sum),
             progress=lambda bar=bar: bar.update(),  # type: ignore[misc]
-            sum_over_ranks=ranks.sum,
         )
         bar.close()
         mean = sum(losses.values()) / len(losses)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.distillation.distiller import RelationsConfig
+from pipeline.distillation.config import RelationsConfig
 from pipeline.errors import UserError
 
 _RELATIONS = RelationsConfig()

@@ -205,10 +205,8 @@ def student_of(
         teacher_model,
         recipe.student,
         recipe.seed,
-        relations.student_taps,
-        relations.teacher_taps,
-        **relations.tap_options,
-        calibration=calibration,
+        relations,
+        calibration,
     )
 
 

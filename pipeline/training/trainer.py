@@ -150,6 +150,7 @@ class Trainer:
             launch.device,
             self.run.watchdog.feed,
             dist.sum_over_ranks,
+            self.watchdog.feed,
         )
         self.logger.heldout(step, losses)
         if self.recipe.metrics.images:

@@ -285,7 +285,7 @@ def test_ranks_that_see_different_teachers_end_with_one_error(second: str, start
         shutil.rmtree(tmp_path / "home1" / "teacher")
     else:
         other_weights(tmp_path / "home1" / "teacher")
-    expected = "rank 1 has another teacher weights than" if second == "other weights" else "rank 1: there is no teacher"
+    expected = "rank 1 has another teacher weights than" if second == "other weights" else "rank 1: teacher not found"
     assert expected in start_two()
 
 

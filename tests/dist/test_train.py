@@ -161,9 +161,7 @@ def test_export_is_the_trained_student(plain_run: Path, tiny_recipe: Path, tmp_p
     lineage = json.loads((tmp_path / "student" / "lineage.json").read_text())
     assert (lineage["steps"], lineage["teacher_layer"], lineage["student_layer"]) == (12, 3, 2)
     recipe = load_recipe(tiny_recipe, [])
-    start = build_student(
-        load_encoder(recipe.teacher), recipe.student, recipe.seed, None, recipe.relations.teacher_layer
-    )
+    start = build_student(load_encoder(recipe.teacher), recipe.student, recipe.seed, recipe.relations)
     exported = AutoModel.from_pretrained(tmp_path / "student", add_pooling_layer=False)
     weights, state = read_model_weights(plain_run)
     assert state["step"] == 12

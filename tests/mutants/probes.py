@@ -43,7 +43,8 @@ def tiny_ids() -> torch.Tensor:
 
 def loss_of_padded_rows() -> Figures:
     """The relation loss of a batch whose first row is padded."""
-    from pipeline.distillation.distiller import DistillModule, RelationsConfig
+    from pipeline.distillation.config import RelationsConfig
+    from pipeline.distillation.distiller import DistillModule
     from pipeline.distillation.tap import tap
 
     module = DistillModule(tap(tiny_model(3, 24, 0), 2), tap(tiny_model(2, 24, 1), 2), RelationsConfig(heads=3, backend="chunked"))  # fmt: skip
@@ -97,10 +98,11 @@ def rows_by_seed() -> Figures:
 
 def trained_names() -> Figures:
     """Names of the parameters that the optimizer gets."""
+    from pipeline.distillation.config import RelationsConfig
     from pipeline.distillation.models.student import StudentConfig, build_student
 
     config = StudentConfig(layers=2, hidden=12, heads=3)
-    return sorted(build_student(tiny_model(3, 24, 0), config, 0, None, 2).trained)
+    return sorted(build_student(tiny_model(3, 24, 0), config, 0, RelationsConfig(teacher_layer=2)).trained)
 
 
 def resumed_moments() -> Figures:

@@ -1,1 +1,1 @@
-"""Encoders on disk and in memory: teachers, students, and what is known about their architectures."""
+"""Encoders on disk and in memory: loading, the table of architectures, the teacher and the student."""

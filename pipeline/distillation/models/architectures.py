@@ -1,6 +1,7 @@
-"""Where each encoder family keeps what distillation needs: the one table that knows Hugging Face names.
+"""The table of encoder architectures: the names of modules, weights and config keys that distillation needs.
 
-Used by `tap.py` (layers and projections), `teacher.py` (how to load) and `student.py` (how to change a config).
+In: a Hugging Face config or its `model_type`. Out: the architecture's `ArchitectureSpec`. No other module knows names
+of one architecture. How to add a row: CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -18,28 +19,31 @@ class ArchitectureSpec:
 
     layers: str = "encoder.layer"
     projections: tuple[str, ...] = ("attention.self.query", "attention.self.key", "attention.self.value")
-    # attention's output, FFN in, FFN out; None: layers that `student.init: project` leaves at random
+    # Output projection of attention, first and second product of the FFN. None: `student.init: project` leaves layers
+    # of this architecture at their random start.
     products: tuple[str, str, str] | None = ("attention.output.dense", "intermediate.dense", "output.dense")
-    norm_before: str | None = None  # the layer's norm in front of its projections (pre-norm architectures)
+    norm_before: str | None = None  # the norm between a layer's input and its projections (pre-norm architectures)
     after_layers: tuple[str, ...] = ()  # modules that the model applies to the last layer's output
     after_first_layer: str | None = None  # a module that the model applies to the first layer's output
-    layer_attributes: tuple[str, ...] = ()  # what the model reads off its layers
+    layer_attributes: tuple[str, ...] = ()  # attributes of a layer that the model reads
     layer_returns: int = 0  # 0: a layer returns a tensor; n: a tuple of n
-    rotary_head_dim: str | None = None  # where a layer says how wide its rotary heads are
-    takes_block_mask: bool = True  # a [B, 1, L, L] bool mask reaches its attention as it is
-    has_pooler: bool = True  # the class takes `add_pooling_layer`
+    rotary_head_dim: str | None = None  # attribute with the width of a rotary head, for layers that have one
+    accepts_block_mask: bool = True  # a [B, 1, L, L] bool mask reaches its attention unchanged
+    has_pooler: bool = True  # the class has the argument `add_pooling_layer`
     ffn_key: str = "intermediate_size"
     dropout_keys: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-    prefix: str = "roberta"  # what the names of the encoder's weights begin with in a class with a head
-    # What a file may hold beside the encoder: the heads that the family's classes put on top of it
+    prefix: str = "roberta"  # of the encoder's weights in a class with a head
+    # Weights that a file may hold in addition to the encoder's: the heads of the architecture's classes.
     heads: tuple[str, ...] = ("pooler", "lm_head", "classifier", "qa_outputs")
-    positions_key: str | None = None  # a config key without which the embeddings of positions are left over
-    learned_positions: bool = True  # one vector per position: `position_embedding_type` may be nothing but absolute
+    positions_key: str | None = None  # a config key; where it is false, the model has no position embeddings
+    learned_positions: bool = True  # one vector per position: `position_embedding_type` must be absolute
+    # Positions are counted from the padding id on, so the table has that many more rows than a text may have tokens.
+    positions_after_padding: bool = False
 
 
-# Buffers that older releases saved: position_ids, the token types of an unsegmented text, rotary frequencies.
+# Buffers in files of older releases: position_ids, the token types of an unsegmented text, rotary frequencies.
 BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids", "rotary_emb.inv_freq")
-_ROBERTA = ArchitectureSpec()
+_ROBERTA = ArchitectureSpec(positions_after_padding=True)
 
 ARCHITECTURES: dict[str, ArchitectureSpec] = {
     "bert": ArchitectureSpec(prefix="bert", heads=("pooler", "cls", "classifier", "qa_outputs")),
@@ -47,7 +51,7 @@ ARCHITECTURES: dict[str, ArchitectureSpec] = {
     "xlm-roberta": _ROBERTA,
     "camembert": _ROBERTA,
     "xlm-roberta-xl": ArchitectureSpec(
-        norm_before="attention.self_attn_layer_norm", after_layers=("encoder.LayerNorm",)
+        norm_before="attention.self_attn_layer_norm", after_layers=("encoder.LayerNorm",), positions_after_padding=True
     ),
     "electra": ArchitectureSpec(
         has_pooler=False,
@@ -59,11 +63,12 @@ ARCHITECTURES: dict[str, ArchitectureSpec] = {
     ),
     "mpnet": ArchitectureSpec(
         projections=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
-        products=None,  # its position bias belongs to the heads
+        products=None,  # its position bias is defined per head
         layer_returns=1,
-        takes_block_mask=False,
+        accepts_block_mask=False,
         prefix="mpnet",
         learned_positions=False,
+        positions_after_padding=True,
     ),
     "distilbert": ArchitectureSpec(
         layers="transformer.layer",
@@ -84,11 +89,11 @@ ARCHITECTURES: dict[str, ArchitectureSpec] = {
         products=None,
         after_first_layer="encoder.conv",
         layer_returns=2,
-        takes_block_mask=False,
+        accepts_block_mask=False,
         has_pooler=False,
         prefix="deberta",
         heads=("pooler", "cls", "lm_head", "lm_predictions", "mask_predictions", "classifier", "qa_outputs"),
-        positions_key="position_biased_input",  # DeBERTa-v3's MLM decoder alone reads its absolute positions
+        positions_key="position_biased_input",  # only DeBERTa-v3's MLM decoder reads its absolute positions
         learned_positions=False,
     ),
     "modernbert": ArchitectureSpec(  # mmBERT too
@@ -98,7 +103,7 @@ ARCHITECTURES: dict[str, ArchitectureSpec] = {
         norm_before="attn_norm",
         after_layers=("final_norm",),
         layer_attributes=("attention_type",),
-        takes_block_mask=False,
+        accepts_block_mask=False,
         rotary_head_dim="attn.head_dim",
         has_pooler=False,
         dropout_keys=("embedding_dropout", "attention_dropout", "mlp_dropout"),
@@ -108,36 +113,36 @@ ARCHITECTURES: dict[str, ArchitectureSpec] = {
     ),
 }
 
-# These count positions from the padding id on, so their tables hold that many rows more than a row may have tokens.
-POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
-
 
 def usable_positions(config: PretrainedConfig) -> int:
-    """Longest row a model takes. RoBERTa's kin start counting positions after the padding id (XLM-R: 514 rows, 512)."""
+    """Number of tokens in the longest row that a model accepts (XLM-R: a table of 514 positions, 512 tokens)."""
     positions = int(config.max_position_embeddings)
-    return positions - (config.pad_token_id + 1) if config.model_type in POSITIONS_AFTER_PADDING else positions
+    spec = ARCHITECTURES.get(config.model_type)
+    return positions - (config.pad_token_id + 1) if spec and spec.positions_after_padding else positions
 
 
 def check_length(config: PretrainedConfig, seq_len: int, teacher: str) -> None:
-    """A `UserError` where rows would be longer than the model has positions for."""
+    """Raise a `UserError` if rows of `seq_len` tokens are longer than the model's positions."""
     longest = usable_positions(config)
     if seq_len > longest:
         raise UserError(
-            f"seq_len is {seq_len}, but {teacher} has positions for {longest} tokens; take --set seq_len={longest} or less"
+            f"seq_len is {seq_len}, but {teacher} has positions for {longest} tokens; set it to {longest} or less: "
+            f"--set seq_len={longest}"
         )
 
 
 def architecture_of(config: PretrainedConfig) -> ArchitectureSpec:
-    """The table's row for a config; an unknown architecture is a `UserError` that lists the known ones."""
+    """The table's row for a config. Raises `UserError`: unknown architecture (lists the known ones), or a decoder."""
     return architecture_of_type(config.model_type, getattr(config, "is_decoder", False))
 
 
 def architecture_of_type(model_type: str, is_decoder: bool = False) -> ArchitectureSpec:
-    """`architecture_of` before there is a config object."""
+    """`architecture_of` for a `model_type`, before there is a config object."""
     if model_type not in ARCHITECTURES:
         raise UserError(
             f"model type {model_type!r} is not one whose Q, K and V can be read. Known: {', '.join(ARCHITECTURES)}. "
-            "A new one is a row in pipeline/distillation/models/architectures.py and a golden test"
+            "CONTRIBUTING.md shows how to add one: a row in pipeline/distillation/models/architectures.py and a tiny model "
+            "for the tests"
         )
     if is_decoder:
         raise UserError(f"this {model_type} model is a decoder (`is_decoder: true`); distillation needs an encoder")

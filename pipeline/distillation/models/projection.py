@@ -1,7 +1,10 @@
-"""A narrower student that starts from its teacher: every weight matrix on the principal components of what it reads.
+"""`student.init: project`: a narrower student whose weights are the teacher's on principal components.
 
-In: a whole fp32 teacher, a blank student of the same family, a `Calibration`. Out: the student's weights, set in place,
-and the basis P [D, d] in which its hidden states stand. docs/method.md derives it. Used by `student.py`.
+In: a complete fp32 teacher, a blank student of the same architecture, a `Calibration`. Out: the student's weights, set in
+place, and the basis P [D, d] on which its hidden states are expressed. Derivation: docs/method.md.
+
+Shape suffixes: B rows, L positions, N tokens, D channels of the teacher, d of the student, F neurons of the teacher's
+FFN, f of them that the student keeps.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from pipeline.distillation.models.architectures import ArchitectureSpec
+from pipeline.distillation.models.architectures import ArchitectureSpec, architecture_of
 from pipeline.distillation.models.student_init import embedding_width, principal_components, project_embeddings
 
 TEACHER_TOKENS_AT_ONCE = 2048
@@ -26,15 +29,15 @@ TEACHER_TOKENS_AT_ONCE = 2048
 
 @dataclass(frozen=True)
 class Calibration:
-    """Text on which the teacher's states are measured, and how the run will split what it reads."""
+    """Text on which the teacher's states are measured, and the number of relation heads of the run."""
 
-    rows_BL: torch.Tensor  # token ids, int64, no padding; on the device that is to do the work
+    rows_BL: torch.Tensor  # token ids, int64, no padding; on the device that computes
     relation_heads: int
 
 
 @dataclass
 class States:
-    """What the teacher did on the calibration rows, by module name in the student."""
+    """Statistics of the teacher on the calibration rows, by module name in the student."""
 
     normed: dict[str, list[torch.Tensor]] = field(default_factory=lambda: defaultdict(list))  # a norm's output, [N, D]
     grams: dict[str, torch.Tensor | float] = field(default_factory=lambda: defaultdict(float))  # Y^T Y of a projection
@@ -51,47 +54,53 @@ class States:
         self.energies[name] += inputs[0].flatten(0, -2).square().sum(0)
 
 
-def can_project_layers(teacher: PreTrainedModel, family: ArchitectureSpec) -> bool:
-    """Whether the family's layers are plain enough: separate Q, K, V and an FFN of two products; ELECTRA's factorised
-    embedding has a width of its own."""
-    return family.products is not None and embedding_width(teacher) == teacher.config.hidden_size
+def can_project_layers(teacher: PreTrainedModel, architecture: ArchitectureSpec) -> bool:
+    """Whether layers can be projected: separate Q, K, V, an FFN of two products, and embeddings as wide as the layers
+    (ELECTRA may factorise its embedding)."""
+    return architecture.products is not None and embedding_width(teacher) == teacher.config.hidden_size
 
 
 @torch.no_grad()
 def project_layers(
     teacher: PreTrainedModel,
     student: PreTrainedModel,
-    family: ArchitectureSpec,
     chosen: list[int],
     tapped: set[int],
     calibration: Calibration,
 ) -> torch.Tensor:
     """Set the student's weights from the teacher's and return P [D, d], fp32, on the CPU.
 
-    `chosen` names the teacher layer of each student layer, `tapped` the student layers whose relations are matched,
-    both counted from 1.
+    `chosen` names the teacher layer of each student layer, `tapped` the student layers whose relations are matched, both
+    counted from 1.
     """
     device, was_training = calibration.rows_BL.device, student.training
     for model in (teacher, student):
         nn.Module.to(model, device)
     student.eval()
-    states = _observe(teacher, family, chosen, calibration.rows_BL)
+    architecture = architecture_of(teacher.config)
+    states = _observe(teacher, architecture, chosen, calibration.rows_BL)
     normed = {name: torch.cat(states.normed.pop(name)) for name in list(states.normed)}
     gram_DD = torch.stack([(x_ND.T @ x_ND).double() / x_ND.double().square().sum() for x_ND in normed.values()]).sum(0)
     basis_Dd = principal_components(gram_DD, student.config.hidden_size).float()
     project_embeddings(teacher, student, basis_Dd)
     for number, source in enumerate(chosen, start=1):
-        heads = calibration.relation_heads if number in tapped else None
-        names = (f"{family.layers}.{number - 1}", f"{family.layers}.{source - 1}")
-        _project_layer(teacher, student, family, names, states, basis_Dd, heads)
+        names = (f"{architecture.layers}.{number - 1}", f"{architecture.layers}.{source - 1}")
+        if number in tapped:
+            channels = torch.arange(teacher.config.hidden_size, device=device)
+            groups = list(channels.chunk(calibration.relation_heads))
+        else:
+            groups = _attention_groups(teacher, student, states, names, basis_Dd.shape[1])
+        _project_layer(teacher, student, states, names, groups, basis_Dd)
     _fit_norms(student, {name: x_ND @ basis_Dd for name, x_ND in normed.items()}, calibration.rows_BL)
     teacher.cpu()
     student.cpu().train(was_training)
     return basis_Dd.cpu().contiguous()
 
 
-def _observe(teacher: PreTrainedModel, family: ArchitectureSpec, chosen: list[int], rows_BL: torch.Tensor) -> States:
-    """One pass of the teacher over the rows, a few at a time."""
+def _observe(
+    teacher: PreTrainedModel, architecture: ArchitectureSpec, chosen: list[int], rows_BL: torch.Tensor
+) -> States:
+    """Run the teacher once over the rows, a few at a time, and collect its statistics with hooks."""
     states = States()
     with ExitStack() as stack:
 
@@ -99,16 +108,19 @@ def _observe(teacher: PreTrainedModel, family: ArchitectureSpec, chosen: list[in
             stack.callback(module.register_forward_hook(keep).remove)
 
         for name, module in teacher.named_modules():
-            if isinstance(module, nn.LayerNorm) and not name.startswith(family.layers + "."):
+            if isinstance(module, nn.LayerNorm) and not name.startswith(architecture.layers + "."):
                 watch(module, partial(states.keep_normed, name))
         for number, source in enumerate(chosen):
-            own, layer = f"{family.layers}.{number}.", teacher.get_submodule(f"{family.layers}.{source - 1}")
+            own, layer = (
+                f"{architecture.layers}.{number}.",
+                teacher.get_submodule(f"{architecture.layers}.{source - 1}"),
+            )
             for name, module in layer.named_modules():
                 if isinstance(module, nn.LayerNorm):
                     watch(module, partial(states.keep_normed, own + name))
-                elif name in family.projections:
+                elif name in architecture.projections:
                     watch(module, partial(states.keep_gram, own + name))
-                elif name == cast(tuple, family.products)[2]:
+                elif name == cast(tuple, architecture.products)[2]:
                     watch(module, partial(states.keep_energy, own + name))
         for part_BL in rows_BL.split(max(1, TEACHER_TOKENS_AT_ONCE // rows_BL.shape[1])):
             teacher(input_ids=part_BL)
@@ -118,24 +130,21 @@ def _observe(teacher: PreTrainedModel, family: ArchitectureSpec, chosen: list[in
 def _project_layer(
     teacher: PreTrainedModel,
     student: PreTrainedModel,
-    family: ArchitectureSpec,
-    names: tuple[str, str],
     states: States,
+    names: tuple[str, str],
+    groups: list[torch.Tensor],
     basis_Dd: torch.Tensor,
-    relation_heads: int | None,
 ) -> None:
-    """The products of one student layer: W' = (output components)^T W (input components). `names`: of the student's
-    layer and of the teacher's."""
+    """Set the products of one student layer: W' = (output components)^T W (input components).
+
+    `names` are those of the student's layer and of the teacher's. Each of `groups` lists channels of Q, K and V of the
+    teacher that share an equal part of the student's channels.
+    """
+    architecture = architecture_of(teacher.config)
     own, theirs = (dict(m.get_submodule(n).named_modules()) for m, n in zip((student, teacher), names, strict=True))
-    attention_out, ffn_in, ffn_out = cast(tuple[str, str, str], family.products)
-    query, key, value = family.projections
-    gram_DD = {name: cast(torch.Tensor, states.grams[f"{names[0]}.{name}"]) for name in family.projections}
-    out_DD = cast(nn.Linear, theirs[attention_out]).weight
-    if relation_heads is None:
-        heads = (teacher.config.num_attention_heads, student.config.num_attention_heads)
-        groups = _heads_worth_most(gram_DD[value], out_DD, heads, basis_Dd.shape[1])
-    else:
-        groups = list(torch.arange(len(out_DD), device=out_DD.device).chunk(relation_heads))
+    attention_out, ffn_in, ffn_out = cast(tuple[str, str, str], architecture.products)
+    query, key, value = architecture.projections
+    gram_DD = {name: cast(torch.Tensor, states.grams[f"{names[0]}.{name}"]) for name in architecture.projections}
     alike_DD = gram_DD[query] / gram_DD[query].trace() + gram_DD[key] / gram_DD[key].trace()
     reduce_qk_Dd, reduce_v_Dd = (_reduction(gram, groups, basis_Dd.shape[1]) for gram in (alike_DD, gram_DD[value]))
     # A softmax over 1 / sqrt(width) times a product: with w of W channels in a head, Q and K shrink by (w / W)^(1/4).
@@ -151,12 +160,18 @@ def _project_layer(
     _set(own[ffn_out], theirs[ffn_out], pick_Ff, basis_Dd)
 
 
-def _heads_worth_most(
-    gram_DD: torch.Tensor, out_DD: torch.Tensor, heads: tuple[int, int], narrow: int
+def _attention_groups(
+    teacher: PreTrainedModel, student: PreTrainedModel, states: States, names: tuple[str, str], narrow: int
 ) -> list[torch.Tensor]:
-    """Channels of the teacher's heads that the student's heads stand for, those that add most to the hidden state; where
-    the student's are more or wider, they share the channels of several instead."""
-    num_theirs, num_own = heads
+    """Channels of the teacher's attention heads for each student head: of the heads that add most to the hidden state.
+
+    If the student has more or wider heads than the teacher, its heads share the channels of groups of teacher heads.
+    """
+    architecture = architecture_of(teacher.config)
+    num_theirs, num_own = teacher.config.num_attention_heads, student.config.num_attention_heads
+    gram_DD = cast(torch.Tensor, states.grams[f"{names[0]}.{architecture.projections[2]}"])
+    attention_out = f"{names[1]}.{cast(tuple, architecture.products)[0]}"
+    out_DD = cast(nn.Linear, teacher.get_submodule(attention_out)).weight
     channels = torch.arange(len(gram_DD), device=gram_DD.device)
     of_heads = channels.chunk(num_theirs)
     if num_own > num_theirs or narrow // num_own > len(of_heads[0]):
@@ -166,7 +181,7 @@ def _heads_worth_most(
 
 
 def _reduction(gram_DD: torch.Tensor, groups: list[torch.Tensor], narrow: int) -> torch.Tensor:
-    """S [D, d]: equally many principal components of each group of channels."""
+    """S [D, d]: the same number of principal components of each group of channels."""
     reduce_Dd = gram_DD.new_zeros(len(gram_DD), narrow)
     width = narrow // len(groups)
     for place, channels in enumerate(groups):
@@ -176,7 +191,7 @@ def _reduction(gram_DD: torch.Tensor, groups: list[torch.Tensor], narrow: int) -
 
 
 def _set(own: nn.Module, theirs: nn.Module, inputs_Dd: torch.Tensor, outputs_Dd: torch.Tensor) -> None:
-    """W' = outputs^T W inputs and b' = outputs^T b; a student with more neurons than that keeps the others' start."""
+    """Set W' = outputs^T W inputs and b' = outputs^T b. Further neurons of the student keep their random start."""
     weight, bias = cast(nn.Linear, theirs).weight, cast(nn.Linear, theirs).bias
     new = outputs_Dd.T @ weight @ inputs_Dd
     cast(nn.Linear, own).weight[: new.shape[0], : new.shape[1]] = new
@@ -184,8 +199,10 @@ def _set(own: nn.Module, theirs: nn.Module, inputs_Dd: torch.Tensor, outputs_Dd:
 
 
 def _fit_norms(student: PreTrainedModel, targets: dict[str, torch.Tensor], rows_BL: torch.Tensor) -> None:
-    """Norms do not turn with the basis: each gets the weight and bias that bring it nearest to its target [N, d], channel
-    by channel, in the order in which the student's first forward comes past them."""
+    """Fit weight and bias of each norm to its target [N, d], channel by channel, by least squares.
+
+    A norm cannot be expressed in another basis. Norms are fitted in the order in which the student's forward runs them.
+    """
 
     def fit(target_Nd: torch.Tensor, norm: nn.LayerNorm, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         plain_Nd = functional.layer_norm(inputs[0].flatten(0, -2), norm.normalized_shape, eps=norm.eps)

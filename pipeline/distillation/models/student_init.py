@@ -1,6 +1,9 @@
-"""Where a student's first weights come from: copies of teacher layers, or the teacher's embeddings, projected.
+"""First weights of a student: copies of teacher layers, or the teacher's embeddings on their principal components.
 
-Used by `student.py`; projected layers are `projection.py`. What is not set keeps the architecture's random start.
+In: the complete teacher and a blank student. Out: the student's weights, set in place. Weights that are not set keep the
+architecture's random start. projection.py projects complete layers.
+
+Shape suffixes: D channels of the teacher, d of the student, N tokens, n components.
 """
 
 from __future__ import annotations
@@ -14,12 +17,12 @@ from transformers import PreTrainedModel
 from pipeline.distillation.models.architectures import ArchitectureSpec
 from pipeline.errors import UserError
 
-GRAM_BLOCK_ROWS = 8192  # in float64 at once: all 250 002 rows of XLM-R-large, twice, would be 4 GB
+GRAM_BLOCK_ROWS = 8192  # in float64 at a time: all 250 002 rows of XLM-R-large, twice, would be 4 GB
 
 
 def copied_layers(num_teacher_layers: int, num_layers: int, named: list[int] | None, teacher_layer: int) -> list[int]:
-    """Teacher layers that the student's layers correspond to, counted from 1; by default the last is the distilled
-    one."""
+    """The teacher layer of each student layer, from 1: `named` (`student.init_layers`), checked, or evenly spaced ones up
+    to `teacher_layer`, the highest distilled layer."""
     if named is None:
         return [max(1, round((i + 1) * teacher_layer / num_layers)) for i in range(num_layers)]
     if len(named) != num_layers:
@@ -33,10 +36,10 @@ def copied_layers(num_teacher_layers: int, num_layers: int, named: list[int] | N
 
 
 def copy_layers(
-    teacher: PreTrainedModel, student: PreTrainedModel, family: ArchitectureSpec, chosen: list[int]
+    teacher: PreTrainedModel, student: PreTrainedModel, architecture: ArchitectureSpec, chosen: list[int]
 ) -> None:
-    """Everything outside the layer list, and the chosen layers in order, from teacher to student."""
-    prefix = family.layers + "."
+    """Copy everything outside the layer list, and the chosen layers in order, from teacher to student."""
+    prefix = architecture.layers + "."
     source = {name: tensor for name, tensor in teacher.state_dict().items() if not name.startswith(prefix)}
     for name, tensor in teacher.state_dict().items():
         if name.startswith(prefix):
@@ -45,7 +48,7 @@ def copy_layers(
                 source[f"{prefix}{position}.{rest}"] = tensor
     own = student.state_dict()
     for name, tensor in own.items():
-        # ModernBERT's first layer has no norm in front: copied to a higher place, that norm keeps its own start (ones).
+        # ModernBERT's first layer has no norm before attention. Copied to a higher layer, it leaves that norm at ones.
         copied = source.setdefault(name, tensor)
         if copied.shape != tensor.shape:
             raise UserError(
@@ -56,7 +59,7 @@ def copy_layers(
 
 
 def check_width(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
-    """There are no more principal components than channels."""
+    """Raise a `UserError` if the student is wider than the teacher: there are no more components than channels."""
     width, narrow = embedding_width(teacher), embedding_width(student)
     if narrow > width:
         raise UserError(
@@ -69,9 +72,10 @@ def check_width(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
 def project_embeddings(
     teacher: PreTrainedModel, student: PreTrainedModel, basis_Dd: torch.Tensor | None = None
 ) -> None:
-    """Word, position and token-type embeddings on `basis_Dd`, by default the principal components of the word embeddings.
+    """Set the student's word, position and token-type embeddings to the teacher's times `basis_Dd`.
 
-    The components are not centred: the mean vector is part of what the norm behind the embeddings expects.
+    By default the basis is the principal components of the word embeddings. They are not centred, because the norm after
+    the embeddings expects the mean vector.
     """
     width = embedding_width(teacher)
     if basis_Dd is None:
@@ -88,8 +92,8 @@ def project_embeddings(
 
 
 def principal_components(gram_DD: torch.Tensor, count: int) -> torch.Tensor:
-    """The `count` first eigenvectors of X^T X (float64), [D, count], largest first. Their signs are settled (the entry
-    of largest magnitude is positive), so that every machine finds the same ones."""
+    """The first `count` eigenvectors of X^T X (float64), [D, count], largest eigenvalue first. The entry of largest
+    magnitude of each is positive, so that every machine finds the same signs."""
     _, vectors_DD = torch.linalg.eigh(gram_DD)  # eigenvalues come in ascending order
     first_Dn = vectors_DD[:, len(gram_DD) - count :].flip(1)
     largest_1n = first_Dn.abs().argmax(0, keepdim=True)
@@ -97,7 +101,7 @@ def principal_components(gram_DD: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def embedding_width(model: PreTrainedModel) -> int:
-    """Channels of the word embedding; ELECTRA's may have fewer than its hidden states."""
+    """Channels of the word embedding; in ELECTRA there may be fewer than in the hidden states."""
     return _embedding(model).weight.shape[1]
 
 

@@ -1,7 +1,7 @@
-"""The teacher: loaded and checked (loading.py), cut above the distilled layer, frozen, in the precision of choice.
+"""The teacher: a loaded encoder, cut above the distilled layer, frozen, in the chosen precision.
 
-In: the whole encoder in fp32 (`load_encoder` of a directory or hub name), which the student is built from. Out: the
-frozen, cut teacher (`load_teacher`). Never in a checkpoint, never in the optimizer.
+In: the complete encoder in fp32 (`load_encoder`), from which the student is built first. Out: the frozen, cut teacher
+(`load_teacher`). It is never in a checkpoint and never in the optimizer.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ __all__ = ["FrozenTeacher", "TeacherConfig", "cast_parameters", "check_vocabular
 
 @dataclass
 class TeacherConfig:
-    """How the teacher runs beside the student."""
+    """How the teacher runs."""
 
-    placement: Literal["replicated", "zero3"] = "replicated"  # zero3: its parameters are spread over the ranks
+    placement: Literal["replicated", "zero3"] = "replicated"  # zero3: its parameters are partitioned over the ranks
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: half precision where the device computes in it
-    compile: bool = False  # torch.compile: pays on long runs with a compiler at hand
+    compile: bool = False  # torch.compile: worth it on long runs, where a compiler is installed
 
 
 def load_teacher(
@@ -39,23 +39,26 @@ def load_teacher(
     with_output: bool = False,
     after_rotary: bool = False,
 ) -> FrozenTeacher:
-    """The frozen teacher cut above `layer` (None: the last). It takes `model` over: parameters are converted in place,
-    so build the student first. Dropping `model` afterwards frees the layers above the cut."""
+    """The frozen teacher, cut above its highest tapped layer.
+
+    `model` is converted in place, so build the student first. Deleting `model` afterwards frees the layers above the cut.
+    `layer` (None: the last), `with_output` and `after_rotary` are those of `tap`; `dtype` is that of the parameters.
+    """
     last = model.config.num_hidden_layers
     tapped = tap(model, last if layer is None else layer, with_output, after_rotary, role="teacher")
     return FrozenTeacher(cast_parameters(tapped.requires_grad_(False), dtype).to(device))
 
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype):
-    """The module with its parameters in `dtype` and its buffers as they were: ModernBERT's rotary frequencies in bf16
-    would turn position 512 by up to .5 radians too far or not far enough, and position 8192 by 8."""
+    """Convert the module's parameters, in place, but not its buffers: ModernBERT's rotary frequencies in bf16 would rotate
+    position 512 by up to 0.5 radians too much or too little, and position 8192 by 8."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
     return module
 
 
 class FrozenTeacher(nn.Module):
-    """A tapped encoder that is always in eval mode and never records a graph. Same call as the tap."""
+    """A tapped encoder that is always in eval mode and never records a graph, with the call of `tap`."""
 
     def __init__(self, tapped: TappedEncoder) -> None:
         super().__init__()
@@ -70,7 +73,7 @@ class FrozenTeacher(nn.Module):
         return super().train(False)
 
     def compile(self, *arguments, **keywords) -> None:
-        """Compile the encoder alone: tracing Hugging Face's buffers under inference mode fails inside a graph."""
+        """Compile the encoder alone: tracing Hugging Face's buffers fails inside a graph under inference mode."""
         self.tapped.compile(*arguments, **keywords)
 
     def forward(self, input_ids_BL: torch.Tensor, attention_mask: torch.Tensor | None = None):
@@ -79,7 +82,7 @@ class FrozenTeacher(nn.Module):
 
 
 def check_vocabulary(model: PreTrainedModel, vocabulary_size: int, shards: str | Path) -> None:
-    """A `UserError` where the shards' tokenizer has ids that the model's embedding does not."""
+    """Raise a `UserError` if the shards' tokenizer has ids for which the model's embedding has no row."""
     rows = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     if rows < vocabulary_size:
         raise UserError(

@@ -1,7 +1,17 @@
-"""The relation loss: `relation_kl` and its backends. `loss` reads like the paper; `reference` is the same in float64."""
+"""The relation loss: `relation_kl`, the loss of each row, and the backends that compute them.
+
+`loss` follows the paper, `reference` computes the same in float64, `selection` chooses a backend on the first batch.
+Every module of this package is imported, so that a file with a `@relation_backend` function adds a backend.
+"""
 
 from __future__ import annotations
+
+import importlib
+import pkgutil
 
 from pipeline.distillation.relations.loss import relation_kl, relation_kl_by_row
 
 __all__ = ["relation_kl", "relation_kl_by_row"]
+
+for _module in pkgutil.iter_modules(__path__):  # sorted by name: the table has the same order on every rank
+    importlib.import_module(f"{__name__}.{_module.name}")

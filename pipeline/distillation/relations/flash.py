@@ -1,9 +1,11 @@
-"""The `flash` backend: the same loss and gradient out of four stock attention forwards, no kernel of our own.
+"""The `flash` backend: the same loss and gradient from four stock attention forward calls, without a custom kernel.
 
-For devices where attention kernels are fast and maps are dear. P y is attention; P^T x is attention too, with the roles
-of queries and keys exchanged and the bias -lse_i on what were the queries. Biases (and the padding mask) ride in spare
-head channels, so no mask argument is needed. Derivation: docs/method.md, equations (8) and (9).
-Shape letters: S spans (stretches of tokens, padded to the longest), A relation heads, N positions, d channels per head.
+For devices on which attention kernels are fast and maps are expensive. P y is attention. P^T x is attention with the
+roles of queries and keys exchanged and the bias -lse_i per query of P (8). Biases and the padding mask are put into
+spare head channels (9), so no mask argument is needed. Equation numbers are those of docs/method.md.
+
+Shape suffixes: B rows, L positions, D channels, S spans (padded to the longest), A relation heads, N positions of a
+span, d channels per head.
 """
 
 from __future__ import annotations
@@ -14,26 +16,28 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
-from pipeline.distillation.relations.chunked import RelationSums, Span, working_dtype
+from pipeline.distillation.relations.backends import (
+    RelationInputs,
+    RelationSums,
+    Span,
+    relation_backend,
+    working_dtype,
+)
 
 MASKED = -30000.0  # times the scale still far below every logit, and finite in fp16
-CHANNEL_MULTIPLE = 8  # what the attention kernels ask of head sizes
-# Squared head norms bound every logit and what `_attend_transposed` carries as a bias; half of fp16's range.
+CHANNEL_MULTIPLE = 8  # attention kernels require head sizes that are multiples of it
+# Squared head norms bound every logit and the bias in `_attend_transposed`; half of fp16's range.
 MAX_SQUARED_NORM_FP16 = 3e4
 attention_ops = torch.ops.aten
 
 
-def flash_relation(
-    teacher_BLD: torch.Tensor,
-    teacher_keys_BLD: torch.Tensor | None,
-    student_BLD: torch.Tensor,
-    student_keys_BLD: torch.Tensor | None,
-    num_heads: int,
-    spans: Sequence[Span],
-    with_gradient: bool,
-) -> RelationSums:
-    """Same contract as `chunked_relation`. Attention runs in `_attention_dtype`, everything else in fp32."""
-    dtype = _attention_dtype([teacher_BLD, teacher_keys_BLD, student_BLD, student_keys_BLD], num_heads)
+@relation_backend("flash")
+def flash_relation(inputs: RelationInputs, with_gradient: bool) -> RelationSums:
+    """Sums of KL per row and, if asked for, the gradient. Attention runs in `_attention_dtype`, the rest in fp32."""
+    student_BLD, spans, num_heads = inputs.student_BLD, inputs.spans, inputs.num_heads
+    dtype = _attention_dtype(
+        [inputs.teacher_BLD, inputs.teacher_keys_BLD, student_BLD, inputs.student_keys_BLD], num_heads
+    )
     longest = max(span.stop - span.start for span in spans)
     lengths_S = torch.tensor([span.stop - span.start for span in spans])
     real_SN = torch.arange(longest) < lengths_S[:, None]
@@ -42,24 +46,28 @@ def flash_relation(
     def gather(x_BLD: torch.Tensor) -> torch.Tensor:
         return _gather(x_BLD.to(dtype), spans, longest, num_heads)
 
-    x_T, x_S = gather(teacher_BLD), gather(student_BLD)
-    y_T = x_T if teacher_keys_BLD is None else gather(teacher_keys_BLD)
-    y_S = x_S if student_keys_BLD is None else gather(student_keys_BLD)
+    x_T, x_S = gather(inputs.teacher_BLD), gather(student_BLD)
+    y_T = x_T if inputs.teacher_keys_BLD is None else gather(inputs.teacher_keys_BLD)
+    y_S = x_S if inputs.student_keys_BLD is None else gather(inputs.student_keys_BLD)
     kl_SN, grad_queries, grad_keys = _four_attentions(x_T, y_T, x_S, y_S, mask_SN, with_gradient)
     rows_S = torch.tensor([span.row for span in spans], device=student_BLD.device)
     is_of_row_BS = torch.arange(student_BLD.shape[0], device=student_BLD.device)[:, None] == rows_S
     kl_B = torch.where(is_of_row_BS, kl_SN.sum(1), 0.0).sum(1)  # `index_add_` adds in any order on a GPU
     if not with_gradient:
         return RelationSums(kl_B, None, None)
-    if student_keys_BLD is None:
+    if inputs.student_keys_BLD is None:
         return RelationSums(kl_B, _scatter(grad_queries + grad_keys, spans, student_BLD), None)
-    return RelationSums(kl_B, _scatter(grad_queries, spans, student_BLD), _scatter(grad_keys, spans, student_keys_BLD))
+    grad_keys_BLD = _scatter(grad_keys, spans, inputs.student_keys_BLD)
+    return RelationSums(kl_B, _scatter(grad_queries, spans, student_BLD), grad_keys_BLD)
 
 
 def _attention_dtype(tensors: Sequence[torch.Tensor | None], num_heads: int) -> torch.dtype:
-    """Half precision attends in fp16, bf16 too: exact on the way in where the values fit, and the attention kernels
-    round their results to 11 bits instead of 8 (gradient error with peaked maps 5.8e-3 instead of 4.1e-2). Values that
-    do not fit (outlier tokens) attend in fp32, where fp16 would give NaN."""
+    """The dtype in which attention runs: fp16 for half precision whose values fit into fp16, else the inputs' own.
+
+    bf16 converts to fp16 exactly where the values fit, and the kernels then round their results to 11 bits instead of 8:
+    with peaked maps the gradient error is 5.8e-3 instead of 4.1e-2. Half precision that does not fit (outlier tokens)
+    runs in fp32, because fp16 would give NaN.
+    """
     given = [x_BLD for x_BLD in tensors if x_BLD is not None]
     dtype = functools.reduce(torch.promote_types, (x_BLD.dtype for x_BLD in given))
     if dtype not in (torch.float16, torch.bfloat16):
@@ -69,7 +77,7 @@ def _attention_dtype(tensors: Sequence[torch.Tensor | None], num_heads: int) -> 
 
 
 def _four_attentions(x_T, y_T, x_S, y_S, mask_SN, with_gradient: bool):
-    """KL summed over heads [S, N] and the gradients for the student's queries and keys [S, A, N, d]."""
+    """KL (4) summed over heads, [S, N], and the gradients (6), (7) for X and Y of the student, [S, A, N, d]."""
     work = working_dtype(x_S.dtype)
     scale_T, scale_S = x_T.shape[-1] ** -0.5, x_S.shape[-1] ** -0.5
     masked = [] if mask_SN is None else [torch.where(mask_SN, 0.0, MASKED)[:, None, :].expand(x_S.shape[:3])]
@@ -88,7 +96,7 @@ def _four_attentions(x_T, y_T, x_S, y_S, mask_SN, with_gradient: bool):
 
 
 def _attend_transposed(queries, keys, values, lse_SAN, masked: list[torch.Tensor], scale: float) -> torch.Tensor:
-    """P^T values: keys attend to queries with bias -lse_i, undone from the softmax's own normalisation."""
+    """P^T values (8): keys attend to queries with bias -lse_i, and the softmax's own normaliser Z is multiplied back."""
     rest, parts = -lse_SAN / scale, []
     for _ in range(1 if queries.dtype in (torch.float32, torch.float64) else 3):
         part = rest.to(queries.dtype)  # one half-precision number is too coarse for lse: gradient errors up to 0.37
@@ -99,7 +107,7 @@ def _attend_transposed(queries, keys, values, lse_SAN, masked: list[torch.Tensor
 
 
 def _attend(queries, keys, values, key_biases: list[torch.Tensor], scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(scale * (queries keys^T + biases)) values, and the log of its sums."""
+    """softmax(scale * (queries keys^T + biases)) values, and the logarithm of its row sums; biases as in (9)."""
     biases = [bias[..., None].to(keys.dtype) for bias in key_biases]
     width = max(queries.shape[-1] + len(biases), values.shape[-1])
     width += -width % CHANNEL_MULTIPLE
@@ -117,7 +125,7 @@ def _attend(queries, keys, values, key_biases: list[torch.Tensor], scale: float)
 
 def _gather(x_BLD: torch.Tensor, spans: Sequence[Span], longest: int, num_heads: int) -> torch.Tensor:
     """[B, L, D] -> [S, A, N, d], short spans padded with zeros."""
-    if _are_whole_rows(spans, x_BLD):
+    if _are_full_rows(spans, x_BLD):
         x_SND = x_BLD
     else:
         x_SND = x_BLD.new_zeros(len(spans), longest, x_BLD.shape[-1])
@@ -127,9 +135,9 @@ def _gather(x_BLD: torch.Tensor, spans: Sequence[Span], longest: int, num_heads:
 
 
 def _scatter(grad_SANd: torch.Tensor, spans: Sequence[Span], like_BLD: torch.Tensor) -> torch.Tensor:
-    """The way back: [S, A, N, d] -> [B, L, D] in the tensor's own dtype, zero at padding."""
+    """The inverse of `_gather`: [S, A, N, d] -> [B, L, D] in the dtype of `like_BLD`, zero at padding."""
     grad_SND = grad_SANd.transpose(1, 2).flatten(2).to(like_BLD.dtype)
-    if _are_whole_rows(spans, like_BLD):
+    if _are_full_rows(spans, like_BLD):
         return grad_SND
     grad_BLD = torch.zeros_like(like_BLD)
     for row, span in enumerate(spans):
@@ -137,8 +145,8 @@ def _scatter(grad_SANd: torch.Tensor, spans: Sequence[Span], like_BLD: torch.Ten
     return grad_BLD
 
 
-def _are_whole_rows(spans: Sequence[Span], x_BLD: torch.Tensor) -> bool:
-    """Every row one span: then nothing needs to be copied row by row, which on a GPU costs a launch each."""
+def _are_full_rows(spans: Sequence[Span], x_BLD: torch.Tensor) -> bool:
+    """Whether every span is one full row. Then no row has to be copied on its own, which costs a launch on a GPU."""
     return len(spans) == x_BLD.shape[0] and all(
         span.row == row and span.stop - span.start == x_BLD.shape[1] for row, span in enumerate(spans)
     )

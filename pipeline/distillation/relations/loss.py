@@ -1,10 +1,12 @@
 """Multi-head self-attention relation loss of MiniLMv2 (arXiv 2012.15828), exact, in O(sequence) memory.
 
-In: Q, K or V of one layer of teacher and student. Out: the mean over rows of 1/(A |x|) sum KL(teacher || student),
-where a relation is softmax(X X^T / sqrt(d/A)) per relation head, each model with its own d/A. The gradient is
-computed in the forward pass, tile by tile, kept without the factor 1/(A |x| B), and scaled in fp32 in backward, so
-fp16 does not underflow. Used by `distiller.py`; the backends are `relation_tiles.py` (any device) and `oracle.py`
-(float64, tests only).
+In: Q, K or V of one layer of teacher and student. Out: equation (2) of docs/method.md, the mean over rows of
+1 / (A |x|) sum KL(teacher || student), where a relation (1) is softmax(X Y^T / sqrt(D / A)) in each relation head.
+The backend computes the gradient (6), (7) in the forward pass. It is kept without the factor 1 / (A |x| B) and
+multiplied in fp32 in backward, so that fp16 does not underflow.
+
+Shape suffixes: B rows of the batch, L positions of a row, D channels (each model has its own D). A is the number of
+relation heads, |x| the number of real tokens of a row.
 """
 
 from __future__ import annotations
@@ -15,92 +17,88 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.autograd.function import once_differentiable
 
-from pipeline.distillation.relations.chunked import RelationSums, Span, chunked_relation, working_dtype
-from pipeline.distillation.relations.flash import flash_relation
-from pipeline.distillation.relations.reference import relation_kl_reference
+from pipeline.distillation.relations.backends import BACKENDS, RelationInputs, RelationSums, Span, working_dtype
 from pipeline.errors import UserError
 
-__all__ = ["BACKENDS", "check_heads", "default_backend", "relation_kl", "relation_kl_by_row", "relation_kl_reference"]
-
-Backend = Callable[..., RelationSums]
-BACKENDS: dict[str, Backend] = {"chunked": chunked_relation, "flash": flash_relation}
+DEFAULT_BACKEND = "chunked"  # of `backend="auto"`: correct on every device, without a measurement
+Related = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # X, related with itself, or (queries X, keys Y)
 
 
 def relation_kl(
-    teacher_BLD: torch.Tensor,
-    student_BLD: torch.Tensor,
+    teacher_BLD: Related,
+    student_BLD: Related,
     num_relation_heads: int,
     lengths_B: torch.Tensor | None = None,
     backend: str = "auto",
-    *,
-    teacher_keys_BLD: torch.Tensor | None = None,
-    student_keys_BLD: torch.Tensor | None = None,
     segments: Sequence[Sequence[int]] | None = None,
 ) -> torch.Tensor:
-    """Relation loss as a scalar (fp32; float64 for float64 input), differentiable in the student's tensors.
+    """Relation loss (2) of a batch.
 
-    `lengths_B` marks padding at the end of rows. `segments` (per row the lengths of its stretches, in order) keeps
-    relations inside each stretch; every token keeps the weight that it has without segments. With `*_keys_BLD` the
-    relation is between two different tensors (Q-K) instead of one with itself. The models may differ in width and
-    dtype.
+    Args:
+        teacher_BLD: Q, K or V of the teacher, [B, L, D]; a pair (queries, keys) is the relation of two tensors (Q-K).
+        student_BLD: the same of the student, with its own D and dtype.
+        num_relation_heads: A; must divide both widths.
+        lengths_B: number of real tokens of each row; padding is at the end. None: all positions are real.
+        backend: a name in `BACKENDS`, or "auto" for `DEFAULT_BACKEND`.
+        segments: per row the lengths of its stretches, in order. Tokens of one stretch see only each other; every token
+            keeps the weight that it has without segments. What follows the last stretch is padding.
+
+    Returns:
+        A scalar in fp32 (float64 for float64 input), differentiable in the student's tensors.
+
+    Raises:
+        UserError: A does not divide a width, or there is no such backend.
+        ValueError: the shapes, lengths or segments do not fit each other.
     """
-    return relation_kl_by_row(
-        teacher_BLD,
-        student_BLD,
-        num_relation_heads,
-        lengths_B,
-        backend,
-        teacher_keys_BLD=teacher_keys_BLD,
-        student_keys_BLD=student_keys_BLD,
-        segments=segments,
-    ).mean()
+    return relation_kl_by_row(teacher_BLD, student_BLD, num_relation_heads, lengths_B, backend, segments).mean()
 
 
 def relation_kl_by_row(
-    teacher_BLD: torch.Tensor,
-    student_BLD: torch.Tensor,
+    teacher_BLD: Related,
+    student_BLD: Related,
     num_relation_heads: int,
     lengths_B: torch.Tensor | None = None,
     backend: str = "auto",
-    *,
-    teacher_keys_BLD: torch.Tensor | None = None,
-    student_keys_BLD: torch.Tensor | None = None,
     segments: Sequence[Sequence[int]] | None = None,
 ) -> torch.Tensor:
-    """The loss of each row, [B]; its mean is `relation_kl`."""
-    check_heads(teacher_BLD.shape[-1], num_relation_heads, "teacher", student_BLD.shape[-1])
-    check_heads(student_BLD.shape[-1], num_relation_heads, "student", teacher_BLD.shape[-1])
-    if teacher_BLD.shape[:2] != student_BLD.shape[:2]:
-        raise ValueError(f"teacher {tuple(teacher_BLD.shape)} and student {tuple(student_BLD.shape)} differ in [B, L]")
-    if backend != "auto" and backend not in BACKENDS:
-        raise UserError(f"`relations.backend` is {backend!r}; it must be one of auto, {', '.join(BACKENDS)}")
-    compute = BACKENDS[default_backend(student_BLD) if backend == "auto" else backend]
-    spans, counts = _spans(student_BLD.shape[0], student_BLD.shape[1], lengths_B, segments)
+    """The loss of each row, [B]; its mean is `relation_kl`, with the same arguments."""
+    x_T, y_T = queries_and_keys(teacher_BLD)
+    x_S, y_S = queries_and_keys(student_BLD)
+    check_heads(x_T.shape[-1], num_relation_heads, "teacher", x_S.shape[-1])
+    check_heads(x_S.shape[-1], num_relation_heads, "student", x_T.shape[-1])
+    if x_T.shape[:2] != x_S.shape[:2]:
+        raise ValueError(f"teacher {tuple(x_T.shape)} and student {tuple(x_S.shape)} differ in [B, L]")
+    check_backend(backend)
+    compute = BACKENDS[DEFAULT_BACKEND if backend == "auto" else backend]
+    spans, counts = _spans(x_S.shape[0], x_S.shape[1], lengths_B, segments)
     weight_B = torch.tensor([1.0 / (num_relation_heads * n) for n in counts], dtype=torch.float64)
-    weight_B = weight_B.to(student_BLD.device, working_dtype(student_BLD.dtype))
+    weight_B = weight_B.to(x_S.device, working_dtype(x_S.dtype))
 
-    def sums(queries_BLD: torch.Tensor, keys_BLD: torch.Tensor | None, with_gradient: bool) -> RelationSums:
-        return compute(
-            teacher_BLD.detach(),
-            None if teacher_keys_BLD is None else teacher_keys_BLD.detach(),
-            queries_BLD.detach(),
-            None if keys_BLD is None else keys_BLD.detach(),
-            num_relation_heads,
-            spans,
-            with_gradient,
-        )
+    def sums(x_S: torch.Tensor, y_S: torch.Tensor | None, with_gradient: bool) -> RelationSums:
+        teacher, student = (x_T.detach(), _detached(y_T)), (x_S.detach(), _detached(y_S))
+        return compute(RelationInputs(*teacher, *student, num_relation_heads, spans), with_gradient)
 
-    return _GradientInForward.apply(student_BLD, student_keys_BLD, weight_B, sums)
+    return _GradientInForward.apply(x_S, y_S, weight_B, sums)
 
 
-def default_backend(student_BLD: torch.Tensor) -> str:
-    """What `backend="auto"` means for a tensor: the backend that is right and fast without measuring anything."""
-    return "chunked"
+def queries_and_keys(related: Related) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """X and Y of a relation; Y is None where X is related with itself."""
+    return (related, None) if isinstance(related, torch.Tensor) else related
+
+
+def _detached(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+def check_backend(name: str) -> None:
+    """Raise a `UserError` unless `name` is "auto" or a name in `BACKENDS`."""
+    if name != "auto" and name not in BACKENDS:
+        raise UserError(f"`relations.backend` is {name!r}; it must be one of auto, {', '.join(BACKENDS)}")
 
 
 def check_heads(width: int, num_relation_heads: int, role: str, other_width: int = 0) -> None:
-    """A `UserError` where `num_relation_heads` does not divide `width`, naming the head counts that would do: those that
-    divide the other model's width as well, if it is known."""
+    """Raise a `UserError` unless A divides the width D of the model that messages call `role`. The message lists the
+    numbers of heads that divide `other_width`, that of the other model, as well."""
     if num_relation_heads < 1 or width % num_relation_heads:
         divisors = ", ".join(str(n) for n in range(1, width + 1) if math.gcd(width, other_width) % n == 0)
         raise UserError(
@@ -132,12 +130,18 @@ def _spans(
 
 
 class _GradientInForward(torch.autograd.Function):
-    """Loss per row; what it saves for backward is the finished, unscaled gradient and no map."""
+    """The loss of each row. For backward it saves the unscaled gradient, of the size of X, and no map."""
 
     @staticmethod
-    def forward(ctx, student_BLD, student_keys_BLD, weight_B, sums):
+    def forward(
+        ctx,
+        x_S: torch.Tensor,
+        y_S: torch.Tensor | None,
+        weight_B: torch.Tensor,
+        sums: Callable[[torch.Tensor, torch.Tensor | None, bool], RelationSums],
+    ) -> torch.Tensor:
         with_gradient = any(ctx.needs_input_grad[:2])
-        result = sums(student_BLD, student_keys_BLD, with_gradient)
+        result = sums(x_S, y_S, with_gradient)
         if with_gradient:
             ctx.save_for_backward(weight_B, result.grad_queries_BLD, result.grad_keys_BLD)
         return result.kl_B * weight_B

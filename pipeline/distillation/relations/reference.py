@@ -1,7 +1,9 @@
-"""The `reference` backend: the paper's equations in float64, every map materialised.
+"""The reference: equations (1) and (2) of docs/method.md in float64, with every map in memory.
 
-Slow on purpose, and the yardstick. Differentiable by autograd. Used by the tests and by the start-up check of the
-other backends.
+It is slow, and every backend is compared with it: by the tests, and on a GPU by the check on the first batch. Autograd
+differentiates it.
+
+Shape suffixes: B rows, L positions, D channels, A relation heads, d channels per head.
 """
 
 from __future__ import annotations
@@ -10,9 +12,11 @@ from collections.abc import Sequence
 
 import torch
 
+from pipeline.distillation.relations.loss import Related, queries_and_keys
+
 
 def relation_log_probabilities(queries_BLD: torch.Tensor, keys_BLD: torch.Tensor, num_heads: int, allowed_BLL):
-    """log softmax(X Y^T / sqrt(d)) per relation head, [B, A, L, L]; keys that are not allowed get -inf."""
+    """The logarithm of (1), log softmax(X Y^T / sqrt(d)), [B, A, L, L]; keys that are not allowed get -inf."""
     queries_BALd = queries_BLD.unflatten(-1, (num_heads, -1)).transpose(1, 2)
     keys_BALd = keys_BLD.unflatten(-1, (num_heads, -1)).transpose(1, 2)
     logits_BALL = queries_BALd @ keys_BALd.transpose(-1, -2) / queries_BALd.shape[-1] ** 0.5
@@ -37,29 +41,27 @@ def allowed_keys(
 
 
 def relation_kl_reference(
-    teacher_BLD: torch.Tensor,
-    student_BLD: torch.Tensor,
+    teacher_BLD: Related,
+    student_BLD: Related,
     num_relation_heads: int,
     lengths_B: torch.Tensor | None = None,
-    *,
-    teacher_keys_BLD: torch.Tensor | None = None,
-    student_keys_BLD: torch.Tensor | None = None,
     segments: Sequence[Sequence[int]] | None = None,
 ) -> torch.Tensor:
-    """Mean over rows of 1/(A |x|) sum KL(teacher || student), in float64; autograd gives the gradient."""
-    batch, length, _ = student_BLD.shape
-    allowed_BLL = allowed_keys(batch, length, lengths_B, segments, student_BLD.device)
+    """Equation (2) and its mean over rows, a float64 scalar; the arguments are those of `relation_kl`."""
+    (x_T, y_T), (x_S, y_S) = queries_and_keys(teacher_BLD), queries_and_keys(student_BLD)
+    batch, length, _ = x_S.shape
+    allowed_BLL = allowed_keys(batch, length, lengths_B, segments, x_S.device)
     log_T, log_S = (
         relation_log_probabilities(x.double(), (x if y is None else y).double(), num_relation_heads, allowed_BLL)
-        for x, y in ((teacher_BLD.detach(), teacher_keys_BLD), (student_BLD, student_keys_BLD))
+        for x, y in ((x_T.detach(), y_T), (x_S, y_S))
     )
     difference = torch.where(allowed_BLL[:, None], log_T - log_S, 0.0)
     kl_BAL = (log_T.exp() * difference).sum(-1)
     if segments is not None:
-        counts_B = torch.tensor([sum(parts) for parts in segments], device=student_BLD.device)
+        counts_B = torch.tensor([sum(parts) for parts in segments], device=x_S.device)
     elif lengths_B is not None:
-        counts_B = lengths_B.to(student_BLD.device)
+        counts_B = lengths_B.to(x_S.device)
     else:
-        counts_B = torch.full((batch,), length, device=student_BLD.device)
-    real_BL = torch.arange(length, device=student_BLD.device) < counts_B[:, None]
+        counts_B = torch.full((batch,), length, device=x_S.device)
+    real_BL = torch.arange(length, device=x_S.device) < counts_B[:, None]
     return ((kl_BAL * real_BL[:, None]).sum((1, 2)) / (num_relation_heads * counts_B)).mean()

@@ -1,10 +1,10 @@
-"""At the first batch: which backend of the relation loss is right on this machine, and which of those is fastest.
+"""Chooses the backend of the relation loss on the first batch: the fastest of those that are correct on this machine.
 
-Every candidate is checked against the float64 oracle on the run's own head sizes, precision and device, on one row of
-its length (1024 tokens of it at most) and two heads: once as a run begins (student far from the teacher) and once as it
-ends (close to it, where rounding weighs most). Those that agree are timed on all heads. On a CPU nothing is timed:
-`chunked` has won there in every measurement. The ranks share what they found and come to one choice.
-`relations.backend` pins the choice and skips the check.
+Each backend is compared with the float64 reference in the run's own head sizes, precision and device, on one row of the
+run's length (1024 tokens of it at most) and two heads. It is compared twice: for a student far from its teacher, as at
+the beginning of a run, and for one close to it, as at the end, where rounding weighs most. Backends that agree are timed
+on all heads. On a CPU nothing is timed: `chunked` was fastest there in every measurement. The ranks exchange their
+results and make one choice. A backend named in `relations.backend` is used without this check.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from collections.abc import Callable
 
 import torch
 
-from pipeline.distillation.relations.loss import BACKENDS, relation_kl
+from pipeline.distillation.relations.backends import BACKENDS
+from pipeline.distillation.relations.loss import DEFAULT_BACKEND, relation_kl
 from pipeline.distillation.relations.reference import relation_kl_reference
 from pipeline.errors import UserError
 
 NUM_CHECKED_HEADS = 2
-MAX_CHECKED_TOKENS = 1024  # the oracle keeps every map in float64
+MAX_CHECKED_TOKENS = 1024  # the reference keeps every map in float64
 NUM_TIMED_ROWS = 4
 NUM_REPEATS = 5
-# Relative gradient error against the oracle that still counts as right, by the student's precision. Near, in fp32,
-# 5e-6 is what is asked; `chunked` itself has 1e-6 to 4.6e-6 (32 to 1024 tokens, 2 to 384 channels per head, most where
-# heads are wide), which leaves too little room for another machine's order of summation.
+# Largest relative gradient error of a correct backend, by the student's precision. Close to the teacher, fp32 should
+# reach 5e-6. `chunked` has 1e-6 to 4.6e-6 (32 to 1024 tokens, 2 to 384 channels per head, most where heads are wide),
+# which would leave too little margin for another machine's order of summation.
 FAR, NEAR = "far from", "close to"
 TOLERANCES = {
     FAR: {torch.float64: 1e-9, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2},
@@ -42,7 +43,7 @@ Gather = Callable[[dict[str, float]], list[dict[str, float]]]
 
 
 def alone(found: dict[str, float]) -> list[dict[str, float]]:
-    """What all ranks found, where there is but one."""
+    """The results of all ranks, if there is only one."""
     return [found]
 
 
@@ -50,40 +51,41 @@ def alone(found: dict[str, float]) -> list[dict[str, float]]:
 def choose_backend(
     teacher_BLD: torch.Tensor, student_BLD: torch.Tensor, num_heads: int, gather: Gather = alone
 ) -> tuple[str, list[str]]:
-    """The backend for tensors of this kind, and what was found, one line per candidate.
+    """The backend for tensors of these shapes, dtypes and device, and a report with one line per candidate.
 
-    `gather` gives every rank what each rank found; all must call this together.
+    All ranks call it together; `gather` gives every rank the seconds per correct backend of each rank. Raises
+    `UserError` if no backend is correct on every rank.
     """
     timed = student_BLD.device.type != "cpu"
     report, seconds = [], {}
-    for name in BACKENDS if timed else ("chunked",):
+    for name in BACKENDS if timed else (DEFAULT_BACKEND,):
         try:
-            found, is_right = _check(name, teacher_BLD, student_BLD, num_heads)
-        except RuntimeError as problem:  # a kernel that this device or build does not have
-            found, is_right = f"not usable here ({str(problem).splitlines()[0]})", False
-        if is_right:
+            found, is_correct = _check(name, teacher_BLD, student_BLD, num_heads)
+        except RuntimeError as problem:  # this device or build lacks a kernel
+            found, is_correct = f"not usable here ({str(problem).splitlines()[0]})", False
+        if is_correct:
             seconds[name] = _time(name, teacher_BLD, student_BLD, num_heads) if timed else 0.0
             found += f", {seconds[name] * 1e3:.2f} ms" if timed else ""
         report.append(f"relation backend {name}: {found}")
     best = fastest_of_all(gather(seconds))
     if best is None:
         raise UserError(
-            f"no backend of the relation loss agrees with the float64 oracle on every rank (here {student_BLD.device}; teacher "
+            f"no backend of the relation loss agrees with the float64 reference on every rank (here {student_BLD.device}; teacher "
             f"{teacher_BLD.shape[-1]} wide in {teacher_BLD.dtype}, student {student_BLD.shape[-1]} wide in "
-            f"{student_BLD.dtype}, {num_heads} heads, {student_BLD.shape[1]} tokens): {'; '.join(report)}. Another build "
-            "of torch or another device may be right; `relations.backend: chunked` trains without this check"
+            f"{student_BLD.dtype}, {num_heads} heads, {student_BLD.shape[1]} tokens): {'; '.join(report)}. Try "
+            "another build of torch or another device; `relations.backend: chunked` trains without this check"
         )
     return best, [*report, f"relation backend chosen: {best}"]
 
 
 def fastest_of_all(seconds_of_ranks: list[dict[str, float]]) -> str | None:
-    """Of the backends that are right on every rank, the one whose slowest rank is fastest: the same answer on each."""
-    right = [name for name in BACKENDS if all(name in seconds for seconds in seconds_of_ranks)]
-    return min(right, key=lambda name: max(seconds[name] for seconds in seconds_of_ranks), default=None)
+    """Of the backends that are correct on every rank, the one whose slowest rank is fastest. None: there is none."""
+    correct = [name for name in BACKENDS if all(name in seconds for seconds in seconds_of_ranks)]
+    return min(correct, key=lambda name: max(seconds[name] for seconds in seconds_of_ranks), default=None)
 
 
 def _check(name: str, teacher_BLD: torch.Tensor, student_BLD: torch.Tensor, num_heads: int) -> tuple[str, bool]:
-    """What is to be said of a backend, and whether it is right in both situations."""
+    """A line for the report, and whether the backend is correct far from the teacher and close to it."""
     errors = {where: gradient_error(name, teacher_BLD, student_BLD, num_heads, where) for where in TOLERANCES}
     for where, error in errors.items():
         tolerance = max(TOLERANCES[where][x_BLD.dtype] for x_BLD in (teacher_BLD, student_BLD))
@@ -95,7 +97,7 @@ def _check(name: str, teacher_BLD: torch.Tensor, student_BLD: torch.Tensor, num_
 def gradient_error(
     name: str, teacher_BLD: torch.Tensor, student_BLD: torch.Tensor, num_heads: int, where: str
 ) -> float:
-    """Relative error of the gradient for a student `where` (FAR or NEAR) the teacher, who then has its head size."""
+    """Relative gradient error for a student `where` (FAR or NEAR) the teacher; NEAR, both have the student's head size."""
     heads, length = min(NUM_CHECKED_HEADS, num_heads), min(student_BLD.shape[1], MAX_CHECKED_TOKENS)
     teacher, student = check_pair(
         where, length, heads, *(x_BLD.shape[-1] // num_heads for x_BLD in (teacher_BLD, student_BLD))
@@ -103,7 +105,7 @@ def gradient_error(
     teacher = teacher.to(teacher_BLD.device, teacher_BLD.dtype)
     student = student.to(student_BLD.device, student_BLD.dtype).requires_grad_()
     exact = student.detach().double().requires_grad_()
-    weight = heads * length  # what a loss scale does for fp16: without it the gradient sinks below its smallest number
+    weight = heads * length  # as a loss scale: without it the gradient would underflow in fp16
     (weight * relation_kl(teacher, student, heads, backend=name)).backward()
     (weight * relation_kl_reference(teacher, exact, heads)).backward()
     assert student.grad is not None
@@ -114,7 +116,8 @@ def gradient_error(
 def check_pair(
     where: str, length: int, heads: int, teacher_dim: int, student_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """float64 teacher and student of one row, the same at every start, with `*_dim` channels per head."""
+    """float64 teacher and student of one row, the same at every start, with `*_dim` channels per head (NEAR:
+    `student_dim` both)."""
     diagonal = DIAGONALS[where]
     if where == FAR:
         return _tokens(length, heads, teacher_dim, 0, diagonal), _tokens(length, heads, student_dim, 1, diagonal)
@@ -149,6 +152,6 @@ def _time(name: str, teacher_BLD: torch.Tensor, student_BLD: torch.Tensor, num_h
 
 
 def _random_like(x_BLD: torch.Tensor, rows: int, seed: int) -> torch.Tensor:
-    """Unit-variance leaf tensor with the length, width, precision and device of `x_BLD`; the same at every start."""
+    """Unit-variance leaf tensor with the length, width, dtype and device of `x_BLD`; the same at every start."""
     values = torch.randn(rows, *x_BLD.shape[1:], generator=torch.Generator().manual_seed(seed))
     return values.to(x_BLD.device, x_BLD.dtype).requires_grad_()

@@ -1,4 +1,4 @@
-"""Batches: what a sample number stands for, held-out rows apart, one thread ahead, errors where they belong."""
+"""Batches: the row of a sample number, held-out rows, prefetching, and where errors are raised."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def shards(tiny_shards: Path) -> ShardSet:
 
 
 def make_source(shards: ShardSet, **changes: object) -> BatchSource:
-    settings = {"seq_len": 32, "alpha": 0.3, "seed": 0, "heldout_rows_per_language": 4} | changes
-    return BatchSource(shards, **settings)  # type: ignore[arg-type]
+    settings = {"seq_len": 32, "alpha": 0.3, "seed": 0, "heldout_rows": 4} | changes
+    return BatchSource(shards, BatchOptions(**settings))  # type: ignore[arg-type]
 
 
 def test_every_sample_is_the_row_that_locate_names(shards: ShardSet) -> None:
@@ -49,17 +49,17 @@ def test_held_out_rows_are_never_in_a_batch(shards: ShardSet) -> None:
         assert sorted(shards.rows(language, sorted(missing), 32).tolist()) == sorted(heldout)
 
 
-def test_held_out_rows_do_not_follow_the_seed(shards: ShardSet) -> None:
+def test_held_out_rows_do_not_depend_on_the_seed(shards: ShardSet) -> None:
     first, second = make_source(shards, seed=0), make_source(shards, seed=1)
     assert np.array_equal(first.heldout("tr"), second.heldout("tr"))
     assert not np.array_equal(first.batch(np.arange(8)), second.batch(np.arange(8)))
 
 
 @pytest.mark.parametrize(
-    ("rows", "wanted", "kept"), [(1000, 16, 16), (100, 16, 10), (15, 16, 1), (2, 16, 1), (50, 0, 0)]
+    ("rows", "requested", "expected"), [(1000, 16, 16), (100, 16, 10), (15, 16, 1), (2, 16, 1), (50, 0, 0)]
 )
-def test_little_text_keeps_little_apart(rows: int, wanted: int, kept: int) -> None:
-    assert heldout_count(rows, wanted) == kept
+def test_at_most_a_tenth_of_a_language_is_held_out(rows: int, requested: int, expected: int) -> None:
+    assert heldout_count(rows, requested) == expected
 
 
 def test_too_little_text_names_languages_tokens_and_need(shards: ShardSet) -> None:
@@ -79,14 +79,14 @@ def test_too_little_text_names_languages_tokens_and_need(shards: ShardSet) -> No
         {"seq_len": 33},
         {"alpha": 0.4},
         {"seed": 1},
-        {"heldout_rows_per_language": 3},
+        {"heldout_rows": 3},
         {"max_epochs": 3},
         {"languages": ["hi", "tr"]},
         {"unit": "bytes"},
         {"weights": {"he": 1, "hi": 1, "sw": 1, "tr": 2}},
     ],
 )
-def test_the_fingerprint_covers_whatever_decides_the_order(shards: ShardSet, change: dict[str, object]) -> None:
+def test_the_fingerprint_covers_everything_that_decides_the_order(shards: ShardSet, change: dict[str, object]) -> None:
     assert make_source(shards).fingerprint == make_source(shards).fingerprint
     assert make_source(shards, **change).fingerprint != make_source(shards).fingerprint
 
@@ -106,7 +106,7 @@ def test_units_and_weights_decide_the_shares(shards: ShardSet) -> None:
         make_source(shards, weights={"tr": 1.0})
 
 
-def test_the_end_under_max_epochs_is_an_error_not_a_repetition(shards: ShardSet) -> None:
+def test_samples_beyond_max_epochs_are_an_error(shards: ShardSet) -> None:
     source = make_source(shards, max_epochs=1, languages=["sw"])
     number = source._sampler.num_samples
     assert number == shards.num_rows("sw", 32) - 4
@@ -116,7 +116,7 @@ def test_the_end_under_max_epochs_is_an_error_not_a_repetition(shards: ShardSet)
 
 
 def test_a_capped_language_lasts_as_long_as_the_planned_run(tiny_recipe: Path) -> None:
-    """From the recipe: without the plan sw would have had its two epochs in the first half and be gone."""
+    """With a recipe. Without the planned length, sw would be left out after its two epochs, in the first half."""
     sets = ["max_epochs=2", "languages=[sw,tr]", "alpha=0", "steps=250"]
     source = open_data(load_recipe(tiny_recipe, sets))
     places = source.locate(np.arange(250 * 8))
@@ -128,7 +128,7 @@ def test_a_capped_language_lasts_as_long_as_the_planned_run(tiny_recipe: Path) -
         open_data(load_recipe(tiny_recipe, [*sets, "steps=100000"]))
 
 
-def test_segments_are_those_of_the_rows(shards: ShardSet) -> None:
+def test_segments_are_the_documents_of_the_rows(shards: ShardSet) -> None:
     source = make_source(shards)
     numbers = np.arange(40)
     segments = source.segments(numbers)

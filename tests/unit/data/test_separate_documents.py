@@ -1,8 +1,9 @@
-"""`documents: separate` from shards to losses: every document of a row counts as if it had been read alone."""
+"""`documents: separate` from shards to losses: each document of a row counts as if it were a row of its own."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,12 +12,13 @@ from transformers import PreTrainedModel
 
 from data_prep.shards import ShardSet
 from pipeline.config import load_recipe
-from pipeline.data.batches import Batch, BatchSource, Prefetcher
+from pipeline.data.batches import Batch, BatchOptions, BatchSource, Prefetcher
 from pipeline.data.heldout import heldout_losses
-from pipeline.distillation.distiller import DistillModule, RelationsConfig
+from pipeline.distillation.config import RelationsConfig
+from pipeline.distillation.distiller import DistillModule
 from pipeline.distillation.models.student import StudentConfig, build_student
 from pipeline.distillation.models.teacher import load_encoder, load_teacher
-from pipeline.distillation.relations.loss import relation_kl_reference
+from pipeline.distillation.relations.reference import relation_kl_reference
 from pipeline.provenance import resume_critical_config
 
 SEQ_LEN, TEACHER_LAYER, STUDENT_LAYER, HEADS = 64, 3, 2, 12
@@ -25,18 +27,18 @@ FIRST_POSITION = 2  # XLM-R counts positions from its padding id on
 
 @pytest.fixture(scope="module")
 def source(tiny_shards: Path) -> BatchSource:
-    return BatchSource(ShardSet(tiny_shards), SEQ_LEN, 0.3, 0, heldout_rows_per_language=3, documents="separate")
+    return BatchSource(ShardSet(tiny_shards), BatchOptions(SEQ_LEN, 0.3, 0, heldout_rows=3, documents="separate"))
 
 
 @pytest.fixture(scope="module")
 def models(tiny_teacher: Path) -> tuple[PreTrainedModel, PreTrainedModel, DistillModule]:
-    """Whole teacher, student, and the module that distils one into the other."""
+    """The complete teacher, the student, and the module that distils one into the other."""
     relations = RelationsConfig(teacher_layer=TEACHER_LAYER, heads=HEADS)
-    whole = load_encoder(str(tiny_teacher))
+    teacher_model = load_encoder(str(tiny_teacher))
     config = StudentConfig(layers=2, hidden=24, heads=4, dropout=0.0)
-    student = build_student(whole, config, 0, None, TEACHER_LAYER)
+    student = build_student(teacher_model, config, 0, relations)
     teacher = load_teacher(load_encoder(str(tiny_teacher)), TEACHER_LAYER, torch.float32, "cpu")
-    return whole.eval(), student.model.eval(), DistillModule(teacher, student.tapped, relations)
+    return teacher_model.eval(), student.model.eval(), DistillModule(teacher, student.tapped, relations)
 
 
 def projections_alone(
@@ -51,7 +53,7 @@ def projections_alone(
 
 @torch.no_grad()
 def loss_of_documents_alone(teacher: PreTrainedModel, student: PreTrainedModel, row_L: torch.Tensor, parts) -> float:
-    """Every document forwarded alone, weighed by its share of the row's tokens."""
+    """The loss of every document in a row of its own, weighted by its share of the row's tokens."""
     total, start = 0.0, 0
     for size in parts:
         ids_1L = row_L[None, start : start + size]
@@ -66,7 +68,7 @@ def loss_of_documents_alone(teacher: PreTrainedModel, student: PreTrainedModel, 
 
 
 def mixed_batch(source: BatchSource) -> Batch:
-    """Through the prefetcher, as training gets it; some rows hold several documents."""
+    """A batch from the prefetcher, as in training; some rows hold several documents."""
     with Prefetcher(source, [np.arange(24)]) as batches:
         batch = next(iter(batches))
     assert batch.segments_BS is not None
@@ -74,7 +76,7 @@ def mixed_batch(source: BatchSource) -> Batch:
     return batch
 
 
-def test_losses_are_those_of_every_document_alone(source: BatchSource, models) -> None:
+def test_losses_are_those_of_each_document_alone(source: BatchSource, models) -> None:
     teacher, student, module = models
     batch = mixed_batch(source)
     by_row = module.losses_by_row(batch.input_ids_BL, segments=batch.segments_BS)
@@ -94,15 +96,14 @@ def test_losses_are_those_of_every_document_alone(source: BatchSource, models) -
 
 def test_heldout_losses_keep_documents_apart(source: BatchSource, models) -> None:
     _, _, module = models
-    losses = heldout_losses(
-        module.losses_by_row, source, 5, 0, 1, torch.device("cpu"), lambda: None, lambda totals: totals
-    )
+    rank = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
+    losses = heldout_losses(module.losses_by_row, source, 5, rank, lambda totals: totals, lambda: None)
     for language in source.languages:
         rows, segments = source.heldout_batch([language])
         assert losses[language] == pytest.approx(module.losses_by_row(rows, segments=segments).mean().item(), rel=1e-5)
 
 
-def test_pictures_of_relations_are_blocks(source: BatchSource, models) -> None:
+def test_relation_maps_are_block_diagonal(source: BatchSource, models) -> None:
     batch = mixed_batch(source)
     several = int((batch.segments_BS > 0).sum(1).argmax())
     segments = batch.segments_BS[several : several + 1]
@@ -112,7 +113,7 @@ def test_pictures_of_relations_are_blocks(source: BatchSource, models) -> None:
     assert torch.allclose(maps.sum(-1), torch.ones(()), atol=1e-5)
 
 
-def test_changing_it_is_a_change_of_the_run(tiny_recipe: Path) -> None:
+def test_the_key_is_part_of_the_resume_critical_config(tiny_recipe: Path) -> None:
     joined, separate = (
         resume_critical_config(load_recipe(tiny_recipe, [f"documents={x}"])) for x in ("joined", "separate")
     )

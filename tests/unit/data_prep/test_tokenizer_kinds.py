@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from data_prep.id_check import POSITIONS_FROM_PADDING
 from data_prep.shards import ShardSet
-from pipeline.distillation.models.architectures import POSITIONS_AFTER_PADDING
+from pipeline.distillation.models.architectures import ARCHITECTURES
 from tests.unit.data_prep.corpus import run
 from tests.unit.data_prep.families import byte_bpe, word_piece
 from tests.unit.data_prep.id_checks import TEXT, XLMR, assert_ids_are_the_models, changed, paste, refusal, write
@@ -230,9 +230,10 @@ def test_a_model_type_without_its_vocabulary_is_told_apart(
     assert_ids_are_the_models(text, directory, tmp_path / "shards")
 
 
-def test_the_families_that_count_positions_from_padding_are_the_encoders() -> None:
-    """data_prep knows no encoders, so the names stand twice."""
-    assert sorted(POSITIONS_FROM_PADDING) == sorted(POSITIONS_AFTER_PADDING)
+def test_the_models_that_count_positions_from_padding_are_the_same_in_pipeline() -> None:
+    """data_prep imports nothing of pipeline, so it has a list of its own."""
+    for name, architecture in ARCHITECTURES.items():
+        assert (name in POSITIONS_FROM_PADDING) == architecture.positions_after_padding, name
 
 
 def test_padding_that_moves_positions_is_refused(model_alone: Callable[..., Path], text: Path, tmp_path: Path) -> None:

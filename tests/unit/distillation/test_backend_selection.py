@@ -1,4 +1,4 @@
-"""A backend that is wrong, or missing on this machine, is never used."""
+"""The choice of a backend on the first batch: one that is wrong or missing on this machine is never used."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from pipeline.distillation.relations import loss as relations
+from pipeline.distillation.relations.backends import BACKENDS
+from pipeline.distillation.relations.chunked import chunked_relation
 from pipeline.distillation.relations.reference import relation_kl_reference
 from pipeline.distillation.relations.selection import (
     DIAGONALS,
@@ -32,8 +33,8 @@ LENGTHS_AND_HEAD_DIMS = [*itertools.product((32, 128), (1, 6, 16, 24, 64, 96, 38
 
 @pytest.mark.parametrize("where", TOLERANCES)
 @pytest.mark.parametrize("dtype", TOLERANCES[FAR], ids=str)
-def test_chunked_is_right_for_every_head_size_and_length(dtype, where):
-    """A check that gets harder with the head size refuses runs that nothing is wrong with."""
+def test_chunked_is_correct_for_every_head_size_and_length(dtype, where):
+    """A check that gets harder with the head size would reject valid runs."""
     for length, head_dim in LENGTHS_AND_HEAD_DIMS:
         like_BLD = torch.empty(1, length, 2 * head_dim, dtype=dtype)
         error = gradient_error("chunked", like_BLD, like_BLD, 2, where)
@@ -42,53 +43,53 @@ def test_chunked_is_right_for_every_head_size_and_length(dtype, where):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("where", TOLERANCES)
-def test_flash_is_right_in_half_precision(dtype, where):
+def test_flash_is_correct_in_half_precision(dtype, where):
     for head_dim in (6, 16, 96):
         like_BLD = torch.empty(1, 128, 2 * head_dim, dtype=dtype)
         assert gradient_error("flash", like_BLD, like_BLD, 2, where) <= TOLERANCES[where][dtype], head_dim
 
 
 @pytest.mark.parametrize(("length", "head_dim"), [(128, 8), (128, 384), (512, 64)])
-def test_the_check_asks_the_same_of_every_head_size(length, head_dim):
+def test_the_check_is_as_hard_for_every_head_size(length, head_dim):
     losses = {where: relation_kl_reference(*check_pair(where, length, 2, head_dim, head_dim), 2) for where in DIAGONALS}
     assert 0.8 < losses[FAR] < 1.2
     assert losses[NEAR] == pytest.approx(NEAR_KL, rel=0.05)
 
 
-def test_a_wrong_backend_is_refused(monkeypatch):
-    def wrong(*arguments):
-        result = relations.chunked_relation(*arguments)
+def test_a_wrong_backend_is_rejected(monkeypatch):
+    def wrong(inputs, with_gradient):
+        result = chunked_relation(inputs, with_gradient)
         if result.grad_queries_BLD is not None:
             result.grad_queries_BLD *= 1.001
         return result
 
-    monkeypatch.setitem(relations.BACKENDS, "chunked", wrong)
+    monkeypatch.setitem(BACKENDS, "chunked", wrong)
     with pytest.raises(UserError, match=r"no backend.*error 1.0e-03 far from the teacher is over 1e-06") as caught:
         choose_backend(*tensors(), 4)
     assert "\n" not in str(caught.value)
     assert "relations.backend: chunked" in str(caught.value)
 
 
-def test_a_backend_that_rounds_too_coarsely_near_the_optimum_is_refused(monkeypatch):
-    """Right for a student far from its teacher, useless for one that has nearly arrived."""
+def test_a_backend_that_rounds_too_coarsely_near_the_optimum_is_rejected(monkeypatch):
+    """It is correct for a student far from its teacher, and wrong for one close to it."""
 
-    def coarse(teacher_BLD, teacher_keys_BLD, student_BLD, student_keys_BLD, *arguments):
-        result = relations.chunked_relation(teacher_BLD, teacher_keys_BLD, student_BLD, student_keys_BLD, *arguments)
+    def coarse(inputs, with_gradient):
+        result = chunked_relation(inputs, with_gradient)
         if result.grad_queries_BLD is not None:
-            result.grad_queries_BLD += 3e-7 * student_BLD
+            result.grad_queries_BLD += 3e-7 * inputs.student_BLD
         return result
 
-    monkeypatch.setitem(relations.BACKENDS, "chunked", coarse)
+    monkeypatch.setitem(BACKENDS, "chunked", coarse)
     assert gradient_error("chunked", *tensors(), 4, FAR) < TOLERANCES[FAR][torch.float32]
     with pytest.raises(UserError, match="close to the teacher is over 7e-06"):
         choose_backend(*tensors(), 4)
 
 
-def test_a_missing_kernel_is_passed_over(monkeypatch):
+def test_a_backend_without_a_kernel_is_skipped(monkeypatch):
     def missing(*arguments):
         raise RuntimeError("no kernel here")
 
-    monkeypatch.setitem(relations.BACKENDS, "chunked", missing)
+    monkeypatch.setitem(BACKENDS, "chunked", missing)
     with pytest.raises(UserError, match=r"chunked: not usable here \(no kernel here\)"):
         choose_backend(*tensors(), 4)
 
@@ -103,13 +104,13 @@ def test_a_missing_kernel_is_passed_over(monkeypatch):
         ([{}, {}], None),
     ],
 )
-def test_ranks_come_to_one_choice(seconds_of_ranks, best):
-    """Whatever each rank's clock says, and never a backend that one of them does not have."""
+def test_ranks_make_one_choice(seconds_of_ranks, best):
+    """The choice does not depend on which rank makes it, and is a backend that all of them have."""
     assert fastest_of_all(seconds_of_ranks) == best
     assert fastest_of_all(seconds_of_ranks[::-1]) == best
 
 
-def test_what_another_rank_lacks_is_not_chosen():
+def test_a_backend_that_another_rank_lacks_is_not_chosen():
     with pytest.raises(UserError, match="on every rank"):
         choose_backend(*tensors(), 4, gather=lambda found: [found, {}])
 

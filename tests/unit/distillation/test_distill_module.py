@@ -1,4 +1,4 @@
-"""The object that the engine wraps: its losses against the oracle, its parts, and that the teacher stays outside."""
+"""`DistillModule`: its losses against the reference, its parts, its configuration; the teacher is no part of it."""
 
 from __future__ import annotations
 
@@ -7,49 +7,43 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from pipeline.distillation.distiller import DistillModule, LayerPair, RelationsConfig, SequenceMask
+from pipeline.distillation.config import LayerPair, RelationsConfig
+from pipeline.distillation.distiller import DistillModule, SequenceMask
 from pipeline.distillation.models.student import StudentConfig, build_student
 from pipeline.distillation.models.teacher import load_teacher
-from pipeline.distillation.relations.loss import relation_kl_reference
+from pipeline.distillation.relations.reference import relation_kl_reference
 from pipeline.distillation.tap import tap
 from pipeline.errors import UserError
 from tests.tiny_encoders import padded_rows, random_rows, tiny_encoder
 
 
 def make(relations=None, teacher_type="xlm-roberta", dtype=torch.float32, **student_changes):
-    """(module, whole teacher in fp32, student), for one seed always the same."""
+    """(module, complete teacher in fp32, student), always with the same weights."""
     relations = relations or RelationsConfig(heads=12)
     options = {"layers": 2, "hidden": 24, "heads": 2, "dropout": 0.0, **student_changes}
-    whole = tiny_encoder(teacher_type)
-    student = build_student(
-        whole, StudentConfig(**options), 3, relations.student_taps, relations.teacher_taps, **relations.tap_options
-    )
+    teacher_model = tiny_encoder(teacher_type)
+    student = build_student(teacher_model, StudentConfig(**options), 3, relations)
     teacher = load_teacher(tiny_encoder(teacher_type), relations.teacher_taps, dtype, "cpu", **relations.tap_options)
-    return DistillModule(teacher, student.tapped, relations), whole, student
+    return DistillModule(teacher, student.tapped, relations), teacher_model, student
 
 
-def oracle(whole, student, rows, mask, lengths, pair, heads, layers=(4, 2)):
+def reference(models, pair, rows, mask=None, lengths=None, layers=(4, 2)):
+    """The float64 loss of one relation, 12 heads, from the two models' own taps."""
     first, second = ("qkv".index(letter) for letter in pair.split("-"))
     with torch.no_grad():
-        of_teacher, of_student = tap(whole, layers[0])(rows, mask), tap(student.model, layers[1])(rows, mask)
-    return relation_kl_reference(
-        of_teacher[first],
-        of_student[first],
-        heads,
-        lengths,
-        teacher_keys_BLD=of_teacher[second],
-        student_keys_BLD=of_student[second],
-    ).item()
+        of_both = [tap(model, layer)(rows, mask) for model, layer in zip(models, layers, strict=True)]
+    return relation_kl_reference(*((x[first], x[second]) for x in of_both), 12, lengths).item()
 
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_losses_are_the_papers(padded):
     relations = RelationsConfig(heads=12, pairs={"q-k": 0.5, "v-v": 2.0, "k-k": 1.0})
-    module, whole, student = make(relations)
+    module, teacher_model, student = make(relations)
     lengths = torch.tensor([20, 9, 3]) if padded else None
     rows, mask = padded_rows([20, 9, 3]) if padded else (random_rows(3, 20), None)
     loss, parts = module(rows, lengths)
-    expected = [oracle(whole, student, rows, mask, lengths, pair, 12) for pair in relations.pairs]
+    models = (teacher_model, student.model)
+    expected = [reference(models, pair, rows, mask, lengths) for pair in relations.pairs]
     assert module.part_names == ["q-k", "v-v", "k-k"]
     assert parts.tolist() == pytest.approx(expected, rel=1e-4)
     assert loss.item() == pytest.approx(0.5 * expected[0] + 2 * expected[1] + expected[2], rel=1e-4)
@@ -59,27 +53,28 @@ def test_losses_are_the_papers(padded):
 
 def test_several_layer_pairs():
     relations = RelationsConfig(heads=12, pairs={"v-v": 2.0}, layers=[LayerPair(2, 1, 0.5), LayerPair(4, 2)])
-    module, whole, student = make(relations)
+    module, teacher_model, student = make(relations)
     rows = random_rows(3, 20)
     loss, parts = module(rows)
-    expected = [oracle(whole, student, rows, None, None, "v-v", 12, layers) for layers in ((2, 1), (4, 2))]
+    models = (teacher_model, student.model)
+    expected = [reference(models, "v-v", rows, layers=layers) for layers in ((2, 1), (4, 2))]
     assert module.part_names == ["v-v@2>1", "v-v@4>2"]
     assert parts.tolist() == pytest.approx(expected, rel=1e-4)
     assert loss.item() == pytest.approx(expected[0] + 2 * expected[1], rel=1e-4)
     with torch.no_grad():
-        value = tap(whole, 4)(rows[:1])[2]
+        value = tap(teacher_model, 4)(rows[:1])[2]
     shown = module.relation_maps(rows, "v-v@4>2")[0, 1]
     assert torch.allclose(shown, (value[0, :, 4:8] @ value[0, :, 4:8].T / 2).softmax(-1), atol=1e-5)
 
 
-def test_the_teacher_is_no_part_of_the_module():
+def test_the_teacher_is_not_part_of_the_module():
     module, _, student = make()
     assert {id(p) for p in module.parameters()} == {id(p) for p in student.tapped.parameters()}
     assert not any("teacher" in name for name, _ in module.named_modules())
     assert not any("teacher" in name for name in module.state_dict())
 
 
-def test_only_the_student_gets_a_gradient_and_only_the_trained():
+def test_only_trained_parameters_of_the_student_get_a_gradient():
     module, _, student = make(init="project", freeze=["embeddings"])
     module(random_rows(3, 20))[0].backward()
     assert all(parameter.grad is not None for parameter in student.trained.values())
@@ -99,16 +94,16 @@ def test_teacher_and_student_in_half_precision(dtype):
     assert all(torch.isfinite(p.grad).all() for p in half.parameters() if p.grad is not None)
 
 
-def test_any_callable_will_do_as_teacher():
-    module, whole, student = make()
+def test_any_callable_can_be_the_teacher():
+    module, teacher_model, student = make()
     rows = random_rows(3, 20)
     expected = module(rows)[0].item()
-    tapped = tap(whole, 4)
+    tapped = tap(teacher_model, 4)
     other = DistillModule(lambda ids, mask: tapped(ids, mask), student.tapped, RelationsConfig(heads=12))
     assert other(rows)[0].item() == expected
 
 
-def test_heldout_losses_have_no_dropout_and_leave_the_mode():
+def test_losses_by_row_have_no_dropout_and_leave_the_mode():
     module, _, _ = make(dropout=0.5)
     module.train()
     rows = random_rows(5, 20)
@@ -124,7 +119,7 @@ def test_heldout_losses_have_no_dropout_and_leave_the_mode():
 @pytest.mark.parametrize("tail", ["relation", "mse"])
 def test_the_tail_term_reaches_the_last_layers_ffn(tail):
     relations = RelationsConfig(heads=12, tail=tail, tail_weight=0.5)
-    module, whole, student = make(relations, hidden=48, heads=4)
+    module, teacher_model, student = make(relations, hidden=48, heads=4)
     assert not student.untrained
     rows, _ = padded_rows([20, 9, 3])
     lengths = torch.tensor([20, 9, 3])
@@ -133,7 +128,7 @@ def test_the_tail_term_reaches_the_last_layers_ffn(tail):
     assert loss.item() == pytest.approx((parts[:3].sum() + 0.5 * parts[3]).item(), rel=1e-5)
     with torch.no_grad():
         mask = (torch.arange(20) < lengths[:, None]).long()
-        outputs = [model(input_ids=rows, attention_mask=mask)[0] for model in (whole, student.model)]
+        outputs = [model(input_ids=rows, attention_mask=mask)[0] for model in (teacher_model, student.model)]
     if tail == "relation":
         expected = relation_kl_reference(*outputs, 12, lengths).item()
     else:
@@ -145,7 +140,7 @@ def test_the_tail_term_reaches_the_last_layers_ffn(tail):
     assert student.model.encoder.layer[-1].output.dense.weight.grad.norm() > 0
 
 
-def test_students_of_other_families():
+def test_a_student_of_another_architecture():
     relations = RelationsConfig(heads=12)
     module, _, student = make(relations, family="modernbert")
     assert student.model.config.model_type == "modernbert"
@@ -153,29 +148,29 @@ def test_students_of_other_families():
 
 
 def test_rotary_relations():
-    module, whole, student = make(RelationsConfig(heads=12, after_rotary=True), "modernbert")
+    module, teacher_model, student = make(RelationsConfig(heads=12, after_rotary=True), "modernbert")
     rows = random_rows(2, 20)
     with torch.no_grad():
-        of_teacher = tap(whole, 4, after_rotary=True)(rows)
+        of_teacher = tap(teacher_model, 4, after_rotary=True)(rows)
         of_student = tap(student.model, 2, after_rotary=True)(rows)
     expected = relation_kl_reference(of_teacher[0], of_student[0], 12).item()
     assert module(rows)[1][0].item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_maps_are_probabilities_of_the_asked_relation():
-    module, whole, _ = make()
+def test_relation_maps_are_probabilities_of_the_named_relation():
+    module, teacher_model, _ = make()
     rows = random_rows(2, 20)
     maps = module.relation_maps(rows, "q-k", num_heads=3)
     assert maps.shape == (2, 3, 20, 20)
     assert torch.allclose(maps.sum(-1), torch.ones(2, 3, 20), atol=1e-5)
     with torch.no_grad():
-        query, key, _ = tap(whole, 4)(rows[:1])
+        query, key, _ = tap(teacher_model, 4)(rows[:1])
     expected = (query[0, :, :4] @ key[0, :, :4].T / 2).softmax(-1)
     assert torch.allclose(maps[0, 0], expected, atol=1e-5)
 
 
 def test_only_the_student_runs_in_the_given_context():
-    """Kernels that repeat themselves cost speed, and the teacher's forward repeats itself anyway."""
+    """Deterministic kernels cost speed, and the teacher's forward is deterministic without them."""
     open_contexts, seen = [], []
 
     @contextmanager
@@ -185,15 +180,15 @@ def test_only_the_student_runs_in_the_given_context():
         open_contexts.pop()
 
     relations = RelationsConfig(heads=12)
-    _, whole, student = make(relations)
-    module = DistillModule(tap(whole, 4), student.tapped, relations, around_student=around)
-    for name, model in (("teacher", whole), ("student", student.model)):
+    _, teacher_model, student = make(relations)
+    module = DistillModule(tap(teacher_model, 4), student.tapped, relations, around_student=around)
+    for name, model in (("teacher", teacher_model), ("student", student.model)):
         model.register_forward_hook(lambda *_, name=name: seen.append((name, len(open_contexts))))
     module(random_rows(2, 10))
     assert seen == [("teacher", 0), ("student", 1)]
 
 
-def test_the_backend_is_settled_at_the_first_batch_and_reported():
+def test_the_backend_is_chosen_on_the_first_batch_and_reported():
     module, _, _ = make()
     assert module.backend == "auto"
     module.losses_by_row(random_rows(2, 20))
@@ -225,12 +220,12 @@ def test_a_resumed_run_keeps_its_backend():
         ({"pairs": {"q-x": 1.0}}, "'q-x'.*q-q, q-k"),
         ({"pairs": {"qq": 1.0}}, "'qq'"),
         ({"pairs": {}}, "at least one"),
-        ({"pairs": {"q-q": -1.0}}, "relations.pairs.*below zero"),
-        ({"pairs": {"q-q": 1.0, "v-v": float("nan")}}, "relations.pairs.*finite"),
-        ({"pairs": {"q-q": float("inf")}}, "relations.pairs.*finite"),
+        ({"pairs": {"q-q": -1.0}}, "relations.pairs.q-q` is -1.*between 0 and"),
+        ({"pairs": {"q-q": 1.0, "v-v": float("nan")}}, "relations.pairs.v-v` is nan.*between 0 and"),
+        ({"pairs": {"q-q": float("inf")}}, "relations.pairs.q-q` is inf.*between 0 and"),
         ({"pairs": {"q-q": 0.0, "v-v": 0.0}}, "relations.pairs.*above zero"),
-        ({"layers": [LayerPair(1, 1), LayerPair(2, 2, -1.0)]}, "relations.layers.*below zero"),
-        ({"layers": [LayerPair(1, 1, float("nan"))]}, "relations.layers.*finite"),
+        ({"layers": [LayerPair(1, 1), LayerPair(2, 2, -1.0)]}, "relations.layers.1..weight` is -1.*between 0 and"),
+        ({"layers": [LayerPair(1, 1, float("nan"))]}, "relations.layers.0..weight` is nan.*between 0 and"),
         ({"layers": [LayerPair(1, 1, 0.0)]}, "relations.layers.*above zero"),
         ({"tail_weight": -1.0}, "relations.tail_weight"),
         ({"tail_weight": float("nan")}, "relations.tail_weight"),
@@ -240,21 +235,21 @@ def test_a_resumed_run_keeps_its_backend():
         ({"layers": [LayerPair(1, 1), LayerPair(1, 1, 2.0)]}, "twice"),
     ],
 )
-def test_impossible_relations_say_why(options, words):
+def test_invalid_relations_are_explained(options, words):
     with pytest.raises(UserError, match=f"(?s){words}"):
         RelationsConfig(**options)
 
 
-@pytest.mark.parametrize(("whose", "layer"), [("student", 0), ("student", 3), ("teacher", 5)])
-def test_a_layer_that_is_not_there_says_whose(role, layer):
-    """Layer 0 is not taken for the last."""
+@pytest.mark.parametrize(("role", "layer"), [("student", 0), ("student", 3), ("teacher", 5)])
+def test_a_missing_layer_names_the_model_and_the_key(role, layer):
+    """Layer 0 does not mean the last."""
     with pytest.raises(UserError, match=f"no layer {layer} in the {role}.*`relations.{role}_layer`"):
         make(RelationsConfig(heads=12, **{f"{role}_layer": layer}))
 
 
-@pytest.mark.parametrize(("heads", "whose"), [(16, "student's width of 24"), (10, "student's width of 24")])
-def test_heads_are_checked_before_the_first_batch(heads, role):
-    with pytest.raises(UserError, match=role):
+@pytest.mark.parametrize(("heads", "words"), [(16, "student's width of 24"), (10, "student's width of 24")])
+def test_heads_are_checked_before_the_first_batch(heads, words):
+    with pytest.raises(UserError, match=words):
         make(RelationsConfig(heads=heads))
 
 
@@ -263,7 +258,7 @@ def test_the_teachers_heads_are_checked_too():
         make(RelationsConfig(heads=5), hidden=20, heads=2)
 
 
-def test_distance_of_outputs_needs_equal_widths():
+def test_the_mse_tail_needs_equal_widths():
     module, _, _ = make(RelationsConfig(heads=12, tail="mse"))
     with pytest.raises(UserError, match=r"(?s)equal widths.*tail: relation"):
         module(random_rows(2, 20))
@@ -271,26 +266,26 @@ def test_distance_of_outputs_needs_equal_widths():
 
 @pytest.mark.parametrize("model_type", ["xlm-roberta", "bert", "electra", "distilbert", "xlm-roberta-xl"])
 def test_documents_of_a_row_do_not_see_each_other(model_type):
-    """Attention and relations stay inside each document: what a neighbour says changes nothing."""
+    """Attention and relations stay inside each document: the text of another one changes nothing."""
     relations = RelationsConfig(heads=12)
-    module, whole, student = make(relations, model_type)
+    module, teacher_model, student = make(relations, model_type)
     segments = torch.tensor([[8, 12, 0], [3, 7, 10]])
     rows = random_rows(2, 20)
     _, parts = module(rows, segments=segments)
     other = rows.clone()
     other[0, :8], other[1, 3:10] = 5, 6
-    before, after = (module._read(r, SequenceMask(None, segments))[1].layers[0][2] for r in (rows, other))
+    before, after = (module._run_both(r, SequenceMask(None, segments))[1].layers[0][2] for r in (rows, other))
     assert torch.allclose(before[0, 8:], after[0, 8:], atol=1e-6)
     assert torch.allclose(before[1, 10:], after[1, 10:], atol=1e-6)
     assert not torch.allclose(before[0, :8], after[0, :8], atol=1e-3)
     mask = SequenceMask(None, segments).attention_mask(rows)
     with torch.no_grad():
-        of_teacher, of_student = tap(whole, 4)(rows, mask), tap(student.model, 2)(rows, mask)
+        of_teacher, of_student = tap(teacher_model, 4)(rows, mask), tap(student.model, 2)(rows, mask)
     expected = relation_kl_reference(of_teacher[0], of_student[0], 12, segments=[[8, 12], [3, 7, 10]]).item()
     assert parts[0].item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_one_document_a_row_is_no_documents():
+def test_one_document_per_row_is_the_same_as_no_documents():
     module, _, _ = make()
     rows = random_rows(2, 20)
     assert module(rows, segments=torch.tensor([[20], [20]]))[0].item() == pytest.approx(
@@ -299,7 +294,7 @@ def test_one_document_a_row_is_no_documents():
 
 
 @pytest.mark.parametrize("model_type", ["modernbert", "mpnet", "deberta-v2"])
-def test_families_that_cannot_keep_documents_apart_say_so(model_type):
+def test_architectures_that_cannot_keep_documents_apart_say_so(model_type):
     module, _, _ = make(teacher_type=model_type)
     with pytest.raises(UserError, match=f"{model_type} cannot keep several documents"):
         module(random_rows(2, 20), segments=torch.tensor([[8, 12], [20, 0]]))

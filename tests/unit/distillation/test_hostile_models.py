@@ -1,4 +1,4 @@
-"""Directories that are no sound model, and every command that loads one: exit code 2, one paragraph, nothing of it run."""
+"""Invalid model directories and every command that loads one: exit code 2, one paragraph, no code of the model runs."""
 
 from __future__ import annotations
 
@@ -20,38 +20,38 @@ from pipeline.errors import EXIT_USER, UserError, exit_code_of
 from tests.conftest import REPO
 from tests.tiny_encoders import CONFIGS, random_rows, tiny_encoder
 
-Spoil = Callable[[Path], object]
+Change = Callable[[Path], object]
 LAYER = "encoder.layer.2.output.dense.weight"
 
 
-def weights(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]) -> Spoil:
-    def spoil(directory: Path) -> None:
+def weights(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]) -> Change:
+    def apply(directory: Path) -> None:
         tensors = load_file(directory / "model.safetensors")
         save_file(change(tensors) or tensors, directory / "model.safetensors", {"format": "pt"})
 
-    return spoil
+    return apply
 
 
-def config(**changes: object) -> Spoil:
-    """Keys of config.json; None takes one out."""
+def config(**changes: object) -> Change:
+    """Set keys of config.json; None removes one."""
 
-    def spoil(directory: Path) -> None:
+    def apply(directory: Path) -> None:
         tree = {**json.loads((directory / "config.json").read_text()), **changes}
         (directory / "config.json").write_text(
             json.dumps({key: value for key, value in tree.items() if value is not None})
         )
 
-    return spoil
+    return apply
 
 
-def file(name: str, content: bytes) -> Spoil:
+def file(name: str, content: bytes) -> Change:
     return lambda directory: (directory / name).write_bytes(content)
 
 
-def sharded(change: Callable[[dict[str, str]], object]) -> Spoil:
+def sharded(change: Callable[[dict[str, str]], object]) -> Change:
     """Two files and an index, which `change` edits."""
 
-    def spoil(directory: Path) -> None:
+    def apply(directory: Path) -> None:
         tensors = load_file(directory / "model.safetensors")
         (directory / "model.safetensors").unlink()
         names = sorted(tensors)
@@ -61,11 +61,11 @@ def sharded(change: Callable[[dict[str, str]], object]) -> Spoil:
         change(place)
         (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": place}))
 
-    return spoil
+    return apply
 
 
 def linked_outside(directory: Path) -> None:
-    """An index that reaches for a file of another directory, which is there."""
+    """An index that names a file of another directory, which exists."""
     shutil.copyfile(directory / "model.safetensors", directory.parent / "other.safetensors")
     sharded(lambda place: place.update(dict.fromkeys(place, "../other.safetensors")))(directory)
 
@@ -76,17 +76,20 @@ def cut(directory: Path) -> None:
 
 
 def a_pipe(directory: Path) -> None:
-    """Whoever opens it waits indefinitely."""
+    """Opening it would block indefinitely."""
     (directory / "model.safetensors").unlink()
     os.mkfifo(directory / "model.safetensors")
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 471000000\n"
-MODELS: dict[str, tuple[Spoil, str]] = {
+MODELS: dict[str, tuple[Change, str]] = {
     "names of torch.compile": (weights(lambda w: {f"_orig_mod.{k}": v for k, v in w.items()}), r"`_orig_mod\."),
     "names of DDP": (weights(lambda w: {f"module.{k}": v for k, v in w.items()}), r"begin with `module\.`"),
     "names of a trainer": (weights(lambda w: {f"model.{k}": v for k, v in w.items()}), r"begin with `model\.`"),
-    "another family's names": (weights(lambda w: {f"bert.{k}": v for k, v in w.items()}), r"lack weights.*`bert\."),
+    "names of another architecture": (
+        weights(lambda w: {f"bert.{k}": v for k, v in w.items()}),
+        r"lack weights.*`bert\.",
+    ),
     "a weight that is missing": (weights(lambda w: {k: v for k, v in w.items() if k != LAYER}), LAYER),
     "a bias that is missing": (
         weights(lambda w: {k: v for k, v in w.items() if k != "embeddings.LayerNorm.bias"}),
@@ -104,7 +107,7 @@ MODELS: dict[str, tuple[Spoil, str]] = {
         weights(lambda w: w.update({"encoder.layer.0.attention.self.query.lora_A.weight": torch.zeros(2, 48)})),
         "lora_A",
     ),
-    "an adapter beside": (file("adapter_config.json", b"{}"), "adapter"),
+    "an adapter in the directory": (file("adapter_config.json", b"{}"), "adapter"),
     "a weight under two names": (weights(lambda w: w.update({f"roberta.{LAYER}": w[LAYER] + 1})), "twice"),
     "another width": (config(hidden_size=96), r"is \[\d+(, \d+)*\] in its files and \["),
     "more rows in the config": (config(vocab_size=3000), r"\[2002, 48\] in its files and \[3000, 48\]"),
@@ -114,7 +117,7 @@ MODELS: dict[str, tuple[Spoil, str]] = {
     "fp8 weights": (weights(lambda w: w.update({LAYER: w[LAYER].to(torch.float8_e4m3fn)})), "unquantised"),
     "bitsandbytes": (config(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}), "unquantised"),
     "gptq": (config(quantization_config={"quant_method": "gptq", "bits": 4}), "unquantised"),
-    "awq, half told": (config(quantization_config={"bits": 4}), "unquantised"),
+    "awq, incomplete": (config(quantization_config={"bits": 4}), "unquantised"),
     "weights named by the config": (config(transformers_weights="x.safetensors"), "transformers_weights"),
     "a config named by the config": (config(configuration_files=["config.4.0.0.json"]), "configuration_files"),
     "code of its own": (config(auto_map={"AutoConfig": "evil.C", "AutoModel": "evil.M"}), "auto_map"),
@@ -172,18 +175,18 @@ MODELS: dict[str, tuple[Spoil, str]] = {
 
 
 @pytest.fixture
-def spoilt(tiny_teacher: Path, tmp_path: Path) -> Callable[[Spoil], Path]:
-    """A copy of the tiny teacher that something was done to."""
+def changed(tiny_teacher: Path, tmp_path: Path) -> Callable[[Change], Path]:
+    """A changed copy of the tiny teacher."""
 
-    def make(spoil: Spoil) -> Path:
-        directory = shutil.copytree(tiny_teacher, tmp_path / "spoilt")
-        spoil(directory)
+    def make(change: Change) -> Path:
+        directory = shutil.copytree(tiny_teacher, tmp_path / "changed")
+        change(directory)
         return directory
 
     return make
 
 
-def refusal_of(command: Callable[[], object], capsys: pytest.CaptureFixture) -> str:
+def error_of(command: Callable[[], object], capsys: pytest.CaptureFixture) -> str:
     capsys.readouterr()
     assert exit_code_of(command) == EXIT_USER
     written = capsys.readouterr().err
@@ -194,13 +197,13 @@ def refusal_of(command: Callable[[], object], capsys: pytest.CaptureFixture) -> 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_no_such_model_is_loaded_as_a_teacher_or_evaluated(
-    kind: str, spoilt: Callable[[Spoil], Path], tmp_path: Path, capsys: pytest.CaptureFixture
+    kind: str, changed: Callable[[Change], Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    spoil, cause = MODELS[kind]
-    directory, output = spoilt(spoil), tmp_path / "evaluation"
-    as_teacher = refusal_of(lambda: load_encoder(directory), capsys)
+    change, cause = MODELS[kind]
+    directory, output = changed(change), tmp_path / "evaluation"
+    as_teacher = error_of(lambda: load_encoder(directory), capsys)
     words = ["evaluate", str(directory), "--tasks", "speed", "--output", str(output)]
-    evaluated = refusal_of(lambda: main(words), capsys)
+    evaluated = error_of(lambda: main(words), capsys)
     assert re.search(cause, as_teacher)
     assert str(directory) in as_teacher
     assert evaluated == as_teacher.replace("the teacher", "the model")
@@ -211,21 +214,21 @@ SOME = ("names of torch.compile", "distances of relative positions", "gptq", "we
 
 
 @pytest.mark.parametrize("kind", SOME)
-def test_trimmed_and_compared_with_are_no_others(
+def test_trim_and_heldout_use_the_same_loader(
     kind: str,
-    spoilt: Callable[[Spoil], Path],
+    changed: Callable[[Change], Path],
     tiny_teacher: Path,
     tiny_shards: Path,
     vocabulary: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    spoil, cause = MODELS[kind]
-    directory, output = str(spoilt(spoil)), str(tmp_path / "output")
+    change, cause = MODELS[kind]
+    directory, output = str(changed(change)), str(tmp_path / "output")
     trim = ["trim", directory, "--vocabulary", str(vocabulary), "--output", output]
     words = ["--tasks", "heldout", "--teacher", directory, "--data", str(tiny_shards), "--output", output]
     for command in (trim, ["evaluate", str(tiny_teacher), *words, "--set", "heldout.seq_len=32"]):
-        assert re.search(cause, refusal_of(lambda command=command: main(command), capsys))
+        assert re.search(cause, error_of(lambda command=command: main(command), capsys))
         assert not Path(output).exists()
 
 
@@ -240,31 +243,33 @@ TOKENIZERS = {
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_no_such_tokenizer_is_evaluated(
-    kind: str, spoilt: Callable[[Spoil], Path], tmp_path: Path, capsys: pytest.CaptureFixture
+    kind: str, changed: Callable[[Change], Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     name, content, cause = TOKENIZERS[kind]
-    directory = spoilt(file(name, content))
+    directory = changed(file(name, content))
     (directory / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     words = ["evaluate", str(directory), "--tasks", "speed", "--output", str(tmp_path / "evaluation")]
-    assert re.search(cause, refusal_of(lambda: main(words), capsys))
+    assert re.search(cause, error_of(lambda: main(words), capsys))
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("kind", ["gptq", "code of its own", "weights: cut", "config: deep"])
-def test_no_card_is_written_of_one(kind: str, spoilt: Callable[[Spoil], Path], capsys: pytest.CaptureFixture) -> None:
-    spoil, cause = MODELS[kind]
-    directory = spoilt(spoil)
+def test_no_card_is_written_for_an_invalid_model(
+    kind: str, changed: Callable[[Change], Path], capsys: pytest.CaptureFixture
+) -> None:
+    change, cause = MODELS[kind]
+    directory = changed(change)
     (directory / "lineage.json").write_text(json.dumps({"teacher": "a", "recipe": {"steps": 1}}))
-    assert re.search(cause, refusal_of(lambda: main(["card", str(directory)]), capsys))
+    assert re.search(cause, error_of(lambda: main(["card", str(directory)]), capsys))
     assert not (directory / "README.md").exists()
 
 
 @pytest.mark.parametrize("kind", SOME)
-def test_plan_and_doctor_see_what_they_read_of_it(
-    kind: str, spoilt: Callable[[Spoil], Path], tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+def test_plan_and_doctor_report_it(
+    kind: str, changed: Callable[[Change], Path], tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    spoil, cause = MODELS[kind]
-    override = ["--recipe", str(tiny_recipe), "--set", f"teacher={spoilt(spoil)}"]
+    change, cause = MODELS[kind]
+    override = ["--recipe", str(tiny_recipe), "--set", f"teacher={changed(change)}"]
     capsys.readouterr()
     assert exit_code_of(lambda: main(["doctor", *override, "--run-dir", str(tmp_path / "run")])) == EXIT_USER
     written = capsys.readouterr()
@@ -272,25 +277,25 @@ def test_plan_and_doctor_see_what_they_read_of_it(
     assert re.search(cause, written.out)
     if kind in ("gptq", "config: deep"):  # a plan reads the config alone
         machine = ["--gpu", "a100-80", "--deepspeed", str(REPO / "ds_configs" / "zero2.json")]
-        assert re.search(cause, refusal_of(lambda: main(["plan", *override, *machine]), capsys))
+        assert re.search(cause, error_of(lambda: main(["plan", *override, *machine]), capsys))
 
 
-# -- what is harmless beside an encoder
+# -- tensors that are ignored
 
 
 @pytest.mark.parametrize("model_type", [name for name in CONFIGS if name not in ("distilbert",)])
 @pytest.mark.parametrize("head", [AutoModelForMaskedLM, AutoModelForSequenceClassification])
 def test_an_encoder_is_read_out_of_a_model_with_a_head(model_type: str, head: type, tmp_path: Path) -> None:
     bare, rows = tiny_encoder(model_type), random_rows(2, 12)
-    whole = head.from_config(bare.config)  # type: ignore[attr-defined]
-    whole.base_model.load_state_dict(bare.state_dict(), strict=False)
-    whole.save_pretrained(tmp_path)
+    model = head.from_config(bare.config)  # type: ignore[attr-defined]
+    model.base_model.load_state_dict(bare.state_dict(), strict=False)
+    model.save_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(load_encoder(tmp_path)(rows)[0], bare(rows)[0])
 
 
-def test_what_older_releases_saved_is_harmless(tiny_teacher: Path, tmp_path: Path) -> None:
-    """position_ids as a tensor, and norms called gamma and beta."""
+def test_tensors_of_older_releases_are_ignored_or_renamed(tiny_teacher: Path, tmp_path: Path) -> None:
+    """position_ids as a tensor, and gamma and beta of norms."""
     directory = shutil.copytree(tiny_teacher, tmp_path / "old")
     old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 
@@ -304,7 +309,7 @@ def test_what_older_releases_saved_is_harmless(tiny_teacher: Path, tmp_path: Pat
     assert all(torch.equal(now[name], then[name]) for name in then)
 
 
-def test_positions_that_debertas_decoder_alone_reads(tmp_path: Path) -> None:
+def test_positions_that_only_debertas_decoder_reads(tmp_path: Path) -> None:
     tiny_encoder("deberta-v2").save_pretrained(tmp_path)
     extra = {"embeddings.position_embeddings.weight": torch.zeros(80, 48)}
     weights(lambda tensors: {**tensors, **extra})(tmp_path)
@@ -314,8 +319,8 @@ def test_positions_that_debertas_decoder_alone_reads(tmp_path: Path) -> None:
         load_encoder(tmp_path)
 
 
-def test_a_cache_of_links_is_a_directory_like_another(tiny_teacher: Path, tmp_path: Path) -> None:
-    """As the hub's cache lays models out: a snapshot of links to files that are named by their hash."""
+def test_a_cache_of_links_is_loaded_like_a_directory(tiny_teacher: Path, tmp_path: Path) -> None:
+    """The layout of the hub's cache: a snapshot of links to files that are named by their hash."""
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / ("a" * 40)
     blobs.mkdir()
     snapshot.mkdir(parents=True)

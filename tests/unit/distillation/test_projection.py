@@ -1,11 +1,12 @@
-"""A projected student: what each weight is of the teacher's, what is left out, what the tail term compares."""
+"""A projected student: its weights as functions of the teacher's, its limits, and its tail term."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from pipeline.distillation.distiller import DistillModule, RelationsConfig
+from pipeline.distillation.config import RelationsConfig
+from pipeline.distillation.distiller import DistillModule
 from pipeline.distillation.models.projection import Calibration
 from pipeline.distillation.models.student import BASIS, Student, StudentConfig, build_student
 from pipeline.distillation.models.teacher import load_teacher
@@ -15,22 +16,23 @@ from tests.tiny_encoders import random_rows, tiny_encoder
 RELATION_HEADS = 4
 PROJECTED = ["electra", "bert", "roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "distilbert"]
 EMBEDDINGS_ALONE = ["electra", "mpnet", "deberta-v2", "modernbert"]
+WITH_OUTPUT = RelationsConfig(tail="mse")
 CALIBRATION = Calibration(random_rows(8, 40, seed=5), RELATION_HEADS)
 
 
 def project(teacher, calibration: Calibration | None = CALIBRATION, **changes) -> Student:
     config = StudentConfig(**{"layers": 2, "hidden": 24, "heads": 4, "ffn": 48, "init": "project", **changes})
-    return build_student(teacher, config, 0, with_output=True, calibration=calibration)
+    return build_student(teacher, config, 0, WITH_OUTPUT, calibration)
 
 
 def relations_of(x_BLD: torch.Tensor, heads: int) -> torch.Tensor:
-    """Scaled products within each head, as a softmax would get them."""
+    """Scaled products within each head, the logits of (1)."""
     x_BHLd = x_BLD.unflatten(-1, (heads, -1)).transpose(1, 2)
     return x_BHLd @ x_BHLd.mT * x_BHLd.shape[-1] ** -0.5
 
 
 def test_with_all_components_every_product_is_the_teachers():
-    """As wide as its teacher, nothing is lost but in the norms: each product, put between the two bases, is the same."""
+    """A student as wide as its teacher differs in the norms alone: each product is the teacher's, in the other basis."""
     teacher = tiny_encoder("xlm-roberta")
     student = project(teacher, layers=4, hidden=48, ffn=96)
     basis_DD = student.basis_Dd
@@ -43,7 +45,7 @@ def test_with_all_components_every_product_is_the_teachers():
             assert torch.allclose(relations_of(mine_BLD, 4), relations_of(his_BLD, 4), rtol=1e-3, atol=1e-3)
         logits = [q.unflatten(-1, (4, -1)).transpose(1, 2) @ k.unflatten(-1, (4, -1)).transpose(1, 2).mT
                   for q, k in ((query, key), of_teacher[:2])]  # fmt: skip
-        assert torch.allclose(*logits, rtol=1e-3, atol=1e-2), "query and key are turned alike"
+        assert torch.allclose(*logits, rtol=1e-3, atol=1e-2), "query and key are rotated alike"
         mixed_BLD = own.attention.output.dense(value)
         assert torch.allclose(mixed_BLD, theirs.attention.output.dense(of_teacher[2]) @ basis_DD, rtol=1e-3, atol=1e-3)
         inner_BLF = own.intermediate(turned_BLD)
@@ -53,8 +55,8 @@ def test_with_all_components_every_product_is_the_teachers():
 
 
 @pytest.mark.parametrize("layer", [0, 1], ids=["in attention heads", "tapped, in relation heads"])
-def test_what_fits_into_fewer_channels_keeps_its_logits(layer):
-    """Hidden states within the basis, and heads that use half of their channels: narrower heads, the same relations."""
+def test_states_that_fit_into_fewer_channels_keep_their_logits(layer):
+    """Hidden states within the basis and heads that use half of their channels: narrower heads give the same relations."""
     teacher = tiny_encoder("bert", num_attention_heads=2)
     with torch.no_grad():
         for theirs in teacher.encoder.layer:
@@ -85,14 +87,14 @@ def test_the_basis_holds_most_of_the_hidden_states():
     with torch.no_grad():
         states_ND = teacher(random_rows(4, 40, seed=6)).last_hidden_state.flatten(0, 1)
     random_Dd = torch.linalg.qr(torch.randn(48, 24, generator=torch.Generator().manual_seed(0)))[0]
-    kept, by_chance = ((states_ND @ b).square().sum() / states_ND.square().sum() for b in (basis_Dd, random_Dd))
-    assert kept > by_chance + 0.2
+    share, by_chance = ((states_ND @ b).square().sum() / states_ND.square().sum() for b in (basis_Dd, random_Dd))
+    assert share > by_chance + 0.2
 
 
 @pytest.mark.parametrize("model_type", PROJECTED)
 def test_norms_bring_the_student_nearest_to_the_projected_teacher(model_type):
-    """On the calibration rows the student's output has the target's mean in every channel, and what is left of the
-    distance no other weight of the last norm would take away."""
+    """On the calibration rows, the student's output has the target's mean in every channel, and no other weight of the
+    last norm would reduce the distance further."""
     teacher = tiny_encoder(model_type, **({"embedding_size": 48} if model_type == "electra" else {}))
     student = project(teacher)
     with torch.no_grad():
@@ -118,31 +120,31 @@ def test_the_heads_and_neurons_that_add_nothing_are_left_out():
     teacher = tiny_encoder("bert")
     with torch.no_grad():
         for layer in teacher.encoder.layer:
-            layer.attention.output.dense.weight[:, 12:24] = 0  # head 2 of 4 is not heard
+            layer.attention.output.dense.weight[:, 12:24] = 0  # head 2 of 4 adds nothing
             layer.output.dense.weight[:, ::2] = 0
     student = project(teacher, layers=4, heads=3, hidden=24)
     for theirs, own in zip(teacher.encoder.layer[:3], student.model.encoder.layer[:3], strict=True):  # 4 is tapped
         inner = theirs.intermediate.dense.weight[1::2] @ student.basis_Dd
         assert torch.allclose(own.intermediate.dense.weight, inner, atol=1e-5)
-        heard = theirs.attention.self.value.weight[12:24] @ student.basis_Dd
+        used = theirs.attention.self.value.weight[12:24] @ student.basis_Dd
         span = own.attention.self.value.weight.unflatten(0, (3, 8))
         others = [theirs.attention.self.value.weight[s] @ student.basis_Dd for s in (slice(0, 12), slice(24, 36))]
-        assert not any(_within(head, heard) for head in span)
+        assert not any(_within(head, used) for head in span)
         assert _within(span[0], others[0])
         assert _within(span[1], others[1])
 
 
 def _within(rows_nd: torch.Tensor, others_md: torch.Tensor) -> bool:
-    """Whether all rows are combinations of the others."""
+    """Whether all rows are linear combinations of the others."""
     return torch.linalg.matrix_rank(torch.cat([rows_nd, others_md]), rtol=1e-4) == len(others_md)
 
 
 @pytest.mark.parametrize("heads", [2, 3, 6, 8])
 def test_any_number_of_heads(heads):
-    """Fewer, more, wider and narrower heads than the teacher's four of twelve channels: all weights finite and set."""
+    """Fewer, more, wider or narrower heads than the teacher's four of 12 channels: all weights are set and finite."""
     teacher = tiny_encoder("bert")
     student = project(teacher, heads=heads)
-    blank = build_student(teacher, StudentConfig(layers=2, hidden=24, heads=heads, ffn=48), 0, with_output=True)
+    blank = build_student(teacher, StudentConfig(layers=2, hidden=24, heads=heads, ffn=48), 0, WITH_OUTPUT)
     for name, weight in student.trained.items():
         assert torch.isfinite(weight).all(), name
         assert not torch.equal(weight, blank.trained[name]) or "position" in name, name
@@ -151,7 +153,7 @@ def test_any_number_of_heads(heads):
 def test_a_wider_ffn_keeps_its_own_start_where_the_teacher_has_no_neurons():
     teacher = tiny_encoder("bert")
     student = project(teacher, ffn=120)
-    blank = build_student(teacher, StudentConfig(layers=2, hidden=24, heads=4, ffn=120), 0, with_output=True)
+    blank = build_student(teacher, StudentConfig(layers=2, hidden=24, heads=4, ffn=120), 0, WITH_OUTPUT)
     own, start = (s.model.encoder.layer[0].intermediate.dense.weight for s in (student, blank))
     assert torch.equal(own[96:], start[96:])
     assert not torch.equal(own[:96], start[:96])
@@ -183,6 +185,6 @@ def test_the_tail_compares_on_the_students_components():
         DistillModule(frozen, student.tapped, relations)(rows_BL)
 
 
-def test_a_student_wider_than_its_teacher_is_refused():
+def test_a_student_wider_than_its_teacher_is_rejected():
     with pytest.raises(UserError, match="48; the student is 96 wide"):
         project(tiny_encoder("bert"), hidden=96)

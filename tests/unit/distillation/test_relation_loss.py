@@ -1,4 +1,4 @@
-"""Every backend of the relation loss against float64 autograd over materialised maps: values, gradients, memory."""
+"""Every backend of the relation loss against the float64 reference: values, gradients, memory."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.distillation.relations import chunked as relation_tiles
-from pipeline.distillation.relations.loss import BACKENDS, relation_kl, relation_kl_by_row, relation_kl_reference
-from pipeline.distillation.relations.reference import relation_log_probabilities
+from pipeline.distillation.relations import chunked, relation_kl, relation_kl_by_row
+from pipeline.distillation.relations.backends import BACKENDS
+from pipeline.distillation.relations.reference import relation_kl_reference, relation_log_probabilities
 from pipeline.errors import UserError
 
 # Relative gradient error against float64 on the same rounded inputs.
@@ -31,11 +31,9 @@ def make(batch, length, width_T, width_S, dtype=torch.float32, scale=1.0, distan
 
 
 def loss_and_gradient(function, teacher, students, heads, lengths=None, **keywords):
-    """Loss and the gradients for the student's queries (and keys, if there are two tensors)."""
+    """Loss and the gradients for the student's queries (and keys: then `teacher` is a pair as well)."""
     leaves = [student.detach().clone().requires_grad_() for student in students]
-    if len(leaves) == 2:
-        keywords["student_keys_BLD"] = leaves[1]
-    loss = function(teacher, leaves[0], heads, lengths, **keywords)
+    loss = function(teacher, tuple(leaves) if len(leaves) == 2 else leaves[0], heads, lengths, **keywords)
     loss.backward()
     return loss.item(), torch.cat([leaf.grad.double().flatten() for leaf in leaves])
 
@@ -72,8 +70,8 @@ def test_near_student(backend, dtype):
     [
         *(("chunked", dtype, 2.5, limit) for dtype, limit in NEAR.items()),
         *(("flash", dtype, 2.0, NEAR[dtype]) for dtype in (torch.float16, torch.bfloat16)),
-        # Outside what is asked of fp32. The start-up check's maps are less peaked (self-logits of 4, here 11): there the
-        # same backend has 3e-6 to 1e-5 and is taken or not by the shape.
+        # Above the limit for fp32. The start-up check's maps are less peaked (self-logits of 4, here 11): there the same
+        # backend has 3e-6 to 1e-5, and the shape decides whether it is used.
         ("flash", torch.float32, 2.0, 2e-5),
     ],
     ids=str,
@@ -90,7 +88,7 @@ def test_near_student_with_peaked_maps(backend, dtype, scale, limit):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", FAR, ids=str)
 def test_wide_heads(backend, dtype):
-    """64 and 128 channels a head: a peaked teacher and a flat student, then a student close to it."""
+    """64 and 128 channels per head: a peaked teacher and a flat student, then a student close to its teacher."""
     for head_dim, scales, noise in ((64, (0.8, 0.5), 0.12), (128, (0.65, 0.35), 0.14)):
         teacher, student = (
             scale * x for scale, x in zip(scales, make(1, 150, 2 * head_dim, 2 * head_dim), strict=True)
@@ -105,7 +103,7 @@ def test_wide_heads(backend, dtype):
 
 
 def exact_in_blocks(teacher, student, block=512):
-    """Loss and gradient of one row and one head in float64, some queries at a time, for lengths whose maps do not fit."""
+    """Loss and gradient of one row and one head in float64, a block of queries at a time, for maps that do not fit."""
 
     def map_and_log_sums(queries_Rd, keys_Nd):
         logits_RN = queries_Rd @ keys_Nd.T / math.sqrt(keys_Nd.shape[-1])
@@ -125,7 +123,7 @@ def exact_in_blocks(teacher, student, block=512):
 
 
 def test_the_longest_rows():
-    """8192 tokens, against the oracle's equations taken in blocks; these are the oracle's own where it can go."""
+    """8192 tokens, against the reference's equations in blocks. A short row shows that the blocks give the reference."""
     teacher, student = make(1, 90, 6, 5)
     exact = loss_and_gradient(relation_kl_reference, teacher, [student.double()], 1)
     in_blocks = exact_in_blocks(teacher, student, block=32)
@@ -142,7 +140,7 @@ def test_the_longest_rows():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_an_outlier_token_in_half_precision(backend, dtype):
-    """A squared norm of 5e5 is no number that fp16 attention could carry as a bias."""
+    """Attention in fp16 cannot represent a bias of the squared norm, 5e5."""
     teacher, student = make(1, 40, 32, 32, dtype)
     for x_BLD in (teacher, student):
         x_BLD[0, 3, :8] *= 180
@@ -152,8 +150,8 @@ def test_an_outlier_token_in_half_precision(backend, dtype):
     assert gradient_error <= FAR[dtype]
 
 
-def test_flash_attends_in_fp16_to_bf16_that_fits():
-    """8 bits of result are too few where two nearly equal products are subtracted; large values must not overflow."""
+def test_flash_attends_in_fp16_to_bf16_values_that_fit():
+    """bf16 results have too few bits for the difference of two nearly equal products; large values must not overflow."""
     teacher, student = make(2, 150, 32, 32, torch.bfloat16, scale=2.5, distance=0.085)
     assert errors(teacher, [student], 4, backend="flash")[1] < 1e-2
     loss_error, gradient_error, _ = errors(teacher * 100, [student * 100], 4, backend="flash")
@@ -162,7 +160,7 @@ def test_flash_attends_in_fp16_to_bf16_that_fits():
 
 
 def test_the_gradient_is_scaled_in_fp32():
-    """1/(heads * length) has too few bits in fp16: 1/48000 would be off by 0.14 %."""
+    """1/(heads * length) has too few bits in fp16: 1/48000 would be wrong by 0.14 %."""
     teacher, student = make(1, 1000, 96, 96, torch.float16)
     _, stored = loss_and_gradient(relation_kl, teacher, [student], 48, backend="chunked")
     _, exact = loss_and_gradient(relation_kl, teacher.float(), [student.float()], 48, backend="chunked")
@@ -171,18 +169,18 @@ def test_the_gradient_is_scaled_in_fp32():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_far_beyond_the_fixed_shift(backend):
-    """Diagonals of several hundred would overflow a fixed shift: the guard must see it."""
+    """Diagonals of several hundred would overflow with a fixed shift: row maxima must be used."""
     teacher, student = make(2, 60, 32, 24, scale=12)
-    largest = (teacher.view(2, 60, 4, 8).square().sum(-1) / math.sqrt(8)).max() * relation_tiles.LOG2_E
-    assert largest > 2 * relation_tiles.MAX_DIAGONAL_LOG2
+    largest = (teacher.view(2, 60, 4, 8).square().sum(-1) / math.sqrt(8)).max() * chunked.LOG2_E
+    assert largest > 2 * chunked.MAX_DIAGONAL_LOG2
     loss_error, gradient_error, _ = errors(teacher, [student], 4, backend=backend)
     assert loss_error < 1e-6
     assert gradient_error < 2e-5
 
 
 @pytest.mark.parametrize("scales", [(40, 1), (1, 40)], ids=["teacher", "student"])
-def test_the_guard_looks_at_both_models(scales):
-    """One model's logits alone are beyond what a fixed shift can hold."""
+def test_the_limit_of_the_fixed_shift_is_checked_for_both_models(scales):
+    """The logits of one model alone are too large for a fixed shift."""
     teacher, student = make(2, 60, 32, 24)
     loss_error, gradient_error, _ = errors(teacher * scales[0], [student * scales[1]], 4)
     assert loss_error < 1e-3
@@ -191,7 +189,7 @@ def test_the_guard_looks_at_both_models(scales):
 
 def test_just_below_the_fixed_shifts_limit():
     teacher, student = make(1, 60, 32, 24)
-    limit = relation_tiles.MAX_DIAGONAL_LOG2 / relation_tiles.LOG2_E * 0.99
+    limit = chunked.MAX_DIAGONAL_LOG2 / chunked.LOG2_E * 0.99
     for x_BLD in (teacher, student):
         largest = (x_BLD.view(1, 60, 4, -1).square().sum(-1) * (x_BLD.shape[-1] // 4) ** -0.5).max()
         x_BLD *= (limit / largest).sqrt()
@@ -210,24 +208,22 @@ def test_just_below_the_fixed_shifts_limit():
     seed=st.integers(0, 1000),
 )
 def test_any_shape_and_padding(backend, heads, head_dims, lengths, two_tensors, seed):
-    """Any head size (6 = 384/64 included), any padding, one tensor with itself or Q with K."""
+    """Any head size (such as 6 = 384/64), any padding, a tensor with itself or Q with K."""
     shape = (len(lengths), max(lengths) + seed % 2, heads * head_dims[0], heads * head_dims[1])
     teacher, student = make(*shape, seed=seed)
-    keywords, students = {}, [student]
+    students = [student]
     if two_tensors:
-        keywords["teacher_keys_BLD"], keys = make(*shape, seed=seed + 1)
-        students.append(keys)
+        teacher_keys, keys = make(*shape, seed=seed + 1)
+        teacher, students = (teacher, teacher_keys), [student, keys]
     counts = torch.tensor(lengths)
-    exact_loss, exact = loss_and_gradient(
-        relation_kl_reference, teacher, [s.double() for s in students], heads, counts, **keywords
-    )
-    loss, gradient = loss_and_gradient(relation_kl, teacher, students, heads, counts, backend=backend, **keywords)
+    exact_loss, exact = loss_and_gradient(relation_kl_reference, teacher, [s.double() for s in students], heads, counts)
+    loss, gradient = loss_and_gradient(relation_kl, teacher, students, heads, counts, backend=backend)
     assert loss == pytest.approx(exact_loss, rel=1e-4, abs=1e-5)
     assert (gradient - exact).norm() <= 1e-4 * exact.norm() + 1e-6
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_segments_see_only_themselves(backend):
+def test_tokens_of_a_segment_see_only_that_segment(backend):
     teacher, student = make(2, 50, 32, 24)
     segments = [[20, 30], [7, 1, 25]]
     loss_error, gradient_error, loss = errors(teacher, [student], 4, backend=backend, segments=segments)
@@ -244,19 +240,19 @@ def test_segments_see_only_themselves(backend):
     assert loss == pytest.approx(by_hand, rel=1e-9)
 
 
-def test_tiles_do_not_show(monkeypatch):
-    """Many small tiles (heads and queries split unevenly) give what one tile gives."""
+def test_the_size_of_tiles_changes_nothing(monkeypatch):
+    """Many small tiles, with heads and queries split unevenly, give the result of one tile."""
     teacher, student = make(2, 50, 35, 25)
-    whole = loss_and_gradient(relation_kl, teacher, [student], 5)
-    monkeypatch.setattr(relation_tiles, "TILE_ENTRIES_CPU", 700)
+    one_tile = loss_and_gradient(relation_kl, teacher, [student], 5)
+    monkeypatch.setattr(chunked, "TILE_ENTRIES_CPU", 700)
     tiled = loss_and_gradient(relation_kl, teacher, [student], 5)
-    assert tiled[0] == pytest.approx(whole[0], rel=1e-5)
-    assert torch.allclose(tiled[1], whole[1], rtol=1e-4, atol=1e-9)
+    assert tiled[0] == pytest.approx(one_tile[0], rel=1e-5)
+    assert torch.allclose(tiled[1], one_tile[1], rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_padding_is_dropped_exactly(backend):
-    """What stands at padded positions changes neither loss nor gradient, and gets none."""
+    """Values at padded positions change neither loss nor gradient, and get no gradient."""
     teacher, student = make(2, 30, 32, 24)
     lengths = torch.tensor([30, 11])
     first = loss_and_gradient(relation_kl, teacher, [student], 4, lengths, backend=backend)
@@ -269,7 +265,7 @@ def test_padding_is_dropped_exactly(backend):
 
 
 def test_mean_over_rows_of_any_micro_batch_split():
-    """Rows weigh the same however they are split: what gradient accumulation relies on."""
+    """Every row has the same weight in any split, which gradient accumulation relies on."""
     teacher, student = make(5, 30, 32, 24)
     lengths = torch.tensor([30, 11, 2, 25, 19])
     by_row = relation_kl_by_row(teacher, student, 4, lengths)
@@ -283,13 +279,13 @@ def test_mean_over_rows_of_any_micro_batch_split():
 def test_zero_for_equal_relations():
     teacher, _ = make(2, 30, 32, 32)
     assert abs(relation_kl(teacher, teacher.clone(), 4).item()) < 1e-6
-    turned = torch.linalg.qr(torch.randn(8, 8))[0]  # a rotation inside each head is invisible to the relation
+    turned = torch.linalg.qr(torch.randn(8, 8))[0]  # a rotation within each head does not change the relation
     rotated = (teacher.view(2, 30, 4, 8) @ turned).flatten(2)
     assert abs(relation_kl(teacher, rotated, 4).item()) < 1e-5
 
 
 def test_fp16_gradient_survives_long_rows_and_a_loss_scale():
-    """1 / (A |x|) is 8e-5 here: kept with that weight in fp16, this gradient would be 22 % wrong."""
+    """1 / (A |x|) is 8e-5 here: stored with that weight in fp16, the gradient would be wrong by 22 %."""
     teacher, student = make(1, 400, 64, 64, torch.float16, scale=0.1)
     half = student.clone().requires_grad_()
     (relation_kl(teacher, half, 32) * 65536).backward()
@@ -309,16 +305,16 @@ def test_twice_the_same_is_bit_for_bit_the_same(backend):
     assert torch.equal(first[1], second[1])
 
 
-def test_nothing_of_size_l_by_l_is_kept_for_backward():
+def test_nothing_of_size_l_by_l_is_saved_for_backward():
     teacher, student = make(1, 64, 8, 8)
     student.requires_grad_()
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
         relation_kl(teacher, student, 2)
-    assert max(kept) <= student.numel()
+    assert max(saved) <= student.numel()
 
 
-def test_a_teacher_under_inference_mode_will_do():
+def test_a_teacher_under_inference_mode_is_accepted():
     with torch.inference_mode():
         teacher = torch.randn(2, 20, 16)
     student = torch.randn(2, 20, 16, requires_grad=True)
@@ -332,8 +328,8 @@ def test_nan_is_not_hidden():
     assert math.isnan(relation_kl(teacher, student, 2).item())
 
 
-@pytest.mark.parametrize(("widths", "whose"), [((32, 24), "student"), ((24, 32), "teacher")])
-def test_heads_that_do_not_divide_name_those_that_divide_both(widths, role):
+@pytest.mark.parametrize(("widths", "role"), [((32, 24), "student"), ((24, 32), "teacher")])
+def test_heads_that_do_not_divide_a_width_name_those_that_divide_both(widths, role):
     teacher, student = make(1, 5, *widths)
     with pytest.raises(UserError, match=rf"16 relation heads.*{role}'s width of 24.*one of: 1, 2, 4, 8$"):
         relation_kl(teacher, student, 16)

@@ -1,4 +1,4 @@
-"""The student's shape, its start, and the split into what is trained and what is carried along."""
+"""The student's shape, its first weights, and the split into trained and untrained weights."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModel
 
+from pipeline.distillation.config import RelationsConfig
 from pipeline.distillation.models import student_init
 from pipeline.distillation.models.architectures import ARCHITECTURES
 from pipeline.distillation.models.student import StudentConfig, build_student
@@ -23,7 +24,7 @@ def build(teacher, seed=0, **changes):
 
 @pytest.mark.parametrize("model_type", CONFIGS)
 @pytest.mark.parametrize("init", ["random", "layers"])
-def test_trained_and_carried_are_the_whole_model(model_type, init):
+def test_trained_and_untrained_weights_are_the_complete_model(model_type, init):
     student = build(tiny_encoder(model_type), init=init)
     names = set(student.model.state_dict())
     assert set(student.trained) | set(student.untrained) == names
@@ -33,12 +34,12 @@ def test_trained_and_carried_are_the_whole_model(model_type, init):
     with_gradient = {name for name, parameter in student.model.named_parameters() if parameter.grad is not None}
     assert with_gradient == set(student.trained)
     last = [name for name in student.untrained if any(part in name for part in TAIL)]
-    assert last, "the last layer's attention output and FFN are carried along"
+    assert last, "the last layer's attention output and FFN are untrained"
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
 def test_copied_layers_and_a_round_trip(model_type, tmp_path):
-    """A student with all the teacher's layers is the teacher; saved and loaded it still is."""
+    """A student with all the teacher's layers computes what the teacher does, also after saving and loading."""
     teacher, rows = tiny_encoder(model_type), random_rows(2, 12)
     student = build(teacher, layers=4, init="layers")
     student.model.save_pretrained(tmp_path)
@@ -54,12 +55,12 @@ def test_copied_layers_and_a_round_trip(model_type, tmp_path):
 def test_which_layers_are_copied(named, teacher_layer, expected):
     teacher = tiny_encoder("bert")
     config = StudentConfig(layers=2, **SAME, init="layers", init_layers=named)
-    student = build_student(teacher, config, 0, None, teacher_layer)
+    student = build_student(teacher, config, 0, RelationsConfig(teacher_layer=teacher_layer))
     for mine, theirs in zip(student.model.encoder.layer, expected, strict=True):
         assert torch.equal(mine.output.dense.weight, teacher.encoder.layer[theirs - 1].output.dense.weight)
 
 
-def test_frozen_embeddings_are_carried():
+def test_frozen_embeddings_are_untrained():
     student = build(tiny_encoder("xlm-roberta"), init="layers", freeze=["embeddings"])
     frozen = "embeddings.word_embeddings.weight"
     assert frozen in student.untrained
@@ -68,7 +69,7 @@ def test_frozen_embeddings_are_carried():
     assert student.model.get_input_embeddings().weight.grad is None
 
 
-def test_carried_weights_are_copies_in_fp32():
+def test_untrained_weights_are_copies_in_fp32():
     student = build(tiny_encoder("bert"), init="layers")
     name = next(iter(student.untrained))
     before = student.untrained[name].clone()
@@ -81,7 +82,7 @@ def test_carried_weights_are_copies_in_fp32():
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
-def test_shape_is_as_asked_and_the_rest_is_the_teachers(model_type):
+def test_the_shape_is_the_configs_and_the_rest_is_the_teachers(model_type):
     teacher = tiny_encoder(model_type)
     student = build(teacher, layers=3, hidden=24, heads=3, ffn=None, dropout=0.0)
     config = student.model.config
@@ -96,7 +97,7 @@ def test_shape_is_as_asked_and_the_rest_is_the_teachers(model_type):
     assert teacher.config.hidden_size == 48, "the teacher's own config is left alone"
 
 
-def test_the_seed_decides_and_leaves_the_process_alone():
+def test_the_seed_decides_and_the_process_state_is_left_alone():
     teacher = tiny_encoder("bert")
     torch.manual_seed(7)
     expected = torch.rand(3)
@@ -108,20 +109,20 @@ def test_the_seed_decides_and_leaves_the_process_alone():
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_projection_keeps_the_embeddings_similarities():
-    """With as many components as the teacher is wide, all inner products survive; with half, the best half does."""
+def test_projection_preserves_similarities_of_embeddings():
+    """With all components every inner product is preserved; with half of them, the best rank-24 approximation."""
     teacher = tiny_encoder("xlm-roberta")
     words = teacher.get_input_embeddings().weight.detach()
-    whole = build(teacher, init="project").model.get_input_embeddings().weight.detach()
-    assert torch.allclose(whole @ whole.T, words @ words.T, atol=1e-3)
+    words_of_student = build(teacher, init="project").model.get_input_embeddings().weight.detach()
+    assert torch.allclose(words_of_student @ words_of_student.T, words @ words.T, atol=1e-3)
     half = build(teacher, init="project", hidden=24, heads=4).model.get_input_embeddings().weight.detach()
     singular = torch.linalg.svdvals(words)
     lost = (words @ words.T - half @ half.T).norm()
     assert torch.allclose(lost, singular[24:].pow(4).sum().sqrt(), rtol=1e-3)
 
 
-def test_projection_takes_the_embeddings_in_blocks(monkeypatch):
-    """Whatever the size of a block, with a last one that is not full."""
+def test_projection_reads_the_embeddings_in_blocks(monkeypatch):
+    """The result does not depend on the size of a block, nor on a last block that is not full."""
     weights = []
     for rows in (1000, 7):
         monkeypatch.setattr(student_init, "GRAM_BLOCK_ROWS", rows)
@@ -130,7 +131,7 @@ def test_projection_takes_the_embeddings_in_blocks(monkeypatch):
     assert torch.allclose(*weights, atol=1e-5)
 
 
-def test_a_student_of_another_family():
+def test_a_student_of_another_architecture():
     teacher = tiny_encoder("xlm-roberta")
     student = build(teacher, family="bert", hidden=24, ffn=None)
     assert student.model.config.model_type == "bert"
@@ -143,7 +144,7 @@ def test_a_student_of_another_family():
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("model_type", [name for name in CONFIGS if name != "mpnet"])
 def test_recomputed_activations_change_nothing(model_type, dropout):
-    """Not even dropout: what is recomputed drops the same channels."""
+    """Dropout included: the recomputation drops the same channels."""
     teacher, rows = tiny_encoder(model_type), random_rows(2, 12)
     gradients, calls = [], []
     for checkpointing in (False, True):
@@ -164,7 +165,7 @@ def test_recomputed_activations_change_nothing(model_type, dropout):
         ({"heads": 5}, "5 attention heads do not divide .* 48.*1, 2, 3, 4, 6"),
         ({"layers": 0}, "student.layers"),
         ({"freeze": ["embedding"], "init": "layers"}, "'embedding'.*embeddings"),
-        ({"freeze": ["embeddings"]}, "random for ever"),
+        ({"freeze": ["embeddings"]}, "leave the embeddings random"),
         ({"init": "layers", "init_layers": [1, 9]}, "layer 9.*1 to 4"),
         ({"init": "layers", "init_layers": [1]}, "1 layers for 2"),
         ({"init": "layers", "hidden": 24}, "`embeddings.word_embeddings.weight`"),
@@ -173,12 +174,12 @@ def test_recomputed_activations_change_nothing(model_type, dropout):
         ({"family": "roberta", "init": "layers"}, "init: random"),
     ],
 )
-def test_what_cannot_be_built_says_why(changes, words):
+def test_a_student_that_cannot_be_built_is_explained(changes, words):
     with pytest.raises(UserError, match=f"(?s){words}"):
         build(tiny_encoder("bert"), **changes)
 
 
-def test_a_family_that_cannot_recompute_says_so():
+def test_an_architecture_that_cannot_recompute_says_so():
     with pytest.raises(UserError, match="mpnet cannot recompute"):
         build(tiny_encoder("mpnet"), checkpointing=True)
 

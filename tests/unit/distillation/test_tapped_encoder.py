@@ -1,4 +1,4 @@
-"""The tap shares parameters with the model, runs nothing above the layer, and says clearly what it cannot do."""
+"""The tap shares parameters with the model, runs nothing above the layer, and explains what it cannot do."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_parameters_are_shared_and_all_get_a_gradient(model_type):
 
 
 def test_a_cut_at_the_first_layer_drops_debertas_convolution():
-    """It works on the first layer's output, which is not computed then."""
+    """It is applied to the first layer's output, which is not computed then."""
     assert any("conv" in name for name, _ in tap(tiny_encoder("deberta-v2"), 2).named_parameters())
     assert not any("conv" in name for name, _ in tap(tiny_encoder("deberta-v2"), 1).named_parameters())
 
@@ -33,18 +33,18 @@ def test_a_cut_at_the_first_layer_drops_debertas_convolution():
 @pytest.mark.parametrize("model_type", CONFIGS)
 def test_nothing_above_the_layer_runs(model_type):
     model = tiny_encoder(model_type)
-    family = ARCHITECTURES[model_type]
+    architecture = ARCHITECTURES[model_type]
     tapped = tap(model, 2)
     for number in (2, 3):
-        model.get_submodule(f"{family.layers}.{number}").forward = None  # calling it would raise
-    layer = model.get_submodule(f"{family.layers}.1")
+        model.get_submodule(f"{architecture.layers}.{number}").forward = None  # calling it would raise
+    layer = model.get_submodule(f"{architecture.layers}.1")
     in_use = {id(parameter) for parameter in tapped.parameters()}
-    assert len(tapped.model.get_submodule(family.layers)) == 2
+    assert len(tapped.model.get_submodule(architecture.layers)) == 2
     assert any(id(parameter) not in in_use for parameter in layer.parameters())  # attention output and FFN
     tapped(random_rows(2, 12))
 
 
-def test_the_model_itself_is_left_as_it_was():
+def test_the_model_itself_is_not_changed():
     model, rows = tiny_encoder("xlm-roberta"), random_rows(2, 12)
     names, before = list(model.state_dict()), model(rows).last_hidden_state
     tap(model, 2)(rows)
@@ -64,7 +64,7 @@ def test_training_the_tap_trains_the_model():
 
 
 def test_packed_rows_need_no_mask():
-    """No mask reaches attention: an all-ones mask would cost a read of every logit."""
+    """Attention gets no mask: a mask of ones would cost a read of every logit."""
     model = tiny_encoder("xlm-roberta")
     masks = []
     model.encoder.layer[0].attention.self.register_forward_pre_hook(
@@ -74,15 +74,15 @@ def test_packed_rows_need_no_mask():
     assert masks == [None]
 
 
-def test_no_graph_outlives_its_step():
+def test_no_graph_outlasts_its_step():
     tapped = tap(tiny_encoder("bert"), [2, 3])
     tapped(random_rows(2, 12))
     assert all(layer_tap._kept is None for layer_tap in tapped._taps.values())
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
-def test_attention_is_the_fused_one_wherever_there_is_one(model_type):
-    """MPNet and DeBERTa-v2 add position terms to their logits, and this transformers has no fused form of that."""
+def test_attention_is_fused_wherever_transformers_has_a_fused_form(model_type):
+    """MPNet and DeBERTa-v2 add position terms to their logits; transformers has no fused form of that."""
     expected = "eager" if model_type in ("mpnet", "deberta-v2") else "sdpa"
     assert tap(tiny_encoder(model_type), 1).model.config._attn_implementation == expected
 
@@ -93,24 +93,24 @@ def test_layer_out_of_range(layer):
         tap(tiny_encoder("bert"), layer)
 
 
-def test_unknown_family_lists_the_known():
+def test_an_unknown_architecture_lists_the_known_ones():
     model = GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=10))
     with pytest.raises(UserError, match=r"(?s)'gpt2'.*bert, roberta, xlm-roberta"):
         tap(model, 1)
 
 
-def test_decoder_is_refused():
+def test_a_decoder_is_rejected():
     model = tiny_encoder("bert")
     model.config.is_decoder = True
     with pytest.raises(UserError, match="decoder"):
         tap(model, 1)
 
 
-def test_rotary_only_where_there_is_one():
+def test_after_rotary_needs_a_rotary_embedding():
     with pytest.raises(UserError, match="no rotary"):
         tap(tiny_encoder("bert"), 1, after_rotary=True)
 
 
-def test_heads_of_a_whole_model_are_not_in_the_way():
+def test_a_tap_has_no_pooler():
     tapped = tap(tiny_encoder("bert"), 2)
     assert not any(isinstance(m, nn.Linear) for name, m in tapped.named_modules() if "pooler" in name)

@@ -1,4 +1,4 @@
-"""Loading a teacher: what is read, what is refused, and with which words."""
+"""Loading a teacher: which files are read, which are rejected, and the messages."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def copy(saved, tmp_path):
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
-def test_every_family_comes_back_the_same(model_type, tmp_path):
+def test_every_architecture_is_loaded_unchanged(model_type, tmp_path):
     model, rows = tiny_encoder(model_type), random_rows(2, 12)
     model.save_pretrained(tmp_path)
     with torch.no_grad():
@@ -56,8 +56,8 @@ def test_a_sharded_file_set_loads(tmp_path):
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1.25), (torch.float16, 1.75)], ids=str)
 def test_a_sharded_teacher_is_not_held_twice(dtype, most, tmp_path):
-    """Most bytes above a process that has loaded a small one, in sizes of the teacher in fp32; half-precision files
-    take another half while they are read."""
+    """Peak memory above a process that has loaded a small one, in sizes of the teacher in fp32. Files in half precision
+    need half of it more while they are read."""
     big = tiny_encoder("xlm-roberta-xl", hidden_size=768, intermediate_size=3072, num_hidden_layers=4).to(dtype)
     big.save_pretrained(tmp_path / "big", max_shard_size="20MB")
     tiny_encoder("xlm-roberta-xl").save_pretrained(tmp_path / "small")
@@ -84,11 +84,11 @@ def test_frozen_and_without_a_graph(saved):
 
 
 def test_half_precision_leaves_rotary_positions_exact():
-    """Frequencies in bf16 would be phase errors that grow with the position: here Q and K would be off by 0.3."""
-    whole = tiny_encoder("modernbert", max_position_embeddings=2048, num_attention_heads=1)
+    """Frequencies in bf16 would give phase errors that grow with the position: here 0.3 of Q and K."""
+    model = tiny_encoder("modernbert", max_position_embeddings=2048, num_attention_heads=1)
     rows = random_rows(1, 2048)
     exact, half = (
-        load_teacher(copy_module(whole), 1, dtype, after_rotary=True) for dtype in (torch.float32, torch.bfloat16)
+        load_teacher(copy_module(model), 1, dtype, after_rotary=True) for dtype in (torch.float32, torch.bfloat16)
     )
     assert {b.dtype for b in half.buffers() if b.is_floating_point()} == {torch.float32}
     for rounded, true in zip(half(rows), exact(rows), strict=True):
@@ -102,12 +102,14 @@ def test_dropout_is_off_even_in_training(saved):
 
 
 @pytest.mark.parametrize("name", ["artifacts/no-such-teacher", "./no-such-teacher", "/no/such/teacher"])
-def test_missing_directory_names_the_command(name):
-    with pytest.raises(UserError, match=f"(?s)no teacher at {name}.*python -m demo.teacher --output"):
+def test_a_missing_directory_names_the_command(name):
+    with pytest.raises(
+        UserError, match=f"(?s)teacher not found: {name} is not a directory.*python -m demo.teacher --output"
+    ):
         load_encoder(name)
 
 
-def test_hub_name_without_network_is_one_paragraph(monkeypatch):
+def test_a_hub_name_without_network_is_one_paragraph(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"(?s)'no-such-owner/no-such-model' cannot be loaded.*network") as caught:
         load_encoder("no-such-owner/no-such-model")
@@ -116,7 +118,7 @@ def test_hub_name_without_network_is_one_paragraph(monkeypatch):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A filled cache in the hub's place, which holds one model, in several files."""
+    """A filled cache in place of the hub, with one model in several files."""
     revision = "0123456789" * 4
     snapshot = tmp_path / "cache" / "models--some--teacher" / "snapshots" / revision
     tiny_encoder("bert").save_pretrained(snapshot, max_shard_size="50KB")
@@ -160,7 +162,7 @@ def test_truncated_safetensors(copy):
         load_encoder(copy)
 
 
-def test_unknown_family(copy):
+def test_an_unknown_architecture(copy):
     (copy / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 1}))
     with pytest.raises(UserError, match="gpt2"):
         load_encoder(copy)
@@ -175,7 +177,7 @@ def test_nan_in_the_weights_is_named(copy):
         load_encoder(copy)
 
 
-def test_missing_weights_are_not_made_up(copy):
+def test_missing_weights_are_not_random(copy):
     tensors = load_file(copy / "model.safetensors")
     del tensors["encoder.layer.2.output.dense.weight"]
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
@@ -191,8 +193,8 @@ def test_vocabulary_of_the_shards_must_fit(saved):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_a_compiled_teacher_gives_the_same(backend, saved, tmp_path, monkeypatch):
-    """What fails in practice is the tracing, which needs no compiler; where there is one, it builds as well."""
+def test_a_compiled_teacher_gives_the_same_result(backend, saved, tmp_path, monkeypatch):
+    """In practice the tracing fails, which needs no compiler. If there is a compiler, the graph is built too."""
     if backend == "inductor" and shutil.which("g++") is None:
         pytest.skip("no compiler")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

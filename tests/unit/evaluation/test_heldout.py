@@ -13,7 +13,7 @@ from transformers import AutoModel
 from data_prep.__main__ import main as data_prep
 from data_prep.shards import ShardSet
 from pipeline.__main__ import main
-from pipeline.data.batches import BatchSource
+from pipeline.data.batches import BatchOptions, BatchSource
 from pipeline.distillation.relations.reference import relation_kl_reference
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import load_encoder
@@ -42,7 +42,7 @@ def test_the_loss_is_the_one_of_the_paper_on_the_held_out_rows(
 ) -> None:
     name = f"{tiny_teacher}@2"
     result = evaluate_heldout([load_encoder(name)], config, alone())[name]
-    source = BatchSource(ShardSet(tiny_shards), 32, alpha=0.3, seed=5, heldout_rows_per_language=2)
+    source = BatchSource(ShardSet(tiny_shards), BatchOptions(32, alpha=0.3, seed=5, heldout_rows=2))
     assert list(result["per_language"]) == source.languages
     model = AutoModel.from_pretrained(tiny_teacher, add_pooling_layer=False).eval()
     for language in source.languages:

@@ -15,7 +15,8 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from pipeline.distillation.distiller import DistillModule, RelationsConfig
+from pipeline.distillation.config import RelationsConfig
+from pipeline.distillation.distiller import DistillModule
 from pipeline.distillation.tap import tap
 from pipeline.evaluation.command import TASKS, EvaluationConfig, read_overrides
 from pipeline.evaluation.encoder import Encoder, load_encoder, sentence_vectors

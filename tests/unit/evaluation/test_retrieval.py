@@ -190,7 +190,7 @@ def test_a_layer_that_is_not_there(tiny_teacher: Path) -> None:
 
 
 def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no model at .*student"):
+    with pytest.raises(UserError, match=r"model not found: .*student"):
         load_encoder(str(tmp_path / "student"))
 
 

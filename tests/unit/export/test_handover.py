@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from pipeline.config import Recipe, as_tree, recipe_to_yaml
-from pipeline.distillation.distiller import LayerPair, RelationsConfig
+from pipeline.distillation.config import LayerPair, RelationsConfig
 from pipeline.distillation.models.architectures import architecture_of
 from pipeline.distillation.models.student import StudentConfig, build_student, dropout_of
 from pipeline.distillation.models.teacher import load_encoder
@@ -118,7 +118,8 @@ def test_the_lineage_names_every_pair_of_several_layers() -> None:
 def test_the_built_student_knows_what_null_stands_for() -> None:
     teacher = tiny_encoder("bert")
     assert build_student(teacher, StudentConfig(**SHAPE), 0).matched == [(4, 2)]
-    assert build_student(teacher, StudentConfig(**SHAPE), 0, [1, 2], [2, 3]).matched == [(2, 1), (3, 2)]
+    relations = RelationsConfig(layers=[LayerPair(2, 1), LayerPair(3, 2)])
+    assert build_student(teacher, StudentConfig(**SHAPE), 0, relations).matched == [(2, 1), (3, 2)]
 
 
 # -- lengths

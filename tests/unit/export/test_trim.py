@@ -107,16 +107,16 @@ def other_tokenizer(directory: Path) -> None:
 DAMAGES = {
     "the map is missing": (lambda d: (d / "vocabulary.json").unlink(), "vocabulary.json is missing"),
     "the tokenizer is missing": (lambda d: (d / "sentencepiece.bpe.model").unlink(), "is missing"),
-    "not JSON": (lambda d: (d / "vocabulary.json").write_text("{"), "is damaged"),
-    "a list": (lambda d: (d / "vocabulary.json").write_text("[]"), "is damaged"),
+    "not JSON": (lambda d: (d / "vocabulary.json").write_text("{"), "is corrupt"),
+    "a list": (lambda d: (d / "vocabulary.json").write_text("[]"), "is corrupt"),
     "another version": (edited(version=9), "version 9"),
-    "ids that are none": (edited(old_ids=["a", "b"]), "is damaged|maps 2"),
+    "ids that are none": (edited(old_ids=["a", "b"]), "is corrupt|maps 2"),
     "too short": (edited(vocab_size=7), "should map 7"),
     "another tokenizer beside it": (other_tokenizer, "not the tokenizer that"),
     "<pad> dropped": (edited_map(lambda ids: ids[:1] + ids[2:]), "drops special ids"),
     "<mask> dropped": (edited_map(lambda ids: ids[:-1]), "drops special ids"),
-    "an id twice": (edited_map(lambda ids: ids[:9] + ids[8:]), "does not rise"),
-    "an id beyond": (edited_map(lambda ids: ids[:-2] + [99999, ids[-1]]), "does not rise"),
+    "an id twice": (edited_map(lambda ids: ids[:9] + ids[8:]), "not in ascending order"),
+    "an id beyond": (edited_map(lambda ids: ids[:-2] + [99999, ids[-1]]), "not in ascending order"),
 }
 
 

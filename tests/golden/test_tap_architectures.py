@@ -1,4 +1,4 @@
-"""Every family's tap against the untouched Hugging Face forward: Q, K and V equal bit for bit, in fp32."""
+"""The tap of every architecture against the unchanged Hugging Face forward: Q, K, V equal bit for bit, in fp32."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pipeline.distillation.tap import tap
 from tests.tiny_encoders import CONFIGS, MODERNBERT_LAYERS, padded_rows, random_rows, tiny_encoder
 
 
-def projections_of_whole_forward(model, layer: int, input_ids, mask):
-    """What the projections of layer `layer` (from 1) give while the whole model runs, seen by forward hooks."""
-    family, seen = architecture_of(model.config), []
-    module = model.get_submodule(f"{family.layers}.{layer - 1}")
+def projections_of_full_forward(model, layer: int, input_ids, mask):
+    """Outputs of the projections of layer `layer` (from 1) while the complete model runs, from forward hooks."""
+    architecture, seen = architecture_of(model.config), []
+    module = model.get_submodule(f"{architecture.layers}.{layer - 1}")
     hooks = [
         module.get_submodule(name).register_forward_hook(lambda _, __, output: seen.append(output))
-        for name in family.projections
+        for name in architecture.projections
     ]
     with torch.no_grad():
         hidden = model(input_ids=input_ids, attention_mask=mask).last_hidden_state
@@ -35,7 +35,7 @@ def assert_same(ours, theirs):
         assert torch.equal(mine, expected)
 
 
-def test_the_zoo_has_every_family():
+def test_tiny_encoders_and_architectures_are_the_same():
     assert set(CONFIGS) == set(ARCHITECTURES)
 
 
@@ -43,14 +43,14 @@ def test_the_zoo_has_every_family():
 @pytest.mark.parametrize("layer", [1, 3, 4])
 def test_packed_rows(model_type, layer):
     model, rows = tiny_encoder(model_type), random_rows(3, 40)
-    expected, _ = projections_of_whole_forward(model, layer, rows, None)
+    expected, _ = projections_of_full_forward(model, layer, rows, None)
     with torch.no_grad():
         assert_same(tap(model, layer)(rows), expected)
 
 
 @pytest.mark.parametrize("model_type", [name for name in CONFIGS if name not in ("mpnet", "deberta-v2")])
 def test_packed_rows_need_no_mask(model_type, monkeypatch):
-    """Without padding attention gets no mask, so that its fast kernels apply; only ModernBERT's windows are masks."""
+    """Without padding, attention gets no mask, so that its fast kernels apply. ModernBERT's windows are masks."""
     masks, attend = [], torch.nn.functional.scaled_dot_product_attention
 
     def watched(*arguments, attn_mask=None, **keywords):
@@ -71,7 +71,7 @@ def test_packed_rows_need_no_mask(model_type, monkeypatch):
 @pytest.mark.parametrize("model_type", CONFIGS)
 def test_padded_rows(model_type):
     model, (rows, mask) = tiny_encoder(model_type), padded_rows([40, 9, 1])
-    expected, _ = projections_of_whole_forward(model, 3, rows, mask)
+    expected, _ = projections_of_full_forward(model, 3, rows, mask)
     with torch.no_grad():
         assert_same(tap(model, 3)(rows, mask), expected)
 
@@ -82,17 +82,17 @@ def test_several_layers_and_output(model_type):
     with torch.no_grad():
         taps, hidden = tap(model, [4, 2, 2], with_output=True)(rows)
     for layer, ours in zip([4, 2, 2], taps, strict=True):
-        expected, whole = projections_of_whole_forward(model, layer, rows, None)
+        expected, full_output = projections_of_full_forward(model, layer, rows, None)
         assert_same(ours, expected)
-        assert torch.equal(hidden, whole)
+        assert torch.equal(hidden, full_output)
     with torch.no_grad():
         lower = tap(model, [1, 3])(rows)
-    assert_same(lower[0], projections_of_whole_forward(model, 1, rows, None)[0])
-    assert_same(lower[1], projections_of_whole_forward(model, 3, rows, None)[0])
+    assert_same(lower[0], projections_of_full_forward(model, 1, rows, None)[0])
+    assert_same(lower[1], projections_of_full_forward(model, 3, rows, None)[0])
 
 
 @pytest.mark.parametrize("layer", [1, 2, 4])
-def test_after_rotary_is_what_the_attention_gets(layer):
+def test_after_rotary_gives_what_attention_gets(layer):
     seen = {}
 
     def spy(module, query, key, value, attention_mask, **keywords):

@@ -1,0 +1,82 @@
+"""The recipe's `relations`: which layers and which relations of teacher and student are matched, and with which weights.
+
+In: the values of the recipe. Out: a checked `RelationsConfig`, or a `UserError` that names the key and the value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipeline.distillation.relations.loss import check_backend
+from pipeline.errors import UserError
+from pipeline.recipe.ranges import LARGEST_WEIGHT, check_ranges
+
+LETTERS = "qkv"
+
+
+@dataclass
+class LayerPair:
+    """One teacher layer matched by one student layer, both counted from 1."""
+
+    teacher: int  # the teacher's layer
+    student: int  # the student's layer
+    weight: float = 1.0  # of this pair's losses in the sum
+
+
+@dataclass
+class RelationsConfig:
+    """Which relations of which layers are matched."""
+
+    teacher_layer: int | None = None  # counted from 1; None: the last
+    student_layer: int | None = None  # counted from 1; None: the last
+    layers: list[LayerPair] | None = None  # several pairs instead of the two keys above
+    heads: int = 48  # relation heads; must divide both widths
+    pairs: dict[str, float] = field(default_factory=lambda: {"q-q": 1.0, "k-k": 1.0, "v-v": 1.0})  # pair: weight
+    after_rotary: bool = False  # ModernBERT: read Q and K behind their rotary embedding
+    tail: Literal["none", "relation", "mse"] = "none"  # a term for the student's output, above the distilled layer
+    tail_weight: float = 1.0  # of that term in the sum
+    backend: str = "auto"  # auto: checked and timed at the first batch; or a name of relations.BACKENDS
+
+    def __post_init__(self) -> None:
+        known = [f"{a}-{b}" for a in LETTERS for b in LETTERS]
+        for pair in self.pairs:
+            if pair not in known:
+                raise UserError(f"`relations.pairs` names {pair!r}; a relation is one of {', '.join(known)}")
+        weight = (0, LARGEST_WEIGHT)
+        check_ranges(self, "relations", {"heads": (0, 2**16), "pairs": weight, "tail_weight": weight})
+        for number, both in enumerate(self.layers or []):
+            check_ranges(both, f"relations.layers[{number}]", {"weight": weight})
+        _check_weights("relations.pairs", list(self.pairs.values()))
+        if self.layers:
+            _check_weights("relations.layers", [pair.weight for pair in self.layers])
+        check_backend(self.backend)
+        if self.layers is not None and (not self.layers or self.teacher_layer or self.student_layer):
+            raise UserError(
+                "`relations.layers` needs at least one pair, and excludes `relations.teacher_layer` and "
+                "`relations.student_layer`"
+            )
+        matched = [(pair.teacher, pair.student) for pair in self.layers or []]
+        if len(set(matched)) < len(matched):
+            raise UserError("`relations.layers` names the same two layers twice; give them one weight")
+
+    @property
+    def teacher_taps(self) -> int | list[int] | None:
+        """The teacher's layer or layers, as `load_teacher` expects them."""
+        return self.teacher_layer if self.layers is None else [pair.teacher for pair in self.layers]
+
+    @property
+    def student_taps(self) -> int | list[int] | None:
+        """The student's layer or layers, as `tap` expects them."""
+        return self.student_layer if self.layers is None else [pair.student for pair in self.layers]
+
+    @property
+    def tap_options(self) -> dict[str, bool]:
+        """The other options of `tap`, the same for teacher and student."""
+        return {"with_output": self.tail != "none", "after_rotary": self.after_rotary}
+
+
+def _check_weights(key: str, weights: list[float]) -> None:
+    """Raise a `UserError` if no weight is above zero: the loss would be constant."""
+    if not any(weights):
+        raise UserError(f"`{key}` has the weights {weights}; at least one must be above zero")

@@ -1,0 +1,67 @@
+"""The table of relation-loss backends, and what a backend gets and returns.
+
+A backend is a function `(RelationInputs, with_gradient) -> RelationSums` in a module of this package. The decorator
+`@relation_backend(NAME)` puts it into `BACKENDS`; `relations/__init__.py` imports every module of the package.
+
+Shape suffixes: B rows of the batch, L positions of a row, D channels (each model has its own D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of real tokens in one row. Its queries see its own keys and no others."""
+
+    row: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class RelationInputs:
+    """One relation of teacher and student. `*_keys_BLD` None: the relation of a tensor with itself (Q-Q, K-K, V-V)."""
+
+    teacher_BLD: torch.Tensor
+    teacher_keys_BLD: torch.Tensor | None
+    student_BLD: torch.Tensor
+    student_keys_BLD: torch.Tensor | None
+    num_heads: int
+    spans: Sequence[Span]
+
+
+@dataclass
+class RelationSums:
+    """Per row, the sum over heads and queries of KL (3), and its gradient (6) and (7), all without 1 / (A |x| B).
+
+    `grad_queries_BLD` is None where no gradient was asked for. `grad_keys_BLD` is None in a relation of a tensor with
+    itself: the gradient of the keys is then added to that of the queries.
+    """
+
+    kl_B: torch.Tensor
+    grad_queries_BLD: torch.Tensor | None
+    grad_keys_BLD: torch.Tensor | None
+
+
+Backend = Callable[[RelationInputs, bool], RelationSums]
+BACKENDS: dict[str, Backend] = {}
+
+
+def relation_backend(name: str) -> Callable[[Backend], Backend]:
+    """Decorator: the function is the backend `name` of `relations.backend`."""
+
+    def register(backend: Backend) -> Backend:
+        BACKENDS[name] = backend
+        return backend
+
+    return register
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision of the arithmetic: fp32 for half precision, float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
