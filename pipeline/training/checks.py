@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from data_prep.shards import ShardSet
 from pipeline.config import Recipe
-from pipeline.data.batches import BatchSource
+from pipeline.data.batches import BatchOptions, BatchSource
 from pipeline.data.tokenizer_hash import compare_ids, tokenizer_sha256
 from pipeline.distillation.models.architectures import ARCHITECTURES, check_length
 from pipeline.distillation.models.teacher import check_vocabulary
@@ -161,12 +161,11 @@ def open_data(recipe: Recipe) -> BatchSource:
             f"no shards found at {path}. {how_to_prepare(recipe.tokenizer, path)}   (or set `data` to where they are; "
             "`make demo` makes teacher and shards)"
         )
-    return BatchSource(
-        ShardSet(path),
+    options = BatchOptions(
         seq_len=recipe.seq_len,
         alpha=recipe.alpha,
         seed=recipe.seed,
-        heldout_rows_per_language=recipe.heldout_rows,
+        heldout_rows=recipe.heldout_rows,
         max_epochs=recipe.max_epochs,
         languages=recipe.languages,
         unit=recipe.sampling_unit,
@@ -174,6 +173,7 @@ def open_data(recipe: Recipe) -> BatchSource:
         total_samples=recipe.steps * recipe.global_batch,
         documents=recipe.documents,
     )
+    return BatchSource(ShardSet(path), options)
 
 
 def cut_teacher(vocabulary: str, teacher: str, model: Any) -> None:
@@ -205,7 +205,7 @@ def check_fit(recipe: Recipe, shards: ShardSet, teacher_model: Any) -> None:
             f"train with {shlex.join(['--set', f'data={again}'])})"
         )
     for model_type in (teacher_model.config.model_type, recipe.student.family):
-        if recipe.documents == "separate" and model_type and not ARCHITECTURES[model_type].takes_block_mask:
+        if recipe.documents == "separate" and model_type and not ARCHITECTURES[model_type].accepts_block_mask:
             raise UserError(f"{model_type} cannot keep the documents of a row apart; set documents: joined")
     check_vocabulary(teacher_model, shards.vocab_size, recipe.data)
     check_length(teacher_model.config, recipe.seq_len, recipe.teacher)

@@ -145,12 +145,9 @@ class Trainer:
             parts.distiller.losses_by_row,
             parts.source,
             parts.batch.micro_batch,
-            launch.rank,
-            launch.world_size,
-            launch.device,
-            self.run.watchdog.feed,
+            launch,
             dist.sum_over_ranks,
-            self.watchdog.feed,
+            self.run.watchdog.feed,
         )
         self.logger.heldout(step, losses)
         if self.recipe.metrics.images:

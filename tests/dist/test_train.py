@@ -97,7 +97,7 @@ def test_documents_kept_apart(tmp_path: Path, tiny_recipe: Path, arguments: list
     recipe = load_recipe(tiny_recipe, overrides)
     source, layer = open_data(recipe), recipe.relations.teacher_layer
     teacher = load_encoder(recipe.teacher)
-    student = build_student(teacher, recipe.student, recipe.seed, None, layer)
+    student = build_student(teacher, recipe.student, recipe.seed, recipe.relations)
     module = DistillModule(load_teacher(teacher, layer, torch.float32, "cpu"), student.tapped, recipe.relations)
     for batch, reported in (
         (source.training_batch(np.arange(24)), curve(tmp_path / "run")[1]),

@@ -12,7 +12,7 @@ import torch
 
 from data_prep.shards import DataError, ShardSet
 from pipeline.config import load_recipe
-from pipeline.data.batches import PLAN_WINDOW, BatchSource, Prefetcher, heldout_count
+from pipeline.data.batches import PLAN_WINDOW, BatchOptions, BatchSource, Prefetcher, heldout_count
 from pipeline.training.checks import open_data
 
 
