@@ -30,7 +30,6 @@ MAY_CHANGE = (
     "checkpoint",
     "guard",
     "metrics",
-    "retrieval",
 )
 
 

@@ -11,7 +11,7 @@ import os
 import time
 from pathlib import Path
 
-from pipeline.config import load_recipe
+from pipeline.config import load_recipe, unused_sections_warning
 from pipeline.errors import EXIT_DONE
 from pipeline.runtime import clocks, dist
 from pipeline.runtime.allotment import unused_gpu_warning
@@ -42,7 +42,7 @@ def run_from_files(
     if launch.is_main:
         note = " (no --recipe given)" if recipe_is_default else ""
         print(f"recipe {recipe_path}{note}, run directory {run_dir}", flush=True)
-        if warning := unused_gpu_warning():
+        for warning in filter(None, (unused_gpu_warning(), unused_sections_warning(recipe_path, overrides))):
             print(f"warning: {warning}", flush=True)
     recipe = load_recipe(recipe_path, overrides)
     reads = {"the teacher": Path(recipe.teacher), "the shards": Path(recipe.data)}

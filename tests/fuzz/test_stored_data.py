@@ -21,7 +21,7 @@ from data_prep.shards import RUN_NAME, ShardSet, manifest_digest
 from data_prep.verify import verify
 from pipeline.errors import UserError
 from pipeline.evaluation import results
-from pipeline.evaluation.training_metadata import trained_as
+from pipeline.evaluation.training_metadata import training_metadata
 from pipeline.report.timeline import events_of
 from pipeline.runtime.checkpoint import damage, fsync_and_hash, newest_valid, read_model_weights
 from pipeline.runtime.json_files import read_points
@@ -145,7 +145,7 @@ def test_run_directory_before_a_resume(tmp_path: Path) -> None:
         (good / "lineage.json").write_bytes(mutated_json(lineage, seed, times))
         (good / "evaluation.json").write_bytes(mutated_json(evaluation, seed, times))
         refused_or_done(lambda: events_of(good, read_points(good / "metrics.jsonl"), [4, 8]))
-        refused_or_done(lambda: trained_as(good))
+        refused_or_done(lambda: training_metadata(good))
         refused_or_done(lambda: results.read(good / "evaluation.json"))
         refused_or_done(lambda: resume(good))
 

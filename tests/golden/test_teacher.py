@@ -79,11 +79,11 @@ def test_a_damaged_file_is_not_whole(directory: Path, tmp_path: Path) -> None:
     for name in files:
         shutil.copy(directory / name, tmp_path / name)
     (tmp_path / teacher.RECEIPT).write_text(json.dumps({"files": files}))
-    assert teacher.is_whole(tmp_path)
+    assert teacher.is_complete(tmp_path)
     damaged = bytearray((tmp_path / "sentencepiece.bpe.model").read_bytes())
     damaged[1_000_000] ^= 1
     (tmp_path / "sentencepiece.bpe.model").write_bytes(damaged)
-    assert not teacher.is_whole(tmp_path)
+    assert not teacher.is_complete(tmp_path)
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:

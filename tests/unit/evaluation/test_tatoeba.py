@@ -1,4 +1,4 @@
-"""Retrieval from the Tatoeba layout: names, alignment by line, and every kind of damage, named by file and line."""
+"""Retrieval from the Tatoeba layout: names, alignment by line, and every kind of bad file, named with its line."""
 
 from __future__ import annotations
 
