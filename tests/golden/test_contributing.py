@@ -18,6 +18,7 @@ from tests.unit.distillation import test_student_building as building
 def example() -> tuple[str, dict[str, object]]:
     """Model type and the row's arguments, read from the page's two blocks of code without running them."""
     page = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    page = page.partition("\n## Add an architecture\n")[2].partition("\n## ")[0]
     row, tiny = re.findall(r"^ *```python\n(.*?)^ *```", page, re.MULTILINE | re.DOTALL)
     entries = [ast.parse("{" + block.strip() + "}", mode="eval").body for block in (row, tiny)]
     assert all(isinstance(entry, ast.Dict) for entry in entries)
