@@ -9,6 +9,7 @@ ids before it gets its name, so a directory of that name is complete.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -174,11 +175,9 @@ def is_complete(directory: Path) -> bool:
 
 
 def _fingerprint(path: Path) -> dict[str, int | str]:
-    digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return {"size_bytes": path.stat().st_size, "xxh3_128": digest.hexdigest()}
+        digest = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+    return {"size_bytes": path.stat().st_size, "xxh3_128": digest}
 
 
 def main() -> None:

@@ -118,9 +118,9 @@ def _evaluate(encoders: list[Encoder], names: list[str], config: Any, output: Pa
             print(task.table(found), end="\n\n", flush=True)
             results.add(path, about, name, found, dataclasses.asdict(settings))
     if ranks.is_main:
-        there = results.read(path)["tasks"]
-        plots.draw({name: there[name] for name in tasks() if name in there}, path.with_suffix(".png"))
-        print(f"written: {path} and {path.with_suffix('.png').name}, with {', '.join(there)}")
+        measured = results.read(path)["tasks"]
+        plots.draw({name: measured[name] for name in tasks() if name in measured}, path.with_suffix(".png"))
+        print(f"written: {path} and {path.with_suffix('.png').name}, with {', '.join(measured)}")
 
 
 def _identity(encoder: Encoder) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def load_encoder(name: str, values_layer: int | None = None) -> Encoder:
     num_layers = model.config.num_hidden_layers
     layer = values_layer or named_layer or training_metadata(path).get("student_layer") or num_layers
     if not 1 <= layer <= num_layers:
-        raise UserError(f"{path} has layers 1 to {num_layers}; there is no layer {layer} to take values from.")
+        raise UserError(f"{path} has layers 1 to {num_layers}, so it has no layer {layer}. Name another: MODEL@LAYER")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Encoder(name, cast(Any, model).to(device), tokenizer, layer, path)
 

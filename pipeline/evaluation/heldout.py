@@ -61,7 +61,7 @@ def check_input(config: HeldoutConfig) -> None:
         )
     if not Path(config.data).is_dir():
         raise UserError(
-            f"there are no shards at {config.data}. Name the shards of the students: --data SHARDS, or make them: "
+            f"shards not found at {config.data}. Name the shards of the students: --data SHARDS, or make them: "
             f"python -m data_prep prepare --input samples/cc100 --tokenizer {config.teacher} --output {config.data}"
         )
 

@@ -50,8 +50,8 @@ def choose_languages(
         if named:
             if language not in named:
                 left_out[language] = f"not in {setting}"
-        elif strangers := [name for name, known in trained.items() if not covers(known, language)]:
-            left_out[language] = f"not a language of {', '.join(strangers)}"
+        elif untrained_in := [name for name, known in trained.items() if not covers(known, language)]:
+            left_out[language] = f"not a language of {', '.join(untrained_in)}"
     chosen = list(named or [language for language in available if language not in left_out])
     if not chosen:
         raise UserError(

@@ -6,6 +6,8 @@ the readers in `READERS` are accepted.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from pipeline.errors import UserError
@@ -13,12 +15,26 @@ from pipeline.errors import UserError
 READERS = ("arrow", "csv", "json", "parquet", "text")
 
 
+@contextlib.contextmanager
+def library_errors(name: str, otherwise: str) -> Iterator[None]:
+    """Turn the library's own errors into a `UserError`. `otherwise`: what to do without the library."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{name} cannot be read by the datasets library ({' '.join(str(error).split())[:300]}). It needs the network "
+            f"once; or {otherwise}"
+        ) from None
+
+
 def load_table(name: str, config: str | None, split: str) -> Any:
     """Load one split.
 
     Raises:
         UserError: the data set has a script or needs another reader
-        OSError, ValueError: the library's own errors
+        OSError, ValueError: the library's own errors (`library_errors`)
     """
     import datasets  # slow to import, and only needed here
 

@@ -18,7 +18,7 @@ from pipeline.evaluation.encoder import POOLINGS, Encoder, sentence_vectors
 from pipeline.evaluation.languages import Languages, choose_languages, left_out_line
 from pipeline.evaluation.tables import markdown_table, text_table
 from pipeline.evaluation.task import Panel, Results, Task
-from pipeline.evaluation.tatoeba import SHORT_CODES, read_line_pairs, tatoeba_files
+from pipeline.evaluation.tatoeba import SHORT_CODES, read_line_pairs, read_text, tatoeba_files
 from pipeline.recipe.ranges import LARGEST_BATCH, LARGEST_INT, LONGEST_ROW, check_ranges
 
 Pairs = list[tuple[str, str]]
@@ -44,7 +44,7 @@ class RetrievalConfig:
 def read_pairs(config: RetrievalConfig) -> dict[str, Pairs]:
     """Read the pairs of all chosen languages: language -> (English, other) sentences."""
     directory = Path(config.pairs)
-    tables, line_files = _files(directory)
+    tables, line_files = _files(directory), tatoeba_files(directory)
     known = known_languages(config)
     languages = config.languages or known
     if line_files:
@@ -66,15 +66,14 @@ def read_pairs(config: RetrievalConfig) -> dict[str, Pairs]:
 def known_languages(config: RetrievalConfig) -> list[str]:
     """All languages of which the directory has pairs."""
     directory = Path(config.pairs)
-    tables, line_files = _files(directory)
-    if not tables and not line_files:
+    found = {*_files(directory), *tatoeba_files(directory)}
+    if not found:
         raise UserError(_nothing_in(directory))
-    return sorted({*tables, *line_files})
+    return sorted(found)
 
 
-def _files(directory: Path) -> tuple[dict[str, Path], dict[str, tuple[Path, Path]]]:
-    tables = {path.stem.removeprefix("en-"): path for path in sorted(directory.glob("en-*.tsv"))}
-    return tables, tatoeba_files(directory)
+def _files(directory: Path) -> dict[str, Path]:
+    return {path.stem.removeprefix("en-"): path for path in sorted(directory.glob("en-*.tsv"))}
 
 
 def _nothing_in(directory: Path) -> str:
@@ -93,10 +92,7 @@ def _nothing_in(directory: Path) -> str:
 def read_pairs_file(path: Path, max_pairs: int) -> Pairs:
     """Read the first `max_pairs` pairs of one `en-XX.tsv` file."""
     pairs: Pairs = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}). Convert it first.") from None
+    lines = read_text(path).rstrip("\n").split("\n")
     width = lines[0].count("\t") + 1
     for number, line in enumerate(lines[:max_pairs], start=1):
         columns = [column.strip() for column in line.split("\t")]

@@ -61,7 +61,7 @@ def read_all(config: StsConfig) -> dict[str, ScoredPairs]:
 def read_scored_pairs(path: Path, columns: list[str]) -> ScoredPairs:
     """Read one file. A bad line raises a `UserError` with its number."""
     if not path.is_file():
-        raise UserError(f"there is no file {path}. Name existing ones: --set 'sts.files=[pairs.tsv]'")
+        raise UserError(f"file {path} not found. Name existing ones: --set 'sts.files=[pairs.tsv]'")
     pairs = ScoredPairs([], [], [])
     rows = _read_rows(path)
     _, first = next(rows, ("", []))

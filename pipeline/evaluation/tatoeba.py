@@ -55,8 +55,13 @@ def read_line_pairs(english: Path, other: Path, max_pairs: int) -> list[tuple[st
 
 
 def _lines(path: Path) -> list[str]:
+    text = read_text(path)
+    return [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []
+
+
+def read_text(path: Path) -> str:
+    """The text of a file without a byte order mark. Raises `UserError` where it is not UTF-8."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}). Convert it first.") from None
-    return [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []

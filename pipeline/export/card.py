@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     for directory in (arguments.student, *arguments.measured):
         if not directory.is_dir():
-            raise UserError(f"there is no directory {directory}. Name existing directories.")
+            raise UserError(f"directory {directory} not found. Name existing directories.")
     if not (arguments.student / LINEAGE_FILE).is_file():
         raise UserError(
             f"{arguments.student} has no {LINEAGE_FILE}: it is not an export. Make one: python -m pipeline export RUN_DIR --output STUDENT"

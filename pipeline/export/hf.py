@@ -70,7 +70,7 @@ def export_run(run_dir: Path, output: Path, extras: Sequence[Extra] = (), dtype:
         UserError: the run directory is not complete, or `output` cannot be used
     """
     if not run_dir.is_dir():
-        raise UserError(f"there is no run directory {run_dir}. Train first; its --run-dir is what export reads.")
+        raise UserError(f"run directory {run_dir} not found. Name the --run-dir of a training.")
     check_output_place(output, "--output", {"the run directory": run_dir})
     weights, state = read_model_weights(run_dir)
     run = read_json(_existing(run_dir / "run.json"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import re
 import shutil
@@ -65,11 +66,11 @@ def run_grid(
     """Run all grid points of one encoder. `make_task` tokenizes, so it is called only if a grid point is missing."""
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in NO_EFFECT}
     identity = fingerprint([settings, data_fingerprint, encoder_fingerprint(encoder)])
-    home = directory / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', encoder.name).strip('_')[-60:]}-{identity[:8]}"
+    grid_directory = directory / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', encoder.name).strip('_')[-60:]}-{identity[:8]}"
     task: FinetuneTask | None = None
     results = []
     for point in [GridPoint(rate, seed) for rate in config.learning_rates for seed in config.seeds]:
-        place = home / str(point)
+        place = grid_directory / str(point)
         result = ranks.from_main(_finished(place) if ranks.is_main else None)
         if result is None:
             task = task or make_task()
@@ -125,15 +126,11 @@ def encoder_fingerprint(encoder: Encoder) -> list[str]:
         return [encoder.path, str(getattr(encoder.model.config, "_commit_hash", None))]
     patterns = ("config.json", "*.safetensors", *VOCABULARY_FILES)
     files = sorted({path for pattern in patterns for path in directory.glob(pattern)})
-    return [f"{path.name} {_xxh3(path)}" for path in files]
-
-
-def _xxh3(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
+    hashes = []
+    for path in files:
+        with open(path, "rb") as file:
+            hashes.append(f"{path.name} {hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()}")
+    return hashes
 
 
 def _finished(directory: Path) -> dict[str, Any] | None:

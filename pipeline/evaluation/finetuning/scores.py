@@ -13,18 +13,18 @@ from pipeline.evaluation.task import Panel, Results
 
 
 def score_table(
-    title: str, dev_title: str, results: Results, cell: Callable[[dict[str, float]], str], notes: Iterable[str]
+    title: str, dev_title: str, results: Results, text_of: Callable[[dict[str, float]], str], notes: Iterable[str]
 ) -> str:
     """One row per model: the scores per language and their average, the development mean and the chosen grid point.
 
     Args:
         dev_title: title of the column with the development mean
-        cell: the text of one language's scores; all texts have the same width
+        text_of: the text of one language's scores; all texts have the same width
     """
     rows = [
         [
             name,
-            *map(cell, [*result["test"].values(), result["mean"]]),
+            *map(text_of, [*result["test"].values(), result["mean"]]),
             f"{result['dev_mean']:.1f}",
             f"lr {result['learning_rate']:g}, epoch {_epochs(result)}",
         ]

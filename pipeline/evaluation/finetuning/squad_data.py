@@ -17,7 +17,7 @@ import xxhash
 
 from pipeline.errors import UserError
 from pipeline.evaluation.finetuning.xnli_data import FROM_LIBRARY, only_one
-from pipeline.evaluation.library_data import load_table
+from pipeline.evaluation.library_data import library_errors, load_table
 
 GREATEST_SHARE_MOVED = 0.01  # of a file's answers; if more were moved, its offsets count something else than characters
 BLANKS_NEARBY = 5  # characters by which an offset may differ even if all characters before it have one byte
@@ -85,7 +85,7 @@ def read_qa(
     if train.startswith(FROM_LIBRARY):
         return QaData(_from_library(train.removeprefix(FROM_LIBRARY), max_train), dev, test)
     if not Path(train).is_file():
-        raise UserError(f"there is no {train}. Name SQuAD's train-v1.1.json: --set mlqa.train=FILE")
+        raise UserError(f"{train} not found. Name SQuAD's train-v1.1.json: --set mlqa.train=FILE")
     return QaData(read_squad(Path(train), max_train), dev, test)
 
 
@@ -96,7 +96,7 @@ def _find(directory: str, split: str, language: str, languages: list[str]) -> Pa
         there = sorted({path.stem.rpartition("-")[2] for path in Path(directory).rglob(f"{split}-context-*.json")})
         has = f"it has {', '.join(there)}" if there else "it has none of MLQA's files"
         raise UserError(
-            f"there is no {name} below {directory}; {has}. Unpack MLQA_V1.zip there, or choose: --set "
+            f"no {name} found below {directory}; {has}. Unpack MLQA_V1.zip there, or choose: --set "
             f"'mlqa.languages=[{', '.join(x for x in languages if x in there)}]'"
         )
     return only_one(found)
@@ -198,15 +198,8 @@ def _occurrences(text: str, context: str) -> Iterator[int]:
 
 
 def _from_library(name: str, most: int | None) -> list[Question]:
-    try:
+    with library_errors(name, "name SQuAD's own file: --set mlqa.train=train-v1.1.json"):
         table = load_table(name, None, "train")
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{name} cannot be read by the datasets library ({' '.join(str(error).split())[:300]}). It needs the network "
-            "once; or name SQuAD's own file: --set mlqa.train=train-v1.1.json"
-        ) from None
     rows = table if most is None else table.take(most)
     questions = (
         _checked(

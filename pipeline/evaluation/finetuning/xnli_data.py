@@ -16,7 +16,7 @@ from typing import Any
 import xxhash
 
 from pipeline.errors import UserError, did_you_mean
-from pipeline.evaluation.library_data import load_table
+from pipeline.evaluation.library_data import library_errors, load_table
 
 LABELS = ("entailment", "neutral", "contradiction")
 ALSO_CALLED = {"contradictory": "contradiction"}  # the word of XNLI-MT
@@ -93,7 +93,7 @@ def read_xnli(
 def _find(source: str, name: str) -> Path:
     found = sorted(Path(source).rglob(name))
     if not source or not found:
-        where = f"there is no {name} below {source}" if source else "the task xnli needs data"
+        where = f"no {name} found below {source}" if source else "the task xnli needs data"
         raise UserError(
             f"{where}. Unpack XNLI-1.0.zip and XNLI-MT-1.0.zip side by side and name their directory: "
             "--set xnli.data=DIR, or --set xnli.data=datasets:facebook/xnli"
@@ -191,7 +191,7 @@ def _from_library(
     import datasets  # slow to import, and only needed here
 
     name = source.removeprefix(FROM_LIBRARY)
-    try:
+    with library_errors(name, "name a directory with the official files: --set xnli.data=DIR"):
         known = [config for config in datasets.get_dataset_config_names(name) if config != "all_languages"]
         missing = [language for language in [train_language, *(languages or [])] if language not in known]
         if missing:
@@ -204,13 +204,6 @@ def _from_library(
         chosen = languages or known
         dev, test = ({x: read(x, split, max_evaluation) for x in chosen} for split in ("validation", "test"))
         return XnliData(read(train_language, "train", max_train), dev, test)
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{name} cannot be read by the datasets library ({' '.join(str(error).split())[:300]}). It needs the network "
-            "once; or name a directory with the official files: --set xnli.data=DIR"
-        ) from None
 
 
 def _from_table(table: Any, where: str) -> LabelledPairs:

@@ -185,7 +185,7 @@ def test_a_bert_with_the_tokenizer_of_xlm_r(tiny_teacher: Path, tmp_path: Path) 
 
 
 def test_a_layer_that_is_not_there(tiny_teacher: Path) -> None:
-    with pytest.raises(UserError, match="there is no layer 9"):
+    with pytest.raises(UserError, match="it has no layer 9"):
         load_encoder(f"{tiny_teacher}@9")
 
 

@@ -143,7 +143,7 @@ def test_a_bad_file_is_named_with_its_line(tmp_path: Path, text: str, message: s
 def test_no_file() -> None:
     with pytest.raises(UserError, match=r"sts\.files"):
         read_all(StsConfig())
-    with pytest.raises(UserError, match="there is no file"):
+    with pytest.raises(UserError, match=r"file nothing\.tsv not found"):
         read_all(StsConfig(files=["nothing.tsv"]))
 
 
