@@ -140,7 +140,7 @@ def rows_of(section: str, model: str) -> dict[str, list[str]]:
 
 
 def test_a_card_without_input(student: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="directory .*nowhere not found"):
+    with pytest.raises(UserError, match=r"directory .*nowhere not found"):
         main(["card", str(student), str(tmp_path / "nowhere")])
     with pytest.raises(UserError, match=r"no lineage\.json"):
         main(["card", str(tmp_path)])

@@ -168,5 +168,5 @@ def test_a_run_directory_with_a_missing_file(run_dir: Path, tmp_path: Path, name
 
 
 def test_no_run_directory(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="run directory .*nothing not found"):
+    with pytest.raises(UserError, match=r"run directory .*nothing not found"):
         main(["export", str(tmp_path / "nothing"), "--output", str(tmp_path / "student")])
