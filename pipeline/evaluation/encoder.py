@@ -23,7 +23,8 @@ from pipeline.distillation.tap import tap
 from pipeline.errors import UserError
 from pipeline.evaluation.training_metadata import training_metadata
 
-POOLINGS = ("output", "last_input", "values")
+# The states that a sentence vector is the mean of -> their title.
+POOLINGS = {"output": "output", "last_input": "input of the last layer", "values": "values of the distilled layer"}
 VOCABULARY_FILES = ("tokenizer.json", "*.model", "vocab.txt", "vocab.json")
 _LAYER_SUFFIX = re.compile(r"(.+)@(\d+)")
 

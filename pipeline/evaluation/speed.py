@@ -115,32 +115,25 @@ def seconds_per_call(forward: Callable[[], None], seconds: float) -> float:
 
 def speed_table(results: Results) -> str:
     """One row per model: size, then sentences/s at every batch x length, with the ratio to the first model."""
-    shapes = list(next(iter(results.values()))["sentences_per_second"])
-    rows = [
-        [
-            name,
-            f"{result['parameters'] / 1e6:.1f}",
-            f"{result['megabytes']:.0f}",
-            *(f"{result['sentences_per_second'][x]:.1f} ({result['times_first'][x]:.2f}x)" for x in shapes),
-        ]
-        for name, result in results.items()
-    ]
+    shapes, rows = _rows(results, lambda speed, ratio: f"{speed:.1f} ({ratio:.2f}x)")
     title = "speed: sentences per second at batch x tokens (and times the first model)"
     return text_table(title, ["model", "M param", "MB", *shapes], rows, [">10", ">8", *[">17"] * len(shapes)])
 
 
 def _card(results: Results) -> str:
+    shapes, rows = _rows(results, lambda speed, ratio: f"{ratio:.2f}x")
+    return markdown_table(["model; speed as times the first at batch x tokens", "M parameters", "MB", *shapes], rows)
+
+
+def _rows(results: Results, text_of: Callable[[float, float], str]) -> tuple[list[str], list[list[str]]]:
+    """The shapes; and rows of model, size and, for each shape, the text of its speed and of the ratio to the first model."""
     shapes = list(next(iter(results.values()))["sentences_per_second"])
     rows = [
-        [
-            name,
-            f"{result['parameters'] / 1e6:.1f}",
-            f"{result['megabytes']:.0f}",
-            *(f"{result['times_first'][shape]:.2f}x" for shape in shapes),
-        ]
+        [name, f"{result['parameters'] / 1e6:.1f}", f"{result['megabytes']:.0f}"]
+        + [text_of(result["sentences_per_second"][x], result["times_first"][x]) for x in shapes]
         for name, result in results.items()
     ]
-    return markdown_table(["model; speed as times the first at batch x tokens", "M parameters", "MB", *shapes], rows)
+    return shapes, rows
 
 
 def _panels(results: Results) -> list[Panel]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.evaluation.encoder import POOLINGS
 from pipeline.evaluation.languages import left_out_line
 from pipeline.evaluation.tables import markdown_table, sentence
 from pipeline.evaluation.task import tasks
@@ -19,7 +20,6 @@ from pipeline.export.onnx import checked_on, int8_warning
 from pipeline.runtime.json_files import read_json, read_points
 
 STAGES = {"teacher": "teacher", "before": "student before training", "after": "student after training"}
-POOLINGS = {"output": "output", "last_input": "input of the last layer", "values": "values of the distilled layer"}
 SUFFIXES = {"output": "", "last_input": "_last_input", "values": "_values"}
 
 

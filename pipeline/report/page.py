@@ -27,6 +27,7 @@ from data_prep.durable_files import replace_file
 from data_prep.outputs import output_path
 from pipeline.config import Recipe, as_tree, build_section
 from pipeline.errors import UserError
+from pipeline.evaluation.encoder import POOLINGS
 from pipeline.evaluation.languages import left_out_line
 from pipeline.recipe.text import read_yaml
 from pipeline.report import plots
@@ -35,7 +36,6 @@ from pipeline.report.retrieval import read_retrieval
 from pipeline.runtime.checkpoint import committed_steps
 from pipeline.runtime.json_files import read_json_if_there, read_points
 
-POOLING_NAMES = {"output": "output", "last_input": "input of the last layer", "values": "values of the distilled layer"}
 MAPS_COLORS = "magma"
 RECIPE_ROWS = {
     "teacher": "teacher",
@@ -173,18 +173,16 @@ def retrieval_section(results: dict[str, dict[str, Any]]) -> str:
     rows = [
         [
             stage,
-            POOLING_NAMES[pooling],
+            POOLINGS[pooling],
             *(f"{result['per_pair'][x][pooling]['mean']:.3f}" for x in languages),
             f"{result['mean'][pooling]:.3f}",
         ]
-        for pooling in POOLING_NAMES
+        for pooling in POOLINGS
         for stage, result in results.items()
     ]
     content = table(["model", "pooled from", *languages, "mean"], rows, "two")
     left_out = html.escape(left_out_line(results))
-    return (
-        plots.retrieval_bars(results, POOLING_NAMES) + content + (f'<p class="note">{left_out}</p>' if left_out else "")
-    )
+    return plots.retrieval_bars(results, POOLINGS) + content + (f'<p class="note">{left_out}</p>' if left_out else "")
 
 
 def relation_maps(run_dir: Path) -> str:
