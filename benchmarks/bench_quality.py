@@ -1,14 +1,14 @@
-"""What a student is worth after a fixed number of tokens: starts, layers, rates, heads and tail terms side by side.
+"""Quality of a student after a fixed number of tokens: initializations, layers, rates, heads and tail terms side by side.
 
     python -m demo.teacher && python -m data_prep prepare --input samples/cc100 --tokenizer artifacts/teacher \
         --output artifacts/shards
     python benchmarks/bench_quality.py [--steps 100] [--rows 16] [--only base tail_mse] [--plot FILE.png] [--json FILE]
     python benchmarks/bench_quality.py --merge FILE.json FILE.json --plot FILE.png        (one table of several runs)
 
-Variants of one run see the same rows in the same order and share one teacher forward per step; each is a `DistillModule`
-with AdamW, as in training, one process, no DeepSpeed. Columns: relation loss on held-out rows (weighted parts of the
-base recipe's relations, so comparable between variants), retrieval accuracy (mean of both directions over the language
-pairs) by pooled output, input of the last layer, and values of the last layer.
+The variants of one run read the same rows in the same order and share one teacher forward per step. Each is a
+`DistillModule` with AdamW, as in training, in one process without DeepSpeed. Columns: relation loss on held-out rows (of
+the base recipe's relations, so variants can be compared), and retrieval accuracy (mean of both directions over the
+language pairs) pooled from the output, the input of the last layer, and the values of the last layer.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.measure import arguments, publish
 from data_prep.shards import ShardSet
+from demo.settings import QUICKSTART_LANGUAGES
 from pipeline.data.batches import BatchOptions, BatchSource
 from pipeline.distillation.config import RelationsConfig
 from pipeline.distillation.distiller import DistillModule
@@ -45,19 +46,19 @@ from pipeline.runtime.optimizer import OptimizerConfig, learning_rate, parameter
 from pipeline.training.build import CALIBRATION_TOKENS
 
 TOKENS, ROWS_AT_ONCE = 128, 16
-RETRIEVAL = RetrievalConfig(languages=["de", "ru", "zh-Hans", "ja", "ar", "tr", "id", "fa"], max_pairs=120)
+RETRIEVAL = RetrievalConfig(languages=QUICKSTART_LANGUAGES, max_pairs=120)
 COPIED = StudentConfig(layers=6, hidden=384, heads=12, init="layers", freeze=["embeddings"], dropout=0.0)
 BASE = RelationsConfig(heads=48)
 
 
 @dataclasses.dataclass
 class Variant:
-    """One student recipe; the defaults are the base that all others change one thing of."""
+    """One student recipe. The defaults are the base; each variant changes one or two things of it."""
 
     student: StudentConfig = dataclasses.field(default_factory=lambda: COPIED)
     relations: RelationsConfig = dataclasses.field(default_factory=lambda: BASE)
     rate: float = 5e-4
-    calibrated: bool = True  # a projected student: its layers too, not its embeddings alone
+    calibrated: bool = True  # of a projected student: whether its layers are projected too, or only its embeddings
 
 
 def changed(
@@ -119,7 +120,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 class InPrecision(torch.nn.Module):
-    """The student's tapped part with its matrix products in `dtype`; weights, their gradients and the loss stay fp32."""
+    """The tapped student with its matrix products in `dtype`. Weights, gradients and loss stay fp32."""
 
     def __init__(self, tapped: torch.nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -131,7 +132,7 @@ class InPrecision(torch.nn.Module):
 
 
 class SharedTeacher:
-    """One forward of the whole teacher per batch, read by every variant at its own layer."""
+    """One forward of the complete teacher per batch; each variant reads its own layer."""
 
     def __init__(self, model, layers: list[int], dtype: torch.dtype) -> None:
         self.layers = layers
@@ -151,32 +152,44 @@ class SharedTeacher:
         return read
 
 
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """What all variants of one run share."""
+
+    teacher_model: torch.nn.Module
+    teacher: SharedTeacher
+    source: BatchSource
+    seed: int
+    dtype: torch.dtype
+
+
 class Run:
     """One variant in training."""
 
-    def __init__(
-        self, name: str, variant: Variant, whole_teacher, teacher: SharedTeacher, source: BatchSource, seed: int, dtype
-    ) -> None:
-        self.name, self.variant = name, variant
+    def __init__(self, name: str, shared: Shared) -> None:
+        self.name, self.variant = name, VARIANTS[name]
+        variant, teacher_model, teacher = self.variant, shared.teacher_model, shared.teacher
         relations, calibration = variant.relations, None
         if variant.calibrated:
-            rows_BL = torch.from_numpy(source.batch(np.arange(CALIBRATION_TOKENS // TOKENS)))
+            rows_BL = torch.from_numpy(shared.source.batch(np.arange(CALIBRATION_TOKENS // TOKENS)))
             calibration = Calibration(rows_BL, relations.heads)
         self.student: Student = build_student(
-            whole_teacher,
+            teacher_model,
             variant.student,
-            seed,
-            relations,
-            calibration,
+            shared.seed,
+            None,
+            relations.teacher_taps,
+            **relations.tap_options,
+            calibration=calibration,
         )
         basis_Dd = self.student.basis_Dd
-        self.student.untrained.clear()  # this run goes on in the model itself, nothing is put back at its end
+        self.student.untrained.clear()  # training changes the model itself, so the untrained weights need not be restored
         if "embeddings" in variant.student.freeze and variant.student.init == "layers":
-            self.student.model.get_input_embeddings().weight.data = whole_teacher.get_input_embeddings().weight.data
-        tapped = InPrecision(self.student.tapped, dtype)
+            self.student.model.get_input_embeddings().weight.data = teacher_model.get_input_embeddings().weight.data
+        tapped = InPrecision(self.student.tapped, shared.dtype)
         self.module = DistillModule(teacher.reader(relations), tapped, relations, basis_Dd=basis_Dd).train()
-        judged = InPrecision(tap(self.student.model, variant.student.layers), dtype)
-        self.judge = DistillModule(teacher.reader(BASE), judged, BASE)
+        tapped_last = InPrecision(tap(self.student.model, variant.student.layers), shared.dtype)
+        self.heldout = DistillModule(teacher.reader(BASE), tapped_last, BASE)
         self.optimizer_config = OptimizerConfig(lr=variant.rate, warmup_steps=10)
         groups = parameter_groups(self.student.trained, self.optimizer_config.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=self.optimizer_config.eps)
@@ -194,10 +207,10 @@ class Run:
         self.seconds += time.process_time() - began
         return loss.item()
 
-    def judge_now(self, source: BatchSource, tokenizer) -> dict[str, float]:
+    def evaluate(self, source: BatchSource, tokenizer) -> dict[str, float]:
         heldout = np.concatenate([source.heldout(language) for language in source.languages])
         batches = torch.from_numpy(heldout).split(ROWS_AT_ONCE)
-        losses = torch.cat([self.judge.losses_by_row(batch) for batch in batches])
+        losses = torch.cat([self.heldout.losses_by_row(batch) for batch in batches])
         encoder = Encoder(self.name, self.student.model.eval(), tokenizer, self.variant.student.layers, self.name)
         accuracy = evaluate_retrieval(encoder, RETRIEVAL)["mean"]
         self.student.model.train()
@@ -211,10 +224,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rows", type=int, default=16, help="rows of 128 tokens per step")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample order and of random starts")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample order and of random initializations")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of teacher and student products")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the retrieval columns")
-    parser.add_argument("--merge", nargs="+", type=Path, metavar="JSON", help="one table of earlier --json files")
+    parser.add_argument("--merge", nargs="+", type=Path, metavar="JSON", help="make one table of earlier --json files")
     options = parser.parse_args()
     if options.quick:
         options.steps, options.only = 4, ["base", "tail_mse"]
@@ -237,34 +250,34 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Train and judge the chosen variants side by side."""
+    """Train and evaluate the chosen variants side by side."""
     torch.manual_seed(0)
-    whole_teacher = load_encoder(options.teacher)
+    teacher_model = load_encoder(options.teacher)
     tokenizer = AutoTokenizer.from_pretrained(options.teacher, trust_remote_code=False)
     source = BatchSource(ShardSet(options.data), BatchOptions(TOKENS, 0.3, options.seed, heldout_rows=4))
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     chosen = {name: VARIANTS[name] for name in options.only}
-    last = whole_teacher.config.num_hidden_layers
+    last = teacher_model.config.num_hidden_layers
     layers = sorted({variant.relations.teacher_layer or last for variant in chosen.values()} | {last})
     teacher = SharedTeacher(load_encoder(options.teacher), layers, dtype)
-    encoder = Encoder("teacher", whole_teacher, tokenizer, last, options.teacher)
+    encoder = Encoder("teacher", teacher_model, tokenizer, last, options.teacher)
     figures = {"teacher": evaluate_retrieval(encoder, RETRIEVAL)["mean"]}
-    runs = [Run(name, variant, whole_teacher, teacher, source, options.seed, dtype) for name, variant in chosen.items()]
-    for run in {
-        str([run.variant.student, run.variant.calibrated]): run for run in reversed(runs)
-    }.values():  # the first of each start
-        figures[f"{run.name}, untrained"] = run.judge_now(source, tokenizer)
+    shared = Shared(teacher_model, teacher, source, options.seed, dtype)
+    runs = [Run(name, shared) for name in chosen]
+    first_of_start = {str([run.variant.student, run.variant.calibrated]): run for run in reversed(runs)}
+    for run in first_of_start.values():
+        figures[f"{run.name}, untrained"] = run.evaluate(source, tokenizer)
     for step, batch in enumerate(tqdm(list(_batches(source, options.steps, options.rows)), unit="step")):
         for run in runs:
             run.step(batch, step, options.steps)
     for run in runs:
-        figures[run.name] = {**run.judge_now(source, tokenizer), "cpu_seconds": run.seconds}
+        figures[run.name] = {**run.evaluate(source, tokenizer), "cpu_seconds": run.seconds}
     about = {"steps": options.steps, "rows": options.rows, "precision": options.precision, "seed": options.seed}
     return {**about, "students": figures}
 
 
 def draw(figures: dict[str, dict[str, float]], file: Path) -> None:
-    """Retrieval of every student by the three poolings, bars side by side."""
+    """Draw the retrieval accuracy of every student as three bars, one per pooling."""
     figure = Figure(figsize=(7, 0.5 * len(figures) + 1.5), layout="constrained")
     axes = figure.subplots()
     for place, pooling in enumerate(POOLINGS):

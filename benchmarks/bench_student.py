@@ -31,6 +31,7 @@ from data_prep.shards import ShardSet
 from data_prep.token_counts import token_counts_of_shards
 from data_prep.tokenizer import SentencePieceTokenizer
 from data_prep.vocabulary import TrimOptions, trim_vocabulary
+from demo.settings import QUICKSTART_LANGUAGES
 from pipeline.config import Recipe, load_recipe
 from pipeline.distillation.models.model_files import read_model
 from pipeline.distillation.models.vocabulary import MODEL_FILE, read_vocabulary
@@ -155,8 +156,8 @@ def main() -> int:
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
     recipe = load_recipe(options.run_dir / "recipe.yaml", [])
-    config = replace(recipe.retrieval, max_pairs=20 if options.quick else options.pairs)
-    config = replace(config, languages=(config.languages or ["de"])[: 2 if options.quick else None])
+    languages = QUICKSTART_LANGUAGES[: 2 if options.quick else None]
+    config = RetrievalConfig(languages=languages, max_pairs=20 if options.quick else options.pairs)
     shapes = QUICK_SHAPES if options.quick else SHAPES
     with tempfile.TemporaryDirectory() as work:
         groups = make_formats(options.run_dir, recipe, config, Path(work))

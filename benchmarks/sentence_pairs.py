@@ -1,11 +1,11 @@
-"""Labelled sentence pairs made of the parallel sample text, in XNLI's layout: a real task where no XNLI is at hand.
+"""Makes labelled sentence pairs from the parallel sample text, in XNLI's layout: a real task where XNLI is not available.
 
     python benchmarks/sentence_pairs.py --output artifacts/sentence_pairs
     python -m pipeline evaluate MODEL --tasks xnli --set xnli.data=artifacts/sentence_pairs --set xnli.train_language=de ...
 
-The premise is English, the hypothesis in the other language: `entailment` is its translation, `neutral` another sentence of
-the same document, `contradiction` a sentence of another document. Every English sentence belongs to one of train, dev and
-test in all languages, by a hash of its text, and hypotheses are drawn from the same part.
+The premise is English and the hypothesis is in the other language: `entailment` is the translation, `neutral` another
+sentence of the same document, `contradiction` a sentence of another document. A hash of its text assigns every English
+sentence to train, dev or test, the same in all languages, and hypotheses are drawn from the same part.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import xxhash
 from benchmarks.measure import REPO
 from data_prep.command_line import CommandLine
 
-LANGUAGES = ("de", "ar", "el", "fa", "id", "ja", "ko", "ru", "tr", "zh-Hans")  # those with several documents
+LANGUAGES = ("de", "ar", "el", "fa", "id", "ja", "ko", "ru", "tr", "zh-Hans")  # the languages with several documents
 PARTS = ("train", "train", "train", "dev", "test")  # fifths
 Sentence = tuple[str, str, str]  # English, other language, document
 
 
 def read_parts(language: str) -> dict[str, list[Sentence]]:
-    """The sentences of one language by part."""
+    """The sentences of one language, by part."""
     parts: dict[str, list[Sentence]] = defaultdict(list)
     for line in (
         (REPO / "samples" / "parallel" / f"en-{language}.tsv").read_text(encoding="utf-8").rstrip("\n").split("\n")
@@ -41,7 +41,7 @@ def read_parts(language: str) -> dict[str, list[Sentence]]:
 
 
 def labelled(sentences: list[Sentence], draw: random.Random, most: int) -> list[tuple[str, str, str]]:
-    """(label, premise, hypothesis): three pairs a sentence, or none where a document has no other sentence."""
+    """(label, premise, hypothesis): three pairs per sentence, or none if its document has no other sentence."""
     pairs = []
     for english, translation, document in draw.sample(sentences, len(sentences)):
         same = [other for _, other, where in sentences if where == document and other != translation]

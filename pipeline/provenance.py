@@ -30,7 +30,6 @@ MAY_CHANGE = (
     "checkpoint",
     "guard",
     "metrics",
-    "retrieval",
 )
 COMPARED_BY_CONTENT = ("teacher", "vocabulary")  # training/identity.py
 

@@ -3,9 +3,9 @@
     python -m pipeline evaluate artifacts/teacher runs/quickstart/student --tasks retrieval,speed --output runs/evaluation
     torchrun --nproc_per_node 8 -m pipeline evaluate ...          deepspeed --module pipeline evaluate ...
 
-A model is a Hugging Face directory or hub name; `MODEL@19` reads the values of layer 19 instead of the distilled one.
-Settings of a task are overridden like a recipe's: `--set retrieval.pairs=DIR`. Several ranks share the tasks that
-go through shards; rank 0 does the others.
+A model is a Hugging Face directory or hub name; `MODEL@19` reads the values of layer 19 instead of the distilled layer.
+Settings of a task are overridden like those of a recipe: `--set retrieval.pairs=DIR`. Several ranks share the tasks that
+read shards or fine-tune; rank 0 runs the others.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,102 +24,73 @@ from data_prep.ownership import lock_beside, own
 from data_prep.shards import DataError
 from pipeline.config import apply_override, build_section
 from pipeline.errors import UserError
-from pipeline.evaluation import heldout as heldout_task
-from pipeline.evaluation import plots, results, retrieval, speed, sts
+from pipeline.evaluation import plots, results
 from pipeline.evaluation.encoder import Encoder, load_encoder
-from pipeline.evaluation.finetuning import mlqa, xnli
 from pipeline.evaluation.finetuning.grid import encoder_fingerprint
 from pipeline.evaluation.ranks import Ranks, joined
-from pipeline.evaluation.training_metadata import trained_as
+from pipeline.evaluation.task import tasks
+from pipeline.evaluation.training_metadata import training_metadata
 from pipeline.provenance import fingerprint
-
-
-@dataclasses.dataclass
-class EvaluationConfig:
-    """Settings of all tasks, one section each."""
-
-    heldout: heldout_task.HeldoutConfig = dataclasses.field(default_factory=heldout_task.HeldoutConfig)
-    retrieval: retrieval.RetrievalConfig = dataclasses.field(default_factory=retrieval.RetrievalConfig)
-    sts: sts.StsConfig = dataclasses.field(default_factory=sts.StsConfig)
-    xnli: xnli.XnliConfig = dataclasses.field(default_factory=xnli.XnliConfig)
-    mlqa: mlqa.MlqaConfig = dataclasses.field(default_factory=mlqa.MlqaConfig)
-    speed: speed.SpeedConfig = dataclasses.field(default_factory=speed.SpeedConfig)
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """`check` looks at the input before any model is loaded; `evaluate` gives results by model; `table` shows them.
-
-    A shared task is called by all ranks, with the `Ranks` as third argument; the others by rank 0 alone. One that
-    fine-tunes also gets a directory, where it keeps what is finished.
-    """
-
-    check: Callable[[Any], object]
-    evaluate: Callable[..., dict[str, dict[str, Any]]]
-    table: Callable[[dict[str, dict[str, Any]]], str]
-    shared: bool = False
-    keeps: bool = False
-
-
-TASKS = {
-    "heldout": Task(heldout_task.check_input, heldout_task.evaluate_heldout, heldout_task.heldout_table, shared=True),
-    "retrieval": Task(retrieval.read_pairs, retrieval.evaluate_each, retrieval.retrieval_table),
-    "sts": Task(sts.read_all, sts.evaluate_sts, sts.sts_table),
-    "xnli": Task(xnli.read, xnli.evaluate_xnli, xnli.xnli_table, shared=True, keeps=True),
-    "mlqa": Task(mlqa.read, mlqa.evaluate_mlqa, mlqa.mlqa_table, shared=True, keeps=True),
-    "speed": Task(lambda config: None, speed.evaluate_speed, speed.speed_table),
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="HF directory or hub name, optionally @LAYER")
-    parser.add_argument("--tasks", default="retrieval", help=f"comma-separated, of: {', '.join(TASKS)}")
+    parser.add_argument("--tasks", default="retrieval", help=f"comma-separated, of: {', '.join(tasks())}")
     parser.add_argument(
         "--output", type=output_path, required=True, help="directory for evaluation.json and evaluation.png"
     )
+    for task in tasks().values():
+        for key, (metavar, text) in task.options.items():
+            setting = f"{task.name}.{key}"
+            parser.add_argument(f"--{key}", dest=setting, metavar=metavar, help=f"{text} (short for --set {setting}=)")
     parser.add_argument(
-        "--teacher", metavar="MODEL", help="what heldout compares with (short for --set heldout.teacher=)"
+        "--set", action="append", default=[], metavar="TASK.KEY=VALUE", help="override a task's setting"
     )
-    parser.add_argument("--data", metavar="SHARDS", help="what heldout reads (short for --set heldout.data=)")
-    parser.add_argument("--set", action="append", default=[], metavar="TASK.KEY=VALUE")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    tasks = [task for task in arguments.tasks.split(",") if task]
-    unknown = [task for task in tasks if task not in TASKS]
-    if unknown or not tasks:
-        raise UserError(f"--tasks {arguments.tasks!r}: unknown {', '.join(unknown)}. Tasks: {', '.join(TASKS)}")
+    known = tasks()
+    names = [name for name in arguments.tasks.split(",") if name]
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise UserError(f"--tasks {arguments.tasks!r}: unknown {', '.join(unknown)}. Tasks: {', '.join(known)}")
     if len(set(arguments.models)) < len(arguments.models):
-        raise UserError(f"a model is named twice: {' '.join(arguments.models)}. Name each once.")
+        raise UserError(f"a model is named twice: {' '.join(arguments.models)}. Name each model once.")
     config = read_overrides(arguments.set)
-    for key in ("teacher", "data"):
-        if getattr(arguments, key) is not None:
-            setattr(config.heldout, key, getattr(arguments, key))
-    for task in tasks:
-        TASKS[task].check(getattr(config, task))
-    results.read(arguments.output / results.FILE)  # one that cannot be joined should come to light at once
+    for task in known.values():
+        for key in task.options:
+            if (value := getattr(arguments, f"{task.name}.{key}")) is not None:
+                setattr(getattr(config, task.name), key, value)
+    for name in names:
+        known[name].check(getattr(config, name))
+    results.read(arguments.output / results.FILE)  # fail before the evaluation if the new figures cannot be added to it
     transformers.logging.disable_progress_bar()
     with joined() as ranks:
-        evaluate(arguments.models, tasks, config, arguments.output, ranks)
+        evaluate(arguments.models, names, config, arguments.output, ranks)
 
 
-def evaluate(models: list[str], tasks: list[str], config: EvaluationConfig, output: Path, ranks: Ranks) -> None:
-    """Every task on every model. What is finished is on disk before the next task begins, beside earlier tasks' figures."""
+def evaluate(models: list[str], names: list[str], config: Any, output: Path, ranks: Ranks) -> None:
+    """Run every task on every model. The figures of one task are on disk before the next task starts.
+
+    Args:
+        names: names of the tasks
+        config: settings of the tasks, as `read_overrides` returns them
+    """
     encoders = [load_encoder(name) for name in models]
-    with owned_tasks(tasks, output, ranks):
-        _evaluate(encoders, tasks, config, output, ranks)
+    with owned_tasks(names, output, ranks):
+        _evaluate(encoders, names, config, output, ranks)
 
 
 @contextlib.contextmanager
-def owned_tasks(tasks: list[str], output: Path, ranks: Ranks) -> Iterator[None]:
-    """Hold what each task writes below `output`; another job may add other tasks to the same file meanwhile."""
+def owned_tasks(names: list[str], output: Path, ranks: Ranks) -> Iterator[None]:
+    """Lock the directory of each task below `output`. Another job may add other tasks to the same file meanwhile."""
     with contextlib.ExitStack() as held:
         problem = None
         if ranks.is_main:
             try:
                 held.callback(_remove_if_empty, output)
                 output.mkdir(parents=True, exist_ok=True)
-                for name in tasks:
+                for name in names:
                     held.enter_context(own(lock_beside(output / name), f"the evaluation {output / name}"))
             except DataError as error:
                 problem = f"{error} Or name another --output."
@@ -135,33 +106,42 @@ def _remove_if_empty(directory: Path) -> None:
         directory.rmdir()
 
 
-def _evaluate(encoders: list[Encoder], tasks: list[str], config: EvaluationConfig, output: Path, ranks: Ranks) -> None:
+def _evaluate(encoders: list[Encoder], names: list[str], config: Any, output: Path, ranks: Ranks) -> None:
     path = output / results.FILE
     about = {encoder.name: _identity(encoder) for encoder in encoders if ranks.is_main}
-    for name in tasks:
-        task, settings = TASKS[name], getattr(config, name)
+    for name in names:
+        task, settings = tasks()[name], getattr(config, name)
         if not (task.shared or ranks.is_main):
             continue
-        places = [ranks, output / name] if task.keeps else [ranks] if task.shared else []
-        found = task.evaluate(encoders, settings, *places)
+        found = task.evaluate(encoders, settings, ranks, output / name)
         if ranks.is_main:
             print(task.table(found), end="\n\n", flush=True)
             results.add(path, about, name, found, dataclasses.asdict(settings))
     if ranks.is_main:
-        there = results.read(path)["tasks"]
-        plots.draw({name: there[name] for name in TASKS if name in there}, path.with_suffix(".png"))
-        print(f"written: {path} and {path.with_suffix('.png').name}, with {', '.join(there)}")
+        measured = results.read(path)["tasks"]
+        plots.draw({name: measured[name] for name in tasks() if name in measured}, path.with_suffix(".png"))
+        print(f"written: {path} and {path.with_suffix('.png').name}, with {', '.join(measured)}")
 
 
 def _identity(encoder: Encoder) -> dict[str, Any]:
-    """What tells apart two models of one name, and for how many steps this one was trained, where it says so."""
+    """A fingerprint that differs between two models of one name, and the model's training steps if known."""
     content = fingerprint([encoder_fingerprint(encoder), encoder.values_layer])
-    return {"fingerprint": content, "steps": trained_as(encoder.path).get("steps")}
+    return {"fingerprint": content, "steps": training_metadata(encoder.path).get("steps")}
 
 
-def read_overrides(overrides: list[str]) -> EvaluationConfig:
-    """`--set section.key=value` on top of the defaults, as strict as a recipe."""
+def read_overrides(overrides: list[str]) -> Any:
+    """The settings of all tasks, with `--set TASK.KEY=VALUE` applied to the defaults.
+
+    Returns:
+        an object with one attribute per task: an instance of the task's settings class
+
+    Raises:
+        UserError: unknown task or key, or a value that is not possible
+    """
     tree: dict[str, Any] = {}
     for override in overrides:
         apply_override(tree, override)
-    return build_section(EvaluationConfig, tree, "")
+    sections = [
+        (task.name, task.settings, dataclasses.field(default_factory=task.settings)) for task in tasks().values()
+    ]
+    return build_section(dataclasses.make_dataclass("EvaluationConfig", sections), tree, "")

@@ -1,7 +1,7 @@
-"""Any Hugging Face encoder as a source of sentence vectors: load it, run it over texts, pool three ways.
+"""Loads a Hugging Face encoder and computes sentence vectors with it.
 
-In: a directory or hub name, texts. Out: one vector per text from the model's output, from the input of its last layer,
-and from the attention values of the distilled layer. Used by every evaluation task that compares sentences.
+In: a directory or hub name, and texts. Out: one vector per text and pooling: from the model's output, from the input of
+its last layer, and from the attention values of the distilled layer.
 """
 
 from __future__ import annotations
@@ -21,26 +21,27 @@ from pipeline.distillation.models.architectures import architecture_of, usable_p
 from pipeline.distillation.models.vocabulary import MAP_FILE, read_vocabulary
 from pipeline.distillation.tap import tap
 from pipeline.errors import UserError
-from pipeline.evaluation.training_metadata import trained_as
+from pipeline.evaluation.training_metadata import training_metadata
 
-POOLINGS = ("output", "last_input", "values")
+# The states that a sentence vector is the mean of -> their title.
+POOLINGS = {"output": "output", "last_input": "input of the last layer", "values": "values of the distilled layer"}
 VOCABULARY_FILES = ("tokenizer.json", "*.model", "vocab.txt", "vocab.json")
 _LAYER_SUFFIX = re.compile(r"(.+)@(\d+)")
 
 
 @dataclass
 class Encoder:
-    """A loaded model with its tokenizer and the 1-based layer whose values are pooled."""
+    """A loaded model, its tokenizer, and the layer (counted from 1) whose values are pooled."""
 
     name: str
     model: Any
     tokenizer: Any
     values_layer: int
-    path: str  # the name without its layer
+    path: str  # the name without the layer
 
     @property
     def max_positions(self) -> int:
-        """Longest input in tokens."""
+        """Length of the longest input in tokens."""
         return usable_positions(self.model.config)
 
     @property
@@ -48,34 +49,47 @@ class Encoder:
         return next(self.model.parameters()).device
 
     def check_max_length(self, length: int, setting: str) -> None:
-        """A `UserError` where `length` tokens, as `setting` (task.key) says, are more than the model takes; a warning where
-        they are more than it was trained on and its further positions are random."""
+        """Check the number of tokens that `setting` (TASK.KEY) asks for.
+
+        Warns where the model was trained on fewer tokens and its further positions are random.
+
+        Raises:
+            UserError: the model has fewer positions
+        """
         if length > self.max_positions:
             raise UserError(
-                f"{self.name} takes at most {self.max_positions} tokens, {setting} is {length}. "
+                f"{self.name} accepts at most {self.max_positions} tokens, {setting} is {length}. "
                 f"Set it lower: --set {setting}={self.max_positions}"
             )
-        longest = trained_as(self.path).get("longest")
+        longest = training_metadata(self.path).get("longest")
         if longest is not None and length > longest:
             print(
                 f"warning: {self.name} was trained from random weights on rows of {longest} tokens, {setting} is {length}: "
-                f"longer texts meet position embeddings that no training touched. Cut them: --set {setting}={longest}",
+                f"longer texts use position embeddings that were not trained. Cut them: --set {setting}={longest}",
                 file=sys.stderr,
                 flush=True,
             )
 
 
 def load_encoder(name: str, values_layer: int | None = None) -> Encoder:
-    """Load `DIR_OR_HUB_NAME` or `DIR_OR_HUB_NAME@LAYER`; without a layer, values are those of the distilled one, which
-    the model's lineage names, else of the last."""
+    """Load a model and its tokenizer.
+
+    Args:
+        name: `DIR_OR_HUB_NAME` or `DIR_OR_HUB_NAME@LAYER`
+        values_layer: the layer whose values are pooled. Without one it is the layer in `name`, else the distilled layer
+            that the model's lineage names, else the last layer
+
+    Raises:
+        UserError: the model or its tokenizer cannot be loaded, or do not belong together
+    """
     path, named_layer = split_name(name)
     model = loading.load_encoder(path, role="model")
     tokenizer = _load_tokenizer(path)
     check_same_tokenizer(path, tokenizer, model.config)
     num_layers = model.config.num_hidden_layers
-    layer = values_layer or named_layer or trained_as(path).get("student_layer") or num_layers
+    layer = values_layer or named_layer or training_metadata(path).get("student_layer") or num_layers
     if not 1 <= layer <= num_layers:
-        raise UserError(f"{path} has layers 1 to {num_layers}; there is no layer {layer} to take values from.")
+        raise UserError(f"{path} has layers 1 to {num_layers}, so it has no layer {layer}. Name another: MODEL@LAYER")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Encoder(name, cast(Any, model).to(device), tokenizer, layer, path)
 
@@ -90,19 +104,19 @@ def split_name(name: str) -> tuple[str, int | None]:
 def _load_tokenizer(path: str) -> Any:
     directory = Path(path).expanduser()
     has_files = any(found for pattern in VOCABULARY_FILES for found in directory.glob(pattern))
-    if directory.is_dir() and not has_files:  # transformers would quietly make one without vocabulary
+    if directory.is_dir() and not has_files:  # transformers would make a tokenizer without vocabulary, without an error
         raise UserError(
             f"{path} has a model but no tokenizer (none of {', '.join(VOCABULARY_FILES)}). "
-            "Copy the tokenizer files of the model that it was distilled from beside it."
+            "Copy the tokenizer files of its teacher into this directory."
         )
     return loading.load_tokenizer(directory if directory.is_dir() else path)
 
 
 def check_same_tokenizer(path: str, tokenizer: Any, config: PretrainedConfig) -> None:
-    """A `UserError` where ids of this tokenizer are not this model's.
+    """Raise a `UserError` where the ids of this tokenizer are not those of this model.
 
-    Sizes may differ: multilingual-e5 has 250 037 embeddings for 250 002 pieces. The padding id says more, but only where
-    positions are counted from it: a BERT body with XLM-R's tokenizer (e5-small) works with BertConfig's 0 beside its 1.
+    Sizes may differ: multilingual-e5 has 250 037 embeddings for 250 002 pieces. Padding ids must be equal only where the
+    model counts positions from them: a BERT body with XLM-R's tokenizer (e5-small) works with padding ids 0 and 1.
     """
     problem = ""
     if len(tokenizer) > config.vocab_size:
@@ -117,7 +131,7 @@ def check_same_tokenizer(path: str, tokenizer: Any, config: PretrainedConfig) ->
             problem = f"{MAP_FILE} keeps {size} pieces, the tokenizer has {len(tokenizer)}, the model {config.vocab_size} embeddings"
     if problem:
         raise UserError(
-            f"{path}: {problem}: they do not belong together. Put the model's own tokenizer files there (for a cut vocabulary: "
+            f"{path}: {problem}, so they do not belong together. Copy the model's own tokenizer files into the directory (for a cut vocabulary: "
             "make the model with `python -m pipeline trim`)."
         )
 
@@ -126,15 +140,19 @@ def check_same_tokenizer(path: str, tokenizer: Any, config: PretrainedConfig) ->
 def sentence_vectors(
     encoder: Encoder, texts: list[str], max_length: int, batch_size: int
 ) -> tuple[dict[str, torch.Tensor], int]:
-    """Unit vectors [text, width] per pooling, in the order of `texts`, and how many tokens went through the model."""
+    """Sentence vectors: means over the tokens of each text.
+
+    Returns:
+        pooling -> unit vectors `[text, width]` in the order of `texts`; and the number of tokens in all texts
+    """
     ids = encoder.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # alike lengths side by side: little padding
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # similar lengths in one batch need little padding
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     vectors: dict[str, list[torch.Tensor]] = {pooling: [] for pooling in POOLINGS}
     last_inputs: list[torch.Tensor] = []
     tapped = tap(encoder.model, layer=encoder.values_layer, with_output=True)
     last_layer = cast(torch.nn.ModuleList, tapped.model.get_submodule(architecture_of(encoder.model.config).layers))[-1]
-    # removed in any case: the layer is the model's own, and other tasks come after this one
+    # The context manager removes the hook also after an error: the layer is the model's own, and later tasks use it.
     with last_layer.register_forward_pre_hook(lambda module, arguments: last_inputs.append(arguments[0])):
         for batch in tqdm(batches, desc=f"encoding with {encoder.name}", unit="batch", disable=None):
             input_ids_BL, mask_BL = pad_rows([ids[i] for i in batch], encoder.tokenizer.pad_token_id, encoder.device)
@@ -147,7 +165,7 @@ def sentence_vectors(
 
 
 def pad_rows(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, both int64 `[B, L]`."""
+    """Token ids and attention mask, both int64 `[B, L]`, padded to the longest row."""
     longest = max(map(len, rows))
     input_ids = torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)

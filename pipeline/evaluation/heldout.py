@@ -1,8 +1,8 @@
-"""Held-out relation loss of finished students against a teacher: what was distilled, measured without fine-tuning.
+"""Held-out relation loss of finished students against a teacher: measures what was distilled, without fine-tuning.
 
 In: encoders, a teacher and the shards. Out: per model the mean loss per language on rows that its training never saw.
-Which rows these are follows from row length, rows per language and languages; these, the teacher's layer and the
-relations are by default those of the students' `lineage.json`. Used by `pipeline evaluate`.
+Row length, rows per language and languages determine these rows. By default they, the teacher's layer and the relations
+are those of the students' `lineage.json`.
 """
 
 from __future__ import annotations
@@ -27,57 +27,55 @@ from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder, load_encoder, split_name
 from pipeline.evaluation.languages import choose_languages, left_out_line
 from pipeline.evaluation.ranks import Ranks
-from pipeline.evaluation.training_metadata import DEFAULTS, trained_as
+from pipeline.evaluation.tables import markdown_table, text_table
+from pipeline.evaluation.task import Panel, Results, Task
+from pipeline.evaluation.training_metadata import DEFAULTS, training_metadata
 from pipeline.recipe.ranges import LARGEST_BATCH, LARGEST_WEIGHT, LONGEST_ROW, check_ranges
 from pipeline.training.identity import WEIGHTS, weights_hash
 
 
 @dataclass
 class HeldoutConfig:
-    """Whose relations are compared on which text. None: as the students were trained, else `trained_as.DEFAULTS`."""
+    """Whose relations are compared on which text. None: as the students were trained, else `DEFAULTS`."""
 
-    teacher: str = ""  # DIR_OR_HUB_NAME; its layer is the one that was distilled, unless it is named: @LAYER
+    teacher: str = ""  # DIR_OR_HUB_NAME or DIR_OR_HUB_NAME@LAYER; without a layer, the layer that was distilled
     data: str = "artifacts/shards"  # output directory of `python -m data_prep prepare`
     heads: int | None = None  # relation heads
     pairs: dict[str, float] | None = None  # relations and their weights, as the recipe's relations.pairs
     after_rotary: bool | None = None  # as the recipe's relations.after_rotary
-    seq_len: int | None = None
+    seq_len: int | None = None  # tokens per row
     heldout_rows: int | None = None  # per language, at most a tenth of the language
     languages: list[str] | None = None
     documents: Literal["joined", "separate"] | None = None  # separate: as the recipe's key
-    batch_size: int = 8
+    batch_size: int = 8  # rows per forward
 
     def __post_init__(self) -> None:
         limits = {"heads": (1, 2**16), "pairs": (0, LARGEST_WEIGHT), "heldout_rows": (1, 10**9)}
         check_ranges(self, "heldout", {**limits, "batch_size": (1, LARGEST_BATCH), "seq_len": (3, LONGEST_ROW)})
-        if self.batch_size < 1 or (self.heldout_rows or 1) < 1 or (self.seq_len or 3) < 3:
-            raise UserError(
-                "heldout.batch_size and heldout.heldout_rows must be at least 1, heldout.seq_len at least 3"
-            )
 
 
 def check_input(config: HeldoutConfig) -> None:
-    """What can be known before any model is loaded."""
+    """Raise a `UserError` for what is wrong before any model is loaded."""
     if not config.teacher:
         raise UserError(
             "the task heldout compares with a teacher: add --teacher artifacts/teacher (or another, or NAME@19)"
         )
     if not Path(config.data).is_dir():
         raise UserError(
-            f"there are no shards at {config.data}. Name the students' own: --data SHARDS, or make them: "
+            f"shards not found at {config.data}. Name the shards of the students: --data SHARDS, or make them: "
             f"python -m data_prep prepare --input samples/cc100 --tokenizer {config.teacher} --output {config.data}"
         )
 
 
 def evaluate_heldout(encoders: list[Encoder], config: HeldoutConfig, ranks: Ranks) -> dict[str, dict[str, Any]]:
-    """Per model: loss per language and its mean over languages. All ranks call it together and share the rows out."""
+    """Per model: loss per language and its mean over languages. All ranks call it together; each does a share of the rows."""
     chosen = settings_of(encoders, config)
     shards = ShardSet(Path(config.data))
     languages = choose_languages(shards.languages, config.languages, encoders, "heldout.languages", "shards")
     chosen["languages"] = languages.chosen
     options = BatchOptions(
         seq_len=chosen["seq_len"],
-        alpha=1.0,  # how training mixes languages; the held-out rows do not depend on it
+        alpha=1.0,  # the held-out rows do not depend on how training mixes languages
         seed=0,
         heldout_rows=chosen["heldout_rows"],
         languages=chosen["languages"],
@@ -114,8 +112,8 @@ def evaluate_heldout(encoders: list[Encoder], config: HeldoutConfig, ranks: Rank
 
 
 def warn_of_other_teachers(encoders: list[Encoder], teacher: Encoder) -> None:
-    """Another teacher than a student's own may be asked for; that its loss never was trained for is said."""
-    own = {encoder.name: trained_as(encoder.path).get("identity", {}).get(WEIGHTS) for encoder in encoders}
+    """Warn where a student was trained with another teacher than the one that it is compared with."""
+    own = {encoder.name: training_metadata(encoder.path).get("identity", {}).get(WEIGHTS) for encoder in encoders}
     if not any(own.values()):
         return
     given = weights_hash(read_model(teacher.path))
@@ -130,8 +128,12 @@ def warn_of_other_teachers(encoders: list[Encoder], teacher: Encoder) -> None:
 
 
 def settings_of(encoders: list[Encoder], config: HeldoutConfig) -> dict[str, Any]:
-    """What is measured on which rows: as set, else as all students with a lineage were trained."""
-    trained = {encoder.name: found for encoder in encoders if (found := trained_as(encoder.path))}
+    """What is measured on which rows: as set, else as all students with a lineage were trained.
+
+    Raises:
+        UserError: the students were trained with different values and none is set
+    """
+    trained = {encoder.name: found for encoder in encoders if (found := training_metadata(encoder.path))}
     named = {**{key: getattr(config, key, None) for key in DEFAULTS}, "teacher_layer": split_name(config.teacher)[1]}
     settings = {}
     for key, default in DEFAULTS.items():
@@ -140,14 +142,14 @@ def settings_of(encoders: list[Encoder], config: HeldoutConfig) -> dict[str, Any
         if named[key] is None and any(value != values[0] for value in values):
             how = "--teacher TEACHER@LAYER" if key == "teacher_layer" else f"--set heldout.{key}=..."
             raise UserError(
-                f"{', '.join(trained)} were trained with different `{key}`, so their held-out losses cannot stand beside each "
-                f"other. Evaluate them one by one, or choose with {how} (another choice of rows may hold some that were seen)"
+                f"{', '.join(trained)} were trained with different `{key}`, so their held-out losses cannot be "
+                f"compared. Evaluate them one by one, or choose with {how} (other rows may include some that training saw)"
             )
     return settings
 
 
 def _load_teacher(name: str, layer: int | None) -> Encoder:
-    """At the layer that the students were distilled from; None: the last."""
+    """Load the teacher and read its layer `layer`; None: its last layer."""
     teacher = load_encoder(name, layer)
     if layer is None:
         teacher.values_layer = teacher.model.config.num_hidden_layers
@@ -155,27 +157,58 @@ def _load_teacher(name: str, layer: int | None) -> Encoder:
 
 
 def _check_fit(encoder: Encoder, source: BatchSource, data: str) -> None:
-    """Shards hold token ids: every model must have been made for the very tokenizer behind them."""
+    """Raise a `UserError` unless the model has the tokenizer that the shards were made with."""
     check_vocabulary(encoder.model, source.shards.vocab_size, data)
     if tokenizer_sha256(encoder.path) != source.shards.tokenizer_sha256:
         raise UserError(
             f"the shards in {data} were made with another tokenizer than {deciding_file(encoder.path)}. Prepare shards with "
-            "this one, or leave the model out"
+            "this tokenizer, or leave the model out"
         )
     encoder.check_max_length(source.seq_len, "heldout.seq_len")
 
 
-def heldout_table(results: dict[str, dict[str, Any]]) -> str:
+def heldout_table(results: Results) -> str:
     """One row per model: relation loss per language and the mean."""
     first = next(iter(results.values()))
-    width = max(len("model"), *map(len, results))
-    titles = [*first["per_language"], "mean"]
-    lines = [
+    title = (
         f"held-out relation loss against {first['teacher']}, layer {first['teacher_layer']}, {first['heads']} heads "
         "(lower is better)"
+    )
+    languages = first["per_language"]
+    columns = [">9"] * (len(languages) + 1)
+    return text_table(title, ["model", *languages, "mean"], _rows(results, 4), columns, [left_out_line(results)])
+
+
+def _rows(results: Results, digits: int) -> list[list[str]]:
+    """Model, loss per language, mean."""
+    return [
+        [name, *(f"{loss:z.{digits}f}" for loss in (*result["per_language"].values(), result["mean"]))]
+        for name, result in results.items()
     ]
-    lines.append(f"{'model':<{width}}" + "".join(f"{title:>9}" for title in titles))
-    for name, result in results.items():
-        figures = [*result["per_language"].values(), result["mean"]]
-        lines.append(f"{name:<{width}}" + "".join(f"{figure:z9.4f}" for figure in figures))
-    return "\n".join([*lines, *filter(None, [left_out_line(results)])])
+
+
+def _card(results: Results) -> str:
+    languages = next(iter(results.values()))["per_language"]
+    return markdown_table(["relation loss, lower is better", *languages, "mean"], _rows(results, 3))
+
+
+def _panels(results: Results) -> list[Panel]:
+    values = {model: {**result["per_language"], "mean": result["mean"]} for model, result in results.items()}
+    return [Panel("held-out relation loss (lower is better)", values)]
+
+
+TASK = Task(
+    name="heldout",
+    settings=HeldoutConfig,
+    check=check_input,
+    evaluate=lambda encoders, settings, ranks, directory: evaluate_heldout(encoders, settings, ranks),
+    table=heldout_table,
+    panels=_panels,
+    card=_card,
+    options={
+        "teacher": ("MODEL", "the teacher that heldout compares with"),
+        "data": ("SHARDS", "the shards that heldout reads"),
+    },
+    shared=True,
+    place=10,
+)

@@ -1,7 +1,7 @@
-"""Which languages a task is measured in: by default those that every student was trained on and has the vocabulary for; and which ones are left out.
+"""Chooses the languages that a task is measured in: by default those that every student was trained on and has the vocabulary for.
 
 In: the languages that a task has data of, those that the user named, the encoders with their lineages. Out: the chosen
-ones, and for every other one why it is not in the table. Used by all tasks that have languages, the card and the report.
+languages, and for every other language the reason why it is not in the table.
 """
 
 from __future__ import annotations
@@ -15,13 +15,17 @@ from pipeline.evaluation.encoder import Encoder
 from pipeline.evaluation.tatoeba import SHORT_CODES
 from pipeline.evaluation.training_metadata import languages_of
 
-OTHER_SCRIPTS = ("rom", "roman", "zaw")  # CC-100's hi_rom, ur_roman, my_zaw: not what hi, ur and my are tested in
-NORWEGIAN = ("nb", "nn")  # CC-100's `no` holds both
+OTHER_SCRIPTS = (
+    "rom",
+    "roman",
+    "zaw",
+)  # CC-100's hi_rom, ur_roman, my_zaw: tests of hi, ur and my are in other scripts
+NORWEGIAN = ("nb", "nn")  # CC-100's `no` contains both
 
 
 @dataclass(frozen=True)
 class Languages:
-    """`left_out`: language -> reason."""
+    """The languages of a task. `left_out`: language -> reason."""
 
     chosen: list[str]
     left_out: dict[str, str]
@@ -30,9 +34,15 @@ class Languages:
 def choose_languages(
     available: Sequence[str], named: Sequence[str] | None, encoders: Sequence[Encoder], setting: str, data: str
 ) -> Languages:
-    """`named` as they are; else those of `available` that every encoder with a lineage was trained on.
+    """The named languages; without names, those of `available` that every encoder with a lineage was trained on.
 
-    `setting` is the key that names others, `data` what there is none of in languages that are left out ("pairs").
+    Args:
+        available: languages that the task has data of
+        setting: the key with which a user names languages, for messages
+        data: what the task has no data of in the languages that are left out, for messages ("pairs")
+
+    Raises:
+        UserError: no language is left
     """
     trained = {encoder.name: found for encoder in encoders if (found := languages_of(encoder.path))}
     left_out: dict[str, str] = {}
@@ -40,13 +50,13 @@ def choose_languages(
         if named:
             if language not in named:
                 left_out[language] = f"not in {setting}"
-        elif strangers := [name for name, known in trained.items() if not covers(known, language)]:
-            left_out[language] = f"not a language of {', '.join(strangers)}"
+        elif untrained_in := [name for name, known in trained.items() if not covers(known, language)]:
+            left_out[language] = f"not a language of {', '.join(untrained_in)}"
     chosen = list(named or [language for language in available if language not in left_out])
     if not chosen:
         raise UserError(
-            f"none of the languages {', '.join(available)} is one that all of {', '.join(trained)} were trained on and have the vocabulary for. To measure one all "
-            f"the same: --set '{setting}=[{available[0]}]'"
+            f"none of the languages {', '.join(available)} is one that all of {', '.join(trained)} were trained on and have "
+            f"the vocabulary for. To measure one anyway: --set '{setting}=[{available[0]}]'"
         )
     for language in dict.fromkeys(language for known in trained.values() for language in known):
         if not any(covers([language], other) for other in [*available, *chosen]):
@@ -55,12 +65,12 @@ def choose_languages(
 
 
 def covers(trained: Iterable[str], language: str) -> bool:
-    """Whether one of the languages of a training is this one, whichever code names it (zh, zh-Hans, cmn)."""
+    """Whether the languages of a training include this one under any of its codes (zh, zh-Hans, cmn)."""
     return bool({form for known in trained for form in _forms(known)} & _forms(language))
 
 
 def _forms(language: str) -> set[str]:
-    """A language's own name and its main code."""
+    """A language's full code and its main code."""
     code = SHORT_CODES.get(language, language)
     main, _, rest = code.replace("_", "-").partition("-")
     if rest.lower() in OTHER_SCRIPTS:
@@ -70,7 +80,7 @@ def _forms(language: str) -> set[str]:
 
 
 def left_out_line(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """One line for below a table: the languages that no model was measured in, by reason; empty if there are none."""
+    """The line below a table with the languages that were not measured, by reason; empty if there are none."""
     reasons: dict[str, list[str]] = {}
     for language, reason in {
         x: y for result in results.values() for x, y in result.get("left_out", {}).items()

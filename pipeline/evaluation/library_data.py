@@ -1,11 +1,13 @@
-"""Tables of the `datasets` library for evaluation: rows of data files, never a script and nothing that is unpickled.
+"""Loads tables through the `datasets` library without running a script and without unpickling.
 
-The library runs no script of a data set since its version 4; older ones asked or ran it, and its tar reader unpickles
-tensors. So a table is loaded by one of the readers named here, or refused.
+Versions of the library before 4 ask about a data set's script or run it, and its tar reader unpickles tensors. So only
+the readers in `READERS` are accepted.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from pipeline.errors import UserError
@@ -13,21 +15,40 @@ from pipeline.errors import UserError
 READERS = ("arrow", "csv", "json", "parquet", "text")
 
 
+@contextlib.contextmanager
+def library_errors(name: str, otherwise: str) -> Iterator[None]:
+    """Turn the library's own errors into a `UserError`. `otherwise`: what to do without the library."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{name} cannot be read by the datasets library ({' '.join(str(error).split())[:300]}). It needs the network "
+            f"once; or {otherwise}"
+        ) from None
+
+
 def load_table(name: str, config: str | None, split: str) -> Any:
-    """One split. `OSError` and `ValueError` are the library's own; scripts and other readers are a `UserError`."""
-    import datasets  # slow to import, and only this way of reading needs it
+    """Load one split.
+
+    Raises:
+        UserError: the data set has a script or needs another reader
+        OSError, ValueError: the library's own errors (`library_errors`)
+    """
+    import datasets  # slow to import, and only needed here
 
     try:
         builder = datasets.load_dataset_builder(name, config)
     except RuntimeError as error:  # "Dataset scripts are no longer supported"
         raise UserError(
-            f"{name} cannot be read by the datasets library ({error}); take one that consists of data files"
+            f"{name} cannot be read by the datasets library ({error}). Name a data set that consists of data files"
         ) from None
     reader = type(builder).__module__.split(".")[-1]
     if not type(builder).__module__.startswith("datasets.packaged_modules.") or reader not in READERS:
         raise UserError(
-            f"{name} is read by `{reader}` of the datasets library; only {', '.join(READERS)} are taken here, which run no code and "
-            "unpickle nothing. Save it as one of these"
+            f"{name} is read by `{reader}` of the datasets library; only {', '.join(READERS)} are accepted, because they run no "
+            "code and unpickle nothing. Save it in one of these formats"
         )
     builder.download_and_prepare()
     return builder.as_dataset(split=split)

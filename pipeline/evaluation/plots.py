@@ -1,39 +1,29 @@
-"""One picture of an evaluation: a panel of bars per task and measure, the models side by side in each.
+"""Draws the figures of an evaluation: one panel of bars per task and measure, with the models next to each other.
 
-In: the `tasks` of evaluation.json. Out: a PNG beside it. Used by `pipeline evaluate` after the last task.
+In: the `tasks` of evaluation.json. Out: a PNG file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-Results = dict[str, dict[str, Any]]
+from pipeline.evaluation.task import NAME_LENGTH, Panel, Results, tasks
+
 PANEL_INCHES = 2.6
-INCHES_PER_GROUP = 0.55  # a group is the bars of all models at one place of the axis
-NAME_LENGTH = 40
+INCHES_PER_GROUP = 0.55  # a group is the bars of all models at one label of the x axis
 
 
-@dataclass(frozen=True)
-class Panel:
-    """`values`: model -> label on the axis -> height."""
-
-    title: str
-    values: dict[str, dict[str, float]]
-
-
-def draw(tasks: dict[str, Results], path: Path) -> None:
+def draw(results_by_task: dict[str, Results], path: Path) -> None:
     """Write the picture."""
-    picture_of(tasks).savefig(path, dpi=120, metadata={"Software": None})
+    picture_of(results_by_task).savefig(path, dpi=120, metadata={"Software": None})
 
 
-def picture_of(tasks: dict[str, Results]) -> Figure:
-    """One panel below the other, in the tasks' order."""
-    panels = [panel for task, results in tasks.items() for panel in PANELS[task](results)]
+def picture_of(results_by_task: dict[str, Results]) -> Figure:
+    """The panels of all tasks, one below the other."""
+    panels = [panel for name, results in results_by_task.items() for panel in tasks()[name].panels(results)]
     groups = max(len(next(iter(panel.values.values()))) for panel in panels)
     models = len(panels[0].values)
     width = max(7.0, groups * max(INCHES_PER_GROUP, 0.25 * models))
@@ -46,7 +36,7 @@ def picture_of(tasks: dict[str, Results]) -> Figure:
 
 
 def _bars(axes: Any, panel: Panel) -> None:
-    """Missing values leave a gap."""
+    """Draw one panel. A missing value leaves a gap."""
     labels = list(dict.fromkeys(label for values in panel.values.values() for label in values))
     share = 0.8 / len(panel.values)
     for number, (model, values) in enumerate(panel.values.items()):
@@ -59,72 +49,3 @@ def _bars(axes: Any, panel: Panel) -> None:
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _heldout(results: Results) -> list[Panel]:
-    values = {model: {**result["per_language"], "mean": result["mean"]} for model, result in results.items()}
-    return [Panel("held-out relation loss (lower is better)", values)]
-
-
-def _retrieval(results: Results) -> list[Panel]:
-    panels = []
-    for pooling in next(iter(results.values()))["mean"]:
-        values = {
-            model: {
-                **{x: pair[pooling]["mean"] for x, pair in result["per_pair"].items()},
-                "mean": result["mean"][pooling],
-            }
-            for model, result in results.items()
-        }
-        panels.append(Panel(f"retrieval accuracy, pooled from {pooling}", values))
-    return panels
-
-
-def _sts(results: Results) -> list[Panel]:
-    values = {
-        model: {
-            f"{Path(file).stem}: {pooling}": figure
-            for file, poolings in {**result["per_file"], "mean": result["mean"]}.items()
-            for pooling, figure in poolings.items()
-        }
-        for model, result in results.items()
-    }
-    return [Panel("semantic textual similarity, Spearman correlation", values)]
-
-
-def _xnli(results: Results) -> list[Panel]:
-    return [
-        Panel(
-            "XNLI accuracy in per cent, zero-shot but for the language of training", _by_language(results, "accuracy")
-        )
-    ]
-
-
-def _mlqa(results: Results) -> list[Panel]:
-    titles = {"f1": "F1", "exact_match": "exact match"}
-    return [Panel(f"MLQA, {title} in per cent", _by_language(results, key)) for key, title in titles.items()]
-
-
-def _by_language(results: Results, measure: str) -> dict[str, dict[str, float]]:
-    return {
-        model: {**{x: scores[measure] for x, scores in result["test"].items()}, "average": result["mean"][measure]}
-        for model, result in results.items()
-    }
-
-
-def _speed(results: Results) -> list[Panel]:
-    first = next(iter(results))
-    return [
-        Panel(f"sentences per second, times {first[-NAME_LENGTH:]}", {m: r["times_first"] for m, r in results.items()}),
-        Panel("megabytes of weights", {model: {"": result["megabytes"]} for model, result in results.items()}),
-    ]
-
-
-PANELS: dict[str, Callable[[Results], list[Panel]]] = {
-    "heldout": _heldout,
-    "retrieval": _retrieval,
-    "sts": _sts,
-    "xnli": _xnli,
-    "mlqa": _mlqa,
-    "speed": _speed,
-}

@@ -1,7 +1,7 @@
-"""Where an evaluation runs: alone, or as one of several ranks that share its work.
+"""The ranks of an evaluation: one process, or several that share its work.
 
-In: the launcher's environment. Out: `Ranks`, whose collectives do nothing when there is one rank, so that plain
-`python -m pipeline evaluate` forms no process group. Used by the tasks that fine-tune or go through shards.
+In: the launcher's environment. Out: `Ranks`. With one rank its collectives do nothing, so a plain
+`python -m pipeline evaluate` needs no process group.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from pipeline.runtime import dist
 from pipeline.runtime.allotment import check_allotted_gpus
 
-# Ranks wait for rank 0 while it does what cannot be shared (retrieval, speed); a dead rank ends the job through its launcher.
+# Ranks wait for rank 0 while it runs the tasks that are not shared (retrieval, speed). If a rank dies, its launcher ends the job.
 COLLECTIVE_TIMEOUT_S = 4 * 3600.0
 
 
@@ -23,14 +23,14 @@ Ranks = dist.Launch
 
 
 def alone() -> Ranks:
-    """One process, on the GPU if there is one. Raises `UserError` where Slurm has allotted some and torch sees none."""
+    """One process, on the GPU if there is one. Raises `UserError` where Slurm has allotted GPUs and torch sees none."""
     check_allotted_gpus()
     return Ranks(0, 1, 0, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """The ranks that a launcher started together; alone without a launcher."""
+    """The ranks that a launcher started together, or one rank without a launcher."""
     started = max(dist.number_in(os.environ, name, 1) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
     if started == 1:
         yield alone()

@@ -1,7 +1,6 @@
-"""`evaluation.json`: what was measured of one set of models, task by task. A later evaluation of the same models joins it.
+"""`evaluation.json`: the figures of one set of models, task by task. A later evaluation of the same models is added to it.
 
-In: a task's results with its settings, and which models they are of. Out: the file, whole at every moment. Used by
-`pipeline evaluate`; the model card and the report read it.
+In: the results of a task, its settings, and which models they are of. Out: the file, complete at every moment.
 """
 
 from __future__ import annotations
@@ -20,24 +19,29 @@ OTHER_MODELS_FILE = "evaluation.old.json"
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What the file holds; nothing if there is none."""
+    """The content of the file; an empty dictionary if there is no file."""
     if not path.is_file():
         return {}
     try:
         report = read_json(path)
         if not isinstance(report["tasks"], dict):
-            raise ValueError("`tasks` is no mapping")
+            raise ValueError("`tasks` is not a mapping")
         return report
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no evaluation ({error}). Move it away, or name another --output.") from None
+        raise UserError(f"{path} is not an evaluation ({error}). Move it away, or name another --output.") from None
 
 
 def add(path: Path, models: dict[str, Any], task: str, results: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Put one task's results into the file, in the place of earlier ones of that task.
+    """Write one task's results into the file; earlier results of that task are replaced.
 
-    `models` are names with what identifies each. Figures of other models (or of the same names with other weights) would
-    stand beside these as if they belonged together, so that file gets another name first. It is read anew each time, as
-    another job may have added a task meanwhile.
+    A file with figures of other models, or of the same names with other weights, is renamed first. The file is read
+    again each time, because another job may have added a task meanwhile.
+
+    Args:
+        models: name -> what identifies the model
+
+    Raises:
+        DivergedRunError: a figure is not finite
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with own_when_free(lock_beside(path), str(path)):
@@ -60,6 +64,6 @@ def _add(path: Path, models: dict[str, Any], task: str, results: dict[str, Any],
     except ValueError:
         raise DivergedRunError(
             f"{task} gave figures that are not finite, so they were not written: the weights of one of {', '.join(models)} "
-            "hold NaN or infinity"
+            "have NaN or infinity"
         ) from None
     replace_file(path, text + "\n")

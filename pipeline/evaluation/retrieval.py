@@ -1,8 +1,7 @@
-"""Cross-lingual retrieval: does a sentence's nearest neighbour in the other language mean the same?
+"""Cross-lingual retrieval: how often a sentence's nearest neighbour in the other language is its translation.
 
-In: an encoder and a directory of `en-XX.tsv` files with columns English, XX, source, key, or of `tatoeba.xxx-eng.*`
-files. Out: accuracy in both directions per language pair and their mean, for each way of pooling. Used by `pipeline
-evaluate` and by the demo.
+In: encoders and a directory of `en-XX.tsv` files (columns English, XX, source, key) or of `tatoeba.xxx-eng.*` files.
+Out: accuracy in both directions per language pair and their mean, for each pooling.
 """
 
 from __future__ import annotations
@@ -17,7 +16,9 @@ import torch
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import POOLINGS, Encoder, sentence_vectors
 from pipeline.evaluation.languages import Languages, choose_languages, left_out_line
-from pipeline.evaluation.tatoeba import SHORT_CODES, read_line_pairs, tatoeba_files
+from pipeline.evaluation.tables import markdown_table, text_table
+from pipeline.evaluation.task import Panel, Results, Task
+from pipeline.evaluation.tatoeba import SHORT_CODES, read_line_pairs, read_text, tatoeba_files
 from pipeline.recipe.ranges import LARGEST_BATCH, LARGEST_INT, LONGEST_ROW, check_ranges
 
 Pairs = list[tuple[str, str]]
@@ -30,23 +31,20 @@ class RetrievalConfig:
 
     pairs: str = "samples/parallel"  # directory with en-XX.tsv or tatoeba.xxx-eng.* files
     languages: list[str] | None = None  # None: every file of the directory; de and deu name the same Tatoeba files
-    max_pairs: int = 120  # the first so many pairs of each file
+    max_pairs: int = 120  # at most this many pairs of each file, from its start
     max_length: int = 128  # tokens; longer sentences are cut
-    batch_size: int = 32  # sentences encoded at once
+    batch_size: int = 32  # sentences per forward
     prefix: str = ""  # put before every sentence, for encoders that were trained with one
 
     def __post_init__(self) -> None:
-        for name, least in (("max_pairs", 2), ("max_length", 3), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"retrieval.{name} is {getattr(self, name)}; it must be at least {least}")
         limits = {"max_pairs": (2, LARGEST_INT), "max_length": (3, LONGEST_ROW), "batch_size": (1, LARGEST_BATCH)}
         check_ranges(self, "retrieval", limits)
 
 
 def read_pairs(config: RetrievalConfig) -> dict[str, Pairs]:
-    """Language -> (English, other) sentences."""
+    """Read the pairs of all chosen languages: language -> (English, other) sentences."""
     directory = Path(config.pairs)
-    tables, line_files = _files(directory)
+    tables, line_files = _files(directory), tatoeba_files(directory)
     known = known_languages(config)
     languages = config.languages or known
     if line_files:
@@ -66,24 +64,23 @@ def read_pairs(config: RetrievalConfig) -> dict[str, Pairs]:
 
 
 def known_languages(config: RetrievalConfig) -> list[str]:
-    """Every language that the directory has pairs of."""
+    """All languages of which the directory has pairs."""
     directory = Path(config.pairs)
-    tables, line_files = _files(directory)
-    if not tables and not line_files:
+    found = {*_files(directory), *tatoeba_files(directory)}
+    if not found:
         raise UserError(_nothing_in(directory))
-    return sorted({*tables, *line_files})
+    return sorted(found)
 
 
-def _files(directory: Path) -> tuple[dict[str, Path], dict[str, tuple[Path, Path]]]:
-    tables = {path.stem.removeprefix("en-"): path for path in sorted(directory.glob("en-*.tsv"))}
-    return tables, tatoeba_files(directory)
+def _files(directory: Path) -> dict[str, Path]:
+    return {path.stem.removeprefix("en-"): path for path in sorted(directory.glob("en-*.tsv"))}
 
 
 def _nothing_in(directory: Path) -> str:
     if list(directory.glob("*-en.en")):
         return (
-            f"{directory} holds Tatoeba as XTREME hands it out, with the English lines sorted so that they are no longer "
-            "translations of their neighbours. Name the directory of the tatoeba.xxx-eng.xxx files that XTREME's script "
+            f"{directory} holds Tatoeba as XTREME distributes it: the English lines are sorted, so line n is no longer the "
+            "translation of line n. Name the directory of the tatoeba.xxx-eng.xxx files that XTREME's script "
             "downloads (LASER, data/tatoeba/v1): --set retrieval.pairs=DIR"
         )
     return (
@@ -93,24 +90,21 @@ def _nothing_in(directory: Path) -> str:
 
 
 def read_pairs_file(path: Path, max_pairs: int) -> Pairs:
-    """The first `max_pairs` pairs of one file."""
+    """Read the first `max_pairs` pairs of one `en-XX.tsv` file."""
     pairs: Pairs = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}). Convert it first.") from None
+    lines = read_text(path).rstrip("\n").split("\n")
     width = lines[0].count("\t") + 1
     for number, line in enumerate(lines[:max_pairs], start=1):
         columns = [column.strip() for column in line.split("\t")]
         if number == 1 and columns[0].casefold() in HEADER_NAMES:
             raise UserError(
-                f"{path}, line 1, looks like a header: {line[:60]!r}. These files have none: English, a tab, the translation, "
-                "further columns. Delete that line."
+                f"{path}, line 1, looks like a header: {line[:60]!r}. These files have no header: English, a tab, the "
+                "translation, further columns. Delete that line."
             )
         if len(columns) > width:
             raise UserError(
                 f"{path}, line {number}: {len(columns)} column(s), line 1 has {width}: {line[:60]!r}. A tab within a sentence "
-                "moves the columns behind it. Correct or delete that line."
+                "moves the columns after it. Correct or delete that line."
             )
         if len(columns) < 2 or not columns[0] or not columns[1]:
             raise UserError(
@@ -123,12 +117,17 @@ def read_pairs_file(path: Path, max_pairs: int) -> Pairs:
 
 def _enough(pairs: Pairs, path: Path) -> Pairs:
     if len(pairs) < 2:
-        raise UserError(f"{path} holds {len(pairs)} pair(s); retrieval needs at least 2 to choose between.")
+        raise UserError(f"{path} holds {len(pairs)} pair(s); retrieval needs at least 2.")
     return pairs
 
 
 def evaluate_retrieval(encoder: Encoder, config: RetrievalConfig) -> dict[str, Any]:
-    """Accuracy per pair and pooling (`to_english`, `from_english`, `mean`), and the mean over all pairs per pooling."""
+    """Evaluate one encoder.
+
+    Returns:
+        `per_pair`: language -> pooling -> `to_english`, `from_english` and their `mean`, as shares of 1; `mean`: pooling
+        -> mean over the languages; and what was measured how
+    """
     known = known_languages(config)
     left_out = _chosen(known, list(config.languages or known), [encoder]).left_out
     encoder.check_max_length(config.max_length, "retrieval.max_length")
@@ -157,7 +156,7 @@ def evaluate_retrieval(encoder: Encoder, config: RetrievalConfig) -> dict[str, A
 
 
 def evaluate_each(encoders: list[Encoder], config: RetrievalConfig) -> dict[str, dict[str, Any]]:
-    """`evaluate_retrieval` of every model, by the models' names, in languages that all students know."""
+    """`evaluate_retrieval` of every model, by name, in the languages that all students were trained on."""
     languages = _chosen(known_languages(config), config.languages, encoders)
     config = replace(config, languages=languages.chosen)
     return {
@@ -166,14 +165,19 @@ def evaluate_each(encoders: list[Encoder], config: RetrievalConfig) -> dict[str,
 
 
 def _chosen(known: list[str], named: list[str] | None, encoders: list[Encoder]) -> Languages:
-    """English is in every pair."""
+    """As `choose_languages`; English is in every pair, so it is never left out."""
     short = None if named is None else [x if x in known else SHORT_CODES.get(x, x) for x in named]
     found = choose_languages(known, short, encoders, "retrieval.languages", "pairs")
     return Languages(found.chosen, {x: why for x, why in found.left_out.items() if x != "en"})
 
 
 def both_directions(vectors: torch.Tensor, english: list[int], other: list[int]) -> dict[str, float]:
-    """Share of sentences whose nearest neighbour is their translation. Rows may repeat: equal text is equally right."""
+    """Share of sentences whose nearest neighbour by cosine is their translation.
+
+    Args:
+        vectors: unit vectors, `[text, width]`
+        english, other: row of each pair's two sentences; rows may repeat, and any copy of the right text counts
+    """
     cosine = vectors[english] @ vectors[other].T
     english_rows, other_rows = torch.tensor(english), torch.tensor(other)
     from_english = (other_rows[cosine.argmax(dim=1)] == other_rows).float().mean().item()
@@ -181,15 +185,53 @@ def both_directions(vectors: torch.Tensor, english: list[int], other: list[int])
     return {"to_english": to_english, "from_english": from_english, "mean": (to_english + from_english) / 2}
 
 
-def retrieval_table(results: dict[str, dict[str, Any]]) -> str:
+def retrieval_table(results: Results) -> str:
     """One row per model and pooling: accuracy per language pair, both directions averaged, and the mean."""
     languages = list(next(iter(results.values()))["per_pair"])
-    width = max(len("model"), *map(len, results))
-    lines = ["retrieval accuracy, both directions averaged"]
-    lines.append(f"{'model':<{width}}  {'pooled from':<12}" + "".join(f"{x:>9}" for x in [*languages, "mean"]))
-    for name, result in results.items():
-        for pooling in POOLINGS:
-            figures = [result["per_pair"][language][pooling]["mean"] for language in languages]
-            cells = "".join(f"{figure:9.3f}" for figure in [*figures, result["mean"][pooling]])
-            lines.append(f"{name:<{width}}  {pooling:<12}{cells}")
-    return "\n".join([*lines, *filter(None, [left_out_line(results)])])
+    columns = ["<12", *[">9"] * (len(languages) + 1)]
+    header = ["model", "pooled from", *languages, "mean"]
+    return text_table(
+        "retrieval accuracy, both directions averaged", header, _rows(results), columns, [left_out_line(results)]
+    )
+
+
+def _rows(results: Results) -> list[list[str]]:
+    """Model, pooling, accuracy per language, mean."""
+    return [
+        [name, pooling, *(f"{pair[pooling]['mean']:.3f}" for pair in result["per_pair"].values()), f"{mean:.3f}"]
+        for name, result in results.items()
+        for pooling, mean in result["mean"].items()
+    ]
+
+
+def _card(results: Results) -> str:
+    languages = list(next(iter(results.values()))["per_pair"])
+    rows = [[f"{name}, {pooling}", *cells] for name, pooling, *cells in _rows(results)]
+    return markdown_table(["model, pooled from", *languages, "mean"], rows)
+
+
+def _panels(results: Results) -> list[Panel]:
+    """One panel per pooling."""
+    return [
+        Panel(
+            f"retrieval accuracy, pooled from {pooling}",
+            {
+                model: {x: pair[pooling]["mean"] for x, pair in result["per_pair"].items()}
+                | {"mean": result["mean"][pooling]}
+                for model, result in results.items()
+            },
+        )
+        for pooling in next(iter(results.values()))["mean"]
+    ]
+
+
+TASK = Task(
+    name="retrieval",
+    settings=RetrievalConfig,
+    check=read_pairs,
+    evaluate=lambda encoders, settings, ranks, directory: evaluate_each(encoders, settings),
+    table=retrieval_table,
+    panels=_panels,
+    card=_card,
+    place=20,
+)

@@ -1,7 +1,7 @@
-"""How big and how fast: parameters, megabytes, and sentences per second beside the other models of the same command.
+"""Size and speed: parameters, megabytes, and sentences per second compared with the other models of the same command.
 
 In: encoders. Out: per model its size, its speed at every (batch, length), and that speed divided by the first model's.
-The models take turns, so that a machine which slows down for a while slows all of them. Used by `pipeline evaluate`.
+The models are timed in turns, so a machine that slows down for a while slows all of them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from tqdm import tqdm
 
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder
+from pipeline.evaluation.tables import markdown_table, text_table
+from pipeline.evaluation.task import NAME_LENGTH, Panel, Results, Task
 from pipeline.recipe.ranges import LARGEST_BATCH, LONGEST_ROW, check_ranges
 
 
@@ -24,14 +26,14 @@ from pipeline.recipe.ranges import LARGEST_BATCH, LONGEST_ROW, check_ranges
 class SpeedConfig:
     """Which shapes are timed, and for how long."""
 
-    batches: list[int] = field(default_factory=lambda: [1, 32])
+    batches: list[int] = field(default_factory=lambda: [1, 32])  # sentences per forward
     lengths: list[int] = field(default_factory=lambda: [16, 128, 512])  # tokens per sentence
-    rounds: int = 3  # the median of so many turns counts
-    seconds_per_turn: float = 0.5  # a turn is as many forwards as begin within this time
+    rounds: int = 3  # turns per model and shape; the median is the result
+    seconds_per_turn: float = 0.5  # a turn runs as many forwards as start within this time
 
     def __post_init__(self) -> None:
-        if not self.batches or not self.lengths or min(self.batches) < 1 or min(self.lengths) < 3 or self.rounds < 1:
-            raise UserError("speed needs batches of at least 1, lengths of at least 3 tokens and at least 1 round")
+        if not self.batches or not self.lengths:
+            raise UserError("speed.batches and speed.lengths need at least one entry")
         limits = {"batches": (1, LARGEST_BATCH), "lengths": (3, LONGEST_ROW), "rounds": (1, 10**6)}
         check_ranges(self, "speed", {**limits, "seconds_per_turn": (0, 86400)})
 
@@ -67,17 +69,17 @@ def evaluate_speed(encoders: list[Encoder], config: SpeedConfig) -> dict[str, di
 
 
 def check_length(encoder: Encoder, length: int) -> None:
-    """A `UserError` where the model has too few positions for a length."""
+    """Raise a `UserError` where the model has fewer positions than `length` tokens."""
     longest = encoder.max_positions
     if length > longest:
         raise UserError(
-            f"{encoder.name} takes at most {longest} tokens, speed.lengths asks for {length}. "
+            f"{encoder.name} accepts at most {longest} tokens, speed.lengths has {length}. "
             f"Leave it out: --set speed.lengths=[...]"
         )
 
 
 def size_of(encoder: Encoder) -> dict[str, Any]:
-    """Parameters in all and without word embeddings, and megabytes of the weights as they are loaded."""
+    """Number of parameters with and without word embeddings, and megabytes of the weights as loaded."""
     parameters = list(encoder.model.parameters())
     total = sum(parameter.numel() for parameter in parameters)
     return {
@@ -88,7 +90,7 @@ def size_of(encoder: Encoder) -> dict[str, Any]:
 
 
 def forward_of(encoder: Encoder, batch: int, length: int) -> Callable[[], None]:
-    """One forward over random token ids without padding; returns when the device has finished."""
+    """A function that runs one forward over random token ids without padding and returns when the device has finished."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(4, len(encoder.tokenizer), (batch, length), generator=generator).to(encoder.device)
 
@@ -98,12 +100,12 @@ def forward_of(encoder: Encoder, batch: int, length: int) -> Callable[[], None]:
         if ids.is_cuda:
             torch.cuda.synchronize(ids.device)
 
-    forward()  # the first call pays for allocations
+    forward()  # the first call allocates memory, so it is not timed
     return forward
 
 
 def seconds_per_call(forward: Callable[[], None], seconds: float) -> float:
-    """Mean duration over as many calls as begin within `seconds`, at least one."""
+    """Mean duration of the calls that start within `seconds`, at least one."""
     calls, started = 0, time.perf_counter()
     while calls == 0 or time.perf_counter() - started < seconds:
         forward()
@@ -111,15 +113,43 @@ def seconds_per_call(forward: Callable[[], None], seconds: float) -> float:
     return (time.perf_counter() - started) / calls
 
 
-def speed_table(results: dict[str, dict[str, Any]]) -> str:
+def speed_table(results: Results) -> str:
     """One row per model: size, then sentences/s at every batch x length, with the ratio to the first model."""
+    shapes, rows = _rows(results, lambda speed, ratio: f"{speed:.1f} ({ratio:.2f}x)")
+    title = "speed: sentences per second at batch x tokens (and times the first model)"
+    return text_table(title, ["model", "M param", "MB", *shapes], rows, [">10", ">8", *[">17"] * len(shapes)])
+
+
+def _card(results: Results) -> str:
+    shapes, rows = _rows(results, lambda speed, ratio: f"{ratio:.2f}x")
+    return markdown_table(["model; speed as times the first at batch x tokens", "M parameters", "MB", *shapes], rows)
+
+
+def _rows(results: Results, text_of: Callable[[float, float], str]) -> tuple[list[str], list[list[str]]]:
+    """The shapes; and rows of model, size and, for each shape, the text of its speed and of the ratio to the first model."""
     shapes = list(next(iter(results.values()))["sentences_per_second"])
-    width = max(len("model"), *map(len, results))
-    lines = ["speed: sentences per second at batch x tokens (and times the first model)"]
-    lines.append(f"{'model':<{width}}  {'M param':>8}{'MB':>8}" + "".join(f"{shape:>17}" for shape in shapes))
-    for name, result in results.items():
-        cells = "".join(
-            f"{result['sentences_per_second'][shape]:>9.1f} ({result['times_first'][shape]:.2f}x)" for shape in shapes
-        )
-        lines.append(f"{name:<{width}}  {result['parameters'] / 1e6:>8.1f}{result['megabytes']:>8.0f}{cells}")
-    return "\n".join(lines)
+    rows = [
+        [name, f"{result['parameters'] / 1e6:.1f}", f"{result['megabytes']:.0f}"]
+        + [text_of(result["sentences_per_second"][x], result["times_first"][x]) for x in shapes]
+        for name, result in results.items()
+    ]
+    return shapes, rows
+
+
+def _panels(results: Results) -> list[Panel]:
+    first = next(iter(results))
+    return [
+        Panel(f"sentences per second, times {first[-NAME_LENGTH:]}", {m: r["times_first"] for m, r in results.items()}),
+        Panel("megabytes of weights", {model: {"": result["megabytes"]} for model, result in results.items()}),
+    ]
+
+
+TASK = Task(
+    name="speed",
+    settings=SpeedConfig,
+    evaluate=lambda encoders, settings, ranks, directory: evaluate_speed(encoders, settings),
+    table=speed_table,
+    panels=_panels,
+    card=_card,
+    place=60,
+)

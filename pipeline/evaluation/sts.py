@@ -1,7 +1,7 @@
-"""Semantic textual similarity: does the cosine of two sentences' vectors rank pairs as people do?
+"""Semantic textual similarity: how well the cosine of two sentence vectors ranks pairs as people do.
 
-In: an encoder and CSV or TSV files of sentence pairs with a score. Out: Spearman correlation per file, for each way of
-pooling. Columns are found by the names in a header line; without one a file has three. Used by `pipeline evaluate`.
+In: encoders and CSV or TSV files of sentence pairs with a score; columns are found by the names in a header line, and a
+file without a header has exactly three columns. Out: Spearman correlation per file, for each pooling.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import numpy as np
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import POOLINGS, Encoder, sentence_vectors
 from pipeline.evaluation.finetuning.xnli_data import header_positions
+from pipeline.evaluation.tables import markdown_table, text_table
+from pipeline.evaluation.task import Panel, Results, Task
 from pipeline.recipe.ranges import LARGEST_BATCH, LONGEST_ROW, check_ranges
 
 
@@ -29,14 +31,12 @@ class StsConfig:
     files: list[str] = field(default_factory=list)  # .csv or .tsv
     columns: list[str] = field(default_factory=lambda: ["sentence1", "sentence2", "score"])  # names in a header line
     max_length: int = 128  # tokens; longer sentences are cut
-    batch_size: int = 32
+    batch_size: int = 32  # sentences per forward
     prefix: str = ""  # put before every sentence, for encoders that were trained with one
 
     def __post_init__(self) -> None:
         if len(self.columns) != 3:
             raise UserError("sts.columns must name three columns: first sentence, second sentence, score")
-        if self.max_length < 3 or self.batch_size < 1:
-            raise UserError("sts.max_length must be at least 3 and sts.batch_size at least 1")
         check_ranges(self, "sts", {"max_length": (3, LONGEST_ROW), "batch_size": (1, LARGEST_BATCH)})
 
 
@@ -50,7 +50,7 @@ class ScoredPairs:
 
 
 def read_all(config: StsConfig) -> dict[str, ScoredPairs]:
-    """File name -> its pairs."""
+    """Read all files: file name -> its pairs."""
     if not config.files:
         raise UserError(
             "the task sts needs files: --set 'sts.files=[pairs.tsv]' (CSV or TSV; sentence, sentence, score)"
@@ -59,11 +59,11 @@ def read_all(config: StsConfig) -> dict[str, ScoredPairs]:
 
 
 def read_scored_pairs(path: Path, columns: list[str]) -> ScoredPairs:
-    """The pairs of one file; a bad line is named by number."""
+    """Read one file. A bad line raises a `UserError` with its number."""
     if not path.is_file():
-        raise UserError(f"there is no file {path}. Name existing ones: --set 'sts.files=[pairs.tsv]'")
+        raise UserError(f"file {path} not found. Name existing ones: --set 'sts.files=[pairs.tsv]'")
     pairs = ScoredPairs([], [], [])
-    rows = _rows(path)
+    rows = _read_rows(path)
     _, first = next(rows, ("", []))
     header = [name.strip().casefold() for name in first]
     positions, width = [0, 1, 2], len(first)
@@ -87,11 +87,13 @@ def read_scored_pairs(path: Path, columns: list[str]) -> ScoredPairs:
     return pairs
 
 
-def _rows(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """(where, cells) of every line that is not blank. A cell that runs over several lines is refused: it is how one stray
-    quotation mark swallows all pairs up to the next."""
+def _read_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield (where, cells) of every line that is not blank.
+
+    A cell with a line break raises a `UserError`: one stray quotation mark joins all pairs up to the next mark into one cell.
+    """
     with open(path, encoding="utf-8-sig", newline="") as text:
-        # TSV files of this field do not quote: a quotation mark there is part of the sentence
+        # STS files with tabs do not quote: a quotation mark is part of the sentence
         unquoted = path.suffix.lower() == ".tsv"
         rows = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE) if unquoted else csv.reader(text, strict=True)
         before = 0
@@ -99,8 +101,8 @@ def _rows(path: Path) -> Iterator[tuple[str, list[str]]]:
             for row in rows:
                 if rows.line_num > before + 1 and any("\n" in cell or "\r" in cell for cell in row):
                     raise UserError(
-                        f"{path}, lines {before + 1} to {rows.line_num}: a cell with a line break, as a stray quotation mark "
-                        "makes one of all pairs up to the next mark. Double the quotation marks within a quoted cell, or write "
+                        f"{path}, lines {before + 1} to {rows.line_num}: a cell with a line break. A stray quotation mark "
+                        "joins all pairs up to the next mark. Double the quotation marks within a quoted cell, or write "
                         "the file tab-separated and unquoted, as .tsv."
                     )
                 before = rows.line_num
@@ -116,12 +118,12 @@ def _rows(path: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _check_columns(first: list[str], columns: list[str], path: Path) -> None:
-    """Without a header only three columns are known by their places."""
+    """Without a header the columns are known only if there are exactly three."""
     if len(first) != 3:
         raise UserError(
             f"{path}, line 1: {len(first)} columns and no header with {', '.join(columns)}: {_shown(first)}. Add a header line "
-            "with these names, name the header's own with --set 'sts.columns=[FIRST, SECOND, SCORE]', or leave sentence, "
-            "sentence, score alone in the file (tabs separate columns in a .tsv, commas in any other file)."
+            "with these names, give the names of your header with --set 'sts.columns=[FIRST, SECOND, SCORE]', or keep only "
+            "sentence, sentence, score in the file (tabs separate columns in a .tsv, commas in any other file)."
         )
 
 
@@ -137,8 +139,8 @@ def _add(pairs: ScoredPairs, row: list[str], positions: list[int], where: str) -
         score = math.nan
     if not cells[0] or not cells[1] or not math.isfinite(score):
         raise UserError(
-            f"{where}: expected sentence, sentence, number; got {_shown(cells)}. Correct or delete that line; a header's own "
-            "names are set with --set 'sts.columns=[FIRST, SECOND, SCORE]'."
+            f"{where}: expected sentence, sentence, number; got {_shown(cells)}. Correct or delete that line. "
+            "For a header with other names: --set 'sts.columns=[FIRST, SECOND, SCORE]'."
         )
     pairs.first.append(cells[0])
     pairs.second.append(cells[1])
@@ -159,6 +161,7 @@ def evaluate_sts(encoders: list[Encoder], config: StsConfig) -> dict[str, dict[s
 
 
 def score_file(encoder: Encoder, pairs: ScoredPairs, config: StsConfig) -> dict[str, float]:
+    """Pooling -> Spearman correlation of the cosines and the scores of one file."""
     texts = [config.prefix + text for text in pairs.first + pairs.second]
     vectors, _ = sentence_vectors(encoder, texts, config.max_length, config.batch_size)
     half = len(pairs.first)
@@ -166,33 +169,70 @@ def score_file(encoder: Encoder, pairs: ScoredPairs, config: StsConfig) -> dict[
     for pooling, rows in vectors.items():
         cosines = (rows[:half] * rows[half:]).sum(dim=1).numpy()
         if len(np.unique(cosines)) < 2:
-            print(f"warning: {encoder.name}, {pooling}: all pairs are equally alike, no ranking: 0", file=sys.stderr)
+            print(
+                f"warning: {encoder.name}, {pooling}: all pairs are equally alike, so there is no ranking and the correlation is 0",
+                file=sys.stderr,
+            )
         found[pooling] = spearman(cosines, np.array(pairs.scores))
     return found
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Correlation of the ranks; equal values share the mean of their ranks. Where all are equal nothing is ranked: 0."""
+    """Spearman's correlation: Pearson's correlation of the ranks. It is 0 if all values of one side are equal."""
     if len(np.unique(a)) < 2 or len(np.unique(b)) < 2:
         return 0.0
     return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1; equal values get the mean of their ranks."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[inverse]
 
 
-def sts_table(results: dict[str, dict[str, Any]]) -> str:
+def sts_table(results: Results) -> str:
     """One row per model and pooling: Spearman correlation per file and the mean."""
-    files = list(next(iter(results.values()))["per_file"])
-    width = max(len("model"), *map(len, results))
-    titles = [*(Path(name).stem[-16:] for name in files), "mean"]
-    lines = ["semantic textual similarity, Spearman correlation"]
-    lines.append(f"{'model':<{width}}  {'pooled from':<12}" + "".join(f"{title:>18}" for title in titles))
-    for name, result in results.items():
-        for pooling in POOLINGS:
-            figures = [*(result["per_file"][file][pooling] for file in files), result["mean"][pooling]]
-            lines.append(f"{name:<{width}}  {pooling:<12}" + "".join(f"{figure:18.3f}" for figure in figures))
-    return "\n".join(lines)
+    files = next(iter(results.values()))["per_file"]
+    header = ["model", "pooled from", *(Path(name).stem[-16:] for name in files), "mean"]
+    columns = ["<12", *[">18"] * (len(files) + 1)]
+    return text_table("semantic textual similarity, Spearman correlation", header, _rows(results), columns)
+
+
+def _rows(results: Results) -> list[list[str]]:
+    """Model, pooling, correlation per file, mean."""
+    return [
+        [name, pooling, *(f"{file[pooling]:.3f}" for file in result["per_file"].values()), f"{mean:.3f}"]
+        for name, result in results.items()
+        for pooling, mean in result["mean"].items()
+    ]
+
+
+def _card(results: Results) -> str:
+    files = next(iter(results.values()))["per_file"]
+    rows = [[f"{name}, {pooling}", *cells] for name, pooling, *cells in _rows(results)]
+    return markdown_table(["Spearman correlation, pooled from", *(Path(file).name for file in files), "mean"], rows)
+
+
+def _panels(results: Results) -> list[Panel]:
+    values = {
+        model: {
+            f"{Path(file).stem}: {pooling}": figure
+            for file, poolings in {**result["per_file"], "mean": result["mean"]}.items()
+            for pooling, figure in poolings.items()
+        }
+        for model, result in results.items()
+    }
+    return [Panel("semantic textual similarity, Spearman correlation", values)]
+
+
+TASK = Task(
+    name="sts",
+    settings=StsConfig,
+    check=read_all,
+    evaluate=lambda encoders, settings, ranks, directory: evaluate_sts(encoders, settings),
+    table=sts_table,
+    panels=_panels,
+    card=_card,
+    place=30,
+)

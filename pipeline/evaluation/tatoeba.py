@@ -1,7 +1,7 @@
-"""Sentence pairs in the Tatoeba layout of LASER, which XTREME uses too: `tatoeba.xxx-eng.xxx` beside `tatoeba.xxx-eng.eng`.
+"""Sentence pairs in the Tatoeba layout of LASER and XTREME: `tatoeba.xxx-eng.xxx` next to `tatoeba.xxx-eng.eng`.
 
-In: a directory. Out: language -> the two files, and their pairs; line n of one file is the translation of line n of the
-other. Languages go by the names that the rest of the project uses (`deu` is `de`). Used by retrieval.py.
+In: a directory. Out: language -> the two files, and their pairs: line n of one file is the translation of line n of the
+other. Languages have the codes that the rest of the project uses (`deu` is `de`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from pipeline.errors import UserError
 
 _LAYOUT = re.compile(r"tatoeba\.(?P<code>\w+)-eng\.(?P=code)")
-# ISO 639-3 -> the shorter code, where there is one; the others keep their three letters
+# ISO 639-3 code -> shorter code. Languages without one keep their three letters.
 SHORT_CODES = dict(
     word.split("=")
     for word in """afr=af amh=am ara=ar aze=az bel=be ben=bn bos=bs bre=br bul=bg cat=ca ces=cs cmn=zh-Hans cym=cy dan=da
@@ -25,7 +25,7 @@ SHORT_CODES = dict(
 
 
 def tatoeba_files(directory: Path) -> dict[str, tuple[Path, Path]]:
-    """Language -> (file of English, file of the other language). A file without its partner is a `UserError`."""
+    """Language -> (English file, file of the other language). A file without its partner raises a `UserError`."""
     files = {}
     for path in sorted(directory.glob("tatoeba.*")):
         match = _LAYOUT.fullmatch(path.name)
@@ -33,19 +33,19 @@ def tatoeba_files(directory: Path) -> dict[str, tuple[Path, Path]]:
             continue
         english = path.with_suffix(".eng")
         if not english.is_file():
-            raise UserError(f"{path} has no English beside it: {english.name} is missing. Put it there.")
+            raise UserError(f"{path} has no English file: {english.name} is missing. Put it into the same directory.")
         files[SHORT_CODES.get(match["code"], match["code"])] = (english, path)
     return files
 
 
 def read_line_pairs(english: Path, other: Path, max_pairs: int) -> list[tuple[str, str]]:
-    """(English, other) of the first `max_pairs` lines of two files that run side by side."""
+    """(English, other) of the first `max_pairs` lines of two parallel files."""
     columns = [_lines(path) for path in (english, other)]
     if len(columns[0]) != len(columns[1]):
         first_alone = min(map(len, columns)) + 1
         raise UserError(
-            f"{english} has {len(columns[0])} lines, {other} has {len(columns[1])}: line {first_alone} has no partner. The "
-            "files must come from the same release."
+            f"{english} has {len(columns[0])} lines, {other} has {len(columns[1])}: line {first_alone} has no partner. Use "
+            "files of the same release."
         )
     for path, lines in zip((english, other), columns, strict=True):
         for number, line in enumerate(lines[:max_pairs], start=1):
@@ -55,8 +55,13 @@ def read_line_pairs(english: Path, other: Path, max_pairs: int) -> list[tuple[st
 
 
 def _lines(path: Path) -> list[str]:
+    text = read_text(path)
+    return [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []
+
+
+def read_text(path: Path) -> str:
+    """The text of a file without a byte order mark. Raises `UserError` where it is not UTF-8."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}). Convert it first.") from None
-    return [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []

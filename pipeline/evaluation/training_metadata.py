@@ -1,12 +1,11 @@
-"""How a student was trained, from the `lineage.json` that lies beside it: an evaluation's defaults.
+"""How a student was trained, from the `lineage.json` in its directory: the defaults of an evaluation.
 
-In: a model's directory. Out: which layers were matched and how, and what decides over its held-out rows; nothing for a
-model without lineage. Used by encoder.py (the layer whose values are pooled) and heldout_task.py.
+In: a model's directory. Out: which layers were matched and how, and what determines its held-out rows; nothing for a
+model without lineage.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +13,11 @@ from typing import Any
 
 from pipeline.distillation.config import RelationsConfig
 from pipeline.errors import UserError
+from pipeline.runtime.json_files import read_json
 
+EXPORT_AGAIN = "Export the model again"
 _RELATIONS = RelationsConfig()
-# What models without lineage are measured with; no layer stands for the last.
+# What models without lineage are measured with. A layer of None is the last layer.
 DEFAULTS: dict[str, Any] = {
     "seq_len": 128,
     "heldout_rows": 16,
@@ -29,17 +30,21 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def trained_as(model: str | Path) -> dict[str, Any]:
-    """`DEFAULTS` with the values of the model's recipe, and `student_layer`, `steps`, `identity` (teacher by content),
-    `longest` (`longest_of`); empty without lineage."""
+def training_metadata(model: str | Path) -> dict[str, Any]:
+    """The training settings of a model; empty without lineage.
+
+    Returns:
+        the keys of `DEFAULTS` with the values of the model's recipe; `student_layer`, `steps`, `identity` (the teacher by
+        content) and `longest` (`longest_of`)
+    """
     with _lineage_of(model) as lineage:
         recipe = lineage.get("recipe")
         relations = dict(recipe.get("relations", {})) if recipe else {}
-        # of several matched pairs the one highest in the student, which stands nearest to what a user gets
+        # of several matched pairs, the highest in the student: it is nearest to the output that users read
         one = {side: relations.get(f"{side}_layer") for side in ("teacher", "student")}
         matched = max(relations.get("layers") or [one], key=lambda pair: pair["student"] or 0)
         layers = {f"{side}_layer": matched[side] for side in ("teacher", "student")}
-    if not recipe:  # trimmed, never trained here
+    if not recipe:  # a trimmed model that was not trained here
         return {}
     found = {key: recipe.get(key, relations.get(key, default)) for key, default in DEFAULTS.items()}
     about = {
@@ -51,7 +56,7 @@ def trained_as(model: str | Path) -> dict[str, Any]:
 
 
 def languages_of(model: str | Path) -> list[str] | None:
-    """What a student was trained on, of this what a trimmed vocabulary was kept for. None: the model says nothing of it."""
+    """The languages that a student was trained on and, if trimmed, has the vocabulary for. None: the model does not say."""
     with _lineage_of(model) as lineage:
         trained = (lineage.get("recipe") or {}).get("languages") or lineage.get("languages")
         kept = (lineage.get("trimmed") or {}).get("languages")
@@ -62,17 +67,19 @@ def languages_of(model: str | Path) -> list[str] | None:
 
 @contextmanager
 def _lineage_of(model: str | Path) -> Iterator[dict[str, Any]]:
-    """A model's `lineage.json`, empty without one; whatever it lacks where it is read is a `UserError`."""
+    """A model's `lineage.json`; empty without one. An error while the caller reads it becomes a `UserError`."""
     path = Path(model) / "lineage.json"
     try:
-        yield json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}). Export the model again.") from None
+        yield read_json(path, advice=EXPORT_AGAIN) if path.is_file() else {}
+    except UserError:
+        raise
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"{path} is corrupt ({type(error).__name__}: {error}). {EXPORT_AGAIN}.") from None
 
 
 def longest_of(recipe: dict[str, Any]) -> int | None:
-    """Up to how many tokens a student was trained, where it has nothing else for longer inputs: its position embeddings
-    began at random, and no row touched those behind `seq_len`. None: they began as the teacher's."""
+    """The number of tokens beyond which a student's position embeddings are untrained.
+
+    With random initialization no row reached the positions after `seq_len`. None: they were copied from the teacher.
+    """
     return recipe["seq_len"] if (recipe.get("student") or {}).get("init") == "random" else None

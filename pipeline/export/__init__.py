@@ -1,1 +1,1 @@
-"""Run directory to a Hugging Face checkpoint."""
+"""Export: a run directory becomes a Hugging Face checkpoint."""

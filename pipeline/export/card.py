@@ -1,9 +1,9 @@
-"""Lineage and model card of a student: what it was made from, how good it is, how to load it.
+"""Lineage and model card of a student: what it was made from, its figures, how to load it.
 
     python -m pipeline card STUDENT runs/quickstart runs/evaluation      writes STUDENT/README.md again
 
-In: an export and directories with measured figures (measured.py). Out: the dictionary that export keeps as
-`lineage.json`, and the Markdown of its README.md. Used by export, by `pipeline card` and by the demo.
+In: an export and directories with figures (`card_tables.py`). Out: the content of the export's `lineage.json`, and the
+Markdown of its README.md.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from data_prep.durable_files import replace_file
 from pipeline.config import tree_of_recipe
 from pipeline.distillation.models.architectures import usable_positions
 from pipeline.distillation.models.loading import load_config
@@ -41,10 +42,12 @@ from sentence_transformers import SentenceTransformer
 
 vectors = SentenceTransformer(DIRECTORY).encode(["Hello world!"])
 ```"""
-ONNX = "`onnx/model.onnx` (fp32) and `onnx/model_int8.onnx` take `input_ids` and `attention_mask`, give `last_hidden_state`."
+ONNX = (
+    "`onnx/model.onnx` (fp32) and `onnx/model_int8.onnx` map `input_ids` and `attention_mask` to `last_hidden_state`."
+)
 FP16 = "The weights are stored in fp16; `dtype=torch.float32` computes in fp32, as CPUs should."
-USE = """The encoder is meant to be fine-tuned, or used for sentence vectors by the mean of `last_hidden_state` over real tokens.
-It has no pooler: `pooler_output`, where the class offers it, is random."""
+USE = """The encoder is for fine-tuning, or for sentence vectors: the mean of `last_hidden_state` over real tokens.
+It has no pooler: `pooler_output`, where the class has it, is random."""
 LABELS = {
     "teacher": "teacher",
     "teacher_layer": "teacher layer (from 1)",
@@ -79,15 +82,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     for directory in (arguments.student, *arguments.measured):
         if not directory.is_dir():
-            raise UserError(f"there is no directory {directory}")
+            raise UserError(f"directory {directory} not found. Name existing directories.")
     if not (arguments.student / LINEAGE_FILE).is_file():
-        raise UserError(f"{arguments.student} has no {LINEAGE_FILE}: it is no export of `python -m pipeline export`.")
+        raise UserError(
+            f"{arguments.student} has no {LINEAGE_FILE}: it is not an export. Make one: python -m pipeline export RUN_DIR --output STUDENT"
+        )
     write_card(arguments.student, arguments.measured)
     print(f"model card: {arguments.student / CARD_FILE}")
 
 
 def lineage_of(run: dict[str, Any], state: dict[str, Any], recipe_text: str) -> dict[str, Any]:
-    """Everything that a student can be traced by, from what the run itself wrote down."""
+    """The lineage of a student, from what its run recorded.
+
+    Args:
+        run: content of run.json
+        state: content of the checkpoint's state.json
+        recipe_text: content of recipe.yaml
+    """
     recipe = tree_of_recipe(recipe_text, "the run's recipe.yaml")
     relations, student = recipe["relations"], recipe["student"]
     tail = relations.get("tail", "none")
@@ -115,8 +126,10 @@ def lineage_of(run: dict[str, Any], state: dict[str, Any], recipe_text: str) -> 
 
 
 def _matched_layers(run: dict[str, Any], relations: dict[str, Any]) -> dict[str, Any]:
-    """Which layers were matched: a number each, or lists and the weights of the pairs. Runs of earlier versions did not
-    write down which layer `null` stood for: the last one."""
+    """Which layers were matched: two numbers, or two lists and the weights of the pairs.
+
+    Runs of earlier versions did not record which layer `null` meant: the last one.
+    """
     pairs = relations.get("layers")
     if not pairs:
         ((teacher, student),) = run.get("matched_layers") or [
@@ -133,15 +146,15 @@ def _matched_layers(run: dict[str, Any], relations: dict[str, Any]) -> dict[str,
 
 
 def write_card(directory: Path, measured: Sequence[Path] = ()) -> None:
-    """Write an export's README.md from what lies in it and in `measured`; a file that is right already is not touched."""
+    """Write an export's README.md from the files in it and in `measured`. A file that is up to date is not written."""
     path = directory / CARD_FILE
     text = model_card(directory, measured)
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        path.write_text(text, encoding="utf-8")
+        replace_file(path, text)
 
 
 def model_card(directory: Path, measured: Sequence[Path] = ()) -> str:
-    """The model card: what it is, how to load it, what was measured, where it comes from."""
+    """The model card: what the model is, how to load it, its figures, its lineage."""
     lineage = read_json(directory / LINEAGE_FILE)
     config = load_config(directory, "student")
     weights = directory / "model.safetensors"
@@ -156,7 +169,7 @@ def model_card(directory: Path, measured: Sequence[Path] = ()) -> str:
             "([arXiv 2012.15828](https://arxiv.org/abs/2012.15828))"
         )
     else:
-        origin = f"; `{_inline(lineage['trimmed']['from'])}` with a smaller vocabulary, all other weights as they were"
+        origin = f"; `{_inline(lineage['trimmed']['from'])}` with a smaller vocabulary; all other weights are unchanged"
     parts = [
         _front_matter(lineage, directory),
         f"# {'Trimmed encoder' if recipe is None else 'MiniLMv2 student'}, {config.num_hidden_layers} x {config.hidden_size}",
@@ -178,7 +191,7 @@ def model_card(directory: Path, measured: Sequence[Path] = ()) -> str:
 
 
 def _limits(lineage: dict[str, Any], config: Any, directory: Path) -> list[str]:
-    """What training did not reach: weights above the matched layers, positions behind its rows; and what it left out."""
+    """What was not trained: weights above the matched layers, positions after the training rows; and other dropout."""
     recipe = lineage.get("recipe") or {}
     lines = []
     if recipe and recipe.get("relations", {}).get("tail", "none") == "none":
@@ -187,49 +200,49 @@ def _limits(lineage: dict[str, Any], config: Any, directory: Path) -> list[str]:
     dropout = lineage.get("dropout")
     if dropout and dropout["distillation"] != dropout["config"]:
         lines.append(
-            f"It was distilled with other dropout ({_cell(dropout['distillation'])}) than `config.json` says, which has the "
-            "teacher's, for fine-tuning."
+            f"It was distilled with other dropout ({_cell(dropout['distillation'])}) than `config.json` has: that is the "
+            "teacher's dropout, for fine-tuning."
         )
     return [line for line in lines if line]
 
 
 def _untrained_tail(student_layer: Any, num_layers: int) -> str:
-    """Nothing behind the projections of the highest matched layer has a gradient."""
+    """Weights after the projections of the highest matched layer get no gradient."""
     layers = student_layer if isinstance(student_layer, list) else [student_layer]
     numbers = sorted(num_layers if layer == "last" else layer for layer in layers)
     which = "the last layer" if numbers == [num_layers] else f"layer {', '.join(map(str, numbers))} of {num_layers}"
     of_top = "that layer's" if len(numbers) == 1 else f"layer {numbers[-1]}'s"
     above = "" if numbers[-1] == num_layers else ", and all layers above it,"
     return (
-        f"Training matched the queries, keys and values of {which}; {of_top} output and feed-forward weights{above} are "
-        "where they started."
+        f"Training matched the queries, keys and values of {which}; {of_top} output and feed-forward weights{above} have "
+        "their initial values."
     )
 
 
 def length_note(directory: Path) -> str:
-    """Which inputs are longer than training's rows, and what then: nothing to say where rows had every position."""
+    """A sentence about inputs longer than the training rows; empty where the rows had every position."""
     recipe = read_json(directory / LINEAGE_FILE).get("recipe") or {}
     positions, trained = usable_positions(load_config(directory, "student")), recipe.get("seq_len")
     if trained is None or trained >= positions:
         return ""
     if longest_of(recipe) is None:
         return (
-            f"It was trained on rows of {trained} tokens. It takes {positions}; what serves positions behind {trained} is as "
-            "it came from the teacher."
+            f"It was trained on rows of {trained} tokens and accepts {positions}; the position embeddings after {trained} are "
+            "those of the teacher."
         )
     return (
-        f"It was trained from random weights on rows of {trained} tokens and takes {positions}, but positions behind {trained} "
+        f"It was trained from random weights on rows of {trained} tokens and accepts {positions}, but positions after {trained} "
         f"were never trained: cut inputs at {trained} tokens (the tokenizer and the sentence-transformers settings do)."
     )
 
 
 def count_parameters(student: Path) -> int:
-    """Numbers in a student's safetensors file, from its header alone."""
+    """Number of parameters in a student's safetensors file, from its header."""
     return sum(math.prod(tensor.shape) for tensor in read_model(student, "student").tensors.values())
 
 
 def _front_matter(lineage: dict[str, Any], directory: Path) -> str:
-    """What a model hub reads; languages by their main code (zh-Hans is zh)."""
+    """The metadata that a model hub reads; languages by their main code (zh-Hans is zh)."""
     content: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "feature-extraction"}
     if (directory / "modules.json").is_file():
         content |= {"library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity"}
@@ -252,7 +265,7 @@ def _loading(directory: Path, half: bool) -> str:
 
 
 def _vocabulary(about: dict[str, Any]) -> str:
-    """What a smaller vocabulary keeps and what it costs every language."""
+    """Which pieces a smaller vocabulary keeps, and what each language loses."""
     rows = [
         f"| {language} | {loss['kept']:.4f} | {loss['unknown']:.4f} |"
         for language, loss in sorted(about["loss"].items(), key=lambda item: -item[1]["kept"])
@@ -274,6 +287,6 @@ def _cell(value: Any) -> str:
 
 
 def _inline(value: Any) -> str:
-    """One line of plain text: no value of a run ends a table, a code span or the front matter, or becomes markup."""
+    """One line of plain text in which no value of a run can end a table, a code span or the front matter, or become markup."""
     text = " ".join(str(value).split()).replace("`", "'").replace("|", "\\|")
     return text.replace("<", "&lt;") if "<" in text else text

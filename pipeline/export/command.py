@@ -1,19 +1,18 @@
-"""Export the newest whole checkpoint of a run as a Hugging Face directory.
+"""Export the newest valid checkpoint of a run as a Hugging Face directory.
 
     python -m pipeline export runs/quickstart --output runs/quickstart/student
     python -m pipeline export runs/quickstart --output student --dtype fp16 --sentence-transformers --onnx
 
-`--vocabulary DIR` leaves the student only the pieces that `python -m data_prep trim-vocab` kept.
-`--sentence-transformers` lets SentenceTransformer(DIR) load it too. `--onnx` adds onnx/model.onnx and
+`--vocabulary DIR` cuts the vocabulary to the pieces that `python -m data_prep trim-vocab` kept.
+`--sentence-transformers` adds the files with which SentenceTransformer(DIR) loads it. `--onnx` adds onnx/model.onnx and
 onnx/model_int8.onnx, checked against torch on the sentences of --check-pairs and on lines of --check-text in languages
-that have no pairs. `--push OWNER/NAME` uploads the result
-to a private repository of a model hub; nothing else here needs one.
+that have no pairs. `--push OWNER/NAME` uploads the result to a private repository of a model hub; no other option needs
+a hub.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from pipeline.export.onnx_check_text import read_check_lines
 from pipeline.export.push import check_login, push
 from pipeline.export.sentence_transformers_files import add_sentence_transformers
 from pipeline.export.trim import trim, trimming_lines
+from pipeline.runtime.json_files import read_json
 
 CHECK_PAIRS = 30  # of each language
 CHECK_LINES = 30  # of each language without pairs
@@ -46,11 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="precision of the stored weights")
     parser.add_argument("--vocabulary", type=Path, metavar="DIR", help="output of `python -m data_prep trim-vocab`")
-    parser.add_argument("--sentence-transformers", action="store_true", help="loads as a SentenceTransformer too")
-    parser.add_argument("--onnx", action="store_true", help="ONNX files in fp32 and int8")
+    parser.add_argument(
+        "--sentence-transformers", action="store_true", help="also write the files of a SentenceTransformer"
+    )
+    parser.add_argument("--onnx", action="store_true", help="also write ONNX files in fp32 and int8")
     parser.add_argument("--check-pairs", default="samples/parallel", help="directory of en-XX.tsv for the ONNX check")
     parser.add_argument(
-        "--check-text", type=Path, help=f"directory of LANG.txt(.xz) for it; default: {SAMPLE_TEXT}, where that is"
+        "--check-text",
+        type=Path,
+        help=f"directory of LANG.txt(.xz) for the ONNX check; default: {SAMPLE_TEXT} if it exists",
     )
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload the export to this repository, private if new")
 
@@ -61,14 +65,14 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.sentence_transformers:
         extras.append(_add_sentence_transformers)
     if arguments.onnx:
-        # read before anything is exported: a wrong path should come to light at once
+        # read before the export, so that a wrong path fails immediately
         further = further_lines(arguments.check_pairs, arguments.check_text)
         extras.append(lambda directory: _add_onnx(directory, arguments.check_pairs, further))
     if arguments.push:
         check_login(arguments.push)
     student = _export(arguments, extras)
     if arguments.onnx:
-        check = json.loads((student / "onnx" / "check.json").read_text(encoding="utf-8"))
+        check = read_json(student / "onnx" / "check.json")
         print(onnx_lines(check))
         if warning := int8_warning(check):
             print(warning, file=sys.stderr, flush=True)
@@ -81,15 +85,15 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace, extras: Sequence[Extra]) -> Path:
-    """The run's student, whole or, by way of a temporary whole one, with the smaller vocabulary."""
+    """Export the student of the run. For a smaller vocabulary, export it to a temporary directory and trim it."""
     dtype = DTYPES[arguments.dtype]
     if arguments.vocabulary is None:
         return export_run(arguments.run_dir, arguments.output, extras, dtype)
     vocabulary = read_vocabulary(arguments.vocabulary)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.output.parent) as temporary:
-        whole = export_run(arguments.run_dir, Path(temporary) / "whole", (), dtype)
-        print(trimming_lines(trim(whole, vocabulary, arguments.output, extras, arguments.run_dir)))
+        untrimmed = export_run(arguments.run_dir, Path(temporary) / "untrimmed", (), dtype)
+        print(trimming_lines(trim(untrimmed, vocabulary, arguments.output, extras, arguments.run_dir)))
     return arguments.output
 
 
@@ -98,7 +102,7 @@ def _add_sentence_transformers(directory: Path) -> None:
 
 
 def further_lines(pairs: str, text: Path | None) -> dict[str, list[str]]:
-    """What the ONNX files are checked on beside the pairs."""
+    """Language -> lines on which the ONNX files are checked in addition to the pairs."""
     paired = {"en", *read_pairs(RetrievalConfig(pairs=pairs))}
     directory = text or SAMPLE_TEXT
     return read_check_lines(directory, paired, CHECK_LINES) if text or directory.is_dir() else {}
@@ -110,7 +114,7 @@ def _add_onnx(directory: Path, pairs: str, further: dict[str, list[str]]) -> Non
 
 
 def onnx_lines(check: dict) -> str:
-    """What the check found, for the console."""
+    """The result of the check, for the console."""
     title = f"ONNX against torch on {checked_on(check)}:"
     lines = [title, f"  torch  retrieval {check['torch']['retrieval_mean']:.3f}"]
     for name in ("fp32", "int8"):

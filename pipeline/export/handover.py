@@ -1,7 +1,7 @@
-"""What a student's config and tokenizer say to those who load it, where the distillation's own settings would mislead them.
+"""Adapts the config and tokenizer of a student where the settings of the distillation would mislead those who load it.
 
-In: the config and facts that a run wrote. Out: the config with the teacher's dropout and no traces of the teacher's head,
-and a tokenizer that cuts where training ended. Weights are never touched. Used by hf.py and by `pipeline export`.
+In: the config and facts that a run wrote. Out: the config with the teacher's dropout and without the teacher's head, and
+a tokenizer that cuts inputs at the longest trained length. Weights are not changed.
 """
 
 from __future__ import annotations
@@ -24,23 +24,26 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def hand_over(config: PretrainedConfig, run: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Change a run's student config into the one that is exported. Returns the dropout of the distillation and of the
-    config, for the lineage."""
+    """Change the student config of a run, in place, into the one that is exported.
+
+    Returns:
+        the dropout of the distillation and of the config, for the lineage
+    """
     used = dropout_of(config)
     own = run["dropout"]["config"] if "dropout" in run else _dropout_of_teacher(config, run["teacher"], used)
     for key, value in own.items():
         setattr(config, key, value)
-    # Labels, problem type and outputs are of a head, or of a use, that the student does not have.
-    nothing = PretrainedConfig()
+    # Labels, problem type and outputs belong to a head that the student does not have.
+    default = PretrainedConfig()
     for key in ("id2label", "label2id", "problem_type", "output_hidden_states", "output_attentions"):
-        setattr(config, key, getattr(nothing, key))
-    if hasattr(config, "pooler_hidden_size"):  # DeBERTa's heads multiply states of this width
+        setattr(config, key, getattr(default, key))
+    if hasattr(config, "pooler_hidden_size"):  # the heads of DeBERTa need the student's width here
         config.pooler_hidden_size = config.hidden_size
     return {"distillation": used, "config": own}
 
 
 def _dropout_of_teacher(config: PretrainedConfig, teacher: str, used: dict[str, float]) -> dict[str, float]:
-    """For runs whose run.json does not record it: from the teacher, if it is still there."""
+    """The teacher's dropout where run.json does not record it: read from the teacher if it is available, else `used`."""
     try:
         source = load_config(teacher, "teacher", is_cached=True)
     except UserError:
@@ -58,7 +61,7 @@ def _dropout_of_teacher(config: PretrainedConfig, teacher: str, used: dict[str, 
 
 
 def longest_input(directory: Path) -> int:
-    """Tokens up to which an export can be used: its positions, or the rows of the training where these began at random."""
+    """Length in tokens up to which an export can be used: its positions, or the training rows if positions began at random."""
     positions = usable_positions(load_config(directory, "student"))
     return min(positions, _longest_trained(directory) or positions)
 
@@ -69,7 +72,7 @@ def _longest_trained(directory: Path) -> int | None:
 
 
 def limit_tokenizer(directory: Path) -> None:
-    """Let the tokenizer of an export cut where positions are random from there on; it is otherwise as it was."""
+    """Set `model_max_length` of an export's tokenizer where the positions after the training rows are random."""
     path, longest = directory / TOKENIZER_CONFIG, _longest_trained(directory)
     if longest is None or not path.is_file():
         return

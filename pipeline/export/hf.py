@@ -1,7 +1,7 @@
 """Writes a student as a Hugging Face directory: safetensors, config, the teacher's tokenizer files, model card, lineage.
 
 In: fp32 weights by Hugging Face name, a config, the teacher's directory or hub name. Out: a directory that `AutoModel`
-and `AutoTokenizer` load; it appears whole or not at all. Used by `pipeline export` and by the demo.
+and `AutoTokenizer` load. It appears complete or not at all.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from pipeline.distillation.models.loading import config_of
 from pipeline.errors import UserError
 from pipeline.export.card import CARD_FILE, LINEAGE_FILE, VOCABULARY_FILE, lineage_of, write_card
 from pipeline.export.handover import hand_over, limit_tokenizer
-from pipeline.runtime import ds_config
 from pipeline.runtime.checkpoint import read_model_weights
 from pipeline.runtime.json_files import read_json
 from pipeline.runtime.tensor_files import not_finite, save_tensors
@@ -40,7 +40,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     VOCABULARY_FILE,
 )
-PRODUCTS = (
+PRODUCTS = (  # the files of an export
     *TOKENIZER_FILES,
     LINEAGE_FILE,
     CARD_FILE,
@@ -53,17 +53,27 @@ PRODUCTS = (
     "modules.json",
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
-)  # of an export
-DTYPES = {name: ds_config.DTYPES[name] for name in ("fp32", "fp16")}
+)
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 def export_run(run_dir: Path, output: Path, extras: Sequence[Extra] = (), dtype: torch.dtype = torch.float32) -> Path:
-    """The newest whole checkpoint of a run directory as a Hugging Face directory, with the figures that lie there."""
+    """Write the newest valid checkpoint of a run directory as a Hugging Face directory, with the figures in the run directory.
+
+    Args:
+        extras, dtype: as in `Export`
+
+    Returns:
+        `output`
+
+    Raises:
+        UserError: the run directory is not complete, or `output` cannot be used
+    """
     if not run_dir.is_dir():
-        raise UserError(f"there is no run directory {run_dir}. Train first; its --run-dir is what export reads.")
+        raise UserError(f"run directory {run_dir} not found. Name the --run-dir of a training.")
     check_output_place(output, "--output", {"the run directory": run_dir})
     weights, state = read_model_weights(run_dir)
-    run = _read_json(run_dir / "run.json")
+    run = read_json(_existing(run_dir / "run.json"))
     config = config_of(_existing(run_dir / "student_config.json"), str(run_dir), "student")
     recipe_text = _existing(run_dir / "recipe.yaml").read_text(encoding="utf-8")
     tokenizer = run.get("vocabulary") or run["teacher"]
@@ -71,30 +81,41 @@ def export_run(run_dir: Path, output: Path, extras: Sequence[Extra] = (), dtype:
     check_same_tokenizer_files(state.get("identity", {}), tokenizer, run_dir)
     warn_of_other_teacher(state.get("identity", {}), run["teacher"])
     lineage = lineage_of({**run, "dropout": hand_over(config, run)}, state, recipe_text)
-    return export_student(weights, config, tokenizer, output, lineage, extras, dtype, measured=[run_dir])
+    return export_student(Export(weights, config, tokenizer, lineage, extras, dtype, measured=[run_dir]), output)
 
 
-def export_student(
-    weights: Mapping[str, torch.Tensor],
-    config: PretrainedConfig,
-    tokenizer: str,
-    output: Path,
-    lineage: dict[str, Any],
-    extras: Sequence[Extra] = (),
-    dtype: torch.dtype = torch.float32,
-    measured: Sequence[Path] = (),
-) -> Path:
-    """Write `weights`, fp32, exactly as given or rounded to `dtype`. `tokenizer` is a directory or hub name; `extras` add
-    to the directory before it gets its name, so that a failure of theirs leaves nothing behind; figures found in
-    `measured` go into the model card."""
+@dataclass(frozen=True)
+class Export:
+    """What an export is made of.
+
+    Attributes:
+        weights: fp32 weights by Hugging Face name
+        tokenizer: directory or hub name
+        extras: functions that add files to the export. They run before it gets its name, so if one fails nothing is left
+        dtype: precision of the stored weights
+        measured: directories whose figures go into the model card
+    """
+
+    weights: Mapping[str, torch.Tensor]
+    config: PretrainedConfig
+    tokenizer: str
+    lineage: dict[str, Any]
+    extras: Sequence[Extra] = ()
+    dtype: torch.dtype = torch.float32
+    measured: Sequence[Path] = ()
+
+
+def export_student(export: Export, output: Path) -> Path:
+    """Write an export to `output`. Returns `output`; raises `UserError` where weights or output are not valid."""
+    weights, config, dtype = export.weights, export.config, export.dtype
     architecture = check_weights(weights, config)
     if name := not_finite({name: tensor.to(dtype) for name, tensor in weights.items()}):
         raise UserError(
-            f"{name} is not finite (NaN or infinite) in {dtype}, so this is no student. Export another checkpoint, or fp32 "
-            "where only the rounding to half precision overflows (--dtype fp32)"
+            f"{name} is not finite (NaN or infinite) in {dtype}, so this student cannot be used. Export another checkpoint, or "
+            "fp32 if only the rounding to half precision overflows (--dtype fp32)"
         )
     if output.exists() and not (output / LINEAGE_FILE).is_file():
-        raise UserError(f"{output} exists and is no earlier export, so it is left alone. Name another --output.")
+        raise UserError(f"{output} exists and is not an earlier export, so it is not replaced. Name another --output.")
     with replaced_directory(output, PRODUCTS) as temporary:
         config.architectures, config.dtype = [architecture], dtype
         config.save_pretrained(temporary)
@@ -103,17 +124,17 @@ def export_student(
             temporary / "model.safetensors",
             metadata={"format": "pt"},
         )
-        copy_tokenizer(tokenizer, temporary)
-        (temporary / LINEAGE_FILE).write_text(json.dumps(lineage, indent=2) + "\n", encoding="utf-8")
+        copy_tokenizer(export.tokenizer, temporary)
+        (temporary / LINEAGE_FILE).write_text(json.dumps(export.lineage, indent=2) + "\n", encoding="utf-8")
         limit_tokenizer(temporary)
-        for extra in extras:
+        for extra in export.extras:
             extra(temporary)
-        write_card(temporary, measured)
+        write_card(temporary, export.measured)
     return output
 
 
 def check_weights(weights: Mapping[str, torch.Tensor], config: PretrainedConfig) -> str:
-    """Name of the model class, after checking that it has exactly these weights in these shapes, all fp32."""
+    """The name of the model class, after checking that it has exactly these weights in these shapes, all fp32."""
     pooler = {"add_pooling_layer": False} if architecture_of(config).has_pooler else {}
     with torch.device("meta"):
         model = AutoModel.from_config(config, **pooler)
@@ -129,25 +150,23 @@ def check_weights(weights: Mapping[str, torch.Tensor], config: PretrainedConfig)
         )
     other = [name for name, tensor in weights.items() if tensor.dtype != torch.float32]
     if other:
-        raise UserError(f"{other[0]} is {weights[other[0]].dtype}, not float32: this is no whole checkpoint.")
+        raise UserError(
+            f"{other[0]} is {weights[other[0]].dtype}, not float32: this checkpoint is not complete. Export another one."
+        )
     return type(model).__name__
 
 
 def copy_tokenizer(name: str, directory: Path) -> None:
-    """The tokenizer's files of a directory or hub name, byte for byte: shards know a tokenizer by them."""
+    """Copy the tokenizer files of a directory or hub name, byte for byte: shards identify a tokenizer by their hash."""
     source = tokenizer_directory(name)
     files = [path for pattern in TOKENIZER_FILES for path in source.glob(pattern)]
     if not files:
-        raise UserError(f"{name} holds no tokenizer files, and a student without tokenizer cannot be used.")
+        raise UserError(f"{name} has no tokenizer files, and a student without tokenizer cannot be used.")
     for path in files:
         shutil.copyfile(path, directory / path.name)
 
 
 def _existing(path: Path) -> Path:
     if not path.is_file():
-        raise UserError(f"{path} is missing: {path.parent} is no run directory, or its training never began.")
+        raise UserError(f"{path} is missing: {path.parent} is not a run directory, or its training has not started.")
     return path
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_json(_existing(path))

@@ -1,8 +1,8 @@
-"""ONNX files beside an export, each checked against torch on real sentences before the export gets its name.
+"""ONNX files of an export, checked against torch on real sentences.
 
-In: a Hugging Face directory. Out: `onnx/model.onnx` (fp32), `onnx/model_int8.onnx` (dynamic quantisation) and
-`onnx/check.json`: greatest difference of the hidden states, retrieval accuracy of torch, fp32 and int8, sizes. The
-difference is taken over the pairs' sentences and over lines of further languages.
+In: a Hugging Face directory. Out: `onnx/model.onnx` (fp32), `onnx/model_int8.onnx` (dynamic quantization) and
+`onnx/check.json`: greatest difference of the hidden states, retrieval accuracy of torch, fp32 and int8, sizes. The check
+reads the sentences of the pairs and lines of further languages.
 Inputs are `input_ids` and `attention_mask` of any batch and length; the output is `last_hidden_state`.
 """
 
@@ -43,8 +43,18 @@ class _LastHiddenState(torch.nn.Module):
 def add_onnx(
     directory: Path, config: RetrievalConfig, further: Mapping[str, list[str]] | None = None
 ) -> dict[str, Any]:
-    """Write and check both files; `config` names the pairs of the check, `further` has lines of other languages. Returns
-    what `check.json` holds."""
+    """Write and check both files.
+
+    Args:
+        config: the sentence pairs of the check
+        further: language -> lines, for languages without pairs
+
+    Returns:
+        the content of `check.json`
+
+    Raises:
+        UserError: a package is missing, or the fp32 file differs from torch
+    """
     try:
         import onnx
         import onnxruntime
@@ -61,8 +71,9 @@ def add_onnx(
     with _quiet():
         _export(encoder, fp32)
         onnx.checker.check_model(str(fp32))
-        # Retrieval accuracy lost by the quickstart student: 0.024 with one scale per matrix, 0.003 with one per channel,
-        # 0.001 with 7-bit weights besides, whose products cannot saturate on CPUs without 8-bit dot products.
+        # Retrieval accuracy that the quickstart student loses: 0.024 with one scale per matrix, 0.003 with one per channel,
+        # 0.001 with one per channel and 7-bit weights (reduce_range), whose products cannot saturate on CPUs without
+        # 8-bit dot products.
         quantize_dynamic(str(fp32), str(int8), weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
     runs: dict[str, HiddenStates] = {"torch": _torch_run(encoder)}
     for precision, path in (("fp32", fp32), ("int8", int8)):
@@ -76,29 +87,29 @@ def add_onnx(
 
 
 def check_difference(difference: float) -> None:
-    """A `UserError` where the fp32 file does not do what torch does."""
+    """Raise a `UserError` where the fp32 file differs from torch by more than `GREATEST_DIFFERENCE`."""
     if not difference <= GREATEST_DIFFERENCE:
         raise UserError(
-            f"the ONNX export differs from torch by {difference:.1e} (at most {GREATEST_DIFFERENCE} is right), so nothing "
+            f"the ONNX export differs from torch by {difference:.1e} (the limit is {GREATEST_DIFFERENCE}), so nothing "
             "was exported. Try the versions of torch, onnx and onnxruntime in requirements.txt and requirements-dev.txt"
         )
 
 
 def checked_on(check: dict[str, Any]) -> str:
-    """How much text the check read."""
+    """How much text the check read, for a message."""
     pairs = f"{check['sentences']} sentences of {len(check['languages'])} language pairs"
     further = check.get("further_languages")
     return pairs + (f" and {len(further)} further languages" if further else "")
 
 
 def int8_warning(check: dict[str, Any]) -> str:
-    """What to say of an int8 file that is much worse than the model; nothing of one that is not."""
+    """A warning if the int8 file is much worse than the model, else an empty text."""
     lost = round(check["torch"]["retrieval_mean"] - check["int8"]["retrieval_mean"], 4)
     if lost <= GREATEST_INT8_LOSS:
         return ""
     return (
         f"WARNING: the int8 file loses {lost:.3f} of retrieval accuracy against torch (more than {GREATEST_INT8_LOSS}). Do not "
-        "hand it on unmeasured: use onnx/model.onnx, or evaluate it on the task that it is for."
+        "use it untested: use onnx/model.onnx, or evaluate the int8 file on its task."
     )
 
 
@@ -122,7 +133,7 @@ def _export(encoder: Encoder, path: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet():
-    """The exporter and the quantiser tell their own story at length; the check below tells ours."""
+    """Suppress the long output of the exporter and the quantizer."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -155,7 +166,14 @@ def compare_runs(
     config: RetrievalConfig,
     further: Mapping[str, list[str]] | None = None,
 ) -> dict[str, Any]:
-    """Every run over the same batches: greatest difference to the first run, and mean retrieval accuracy."""
+    """Compare hidden states of several forms of one encoder over the same batches.
+
+    Args:
+        runs: name -> function from `input_ids` and mask `[B, L]` to hidden states `[B, L, D]`; the first is the reference
+
+    Returns:
+        per run, the greatest difference to the first one and the mean retrieval accuracy; and what was compared
+    """
     pairs_of, further = read_pairs(config), further or {}
     paired = {text for pairs in pairs_of.values() for pair in pairs for text in pair}
     texts = sorted(paired.union(*further.values()))

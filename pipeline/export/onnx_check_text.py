@@ -1,7 +1,7 @@
-"""A few lines of languages that have no sentence pairs, for the check of the ONNX files.
+"""Reads lines of languages that have no sentence pairs, for the check of the ONNX files.
 
-In: a directory with `LANG.txt` or `LANG.txt.xz`, as CC-100 has them, and the languages that are checked anyway. Out: the
-first lines of each other language. Used by `pipeline export --onnx`.
+In: a directory with `LANG.txt` or `LANG.txt.xz`, as in CC-100, and the languages that have pairs. Out: the first lines of
+each other language.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ SUFFIXES: dict[str, Callable[..., Any]] = {".txt": open, ".txt.xz": lzma.open}
 
 
 def read_check_lines(directory: Path, without: Collection[str], most: int) -> dict[str, list[str]]:
-    """Language -> at most `most` lines that are not empty."""
+    """Language -> its first lines that are not empty, at most `most`.
+
+    Args:
+        without: languages that are skipped
+    """
     found = {}
     for suffix, opened in SUFFIXES.items():
         for path in sorted(directory.glob(f"*{suffix}")):
@@ -30,7 +34,7 @@ def read_check_lines(directory: Path, without: Collection[str], most: int) -> di
                     found[language] = list(itertools.islice(filter(None, map(str.strip, text)), most))
             except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
                 raise UserError(
-                    f"{path} cannot be read as text ({error}). Mend it or name another --check-text."
+                    f"{path} cannot be read as text ({error}). Correct it or name another --check-text."
                 ) from None
     if not found:
         raise UserError(

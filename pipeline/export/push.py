@@ -1,7 +1,7 @@
-"""Upload an export to a model hub, where a user asks for it (`pipeline export --push OWNER/NAME`). Never needed.
+"""Uploads an export to a model hub (`pipeline export --push OWNER/NAME`). Nothing else needs a hub.
 
-In: a repository's name, later the export. Out: a private repository with the export's files. The login is asked for
-before anything is made, so that a missing one comes to light at once.
+In: the name of a repository, and the export. Out: a private repository with the files of the export. The login is checked
+before the export starts.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ LOG_IN = "log in with `hf auth login` or set HF_TOKEN to a token that may write"
 
 
 def check_login(repository: str) -> None:
-    """A `UserError` unless the name can be one and the hub knows who asks."""
+    """Raise a `UserError` unless the name of the repository is possible and the hub accepts the login."""
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise UserError(f"--push {repository}: no name of a repository (OWNER/NAME): {error}") from None
+        raise UserError(f"--push {repository}: not a possible name of a repository (OWNER/NAME): {error}") from None
     try:
         HfApi().whoami()
     except LocalTokenNotFoundError:
         raise UserError(
-            f"--push {repository}: nobody is logged in; {LOG_IN}. Without --push nothing is needed."
+            f"--push {repository}: nobody is logged in; {LOG_IN}. Without --push no login is needed."
         ) from None
     except (OSError, HTTPError) as error:
-        _refuse(repository, error)
+        _fail(repository, error)
 
 
 def files_to_push(student: Path) -> list[str]:
-    """What an upload takes along: every plain file of the export, nothing hidden."""
+    """Names of the files that are uploaded: every plain file of the export, without hidden and temporary ones."""
     paths = (path for path in student.rglob("*") if path.is_file())
     names = (path.relative_to(student) for path in paths)
     return sorted(
@@ -49,7 +49,7 @@ def files_to_push(student: Path) -> list[str]:
 
 
 def push(student: Path, repository: str) -> str:
-    """Upload and return the address. A repository that is made for it is private."""
+    """Upload the export and return its address. A new repository is private."""
     api = HfApi()
     try:
         api.create_repo(repository, private=True, exist_ok=True)
@@ -60,15 +60,15 @@ def push(student: Path, repository: str) -> str:
             commit_message="Upload of an export",
         )
     except (OSError, HTTPError) as error:
-        _refuse(repository, error)
+        _fail(repository, error)
     return str(done)
 
 
-def _refuse(repository: str, error: Exception) -> NoReturn:
-    what = "the hub is not to be had"
+def _fail(repository: str, error: Exception) -> NoReturn:
+    what = "the hub cannot be reached"
     if isinstance(error, HfHubHTTPError):
-        what = f"the hub refused ({error.response.status_code})"
+        what = f"the hub rejected the request ({error.response.status_code})"
     raise UserError(
-        f"--push {repository}: {what}: {' '.join(str(error).split())[:200]} Mend it ({LOG_IN}), or upload the directory later: "
+        f"--push {repository}: {what}: {' '.join(str(error).split())[:200]} Fix this ({LOG_IN}), or upload the directory later: "
         f"hf upload {repository} STUDENT"
     ) from None

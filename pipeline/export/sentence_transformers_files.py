@@ -1,7 +1,7 @@
-"""The files that make an exported encoder load as a `SentenceTransformer`: mean over real tokens, then unit length.
+"""Writes the files with which an exported encoder loads as a `SentenceTransformer`: mean over tokens, then unit length.
 
-In: a Hugging Face directory. Out: `modules.json` and the settings of its three modules, in the same directory, which
-stays what it was for `AutoModel`. The package itself is not needed to write them.
+In: a Hugging Face directory. Out: `modules.json` and the settings of its three modules in the same directory, which still
+loads with `AutoModel`. The package itself is not needed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,12 @@ MODULES = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Norma
 
 
 def add_sentence_transformers(directory: Path, width: int, max_length: int) -> None:
-    """`width` is that of the sentence vectors; inputs are cut at `max_length` tokens."""
+    """Write the files.
+
+    Args:
+        width: width of the sentence vectors
+        max_length: inputs are cut at this number of tokens
+    """
     modules = [
         {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for number, (path, kind) in enumerate(MODULES)

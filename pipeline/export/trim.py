@@ -1,10 +1,10 @@
-"""Cut a model to a smaller vocabulary; most of a small multilingual model is its embedding.
+"""Cut a model to a smaller vocabulary. Most parameters of a small multilingual model are embeddings.
 
     python -m data_prep trim-vocab --tokenizer artifacts/teacher --shards artifacts/shards --languages de,ru --output VOC
     python -m pipeline trim runs/quickstart/student --vocabulary VOC --output student_small
 
 In: an XLM-R style Hugging Face directory and a vocabulary cut from its tokenizer. Out: the same model with fewer
-embedding rows and the smaller tokenizer. Checked before it gets its name: hidden states are equal to the last bit.
+embedding rows and the smaller tokenizer. Before it is kept, its hidden states are checked to be equal to the last bit.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from pipeline.distillation.models.loading import load_config
 from pipeline.distillation.models.vocabulary import MODEL_FILE, Vocabulary, cut_embedding, read_vocabulary
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder, load_encoder
-from pipeline.export.hf import LINEAGE_FILE, Extra, export_student
+from pipeline.export.hf import LINEAGE_FILE, Export, Extra, export_student
 from pipeline.runtime.json_files import read_json_if_there
 
 CHECKED_ROWS = 64
-CHECKED_TOKENS = 62  # of each row: it must fit into the smallest model
-PADDING, UNKNOWN = 1, 3  # ids in every vocabulary of XLM-R's layout
+CHECKED_TOKENS = 62  # per row; few enough for the smallest model
+PADDING, UNKNOWN = 1, 3  # token ids in every vocabulary with the layout of XLM-R
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,12 +53,19 @@ def trim(
     extras: Sequence[Extra] = (),
     run_dir: Path | None = None,
 ) -> dict[str, Any]:
-    """Write the trimmed model to `output`, in the precision of `source`. With `run_dir`, `source` is but a passing export
-    of that run."""
+    """Write the trimmed model to `output`, in the precision of `source`.
+
+    Args:
+        extras: functions that add files to the output directory
+        run_dir: the run that `source` is a temporary export of, for the lineage
+
+    Returns:
+        number of pieces and parameters before and after, and of checked rows
+    """
     check_output_place(output, "--output", {"the model": source, "the vocabulary": vocabulary.directory})
     model_file = source / MODEL_FILE
     if not model_file.is_file():
-        raise UserError(f"{source} has no {MODEL_FILE}; only XLM-R's kind of vocabulary can be trimmed here.")
+        raise UserError(f"{source} has no {MODEL_FILE}; only vocabularies of the XLM-R kind can be trimmed.")
     vocabulary.check_source(hashlib.sha256(model_file.read_bytes()).hexdigest(), str(source))
     encoder = load_encoder(str(source))
     parameters_before = encoder.model.num_parameters()
@@ -70,24 +77,23 @@ def trim(
         "parameters": [parameters_before, encoder.model.num_parameters()],
         "checked_rows": len(rows_BL),
     }
-    lineage_file = source / LINEAGE_FILE
-    lineage = read_json_if_there(lineage_file)
+    lineage = read_json_if_there(source / LINEAGE_FILE)
     cut = {key: vocabulary.about[key] for key in ("languages", "min_count", "coverage")}
     lineage["trimmed"] = {"from": str(run_dir or source), **cut, "pieces": report["pieces"]}
-    export_student(
+    export = Export(
         encoder.model.state_dict(),
         encoder.model.config,
         str(vocabulary.directory),
-        output,
         lineage,
-        [lambda directory: check_equal(states_before, directory, rows_BL), *extras],
+        extras=[lambda directory: check_equal(states_before, directory, rows_BL), *extras],
         dtype=torch.float16 if load_config(source, "model").dtype == torch.float16 else torch.float32,
     )
+    export_student(export, output)
     return report
 
 
 def random_rows(vocabulary: Vocabulary) -> torch.Tensor:
-    """New ids of any kept piece, without padding: which they are makes no difference to a gather."""
+    """Random new ids without padding, `[CHECKED_ROWS, CHECKED_TOKENS]`."""
     generator = torch.Generator().manual_seed(0)
     rows_BL = torch.randint(len(vocabulary), (CHECKED_ROWS, CHECKED_TOKENS), generator=generator)
     return rows_BL.masked_fill(rows_BL == PADDING, UNKNOWN)
@@ -95,21 +101,23 @@ def random_rows(vocabulary: Vocabulary) -> torch.Tensor:
 
 @torch.inference_mode()
 def hidden_states(encoder: Encoder, rows_BL: torch.Tensor) -> list[torch.Tensor]:
-    """Row by row, so that no batch's shape has a say in the last bit."""
+    """Hidden states of each row, computed alone: the shape of a batch can change the last bit."""
     return [
         encoder.model(input_ids=ids_L[None].to(encoder.device)).last_hidden_state.cpu() for ids_L in rows_BL.unbind()
     ]
 
 
 def check_equal(states_before: list[torch.Tensor], trimmed: Path, rows_BL: torch.Tensor) -> None:
-    """A `UserError` unless the model as it was written gives the hidden states of the whole one, to the last bit."""
+    """Raise a `UserError` unless the written model has the hidden states of the untrimmed one, to the last bit."""
     states = hidden_states(load_encoder(str(trimmed)), rows_BL)
     if not all(torch.equal(*both) for both in zip(states_before, states, strict=True)):
-        raise UserError("hidden states changed by trimming, so nothing was written. This is a fault of the program.")
+        raise UserError(
+            "hidden states changed by trimming, so nothing was written. This is an error of the program; please report it."
+        )
 
 
 def trimming_lines(report: dict[str, Any]) -> str:
-    """Sizes before and after."""
+    """The sizes before and after, for the console."""
     (pieces_before, pieces_after), (before, after) = report["pieces"], report["parameters"]
     return "\n".join(
         [

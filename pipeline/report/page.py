@@ -1,10 +1,10 @@
-"""One self-contained HTML page about a run, for people who would rather look than read.
+"""Write one self-contained HTML page about a run.
 
     python -m pipeline report runs/quickstart            writes runs/quickstart/report.html
 
-In: what a run leaves behind (recipe.yaml, run.json, restarts.json, metrics.jsonl, TensorBoard images, checkpoints,
-retrieval results, an evaluation). Out: a page with curves, tables, relation maps and the recipe; it loads nothing from anywhere.
-Works on a running run.
+In: the files of a run (recipe.yaml, run.json, restarts.json, metrics.jsonl, TensorBoard images, checkpoints, retrieval
+results, an evaluation). Out: a page with curves, tables, relation maps and the recipe; it loads nothing over the network.
+The run may still be running.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from data_prep.durable_files import replace_file
 from data_prep.outputs import output_path
 from pipeline.config import Recipe, as_tree, build_section
 from pipeline.errors import UserError
+from pipeline.evaluation.encoder import POOLINGS
 from pipeline.evaluation.languages import left_out_line
 from pipeline.recipe.text import read_yaml
-from pipeline.report import plots as plots
+from pipeline.report import plots
 from pipeline.report import timeline as times
 from pipeline.report.retrieval import read_retrieval
 from pipeline.runtime.checkpoint_files import committed_steps
 from pipeline.runtime.json_files import read_json_if_there, read_points
 
-POOLING_NAMES = {"output": "output", "last_input": "input of the last layer", "values": "values of the distilled layer"}
 MAPS_COLORS = "magma"
 RECIPE_ROWS = {
     "teacher": "teacher",
@@ -49,7 +49,7 @@ RECIPE_ROWS = {
     "student": "student",
     "optimizer": "optimizer",
 }
-LOADS_NOTHING = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # a browser holds the page to it
+LOADS_NOTHING = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # browsers enforce this policy
 MARKS = "Green lines are checkpoints, red dashes are restarts."
 
 
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def render(run_dir: Path) -> str:
-    """The whole page. A section without content is left out."""
+    """The complete page. A section without content is left out."""
     metrics = read_metrics(run_dir)
     about, recipe = read_json_if_there(run_dir / "run.json"), _read_recipe(run_dir)
     events = times.events_of(run_dir, metrics, committed_steps(run_dir / "checkpoints"))
@@ -73,7 +73,7 @@ def render(run_dir: Path) -> str:
     compared = "Retrieval before and after" if "before" in retrieval else "Retrieval"
     languages = "On rows that training never saw; the three lowest and the three highest languages are named."
     sections = [
-        ("Loss", "Training loss: the sum, and each relation by itself (logarithmic).", plots.loss_curves(metrics)),
+        ("Loss", "Training loss: the sum, and each relation (logarithmic).", plots.loss_curves(metrics)),
         ("Held-out loss per language", languages, plots.heldout_curves(metrics) + heldout_table(metrics)),
         (compared, "Share of sentences whose nearest neighbour in the other language is their "
          "translation, both directions.", retrieval_section(retrieval)),
@@ -81,9 +81,9 @@ def render(run_dir: Path) -> str:
         ("Learning rate and health", MARKS, plots.health(metrics, events)),
         ("Time line", "Finished steps against time. Green dots are checkpoints, red dashes are restarts.", plots.time_line(events)),
         ("Relation maps", "One row of text, one column per relation head: teacher above, student below. "
-         "Bright is where a token relates most.", relation_maps(run_dir)),
+         "Bright means a strong relation.", relation_maps(run_dir)),
         ("Cost", "", facts_table(times.cost(metrics, events, about, recipe.get("seq_len")))),
-        ("Recipe", "What was asked for, and what it ran on.", recipe_section(run_dir, recipe)),
+        ("Recipe", "The settings of the run, and the machine that it ran on.", recipe_section(run_dir, recipe)),
     ]  # fmt: skip
     shown = [(title, note, content) for title, note, content in sections if content]
     body = "\n".join(
@@ -110,17 +110,17 @@ def anchor(title: str) -> str:
 
 
 def read_metrics(run_dir: Path) -> times.Points:
-    """The points of `metrics.jsonl`; a line that is still being written is left out."""
+    """The points of `metrics.jsonl`. A line that is still being written is left out."""
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
-        raise UserError(f"{path} is missing: {run_dir} is no run directory, or its training never began.")
+        raise UserError(f"{path} is missing: {run_dir} is not a run directory, or its training has not started.")
     if not (points := read_points(path)):
         raise UserError(f"{path} is empty: the training has not reported anything yet. Try again in a minute.")
     return points
 
 
 def subtitle(about: dict[str, Any], recipe: dict[str, Any]) -> str:
-    """One line: what was distilled from what, on what."""
+    """One line: student, teacher, languages, devices and commit."""
     student = recipe.get("student", {})
     parts = []
     if isinstance(student, dict) and {"layers", "hidden"} <= student.keys():
@@ -154,7 +154,7 @@ def facts(run_dir: Path, metrics: times.Points, retrieval: dict[str, dict[str, A
 
 
 def heldout_table(metrics: times.Points) -> str:
-    """First and last held-out loss of every language, folded away."""
+    """A folded table: first and last held-out loss of every language."""
     evaluations = [point for point in metrics if "heldout/mean" in point]
     if not evaluations:
         return ""
@@ -166,29 +166,27 @@ def heldout_table(metrics: times.Points) -> str:
 
 
 def retrieval_section(results: dict[str, dict[str, Any]]) -> str:
-    """Accuracy of every evaluated model: bars of the means, a table of all languages."""
+    """Accuracy of every evaluated model: bars of the means, and a table of all languages."""
     if not results:
         return ""
     languages = list(next(iter(results.values()))["per_pair"])
     rows = [
         [
             stage,
-            POOLING_NAMES[pooling],
+            POOLINGS[pooling],
             *(f"{result['per_pair'][x][pooling]['mean']:.3f}" for x in languages),
             f"{result['mean'][pooling]:.3f}",
         ]
-        for pooling in POOLING_NAMES
+        for pooling in POOLINGS
         for stage, result in results.items()
     ]
     content = table(["model", "pooled from", *languages, "mean"], rows, "two")
     left_out = html.escape(left_out_line(results))
-    return (
-        plots.retrieval_bars(results, POOLING_NAMES) + content + (f'<p class="note">{left_out}</p>' if left_out else "")
-    )
+    return plots.retrieval_bars(results, POOLINGS) + content + (f'<p class="note">{left_out}</p>' if left_out else "")
 
 
 def relation_maps(run_dir: Path) -> str:
-    """The first and the last image of every relation, out of the TensorBoard files."""
+    """The first and the last image of every relation, from the TensorBoard files."""
     board = run_dir / "tensorboard"
     if not board.is_dir():
         return ""
@@ -208,7 +206,7 @@ def relation_maps(run_dir: Path) -> str:
 
 
 def colored(png: bytes) -> bytes:
-    """A grey picture with a palette: dark violet to bright yellow, in as many bytes as before."""
+    """The grey PNG as a PNG with a palette from dark violet to bright yellow."""
     grey = Image.open(io.BytesIO(png)).convert("L")
     picture = Image.fromarray(np.asarray(grey))
     palette = (matplotlib.colormaps[MAPS_COLORS](np.arange(256))[:, :3] * 255).astype(np.uint8)
@@ -219,7 +217,7 @@ def colored(png: bytes) -> bytes:
 
 
 def recipe_section(run_dir: Path, recipe: dict[str, Any]) -> str:
-    """The main keys as a table; recipe, run facts and DeepSpeed config as they are, folded away."""
+    """The main keys as a table; recipe, run.json and DeepSpeed config as folded text."""
     rows = {label: _short(recipe[key]) for key, label in RECIPE_ROWS.items() if recipe.get(key) is not None}
     parts = [facts_table(rows)] if rows else []
     for name in ("recipe.yaml", "run.json", "deepspeed.json"):
@@ -230,7 +228,7 @@ def recipe_section(run_dir: Path, recipe: dict[str, Any]) -> str:
 
 
 def facts_table(rows: dict[str, str]) -> str:
-    """Label and figure, one per line."""
+    """A table with one label and one figure per line."""
     cells = "\n".join(f"<tr><td>{html.escape(a)}</td><td>{html.escape(b)}</td></tr>" for a, b in rows.items())
     return f'<table class="facts-table">{cells}</table>'
 
@@ -242,7 +240,7 @@ def table(header: list[str], rows: list[list[str]], kind: str = "") -> str:
 
 
 def _short(value: Any) -> str:
-    """A section of the recipe on one line, without what was not set."""
+    """A value or a section of the recipe on one line, without keys that are not set."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {_short(item)}" for key, item in value.items() if item not in (None, [], False))
     if isinstance(value, list):
@@ -254,9 +252,8 @@ def _read_recipe(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "recipe.yaml"
     if not path.is_file():
         return {}
-    known = {
-        field.name for field in fields(Recipe)
-    }  # a run of another version may have further keys; the page shows the file
+    # A run of another version may have further keys; the page shows the file as well.
+    known = {field.name for field in fields(Recipe)}
     given = {key: value for key, value in read_yaml(path).items() if key in known}
     try:
         tree = as_tree(build_section(Recipe, given, ""))

@@ -1,6 +1,7 @@
-"""The report's plots as inline SVG in the page's own colours. In: the points of `metrics.jsonl`. Used by report.py alone.
+"""The plots of the report as inline SVG. In: the points of `metrics.jsonl`. Out: SVG text.
 
-matplotlib draws in made-up colours that are then replaced by the page's CSS variables, so one picture fits light and dark.
+matplotlib draws with placeholder colours, which are then replaced by the CSS variables of the page, so that one picture
+works on light and dark pages.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 
 from pipeline.report.timeline import Events, Points, series
 
-# stand-ins: no two lines of a plot may share one
+# placeholder colours, all different
 INK, MUTED, GRID, FAINT, GOOD, BAD = "#010001", "#010002", "#010003", "#010004", "#010005", "#010006"
 COLORS = [f"#01001{number}" for number in range(6)]
 VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", FAINT: "faint", GOOD: "good", BAD: "bad"}
@@ -54,7 +55,7 @@ matplotlib.rcParams.update(
 )
 WIDTH_INCHES = 9.0
 SHORT_RUN_HOURS = 2.0
-NAMED_LANGUAGES = 3  # at each end of the held-out losses
+NAMED_LANGUAGES = 3  # with the lowest and with the highest held-out losses
 HEALTH = {
     "optimizer/learning_rate": "learning rate",
     "optimizer/gradient_norm": "gradient norm before clipping",
@@ -80,7 +81,7 @@ def loss_curves(metrics: Points) -> str:
 
 
 def heldout_curves(metrics: Points) -> str:
-    """One thin line per language, the ends of the list named, the mean on top."""
+    """One thin line per language, with the lowest and highest languages named, and the mean on top."""
     tags = sorted({tag for point in metrics for tag in point if tag.startswith("heldout/")})
     if not tags:
         return ""
@@ -114,7 +115,7 @@ def throughput(metrics: Points, events: Events) -> str:
 
 
 def health(metrics: Points, events: Events) -> str:
-    """Learning rate, gradient norm and waiting, one above the other."""
+    """Learning rate, gradient norm and waiting time, one above the other."""
     shown = {tag: title for tag, title in HEALTH.items() if series(metrics, tag)}
     if not shown:
         return ""
@@ -131,7 +132,7 @@ def health(metrics: Points, events: Events) -> str:
 
 
 def time_line(events: Events) -> str:
-    """Finished steps against time: one stroke per life, a dot per checkpoint, a dashed line per restart."""
+    """Finished steps against time: one line per attempt, a dot per checkpoint, a dashed line per restart."""
     if not events.attempts:
         return ""
     unit, factor = ("minutes", 60.0) if events.attempts[-1].progress[-1][0] < SHORT_RUN_HOURS else ("hours", 1.0)
@@ -169,7 +170,7 @@ def retrieval_bars(results: Mapping[str, Mapping[str, Any]], names: Mapping[str,
 
 
 def _mark(axes: Any, events: Events) -> None:
-    """Where checkpoints were written and where the run began again."""
+    """Mark the steps at which checkpoints were written and the run was restarted."""
     for step in events.saved_steps:
         axes.axvline(step, color=GOOD, alpha=0.45, linewidth=1, zorder=0.5)
     for step in events.restarts:
@@ -177,7 +178,7 @@ def _mark(axes: Any, events: Events) -> None:
 
 
 def _plain_log(axes: Any) -> None:
-    """Logarithmic, with 0.5 and 2 written as people write them."""
+    """A logarithmic axis with labels such as 0.5 and 2."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))

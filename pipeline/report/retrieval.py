@@ -1,7 +1,7 @@
-"""What a run directory holds about retrieval: what the demo measured, or else `pipeline evaluate`.
+"""The retrieval results in a run directory: those of the demo, or else those of `pipeline evaluate`.
 
-In: a run directory, its last step, its teacher's name. Out: results by what they are of, for the report: `teacher`,
-`before` and `after` of a demo; `teacher` and `student` of an evaluation. A student of an earlier step says so.
+In: a run directory, its last step, its teacher's name. Out: results by label: `teacher`, `before` and `after` of a demo;
+`teacher` and `student` of an evaluation. The label of a student of an earlier step has its number of steps.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.evaluation.task import Results
 from pipeline.runtime.json_files import RESTORE, read_json_if_there
 
 STAGES = ("teacher", "before", "after")
-Results = dict[str, dict[str, Any]]
 
 
 def _result_of(path: Path) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def _result_of(path: Path) -> dict[str, Any]:
 
 
 def read_retrieval(run_dir: Path, last_step: int, teacher: str | None) -> Results:
-    """The demo's results while they are of the last step, else those of an evaluation, else the demo's earlier ones."""
+    """The demo's results if they are of the last step, else those of an evaluation, else the demo's earlier results."""
     demo = {stage: _result_of(path) for stage in STAGES if (path := run_dir / "retrieval" / f"{stage}.json").is_file()}
     steps = read_json_if_there(run_dir / "demo_training.json").get("steps", last_step)
     if demo and steps == last_step:
@@ -35,8 +35,8 @@ def read_retrieval(run_dir: Path, last_step: int, teacher: str | None) -> Result
 
 
 def _evaluated(run_dir: Path, last_step: int, teacher: str | None) -> Results:
-    """Teacher and student in `RUN_DIR/evaluation`, where slurm/evaluate.sh puts them; whatever stands beside them is not
-    of this run."""
+    """Teacher and student of the run in `RUN_DIR/evaluation`, where slurm/evaluate.sh writes them. Other models in the
+    file do not belong to this run."""
     report = read_json_if_there(run_dir / "evaluation" / "evaluation.json")
     found: Results = {}
     for name, result in report.get("tasks", {}).get("retrieval", {}).items():

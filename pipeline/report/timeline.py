@@ -1,6 +1,6 @@
-"""When a run did what: its lives, checkpoints and restarts, and what it cost. Used by report.py and report_plots.py.
+"""The attempts, checkpoints and restarts of a run, and its cost in time.
 
-In: the points of `metrics.jsonl`, `restarts.json` where there is one, and the checkpoints on disk. Out: `Events`.
+In: the points of `metrics.jsonl`, the file with the restarts if there is one, and the checkpoints on disk. Out: `Events`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.runtime.json_files import RESTORE, read_json_if_there
-from pipeline.runtime.restarts import restarts_file
 
-GAP_IN_INTERVALS = 10  # a pause this many times the usual one between two lines is a restart
+GAP_IN_INTERVALS = 10  # a pause of this many usual intervals between two lines counts as a restart
 SECONDS_PER_HOUR = 3600.0
 
 Points = list[dict[str, Any]]
@@ -23,7 +22,7 @@ Points = list[dict[str, Any]]
 
 @dataclass
 class Attempt:
-    """One start of the run: (hours since the first start, finished steps), in order; `ranks` that ran it."""
+    """One attempt of the run: (hours since the first start, finished steps) in order, and its number of ranks."""
 
     progress: list[tuple[float, int]]
     ranks: int
@@ -35,15 +34,15 @@ class Attempt:
 
 @dataclass
 class Events:
-    """What a time line shows."""
+    """What the time line shows."""
 
     attempts: list[Attempt] = field(default_factory=list)
     saved_steps: list[int] = field(default_factory=list)
-    restarts: list[int] = field(default_factory=list)  # steps that a later attempt began from
+    restarts: list[int] = field(default_factory=list)  # steps from which a later attempt started
 
     @property
     def saved(self) -> list[tuple[float, int]]:
-        """Checkpoints in hours and steps, as far as the time of the step is known."""
+        """(hours, step) of the checkpoints whose time is known."""
         hours = {step: hour for attempt in self.attempts for hour, step in attempt.progress}
         return [(hours[step], step) for step in self.saved_steps if step in hours]
 
@@ -62,11 +61,11 @@ def _is_start(start: Any) -> bool:
 
 
 def events_of(run_dir: Path, metrics: Points, committed_steps: Sequence[int]) -> Events:
-    """From `restarts.json`; a run without one is one attempt, whose restarts are guessed from its pauses."""
-    path = restarts_file(run_dir)
+    """The events of a run. Without a file of restarts it counts as one attempt, and its pauses count as restarts."""
+    path = run_dir / "lives.json"
     starts = read_json_if_there(path, list)
     if not all(_is_start(start) for start in starts):
-        raise UserError(f"{path} is no list of starts with time_s, first_step and world_size. {RESTORE}.")
+        raise UserError(f"{path} is not a list of starts with time_s, first_step and world_size. {RESTORE}.")
     if not starts:
         origin = metrics[0]["time_s"] if metrics else 0.0
         progress = [((point["time_s"] - origin) / SECONDS_PER_HOUR, point["step"]) for point in metrics]
@@ -86,7 +85,7 @@ def events_of(run_dir: Path, metrics: Points, committed_steps: Sequence[int]) ->
 
 
 def pauses(metrics: Points) -> list[int]:
-    """Steps after which nothing was reported for much longer than usual: the run was down, or saving for very long."""
+    """Steps after which nothing was reported for much longer than usual."""
     lines = [point for point in metrics if "loss/total" in point]
     gaps = [(after["time_s"] - before["time_s"], before["step"]) for before, after in itertools.pairwise(lines)]
     if not gaps:
@@ -96,7 +95,7 @@ def pauses(metrics: Points) -> list[int]:
 
 
 def cost(metrics: Points, events: Events, about: dict[str, Any], tokens_per_row: int | None) -> dict[str, str]:
-    """What the run took, as label and figure."""
+    """What the run took: label -> figure."""
     running = sum(attempt.hours for attempt in events.attempts)
     wall = max(attempt.progress[-1][0] for attempt in events.attempts)
     rows = metrics[-1]["samples"]
@@ -112,9 +111,9 @@ def cost(metrics: Points, events: Events, about: dict[str, Any], tokens_per_row:
     if tokens_per_row:
         shown["tokens that the student saw"] = f"{rows * tokens_per_row:,}"
     if saving_s:
-        shown["training held up by checkpoints"] = f"{saving_s:.1f} s"
+        shown["training waited for checkpoints"] = f"{saving_s:.1f} s"
     if waits:
-        shown["training held up by data"] = f"{sum(waits) / len(waits):.2%} of the time"
+        shown["training waited for data"] = f"{sum(waits) / len(waits):.2%} of the time"
     skipped = series(metrics, "optimizer/skipped_steps")
     if skipped:
         shown["optimizer steps skipped"] = f"{skipped[-1][1]:.0f}"
@@ -122,7 +121,7 @@ def cost(metrics: Points, events: Events, about: dict[str, Any], tokens_per_row:
 
 
 def duration(hours: float) -> str:
-    """As people say it: seconds, minutes or hours."""
+    """A duration in seconds, minutes or hours, whichever is readable."""
     if hours < 0.05:
         return f"{hours * 3600:.0f} s"
     return f"{hours * 60:.1f} min" if hours < 2 else f"{hours:,.1f} h"

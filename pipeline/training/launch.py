@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import Recipe, load_recipe
+from pipeline.config import Recipe, load_recipe, unused_sections_warning
 from pipeline.runtime import clocks, dist
 from pipeline.runtime.allotment import unused_gpu_warning
 from pipeline.runtime.directory_lock import check_run_directory, owned_by_rank_0
@@ -88,7 +88,9 @@ def _print_first_lines(options: RunOptions, launch: Launch) -> None:
     if launch.is_main:
         note = " (no --recipe given)" if options.recipe_is_default else ""
         print(f"recipe {options.recipe_path}{note}, run directory {options.run_dir}", flush=True)
-        if warning := unused_gpu_warning():
+        for warning in filter(
+            None, (unused_gpu_warning(), unused_sections_warning(options.recipe_path, options.overrides))
+        ):
             print(f"warning: {warning}", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Evaluation on two ranks, under the real launcher or killed and finished by one: the same figures as one rank alone."""
+"""Evaluation on two ranks, under the real launcher, or killed and finished by one rank: the figures are those of one rank."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.unit.evaluation.questions import ANSWER, write_mlqa
 PATIENCE_S = 120
 
 
-def test_two_ranks_killed_in_flight_end_where_one_rank_ends(
+def test_two_killed_ranks_finish_with_the_figures_of_one_rank(
     tiny_teacher: Path, tiny_shards: Path, tmp_path: Path
 ) -> None:
     pairs = write_xnli(tmp_path / "pairs", train=99, evaluation=10, languages=("en", "de"))
@@ -42,8 +42,8 @@ def test_two_ranks_killed_in_flight_end_where_one_rank_ends(
     finally:
         for rank in ranks:
             end_group(rank)  # SIGKILL
-    assert list(cut.glob("xnli/*/lr0.003-seed0/cell.json")), "the first cell was finished"
-    assert not list(cut.glob("xnli/*/lr0.001-seed0/cell.json")), "the second one was not finished"
+    assert list(cut.glob("xnli/*/lr0.003-seed0/grid_point.json")), "the first grid point was finished"
+    assert not list(cut.glob("xnli/*/lr0.001-seed0/grid_point.json")), "the second one was running"
     heldout_of_two = json.loads((cut / "evaluation.json").read_text())["tasks"]["heldout"]
     main([*command, "--output", str(cut)])
 
@@ -54,7 +54,7 @@ def test_two_ranks_killed_in_flight_end_where_one_rank_ends(
     for ours, theirs in zip(got["cells"], expected["cells"], strict=True):
         assert ours["best_epoch"] == theirs["best_epoch"]
         assert ours["test"] == theirs["test"]
-        losses = ([epoch["loss"] for epoch in cell["epochs"]] for cell in (ours, theirs))
+        losses = ([epoch["loss"] for epoch in point["epochs"]] for point in (ours, theirs))
         assert next(losses) == pytest.approx(next(losses), rel=2e-3, abs=1e-5)
     heldout_of_one = json.loads((once / "evaluation.json").read_text())["tasks"]["heldout"]
     (two,), (one,) = heldout_of_two.values(), heldout_of_one.values()

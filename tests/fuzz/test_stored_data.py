@@ -21,7 +21,7 @@ from data_prep.shards import RUN_NAME, ShardSet, manifest_digest
 from data_prep.verify import verify
 from pipeline.errors import UserError
 from pipeline.evaluation import results
-from pipeline.evaluation.training_metadata import trained_as
+from pipeline.evaluation.training_metadata import training_metadata
 from pipeline.report.timeline import events_of
 from pipeline.runtime.checkpoint import newest_valid, read_model_weights
 from pipeline.runtime.checkpoint_files import corruption, fsync_and_hash
@@ -146,7 +146,7 @@ def test_run_directory_before_a_resume(tmp_path: Path) -> None:
         (good / "lineage.json").write_bytes(mutated_json(lineage, seed, times))
         (good / "evaluation.json").write_bytes(mutated_json(evaluation, seed, times))
         rejected_or_done(lambda: events_of(good, read_points(good / "metrics.jsonl"), [4, 8]))
-        rejected_or_done(lambda: trained_as(good))
+        rejected_or_done(lambda: training_metadata(good))
         rejected_or_done(lambda: results.read(good / "evaluation.json"))
         rejected_or_done(lambda: resume(good))
 

@@ -79,11 +79,11 @@ def test_a_corrupt_file_is_noticed(directory: Path, tmp_path: Path) -> None:
     for name in files:
         shutil.copy(directory / name, tmp_path / name)
     (tmp_path / teacher.RECEIPT).write_text(json.dumps({"files": files}))
-    assert teacher.is_whole(tmp_path)
+    assert teacher.is_complete(tmp_path)
     corrupt = bytearray((tmp_path / "sentencepiece.bpe.model").read_bytes())
     corrupt[1_000_000] ^= 1
     (tmp_path / "sentencepiece.bpe.model").write_bytes(corrupt)
-    assert not teacher.is_whole(tmp_path)
+    assert not teacher.is_complete(tmp_path)
 
 
 def test_a_file_of_another_format_is_rejected(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A run directory as training and the demo leave it, made up: two lives, three checkpoints, retrieval, relation maps."""
+"""A made-up run directory with the files of training and demo: two attempts, three checkpoints, retrieval, relation maps."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def points(num_steps: int) -> list[dict[str, float]]:
 
 
 def make_run(directory: Path) -> Path:
-    """Eight steps; the second life began at step 4, a minute later."""
+    """Eight steps; the second attempt started at step 4, a minute later."""
     (directory / "retrieval").mkdir(parents=True)
     for step in (4, 8):
         (directory / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)

@@ -84,7 +84,7 @@ BAD_NUMBERS = [
     "optimizer.lr=.nan", "optimizer.lr=1e9", "optimizer.eps=1e-50", "student.dropout=2", "student.dropout=-0.1",
     "student.ffn=-1", "student.ffn=0", "guard.spike_window=100000000000000000000", "language_weights={hi: 1e308, sw: 1e308}",
     "language_weights={hi: -1}", "global_batch=1000000007", "student.hidden=1000000007", "student.layers=100000",
-    "seq_len=1000000000", "steps=10000000000000000", "retrieval.batch_size=1000000007", "relations.tail_weight=1e300",
+    "seq_len=1000000000", "steps=10000000000000000", "relations.tail_weight=1e300",
     "relations.heads=1000000007", "micro_batch_per_gpu=1000000007", "save_every=100000000000000000000", "teacher=\"a\\0b\"",
 ]  # fmt: skip
 

@@ -19,11 +19,10 @@ def recipe_of(tmp_path: Path, text: str, *overrides: str, encoding: str = "utf-8
 
 
 def test_norwegian_is_a_language(tmp_path: Path) -> None:
-    text = "languages: [en, no, on, off, yes, y, n]\nlanguage_weights: {no: 2, en: 1}\nretrieval: {languages: [no]}\n"
+    text = "languages: [en, no, on, off, yes, y, n]\nlanguage_weights: {no: 2, en: 1}\n"
     recipe = recipe_of(tmp_path, text)
     assert recipe.languages == ["en", "no", "on", "off", "yes", "y", "n"]
     assert recipe.language_weights == {"no": 2.0, "en": 1.0}
-    assert recipe.retrieval.languages == ["no"]
     assert recipe_of(tmp_path, "steps: 1", "languages=[en,no]").languages == ["en", "no"]
     assert recipe_of(tmp_path, "steps: 1", "language_weights.no=2").language_weights == {"no": 2.0}
     assert read_overrides(["heldout.languages=[en,no]"]).heldout.languages == ["en", "no"]

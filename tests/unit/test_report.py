@@ -1,4 +1,4 @@
-"""The report of a made-up run: complete, well-formed, self-contained, harmless, and clear about what is missing."""
+"""The report of a made-up run: complete, well-formed, self-contained, safe, and clear about what is missing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SECTIONS = (
 
 
 class TagBalance(HTMLParser):
-    """Raises when a tag is closed that is not the innermost open one."""
+    """Raises when a closing tag does not match the innermost open tag."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def test_the_page_is_well_formed_and_loads_nothing(run_dir: Path) -> None:
     assert not re.search(r"url\((?!#)", page)
 
 
-def test_the_page_says_what_happened(run_dir: Path) -> None:
+def test_the_page_has_the_figures_of_the_run(run_dir: Path) -> None:
     page = render(run_dir)
     for text in (
         "DONE",
@@ -77,10 +77,10 @@ def test_the_page_says_what_happened(run_dir: Path) -> None:
         assert text in page, text
     assert re.findall("<h2>(.*?)</h2>", page) == list(SECTIONS)
     assert page.count("<svg") == 6
-    assert "#01000" not in page, "a stand-in colour was not replaced"
+    assert "#01000" not in page, "a placeholder colour was not replaced"
 
 
-def test_a_run_that_has_only_begun(run_dir: Path) -> None:
+def test_a_run_that_has_just_started(run_dir: Path) -> None:
     (run_dir / "metrics.jsonl").write_text(json.dumps(points(1)[0]) + '\n{"step": 1, "samp')
     for name in ("DONE", "recipe.yaml", "retrieval/teacher.json", "retrieval/before.json", "retrieval/after.json"):
         (run_dir / name).unlink()
@@ -90,7 +90,7 @@ def test_a_run_that_has_only_begun(run_dir: Path) -> None:
 
 
 def test_retrieval_of_an_evaluation(run_dir: Path) -> None:
-    """What slurm/evaluate.sh leaves, with a third model that is not of this run."""
+    """The file that slurm/evaluate.sh writes, with a third model that is not of this run."""
     stages = {path.stem: json.loads(path.read_text())["result"] for path in (run_dir / "retrieval").iterdir()}
     shutil.rmtree(run_dir / "retrieval")
     (run_dir / "recipe.yaml").write_text("teacher: some/teacher\nseq_len: 128\n")
@@ -108,11 +108,11 @@ def test_retrieval_of_an_evaluation(run_dir: Path) -> None:
     models[student]["steps"] = 4
     report.write_text(json.dumps({"models": models, "tasks": {"retrieval": results}}))
     page = render(run_dir)
-    assert "<td>student of 4 steps</td>" in page, "the run went on after its evaluation"
+    assert "<td>student of 4 steps</td>" in page, "the run continued after its evaluation"
     assert '<div class="fact">retrieval' not in page
 
 
-def test_a_run_that_went_on_after_its_demo(run_dir: Path) -> None:
+def test_a_run_that_continued_after_its_demo(run_dir: Path) -> None:
     (run_dir / "demo_training.json").write_text(json.dumps({"steps": 4}))
     page = render(run_dir)
     assert "<td>after 4 steps</td>" in page
@@ -127,7 +127,7 @@ def test_the_command_writes_the_page(run_dir: Path, capsys: pytest.CaptureFixtur
     assert "report.html" in capsys.readouterr().out
 
 
-def test_a_pause_is_where_nothing_was_reported_for_long() -> None:
+def test_a_long_gap_between_points_is_a_pause() -> None:
     lines = points(10)
     assert pauses(lines) == []
     for point in lines:
@@ -140,7 +140,7 @@ def test_the_time_line_and_its_cost(run_dir: Path) -> None:
     metrics = read_metrics(run_dir)
     events = events_of(run_dir, metrics, [8])
     assert (events.saved_steps, events.restarts) == ([4, 6, 8], [4])
-    first, second = events.restarts
+    first, second = events.attempts
     assert [step for _, step in first.progress] == [0, 0, 1, 2, 3, 4]
     assert second.progress[0] == (pytest.approx(66 / 3600), 4)
     assert first.hours == pytest.approx(9 / 3600)  # from its start to its last line
@@ -153,14 +153,14 @@ def test_the_time_line_and_its_cost(run_dir: Path) -> None:
     assert [duration(hours) for hours in (0.01, 1.5, 1234)] == ["36 s", "90.0 min", "1,234.0 h"]
 
 
-def test_a_run_without_lives(run_dir: Path) -> None:
-    (run_dir / "restarts.json").unlink()
+def test_a_run_without_a_file_of_restarts(run_dir: Path) -> None:
+    (run_dir / "lives.json").unlink()
     events = events_of(run_dir, read_metrics(run_dir), [4, 8])
-    assert (len(events.restarts), events.saved_steps, events.restarts) == (1, [4, 8], [4])
+    assert (len(events.attempts), events.saved_steps, events.restarts) == (1, [4, 8], [4])
 
 
-def test_a_run_without_lives_that_has_not_logged_yet(run_dir: Path) -> None:
-    (run_dir / "restarts.json").unlink()
+def test_a_run_without_a_file_of_restarts_that_has_not_logged_yet(run_dir: Path) -> None:
+    (run_dir / "lives.json").unlink()
     events = events_of(run_dir, [], [4])
     assert (events.saved, events.saved_steps, events.restarts) == ([], [4], [])
 
@@ -174,21 +174,27 @@ def test_nothing_to_report(tmp_path: Path, content: str | None) -> None:
 
 
 def test_nothing_of_a_run_directory_becomes_markup(run_dir: Path) -> None:
-    """Every name and value that the page shows is somebody's text: a recipe, languages, tags, hosts."""
-    evil = "<img src=x onerror=alert(1)>\"'<script>alert(2)</script>"
+    """All names and values on the page are text from outside: recipe, languages, tags, hosts."""
+    hostile = "<img src=x onerror=alert(1)>\"'<script>alert(2)</script>"
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        line |= {f"heldout/{evil}": 3.0} if "heldout/mean" in line else {f"loss/{evil}": 1.0}
+        line |= {f"heldout/{hostile}": 3.0} if "heldout/mean" in line else {f"loss/{hostile}": 1.0}
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run_dir / "recipe.yaml").write_text(
-        yaml.safe_dump({"teacher": evil, "data": evil, "languages": [evil], evil: evil})
+        yaml.safe_dump({"teacher": hostile, "data": hostile, "languages": [hostile], hostile: hostile})
     )
-    about = {"world_size": evil, "device": evil, "precision": evil, "git_commit": evil, "languages": [evil]}
+    about = {
+        "world_size": hostile,
+        "device": hostile,
+        "precision": hostile,
+        "git_commit": hostile,
+        "languages": [hostile],
+    }
     (run_dir / "run.json").write_text(json.dumps(about))
     page = render(run_dir)
     parser = TagBalance()
     parser.feed(page)
     assert parser.open == []
-    assert evil.replace("<", "&lt;").replace(">", "&gt;")[:20] in page
+    assert hostile.replace("<", "&lt;").replace(">", "&gt;")[:20] in page
     assert not re.search(r"<script|<img[^>]*onerror", page)
     assert "x" not in parser.addresses

@@ -1,4 +1,4 @@
-"""The report in a real headless browser: nothing is loaded, nothing complains, everything is drawn, in light and in dark.
+"""The report in a real headless browser: nothing is loaded, no error is reported, everything is drawn, light and dark.
 
 Needs Chromium or Chrome on PATH, or its path in REPORT_BROWSER. Without one the tests skip; REPORT_BROWSER=require
 makes them fail instead.
@@ -29,7 +29,7 @@ OPTIONS = (
     *("--disable-background-networking", "--disable-component-update", "--enable-logging=stderr"),
     "--host-resolver-rules=MAP * ~NOTFOUND",
 )
-# What only a script inside the page can see; the page itself has none and forbids them.
+# What only a script inside the page can find. The page itself has no script and its policy forbids scripts.
 PROBE = """<script>
 const problems = [];
 addEventListener("error", event => problems.push("error: " + event.message), true);
@@ -57,14 +57,14 @@ addEventListener("load", () => {
 
 @pytest.fixture(scope="module")
 def browser() -> str:
-    wanted = os.environ.get("REPORT_BROWSER", "")
-    given = [wanted] if wanted and wanted != "require" else NAMES
+    setting = os.environ.get("REPORT_BROWSER", "")
+    given = [setting] if setting and setting != "require" else NAMES
     found = next((path for name in given if (path := shutil.which(name))), None)
     if found is None:
         message = (
             f"no browser to open the report in ({', '.join(given)}): apt-get install chromium, or set REPORT_BROWSER"
         )
-        pytest.fail(message) if wanted else pytest.skip(message)
+        pytest.fail(message) if setting else pytest.skip(message)
     return found
 
 
@@ -76,7 +76,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def browse(browser: str, page: Path, *options: str) -> tuple[str, str]:
-    """Standard output and errors of one headless visit, in a profile of its own."""
+    """Standard output and errors of one headless visit, with a separate profile."""
     profile = f"--user-data-dir={page.parent / 'profile'}"
     command = [browser, *OPTIONS, profile, *options, page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -85,7 +85,7 @@ def browse(browser: str, page: Path, *options: str) -> tuple[str, str]:
 
 
 def probed(browser: str, page: Path) -> dict[str, Any]:
-    """What a script sees in a copy of the page, and the lines of the console."""
+    """What a script finds in a copy of the page, and the lines of the console."""
     text = page.read_text()
     assert LOADS_NOTHING in text
     copy = page.with_name("probed.html")
@@ -98,7 +98,7 @@ def probed(browser: str, page: Path) -> dict[str, Any]:
     return {**json.loads(html.unescape(found[1])), "console": console}
 
 
-def test_nothing_is_loaded_and_nothing_complains(browser: str, page: Path) -> None:
+def test_nothing_is_loaded_and_no_error_is_reported(browser: str, page: Path) -> None:
     seen = probed(browser, page)
     assert (seen["problems"], seen["console"]) == ([], [])
     assert [name for name in seen["resources"] if not name.startswith("data:")] == []
@@ -113,7 +113,7 @@ def test_everything_is_drawn(browser: str, page: Path) -> None:
     assert len(seen["plots"]) == 6
     assert min(seen["plots"]) > 100
     assert seen["texts"] > 50
-    assert {"rgb(29, 33, 41)", "rgb(47, 95, 208)"} <= set(seen["strokes"]), "the plots wear the page's colours"
+    assert {"rgb(29, 33, 41)", "rgb(47, 95, 208)"} <= set(seen["strokes"]), "the plots have the colours of the page"
     assert seen["links"] == [True] * len(SECTIONS)
     assert not seen["too_wide"]
 

@@ -1,1 +1,1 @@
-"""Fine-tuning tasks: XNLI and question answering."""
+"""Evaluation tasks that fine-tune an encoder with a head: XNLI and MLQA."""

@@ -1,7 +1,6 @@
-"""Tokenised inputs of a fine-tuning task and what is to be predicted from each; batches padded to their longest row.
+"""Tokenized inputs and targets of a fine-tuning task, in batches that are padded to their longest row.
 
-In: whatever a Hugging Face tokenizer returns. Out: the tensors that a model takes. Used by finetune.py, xnli.py and
-mlqa.py.
+In: the output of a Hugging Face tokenizer. Out: the input tensors of a model.
 """
 
 from __future__ import annotations
@@ -15,22 +14,22 @@ import torch
 
 from pipeline.evaluation.encoder import Encoder, pad_rows
 
-TEXTS_AT_ONCE = 1000  # the tokenizer's own lists are many times the size of the arrays that are kept
+TEXTS_PER_CALL = 1000  # the tokenizer's lists need many times the memory of the arrays that are kept
 
 
 @dataclass
 class TokenRows:
-    """Row i: token ids, segment ids where the family has them (BERT), and its targets."""
+    """Row i: its token ids, its segment ids where the model has them (BERT), and its targets."""
 
     ids: list[np.ndarray]
-    segments: list[np.ndarray]  # empty where the tokenizer gives none, or the model has no rows for them
+    segments: list[np.ndarray]  # empty where the tokenizer returns none or the model has no embeddings for them
     targets: torch.Tensor  # int64 [rows, targets per row]
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def inputs(self, numbers: Sequence[int], pad_id: int, device: torch.device) -> dict[str, torch.Tensor]:
-        """What the model is called with for these rows."""
+        """The model's keyword arguments for these rows."""
         input_ids, mask = pad_rows([self.ids[n].tolist() for n in numbers], pad_id, device)
         inputs = {"input_ids": input_ids, "attention_mask": mask}
         if self.segments:
@@ -38,15 +37,15 @@ class TokenRows:
         return inputs
 
     def chunks_by_length(self, size: int) -> list[list[int]]:
-        """All row numbers in groups of alike length: little padding."""
+        """All row numbers in groups of similar length, which need little padding."""
         order = sorted(range(len(self)), key=lambda n: len(self.ids[n]))
         return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def known_segments(segments: list[np.ndarray], model_config: Any) -> list[np.ndarray]:
-    """The tokenizer's segment ids if the model has an embedding row for each, else none, which it takes for all 0.
+    """The tokenizer's segment ids if the model has an embedding for each; else an empty list, and the model uses 0 for all.
 
-    RoBERTa bodies with BERT's tokenizer (klue/roberta, guwenbert) have one row, DistilBERT none.
+    RoBERTa bodies with BERT's tokenizer (klue/roberta, guwenbert) have one embedding, DistilBERT has none.
     """
     rows = getattr(model_config, "type_vocab_size", 0) or 0
     return segments if rows > max((int(row.max()) for row in segments if len(row)), default=0) else []
@@ -55,10 +54,10 @@ def known_segments(segments: list[np.ndarray], model_config: Any) -> list[np.nda
 def tokenize_pairs(
     encoder: Encoder, first: Sequence[str], second: Sequence[str], targets: Sequence[int], max_length: int
 ) -> TokenRows:
-    """Two texts a row, the longer one cut first where both together are too long."""
+    """Tokenize two texts per row. Where both together are too long, the longer one is cut first."""
     ids, segments = [], []
-    for start in range(0, len(first), TEXTS_AT_ONCE):
-        stop = start + TEXTS_AT_ONCE
+    for start in range(0, len(first), TEXTS_PER_CALL):
+        stop = start + TEXTS_PER_CALL
         encoded = encoder.tokenizer(
             list(first[start:stop]), list(second[start:stop]), truncation=True, max_length=max_length
         )
@@ -69,7 +68,7 @@ def tokenize_pairs(
 
 
 def global_batches(num_rows: int, batch: int, order: torch.Generator) -> Iterator[list[int]]:
-    """One epoch: every row once, in an order that follows from the generator's seed alone."""
+    """One epoch: row numbers in batches, every row once, in an order that depends only on the generator's seed."""
     numbers = torch.randperm(num_rows, generator=order).tolist()
     for start in range(0, num_rows, batch):
         yield numbers[start : start + batch]

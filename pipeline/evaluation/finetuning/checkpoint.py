@@ -1,7 +1,7 @@
-"""What a fine-tuning in flight needs to go on after a kill: one checkpoint per epoch, in the format of the training's.
+"""Checkpoints of a fine-tuning: one after each epoch, in the format of training checkpoints.
 
-`step-N/` holds fp32 weights, Adam's moments, the weights of the best epoch so far (as the weights that are carried
-along) and `state.json`; size and sha256 of each stand in the manifest, and nothing is pickled. Used by finetune.py.
+`step-N/` has fp32 weights, Adam's moments, the weights of the best epoch so far (in the file for untrained weights) and
+`state.json`. The manifest has size and sha256 of each file. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ Weights = dict[str, torch.Tensor]
 
 
 def weights_of(model: torch.nn.Module) -> Weights:
-    """Copies on the CPU, by name."""
+    """Copies of the parameters on the CPU, by name."""
     return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in model.named_parameters()}
 
 
 @torch.no_grad()
 def put_weights(model: torch.nn.Module, weights: Weights) -> None:
+    """Copy weights by name into the model."""
     for name, parameter in model.named_parameters():
         parameter.copy_(weights[name])
 
@@ -38,7 +39,7 @@ def put_weights(model: torch.nn.Module, weights: Weights) -> None:
 def save(
     directory: Path, model: torch.nn.Module, adam: torch.optim.Optimizer, best: Weights, state: dict[str, Any]
 ) -> None:
-    """Commit the state after an epoch and drop the one before. Rank 0 alone calls it; all ranks hold the same."""
+    """Commit the state after an epoch and delete the one before. Only rank 0 calls it; all ranks have the same state."""
     final = checkpoint_path(directory, state["step"])
     partial = unique_name(final, ".tmp")
     partial.mkdir(parents=True)
@@ -51,7 +52,7 @@ def save(
         for kind in MOMENTS
     }
     contents = {"weight": weights_of(model), **moments}
-    # The one rank's fragments, as a run's checkpoint has them: flat, by parameter and offset.
+    # As in a training checkpoint of one rank: flat tensors, named by parameter and offset.
     files = {
         f"{kind}-00000-of-00001.safetensors": {f"{name}:0": tensor.flatten() for name, tensor in tensors.items()}
         for kind, tensors in contents.items()
@@ -67,7 +68,7 @@ def save(
 def resume(
     directory: Path, model: torch.nn.Module, adam: torch.optim.Optimizer, ranks: Ranks
 ) -> tuple[Weights, dict[str, Any]] | None:
-    """Load the newest whole state into model and optimizer; the best weights and the state, or None at the beginning."""
+    """Load the newest valid state into model and optimizer. Returns the best weights and the state; None without one."""
     path = Path(chosen) if (chosen := ranks.from_main(_newest(directory) if ranks.is_main else None)) else None
     if path is None:
         return None
@@ -85,5 +86,5 @@ def _newest(directory: Path) -> str | None:
     try:
         path, _ = newest_valid(directory)
     except UserError as error:
-        raise UserError(f"{error}. To begin this fine-tuning again, delete {directory}") from None
+        raise UserError(f"{error}. To start this fine-tuning again, delete {directory}") from None
     return str(path) if path else None

@@ -1,8 +1,8 @@
-"""Run a fine-tuning grid for one encoder, choose on the development languages, and keep what is finished.
+"""Runs a fine-tuning grid for one encoder, selects a learning rate, and keeps the finished grid points.
 
-In: a task, settings, a directory. Out: the test scores of the learning rate whose best epoch is best on the mean of ALL
-development languages. A finished cell leaves `cell.json` and is not run again while encoder, data and settings are the
-same; a cell in flight goes on from its last epoch. Used by xnli.py and mlqa.py.
+In: a task, settings, a directory. Out: the test scores of the learning rate whose best epoch has the highest mean over
+ALL development languages. A finished grid point leaves `grid_point.json` and is not run again while encoder, data and
+settings are the same; one that was killed resumes from its last epoch.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from pipeline.provenance import fingerprint
 from pipeline.runtime.file_hash import xxh3_128_of
 from pipeline.runtime.json_files import read_json
 
-# Settings that change nothing within one cell. micro_batch is none of them: dropout draws a mask per micro-batch.
+# Settings that do not change the result of one grid point. micro_batch does: dropout draws a mask per micro-batch.
 NO_EFFECT = ("learning_rates", "seeds")
+RESULT_FILE, OLD_RESULT_FILE = "grid_point.json", "cell.json"  # the second one is read, never written
 
 
 def run_grids(
-    name: str,
     encoders: list[Encoder],
     make_task: Callable[[Encoder], FinetuneTask],
     data_fingerprint: str,
@@ -39,9 +39,13 @@ def run_grids(
     directory: Path,
     ranks: Ranks,
 ) -> dict[str, dict[str, Any]]:
-    """One grid per encoder, by its name; rows too long for any of them are refused before the first is tuned."""
+    """Run one grid per encoder. Returns the results by the encoder's name.
+
+    Raises:
+        UserError: `max_length` is too long for one of the encoders
+    """
     for encoder in encoders:
-        encoder.check_max_length(config.max_length, f"{name}.max_length")
+        encoder.check_max_length(config.max_length, f"{config.name}.max_length")
     return {
         encoder.name: run_grid(
             functools.partial(make_task, encoder), encoder, data_fingerprint, config, directory, ranks
@@ -58,43 +62,52 @@ def run_grid(
     directory: Path,
     ranks: Ranks,
 ) -> dict[str, Any]:
-    """All cells of one encoder. `make_task` tokenises, so it is called only if a cell is missing."""
+    """Run all grid points of one encoder. `make_task` tokenizes, so it is called only if a grid point is missing."""
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in NO_EFFECT}
     identity = fingerprint([settings, data_fingerprint, encoder_fingerprint(encoder)])
-    home = directory / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', encoder.name).strip('_')[-60:]}-{identity[:8]}"
+    grid_directory = directory / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', encoder.name).strip('_')[-60:]}-{identity[:8]}"
     task: FinetuneTask | None = None
-    cells = []
-    for cell in [GridPoint(rate, seed) for rate in config.learning_rates for seed in config.seeds]:
-        result = ranks.from_main(_finished(home / str(cell)) if ranks.is_main else None)
+    results = []
+    for point in [GridPoint(rate, seed) for rate in config.learning_rates for seed in config.seeds]:
+        place = grid_directory / str(point)
+        result = ranks.from_main(_finished(place) if ranks.is_main else None)
         if result is None:
             task = task or make_task()
-            with torch.random.fork_rng():  # a cell seeds torch; what comes after it should not see that
-                result = finetune(task, config, cell, home / str(cell), ranks, encoder.name)
+            with torch.random.fork_rng():  # a grid point seeds torch; later tasks must not depend on that
+                result = finetune(task, config, point, place, ranks, encoder.name)
             if ranks.is_main:
-                _keep(home / str(cell), result)
+                _keep(place, result)
         elif ranks.is_main:
-            print(f"{encoder.name} {cell}: finished before, kept ({home / str(cell)})", flush=True)
+            print(f"{encoder.name} {point}: finished before, kept ({place})", flush=True)
         ranks.barrier()
-        cells.append(result)
-    return choose(cells)
+        results.append(result)
+    return choose(results)
 
 
-def choose(cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """The learning rate with the best development mean over its seeds; its test scores are means over its seeds."""
-    rates = list(dict.fromkeys(cell["learning_rate"] for cell in cells))
-    of_rate = {rate: [cell for cell in cells if cell["learning_rate"] == rate] for rate in rates}
-    best = max(rates, key=lambda rate: sum(cell["dev_mean"] for cell in of_rate[rate]) / len(of_rate[rate]))
+def choose(points: list[dict[str, Any]]) -> dict[str, Any]:
+    """Select the learning rate with the best development mean over its seeds.
+
+    Args:
+        points: results of all grid points
+
+    Returns:
+        test scores as means over the seeds of that rate, how it was selected, and in `cells` the results of all grid
+        points (the key is part of the format of evaluation.json)
+    """
+    rates = list(dict.fromkeys(point["learning_rate"] for point in points))
+    of_rate = {rate: [point for point in points if point["learning_rate"] == rate] for rate in rates}
+    best = max(rates, key=lambda rate: sum(point["dev_mean"] for point in of_rate[rate]) / len(of_rate[rate]))
     chosen = of_rate[best]
-    test = _mean_scores([cell["test"] for cell in chosen])
+    test = _mean_scores([point["test"] for point in chosen])
     measures = list(next(iter(test.values())))
     return {
         "test": test,
         "mean": {name: sum(scores[name] for scores in test.values()) / len(test) for name in measures},
-        "dev_mean": sum(cell["dev_mean"] for cell in chosen) / len(chosen),
+        "dev_mean": sum(point["dev_mean"] for point in chosen) / len(chosen),
         "learning_rate": best,
-        "best_epochs": [cell["best_epoch"] for cell in chosen],
-        "test_mean_of_each_seed": {str(cell["seed"]): mean_of(cell["test"]) for cell in chosen},
-        "cells": cells,
+        "best_epochs": [point["best_epoch"] for point in chosen],
+        "test_mean_of_each_seed": {str(point["seed"]): mean_of(point["test"]) for point in chosen},
+        "cells": points,
     }
 
 
@@ -106,7 +119,7 @@ def _mean_scores(runs: list[Scores]) -> Scores:
 
 
 def encoder_fingerprint(encoder: Encoder) -> list[str]:
-    """Content of a directory's weights, config and vocabulary; name and commit of a hub model."""
+    """What identifies an encoder: hashes of a directory's weights, config and vocabulary; name and commit of a hub model."""
     directory = Path(encoder.path)
     if not directory.is_dir():
         return [encoder.path, str(getattr(encoder.model.config, "_commit_hash", None))]
@@ -116,12 +129,14 @@ def encoder_fingerprint(encoder: Encoder) -> list[str]:
 
 
 def _finished(directory: Path) -> dict[str, Any] | None:
-    path = directory / "cell.json"
-    return read_json(path, advice="Delete it, and this grid point is trained again") if path.is_file() else None
+    for path in (directory / RESULT_FILE, directory / OLD_RESULT_FILE):
+        if path.is_file():
+            return read_json(path, advice="Delete it to train this grid point again")
+    return None
 
 
 def _keep(directory: Path, result: dict[str, Any]) -> None:
-    """The result first, whole or not at all; then its checkpoints may go."""
-    replace_file(directory / "cell.json", json.dumps(result, indent=1))
+    """Write the result, then delete the checkpoints of the grid point."""
+    replace_file(directory / RESULT_FILE, json.dumps(result, indent=1))
     for checkpoint in directory.glob("step-*"):
         shutil.rmtree(checkpoint)

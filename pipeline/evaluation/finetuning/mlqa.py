@@ -1,8 +1,7 @@
-"""MLQA: fine-tune on English SQuAD v1.1, zero-shot on every language. The grid and the choice are grid.py's.
+"""MLQA: fine-tune on English SQuAD v1.1, then evaluate zero-shot in every language.
 
 In: encoders, SQuAD and MLQA in their official layouts. Out: per model F1 and exact match on each test language and their
-means, for the learning rate and epoch with the best F1 on the development questions of all languages together. Used by
-`pipeline evaluate`.
+means, for the learning rate and epoch with the best F1 on the development questions of all languages together (`grid.py`).
 """
 
 from __future__ import annotations
@@ -19,17 +18,20 @@ from pipeline.evaluation.encoder import Encoder
 from pipeline.evaluation.finetuning.batches import known_segments
 from pipeline.evaluation.finetuning.grid import run_grids
 from pipeline.evaluation.finetuning.loop import FinetuneConfig, FinetuneTask, Scores, load_with_head
+from pipeline.evaluation.finetuning.scores import score_card, score_panel, score_table
 from pipeline.evaluation.finetuning.squad_data import QaData, read_qa
 from pipeline.evaluation.finetuning.squad_metrics import MLQA_LANGUAGES, exact_match, f1, mlqa_words, squad_words
 from pipeline.evaluation.finetuning.squad_windows import WindowedQuestions, best_answers, cut_windows
 from pipeline.evaluation.languages import choose_languages, left_out_line
 from pipeline.evaluation.ranks import Ranks
+from pipeline.evaluation.tables import sentence
+from pipeline.evaluation.task import Results, Task
 from pipeline.recipe.ranges import LARGEST_INT, LONGEST_ROW, check_ranges
 
 
 @dataclass
 class MlqaConfig(FinetuneConfig):
-    """Where SQuAD and MLQA are; the grid's defaults are the paper's."""
+    """Where SQuAD and MLQA are. The defaults of the grid are those of the paper."""
 
     epochs: int = 3
     batch: int = 32
@@ -38,43 +40,39 @@ class MlqaConfig(FinetuneConfig):
     stride: int = 128  # tokens between the starts of two windows
     train: str = ""  # SQuAD v1.1's train-v1.1.json, or datasets:rajpurkar/squad
     data: str = ""  # directory with MLQA's dev and test files
-    languages: list[str] | None = None  # None: those of MLQA's seven that the students were trained on
+    languages: list[str] | None = None  # None: those of the seven of MLQA that the students were trained on
     rule: Literal["mlqa", "squad"] = "mlqa"  # how answers are compared; squad: as in SQuAD v1.1 and XQuAD
-    max_train: int | None = None  # the first so many questions; None: all
-    max_evaluation: int | None = None  # the first so many questions of each language; None: all
+    max_train: int | None = None  # at most this many questions, from the start of the file; None: all
+    max_evaluation: int | None = None  # at most this many questions of each language; None: all
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.stride < 1 or self.languages == []:
-            raise UserError("mlqa.stride must be at least 1 and mlqa.languages name at least one language")
+        if self.languages == []:
+            raise UserError("mlqa.languages must name at least one language")
         limits = dict.fromkeys(("max_train", "max_evaluation"), (1, LARGEST_INT))
         check_ranges(self, "mlqa", {**limits, "stride": (1, LONGEST_ROW)})
 
 
 def read(config: MlqaConfig) -> QaData:
+    """Read all questions that the task needs."""
     languages = list(config.languages or MLQA_LANGUAGES)
     return read_qa(config.train, config.data, languages, config.max_train, config.max_evaluation)
 
 
-def evaluate_mlqa(
-    encoders: list[Encoder], config: MlqaConfig, ranks: Ranks, directory: Path
-) -> dict[str, dict[str, Any]]:
-    """Per model, the chosen cell's F1 and exact match in per cent; all ranks call it together."""
+def evaluate_mlqa(encoders: list[Encoder], config: MlqaConfig, ranks: Ranks, directory: Path) -> Results:
+    """Per model, F1 and exact match of the chosen learning rate in per cent. All ranks call it together."""
     data = read(config)
     languages = choose_languages(list(data.dev), config.languages, encoders, "mlqa.languages", "test questions")
     data = QaData(data.train, *({x: of[x] for x in languages.chosen} for of in (data.dev, data.test)))
     grids = run_grids(
-        "mlqa",
-        encoders,
-        lambda encoder: make_task(encoder, data, config, ranks),
-        *(data.fingerprint(), config, directory, ranks),
+        encoders, lambda encoder: make_task(encoder, data, config, ranks), data.fingerprint(), config, directory, ranks
     )
     about = {"train_questions": len(data.train), "moved_answers": data.moved_answers, "left_out": languages.left_out}
     return {name: {**grid, **about} for name, grid in grids.items()}
 
 
 def make_task(encoder: Encoder, data: QaData, config: MlqaConfig, ranks: Ranks) -> FinetuneTask:
-    """Cut all windows once, for all cells."""
+    """Cut all windows once, for all grid points."""
 
     def windows_of(questions: Any) -> WindowedQuestions:
         windowed = cut_windows(encoder.tokenizer, questions, config.max_length, config.stride)
@@ -100,8 +98,13 @@ def make_task(encoder: Encoder, data: QaData, config: MlqaConfig, ranks: Ranks) 
 
 
 def span_loss(outputs: Any, inputs: dict[str, torch.Tensor], targets_B2: torch.Tensor) -> torch.Tensor:
-    """Mean of the two cross-entropies over positions, summed over rows. Padding is no position: without the mask a row's
-    loss would depend on what it is batched with."""
+    """Mean of the cross-entropies of start and end over positions, summed over rows.
+
+    Padding is masked; otherwise the loss of a row would depend on the other rows of its batch.
+
+    Args:
+        targets_B2: first and last token of each answer
+    """
     padding_BL = inputs["attention_mask"] == 0
     losses = [
         torch.nn.functional.cross_entropy(
@@ -115,7 +118,7 @@ def span_loss(outputs: Any, inputs: dict[str, torch.Tensor], targets_B2: torch.T
 def answer_scores(
     model: Any, windowed: WindowedQuestions, language: str, pad_id: int, config: MlqaConfig, ranks: Ranks
 ) -> dict[str, float]:
-    """F1 and exact match in per cent; every rank answers every so many-th question, from all its windows."""
+    """F1 and exact match in per cent. Rank r of n answers every n-th question, starting with question r, from all its windows."""
     rows_of = dict(list(enumerate(windowed.rows_of_each()))[ranks.rank :: ranks.world_size])
     logits = _span_logits(
         model, windowed, [row for rows in rows_of.values() for row in rows], pad_id, config.micro_batch
@@ -135,11 +138,12 @@ def answer_scores(
 
 
 def words_of(text: str, language: str, rule: str) -> list[str]:
+    """The words that are compared under `rule` ("mlqa" or "squad")."""
     return squad_words(text) if rule == "squad" else mlqa_words(text, language)
 
 
 def _span_logits(model: Any, windowed: WindowedQuestions, rows: list[int], pad_id: int, size: int) -> dict[int, tuple]:
-    """Row -> logits of start and end over its context tokens."""
+    """Row -> logits of start and of end over its context tokens."""
     order = sorted(rows, key=lambda row: len(windowed.rows.ids[row]))
     logits = {}
     for begin in range(0, len(order), size):
@@ -153,24 +157,35 @@ def _span_logits(model: Any, windowed: WindowedQuestions, rows: list[int], pad_i
     return logits
 
 
-def mlqa_table(results: dict[str, dict[str, Any]]) -> str:
-    """One row per model: F1 / exact match per language and the average, and where the grid chose it."""
+def mlqa_table(results: Results) -> str:
+    """One row per model: F1 / exact match per language and the average, and the chosen grid point."""
     first = next(iter(results.values()))
-    width = max(len("model"), *map(len, results))
-    lines = [f"MLQA, F1 / exact match in per cent, trained on {first['train_questions']} English questions"]
-    lines.append(f"{'model':<{width}}" + "".join(f"{x:>14}" for x in [*first["test"], "average"]) + "   dev F1  chosen")
-    for name, result in results.items():
-        scores = [*result["test"].values(), result["mean"]]
-        cells = "".join(f"{score['f1']:7.1f} /{score['exact_match']:5.1f}" for score in scores)
-        epochs = ", ".join(map(str, result["best_epochs"]))
-        lines.append(
-            f"{name:<{width}}{cells} {result['dev_mean']:8.1f}  lr {result['learning_rate']:g}, epoch {epochs}"
-        )
+    title = f"MLQA, F1 / exact match in per cent, trained on {first['train_questions']} English questions"
     notes = [moved_line(first), left_out_line(results)]
-    return "\n".join([*lines, *filter(None, notes)])
+    return score_table(title, "dev F1", results, lambda x: f"{x['f1']:7.1f} /{x['exact_match']:5.1f}", notes)
 
 
 def moved_line(result: dict[str, Any]) -> str:
-    """How many answers were not where their file says."""
+    """How many answers were not at the position that their file gives; empty if none."""
     count = result.get("moved_answers", 0)
     return f"{count} answer(s) were found near their `answer_start`, not at it, and read there" if count else ""
+
+
+def _card(results: Results) -> str:
+    first = next(iter(results.values()))
+    about = f"In per cent, after fine-tuning on {first['train_questions']:,} English questions."
+    return "\n\n".join(filter(None, [about, score_card(results, MEASURES), sentence(moved_line(first))]))
+
+
+MEASURES = {"f1": "F1", "exact_match": "exact match"}
+TASK = Task(
+    name="mlqa",
+    settings=MlqaConfig,
+    check=read,
+    evaluate=evaluate_mlqa,
+    table=mlqa_table,
+    panels=lambda results: [score_panel(f"MLQA, {x} in per cent", results, key) for key, x in MEASURES.items()],
+    card=_card,
+    shared=True,
+    place=50,
+)

@@ -1,7 +1,7 @@
-"""Questions with answers in their contexts, from JSON files in the layout of SQuAD v1.1 and MLQA.
+"""Reads questions with answers in their contexts, from JSON files in the layout of SQuAD v1.1 and MLQA.
 
 In: a SQuAD file to train on (or `datasets:rajpurkar/squad`), and MLQA's `test/test-context-xx-question-xx.json` and
-`dev/dev-...` at any depth of a directory. Out: lists of `Question`. Used by mlqa.py.
+`dev/dev-...` at any depth of a directory. Out: lists of `Question`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import xxhash
 
 from pipeline.errors import UserError
 from pipeline.evaluation.finetuning.xnli_data import FROM_LIBRARY, only_one
-from pipeline.evaluation.library_data import load_table
+from pipeline.evaluation.library_data import library_errors, load_table
 
-GREATEST_SHARE_MOVED = 0.01  # of a file's answers whose place was corrected; above, its offsets are of another kind
-BLANKS_NEARBY = 5  # characters by which an answer may be off without any that takes more than one byte before it
+GREATEST_SHARE_MOVED = 0.01  # of a file's answers; if more were moved, its offsets count something else than characters
+BLANKS_NEARBY = 5  # characters by which an offset may differ even if all characters before it have one byte
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,14 @@ class Question:
     context: str
     answers: tuple[str, ...]
     starts: tuple[int, ...]
-    moved: int = field(default=0, repr=False, compare=False)  # answers that the file has at another place near by
+    moved: int = field(
+        default=0, repr=False, compare=False
+    )  # number of answers whose offset in the file is slightly wrong
 
 
 @dataclass
 class QaData:
-    """Questions to train on, and by language those to choose with and to test with."""
+    """Training questions, and by language the development and test questions."""
 
     train: list[Question]
     dev: dict[str, list[Question]]
@@ -45,7 +47,7 @@ class QaData:
 
     @property
     def moved_answers(self) -> int:
-        """How many answers stand elsewhere than their file says."""
+        """Number of answers whose offset in the file is wrong."""
         return sum(question.moved for of in (self.train, *self.dev.values(), *self.test.values()) for question in of)
 
     def fingerprint(self) -> str:
@@ -59,7 +61,13 @@ class QaData:
 def read_qa(
     train: str, directory: str, languages: list[str], max_train: int | None, max_evaluation: int | None
 ) -> QaData:
-    """Everything that the task needs; `None` stands for all questions."""
+    """Read everything that the task needs.
+
+    Args:
+        train: SQuAD file, or `datasets:NAME`
+        directory: where MLQA's files are
+        max_train, max_evaluation: number of questions, of all or of each language; None: all
+    """
     if not train or not directory:
         raise UserError(
             "the task mlqa needs SQuAD v1.1 to train on and MLQA: --set mlqa.train=train-v1.1.json (or "
@@ -67,7 +75,7 @@ def read_qa(
         )
     if directory.startswith(FROM_LIBRARY):
         raise UserError(
-            f"mlqa.data is {directory!r}, but MLQA is read from a directory only: unpack MLQA_V1.zip and name where, "
+            f"mlqa.data is {directory!r}, but MLQA is read from a directory only: unpack MLQA_V1.zip and name its directory, "
             "--set mlqa.data=MLQA_V1 (mlqa.train may be datasets:rajpurkar/squad)"
         )
     dev, test = (
@@ -77,7 +85,7 @@ def read_qa(
     if train.startswith(FROM_LIBRARY):
         return QaData(_from_library(train.removeprefix(FROM_LIBRARY), max_train), dev, test)
     if not Path(train).is_file():
-        raise UserError(f"there is no {train}. Name SQuAD's train-v1.1.json: --set mlqa.train=FILE")
+        raise UserError(f"{train} not found. Name SQuAD's train-v1.1.json: --set mlqa.train=FILE")
     return QaData(read_squad(Path(train), max_train), dev, test)
 
 
@@ -88,26 +96,26 @@ def _find(directory: str, split: str, language: str, languages: list[str]) -> Pa
         there = sorted({path.stem.rpartition("-")[2] for path in Path(directory).rglob(f"{split}-context-*.json")})
         has = f"it has {', '.join(there)}" if there else "it has none of MLQA's files"
         raise UserError(
-            f"there is no {name} below {directory}; {has}. Unpack MLQA_V1.zip there, or choose: --set "
+            f"no {name} found below {directory}; {has}. Unpack MLQA_V1.zip there, or choose: --set "
             f"'mlqa.languages=[{', '.join(x for x in languages if x in there)}]'"
         )
     return only_one(found)
 
 
 def read_squad(path: Path, most: int | None = None) -> list[Question]:
-    """The first `most` questions of one file; what is wrong is named by its place in the file."""
+    """Read the first `most` questions of one file. An error names the place in the file."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
         raise UserError(f"{path} is not readable JSON: {error}") from None
     questions = _unique(itertools.islice(_walk(tree, path), most), path)
     if not questions:
-        raise UserError(f"{path} has no questions. Name a file that has: `data[].paragraphs[].qas[]`, as SQuAD v1.1's")
+        raise UserError(f"{path} has no questions. Name a file with `data[].paragraphs[].qas[]`, as in SQuAD v1.1")
     return questions
 
 
 def _unique(questions: Iterable[Question], where: object) -> list[Question]:
-    """The questions of one file, with no id twice and few answers moved."""
+    """The questions of one file, after checking that no id occurs twice and that few answers were moved."""
     found: dict[str, Question] = {}
     for question in questions:
         if question.identifier in found:
@@ -120,7 +128,7 @@ def _unique(questions: Iterable[Question], where: object) -> list[Question]:
     if sum(question.moved for question in moved) > GREATEST_SHARE_MOVED * num_answers:
         raise UserError(
             f"{where}: {sum(question.moved for question in moved)} of {num_answers} answers are not at their `answer_start` but "
-            f"near by (the first: question {moved[0].identifier}). The offsets seem to count bytes or UTF-16 units, or the "
+            f"nearby (the first: question {moved[0].identifier}). The offsets seem to count bytes or UTF-16 units, or the "
             "contexts were stripped. Let `answer_start` count the characters (code points) of the context before the answer."
         )
     return list(found.values())
@@ -140,20 +148,20 @@ def _walk(tree: Any, path: Path) -> Iterator[Question]:
                     answers = [(answer["text"], answer["answer_start"]) for answer in entry["answers"]]
                     yield _checked(entry["id"], entry["question"], paragraph["context"], answers, path)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        wrong = f"lacks {error}" if isinstance(error, KeyError) else "is not built like SQuAD v1.1"
+        wrong = f"lacks {error}" if isinstance(error, KeyError) else "does not have the layout of SQuAD v1.1"
         raise UserError(
-            f"{path}, {place}: {wrong}. Correct it there; SQuAD v1.1's own file shows the layout."
+            f"{path}, {place}: {wrong}. Correct the file; SQuAD v1.1's own file shows the layout."
         ) from None
 
 
 def _checked(identifier: str, question: str, context: str, answers: list[tuple[str, int]], where: object) -> Question:
-    """A question that can be learnt from and scored."""
+    """The question, after checking that it has what training and scoring need."""
     if not question.strip() or not context.strip():
         raise UserError(f"{where}, question {identifier}: question or context is empty. Delete the question.")
     if not answers:
         raise UserError(
-            f"{where}, question {identifier}: no answer. SQuAD v1.1 and MLQA have one for every question; of SQuAD 2.0, leave "
-            "out those with `is_impossible`."
+            f"{where}, question {identifier}: no answer. SQuAD v1.1 and MLQA have one for every question; from SQuAD 2.0, remove "
+            "those with `is_impossible`."
         )
     texts = tuple(text for text, _ in answers)
     starts = tuple(_place_of(text, start, context, f"{where}, question {identifier}") for text, start in answers)
@@ -162,19 +170,19 @@ def _checked(identifier: str, question: str, context: str, answers: list[tuple[s
 
 
 def _place_of(text: str, start: Any, context: str, where: str) -> int:
-    """Where the answer is: at its offset, or at the one place near by where its text is.
+    """Position of the answer: at its offset, or at the only place nearby that has its text.
 
-    Offsets that count bytes or UTF-16 units are too high by at most the bytes that the context has more than characters.
+    Offsets in bytes or UTF-16 units are too high by at most the difference between the context's bytes and characters.
     """
     if not isinstance(start, int) or isinstance(start, bool):
-        raise UserError(f"{where}: `answer_start` is {start!r}, not a whole number. Correct it or delete the question.")
+        raise UserError(f"{where}: `answer_start` is {start!r}, not an integer. Correct it or delete the question.")
     if text.strip() and start >= 0 and context[start : start + len(text)] == text:
         return start
     reach = len(context.encode("utf-8", "surrogatepass")) - len(context) + BLANKS_NEARBY
     near = [place for place in _occurrences(text, context) if abs(place - start) <= reach]
     if len(near) == 1:
         return near[0]
-    there = f"{len(near)} times near by, which of them is not clear" if near else "not near by either"
+    there = f"{len(near)} times nearby, and which one is meant is not clear" if near else "not nearby either"
     raise UserError(
         f"{where}: the answer {text[:40]!r} is not at character {start} of its context of {len(context)} characters, where "
         f"{context[max(start, 0) : max(start, 0) + 40]!r} is; it is {there}. Correct `answer_start` (characters, not bytes) or "
@@ -190,15 +198,8 @@ def _occurrences(text: str, context: str) -> Iterator[int]:
 
 
 def _from_library(name: str, most: int | None) -> list[Question]:
-    try:
+    with library_errors(name, "name SQuAD's own file: --set mlqa.train=train-v1.1.json"):
         table = load_table(name, None, "train")
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{name} cannot be read by the datasets library ({' '.join(str(error).split())[:300]}). It needs the network "
-            "once; or name SQuAD's own file: --set mlqa.train=train-v1.1.json"
-        ) from None
     rows = table if most is None else table.take(most)
     questions = (
         _checked(

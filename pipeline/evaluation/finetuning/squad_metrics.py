@@ -1,8 +1,8 @@
-"""Exact match and F1 of an answer, as SQuAD v1.1 and MLQA count them.
+"""Exact match and F1 of an answer, as the scripts of SQuAD v1.1 and MLQA compute them.
 
-Both compare words after lower-casing and without punctuation and articles. SQuAD knows English articles and ASCII
-punctuation. MLQA knows the articles of each language and all of Unicode's punctuation, and cuts Chinese into characters,
-other text within it at blanks.
+Both compare lower-case words without punctuation and articles. SQuAD removes English articles and ASCII punctuation.
+MLQA removes the articles of each language and all Unicode punctuation, and splits Chinese into characters and other text
+at blanks.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ _WORDS = {
     "de": "ein eine einen einem eines einer der die das den dem des",
 }
 _ARTICLES = {language: re.compile(rf"\b(?:{'|'.join(words.split())})\b") for language, words in _WORDS.items()}
-# MLQA takes the Arabic article off wherever the two letters stand
+# MLQA removes the two letters of the Arabic article wherever they occur
 _ARTICLES["ar"] = re.compile("ال")
 _ONE_CHARACTER_A_WORD = {"zh": re.compile("([\u4e00-\u9fa5])")}
 MLQA_LANGUAGES = ("en", "es", "de", "ar", "hi", "vi", "zh")
 
 
 def squad_words(text: str) -> list[str]:
-    """What SQuAD v1.1 compares."""
+    """The words that SQuAD v1.1 compares."""
     kept = "".join(character for character in text.lower() if character not in string.punctuation)
     return _ARTICLES["en"].sub(" ", kept).split()
 
 
 def mlqa_words(text: str, language: str) -> list[str]:
-    """What MLQA compares; a language of another set is cut at blanks and keeps its articles."""
+    """The words that MLQA compares. In a language outside MLQA the text is split at blanks and keeps its articles."""
     kept = "".join(character for character in text.lower() if not _is_punctuation(character))
     if language in _ARTICLES:
         kept = _ARTICLES[language].sub(" ", kept)
@@ -48,6 +48,7 @@ def _is_punctuation(character: str) -> bool:
 
 
 def exact_match(answer: Sequence[str], truth: Sequence[str]) -> float:
+    """1 if all words are equal, else 0."""
     return float(list(answer) == list(truth))
 
 

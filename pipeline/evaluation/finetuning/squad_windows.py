@@ -1,7 +1,7 @@
-"""Questions and contexts as windows of tokens, and the way back from token positions to answers.
+"""Cuts questions and contexts into windows of tokens, and converts token positions back to answers.
 
 A context that is too long is read in windows that start `stride` tokens apart (BERT's convention: the step, not the
-overlap). An answer is taken where its first token has the most context around it. Used by mlqa.py.
+overlap). An answer counts in the window where its first token has the most context around it.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from pipeline.evaluation.finetuning.squad_data import Question
 
 MAX_QUESTION_TOKENS = 64
 MAX_ANSWER_TOKENS = 30
-NUM_CANDIDATES = 20  # best starts and ends of a window that are combined
-QUESTIONS_AT_ONCE = 256
+NUM_CANDIDATES = 20  # the best starts and ends of a window, which are combined
+QUESTIONS_PER_CALL = 256
 
 
 @dataclass(frozen=True)
 class Window:
-    """Where a row's context tokens stand: in the row from `first` on, in the context at `offsets` [tokens, 2]."""
+    """Positions of a row's context tokens: in the row from `first` on, in the context at `offsets` `[tokens, 2]`."""
 
     question: int  # number in the list of questions
     first: int
     offsets: np.ndarray
-    most_context: np.ndarray  # bool per context token: no other window shows more around it
+    most_context: np.ndarray  # bool per context token: no other window has more context around it
 
 
 @dataclass
 class WindowedQuestions:
-    """Rows for the model, one window each, in the questions' order; `rows.targets` are the answers' positions."""
+    """Rows for the model, one window each, in the order of the questions; `rows.targets` are the answers' positions."""
 
     questions: Sequence[Question]
     rows: TokenRows
@@ -51,31 +51,36 @@ class WindowedQuestions:
 
 
 def cut_windows(tokenizer: Any, questions: Sequence[Question], max_length: int, stride: int) -> WindowedQuestions:
-    """All windows of all questions. Targets are the first answer's tokens, or the first token where it is not inside."""
+    """All windows of all questions. Targets are the tokens of the first answer, or token 0 where it is not in the window.
+
+    Args:
+        max_length: tokens per window, question and special tokens included
+        stride: context tokens between the starts of two windows
+    """
     if not tokenizer.is_fast:
-        raise UserError("this tokenizer does not say which characters a token stands for; MLQA needs a fast tokenizer")
+        raise UserError("this tokenizer does not give the characters of a token; MLQA needs a fast tokenizer")
     texts = [_shortened(tokenizer, question.question) for question in questions]
-    by_room: dict[int, list[int]] = defaultdict(list)
+    by_space: dict[int, list[int]] = defaultdict(list)
     specials = tokenizer.num_special_tokens_to_add(pair=True)
     for number, encoded in enumerate(tokenizer(texts, add_special_tokens=False)["input_ids"]):
-        by_room[max_length - specials - len(encoded)].append(number)
-    if min(by_room) < 1:
-        raise UserError(f"mlqa.max_length is {max_length}: a question leaves no room for its context. Set it higher")
+        by_space[max_length - specials - len(encoded)].append(number)
+    if min(by_space) < 1:
+        raise UserError(f"mlqa.max_length is {max_length}: a question leaves no space for its context. Set it higher")
     found: dict[int, list[tuple]] = {}
-    for room, numbers in by_room.items():
-        for start in range(0, len(numbers), QUESTIONS_AT_ONCE):
-            some = numbers[start : start + QUESTIONS_AT_ONCE]
+    for space, numbers in by_space.items():
+        for start in range(0, len(numbers), QUESTIONS_PER_CALL):
+            some = numbers[start : start + QUESTIONS_PER_CALL]
             encoded = tokenizer(
                 [texts[n] for n in some],
                 [questions[n].context for n in some],
                 truncation="only_second",
                 max_length=max_length,
-                stride=max(0, room - stride),
+                stride=max(0, space - stride),
                 return_overflowing_tokens=True,
                 return_offsets_mapping=True,
             )
             for number, windows in _by_question(encoded, some).items():
-                found[number] = _with_most_context(windows, min(stride, room))
+                found[number] = _with_most_context(windows, min(stride, space))
     return _assemble(questions, found)
 
 
@@ -99,7 +104,7 @@ def _by_question(encoded: Any, numbers: list[int]) -> dict[int, list[tuple]]:
 
 
 def _with_most_context(windows: list[tuple], step: int) -> list[tuple]:
-    """Mark, in every window, the tokens around which no other window shows more."""
+    """Add to every window a mask of the tokens around which no other window has more context."""
     lengths = [len(offsets) for *_, offsets in windows]
     num_tokens = max(number * step + length for number, length in enumerate(lengths))
     around = np.full((len(windows), num_tokens), -1.0)
@@ -125,7 +130,7 @@ def _assemble(questions: Sequence[Question], found: dict[int, list[tuple]]) -> W
 
 
 def target_tokens(question: Question, first: int, offsets: np.ndarray) -> tuple[int, int]:
-    """First and last token of the first answer in a row; (0, 0) where the window does not hold all of it."""
+    """First and last token of the first answer in a row; (0, 0) where the window does not contain all of it."""
     text = question.answers[0]
     begin = question.starts[0] + len(text) - len(text.lstrip())
     end = question.starts[0] + len(text.rstrip())
@@ -141,8 +146,11 @@ def best_answers(
 ) -> list[tuple[float, str]]:
     """(score, text) of the `most` best spans over all windows of a question, best first.
 
-    `starts` and `ends` are a window's logits over its context tokens. A span starts where its window shows most context,
-    is at most 30 tokens long, and its score is the sum of two logits.
+    A span starts at a token for which its window has the most context, and has at most 30 tokens. Its score is the sum
+    of two logits.
+
+    Args:
+        starts, ends: per window, the logits of its context tokens
     """
     spans: list[tuple[float, str]] = []
     for window, start_logits, end_logits in zip(windows, starts, ends, strict=True):

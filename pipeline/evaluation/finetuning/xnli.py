@@ -1,7 +1,7 @@
-"""XNLI: fine-tune on English sentence pairs, zero-shot on every language. The grid and the choice are grid.py's.
+"""XNLI: fine-tune on English sentence pairs, then evaluate zero-shot in every language.
 
 In: encoders, XNLI in an official layout. Out: per model the accuracy on each test language and their average, for the
-learning rate and epoch that are best on the development pairs of all languages together. Used by `pipeline evaluate`.
+learning rate and epoch that are best on the development pairs of all languages together (`grid.py`).
 """
 
 from __future__ import annotations
@@ -17,21 +17,23 @@ from pipeline.evaluation.encoder import Encoder
 from pipeline.evaluation.finetuning.batches import TokenRows, tokenize_pairs
 from pipeline.evaluation.finetuning.grid import run_grids
 from pipeline.evaluation.finetuning.loop import FinetuneConfig, FinetuneTask, Scores, load_with_head
+from pipeline.evaluation.finetuning.scores import score_card, score_panel, score_table
 from pipeline.evaluation.finetuning.xnli_data import LABELS, LabelledPairs, XnliData, read_xnli
 from pipeline.evaluation.languages import choose_languages, left_out_line
 from pipeline.evaluation.ranks import Ranks
+from pipeline.evaluation.task import Results, Task
 from pipeline.recipe.ranges import LARGEST_INT, check_ranges
 
 
 @dataclass
 class XnliConfig(FinetuneConfig):
-    """Where XNLI is; the grid's defaults are the paper's."""
+    """Where XNLI is. The defaults of the grid are those of the paper."""
 
     data: str = ""  # directory with the official files, or datasets:facebook/xnli
-    train_language: str = "en"
+    train_language: str = "en"  # language of the training pairs
     languages: list[str] | None = None  # None: every language of xnli.dev.tsv that the students were trained on
-    max_train: int | None = None  # the first so many pairs; None: all
-    max_evaluation: int | None = None  # the first so many pairs of each language; None: all
+    max_train: int | None = None  # at most this many pairs, from the start of the file; None: all
+    max_evaluation: int | None = None  # at most this many pairs of each language; None: all
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,28 +41,24 @@ class XnliConfig(FinetuneConfig):
 
 
 def read(config: XnliConfig) -> XnliData:
+    """Read all pairs that the task needs."""
     return read_xnli(config.data, config.train_language, config.languages, config.max_train, config.max_evaluation)
 
 
-def evaluate_xnli(
-    encoders: list[Encoder], config: XnliConfig, ranks: Ranks, directory: Path
-) -> dict[str, dict[str, Any]]:
-    """Per model, the chosen cell's test accuracy in per cent; all ranks call it together."""
+def evaluate_xnli(encoders: list[Encoder], config: XnliConfig, ranks: Ranks, directory: Path) -> Results:
+    """Per model, the test accuracy of the chosen learning rate in per cent. All ranks call it together."""
     data = read(config)
     languages = choose_languages(list(data.dev), config.languages, encoders, "xnli.languages", "test pairs")
     data = XnliData(data.train, *({x: of[x] for x in languages.chosen} for of in (data.dev, data.test)))
     grids = run_grids(
-        "xnli",
-        encoders,
-        lambda encoder: make_task(encoder, data, config, ranks),
-        *(data.fingerprint(), config, directory, ranks),
+        encoders, lambda encoder: make_task(encoder, data, config, ranks), data.fingerprint(), config, directory, ranks
     )
     about = {"train_language": config.train_language, "train_pairs": len(data.train), "left_out": languages.left_out}
     return {name: {**grid, **about} for name, grid in grids.items()}
 
 
 def make_task(encoder: Encoder, data: XnliData, config: XnliConfig, ranks: Ranks) -> FinetuneTask:
-    """Tokenise everything once, for all cells."""
+    """Tokenize everything once, for all grid points."""
 
     def rows_of(pairs: LabelledPairs) -> TokenRows:
         return tokenize_pairs(encoder, pairs.first, pairs.second, pairs.labels, config.max_length)
@@ -89,7 +87,7 @@ def classification_loss(outputs: Any, inputs: dict[str, torch.Tensor], targets_B
 
 
 def accuracy(model: Any, rows: TokenRows, pad_id: int, size: int, ranks: Ranks) -> float:
-    """Per cent right; every rank takes every so many-th batch."""
+    """Accuracy in per cent. Rank r of n computes every n-th batch, starting with batch r."""
     right = torch.zeros(1, dtype=torch.float64, device=model.device)
     for chunk in rows.chunks_by_length(size)[ranks.rank :: ranks.world_size]:
         guesses = model(**rows.inputs(chunk, pad_id, model.device)).logits.argmax(dim=-1)
@@ -97,17 +95,28 @@ def accuracy(model: Any, rows: TokenRows, pad_id: int, size: int, ranks: Ranks) 
     return 100.0 * float(ranks.sum(right)) / len(rows)
 
 
-def xnli_table(results: dict[str, dict[str, Any]]) -> str:
-    """One row per model: accuracy per language and the average, and where the grid chose it."""
+def xnli_table(results: Results) -> str:
+    """One row per model: accuracy per language and the average, and the chosen grid point."""
     first = next(iter(results.values()))
-    width = max(len("model"), *map(len, results))
-    lines = [f"XNLI accuracy in per cent, trained on {first['train_pairs']} pairs of {first['train_language']}"]
-    lines.append(f"{'model':<{width}}" + "".join(f"{x:>8}" for x in [*first["test"], "average"]) + "      dev  chosen")
-    for name, result in results.items():
-        figures = [scores["accuracy"] for scores in result["test"].values()] + [result["mean"]["accuracy"]]
-        cells = "".join(f"{figure:8.1f}" for figure in figures)
-        epochs = ", ".join(map(str, result["best_epochs"]))
-        lines.append(
-            f"{name:<{width}}{cells} {result['dev_mean']:8.1f}  lr {result['learning_rate']:g}, epoch {epochs}"
-        )
-    return "\n".join([*lines, *filter(None, [left_out_line(results)])])
+    title = f"XNLI accuracy in per cent, trained on {first['train_pairs']} pairs of {first['train_language']}"
+    return score_table(title, "dev", results, lambda scores: f"{scores['accuracy']:8.1f}", [left_out_line(results)])
+
+
+def _card(results: Results) -> str:
+    first = next(iter(results.values()))
+    about = f"Accuracy in per cent, after fine-tuning on {first['train_pairs']:,} pairs of {first['train_language']}."
+    return f"{about}\n\n{score_card(results, {'accuracy': 'accuracy'})}"
+
+
+PANEL = "XNLI accuracy in per cent, zero-shot but for the language of training"
+TASK = Task(
+    name="xnli",
+    settings=XnliConfig,
+    check=read,
+    evaluate=evaluate_xnli,
+    table=xnli_table,
+    panels=lambda results: [score_panel(PANEL, results, "accuracy")],
+    card=_card,
+    shared=True,
+    place=40,
+)

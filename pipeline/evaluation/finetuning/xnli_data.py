@@ -1,8 +1,8 @@
-"""XNLI from its official files, or through the `datasets` library by name.
+"""Reads XNLI from its official files, or through the `datasets` library by name.
 
 In: a directory with `multinli.train.en.tsv` (XNLI-MT-1.0; columns premise, hypo, label), `xnli.dev.tsv` and
 `xnli.test.tsv` (XNLI-1.0; columns language, gold_label, sentence1, sentence2 and others), at any depth; or
-`datasets:facebook/xnli`. Out: labelled pairs. Any task in these layouts can be read: three labels, one sentence pair.
+`datasets:facebook/xnli`. Out: labelled pairs. Other tasks with three labels and sentence pairs can use these layouts.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 import xxhash
 
 from pipeline.errors import UserError, did_you_mean
-from pipeline.evaluation.library_data import load_table
+from pipeline.evaluation.library_data import library_errors, load_table
 
 LABELS = ("entailment", "neutral", "contradiction")
-ALSO_CALLED = {"contradictory": "contradiction"}  # XNLI-MT's own word
+ALSO_CALLED = {"contradictory": "contradiction"}  # the word of XNLI-MT
 FROM_LIBRARY = "datasets:"
 TRAIN_COLUMNS = ("label", "premise", "hypo")
 EVALUATION_COLUMNS = ("gold_label", "sentence1", "sentence2", "language")
@@ -27,16 +27,16 @@ EVALUATION_COLUMNS = ("gold_label", "sentence1", "sentence2", "language")
 
 @dataclass
 class LabelledPairs:
-    """Sentence pairs and the index of each label."""
+    """Sentence pairs, and the index of each label in `LABELS`."""
 
     first: list[str] = field(default_factory=list)
     second: list[str] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
 
     def add(self, first: str, second: str, label: str, where: str) -> None:
-        """One pair; what cannot be learnt from is a `UserError` that says where it stands."""
+        """Add one pair. An empty sentence or an unknown label raises a `UserError` that begins with `where`."""
         if not first or not second:
-            raise UserError(f"{where}: a sentence of the pair is empty. Mend or delete that line.")
+            raise UserError(f"{where}: a sentence of the pair is empty. Correct or delete that line.")
         name = ALSO_CALLED.get(label, label)
         if name not in LABELS:
             raise UserError(
@@ -69,7 +69,13 @@ class XnliData:
 def read_xnli(
     source: str, train_language: str, languages: list[str] | None, max_train: int | None, max_evaluation: int | None
 ) -> XnliData:
-    """Everything that the task needs; `None` stands for all languages of the files, and for all pairs."""
+    """Read everything that the task needs.
+
+    Args:
+        source: a directory, or `datasets:NAME`
+        languages: development and test languages; None: all languages of the files
+        max_train, max_evaluation: number of pairs, of all or of each language; None: all
+    """
     if source.startswith(FROM_LIBRARY):
         return _from_library(source, train_language, languages, max_train, max_evaluation)
     train = _read_train(_find(source, f"multinli.train.{train_language}.tsv"), max_train)
@@ -87,7 +93,7 @@ def read_xnli(
 def _find(source: str, name: str) -> Path:
     found = sorted(Path(source).rglob(name))
     if not source or not found:
-        where = f"there is no {name} below {source}" if source else "the task xnli needs data"
+        where = f"no {name} found below {source}" if source else "the task xnli needs data"
         raise UserError(
             f"{where}. Unpack XNLI-1.0.zip and XNLI-MT-1.0.zip side by side and name their directory: "
             "--set xnli.data=DIR, or --set xnli.data=datasets:facebook/xnli"
@@ -96,7 +102,7 @@ def _find(source: str, name: str) -> Path:
 
 
 def only_one(found: list[Path]) -> Path:
-    """The file that was looked for; copies of it count as one."""
+    """The file that was found; several are accepted only if they have the same content."""
     for other in found[1:]:
         if not filecmp.cmp(found[0], other, shallow=False):
             raise UserError(
@@ -112,7 +118,7 @@ def _read_train(path: Path, most: int | None) -> LabelledPairs:
             break
         pairs.add(first, second, label, where)
     if not pairs:
-        raise UserError(f"{path} has no pairs below its header line")
+        raise UserError(f"{path} has no pairs after its header line. Name another directory: --set xnli.data=DIR")
     return pairs
 
 
@@ -133,8 +139,10 @@ def _read_evaluation(path: Path, languages: list[str] | None, most: int | None) 
 
 
 def tsv_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """(where, cells of `columns`) of every line below the header. Quotation marks are part of the text, as in the
-    official files."""
+    """Yield (where, cells of `columns`) of every line after the header.
+
+    Quotation marks are part of the text, as in the official files.
+    """
     header: list[str] = []
     with open(path, "rb") as lines:
         for number, raw in enumerate(lines, start=1):
@@ -158,32 +166,32 @@ def tsv_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
                 continue
             if len(cells) != len(header):
                 raise UserError(
-                    f"{where}: {len(cells)} columns, the header has {len(header)}. Mend or delete that line."
+                    f"{where}: {len(cells)} columns, the header has {len(header)}. Correct or delete that line."
                 )
             yield (where, *(cells[position].strip() for position in positions))
 
 
 def header_positions(header: Sequence[str], columns: Sequence[str], where: str) -> list[int]:
-    """Where the columns are by the header's names (lower case); one that is missing or there twice is a `UserError`."""
+    """Positions of the columns in a header (lower case). A missing or repeated column raises a `UserError`."""
     seen = ", ".join(header)[:200]
-    wanted = [column.casefold() for column in columns]
-    if missing := [column for column, name in zip(columns, wanted, strict=True) if name not in header]:
+    names = [column.casefold() for column in columns]
+    if missing := [column for column, name in zip(columns, names, strict=True) if name not in header]:
         raise UserError(
             f"{where}: the header lacks {', '.join(missing)}; it has {seen}. Add a header line with these names, tab-separated."
         )
-    if twice := [name for name in wanted if header.count(name) > 1]:
-        raise UserError(f"{where}: the header has {twice[0]} twice: {seen}. Rename the column that is not meant.")
-    return [header.index(name) for name in wanted]
+    if twice := [name for name in names if header.count(name) > 1]:
+        raise UserError(f"{where}: the header has {twice[0]} twice: {seen}. Rename one of the two columns.")
+    return [header.index(name) for name in names]
 
 
 def _from_library(
     source: str, train_language: str, languages: list[str] | None, max_train: int | None, max_evaluation: int | None
 ) -> XnliData:
-    """One configuration per language, as facebook/xnli has them; cached by the library after the first time."""
-    import datasets  # slow to import, and only this way of reading needs it
+    """Read one configuration per language, as facebook/xnli has them. The library caches them."""
+    import datasets  # slow to import, and only needed here
 
     name = source.removeprefix(FROM_LIBRARY)
-    try:
+    with library_errors(name, "name a directory with the official files: --set xnli.data=DIR"):
         known = [config for config in datasets.get_dataset_config_names(name) if config != "all_languages"]
         missing = [language for language in [train_language, *(languages or [])] if language not in known]
         if missing:
@@ -196,13 +204,6 @@ def _from_library(
         chosen = languages or known
         dev, test = ({x: read(x, split, max_evaluation) for x in chosen} for split in ("validation", "test"))
         return XnliData(read(train_language, "train", max_train), dev, test)
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{name} cannot be read by the datasets library ({' '.join(str(error).split())[:300]}). It needs the network "
-            "once; or name a directory with the official files: --set xnli.data=DIR"
-        ) from None
 
 
 def _from_table(table: Any, where: str) -> LabelledPairs:

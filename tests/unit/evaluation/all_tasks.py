@@ -1,12 +1,12 @@
-"""One real evaluation with every task, small enough to be made once for all tests that read what it leaves."""
+"""One real evaluation with every task, small enough to be run once for all tests that read its files."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from pipeline.__main__ import main
-from pipeline.evaluation.command import TASKS
 from pipeline.evaluation.finetuning.squad_metrics import MLQA_LANGUAGES
+from pipeline.evaluation.task import tasks
 from tests.unit.evaluation.labelled_pairs import write_xnli
 from tests.unit.evaluation.questions import ANSWER, write_mlqa
 
@@ -21,7 +21,7 @@ QUICK = {
 
 
 def quick_settings(directory: Path) -> list[str]:
-    """What `--set` takes for every task, with the data that they need written to the directory."""
+    """Values of `--set` for every task; the data that they need is written to the directory."""
     pairs, questions = directory / "xnli_data", directory / "mlqa_data"
     write_xnli(pairs, train=12, evaluation=3, languages=("en", "de"))
     write_mlqa(questions, dict.fromkeys(MLQA_LANGUAGES, ANSWER), train=12, evaluation=2)
@@ -35,11 +35,11 @@ def quick_settings(directory: Path) -> list[str]:
 def evaluate_everything(
     models: list[str], teacher: Path, shards: Path, directory: Path, without: tuple[str, ...] = ()
 ) -> Path:
-    """Returns the directory with `evaluation.json`; settings that begin with one of `without` keep their default."""
+    """Evaluate the models. Returns the directory with `evaluation.json`. Settings that begin with one of `without` keep their default."""
     output = directory / "evaluation"
     settings = [setting for setting in quick_settings(directory) if not setting.startswith(without or "\0")]
     main(
-        ["evaluate", *models, "--tasks", ",".join(TASKS), "--output", str(output)]
+        ["evaluate", *models, "--tasks", ",".join(tasks()), "--output", str(output)]
         + ["--teacher", str(teacher), "--data", str(shards)]
         + [word for setting in settings for word in ("--set", setting)]
     )

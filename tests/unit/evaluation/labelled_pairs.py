@@ -1,4 +1,4 @@
-"""A little XNLI in the official layout, whose label follows from one word of the hypothesis, so that it can be learnt."""
+"""A small XNLI in the official layout. One word of the hypothesis determines the label, so a model can learn it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HEADER = "language gold_label sentence1_binary_parse sentence1 sentence2 promptI
 def write_xnli(
     directory: Path, train: int = 96, evaluation: int = 24, languages: tuple[str, ...] = ("en", "de", "sw")
 ) -> Path:
-    """`sw` says the opposite of what it means: its labels are moved on by one, so nothing learnt from `en` is right there."""
+    """Write the files. The labels of `sw` are shifted by one, so what is learned from `en` is wrong there."""
     (directory / "XNLI-MT-1.0" / "multinli").mkdir(parents=True)
     (directory / "XNLI-1.0").mkdir()
     draw = random.Random(0)

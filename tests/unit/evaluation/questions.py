@@ -1,4 +1,4 @@
-"""A little SQuAD and MLQA in the official layouts, whose answer is always the same word, so that it can be learnt."""
+"""A small SQuAD and MLQA in the official layouts. The answer is always the same word, so a model can learn it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ANSWER, WRONG = "network", "system"
 
 
 def write_mlqa(directory: Path, gold: dict[str, str], train: int = 96, evaluation: int = 8) -> Path:
-    """`gold` is what is called right in each language."""
+    """Write the files. `gold`: language -> the correct answer."""
     write_squad(directory / "train-v1.1.json", train)
     for split in ("dev", "test"):
         for language, answer in gold.items():
@@ -22,7 +22,7 @@ def write_mlqa(directory: Path, gold: dict[str, str], train: int = 96, evaluatio
 
 
 def write_squad(path: Path, count: int, gold: str = ANSWER) -> Path:
-    """The answer is always the one word that is `network`; with another `gold`, nothing learnt is right."""
+    """Write one file. The contexts contain `network` once; with another `gold`, what is learned is wrong."""
     draw = random.Random(count)
     paragraphs = []
     for number in range(count):

@@ -1,4 +1,4 @@
-"""Held-out loss of finished students: the figure by another way, which rows it is taken on, and bad input."""
+"""Held-out loss of finished students: the loss against a second computation, which rows it uses, and bad input."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.encoder import load_encoder
 from pipeline.evaluation.heldout import HeldoutConfig, check_input, evaluate_heldout, settings_of
 from pipeline.evaluation.ranks import alone
-from pipeline.evaluation.training_metadata import DEFAULTS, trained_as
+from pipeline.evaluation.training_metadata import DEFAULTS, training_metadata
 from tests.conftest import SAMPLES
 
 
@@ -30,14 +30,14 @@ def config(tiny_teacher: Path, tiny_shards: Path) -> HeldoutConfig:
 
 
 def student_of(teacher: Path, directory: Path, **recipe: object) -> Path:
-    """A copy of the teacher that says how it was trained."""
+    """A copy of the teacher with a lineage."""
     shutil.copytree(teacher, directory)
     (directory / "lineage.json").write_text(json.dumps({"recipe": recipe}))
     return directory
 
 
 @torch.inference_mode()
-def test_the_loss_is_the_one_of_the_paper_on_the_held_out_rows(
+def test_the_loss_equals_the_reference_on_the_held_out_rows(
     tiny_teacher: Path, tiny_shards: Path, config: HeldoutConfig
 ) -> None:
     name = f"{tiny_teacher}@2"
@@ -57,7 +57,7 @@ def test_the_loss_is_the_one_of_the_paper_on_the_held_out_rows(
         assert result["per_language"][language] == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_teacher_has_no_distance_to_itself(tiny_teacher: Path, config: HeldoutConfig) -> None:
+def test_the_loss_of_a_teacher_against_itself_is_zero(tiny_teacher: Path, config: HeldoutConfig) -> None:
     result = evaluate_heldout([load_encoder(f"{tiny_teacher}@3")], config, alone())[f"{tiny_teacher}@3"]
     assert result["mean"] == pytest.approx(0.0, abs=1e-5)
 
@@ -88,7 +88,7 @@ def test_layers_and_relations_are_those_of_the_training(
     assert result["mean"] > 0
     for changed in (HeldoutConfig(f"{tiny_teacher}@1", **rows), HeldoutConfig(str(tiny_teacher), heads=4, **rows)):
         other = evaluate_heldout([load_encoder(student)], changed, alone())[student]
-        assert other["mean"] != pytest.approx(result["mean"]), "what is named goes before what was trained"
+        assert other["mean"] != pytest.approx(result["mean"]), "a setting overrides the lineage"
 
     deep = student_of(tiny_teacher, tmp_path / "b", relations={**relations, "teacher_layer": 4})
     both = [load_encoder(student), load_encoder(str(deep))]
@@ -108,15 +108,15 @@ def test_layers_and_relations_are_those_of_the_training(
         ),
     ],
 )
-def test_of_several_layers_the_highest_counts(tmp_path: Path, relations: dict, expected: tuple) -> None:
+def test_of_several_matched_layers_the_highest_is_used(tmp_path: Path, relations: dict, expected: tuple) -> None:
     (tmp_path / "lineage.json").write_text(json.dumps({"recipe": {"steps": 1, "relations": relations}}))
-    found = trained_as(tmp_path)
+    found = training_metadata(tmp_path)
     assert (found["teacher_layer"], found["student_layer"]) == expected
     (tmp_path / "lineage.json").write_text(json.dumps({"trimmed": {"from": "a"}}))
-    assert trained_as(tmp_path) == {}
+    assert training_metadata(tmp_path) == {}
     (tmp_path / "lineage.json").write_text('{"recipe": 1}')
-    with pytest.raises(UserError, match="is damaged"):
-        trained_as(tmp_path)
+    with pytest.raises(UserError, match="is corrupt"):
+        training_metadata(tmp_path)
 
 
 def test_the_command(tiny_teacher: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,7 +141,7 @@ def test_no_teacher_and_no_shards(tmp_path: Path) -> None:
         check_input(HeldoutConfig(teacher="a", data=str(tmp_path / "shards")))
 
 
-def test_a_model_of_another_tokenizer(tiny_teacher: Path, config: HeldoutConfig, tmp_path: Path) -> None:
+def test_a_model_with_another_tokenizer_is_rejected(tiny_teacher: Path, config: HeldoutConfig, tmp_path: Path) -> None:
     other = shutil.copytree(tiny_teacher, tmp_path / "other")
     model = other / "sentencepiece.bpe.model"
     model.write_bytes(model.read_bytes() + b"\x00")
@@ -151,10 +151,10 @@ def test_a_model_of_another_tokenizer(tiny_teacher: Path, config: HeldoutConfig,
         evaluate_heldout([encoder], config, alone())
 
 
-def test_the_file_that_decides_over_ids_is_the_one_that_is_compared(
+def test_the_tokenizer_file_that_determines_ids_is_compared(
     tiny_teacher: Path, config: HeldoutConfig, tmp_path: Path
 ) -> None:
-    """CamemBERT's kind: a SentencePiece model lies there, but tokenizer.json is what the shards were made with."""
+    """As in CamemBERT: the directory has a SentencePiece model, but the shards were made with tokenizer.json."""
     student = Path(shutil.copytree(tiny_teacher, tmp_path / "student"))
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>"}
     (student / "tokenizer_config.json").write_text(json.dumps(about))

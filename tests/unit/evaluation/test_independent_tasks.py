@@ -1,6 +1,6 @@
-"""Tasks of one evaluation share the loaded models: none may change what the next one measures.
+"""The tasks of one evaluation share the loaded models: no task may change the figures of the next one.
 
-The model has dropout .5, so that one that was left in training mode gives other figures at once.
+The model has dropout .5, so a model left in training mode gives other figures.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from transformers import AutoModel
 from pipeline.distillation.config import RelationsConfig
 from pipeline.distillation.distiller import DistillModule
 from pipeline.distillation.tap import tap
-from pipeline.evaluation.command import TASKS, EvaluationConfig, read_overrides
+from pipeline.evaluation.command import read_overrides
 from pipeline.evaluation.encoder import Encoder, load_encoder, sentence_vectors
 from pipeline.evaluation.ranks import alone
+from pipeline.evaluation.task import tasks
 from tests.tiny_encoders import CONFIGS, random_rows, tiny_encoder
 from tests.unit.evaluation.all_tasks import quick_settings
 
@@ -40,16 +41,14 @@ def dropping_model(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="module")
-def config(tiny_teacher: Path, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> EvaluationConfig:
+def config(tiny_teacher: Path, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     settings = quick_settings(tmp_path_factory.mktemp("data"))
     return read_overrides([*settings, f"heldout.teacher={tiny_teacher}", f"heldout.data={tiny_shards}"])
 
 
-def run_task(name: str, encoder: Encoder, config: EvaluationConfig, directory: Path) -> dict[str, Any]:
+def run_task(name: str, encoder: Encoder, config: Any, directory: Path) -> dict[str, Any]:
     """The figures of one task that do not depend on the clock."""
-    task = TASKS[name]
-    places: list[Any] = [alone(), directory] if task.keeps else [alone()] if task.shared else []
-    (found,) = task.evaluate([encoder], getattr(config, name), *places).values()
+    (found,) = tasks()[name].evaluate([encoder], getattr(config, name), alone(), directory).values()
     return {key: value for key, value in found.items() if key not in TIMED}
 
 
@@ -82,7 +81,7 @@ def state_of_torch() -> dict[str, Any]:
 
 
 def every_ordered_pair(names: list[str]) -> Iterator[str]:
-    """A walk in which every name is directly followed by every other one: each round trip goes by one more pair."""
+    """A walk in which every name is directly followed by every other name."""
     yield names[0]
     for first in range(len(names)):
         for second in range(first + 1, len(names)):
@@ -98,14 +97,14 @@ def test_the_walk_has_every_ordered_pair() -> None:
     assert {(a, b) for a in "abcd" for b in "abcd" if a != b} <= followed
 
 
-def test_no_task_depends_on_the_one_before_it(dropping_model: Path, config: EvaluationConfig, tmp_path: Path) -> None:
+def test_no_task_depends_on_the_one_before_it(dropping_model: Path, config: Any, tmp_path: Path) -> None:
     alone_figures = {
-        name: run_task(name, load_encoder(str(dropping_model)), config, tmp_path / f"alone-{name}") for name in TASKS
+        name: run_task(name, load_encoder(str(dropping_model)), config, tmp_path / f"alone-{name}") for name in tasks()
     }
     encoder = load_encoder(str(dropping_model))
     before, torch_before = state_of(encoder), state_of_torch()
     earlier = "the start"
-    for number, name in enumerate(every_ordered_pair(list(TASKS))):
+    for number, name in enumerate(every_ordered_pair(list(tasks()))):
         assert run_task(name, encoder, config, tmp_path / str(number)) == alone_figures[name], f"{name} after {earlier}"
         assert state_of(encoder) == before, f"{name} changed the model"
         assert state_of_torch() == torch_before, f"{name} changed torch's state"

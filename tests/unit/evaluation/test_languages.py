@@ -1,4 +1,4 @@
-"""A student is measured in the languages that it was trained on, and every table says which ones it leaves out."""
+"""A student is evaluated in the languages that it was trained on, and every table names the languages that it leaves out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.unit.evaluation.all_tasks import evaluate_everything
 
 
 def encoder(directory: Path, languages: list[str] | None) -> Encoder:
-    """As much of one as the choice looks at."""
+    """An encoder with the attributes that `choose_languages` reads."""
     directory.mkdir()
     if languages is not None:
         write_lineage(directory, languages)
@@ -46,8 +46,8 @@ def test_languages_that_every_student_was_trained_on(tmp_path: Path) -> None:
     assert line.startswith("languages left out: fr (not a language of a); sw (not a language of b);")
 
 
-def test_a_trimmed_vocabulary_is_measured_in_what_it_was_kept_for(tmp_path: Path) -> None:
-    """Of a student, and of a teacher that was never trained here."""
+def test_a_trimmed_model_is_evaluated_in_the_languages_of_its_vocabulary(tmp_path: Path) -> None:
+    """A trimmed student, and a trimmed teacher that was not trained here."""
     student, teacher = encoder(tmp_path / "student", ["de", "fr", "sw"]), encoder(tmp_path / "teacher", None)
     for model in (student, teacher):
         path = Path(model.path) / "lineage.json"
@@ -58,14 +58,14 @@ def test_a_trimmed_vocabulary_is_measured_in_what_it_was_kept_for(tmp_path: Path
     assert choose_languages(["de", "fr", "th"], None, [teacher], "retrieval.languages", "pairs").chosen == ["de", "th"]
 
 
-def test_named_languages_are_taken_as_they_are(tmp_path: Path) -> None:
+def test_named_languages_are_used_as_they_are(tmp_path: Path) -> None:
     encoders = [encoder(tmp_path / "a", ["de", "sw"])]
     found = choose_languages(["de", "fr", "sw"], ["fr"], encoders, "xnli.languages", "test pairs")
     assert found.chosen == ["fr"]
     assert found.left_out == {"de": "not in xnli.languages", "sw": "not in xnli.languages"}
 
 
-def test_a_model_without_lineage_is_measured_in_everything(tmp_path: Path) -> None:
+def test_a_model_without_lineage_is_evaluated_in_all_languages(tmp_path: Path) -> None:
     found = choose_languages(["de", "fr"], None, [encoder(tmp_path / "a", None)], "xnli.languages", "test pairs")
     assert (found.chosen, found.left_out, left_out_line({"a": {"left_out": {}}})) == (["de", "fr"], {}, "")
 
@@ -91,7 +91,7 @@ def test_codes_of_one_language(trained: str, language: str, covered: bool) -> No
     assert covers([trained], language) == covered
 
 
-def test_every_table_and_the_card_say_it(
+def test_every_table_and_the_card_name_the_languages_left_out(
     tiny_teacher: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The tasks of all_tasks.py have de and sw pairs, en and de in XNLI, en and zh in MLQA, hi sw he tr in shards."""

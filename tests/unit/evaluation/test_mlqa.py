@@ -1,4 +1,4 @@
-"""Question answering: the two official measures by hand, windows and the way back to text, learning, and bad input."""
+"""Question answering: the two official measures by hand, windows and their conversion to text, learning, and bad input."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from tests.unit.evaluation.questions import ANSWER, WRONG, write_mlqa
     ("text", "words"),
     [
         ("The Eiffel Tower!", ["eiffel", "tower"]),
-        ("a   theme, an apple", ["theme", "apple"]),  # articles only as whole words
+        ("a   theme, an apple", ["theme", "apple"]),  # articles only as separate words
         ("U.S.A.", ["usa"]),  # punctuation goes before words are made
         ("“quoted” – text", ["“quoted”", "–", "text"]),  # SQuAD's punctuation is ASCII's
         ("the", []),
@@ -58,7 +58,7 @@ def test_words_of_squad(text: str, words: list[str]) -> None:
         ("vi", "những ngôi nhà của tôi", ["ngôi", "nhà", "tôi"]),
         ("hi", "the राम।", ["the", "राम"]),
         ("ar", "البيت الكبير", ["بيت", "كبير"]),
-        ("ar", "بالبيت", ["ب", "بيت"]),  # wherever the two letters stand
+        ("ar", "بالبيت", ["ب", "بيت"]),  # wherever the two letters occur
         ("zh", "2008年在北京，IBM Watson", ["2008", "年", "在", "北", "京", "ibm", "watson"]),
     ],
 )
@@ -68,7 +68,7 @@ def test_words_of_mlqa(language: str, text: str, words: list[str]) -> None:
 
 def test_f1_and_exact_match_by_hand() -> None:
     # precision 2/3, recall 2/4: 2 * (2/3 * 1/2) / (2/3 + 1/2) = 4/7
-    assert f1(["big", "old", "house"], ["the", "old", "house", "there"]) == pytest.approx(4 / 7)
+    assert f1(["big", "old", "barn"], ["the", "old", "barn", "there"]) == pytest.approx(4 / 7)
     # repetition counts: one common `a` of two and one, so 2 * (1/2 * 1) / (3/2) = 2/3
     assert f1(["a", "a"], ["a"]) == pytest.approx(2 / 3)
     assert (f1(["x"], ["y"]), f1([], []), f1(["x"], [])) == (0.0, 0.0, 0.0)
@@ -98,12 +98,12 @@ LONG = " ".join(
 @pytest.mark.parametrize(
     "answer", ["Größe0", "файл25", "好世界32", "हिन्दी53", "file3 x4 हिन्दी5", "x40 हिन्दी41 Größe42"]
 )
-def test_an_answer_comes_back_from_the_tokens_that_stand_for_it(tokenizer, answer: str) -> None:
+def test_an_answer_is_recovered_from_its_tokens(tokenizer, answer: str) -> None:
     question = question_on(LONG, answer)
     windowed = cut_windows(tokenizer, [question], max_length=60, stride=16)
-    held = [row for row, (start, _) in enumerate(windowed.rows.targets.tolist()) if start]
-    assert held, "some window holds the answer"
-    for row in held:
+    with_answer = [row for row, (start, _) in enumerate(windowed.rows.targets.tolist()) if start]
+    assert with_answer, "a window has the answer"
+    for row in with_answer:
         window, (start, end) = windowed.windows[row], windowed.rows.targets[row].tolist()
         begin, stop = window.offsets[start - window.first, 0], window.offsets[end - window.first, 1]
         assert answer in LONG[begin:stop], "the tokens cover the answer"
@@ -116,16 +116,16 @@ def test_an_answer_comes_back_from_the_tokens_that_stand_for_it(tokenizer, answe
 def test_windows_start_a_stride_apart_and_cover_the_context(tokenizer) -> None:
     question = question_on(LONG, "x4")
     windowed = cut_windows(tokenizer, [question], max_length=60, stride=16)
-    whole = cut_windows(tokenizer, [question], max_length=4000, stride=16).windows[0].offsets
+    uncut = cut_windows(tokenizer, [question], max_length=4000, stride=16).windows[0].offsets
     assert len(windowed.windows) > 2
     for number, window in enumerate(windowed.windows):
-        assert np.array_equal(window.offsets, whole[number * 16 : number * 16 + len(window.offsets)])
+        assert np.array_equal(window.offsets, uncut[number * 16 : number * 16 + len(window.offsets)])
         ids = windowed.rows.ids[number]
         assert len(ids) <= 60
         assert window.first + len(window.offsets) == len(ids) - 1, "context, then one closing special"
-    assert np.array_equal(windowed.windows[-1].offsets[-1], whole[-1])
-    # every token of the context is to be answered from exactly one window: the one with most around it
-    shown = np.zeros(len(whole), dtype=int)
+    assert np.array_equal(windowed.windows[-1].offsets[-1], uncut[-1])
+    # exactly one window has the most context around each token
+    shown = np.zeros(len(uncut), dtype=int)
     for number, window in enumerate(windowed.windows):
         shown[number * 16 : number * 16 + len(window.offsets)] += window.most_context
     assert (shown == 1).all()
@@ -144,11 +144,11 @@ def test_questions_of_any_length_keep_their_order(tokenizer) -> None:
         first = windowed.windows[rows[0]]
         assert contexts[number][: first.offsets[0, 1]].strip() == contexts[number][slice(*first.offsets[0])].strip()
         assert first.first <= 64 + 3, "a question is cut at 64 tokens"
-    with pytest.raises(UserError, match="no room"):
+    with pytest.raises(UserError, match="no space"):
         cut_windows(tokenizer, questions, max_length=40, stride=16)
 
 
-def test_a_window_without_the_whole_answer_points_at_the_first_token() -> None:
+def test_a_window_without_the_complete_answer_has_target_token_0() -> None:
     offsets = np.array([[4, 8], [9, 13]])
     question = Question("q", "?", "abc defg hijk lmn", ("hijk lmn",), (9,))
     assert target_tokens(question, 5, offsets) == (0, 0)
@@ -160,7 +160,7 @@ def test_the_best_span_by_hand() -> None:
     offsets = np.array([[0, 2], [3, 5], [6, 8], [9, 11]])
     window = Window(0, 3, offsets, np.array([True, True, True, True]))
     starts, ends = np.array([0.0, 5.0, 4.0, 0.0]), np.array([6.0, 0.0, 3.0, 1.0])
-    # 5 + 6 would be best, but its end stands before its start; next are bb..cc with 5 + 3 and cc with 4 + 3
+    # 5 + 6 would be best, but its end is before its start; next are bb..cc with 5 + 3 and cc with 4 + 3
     best = best_answers(context, [window], [starts], [ends])
     assert best[:2] == [(8.0, "bb cc"), (7.0, "cc")]
     elsewhere = Window(0, 3, offsets, np.array([True, False, True, True]))
@@ -203,12 +203,12 @@ def config(directory: Path, **settings: object) -> MlqaConfig:
     return MlqaConfig(train=str(directory / "train-v1.1.json"), data=str(directory), **{**quick, **settings})
 
 
-def test_an_answer_that_is_always_one_word_is_learnt(tiny_teacher: Path, official: Path, tmp_path: Path) -> None:
+def test_an_answer_that_is_always_one_word_is_learned(tiny_teacher: Path, official: Path, tmp_path: Path) -> None:
     encoder = load_encoder(str(tiny_teacher))
     result = evaluate_mlqa([encoder], config(official), alone(), tmp_path)[encoder.name]
     assert result["test"]["en"]["f1"] >= 80
     assert result["test"]["zh"]["exact_match"] >= 75
-    assert result["test"]["hi"]["f1"] <= 20, "there another word is called right"
+    assert result["test"]["hi"]["f1"] <= 20, "there another word is correct"
     assert result["mean"]["f1"] == pytest.approx(sum(scores["f1"] for scores in result["test"].values()) / 3)
     row = mlqa_table({"student": result}).splitlines()[-1]
     assert f"{result['mean']['f1']:.1f} /" in row
@@ -216,7 +216,7 @@ def test_an_answer_that_is_always_one_word_is_learnt(tiny_teacher: Path, officia
     assert again == result, "kept"
 
 
-def test_the_best_of_several_true_answers_counts(tokenizer) -> None:
+def test_the_best_match_of_several_correct_answers_counts(tokenizer) -> None:
     question = Question("q", "?", "aa network file bb", ("file bb", "network file"), (11, 3))
     windowed = cut_windows(tokenizer, [question], max_length=60, stride=16)
     window = windowed.windows[0]
@@ -241,7 +241,9 @@ def test_the_best_of_several_true_answers_counts(tokenizer) -> None:
 def test_missing_data_and_languages(official: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--set mlqa\.train="):
         read(MlqaConfig())
-    with pytest.raises(UserError, match=r"no dev-context-de-question-de\.json below .*; it has en, hi, zh.*\[en\]"):
+    with pytest.raises(
+        UserError, match=r"no dev-context-de-question-de\.json found below .*; it has en, hi, zh.*\[en\]"
+    ):
         read(config(official, languages=["en", "de"]))
     library = config(official)
     library.data = "datasets:facebook/mlqa"
@@ -249,7 +251,7 @@ def test_missing_data_and_languages(official: Path, tmp_path: Path) -> None:
         read(library)
     missing = config(official)
     missing.train = str(tmp_path / "train.json")
-    with pytest.raises(UserError, match=r"there is no .*train\.json"):
+    with pytest.raises(UserError, match=r"train\.json not found"):
         read(missing)
 
 
@@ -275,13 +277,13 @@ def test_a_bad_question_is_named(official: Path, tmp_path: Path, change, message
         read_squad(path)
 
 
-def test_a_byte_order_mark_is_no_content(official: Path, tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_skipped(official: Path, tmp_path: Path) -> None:
     (tmp_path / "marked.json").write_text((official / "train-v1.1.json").read_text(), encoding="utf-8-sig")
     assert read_squad(tmp_path / "marked.json") == read_squad(official / "train-v1.1.json")
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"data": []}', '{"data": 3}', "\xff"])
-def test_a_file_that_is_no_squad(tmp_path: Path, text: str) -> None:
+def test_a_file_in_another_layout(tmp_path: Path, text: str) -> None:
     (tmp_path / "bad.json").write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=r"bad\.json"):
         read_squad(tmp_path / "bad.json")
@@ -295,7 +297,7 @@ def test_the_library_gives_the_same_questions(official: Path, tmp_path: Path, mo
         | {"answers": {"text": list(q.answers), "answer_start": list(q.starts)}}
         for q in expected
     ]
-    data = tmp_path / "data"  # beside the cache, whose lock files would be taken for splits
+    data = tmp_path / "data"  # not in the cache, whose lock files the library reads as splits
     data.mkdir()
     (data / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     library = config(official, max_train=5)
@@ -316,7 +318,7 @@ CONTEXT = "Café 🏰🏰 in the old town, the old station, the end"
 
 
 def squad_file(path: Path, answers: list[tuple[str, object]], context: str = CONTEXT) -> Path:
-    """One question per answer, and enough others with right answers that one moved answer is a small share."""
+    """One question per answer, and 400 more with correct offsets, so that one moved answer is a small share."""
     qas = [
         {"id": f"a{n}", "question": "Where?", "answers": [{"text": text, "answer_start": start}]}
         for n, (text, start) in enumerate(answers)
@@ -337,7 +339,7 @@ def utf16(place: int) -> int:
 @pytest.mark.parametrize(
     "count", [utf16, lambda place: len(CONTEXT[:place].encode()), lambda p: p - 1, lambda p: p + 3]
 )
-def test_an_answer_near_by_is_found_and_counted(count, tmp_path: Path) -> None:
+def test_an_answer_nearby_is_found_and_counted(count, tmp_path: Path) -> None:
     place = CONTEXT.index("station")
     (question, *others) = read_squad(squad_file(tmp_path / "squad.json", [("station", count(place))]))
     assert (question.starts, question.moved) == ((place,), 1)
@@ -347,23 +349,23 @@ def test_an_answer_near_by_is_found_and_counted(count, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (("old", CONTEXT.index("old") + 5), "question a0: the answer 'old' .* which of them is not clear"),
-        (("Station", CONTEXT.index("station")), "not near by either"),
-        (("town", 0), "not near by either"),
-        (("end", -1), "not near by either"),
-        (("  ", 4), "not near by either"),
-        (("town", "23"), "answer_start` is '23', not a whole number"),
-        (("town", True), "not a whole number"),
-        ((7, 23), "is not built like SQuAD"),
+        (("old", CONTEXT.index("old") + 5), "question a0: the answer 'old' .* which one is meant is not clear"),
+        (("Station", CONTEXT.index("station")), "not nearby either"),
+        (("town", 0), "not nearby either"),
+        (("end", -1), "not nearby either"),
+        (("  ", 4), "not nearby either"),
+        (("town", "23"), "answer_start` is '23', not an integer"),
+        (("town", True), "not an integer"),
+        ((7, 23), "does not have the layout of SQuAD"),
     ],
 )
-def test_an_answer_that_is_not_there_is_refused(answer, message: str, tmp_path: Path) -> None:
+def test_a_missing_answer_is_rejected(answer, message: str, tmp_path: Path) -> None:
     context = CONTEXT if answer != ("town", 0) else CONTEXT.replace("Café 🏰🏰", "x" * 40)
     with pytest.raises(UserError, match=message):
         read_squad(squad_file(tmp_path / "squad.json", [answer], context))
 
 
-def test_offsets_of_another_kind_are_refused_as_a_whole(tmp_path: Path) -> None:
+def test_a_file_with_byte_or_utf16_offsets_is_rejected(tmp_path: Path) -> None:
     answers = [(text, utf16(CONTEXT.index(text))) for text in ("station", "end", "town", "in the", "old town")]
     with pytest.raises(UserError, match=r"5 of 405 answers .*UTF-16"):
         read_squad(squad_file(tmp_path / "squad.json", answers))

@@ -1,4 +1,4 @@
-"""`evaluation.json` after several evaluations: what is joined, what is replaced, what is put aside, and never half a file."""
+"""`evaluation.json` after several evaluations: which figures are added, replaced or moved away; the file is always complete."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def evaluate(model: Path, output: Path, task: str, *settings: str) -> dict:
     return json.loads((output / results.FILE).read_text())
 
 
-def test_a_second_evaluation_joins_the_first(
+def test_a_second_evaluation_is_added_to_the_first(
     tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, output, scored = Path(shutil.copytree(tiny_teacher, tmp_path / "m")), tmp_path / "out", tmp_path / "s.tsv"
@@ -43,7 +43,7 @@ def test_a_second_evaluation_joins_the_first(
     weights["embeddings.LayerNorm.weight"] *= 2
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     after = evaluate(model, output, "retrieval", *quick)
-    assert list(after["tasks"]) == ["retrieval"], "figures of other weights do not stand beside these"
+    assert list(after["tasks"]) == ["retrieval"], "figures of other weights are not in the same file"
     assert json.loads((output / results.OTHER_MODELS_FILE).read_text()) == again
     assert "of other models or weights" in capsys.readouterr().out
 
@@ -65,7 +65,7 @@ def test_figures_that_are_not_finite_leave_the_file_as_it_was(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"task": {}}', '{"tasks": []}'])
-def test_a_file_that_is_none_is_refused_before_any_model_is_loaded(tmp_path: Path, text: str) -> None:
+def test_an_invalid_file_is_rejected_before_any_model_is_loaded(tmp_path: Path, text: str) -> None:
     (tmp_path / results.FILE).write_text(text)
-    with pytest.raises(UserError, match="is no evaluation"):
+    with pytest.raises(UserError, match="is not an evaluation"):
         main(["evaluate", "nowhere", "--output", str(tmp_path)])

@@ -1,4 +1,4 @@
-"""Retrieval: the measure by hand-made vectors, the vectors against the plain model, and every kind of bad input."""
+"""Retrieval: the measure on small vectors, the sentence vectors against the plain model, and every kind of bad input."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_accuracy_of_a_case_by_hand() -> None:
     assert result == pytest.approx(expected)
 
 
-def test_equal_texts_are_equally_right() -> None:
+def test_copies_of_a_text_are_equally_correct() -> None:
     vectors = torch.eye(3)
     assert both_directions(vectors, [0, 0], [1, 1])["mean"] == 1.0
 
@@ -57,7 +57,7 @@ def test_equal_texts_are_equally_right() -> None:
 
 @torch.inference_mode()
 def plain_vectors(directory: Path, text: str, values_layer: int) -> dict[str, torch.Tensor]:
-    """One sentence, no padding, the whole Hugging Face model: what sentence_vectors must equal."""
+    """The vectors of one sentence without padding, from the unchanged Hugging Face model."""
     model = AutoModel.from_pretrained(directory, add_pooling_layer=False).eval()
     ids = AutoTokenizer.from_pretrained(directory)(text, return_tensors="pt")
     states = model(**ids, output_hidden_states=True).hidden_states
@@ -95,7 +95,7 @@ def test_identical_languages_are_found(tiny_teacher: Path, tmp_path: Path) -> No
 # -- reading pairs
 
 
-def test_the_first_pairs_are_taken_and_line_separators_inside_text_stay(tmp_path: Path) -> None:
+def test_the_first_pairs_are_read_and_line_separators_inside_text_are_kept(tmp_path: Path) -> None:
     path = write_pairs(tmp_path, "xx", "a\u2028b\tc\tsource\tkey\nd\te\nf\tg\n")
     assert read_pairs_file(path, max_pairs=2) == [("a\u2028b", "c"), ("d", "e")]
     assert len(read_pairs_file(path, max_pairs=99)) == 3
@@ -108,7 +108,7 @@ def test_a_malformed_line_is_named_by_number(tmp_path: Path, bad: str) -> None:
         read_pairs_file(path, max_pairs=10)
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_sentence(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_the_first_sentence(tmp_path: Path) -> None:
     path = write_pairs(tmp_path, "xx", "\ufeffa\tb\nc\td\n")
     assert read_pairs_file(path, max_pairs=9) == [("a", "b"), ("c", "d")]
 
@@ -168,7 +168,7 @@ def test_a_tokenizer_of_another_vocabulary(tiny_teacher: Path, tmp_path: Path) -
 
 
 def test_a_smaller_tokenizer_with_another_padding(tiny_teacher: Path, tmp_path: Path) -> None:
-    """BERT's kind beside an XLM-R: every id of it is an id of the model, and means another piece."""
+    """A BERT tokenizer with an XLM-R model: all its ids are ids of the model, but of other pieces."""
     other = word_piece(tmp_path / "other")
     for name in ("config.json", "model.safetensors"):
         (other / name).write_bytes((tiny_teacher / name).read_bytes())
@@ -177,7 +177,7 @@ def test_a_smaller_tokenizer_with_another_padding(tiny_teacher: Path, tmp_path: 
 
 
 def test_a_bert_with_the_tokenizer_of_xlm_r(tiny_teacher: Path, tmp_path: Path) -> None:
-    """As e5-small is built: more embeddings than pieces; padding is BertConfig's 0 and the tokenizer's 1, which is no harm."""
+    """As in e5-small: more embeddings than pieces, and padding ids 0 (config) and 1 (tokenizer), which BERT accepts."""
     tiny_encoder("bert", vocab_size=2037, pad_token_id=0).save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json", "sentencepiece.bpe.model"):
         (tmp_path / name).write_bytes((tiny_teacher / name).read_bytes())
@@ -185,7 +185,7 @@ def test_a_bert_with_the_tokenizer_of_xlm_r(tiny_teacher: Path, tmp_path: Path) 
 
 
 def test_a_layer_that_is_not_there(tiny_teacher: Path) -> None:
-    with pytest.raises(UserError, match="there is no layer 9"):
+    with pytest.raises(UserError, match="it has no layer 9"):
         load_encoder(f"{tiny_teacher}@9")
 
 
@@ -227,10 +227,11 @@ def test_the_command_prints_a_table_and_writes_json(tiny_teacher: Path, tmp_path
     [
         (["--tasks", "poetry"], "Tasks: heldout, retrieval"),
         (["--set", "retrieval.pair=x"], "did you mean `pairs`"),
-        (["--set", "retrieval.max_pairs=1"], "at least 2"),
+        (["--set", "retrieval.batch_size=1000000007"], "`retrieval.batch_size` is 1000000007"),
+        (["--set", "retrieval.max_pairs=1"], "must lie between 2"),
     ],
 )
-def test_bad_arguments_end_in_one_line_and_exit_code_2(
+def test_bad_arguments_give_one_line_and_exit_code_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     command_line = ["evaluate", "nowhere", "--output", str(tmp_path / "out"), *arguments]

@@ -1,4 +1,4 @@
-"""Speed and size of a model whose figures are known; Spearman by hand-made cases; every kind of bad file."""
+"""Speed and size of a model with known figures; Spearman on small cases; every kind of bad file."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_size_is_that_of_the_model(tiny_teacher: Path) -> None:
     assert result["times_first"] == {"1x8": 1.0, "2x8": 1.0}
 
 
-def test_what_is_timed_is_a_whole_batch_without_padding(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_batch_without_padding_is_timed(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = load_encoder(str(tiny_teacher))
     seen = []
     monkeypatch.setattr(
@@ -91,7 +91,7 @@ def test_a_header_in_the_usual_order_is_not_a_pair(tmp_path: Path) -> None:
     assert read_scored_pairs(path, COLUMNS).first == ["a", "c"]
 
 
-def test_names_of_columns_in_any_case_and_blank_lines(tmp_path: Path) -> None:
+def test_column_names_in_any_case_and_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "pairs.TSV"
     path.write_bytes(b"\xef\xbb\xbfScore\tSentence1 \tSENTENCE2\r\n\r\n1\ta\tb\r\n2\tc\td\r\n\r\n")
     assert read_scored_pairs(path, COLUMNS).first == ["a", "c"]
@@ -115,7 +115,7 @@ def test_names_of_columns_in_any_case_and_blank_lines(tmp_path: Path) -> None:
         ("\n\n", r"0 pair\(s\)"),
     ],
 )
-def test_what_a_table_cannot_mean_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_an_ambiguous_table_is_rejected(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "pairs.csv"
     path.write_text(text)
     with pytest.raises(UserError, match=message):
@@ -143,11 +143,11 @@ def test_a_bad_file_is_named_with_its_line(tmp_path: Path, text: str, message: s
 def test_no_file() -> None:
     with pytest.raises(UserError, match=r"sts\.files"):
         read_all(StsConfig())
-    with pytest.raises(UserError, match="there is no file"):
+    with pytest.raises(UserError, match=r"file nothing\.tsv not found"):
         read_all(StsConfig(files=["nothing.tsv"]))
 
 
-def test_scores_that_are_the_models_own_cosines_correlate_fully(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_scores_equal_to_the_cosines_have_correlation_1(tiny_teacher: Path, tmp_path: Path) -> None:
     encoder = load_encoder(str(tiny_teacher))
     sentences = [
         ("Hello world!", "Hello world"),
@@ -165,7 +165,7 @@ def test_scores_that_are_the_models_own_cosines_correlate_fully(tiny_teacher: Pa
     assert result["mean"]["output"] == pytest.approx(1.0)
 
 
-def test_an_encoder_that_has_collapsed_ranks_nothing(
+def test_a_collapsed_encoder_has_correlation_0(
     tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The same vector for every text: no ranking, no NaN in evaluation.json, and a warning."""

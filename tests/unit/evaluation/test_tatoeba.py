@@ -1,4 +1,4 @@
-"""Retrieval from the Tatoeba layout: names, alignment by line, and every kind of damage, named by file and line."""
+"""Retrieval from the Tatoeba layout: names, alignment by line, and every kind of bad file, named with its line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def config(directory: Path, **settings: object) -> RetrievalConfig:
 
 def test_line_n_is_the_translation_of_line_n(tmp_path: Path) -> None:
     write(tmp_path, "deu", "Hallo\nJa \u2028 doch\nNein\n", "Hello\nYes\nNo\n")
-    write(tmp_path, "xyz", "\ufeffa\nb\n", "c\nd")  # a byte-order mark is no text
+    write(tmp_path, "xyz", "\ufeffa\nb\n", "c\nd")  # a byte-order mark is not text
     pairs = read_pairs(config(tmp_path))
     assert pairs == {
         "de": [("Hello", "Hallo"), ("Yes", "Ja \u2028 doch"), ("No", "Nein")],
@@ -31,7 +31,7 @@ def test_line_n_is_the_translation_of_line_n(tmp_path: Path) -> None:
     assert read_pairs(config(tmp_path, max_pairs=2))["de"] == pairs["de"][:2]
 
 
-def test_languages_go_by_either_code_and_beside_tsv_files(tmp_path: Path) -> None:
+def test_languages_have_either_code_also_with_tsv_files(tmp_path: Path) -> None:
     write(tmp_path, "swh", "a\nb\n", "c\nd\n")
     (tmp_path / "en-el.tsv").write_text("e\tf\ng\th\n")
     for languages in (["swh", "el"], ["sw", "el"]):
@@ -57,7 +57,7 @@ def test_the_same_sentences_find_each_other(tiny_teacher: Path, tmp_path: Path) 
         ("", "", "at least 2"),
     ],
 )
-def test_damage_is_named_with_its_line(tmp_path: Path, other: str, english: str, message: str) -> None:
+def test_a_bad_file_is_named_with_its_line(tmp_path: Path, other: str, english: str, message: str) -> None:
     write(tmp_path, "deu", other, english)
     with pytest.raises(UserError, match=message):
         read_pairs(config(tmp_path))
@@ -77,8 +77,8 @@ def test_not_utf8(tmp_path: Path) -> None:
         read_pairs(config(tmp_path))
 
 
-def test_sorted_files_are_not_taken_for_pairs(tmp_path: Path) -> None:
+def test_sorted_files_are_rejected(tmp_path: Path) -> None:
     for name in ("de-en.de", "de-en.en"):
         (tmp_path / name).write_text("a\nb\n")
-    with pytest.raises(UserError, match="no longer translations"):
+    with pytest.raises(UserError, match="no longer the translation"):
         read_pairs(config(tmp_path))

@@ -1,4 +1,4 @@
-"""XNLI from fixtures in the official layout: what is learnt, what is chosen, what is kept, and every kind of bad input."""
+"""XNLI from fixtures in the official layout: learning, selection, kept results, and every kind of bad input."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ def config(directory: Path, **settings: object) -> XnliConfig:
     return XnliConfig(data=str(directory), **{**quick, **settings})
 
 
-# -- what is learnt and chosen
+# -- learning and selection
 
 
-def test_a_word_that_decides_is_learnt_and_carried_to_other_languages(
+def test_a_decisive_word_is_learned_and_transfers_to_other_languages(
     encoder: Encoder, pairs: Path, tmp_path: Path
 ) -> None:
     result = evaluate_xnli([encoder], config(pairs), alone(), tmp_path)[encoder.name]
     test = {language: scores["accuracy"] for language, scores in result["test"].items()}
     assert test["en"] >= 90
     assert test["de"] >= 90
-    assert test["sw"] <= 10, "its labels are moved on by one: what is right in English is wrong there"
+    assert test["sw"] <= 10, "its labels are shifted by one: what is correct in English is wrong there"
     assert result["mean"]["accuracy"] == pytest.approx(sum(test.values()) / 3)
     assert result["train_pairs"] == 96
     losses = [epoch["loss"] for epoch in result["cells"][0]["epochs"]]
@@ -64,20 +64,20 @@ def test_a_word_that_decides_is_learnt_and_carried_to_other_languages(
 
 
 def test_the_rate_is_chosen_on_the_mean_of_all_development_languages() -> None:
-    def cell(rate: float, seed: int, dev: float, en: float, de: float) -> dict:
+    def point(rate: float, seed: int, dev: float, en: float, de: float) -> dict:
         test = {"en": {"accuracy": en}, "de": {"accuracy": de}}
         return {"learning_rate": rate, "seed": seed, "dev_mean": dev, "test": test, "best_epoch": seed + 1}
 
-    # the best single cell (70) belongs to the rate that is worse over its seeds: (70 + 50) / 2 < (64 + 62) / 2
-    cells = [cell(3e-5, 0, 70, 90, 80), cell(3e-5, 1, 50, 50, 40), cell(6e-5, 0, 64, 70, 60), cell(6e-5, 1, 62, 60, 54)]
-    chosen = choose(cells)
+    # the best single grid point (70) belongs to the rate that is worse over its seeds: (70 + 50) / 2 < (64 + 62) / 2
+    first_rate = [point(3e-5, 0, 70, 90, 80), point(3e-5, 1, 50, 50, 40)]
+    chosen = choose([*first_rate, point(6e-5, 0, 64, 70, 60), point(6e-5, 1, 62, 60, 54)])
     assert chosen["learning_rate"] == 6e-5
     assert chosen["test"] == {"en": {"accuracy": 65}, "de": {"accuracy": 57}}
     assert (chosen["mean"], chosen["dev_mean"], chosen["best_epochs"]) == ({"accuracy": 61}, 63, [1, 2])
     assert chosen["test_mean_of_each_seed"] == {"0": 65, "1": 57}
 
 
-def test_the_best_epoch_is_tested_not_the_last(encoder: Encoder, pairs: Path, tmp_path: Path) -> None:
+def test_the_best_epoch_is_tested_and_not_the_last(encoder: Encoder, pairs: Path, tmp_path: Path) -> None:
     settings = config(pairs, epochs=3)
     weights_at: list[torch.Tensor] = []
 
@@ -108,24 +108,26 @@ def test_micro_batches_do_not_change_the_gradient(encoder: Encoder, pairs: Path,
     assert results[0]["epochs"][0]["loss"] == pytest.approx(results[1]["epochs"][0]["loss"], rel=1e-4)
 
 
-# -- what is kept
+# -- kept results
 
 
 def task_of(encoder: Encoder, settings: XnliConfig) -> FinetuneTask:
     return make_task(encoder, read(settings), settings, alone())
 
 
-def test_a_finished_cell_is_kept_and_only_the_missing_one_is_run(
-    encoder: Encoder, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", ["grid_point.json", "cell.json"])
+def test_a_finished_grid_point_is_kept_and_only_the_missing_one_is_run(
+    name: str, encoder: Encoder, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Earlier versions wrote cell.json, which is still read."""
     evaluate_xnli([encoder], config(pairs, epochs=1), alone(), tmp_path)
-    (kept,) = tmp_path.glob("*/lr0.003-seed0/cell.json")
-    assert not list(kept.parent.glob("step-*")), "a finished cell needs no checkpoint"
-    marked = json.loads(kept.read_text()) | {"dev_mean": 99.0}
-    kept.write_text(json.dumps(marked))
+    (written,) = tmp_path.glob("*/lr0.003-seed0/*")
+    assert written.name == "grid_point.json", "the checkpoints of a finished grid point are deleted"
+    kept = written.rename(written.with_name(name))
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"dev_mean": 99.0}))
     both = config(pairs, epochs=1, learning_rates=[3e-3, 1e-3])
     result = evaluate_xnli([encoder], both, alone(), tmp_path)[encoder.name]
-    assert [cell["dev_mean"] == 99.0 for cell in result["cells"]] == [True, False]
+    assert [point["dev_mean"] == 99.0 for point in result["cells"]] == [True, False]
     assert "finished before, kept" in capsys.readouterr().out
     for other in (
         config(pairs, epochs=1, max_train=90),
@@ -133,13 +135,13 @@ def test_a_finished_cell_is_kept_and_only_the_missing_one_is_run(
         config(pairs, epochs=1, micro_batch=5),
     ):
         result = evaluate_xnli([encoder], other, alone(), tmp_path)[encoder.name]
-        assert result["dev_mean"] != 99.0, "other data or settings make another cell"
+        assert result["dev_mean"] != 99.0, "other data or settings make another grid point"
 
 
-def test_a_cell_in_flight_goes_on_from_its_last_epoch(encoder: Encoder, pairs: Path, tmp_path: Path) -> None:
-    settings, cell = config(pairs, epochs=4), GridPoint(3e-3, 0)
+def test_an_interrupted_grid_point_resumes_from_its_last_epoch(encoder: Encoder, pairs: Path, tmp_path: Path) -> None:
+    settings, point = config(pairs, epochs=4), GridPoint(3e-3, 0)
     task = task_of(encoder, settings)
-    whole = finetune(task, settings, cell, tmp_path / "whole", alone(), "tiny")
+    expected = finetune(task, settings, point, tmp_path / "once", alone(), "tiny")
     calls = 0
 
     def interrupted(model, split: str) -> dict:
@@ -150,17 +152,17 @@ def test_a_cell_in_flight_goes_on_from_its_last_epoch(encoder: Encoder, pairs: P
         return task.score(model, split)
 
     with pytest.raises(KeyboardInterrupt):
-        finetune(dataclasses.replace(task, score=interrupted), settings, cell, tmp_path / "cut", alone(), "tiny")
+        finetune(dataclasses.replace(task, score=interrupted), settings, point, tmp_path / "cut", alone(), "tiny")
     (left,) = (tmp_path / "cut").glob("step-*")
     assert json.loads((left / "state.json").read_text())["step"] == 2 * 6, "two epochs of ceil(96 / 16) steps"
-    assert finetune(task, settings, cell, tmp_path / "cut", alone(), "tiny") == whole
+    assert finetune(task, settings, point, tmp_path / "cut", alone(), "tiny") == expected
 
-    weight = left.parent / next((tmp_path / "whole").glob("step-*")).name / "weight-00000-of-00001.safetensors"
-    damaged = bytearray(weight.read_bytes())
-    damaged[-1] ^= 1
-    weight.write_bytes(damaged)
-    with pytest.raises(UserError, match="To begin this fine-tuning again, delete"):
-        finetune(task, settings, cell, tmp_path / "cut", alone(), "tiny")
+    weight = left.parent / next((tmp_path / "once").glob("step-*")).name / "weight-00000-of-00001.safetensors"
+    content = bytearray(weight.read_bytes())
+    content[-1] ^= 1
+    weight.write_bytes(content)
+    with pytest.raises(UserError, match="To start this fine-tuning again, delete"):
+        finetune(task, settings, point, tmp_path / "cut", alone(), "tiny")
 
 
 # -- the files
@@ -175,7 +177,7 @@ def test_both_layouts_are_read(pairs: Path) -> None:
     assert "world" in data.test["en"].second[0]
 
 
-def test_a_byte_order_mark_is_no_part_of_the_header(pairs: Path, tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_the_header(pairs: Path, tmp_path: Path) -> None:
     for path in pairs.rglob("*.tsv"):
         (tmp_path / path.name).write_text(path.read_text(), encoding="utf-8-sig")
     assert read(config(tmp_path)) == read(config(pairs))
@@ -197,8 +199,8 @@ def test_the_library_gives_the_same_pairs(pairs: Path, tmp_path: Path, monkeypat
         read(library)
 
 
-def damaged(pairs: Path, tmp_path: Path, name: str, old: str, new: str) -> Path:
-    """A copy whose file `name` has `old` replaced once."""
+def changed(pairs: Path, tmp_path: Path, name: str, old: str, new: str) -> Path:
+    """A copy in which `old` is replaced once in the file `name`."""
     for path in pairs.rglob("*.tsv"):
         text = path.read_text()
         if path.name == name:
@@ -225,11 +227,11 @@ def damaged(pairs: Path, tmp_path: Path, name: str, old: str, new: str) -> Path:
 )
 def test_a_bad_line_is_named(pairs: Path, tmp_path: Path, name: str, old: str, new: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        read(config(damaged(pairs, tmp_path, name, old, new)))
+        read(config(changed(pairs, tmp_path, name, old, new)))
 
 
 def test_empty_pairs_and_empty_files(pairs: Path, tmp_path: Path) -> None:
-    path = damaged(pairs, tmp_path, "", "", "") / "multinli.train.en.tsv"
+    path = changed(pairs, tmp_path, "", "", "") / "multinli.train.en.tsv"
     path.write_text("premise\thypo\tlabel\na\tb\tneutral\n \tb\tneutral\n")
     with pytest.raises(UserError, match=r"en\.tsv, line 3: a sentence of the pair is empty"):
         read(config(tmp_path))
@@ -248,7 +250,7 @@ def test_missing_files_and_languages(pairs: Path, tmp_path: Path) -> None:
         read(config(pairs, train_language="fr"))
     with pytest.raises(UserError, match="no pairs in fr, ur; it has de, en, sw"):
         read(config(pairs, languages=["en", "fr", "ur"]))
-    (damaged(pairs, tmp_path, "", "", "") / "xnli.test.tsv").unlink()
+    (changed(pairs, tmp_path, "", "", "") / "xnli.test.tsv").unlink()
     with pytest.raises(UserError, match=r"no xnli\.test\.tsv"):
         read(config(tmp_path))
 
@@ -256,7 +258,7 @@ def test_missing_files_and_languages(pairs: Path, tmp_path: Path) -> None:
 # -- the models
 
 
-def test_an_encoder_that_is_not_whole(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_an_encoder_with_missing_weights(tiny_teacher: Path, tmp_path: Path) -> None:
     weights = load_file(tiny_teacher / "model.safetensors")
     dropped = next(name for name in weights if name.endswith("layer.2.output.dense.weight"))
     save_file(
@@ -267,8 +269,8 @@ def test_an_encoder_that_is_not_whole(tiny_teacher: Path, tmp_path: Path) -> Non
         load_encoder(str(tmp_path))
 
 
-def test_a_head_in_the_files_is_not_taken_for_a_new_one(tiny_teacher: Path, pairs: Path, tmp_path: Path) -> None:
-    """A checkpoint that was fine-tuned already, for as many classes or for others, starts afresh; its body is kept."""
+def test_a_head_in_the_files_is_not_used(tiny_teacher: Path, pairs: Path, tmp_path: Path) -> None:
+    """The head of a fine-tuned checkpoint, with as many or other classes, is replaced by a new one; its body is kept."""
     for num_labels in (3, 7):
         directory = shutil.copytree(tiny_teacher, tmp_path / str(num_labels))
         tuned = AutoModelForSequenceClassification.from_pretrained(tiny_teacher, num_labels=num_labels)
@@ -285,7 +287,7 @@ def test_a_head_in_the_files_is_not_taken_for_a_new_one(tiny_teacher: Path, pair
 
 
 def test_a_pooler_in_the_files_is_kept(tmp_path: Path, tiny_tokenizer: Path, pairs: Path) -> None:
-    """BERT's classes read their pooler: a trained one is part of what is fine-tuned."""
+    """BERT's classes use their pooler, so a trained pooler is fine-tuned as well."""
     shutil.copytree(tiny_tokenizer, tmp_path, dirs_exist_ok=True)
     saved = tiny_encoder("bert", vocab_size=TINY_VOCAB)
     saved.save_pretrained(tmp_path)
@@ -307,7 +309,7 @@ def test_longer_than_the_positions(encoder: Encoder, pairs: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("xnli.epochs=0", "xnli.epochs is 0"),
+        ("xnli.epochs=0", "`xnli.epochs` is 0"),
         ("xnli.learning_rates=[]", "xnli.learning_rates"),
         ("xnli.learning_rate=3e-5", "did you mean `learning_rates`"),
         ("xnli.warmup_share=1.0", "warmup_share"),
@@ -330,8 +332,8 @@ def test_the_table_has_every_language_and_the_average() -> None:
 
 
 @pytest.mark.parametrize(("family", "changes"), [("roberta", {"type_vocab_size": 1}), ("distilbert", {}), ("bert", {})])
-def test_segment_ids_go_to_models_that_have_rows_for_them(family: str, changes: dict) -> None:
-    """BERT's tokenizer numbers the second sentence 1, whatever body stands beside it."""
+def test_segment_ids_are_given_to_models_with_embeddings_for_them(family: str, changes: dict) -> None:
+    """BERT's tokenizer returns segment 1 for the second sentence, also with another body."""
     model = tiny_encoder(family, **changes)
 
     class Tokenizer:
@@ -361,7 +363,7 @@ def test_header_names_in_any_case_and_columns_in_any_order(tmp_path: Path) -> No
         ("\n", "\r", "carriage return"),
     ],
 )
-def test_other_layouts_are_refused(before: str, after: str, message: str, tmp_path: Path) -> None:
+def test_other_layouts_are_rejected(before: str, after: str, message: str, tmp_path: Path) -> None:
     data = write_xnli(tmp_path / "xnli", train=3, evaluation=3, languages=("en",))
     train = next(data.rglob("multinli.train.en.tsv"))
     train.write_bytes(train.read_text().replace(before, after).encode())

@@ -1,4 +1,4 @@
-"""Half precision, the model card's figures, and the upload that is asked for: what it would send, and how it is refused."""
+"""Half precision, the figures of the model card, and the upload: which files it sends, and how a failure is reported."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ from transformers import AutoModel
 from pipeline.__main__ import main
 from pipeline.distillation.models.teacher import load_encoder
 from pipeline.errors import UserError
-from pipeline.evaluation.command import TASKS
+from pipeline.evaluation.task import tasks as all_tasks
 from pipeline.export.card import CARD_FILE
-from pipeline.export.card_tables import TABLES
-from pipeline.export.hf import export_student
+from pipeline.export.hf import Export, export_student
 from pipeline.export.push import files_to_push
 from pipeline.export.sentence_transformers_files import add_sentence_transformers
 
@@ -37,7 +36,7 @@ def student(tiny_teacher: Path, tmp_path: Path) -> Path:
 def exported(tiny_teacher: Path, output: Path, dtype: torch.dtype = torch.float32) -> Path:
     model = load_encoder(tiny_teacher)
     extras = [lambda directory: add_sentence_transformers(directory, 48, 64)]
-    return export_student(model.state_dict(), model.config, str(tiny_teacher), output, LINEAGE, extras, dtype)
+    return export_student(Export(model.state_dict(), model.config, str(tiny_teacher), LINEAGE, extras, dtype), output)
 
 
 def front_matter(card: str) -> dict:
@@ -46,17 +45,17 @@ def front_matter(card: str) -> dict:
 
 def test_half_precision_is_the_rounded_model(tiny_teacher: Path, tmp_path: Path) -> None:
     output = exported(tiny_teacher, tmp_path / "half", torch.float16)
-    whole = load_encoder(tiny_teacher).state_dict()
+    full = load_encoder(tiny_teacher).state_dict()
     stored = load_file(output / "model.safetensors")
-    assert stored.keys() == whole.keys()
-    assert all(torch.equal(stored[name], tensor.half()) for name, tensor in whole.items())
+    assert stored.keys() == full.keys()
+    assert all(torch.equal(stored[name], tensor.half()) for name, tensor in full.items())
     assert AutoModel.from_pretrained(output).dtype == torch.float16
     card = (output / CARD_FILE).read_text()
     assert "AutoModel.from_pretrained(DIRECTORY, dtype=torch.float32)" in card
     assert "dtype" not in (exported(tiny_teacher, tmp_path / "single") / CARD_FILE).read_text().split("## Lineage")[0]
 
 
-def test_the_card_tells_what_was_measured(student: Path, tmp_path: Path) -> None:
+def test_the_card_has_the_figures(student: Path, tmp_path: Path) -> None:
     bare = (student / CARD_FILE).read_text()
     assert "## What was measured" not in bare
     assert front_matter(bare)["language"] == ["de", "zh"]
@@ -103,7 +102,7 @@ def test_the_card_tells_what_was_measured(student: Path, tmp_path: Path) -> None
     assert (student / CARD_FILE).stat().st_mtime_ns == written
     (run / "demo.json").write_text(json.dumps({**demo, "steps": 8}))
     main(["card", str(student), str(run)])
-    assert "student after training" not in (student / CARD_FILE).read_text(), "the run went on after its demo"
+    assert "student after training" not in (student / CARD_FILE).read_text(), "the run continued after its demo"
     assert "| de | 3.500 | 0.750 |" in (student / CARD_FILE).read_text()
 
 
@@ -111,12 +110,12 @@ def test_every_task_of_an_evaluation_has_its_table(student: Path, evaluated: Pat
     main(["card", str(student), str(evaluated)])
     card = (student / CARD_FILE).read_text()
     tasks = json.loads((evaluated / "evaluation.json").read_text())["tasks"]
-    assert list(tasks) == list(TABLES) == list(TASKS)
+    assert list(tasks) == list(all_tasks())
     sections = dict(zip(tasks, re.split(r"### \w+, by `pipeline evaluate`\n", card)[1:], strict=True))
     for name in tasks["retrieval"]:
         rows = {task: rows_of(section, name) for task, section in sections.items()}
         heldout, speed = (tasks[task][name] for task in ("heldout", "speed"))
-        assert rows["heldout"][""] == [f"{x:.3f}" for x in (*heldout["per_language"].values(), heldout["mean"])]
+        assert rows["heldout"][""] == [f"{x:z.3f}" for x in (*heldout["per_language"].values(), heldout["mean"])]
         assert rows["speed"][""][2:] == [f"{x:.2f}x" for x in speed["times_first"].values()]
         for pooling in ("output", "last_input", "values"):
             found = tasks["retrieval"][name]
@@ -135,13 +134,13 @@ def test_every_task_of_an_evaluation_has_its_table(student: Path, evaluated: Pat
 
 
 def rows_of(section: str, model: str) -> dict[str, list[str]]:
-    """Cells of one model's rows, by what stands behind its name."""
+    """Cells of one model's rows, by the text after its name."""
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
     return {row[0].partition(", ")[2]: row[1:] for row in rows if row[0].partition(", ")[0] == model}
 
 
-def test_a_card_of_nothing(student: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no directory"):
+def test_a_card_without_input(student: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"directory .*nowhere not found"):
         main(["card", str(student), str(tmp_path / "nowhere")])
     with pytest.raises(UserError, match=r"no lineage\.json"):
         main(["card", str(tmp_path)])
@@ -154,7 +153,7 @@ def test_a_card_of_nothing(student: Path, tmp_path: Path) -> None:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """A hub that refuses every login."""
+    """A hub that rejects every login."""
 
     asked: list[str]
 
@@ -170,7 +169,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]:
-    """A real server on this machine in the hub's place, nobody logged in. Gives the paths that were asked for."""
+    """A local server in place of the hub, without a login. Returns the paths that were requested."""
     Hub.asked = []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -184,7 +183,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]:
 
 
 def push(tmp_path: Path, repository: str) -> str:
-    """The refusal of an export that was to be pushed; the run directory need not exist, as the login comes first."""
+    """The error of an export with --push. The run directory need not exist, because the login is checked first."""
     with pytest.raises(UserError) as caught:
         main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "student"), "--push", repository])
     assert not (tmp_path / "student").exists()
@@ -198,27 +197,27 @@ def test_nobody_is_logged_in(hub: list[str], tmp_path: Path) -> None:
     assert hub == []
 
 
-def test_the_hub_refuses_the_login(hub: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_rejects_the_login(hub: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 30)
     message = push(tmp_path, "somebody/student")
-    assert "refused (401)" in message
+    assert "rejected the request (401)" in message
     assert "hf_x" not in message
     assert "/api/whoami-v2" in hub
 
 
-def test_no_hub_at_all(hub: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_cannot_be_reached(hub: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 30)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert "not to be had" in push(tmp_path, "somebody/student")
+    assert "cannot be reached" in push(tmp_path, "somebody/student")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert "not to be had" in push(tmp_path, "somebody/student")
+    assert "cannot be reached" in push(tmp_path, "somebody/student")
 
 
-def test_a_name_that_is_none(tmp_path: Path) -> None:
-    assert "no name of a repository" in push(tmp_path, "some body//student")
+def test_an_impossible_name(tmp_path: Path) -> None:
+    assert "not a possible name of a repository" in push(tmp_path, "some body//student")
 
 
-def test_what_would_be_sent(student: Path) -> None:
+def test_files_of_an_upload(student: Path) -> None:
     (student / ".cache").mkdir()
     (student / ".cache" / "x.json").write_text("{}")
     (student / "half.tmp").write_text("")
@@ -238,11 +237,11 @@ def test_what_would_be_sent(student: Path) -> None:
 
 
 def test_no_value_of_a_run_becomes_front_matter_or_markup(tiny_teacher: Path, tmp_path: Path) -> None:
-    """A teacher, a language or a recipe value is one value, also with lines of its own."""
-    evil = "x\n---\nlicense: mit\n---\n```\n<script>alert(1)</script>\n| a | b |"
-    lineage = {**LINEAGE, "teacher": evil, "languages": ["de", evil], "recipe": {"steps": 12, "teacher": evil}}
+    """A value with line breaks or markup stays one value."""
+    hostile = "x\n---\nlicense: mit\n---\n```\n<script>alert(1)</script>\n| a | b |"
+    lineage = {**LINEAGE, "teacher": hostile, "languages": ["de", hostile], "recipe": {"steps": 12, "teacher": hostile}}
     model = load_encoder(tiny_teacher)
-    output = export_student(model.state_dict(), model.config, str(tiny_teacher), tmp_path / "student", lineage, [])
+    output = export_student(Export(model.state_dict(), model.config, str(tiny_teacher), lineage), tmp_path / "student")
     card = (output / CARD_FILE).read_text()
     head = card.split("\n---\n")[0]
     content = yaml.safe_load(head.removeprefix("---\n"))

@@ -1,4 +1,4 @@
-"""What an export can carry beside the model: ONNX files that agree with torch, and the sentence-transformers layout."""
+"""Optional files of an export: ONNX files that agree with torch, and the sentence-transformers layout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.evaluation.encoder import load_encoder, sentence_vectors
 from pipeline.evaluation.retrieval import RetrievalConfig
 from pipeline.export import onnx
 from pipeline.export.command import CHECK_LINES, further_lines, onnx_lines
-from pipeline.export.hf import export_student
+from pipeline.export.hf import Export, export_student
 from pipeline.export.sentence_transformers_files import add_sentence_transformers
 
 REPO = Path(__file__).resolve().parents[3]
@@ -28,7 +28,7 @@ LINEAGE = {"teacher": "a/teacher", "steps": 0, "recipe": {}}
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> RetrievalConfig:
     directory = tmp_path_factory.mktemp("pairs")
-    (directory / "en-de.tsv").write_text("Hello\tHallo\nA house by the sea\tEin Haus am Meer\n")
+    (directory / "en-de.tsv").write_text("Hello\tHallo\nA path by the sea\tEin Weg am Meer\n")
     return RetrievalConfig(pairs=str(directory), max_length=60)
 
 
@@ -47,7 +47,7 @@ def exported(tiny_teacher: Path, pairs: RetrievalConfig, tmp_path_factory: pytes
 
 def export(tiny_teacher: Path, output: Path, *extras) -> Path:
     model = load_teacher_encoder(tiny_teacher)
-    return export_student(model.state_dict(), model.config, str(tiny_teacher), output, LINEAGE, extras)
+    return export_student(Export(model.state_dict(), model.config, str(tiny_teacher), LINEAGE, extras), output)
 
 
 def test_onnx_gives_the_hidden_states_of_torch(exported: Path) -> None:
@@ -85,7 +85,7 @@ def test_a_difference_is_noticed_and_measured(tiny_teacher: Path, pairs: Retriev
     runs["fp32"] = lambda ids, mask: right(ids, mask) + 0.5 * (ids == word).unsqueeze(-1)
     assert onnx.compare_runs(encoder, runs, pairs)["fp32"]["greatest_difference"] == 0.0
     check = onnx.compare_runs(encoder, runs, pairs, {"ru": ["да"]})
-    assert check["fp32"]["greatest_difference"] == pytest.approx(0.5, abs=1e-5), "lines without a pair count, too"
+    assert check["fp32"]["greatest_difference"] == pytest.approx(0.5, abs=1e-5), "lines without a pair count as well"
     assert (check["languages"], check["further_languages"], check["sentences"]) == (["de"], ["ru"], 5)
 
 
@@ -110,16 +110,14 @@ def test_every_sample_language_is_in_the_check(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("difference", [2e-4, float("nan")])
-def test_a_wrong_onnx_file_is_refused_and_nothing_is_kept(
-    tiny_teacher: Path, tmp_path: Path, difference: float
-) -> None:
+def test_a_wrong_onnx_file_fails_and_nothing_is_kept(tiny_teacher: Path, tmp_path: Path, difference: float) -> None:
     with pytest.raises(UserError, match="differs from torch"):
         export(tiny_teacher, tmp_path / "student", lambda directory: onnx.check_difference(difference))
     assert list(tmp_path.iterdir()) == []
     onnx.check_difference(2e-6)
 
 
-def test_sentence_transformers_gives_our_vectors(exported: Path) -> None:
+def test_sentence_transformers_computes_the_same_vectors(exported: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(exported), device="cpu")

@@ -1,4 +1,4 @@
-"""What an export says to those who load it is not what the distillation needed for itself: dropout, lengths, layers, labels."""
+"""The config, tokenizer, lineage and card of an export: dropout, lengths, layers, labels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.distillation.models.teacher import load_encoder
 from pipeline.evaluation.encoder import load_encoder as load_for_evaluation
 from pipeline.export.card import lineage_of, model_card
 from pipeline.export.handover import hand_over
-from pipeline.export.hf import export_student
+from pipeline.export.hf import Export, export_student
 from tests.tiny_encoders import CONFIGS, random_rows, tiny_encoder
 
 STATE = {"step": 7, "samples": 56, "data_fingerprint": "d", "recipe_fingerprint": "r", "precision": "fp32"}
@@ -34,7 +34,7 @@ def run_with(student) -> dict:
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_only_the_shape_differs_from_the_teachers_config(family: str, tmp_path: Path) -> None:
-    """Whatever the distillation ran with; and the student can be fine-tuned as it comes."""
+    """The dropout of the distillation is not exported, and the student can be fine-tuned as exported."""
     teacher = tiny_encoder(family)
     for number, key in enumerate(architecture_of(teacher.config).dropout_keys, start=1):
         setattr(teacher.config, key, number / 10)
@@ -56,7 +56,7 @@ def test_only_the_shape_differs_from_the_teachers_config(family: str, tmp_path: 
     assert drops & set(dropout_of(teacher.config).values())
 
 
-def test_labels_of_the_teachers_head_are_not_the_students() -> None:
+def test_labels_of_the_teachers_head_are_not_exported() -> None:
     teacher = tiny_encoder("bert", id2label={0: "bad", 1: "fair", 2: "good"}, problem_type="regression")
     teacher.config.output_hidden_states = True
     student = build_student(teacher, StudentConfig(**SHAPE), seed=0)
@@ -66,14 +66,14 @@ def test_labels_of_the_teachers_head_are_not_the_students() -> None:
     assert "good" not in config.label2id
 
 
-def test_a_student_of_another_family_has_its_own_familys_dropout() -> None:
+def test_a_student_of_another_architecture_has_the_dropout_of_that_architecture() -> None:
     student = build_student(tiny_encoder("bert"), StudentConfig(**SHAPE, family="distilbert", dropout=0.0), seed=0)
     hand_over(student.model.config, run_with(student))
     assert dropout_of(student.model.config) == {"dropout": 0.1, "attention_dropout": 0.1}
 
 
-def test_a_run_that_did_not_record_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The teacher is asked while it is there; afterwards the user is told what to set."""
+def test_a_run_without_recorded_dropout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is read from the teacher if available; otherwise a warning names the settings."""
     teacher = tiny_encoder("bert", hidden_dropout_prob=0.2)
     teacher.save_pretrained(tmp_path / "teacher")
     run = {**RUN, "teacher": str(tmp_path / "teacher")}
@@ -100,7 +100,7 @@ def test_the_lineage_names_the_layers() -> None:
     both = lineage(Recipe(), matched_layers=[[12, 6]])
     assert (both["teacher_layer"], both["student_layer"]) == (12, 6)
     assert "matched_layers" not in both
-    old = lineage(Recipe(relations=RelationsConfig(teacher_layer=9)))  # of a run that did not write them down
+    old = lineage(Recipe(relations=RelationsConfig(teacher_layer=9)))  # of a run that did not record them
     assert (old["teacher_layer"], old["student_layer"]) == (9, "last")
 
 
@@ -115,7 +115,7 @@ def test_the_lineage_names_every_pair_of_several_layers() -> None:
     assert "last" not in json.dumps({key: value for key, value in found.items() if key != "recipe"})
 
 
-def test_the_built_student_knows_what_null_stands_for() -> None:
+def test_the_built_student_knows_which_layer_null_means() -> None:
     teacher = tiny_encoder("bert")
     assert build_student(teacher, StudentConfig(**SHAPE), 0).matched == [(4, 2)]
     relations = RelationsConfig(layers=[LayerPair(2, 1), LayerPair(3, 2)])
@@ -128,7 +128,7 @@ def test_the_built_student_knows_what_null_stands_for() -> None:
 def exported(teacher: Path, output: Path, of: Recipe, **facts) -> Path:
     model = load_encoder(teacher)
     about = {**lineage(of, matched_layers=[[4, 2]]), **facts}
-    return export_student(model.state_dict(), model.config, str(teacher), output, about)
+    return export_student(Export(model.state_dict(), model.config, str(teacher), about), output)
 
 
 def recipe_of(init: str, seq_len: int) -> Recipe:
@@ -139,7 +139,7 @@ def recipe_of(init: str, seq_len: int) -> Recipe:
 def test_the_tokenizer_cuts_where_random_positions_begin(
     init: str, seq_len: int, longest: int, tiny_teacher: Path, tmp_path: Path
 ) -> None:
-    """The tiny teacher has 64 positions, its tokenizer cuts at 128; both stay where positions are the teacher's."""
+    """The tiny teacher has 64 positions and its tokenizer cuts at 128; both are kept if positions come from the teacher."""
     output = exported(tiny_teacher, tmp_path / "student", recipe_of(init, seq_len))
     tokenizer = AutoTokenizer.from_pretrained(output)
     assert tokenizer.model_max_length == longest
@@ -147,10 +147,10 @@ def test_the_tokenizer_cuts_where_random_positions_begin(
     assert {**others[0], "model_max_length": 0} == {**others[1], "model_max_length": 0}
     card = model_card(output).split("## Lineage")[0]
     assert ("cut inputs at 32 tokens" in card) == ((init, seq_len) == ("random", 32))
-    assert ("as it came from the teacher" in card) == (init == "layers")
+    assert ("those of the teacher" in card) == (init == "layers")
 
 
-def test_an_evaluation_of_longer_texts_says_so(
+def test_an_evaluation_of_longer_texts_warns(
     tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     encoder = load_for_evaluation(str(exported(tiny_teacher, tmp_path / "student", recipe_of("random", 32))))
@@ -167,10 +167,10 @@ def test_an_evaluation_of_longer_texts_says_so(
 @pytest.mark.parametrize(
     ("student_layer", "text"),
     [
-        (4, "values of the last layer; that layer's output and feed-forward weights are where"),
-        ("last", "values of the last layer; that layer's output and feed-forward weights are where"),
-        (3, "values of layer 3 of 4; that layer's output and feed-forward weights, and all layers above it, are where"),
-        ([2, 4], "values of layer 2, 4 of 4; layer 4's output and feed-forward weights are where"),
+        (4, "values of the last layer; that layer's output and feed-forward weights have"),
+        ("last", "values of the last layer; that layer's output and feed-forward weights have"),
+        (3, "values of layer 3 of 4; that layer's output and feed-forward weights, and all layers above it, have"),
+        ([2, 4], "values of layer 2, 4 of 4; layer 4's output and feed-forward weights have"),
     ],
 )
 def test_the_card_names_what_was_not_trained(student_layer, text: str, tiny_teacher: Path, tmp_path: Path) -> None:
@@ -178,14 +178,14 @@ def test_the_card_names_what_was_not_trained(student_layer, text: str, tiny_teac
     assert text in " ".join(model_card(output).split())
 
 
-def test_the_card_tells_of_other_dropout(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_the_card_names_other_dropout(tiny_teacher: Path, tmp_path: Path) -> None:
     dropout = {"distillation": {"hidden_dropout_prob": 0.0}, "config": {"hidden_dropout_prob": 0.1}}
     output = exported(tiny_teacher, tmp_path / "student", Recipe(), dropout=dropout)
     assert "distilled with other dropout (hidden_dropout_prob 0.0)" in " ".join(model_card(output).split())
 
 
 def test_recipes_of_old_lineages_are_read(tiny_teacher: Path, tmp_path: Path) -> None:
-    """Only what is there decides."""
+    """Missing keys are left out."""
     tree = {key: value for key, value in as_tree(Recipe()).items() if key in ("steps", "relations")}
     output = exported(tiny_teacher, tmp_path / "student", Recipe(), recipe=tree)
     assert "positions" not in model_card(output).split("## Lineage")[0]

@@ -1,4 +1,4 @@
-"""Export: what was given comes back byte for byte through AutoModel, the directory appears whole or not at all."""
+"""Export: AutoModel loads the same weights byte for byte, and the directory appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def weights(student: Student) -> dict[str, torch.Tensor]:
 
 
 def export(student: Student, weights: dict[str, torch.Tensor], teacher: Path, output: Path) -> Path:
-    return hf.export_student(weights, student.model.config, str(teacher), output, LINEAGE)
+    return hf.export_student(hf.Export(weights, student.model.config, str(teacher), LINEAGE), output)
 
 
-def test_weights_and_hidden_states_come_back_exactly(student, weights, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_weights_and_hidden_states_are_equal_after_export(student, weights, tiny_teacher: Path, tmp_path: Path) -> None:
     output = export(student, weights, tiny_teacher, tmp_path / "student")
     stored = load_file(output / "model.safetensors")
     assert stored.keys() == weights.keys()
@@ -55,7 +55,7 @@ def test_weights_and_hidden_states_come_back_exactly(student, weights, tiny_teac
         assert torch.equal(model(**ids).last_hidden_state, student.model.eval()(**ids).last_hidden_state)
 
 
-def test_the_directory_holds_what_users_look_for(student, weights, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_the_directory_has_the_files_that_users_need(student, weights, tiny_teacher: Path, tmp_path: Path) -> None:
     output = export(student, weights, tiny_teacher, tmp_path / "student")
     assert {"config.json", "model.safetensors", "README.md", "lineage.json", "tokenizer_config.json"} <= {
         path.name for path in output.iterdir()
@@ -81,29 +81,29 @@ def test_an_earlier_export_is_replaced_and_nothing_else(student, weights, tiny_t
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="no earlier export"):
+    with pytest.raises(UserError, match="not an earlier export"):
         export(student, weights, tiny_teacher, precious)
     assert (precious / "thesis.tex").read_text() == "x"
 
 
-def test_a_failed_export_leaves_no_trace(student, weights, tmp_path: Path) -> None:
+def test_a_failed_export_leaves_no_files(student, weights, tmp_path: Path) -> None:
     (tmp_path / "bare").mkdir()
     with pytest.raises(UserError, match="tokenizer"):
         export(student, weights, tmp_path / "bare", tmp_path / "student")
     assert [path.name for path in tmp_path.iterdir()] == ["bare"]
 
 
-@pytest.mark.parametrize("damage", ["missing", "shape", "precision", "extra"])
-def test_weights_of_another_model_are_refused(
-    student, weights, tiny_teacher: Path, tmp_path: Path, damage: str
+@pytest.mark.parametrize("change", ["missing", "shape", "precision", "extra"])
+def test_weights_of_another_model_are_rejected(
+    student, weights, tiny_teacher: Path, tmp_path: Path, change: str
 ) -> None:
     name = "encoder.layer.1.output.dense.weight"
     wrong = dict(weights)
-    if damage == "missing":
+    if change == "missing":
         del wrong[name]
-    elif damage == "shape":
+    elif change == "shape":
         wrong[name] = wrong[name].T
-    elif damage == "precision":
+    elif change == "precision":
         wrong[name] = wrong[name].half()
     else:
         name = "pooler.dense.weight"
@@ -113,10 +113,10 @@ def test_weights_of_another_model_are_refused(
     assert not (tmp_path / "student").exists()
 
 
-def test_a_hub_tokenizer_keeps_the_files_that_shards_know_it_by(
+def test_a_hub_tokenizer_keeps_the_files_that_identify_it(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A filled cache in the hub's place; its tokenizer.json is written as no library would write it again."""
+    """A filled cache replaces the hub. Its tokenizer.json has a layout that no library writes."""
     revision = "0123456789" * 4
     snapshot = tmp_path / "cache" / "models--some--teacher" / "snapshots" / revision
     snapshot.mkdir(parents=True)
@@ -148,7 +148,7 @@ def run_dir(tmp_path: Path, student, weights, tiny_teacher: Path, monkeypatch: p
     return directory
 
 
-def test_lineage_says_where_a_student_comes_from(run_dir: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_the_lineage_names_the_origin_of_a_student(run_dir: Path, tiny_teacher: Path, tmp_path: Path) -> None:
     output = hf.export_run(run_dir, tmp_path / "student")
     lineage = json.loads((output / "lineage.json").read_text())
     assert lineage["teacher"] == str(tiny_teacher)
@@ -161,12 +161,12 @@ def test_lineage_says_where_a_student_comes_from(run_dir: Path, tiny_teacher: Pa
 
 
 @pytest.mark.parametrize("name", ["run.json", "student_config.json", "recipe.yaml"])
-def test_a_run_directory_without_its_papers(run_dir: Path, tmp_path: Path, name: str) -> None:
+def test_a_run_directory_with_a_missing_file(run_dir: Path, tmp_path: Path, name: str) -> None:
     (run_dir / name).unlink()
     with pytest.raises(UserError, match=name):
         hf.export_run(run_dir, tmp_path / "student")
 
 
 def test_no_run_directory(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no run directory"):
+    with pytest.raises(UserError, match=r"run directory .*nothing not found"):
         main(["export", str(tmp_path / "nothing"), "--output", str(tmp_path / "student")])

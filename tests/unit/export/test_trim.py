@@ -1,4 +1,4 @@
-"""Models cut to a smaller vocabulary: hidden states of covered text are equal, and a wrong map is refused."""
+"""Models cut to a smaller vocabulary: hidden states of covered text are equal, and a wrong map is rejected."""
 
 from __future__ import annotations
 
@@ -50,24 +50,24 @@ def test_covered_text_gives_equal_hidden_states(
 
 @torch.inference_mode()
 def test_a_teacher_cut_at_load_reads_the_same(tiny_teacher: Path, vocabulary: Path) -> None:
-    """Q, K and V at the distilled layer, as training sees them."""
+    """Q, K and V at the distilled layer, as in training."""
     kept = read_vocabulary(vocabulary)
     new_BL = trim.random_rows(kept)[:4]
-    whole, cut = load_encoder(tiny_teacher), load_encoder(tiny_teacher)
+    full, cut = load_encoder(tiny_teacher), load_encoder(tiny_teacher)
     cut_embedding(cut, kept)
     assert cut.get_input_embeddings().weight.shape == (len(kept), 48)
-    before, after = (load_teacher(model, 3) for model in (whole, cut))
+    before, after = (load_teacher(model, 3) for model in (full, cut))
     assert all(map(torch.equal, before(kept.old_ids_V[new_BL]), after(new_BL)))
 
 
 def test_plan_and_doctor_count_what_is_kept(tiny_recipe: Path, vocabulary: Path) -> None:
-    whole, small = (load_recipe(tiny_recipe, sets) for sets in ([], [f"vocabulary={vocabulary}"]))
+    full, small = (load_recipe(tiny_recipe, sets) for sets in ([], [f"vocabulary={vocabulary}"]))
     cut = 2002 - len(read_vocabulary(vocabulary))
-    assert build_encoders(whole).student_parameters - build_encoders(small).student_parameters == cut * 24
-    assert build_encoders(whole).trained_parameters - build_encoders(small).trained_parameters == cut * 24
+    assert build_encoders(full).student_parameters - build_encoders(small).student_parameters == cut * 24
+    assert build_encoders(full).trained_parameters - build_encoders(small).trained_parameters == cut * 24
 
 
-def test_what_the_directory_says(tiny_teacher: Path, trimmed: Path, vocabulary: Path) -> None:
+def test_the_files_of_a_trimmed_model(tiny_teacher: Path, trimmed: Path, vocabulary: Path) -> None:
     about = json.loads((trimmed / "vocabulary.json").read_text())
     assert about == json.loads((vocabulary / "vocabulary.json").read_text())
     lineage = json.loads((trimmed / "lineage.json").read_text())["trimmed"]
@@ -78,25 +78,25 @@ def test_what_the_directory_says(tiny_teacher: Path, trimmed: Path, vocabulary: 
         assert text in card
 
 
-# -- what must not happen
+# -- wrong input
 
 
 def edited(**changes: object) -> Callable[[Path], None]:
-    def damage(directory: Path) -> None:
+    def change(directory: Path) -> None:
         path = directory / "vocabulary.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
-    return damage
+    return change
 
 
 def edited_map(edit: Callable[[list[int]], list[int]]) -> Callable[[Path], None]:
-    def damage(directory: Path) -> None:
+    def change(directory: Path) -> None:
         path = directory / "vocabulary.json"
         about = json.loads(path.read_text())
         ids = edit(about["old_ids"])
         path.write_text(json.dumps({**about, "old_ids": ids, "vocab_size": len(ids)}))
 
-    return damage
+    return change
 
 
 def other_tokenizer(directory: Path) -> None:
@@ -104,15 +104,15 @@ def other_tokenizer(directory: Path) -> None:
         file.write(b"\xf8\x07\x01")
 
 
-DAMAGES = {
+CORRUPTIONS = {
     "the map is missing": (lambda d: (d / "vocabulary.json").unlink(), "vocabulary.json is missing"),
     "the tokenizer is missing": (lambda d: (d / "sentencepiece.bpe.model").unlink(), "is missing"),
-    "not JSON": (lambda d: (d / "vocabulary.json").write_text("{"), "is corrupt"),
-    "a list": (lambda d: (d / "vocabulary.json").write_text("[]"), "is corrupt"),
+    "not JSON": (lambda d: (d / "vocabulary.json").write_text("{"), r"is \w+ \("),
+    "a list": (lambda d: (d / "vocabulary.json").write_text("[]"), r"is \w+ \("),
     "another version": (edited(version=9), "version 9"),
-    "ids that are none": (edited(old_ids=["a", "b"]), "is corrupt|maps 2"),
+    "ids that are none": (edited(old_ids=["a", "b"]), r"is \w+ \(|maps 2"),
     "too short": (edited(vocab_size=7), "should map 7"),
-    "another tokenizer beside it": (other_tokenizer, "not the tokenizer that"),
+    "another tokenizer next to it": (other_tokenizer, "not the tokenizer that"),
     "<pad> dropped": (edited_map(lambda ids: ids[:1] + ids[2:]), "drops special ids"),
     "<mask> dropped": (edited_map(lambda ids: ids[:-1]), "drops special ids"),
     "an id twice": (edited_map(lambda ids: ids[:9] + ids[8:]), "not in ascending order"),
@@ -120,10 +120,10 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_vocabulary(vocabulary: Path, tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+def test_a_corrupt_vocabulary(vocabulary: Path, tmp_path: Path, corruption: str) -> None:
     copy = Path(shutil.copytree(vocabulary, tmp_path / "copy"))
-    spoil, message = DAMAGES[damage]
+    spoil, message = CORRUPTIONS[corruption]
     spoil(copy)
     with pytest.raises(UserError, match=message) as caught:
         read_vocabulary(copy)
@@ -136,12 +136,12 @@ def test_a_vocabulary_of_another_tokenizer(tiny_teacher: Path, vocabulary: Path,
     with pytest.raises(UserError, match="cut from another tokenizer"):
         trim.trim(other, read_vocabulary(vocabulary), tmp_path / "small")
     (other / "sentencepiece.bpe.model").unlink()
-    with pytest.raises(UserError, match="XLM-R's kind"):
+    with pytest.raises(UserError, match="XLM-R kind"):
         trim.trim(other, read_vocabulary(vocabulary), tmp_path / "small")
     assert not (tmp_path / "small").exists()
 
 
-def test_a_smaller_tokenizer_beside_the_whole_model(tiny_teacher: Path, vocabulary: Path, tmp_path: Path) -> None:
+def test_a_smaller_tokenizer_with_the_untrimmed_model(tiny_teacher: Path, vocabulary: Path, tmp_path: Path) -> None:
     mixed = Path(shutil.copytree(vocabulary, tmp_path / "mixed"))
     for name in ("config.json", "model.safetensors"):
         shutil.copyfile(tiny_teacher / name, mixed / name)
@@ -159,7 +159,7 @@ def test_a_model_with_fewer_embeddings(tiny_teacher: Path, vocabulary: Path) -> 
 
 @pytest.mark.parametrize(("model_type", "fits"), [("camembert", False), ("deberta-v2", False), ("bert", True)])
 def test_only_models_with_ids_of_xlm_r_are_cut(vocabulary: Path, model_type: str, fits: bool) -> None:
-    """CamemBERT adds 4 to a piece's number: its 2005 rows are enough for 2002 old ids, and are other pieces'."""
+    """CamemBERT adds 4 to a piece's number: its 2005 rows are enough for 2002 old ids, but belong to other pieces."""
     model, kept = tiny_encoder(model_type, vocab_size=2005), read_vocabulary(vocabulary)
     if fits:
         cut_embedding(model, kept)
@@ -169,7 +169,7 @@ def test_only_models_with_ids_of_xlm_r_are_cut(vocabulary: Path, model_type: str
             cut_embedding(model, kept)
 
 
-def test_a_wrong_cut_is_noticed_and_leaves_nothing(
+def test_a_wrong_cut_is_detected_and_leaves_no_files(
     tiny_teacher: Path, vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = trim.cut_embedding
