@@ -177,10 +177,8 @@ class Run:
             teacher_model,
             variant.student,
             shared.seed,
-            None,
-            relations.teacher_taps,
-            **relations.tap_options,
-            calibration=calibration,
+            relations,
+            calibration,
         )
         basis_Dd = self.student.basis_Dd
         self.student.untrained.clear()  # training changes the model itself, so the untrained weights need not be restored
