@@ -36,7 +36,7 @@ from pipeline.runtime.checkpoint_files import (
 from pipeline.runtime.tensor_files import not_finite, open_tensors
 
 MAX_READS = 100  # of a checkpoint that the run which writes it prunes while it is read
-NOT_OF_MODEL = "projection."  # prefix of the untrained tensors that are no weights of the model
+NOT_OF_MODEL = "projection."  # prefix of the untrained tensors that are not weights of the model
 
 
 @dataclass
@@ -257,7 +257,7 @@ def _weights_of(reader: CheckpointReader) -> dict[str, torch.Tensor]:
 
 def _not_finite_text(run_dir: Path, newest: Path, name: str) -> str:
     """The message for a newest checkpoint with NaN or infinity in tensor `name`; it names an earlier one that is finite."""
-    told = f"{newest}: {name} is not finite (NaN or infinite), so the student cannot be used"
+    problem = f"{newest}: {name} is not finite (NaN or infinite), so the student cannot be used"
     moved = [newest]
     for step in reversed(committed_steps(newest.parent)):
         path = checkpoint_path(newest.parent, step)
@@ -265,6 +265,6 @@ def _not_finite_text(run_dir: Path, newest: Path, name: str) -> str:
             continue
         if not_finite(_weights_of(CheckpointReader(path))) is None:
             names = " ".join(shlex.quote(str(other)) for other in moved)
-            return f"{told}. {path} is finite; to export it: mv {names} {shlex.quote(str(run_dir))} and the same command again"
+            return f"{problem}. {path} is finite; to export it: mv {names} {shlex.quote(str(run_dir))} and the same command again"
         moved.append(path)
-    return f"{told}, and no earlier checkpoint is finite either. Train again with a lower optimizer.lr and another --run-dir"
+    return f"{problem}, and no earlier checkpoint is finite either. Train again with a lower optimizer.lr and another --run-dir"

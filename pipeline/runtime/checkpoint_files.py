@@ -180,19 +180,15 @@ def _problem_of_names(files: Collection[str]) -> str | None:
 
 def file_corruption(path: Path, entry: Mapping[str, Any]) -> str | None:
     """None when `path` is a regular file with the size and sha256 of its manifest entry, else what is wrong."""
-    return read_again(path, lambda: _file_corruption(path, entry))
-
-
-def _file_corruption(path: Path, entry: Mapping[str, Any]) -> str | None:
     try:
-        found = path.lstat()
+        found = read_again(path, path.lstat)
     except (FileNotFoundError, NotADirectoryError):
         return f"{path.name} is missing"
     if not stat.S_ISREG(found.st_mode):
         return f"{path.name} is missing"
     if found.st_size != entry["size_bytes"]:
         return f"{path.name} has {found.st_size} bytes, the manifest says {entry['size_bytes']}"
-    if sha256_of(path) != entry["sha256"]:
+    if read_again(path, lambda: sha256_of(path)) != entry["sha256"]:
         return f"{path.name} does not have the sha256 of the manifest"
     return None
 
@@ -208,11 +204,11 @@ def _header_problem(path: Path) -> str | None:
                 is_flat = part.get_dtype() == "F32" and len(part.get_shape()) == 1
                 is_fragment_file = path.name not in (UNTRAINED_FILE, FORMER_UNTRAINED_FILE)
                 if is_fragment_file and not (is_flat and _FRAGMENT.fullmatch(key)):
-                    return f"{path.name} holds {key!r}, which is no flat fp32 fragment"
+                    return f"{path.name} holds {key!r}, which is not a flat fp32 fragment"
     except UnreadableError:
         raise
     except (SafetensorError, ValueError, RecursionError) as error:
-        return f"{path.name} is no safetensors file: {error}"
+        return f"{path.name} is not a safetensors file: {error}"
     return None
 
 
@@ -220,7 +216,7 @@ def _state_problem(state: Mapping[str, Any]) -> str | None:
     """None when the parameter shapes in `state.json` can be used, else why not."""
     shapes = state.get("parameters", {})
     if not isinstance(shapes, dict):
-        return "`parameters` is no object"
+        return "`parameters` is not an object"
     for name, shape in shapes.items():
         if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**31 for size in shape):
             return f"`parameters` has no shape for {name[:80]!r}"

@@ -118,8 +118,8 @@ def _map_slurm(environment: Any) -> None:
     environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
     environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
     if "MASTER_ADDR" not in environment:
-        alone = environment["SLURM_STEP_NUM_NODES"] == "1"
-        environment["MASTER_ADDR"] = "127.0.0.1" if alone else _first_address(environment["SLURM_STEP_NODELIST"])
+        is_one_node = environment["SLURM_STEP_NUM_NODES"] == "1"
+        environment["MASTER_ADDR"] = "127.0.0.1" if is_one_node else _first_address(environment["SLURM_STEP_NODELIST"])
     # Every task computes the same port: from job, attempt and step, below the kernel's own range (32768).
     job, attempt, step = (number_in(environment, f"SLURM_{name}", 0) for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
     environment.setdefault("MASTER_PORT", str(15000 + (job * 7 + attempt * 13 + step) % 15000))
@@ -153,12 +153,14 @@ def init_process_group(launch: Launch, timeout_s: float) -> None:
         return
     backend = "nccl" if launch.device.type == "cuda" else "gloo"
     # For one process the kernel chooses the port and keeps it, so no other program can take it.
-    alone = torch_dist.TCPStore("127.0.0.1", 0, 1, is_master=True) if launch.world_size == 1 else None
+    own_store = torch_dist.TCPStore("127.0.0.1", 0, 1, is_master=True) if launch.world_size == 1 else None
     timeout = timedelta(seconds=timeout_s)
     gpu = launch.device if backend == "nccl" else None  # else NCCL guesses at the first barrier, and warns
     rank, size = launch.rank, launch.world_size
     try:
-        torch_dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=alone, device_id=gpu)
+        torch_dist.init_process_group(
+            backend, rank=rank, world_size=size, timeout=timeout, store=own_store, device_id=gpu
+        )
     except torch_dist.DistNetworkError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         if "EADDRINUSE" in str(error):

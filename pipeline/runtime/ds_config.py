@@ -98,7 +98,7 @@ def resolve(
     _set_owned(config, owned, f"{path}", recipe_path)
     _resolve_optimizer(config, optimizer, path, recipe_path)
     config.setdefault("zero_optimization", {})
-    config.setdefault("steps_per_print", 2**62)  # the pipeline's own console line says more
+    config.setdefault("steps_per_print", 2**62)  # the pipeline prints its own console line
     warnings = _resolve_precision(config, path, can)
     _check_stage(config, path)
     return config, warnings

@@ -221,7 +221,7 @@ REMOVED = {
     "tensorboard": "TensorBoard is always written, to the run directory",
     "wandb": "metrics go to TensorBoard and metrics.jsonl in the run directory",
     "csv_monitor": "metrics go to TensorBoard and metrics.jsonl in the run directory",
-    "torch_autocast": "it leaves state behind that breaks later engines of the process; use fp16 or bf16",
+    "torch_autocast": "it leaves state in the process that breaks later engines; use fp16 or bf16",
     "amp": "DeepSpeed removed it; use fp16 or bf16",
     "elasticity": "DeepSpeed removed it; checkpoints here load at any number of ranks",
     "activation_checkpointing": "it would have no effect: the recipe's `student.checkpointing: true` recomputes activations",
