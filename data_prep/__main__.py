@@ -1,4 +1,4 @@
-"""The command line: `python -m data_prep prepare | merge | verify | stats | trim-vocab` (each with --help).
+"""Turn text into token shards, check the shards, and describe them. Each verb has its own --help.
 
 python -m data_prep prepare --input cc100/ --tokenizer sentencepiece.bpe.model --output shards/
 python -m data_prep verify shards/
@@ -21,6 +21,7 @@ from data_prep.command_line import (
     EXIT_INTERRUPTED,
     EXIT_USER,
     CommandLine,
+    add_version,
     code_without_traceback,
     print_bytes_as_they_come,
 )
@@ -94,16 +95,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = CommandLine(prog="python -m data_prep", description=__doc__)
+    add_version(parser)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    add_prepare(verbs.add_parser("prepare", help="text to shards; the same command goes on after any interruption"))
-    add_merge(verbs.add_parser("merge", help="finish a directory whose languages were prepared one by one"))
-    verify = verbs.add_parser("verify", help="check every byte; names the file and place of what is damaged")
+    add_prepare(verbs.add_parser("prepare", help="turn text into shards; run it again to resume"))
+    add_merge(verbs.add_parser("merge", help="write the manifest of languages that were prepared one by one"))
+    verify = verbs.add_parser("verify", help="check every byte and name each corrupt file and offset")
     verify.add_argument("shards", type=Path)
     verify.set_defaults(run=run_verify)
-    add_stats(verbs.add_parser("stats", help="what is in it per language, and what a run will make of it"))
-    add_trim_vocab(
-        verbs.add_parser("trim-vocab", help="a smaller vocabulary of what some languages use, and its id map")
-    )
+    add_stats(verbs.add_parser("stats", help="print sizes, sampling shares and epochs for each language"))
+    add_trim_vocab(verbs.add_parser("trim-vocab", help="write a smaller vocabulary for some languages, and its id map"))
     return parser
 
 

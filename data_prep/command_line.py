@@ -1,4 +1,7 @@
-"""The parser behind every command line of this project."""
+"""The argument parser, the version option and the last error handler of every command line of this project.
+
+In: an `argparse` parser, or an exception that reached a `main`. Out: options, one-paragraph messages and exit codes.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,13 @@ import os
 import shlex
 import shutil
 import sys
+import tomllib
 import traceback
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
+DISTRIBUTION = "minilmv2-distillation"
 EXIT_USER = 2
 EXIT_INTERRUPTED = 128 + 2  # as a shell has it for SIGINT
 EXIT_NO_READER = 128 + 13  # for SIGPIPE
@@ -125,3 +131,30 @@ class CommandLine(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"error: {message}\n{self.format_usage()}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER)
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    """Add `-V` and `--version`, which prints the name and the version of this distribution and exits."""
+    parser.add_argument("-V", "--version", action=_PrintVersion, help="print the distribution's name and version")
+
+
+class _PrintVersion(argparse.Action):
+    """`action="version"` whose text is made only when the option is given: reading package metadata takes time."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{**settings, "nargs": 0, "default": argparse.SUPPRESS})
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> NoReturn:
+        print(f"{DISTRIBUTION} {distribution_version()}")
+        parser.exit()
+
+
+def distribution_version() -> str:
+    """The installed distribution's version, or the one in `pyproject.toml` where a checkout is run without installing it."""
+    try:
+        return metadata.version(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        return str(project["version"])

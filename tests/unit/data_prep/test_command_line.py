@@ -7,12 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
 
+from data_prep import command_line
 from data_prep.__main__ import main
 from data_prep.shards import ShardSet
 from data_prep.verify import verify
@@ -227,3 +229,28 @@ def test_a_tokenizer_whose_path_is_not_utf8(tiny_tokenizer: Path, tmp_path: Path
     shutil.copytree(tiny_tokenizer, tokenizer)
     assert run_command(SAMPLES / "cc100" / "sw.txt.xz", tokenizer, tmp_path / "shards") == 0
     assert ShardSet(tmp_path / "shards").languages == ["sw"]
+
+
+def test_version_option_prints_distribution_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"{project['name']} {project['version']}\n"
+
+
+def test_version_of_an_installed_distribution_comes_from_its_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command_line.metadata, "version", {command_line.DISTRIBUTION: "9.8.7"}.__getitem__)
+    assert command_line.distribution_version() == "9.8.7"
+
+
+def test_help_describes_every_verb_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    _, _, listed = capsys.readouterr().out.partition("  VERB\n")
+    verbs = dict(line.split(maxsplit=1) for line in listed.partition("\n\n")[0].splitlines())
+    assert list(verbs) == ["prepare", "merge", "verify", "stats", "trim-vocab"]
+    assert all(len(description.split()) >= 3 for description in verbs.values())
