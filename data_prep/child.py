@@ -1,4 +1,7 @@
-"""Something done in a forked process, whose memory, threads and modules end with it; its result comes back as JSON."""
+"""Running a function in a forked process, whose memory, threads and modules end with it.
+
+In: a function. Out: its result, which travels back as JSON.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,15 @@ from data_prep.shards import DataError
 
 
 def in_child(work: Callable[[], Any], what: str) -> Any:
-    """The JSON-able result of `work`; a `DataError` there is one here. Call it before any thread starts: it forks."""
+    """The result of `work()`, computed in a fork. Call this before any thread starts.
+
+    Args:
+        work: a function whose result can be written as JSON.
+        what: the task, for the error text ("The process that was WHAT ended ...").
+
+    Raises:
+        DataError: `work` raised one, or the process ended without a result.
+    """
     reading, writing = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -25,7 +36,7 @@ def in_child(work: Callable[[], Any], what: str) -> Any:
     try:
         with open(reading, "rb") as reply:
             text = reply.read()
-    except BaseException:  # Ctrl-C: nobody waits for the result
+    except BaseException:  # Ctrl-C: the result is no longer needed
         os.kill(child, signal.SIGKILL)
         raise
     finally:
@@ -33,7 +44,7 @@ def in_child(work: Callable[[], Any], what: str) -> Any:
     if status != 0:
         raise DataError(
             f"The process that was {what} ended with status {status} (negative: killed by that signal; -9 is mostly too "
-            "little memory). Nothing was written; what it printed stands above."
+            "little memory). Nothing was written. Its own output is above."
         )
     found = json.loads(text)
     if "error" in found:
@@ -42,11 +53,11 @@ def in_child(work: Callable[[], Any], what: str) -> Any:
 
 
 def _work_and_exit(work: Callable[[], Any], writing: int) -> None:
-    """The child's part; it never returns into the parent's code."""
+    """The code of the child. It never returns into the parent's code."""
     status = 1
     try:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is the parent's to report
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of the parent's tokenizers did not come along
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent reports Ctrl-C
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the threads of the parent's tokenizers do not exist here
         try:
             found = {"result": work()}
         except DataError as error:
