@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from data_prep.shards import DataError
 
@@ -31,7 +31,7 @@ def in_child(work: Callable[[], Any], what: str) -> Any:
     child = os.fork()
     if child == 0:
         os.close(reading)
-        _work_and_exit(work, writing)
+        run_and_exit(lambda: _work_and_reply(work, writing))
     os.close(writing)
     try:
         with open(reading, "rb") as reply:
@@ -52,18 +52,22 @@ def in_child(work: Callable[[], Any], what: str) -> Any:
     return found["result"]
 
 
-def _work_and_exit(work: Callable[[], Any], writing: int) -> None:
-    """The code of the child. It never returns into the parent's code."""
+def _work_and_reply(work: Callable[[], Any], writing: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent reports Ctrl-C
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the threads of the parent's tokenizers do not exist here
+    try:
+        found = {"result": work()}
+    except DataError as error:
+        found = {"error": str(error)}
+    with open(writing, "wb") as reply:
+        reply.write(json.dumps(found).encode("utf-8", "surrogatepass"))
+
+
+def run_and_exit(work: Callable[[], None]) -> NoReturn:
+    """Run `work()` as the rest of a forked process, which must never return into the parent's code."""
     status = 1
     try:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent reports Ctrl-C
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the threads of the parent's tokenizers do not exist here
-        try:
-            found = {"result": work()}
-        except DataError as error:
-            found = {"error": str(error)}
-        with open(writing, "wb") as reply:
-            reply.write(json.dumps(found).encode("utf-8", "surrogatepass"))
+        work()
         status = 0
     except BaseException:
         sys.excepthook(*sys.exc_info())

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from data_prep.names import one_line
+from data_prep.unreadable import ADVICE
 
 DISTRIBUTION = "minilmv2-distillation"
 EXIT_USER = 2
@@ -31,17 +32,6 @@ _OF_THE_MACHINE = {
     errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ETIMEDOUT, errno.ECONNREFUSED, errno.EADDRINUSE, errno.ENETUNREACH,
     errno.EHOSTUNREACH, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.ENAMETOOLONG, errno.ELOOP,
 }  # fmt: skip
-_ADVICE = {
-    errno.ENOSPC: "Free space there, or name a directory on another disk",
-    errno.EDQUOT: "Free space within your quota, or name a directory on another disk",
-    errno.EROFS: "Name a writable directory",
-    errno.EACCES: "Change its permissions, or name another",
-    errno.EPERM: "Change its owner or permissions, or name another",
-    errno.EMFILE: "Raise the limit of open files: ulimit -n 65536",
-    errno.ENOENT: "Check the name",
-    errno.EIO: "Read the log of the system; the disk or the network file system may be failing",
-    errno.ESTALE: "Start again once the file system is back",
-}
 
 
 def print_bytes_as_they_come() -> None:
@@ -74,8 +64,8 @@ def _paragraph_of_system(error: OSError) -> str | None:
     names = " and ".join(str(os.fspath(name)) if not isinstance(name, int) else f"descriptor {name}"
                          for name in (error.filename, error.filename2) if name is not None)  # fmt: skip
     reason = " ".join(str(error.strerror or error).split())
-    advice = _ADVICE.get(error.errno, "Correct that, or name another")
-    return f"{names or 'The system'}: {reason}. {advice}."
+    advice = ADVICE.get(error.errno, "correct that, or name another")
+    return f"{names or 'The system'}: {reason}. {advice[0].upper()}{advice[1:]}."
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

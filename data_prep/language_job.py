@@ -49,10 +49,8 @@ class LanguageJobSettings:
     block_bytes: int
     window: int  # blocks in flight
     on_progress: Callable[[str, int, int], None]  # language, bytes of its sources read so far, new tokens
-    stop: threading.Event
-    compared: Mapping[str, Counter[str]] = field(
-        default_factory=dict
-    )  # counts of the lines whose ids were compared, by language
+    compared: Mapping[str, Counter[str]]  # counts of the lines whose ids were compared, by language
+    stop: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass
@@ -72,7 +70,7 @@ class LanguageJob:
     """The preparation of one language."""
 
     def __init__(self, language: str, sources: list[Source], pool: WorkerPool, settings: LanguageJobSettings) -> None:
-        self.language, self.sources, self._pool, self._settings = language, sources, pool, settings
+        self.language, self.sources, self._pool, self.settings = language, sources, pool, settings
         self.directory = settings.output / language
         self._writer: ShardWriter | None = None
 
@@ -87,7 +85,7 @@ class LanguageJob:
             if journal.complete:
                 return
             journal.rewind()
-            sync(self._settings.output)
+            sync(self.settings.output)
             try:
                 self._continue()
             except (
@@ -98,9 +96,9 @@ class LanguageJob:
 
     def _check_same_options(self) -> None:
         """Raise if a run with other options has begun the output again before this run locked its first language."""
-        if read_run(self._settings.output)["options_xxh3_128"] != self._settings.identity.options_xxh3_128:
+        if read_run(self.settings.output)["options_xxh3_128"] != self.settings.identity.options_xxh3_128:
             raise DataError(
-                f"{self._settings.output} has meanwhile been begun again with other options. Nothing was written."
+                f"{self.settings.output} has meanwhile been begun again with other options. Nothing was written."
             )
 
     def _truncate_to_journal(self, source: int) -> None:
@@ -111,8 +109,8 @@ class LanguageJob:
     def _continue(self) -> None:
         last = self._journal.last
         self._counts: Counter[str] = Counter(last.counts if last else {})
-        self._broken = BrokenLines(self.sources, self._settings.clean.broken_text)
-        self._counts |= self._settings.compared.get(self.language, Counter())
+        self._broken = BrokenLines(self.sources, self.settings.clean.broken_text)
+        self._counts |= self.settings.compared.get(self.language, Counter())
         self._num_finished = len(self._journal.finished_sources)
         self._newly_finished: list[dict[str, Any]] = []
         self._place = (last.source, last.text_end, last.text_xxh3_128) if last else (0, 0, "")
@@ -133,7 +131,7 @@ class LanguageJob:
         try:
             for item in self._submitted_blocks(last):
                 pending.append(item)
-                if len(pending) > self._settings.window:
+                if len(pending) > self.settings.window:
                     self._write(pending.popleft())
         except CorruptSource:
             while pending:  # the shards that are kept must not depend on the speed of the workers
@@ -144,7 +142,7 @@ class LanguageJob:
 
     def _submitted_blocks(self, last: Entry | None) -> Iterator[_InFlight]:
         """Submit every block that is still to be written. The last block of a source carries the record of the source."""
-        deduplicator = Deduplicator(self._settings.clean)
+        deduplicator = Deduplicator(self.settings.clean)
         for index, source in enumerate(self.sources):
             stamp = source.stamp()
             done = index < self._num_finished
@@ -152,8 +150,8 @@ class LanguageJob:
                 continue
             resume_at = last.text_end if last is not None and index == last.source and not done else 0
             held, line, held_line = Block(b"", 0, ""), 0, 0
-            for block in cut_blocks(source.chunks(), self._settings.block_bytes):
-                if self._settings.stop.is_set():
+            for block in cut_blocks(source.chunks(), self.settings.block_bytes):
+                if self.settings.stop.is_set():
                     raise Stopped
                 if done or block.end <= resume_at:
                     deduplicator.filter(block.text)
@@ -213,11 +211,11 @@ class LanguageJob:
         if encoded.tokens:
             if self._writer is None:
                 number = len(self._journal.shards)
-                self._writer = ShardWriter(self.directory, self.language, number, self._settings.identity)
+                self._writer = ShardWriter(self.directory, self.language, number, self.settings.identity)
             self._writer.append(encoded.tokens, encoded.document_lengths)
-            if self._writer.num_tokens >= self._settings.shard_tokens:
+            if self._writer.num_tokens >= self.settings.shard_tokens:
                 self._commit(complete=False)
-        self._settings.on_progress(self.language, item.position, len(encoded.tokens) // TOKEN_DTYPE.itemsize)
+        self.settings.on_progress(self.language, item.position, len(encoded.tokens) // TOKEN_DTYPE.itemsize)
 
     def _commit(self, complete: bool) -> None:
         shard = self._writer.finish() if self._writer else None

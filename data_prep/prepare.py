@@ -140,78 +140,60 @@ def discard(config: PrepareConfig, everything: dict[str, list[Source]]) -> None:
 
 
 def run_language_jobs(
-    config: PrepareConfig,
-    sources: dict[str, list[Source]],
-    tokenizer: Tokenizer,
-    checked: Checked,
+    config: PrepareConfig, sources: dict[str, list[Source]], tokenizer: Tokenizer, checked: Checked
 ) -> list[str]:
-    """Run the jobs of all unfinished languages, the largest first.
+    """Run the jobs of all unfinished languages, the largest first, a few at a time, each in a thread.
 
     Returns:
         One sentence for each language that could not be finished.
     """
     failures: list[str] = []
-    todo = [name for name in sources if not finished_already(name, sources[name], config.output, failures)]
-    if not todo:
+    names = [name for name in sources if not finished_already(name, sources[name], config.output, failures)]
+    if not names:
         return failures
-    todo.sort(key=lambda name: (-size_of(sources[name]), name))
+    todo = {name: sources[name] for name in sorted(names, key=lambda name: (-size_of(sources[name]), name))}
     with WorkerPool(tokenizer, config.clean, config.num_workers) as pool:  # before any thread starts, because it forks
-        needed = sum(still_needed(config.output / name, sources[name], tokenizer) for name in todo)
+        needed = sum(still_needed(config.output / name, todo[name], tokenizer) for name in todo)
         free = check_free_space(config.output, needed)
-        total = sum(size_of(sources[name]) for name in todo)
-        with closing(Progress(total, needed, free, config.quiet)) as progress:
-            _run_together(config, {name: sources[name] for name in todo}, checked, pool, progress, failures)
+        with closing(Progress(sum(map(size_of, todo.values())), needed, free, config.quiet)) as progress:
+            settings = LanguageJobSettings(
+                output=config.output,
+                identity=checked.identity,
+                clean=config.clean,
+                shard_tokens=config.shard_tokens,
+                block_bytes=config.block_bytes,
+                window=2 * config.num_workers + 2,
+                on_progress=progress.update,
+                compared=checked.compared,
+            )
+            num_threads = min(len(todo), 1 + config.num_workers // WORKERS_PER_JOB)
+            with ThreadPoolExecutor(num_threads, thread_name_prefix="language") as threads:
+                jobs = [
+                    threads.submit(_run_job, LanguageJob(name, todo[name], pool, settings), failures) for name in todo
+                ]
+                try:
+                    for job in jobs:
+                        job.result()
+                finally:
+                    settings.stop.set()
     return sorted(failures)
 
 
-def _run_together(
-    config: PrepareConfig,
-    todo: dict[str, list[Source]],
-    checked: Checked,
-    pool: WorkerPool,
-    progress: Progress,
-    failures: list[str],
-) -> None:
-    """Run a few jobs at a time, each in a thread. If one fails, the others continue."""
-    window, stop = 2 * config.num_workers + 2, threading.Event()
-    settings = LanguageJobSettings(
-        config.output,
-        checked.identity,
-        config.clean,
-        config.shard_tokens,
-        config.block_bytes,
-        window,
-        progress.update,
-        stop,
-        checked.compared,
-    )
-
-    def run_language_job(language: str) -> None:
-        if stop.is_set():
-            return
-        try:
-            LanguageJob(language, todo[language], pool, settings).run()
-        except WorkerDied:
-            stop.set()
-            raise
-        except DataError as error:
-            failures.append(f"{language}: {error}")
-        except Stopped:
-            return
-        except BaseException:
-            stop.set()
-            raise
-        progress.update(language, size_of(todo[language]), 0)
-
-    threads = ThreadPoolExecutor(
-        min(len(todo), 1 + config.num_workers // WORKERS_PER_JOB), thread_name_prefix="language"
-    )
+def _run_job(job: LanguageJob, failures: list[str]) -> None:
+    """Run one job. If it fails with a `DataError` of its language, a sentence is added and the other jobs continue."""
+    settings = job.settings
+    if settings.stop.is_set():
+        return
     try:
-        for done in [threads.submit(run_language_job, language) for language in todo]:
-            done.result()
-    finally:
-        stop.set()
-        threads.shutdown()
+        job.run()
+    except Stopped:
+        return
+    except BaseException as error:
+        if not isinstance(error, DataError) or isinstance(error, WorkerDied):
+            settings.stop.set()
+            raise
+        failures.append(f"{job.language}: {error}")
+    settings.on_progress(job.language, size_of(job.sources), 0)
 
 
 def size_of(sources: list[Source]) -> int:

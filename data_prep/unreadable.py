@@ -29,12 +29,18 @@ ABOUT_THE_PATH = frozenset(
         None,
     )
 )
-HINTS = {
-    errno.EACCES: "let this user read it (chmod, chown, or a group that all of you share)",
-    errno.EPERM: "let this user read it (chmod, chown, or a group that all of you share)",
+ADVICE = {
+    errno.EACCES: "change its permissions (chmod, chown, or a group that all of you share), or name another",
+    errno.EPERM: "change its permissions (chmod, chown, or a group that all of you share), or name another",
     errno.EMFILE: "raise the limit of open files (`ulimit -n 65536`)",
     errno.ENFILE: "close some programs; the machine has too many open files",
     errno.ENOMEM: "free memory",
+    errno.ENOSPC: "free space there, or name a directory on another disk",
+    errno.EDQUOT: "free space within your quota, or name a directory on another disk",
+    errno.EROFS: "name a writable directory",
+    errno.ENOENT: "check the name",
+    errno.EIO: "read the log of the system (the disk or the network file system may be failing)",
+    errno.ESTALE: "wait until the file system is back",
 }
 SHOWN_AT_EACH_END = 2000  # characters of an error message
 Result = TypeVar("Result")
@@ -85,7 +91,7 @@ def read_again(path: Path, read: Callable[[], Result]) -> Result:
 def unreadable(path: Path, error: OSError) -> str:
     """One paragraph about a file that could not be read."""
     name = errno.errorcode.get(error.errno or 0, "no errno")
-    hint = HINTS.get(error.errno or 0, "check the disk or the network file system that it is on")
+    hint = ADVICE.get(error.errno or 0, "check the disk or the network file system that it is on")
     return (
         f"{path} cannot be read now ({name}: {os.strerror(error.errno or 0)}; {len(PAUSES_S) + 1} attempts). That does not "
         f"make it corrupt: nothing was skipped and nothing was deleted. To fix it, {hint}, then start the same command again"

@@ -13,7 +13,6 @@ import os
 import queue
 import signal
 import struct
-import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -21,6 +20,7 @@ from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
+from data_prep.child import run_and_exit
 from data_prep.clean import CleanOptions
 from data_prep.encode import Encoded, encode_block
 from data_prep.shards import DataError
@@ -98,9 +98,15 @@ class _Worker:
         self._status: int | None = None
         self._pid = os.fork()
         if self._pid == 0:
-            _run_worker(tokenizer, options, requests, replies, self._parents_ends)
+            run_and_exit(lambda: self._serve(tokenizer, options, requests, replies))
         requests.close()
         replies.close()
+
+    def _serve(self, tokenizer: Tokenizer, options: CleanOptions, requests: BinaryIO, replies: BinaryIO) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and closes the pipe of requests
+        for descriptor in self._parents_ends:
+            os.close(descriptor)
+        serve(tokenizer, options, requests, replies)
 
     def encode(self, text: bytes, language: str) -> Encoded:
         """The reply to one request. At most `IN_FLIGHT` threads may call this at a time."""
@@ -165,23 +171,6 @@ def _read(pipe: Any, size: int) -> bytes:
             raise EOFError
         view = view[count:]
     return bytes(data)
-
-
-def _run_worker(
-    tokenizer: Tokenizer, options: CleanOptions, requests: BinaryIO, replies: BinaryIO, parents_ends: set[int]
-) -> None:
-    """The code of a worker process. It never returns into the parent's code."""
-    status = 1
-    try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and closes the pipe of requests
-        for descriptor in parents_ends:
-            os.close(descriptor)
-        serve(tokenizer, options, requests, replies)
-        status = 0
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    finally:
-        os._exit(status)
 
 
 def serve(tokenizer: Tokenizer, options: CleanOptions, requests: BinaryIO, replies: BinaryIO) -> None:
