@@ -181,12 +181,7 @@ def memory_of_a_giant_line(work: Path, tokenizer: Path, text: bytes, line_mb: in
 
 def parse() -> argparse.Namespace:
     parser = measure.arguments(__doc__)
-    parser.add_argument(
-        "--tokenizer",
-        type=Path,
-        default=TOKENIZER,
-        help="SentencePiece model",
-    )
+    parser.add_argument("--tokenizer", type=Path, default=TOKENIZER, help="SentencePiece model")
     parser.add_argument("--repeats", type=int, help="rounds of all contenders; the table shows medians")
     options = parser.parse_args()
     if not options.tokenizer.is_file():

@@ -36,6 +36,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "min_document_chars": (0, 2**62),
     "max_document_chars": (0, 2**62),
     "alpha": (0, 1),
+    "max_broken_lines": (0, 1),
     "seq_len": (3, 2**20),
     "samples": (1, 2**62),
     "min_count": (1, 2**62),
@@ -122,14 +123,12 @@ def add_prepare(verb: argparse.ArgumentParser) -> None:
         "--tokenizer", type=Path, required=True, help="SentencePiece .model, tokenizer.json, or a directory with one"
     )
     verb.add_argument("--output", type=output_path, required=True, help="directory of the shards")
-    verb.add_argument("--workers", type=int, default=os.cpu_count(), help="tokenising processes (default: all cores)")
     verb.add_argument(
-        "--language", metavar="xx", help="prepare only this language; the language of files whose names do not tell it"
+        "--language",
+        metavar="xx",
+        help="prepare only this language; also the language of a given file whose name states none",
     )
-    verb.add_argument(
-        "--language-map", type=Path, metavar="FILE", help="file with lines of: PATTERN LANGUAGE ('-' leaves files out)"
-    )
-    verb.add_argument("--text-field", default="text", help="field of JSON lines and Parquet (default: text)")
+    add_reading(verb)
     verb.add_argument(
         "--bad-records", choices=["skip", "fail"], default="skip",
         help="records without text (null, empty, not text, or without the field): count and skip them (default), or fail",
@@ -151,6 +150,15 @@ def add_prepare(verb: argparse.ArgumentParser) -> None:
     )
     add_cleaning(verb.add_argument_group("cleaning (by default the text is not changed; every change is counted)"))
     verb.set_defaults(run=run_prepare)
+
+
+def add_reading(verb: argparse.ArgumentParser) -> None:
+    """Options of the verbs that read text."""
+    verb.add_argument("--workers", type=int, default=os.cpu_count(), help="tokenising processes (default: all cores)")
+    verb.add_argument(
+        "--language-map", type=Path, metavar="FILE", help="file with lines of: PATTERN LANGUAGE ('-' leaves files out)"
+    )
+    verb.add_argument("--text-field", default="text", help="field of JSON lines and Parquet (default: text)")
 
 
 def add_cleaning(group: argparse._ArgumentGroup) -> None:
@@ -218,11 +226,7 @@ def add_trim_vocab(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--coverage", type=float, default=1.0, metavar="SHARE", help="keep the most frequent pieces of each language "
                       "that make up this share of its tokens (default: 1, every piece that occurs)")  # fmt: skip
     verb.add_argument("--output", type=output_path, required=True, help="directory of the vocabulary")
-    verb.add_argument("--workers", type=int, default=os.cpu_count(), help="tokenising processes for --input")
-    verb.add_argument(
-        "--language-map", type=Path, metavar="FILE", help="file with lines of: PATTERN LANGUAGE ('-' leaves files out)"
-    )
-    verb.add_argument("--text-field", default="text", help="field of JSON lines and Parquet (default: text)")
+    add_reading(verb)
     verb.set_defaults(run=run_trim_vocab)
 
 
@@ -247,8 +251,6 @@ def run_prepare(parsed: argparse.Namespace) -> int:
             f"--max-document-chars {parsed.max_document_chars} is below --min-document-chars {parsed.min_document_chars}: "
             "no document would be kept."
         )
-    if parsed.max_broken_lines is not None and not 0 <= parsed.max_broken_lines <= 1:
-        raise DataError(f"--max-broken-lines {parsed.max_broken_lines}: the value must be a share from 0 to 1.")
     names = CleanOptions().as_dict()
     cleaning = {name: getattr(parsed, name) for name in names if getattr(parsed, name) is not None}
     config = PrepareConfig(

@@ -27,12 +27,7 @@ class OtherEncoding(DataError):
 
 
 class BrokenLines:
-    """The lines of one language that are not UTF-8.
-
-    Args:
-        sources: the sources of the language, in order.
-        policy: `CleanOptions.broken_text`, for the words of the warning.
-    """
+    """The lines of one language that are not UTF-8. `policy` is `CleanOptions.broken_text`."""
 
     def __init__(self, sources: list[Source], policy: str) -> None:
         self._sources, self._policy = sources, policy
@@ -46,14 +41,7 @@ class BrokenLines:
         self._sample = []
 
     def add(self, index: int, text: bytes, first_line: int, counts: Mapping[str, int], is_end: bool) -> None:
-        """Count one encoded block.
-
-        Args:
-            index: the source of the block.
-            text: the text of the block.
-            first_line: number (from 0) of the line of the source in which the block starts.
-            counts: the counts of the encoder.
-            is_end: whether this is the last block of the source.
+        """Count one encoded block of source `index`, which starts in line `first_line` (from 0) of its text.
 
         Raises:
             OtherEncoding: too many lines of the source are not UTF-8.
@@ -86,10 +74,7 @@ class BrokenLines:
         )
 
     def warning(self, counts: Mapping[str, int]) -> str | None:
-        """The warning about the language, at its end; None if all lines are UTF-8.
-
-        Args:
-            counts: the counts of the complete language.
+        """The warning about a finished language, from all its counts; None if all lines are UTF-8.
 
         Raises:
             OtherEncoding: too many lines of the language are not UTF-8, in files too small to be judged one by one.

@@ -16,14 +16,9 @@ from data_prep.shards import DataError
 
 
 def in_child(work: Callable[[], Any], what: str) -> Any:
-    """The result of `work()`, computed in a fork. Call this before any thread starts.
+    """The result of `work()`, which must fit into JSON, computed in a fork. Call this before any thread starts.
 
-    Args:
-        work: a function whose result can be written as JSON.
-        what: the task, for the error text ("The process that was WHAT ended ...").
-
-    Raises:
-        DataError: `work` raised one, or the process ended without a result.
+    `what` is the task for the error text ("The process that was WHAT ended ..."). A `DataError` of `work` is raised here.
     """
     reading, writing = os.pipe()
     sys.stdout.flush()

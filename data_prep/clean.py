@@ -22,7 +22,7 @@ LEAST_SCRIPT_SHARE = 0.5
 
 @dataclass(frozen=True)
 class CleanOptions:
-    """Options that decide over the bytes of the shards: the manifest records them, and one output holds one set of them."""
+    """Options that determine the bytes of the shards: the manifest records them, and one output holds one set of them."""
 
     broken_text: str = "replace"  # invalid UTF-8: replace (by U+FFFD) | skip (the line) | fail
     control_characters: str = "keep"  # keep | remove

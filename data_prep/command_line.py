@@ -142,7 +142,7 @@ class _PrintVersion(argparse.Action):
 
 
 def distribution_version() -> str:
-    """The installed distribution's version, or the one in `pyproject.toml` where a checkout is run without installing it."""
+    """The installed distribution's version, or the one in `pyproject.toml` of a checkout that is not installed."""
     try:
         return metadata.version(DISTRIBUTION)
     except metadata.PackageNotFoundError:

@@ -29,14 +29,9 @@ class LanguageRules:
 
     @classmethod
     def read(cls, file: Path | None, language: str | None) -> LanguageRules:
-        """The rules of a language map and of `--language`.
+        """The rules of a language map (`file`) and of `--language`.
 
-        Args:
-            file: lines of `PATTERN LANGUAGE`. A pattern may use * and ?; the language `-` leaves files out.
-            language: the value of `--language`.
-
-        Raises:
-            DataError: the map cannot be read, or a language has no valid name.
+        The map holds lines of `PATTERN LANGUAGE`. A pattern may use * and ?; the language `-` leaves files out.
         """
         if language is not None:
             _check_name(language, "--language")
@@ -82,15 +77,7 @@ class LanguageRules:
         return self.mapped(path) is not None
 
     def language_of(self, path: Path, given_by_name: bool) -> str:
-        """The language of one file, or "-".
-
-        Args:
-            path: the file.
-            given_by_name: whether the file was named on the command line and not found in a directory.
-
-        Raises:
-            DataError: its language cannot be determined.
-        """
+        """The language of one file, or "-". `given_by_name`: the file was named on the command line, not found in a directory."""
         if (language := self.mapped(path)) is not None:
             return language
         for name in (path.name.split(".")[0], path.parent.name):

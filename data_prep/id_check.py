@@ -57,11 +57,6 @@ def check_languages(given: Path, tokenizer: Tokenizer, languages: dict[str, list
     This runs in a process of its own, because transformers loads torch and starts threads. This process must have no threads when
     it forks its tokenising processes, and should not keep torch in memory.
 
-    Args:
-        given: the value of `--tokenizer`.
-        tokenizer: the tokenizer that prepare uses.
-        languages: the sources of each language.
-
     Returns:
         For each language, the numbers of lines that were compared and that differ.
 

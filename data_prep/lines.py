@@ -58,12 +58,7 @@ def _odd_characters(text: bytes) -> tuple[int, int]:
 
 
 def ends_lines_with_cr(start: bytes, is_all: bool) -> bool:
-    """Whether CR alone is the line end of a text that starts with `start`. The text may hold a few LFs, for example at its end.
-
-    Args:
-        start: the first bytes of the text.
-        is_all: whether `start` is the complete text.
-    """
+    """Whether CR alone is the line end of a text that starts with (or, with `is_all`, is) `start`. It may hold a few LFs."""
     num_lf, num_cr = start.count(b"\n"), start.count(b"\r")
     if not num_cr or num_cr <= CR_PER_LF * num_lf:
         return False

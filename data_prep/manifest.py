@@ -1,6 +1,6 @@
 """The settings of an output directory (`prepare.json`), and its contents when it is finished (`manifest.json`).
 
-In: tokenizer, options and journals. Out: the two files. Everything that decides over the bytes of the shards is recorded before
+In: tokenizer, options and journals. Out: the two files. Everything that determines the bytes of the shards is recorded before
 the first shard and compared at every later run, so that one output holds text of one tokenizer and one set of options.
 """
 
@@ -34,7 +34,7 @@ LOCK_NAME = "prepare.lock.tmp"
 def describe(
     tokenizer: Tokenizer, clean: CleanOptions, shard_tokens: int, block_bytes: int, text_field: str
 ) -> dict[str, Any]:
-    """Everything except the text that decides over the bytes of the shards."""
+    """Everything except the text that determines the bytes of the shards."""
     options = {
         "shard_tokens": shard_tokens,
         "block_bytes": block_bytes,
@@ -73,14 +73,7 @@ def changing(output: Path) -> Iterator[None]:
 
 
 def begin_output(output: Path, about: dict[str, Any], languages: list[str], may_add: bool) -> None:
-    """Create the output, or check that it was begun with the same tokenizer, options and languages.
-
-    Args:
-        output: the directory.
-        about: its settings, from `describe`.
-        languages: the languages of the input.
-        may_add: whether languages may be added to an output that was begun without them.
-    """
+    """Create the output, or check that it was begun with the same settings (`about`, from `describe`) and languages."""
     if (
         (output / RUN_NAME).is_file()
         and not _holds_nothing_of(output, about)
@@ -275,11 +268,7 @@ def _shards_with_ranges(journal: Journal) -> list[dict[str, Any]]:
 
 
 def import_languages(output: Path, other: Path) -> list[str]:
-    """Copy the finished languages of the output `other` to `output`, as hard links where possible.
-
-    Returns:
-        The languages that `output` did not have.
-    """
+    """Copy the finished languages of the output `other`, as hard links where possible. Returns those that are new."""
     theirs = read_run(other)
     finished_languages(other, theirs)  # raises before anything is written
     with changing(output):

@@ -24,11 +24,7 @@ COPY_AGAIN = "Copy the directory again from the machine that prepared it"
 
 
 def finished_languages(other: Path, run: dict[str, Any]) -> list[str]:
-    """The finished languages of the output `other`.
-
-    Args:
-        other: the directory.
-        run: the content of its `prepare.json`.
+    """The finished languages of the output `other`, whose `prepare.json` holds `run`.
 
     Raises:
         DataError: it holds links or other unusual files, its manifest is corrupt, or a finished language lost a shard.

@@ -31,12 +31,7 @@ _BY_SCRIPT = {
     "Hebrew": ("CP1255",),
     "Arabic": ("CP1256",),
 }
-_BOMS = {
-    b"\xff\xfe\0\0": "UTF-32",
-    b"\0\0\xfe\xff": "UTF-32",
-    b"\xff\xfe": "UTF-16",
-    b"\xfe\xff": "UTF-16",
-}
+_BOMS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 _WIDE = ("UTF-16LE", "UTF-16BE", "UTF-32LE", "UTF-32BE")
 LEAST_LETTERS_IN_SCRIPT = 0.6  # of the characters beyond ASCII; the others are marks and punctuation
 MIN_ZEROS, MANY_ZEROS = (

@@ -26,15 +26,12 @@ def output_path(text: str) -> Path:
 
 
 def check_output_place(output: Path, option: str, inputs: Mapping[str, Path]) -> None:
-    """Check that an output overwrites neither an input, nor the working directory, nor the home directory, nor a parent of one.
+    """Raise if an output would overwrite an input, the working directory, the home directory, or a parent of one of them.
 
     Args:
         output: the path to be written.
         option: the option that named it, for the message.
         inputs: the paths that the command reads, by description.
-
-    Raises:
-        DataError
     """
     real, here, home = output.resolve(), Path.cwd().resolve(), Path.home().resolve()
     places = {"the working directory": here, "the home directory": home}

@@ -118,14 +118,7 @@ def _machine() -> str:
 
 
 class Ownership:
-    """A lock that this process holds.
-
-    Args:
-        path: the lock file.
-        me: this process.
-        descriptor: the open lock file.
-        on_loss: is called if another process has taken the lock over; by default it ends this process.
-    """
+    """A lock that this process holds. `on_loss` is called if another process takes it over; by default it ends this process."""
 
     def __init__(self, path: Path, me: Owner, descriptor: int, on_loss: Callable[[Path], None] | None = None) -> None:
         self.path, self._me, self._descriptor = path, me, descriptor
@@ -177,11 +170,7 @@ def _end_process(path: Path) -> None:
 
 
 def own(path: Path, what: str) -> Ownership:
-    """Acquire a lock.
-
-    Args:
-        path: the lock file. Its directory exists.
-        what: what is owned, for messages.
+    """Acquire the lock file `path`, whose directory exists. `what` is the name of what is owned, for messages.
 
     Raises:
         InUseError: another process owns it.

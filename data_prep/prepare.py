@@ -71,14 +71,7 @@ class Checked:
 
 
 def prepare(config: PrepareConfig) -> list[str]:
-    """Prepare the input.
-
-    Returns:
-        The languages that are still to be prepared. If there are none, the manifest has been written.
-
-    Raises:
-        DataError: the input, the tokenizer or the output is not usable, or a language could not be finished.
-    """
+    """Prepare the input. Returns the languages that are still to be prepared; if none, the manifest has been written."""
     surveyed = survey(
         config.inputs, config.rules, ReadOptions(config.text_field, config.bad_records, config.max_broken_lines)
     )

@@ -35,13 +35,7 @@ class WrongField(ValueError):
 
 
 class Records:
-    """Reads the text of the records of one source.
-
-    Args:
-        text_field: the field that holds the text.
-        policy: what to do with a record without text: "skip" or "fail".
-        counts: gets the number of records without text, by kind.
-    """
+    """Reads the text of the records of one source. `counts` gets the number of records without text, by kind."""
 
     def __init__(self, text_field: str, policy: str, counts: Counter[str]) -> None:
         self.text_field, self.counts, self._policy = text_field, counts, policy
@@ -124,16 +118,7 @@ def _joined(documents: Iterable[bytes], records: Records) -> Iterator[bytes]:
 
 
 def from_json_lines(chunks: Iterator[bytes], records: Records, to_lines: str) -> Iterator[bytes]:
-    """The documents of a file of JSON lines.
-
-    Args:
-        chunks: the content of the file in pieces.
-        records: reads the text of each record.
-        to_lines: the command that converts one JSON array to JSON lines, for the error text.
-
-    Raises:
-        BrokenRecord, WrongField
-    """
+    """The documents of a file of JSON lines, given in pieces. `to_lines` is the command that converts a JSON array."""
 
     def documents() -> Iterator[bytes]:
         for number, line in enumerate(_lines(chunks), start=1):
@@ -179,12 +164,7 @@ def _at_carriage_returns(line: bytes) -> list[bytes]:
 
 
 def from_parquet(path: Path, records: Records, on_progress: Any) -> Iterator[bytes]:
-    """The documents of a Parquet file.
-
-    Args:
-        path: the file.
-        records: reads the text of each record.
-        on_progress: is called with the share of the rows that have been read.
+    """The documents of a Parquet file. `on_progress` is called with the share of the rows that have been read.
 
     Raises:
         WrongField: there is no such column of text.

@@ -1,6 +1,6 @@
 """The reference for ids in shards: `AutoTokenizer.from_pretrained(DIRECTORY)`, the tokenizer that users of the model load.
 
-In: the file or directory of a tokenizer. Out: ids of lines, and a fingerprint of the files that decide over ids. This is the
+In: the file or directory of a tokenizer. Out: ids of lines, and a fingerprint of the files that determine ids. This is the
 only module of data_prep that imports transformers, and it does so only to make a `Reference`: the import costs seconds and
 loads torch.
 """
@@ -54,15 +54,7 @@ class RowOfIds:
 
 
 class Reference:
-    """AutoTokenizer of one directory.
-
-    Args:
-        directory: the directory that is loaded.
-        name: what the user gave, for messages.
-
-    Raises:
-        DataError: AutoTokenizer cannot load it.
-    """
+    """AutoTokenizer of one directory. `name` is what the user gave, for messages."""
 
     def __init__(self, directory: Path, name: Path) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no threads: a run may fork later
@@ -108,14 +100,10 @@ class Reference:
 
 @contextmanager
 def reference_of(given: Path, file: Path) -> Iterator[Reference]:
-    """The reference for a tokenizer.
+    """The reference for `--tokenizer given`, of which prepare reads `file`.
 
     A single file, or a directory that does not name the class of its tokenizer, has no AutoTokenizer. Then a SentencePiece model
     is assumed to be XLM-R's and compared with XLM-R's class. A tokenizer.json needs no class.
-
-    Args:
-        given: the value of `--tokenizer`.
-        file: the file of it that prepare reads.
     """
     directory = directory_of(given, file)
     if directory is not None:
@@ -176,7 +164,7 @@ def fingerprint(directory: Path | None, file: Path) -> str:
 
 
 def model_config(directory: Path) -> dict[str, Any]:
-    """The keys of `config.json` that decide over ids; none if it cannot be read."""
+    """The keys of `config.json` that determine ids; none if it cannot be read."""
     config = read_optional_json_object(directory / CONFIG_NAME)
     return {key: config[key] for key in DECIDING_CONFIG_KEYS if key in config}
 

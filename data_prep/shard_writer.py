@@ -14,15 +14,7 @@ import numpy as np
 
 from data_prep.durable_files import sync
 from data_prep.file_hashes import xxh3_128_of_file
-from data_prep.shard_layout import (
-    HEADER_BYTES,
-    OFFSET_DTYPE,
-    TOKEN_DTYPE,
-    BlockHasher,
-    Identity,
-    header,
-    sections,
-)
+from data_prep.shard_layout import HEADER_BYTES, OFFSET_DTYPE, TOKEN_DTYPE, BlockHasher, Identity, header, sections
 
 
 class ShardWriter:
@@ -39,12 +31,7 @@ class ShardWriter:
         self._file.write(bytes(HEADER_BYTES))
 
     def append(self, tokens: bytes, document_lengths: np.ndarray) -> None:
-        """Append complete documents.
-
-        Args:
-            tokens: little-endian uint32 ids.
-            document_lengths: number of tokens of each document.
-        """
+        """Append complete documents: little-endian uint32 ids, and the number of tokens of each document."""
         self._write(tokens)
         self.num_tokens += len(tokens) // TOKEN_DTYPE.itemsize
         self._document_lengths.append(document_lengths)

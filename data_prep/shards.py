@@ -80,7 +80,7 @@ class Shard:
         if mapped[:HEADER_BYTES] != self.expected_header():
             raise DataError(
                 f"The header of shard {self.path} is not the one its manifest describes: the file is corrupt or was "
-                f"swapped. To find the problem: {module_command('data_prep', 'verify', self.path.parent.parent)}"
+                f"swapped. To find the problem: `{module_command('data_prep', 'verify', self.path.parent.parent)}`"
             )
         return mapped
 
@@ -133,7 +133,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         if manifest["manifest_xxh3_128"] != manifest_digest(manifest):
             raise DataError(
                 f"{file} is corrupt or was edited: its hash does not match its content. To write it again from the journals: "
-                f"{module_command('data_prep', 'merge', path)}"
+                f"`{module_command('data_prep', 'merge', path)}`"
             )
         identity_of(manifest)
         check_manifest(path, manifest)
@@ -326,7 +326,7 @@ class ShardSet:
             raise DataError(
                 f"Token id {int(out.max())} in row {rows[position]} of {languages[language_index[position]]} in "
                 f"{self.path} is beyond the vocabulary of {self.vocab_size}: the shard is corrupt. "
-                f"To find where: {module_command('data_prep', 'verify', self.path)}"
+                f"To find where: `{module_command('data_prep', 'verify', self.path)}`"
             )
         return out
 

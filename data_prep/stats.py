@@ -30,14 +30,7 @@ class LanguageStats:
 
 
 def collect(shards: ShardSet, alpha: float, seq_len: int, num_samples: int | None) -> list[LanguageStats]:
-    """The row of every language.
-
-    Args:
-        shards: the directory.
-        alpha: sampling temperature: a share of tokens p becomes p**alpha, normalised.
-        seq_len: tokens in a row.
-        num_samples: rows that the planned run reads; None for no epochs.
-    """
+    """The row of every language. A share p of the tokens becomes p**alpha, normalised; `num_samples` is the run's number of rows."""
     tokens = np.array([shards.num_tokens(language) for language in shards.languages], dtype=np.float64)
     if not tokens.sum():
         raise DataError(f"{shards.path} holds no tokens.")

@@ -1,4 +1,4 @@
-"""The file of a tokenizer directory that decides over token ids, and the ids that it gives.
+"""The file of a tokenizer directory that determines token ids, and the ids that it gives.
 
 In: a Hugging Face directory. Out: the deciding file, the class that the directory names, ids by piece, or a `DataError` with
 the command that adds a missing `tokenizer.json`. CamemBERT's files have the names of XLM-R's, and its pieces have ids that
@@ -31,7 +31,7 @@ GIVE_TOKENIZER = (
 
 
 def tokenizer_file(path: Path) -> Path:
-    """The one file that decides over ids: `path` itself, or a file of the Hugging Face directory `path`.
+    """The one file that determines ids: `path` itself, or a file of the Hugging Face directory `path`.
 
     XLM-R's `sentencepiece.bpe.model` is preferred. `tokenizer.json`, which states its ids, is preferred to it if the directory
     names another tokenizer class, if `tokenizer.json` adds words, or if no class is named and `tokenizer.json` gives the pieces
@@ -107,10 +107,7 @@ def fast_ids(fast: Path) -> dict[str, int]:
 
 def named_architecture(directory: Path) -> str | None:
     """The tokenizer class that the directory names, or the model type of its `config.json`; None if it names neither."""
-    for name, keys in (
-        (TOKENIZER_CONFIG_NAME, ("tokenizer_class",)),
-        (CONFIG_NAME, ("tokenizer_class", "model_type")),
-    ):
+    for name, keys in ((TOKENIZER_CONFIG_NAME, ("tokenizer_class",)), (CONFIG_NAME, ("tokenizer_class", "model_type"))):
         content = read_optional_json_object(directory / name)
         if named := next((content[key] for key in keys if isinstance(content.get(key), str)), None):
             return named

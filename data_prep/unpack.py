@@ -58,11 +58,7 @@ class WindowTooLarge(ValueError):
 
 
 def unpacked(raw: io.RawIOBase, packing: str) -> Iterator[bytes]:
-    """The content of `raw` in pieces that are never empty.
-
-    Args:
-        raw: an open file, at its start.
-        packing: one of `PACKINGS`.
+    """The content of `raw`, an open file at its start, in pieces that are never empty.
 
     Raises:
         UNPACKING_ERRORS, OSError or ValueError: the file is corrupt, incomplete, or needs options of zstd.

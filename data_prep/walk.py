@@ -67,15 +67,10 @@ def is_about_text(name: str) -> bool:
 
 
 def walk(given: str, is_mapped: Callable[[Path], bool], language: str | None = None) -> Walk:
-    """The files of one input.
+    """The files of one input, which is a file or a directory.
 
-    Args:
-        given: a file or a directory.
-        is_mapped: whether the language map has a pattern for a file. Such a file is text, whatever its name.
-        language: the value of `--language`. A file such as README is text if it is named on the command line and this names it.
-
-    Raises:
-        DataError: the input does not exist or cannot be read, or the file is of an unknown kind.
+    A file for which `is_mapped` is true has a pattern in the language map and is text, whatever its name. A file such as README
+    is also text if the command line names it and `language` is its name.
     """
     path, result = Path(given), Walk()
     try:

@@ -72,8 +72,7 @@ def test_the_class_of_the_directory_decides_between_two_files(tiny_tokenizer: Pa
 
 @pytest.mark.parametrize("config", [None, {"model_max_length": 512}], ids=["no config", "config without a class"])
 @pytest.mark.parametrize(
-    ("family", "deciding"),
-    [(XLMRobertaTokenizer, "sentencepiece.bpe.model"), (CamembertTokenizer, "tokenizer.json")],
+    ("family", "deciding"), [(XLMRobertaTokenizer, "sentencepiece.bpe.model"), (CamembertTokenizer, "tokenizer.json")]
 )
 def test_a_directory_that_names_no_class_is_judged_by_its_ids(
     family, deciding: str, config: dict | None, tiny_tokenizer: Path, tmp_path: Path

@@ -100,8 +100,5 @@ def test_byte_order_marks_of_joined_files_are_removed(tmp_path: Path) -> None:
     mark = b"\xef\xbb\xbf"
     assert documents(
         read(tmp_path / "en.txt", mark + b"a\n" + mark + b"b\n\n" + mark + mark + b"\n" + mark + b"c")
-    ) == [
-        [b"a", b"b"],
-        [b"c"],
-    ]
+    ) == [[b"a", b"b"], [b"c"]]
     assert documents(b"in a \xef\xbb\xbf line\n") == [[b"in a \xef\xbb\xbf line"]]
