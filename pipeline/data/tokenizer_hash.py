@@ -11,7 +11,8 @@ from typing import Any
 
 from transformers.utils import cached_file
 
-from data_prep.shards import SENTENCEPIECE_NAMES, ShardSet, tokenizer_file
+from data_prep.shards import ShardSet
+from data_prep.tokenizer_ids import SENTENCEPIECE_NAMES, tokenizer_file
 from pipeline.errors import UserError
 
 # Of a hub name: the files that AutoTokenizer reads. The first one that exists determines the commit.
