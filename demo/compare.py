@@ -23,7 +23,8 @@ from pipeline.evaluation.encoder import Encoder, load_encoder
 from pipeline.evaluation.retrieval import RetrievalConfig, evaluate_retrieval, retrieval_table
 from pipeline.export.card import write_card
 from pipeline.runtime.json_files import read_json, read_json_if_there, read_points
-from pipeline.training.build import cut_teacher, open_data, student_of
+from pipeline.training.build import student_of
+from pipeline.training.checks import cut_teacher, open_data
 
 STAGES = ("teacher", "before", "after")
 SPEED = "speed/tokens_per_second"

@@ -24,7 +24,7 @@ from tests.faults.sweeps.lab import Lab, Outcome
 FIGURES: dict[str, Callable[[Lab, bool], Outcome]] = {
     "exact": exact.interrupted_equals_uninterrupted,
     "kills": kills.kills,
-    "damage": corruption.corrupted_checkpoints,
+    "corruption": corruption.corrupted_checkpoints,
     "layouts": exact.ranks_and_stages_change,
     "preempt": kills.preemptions,
     "nan": exact.not_a_number,

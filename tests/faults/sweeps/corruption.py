@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.runtime.checkpoint import newest_valid
 from tests.faults.sweeps.lab import Lab, Outcome
-from tests.unit.runtime.test_checkpoint_damage import damage_somehow
+from tests.unit.runtime.test_checkpoint_corruption import corrupt_randomly
 
 SETTINGS = {"steps": 8, "save_every": 4, "eval_every": 8}
 STOCK_FLIPS = 60
@@ -24,7 +24,7 @@ def corrupted_checkpoints(lab: Lab, quick: bool) -> Outcome:
         shutil.copytree(original, copy)
         older, newer = sorted(copy.iterdir())
         while not _differs(newer, original / newer.name):  # frozen weights are the same file at every step
-            damage_somehow(choice, newer, older)
+            corrupt_randomly(choice, newer, older)
         taken, problems = newest_valid(copy)
         rejected += taken == older and len(problems) == 1
     loads = None if quick else flips_that_stock_loads(lab)

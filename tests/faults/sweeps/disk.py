@@ -12,7 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pipeline.runtime.checkpoint import committed_steps, damage
+from pipeline.runtime.checkpoint import committed_steps
+from pipeline.runtime.checkpoint_files import corruption
 from tests.dist.fork_server import ForkServer
 from tests.dist.runs import end_group
 from tests.faults.sweeps.lab import Lab, Outcome, newest_step, same_end, same_student, wait_until
@@ -51,7 +52,7 @@ def _full_at(lab: Lab, fault: dict[str, Any]) -> bool:
     settings = {**SETTINGS, "checkpoint.keep": 3}
     code = lab.run(run_dir, 2, settings, faults=[{**fault, "save": FULL_AT}])
     steps = committed_steps(run_dir / "checkpoints")
-    valid = all(damage(run_dir / "checkpoints" / f"step-{step:08d}") is None for step in steps)
+    valid = all(corruption(run_dir / "checkpoints" / f"step-{step:08d}") is None for step in steps)
     leftovers = list((run_dir / "checkpoints").glob("*.tmp"))
     warned = "warning: checkpoint of step 6 not written" in run_dir.with_suffix(".log").read_text()
     spared = fault.get("operation") == "link"  # without links the file is written again, and the save succeeds
