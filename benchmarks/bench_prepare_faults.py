@@ -24,6 +24,7 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
 from benchmarks import measure  # noqa: E402
+from benchmarks.tiny_tokenizer import make_tiny_tokenizer  # noqa: E402
 from data_prep.shards import DataError, ShardSet  # noqa: E402
 from data_prep.verify import verify  # noqa: E402
 
@@ -146,12 +147,6 @@ def corrupt_once(finished: Path, work: Path, kind: str, rng: random.Random) -> t
     return named, rejected or not size_changed
 
 
-def make_tokenizer(work: Path) -> Path:
-    from tests.conftest import make_tiny_tokenizer
-
-    return make_tiny_tokenizer(work / "tokenizer")
-
-
 def main() -> None:
     options = measure.arguments(__doc__).parse_args()
     num_kills, num_corruptions = (5, 20) if options.quick else (200, 400)
@@ -159,7 +154,7 @@ def main() -> None:
     rows: list[list[object]] = []
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
-        trials = KillTrials(work, make_tokenizer(work))
+        trials = KillTrials(work, make_tiny_tokenizer(work / "tokenizer"))
         results = [trials.one(rng) for _ in range(num_kills)]
         rows.append(["kill -9 during prepare, then rerun", num_kills, sum(same for same, _, _ in results)])
         hits, kept = sum(hit for _, hit, _ in results), sum(kept for _, _, kept in results)

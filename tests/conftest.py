@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import lzma
 import os
 import subprocess
 import sys
@@ -11,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import sentencepiece
+
+from benchmarks.tiny_tokenizer import TINY_PIECES, make_tiny_tokenizer
 
 # Tests look at answers, not at speed, and several ranks share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,7 +20,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 REPO = Path(__file__).resolve().parent.parent
 SAMPLES = REPO / "samples"
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-TINY_PIECES = 2000
 TINY_VOCAB = TINY_PIECES + 2  # fairseq ids: every piece moves up by one, <mask> comes last
 
 
@@ -41,28 +40,6 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         monkeypatch.setenv(name, "")  # so that it is put back, or removed again
         monkeypatch.delenv(name)
     return monkeypatch
-
-
-def make_tiny_tokenizer(directory: Path) -> Path:
-    """Train a 2000-piece SentencePiece model on the sample corpus and lay it out like XLM-R's tokenizer."""
-    directory.mkdir(parents=True, exist_ok=True)
-    lines: list[str] = []
-    for language in ("en", "de", "ru", "zh-Hans", "ar", "hi"):
-        with lzma.open(SAMPLES / "cc100" / f"{language}.txt.xz", "rt", encoding="utf-8") as text:
-            lines += [line.strip() for _, line in zip(range(400), text, strict=False) if line.strip()]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_prefix=str(directory / "sentencepiece.bpe"),
-        vocab_size=TINY_PIECES,
-        character_coverage=0.98,
-        model_type="unigram",
-        minloglevel=2,
-    )
-    (directory / "sentencepiece.bpe.vocab").unlink()
-    (directory / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "XLMRobertaTokenizer", "model_max_length": 128})
-    )
-    return directory
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from data_prep.command_line import paragraph_of
 from data_prep.shards import DataError
 from pipeline.config import Recipe
 from pipeline.data.batches import BatchSource
@@ -106,7 +107,7 @@ def build(recipe: Recipe, recipe_path: Path, ds_path: Path, launch: Launch) -> P
     """
     if recipe.deterministic and launch.device.type == "cuda":
         fix_workspace()
-    inputs = Inputs(recipe, recipe_path, ds_path, launch.world_size, launch.device, _load_whole_teacher)
+    inputs = Inputs(recipe, recipe_path, ds_path, launch.world_size, launch.device, _load_complete_teacher)
     warnings = _check(inputs, launch)
     student = _build_same_student(inputs, launch)
     teacher = load_teacher(
@@ -159,7 +160,7 @@ def _check(inputs: Inputs, launch: Launch) -> list[str]:
     return warnings
 
 
-def _load_whole_teacher(recipe: Recipe) -> PreTrainedModel:
+def _load_complete_teacher(recipe: Recipe) -> PreTrainedModel:
     model = load_encoder(recipe.teacher)
     if recipe.vocabulary is not None:
         cut_teacher(recipe.vocabulary, recipe.teacher, model)
@@ -173,6 +174,8 @@ def _on_all_ranks(make: Callable[[], T], launch: Launch) -> T:
         made = make()
     except (UserError, DataError, OSError) as error:
         problem = str(error)
+    except (MemoryError, RecursionError) as error:
+        problem = paragraph_of(error)
     problems = dist.gather_json(problem, launch.device)
     for rank, found in enumerate(problems):
         if found is not None:

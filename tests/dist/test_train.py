@@ -239,7 +239,7 @@ def test_interrupt_saves_and_resumes(tmp_path: Path, plain_run: Path, arguments:
     )
 
 
-def test_a_signal_to_one_rank_stops_the_launchers_whole_job(tmp_path: Path, arguments: list[str]) -> None:
+def test_a_signal_to_one_rank_stops_all_ranks_of_the_launcher(tmp_path: Path, arguments: list[str]) -> None:
     """USR1 to one of two ranks under `deepspeed`: both save their current step, and the launcher ends with code 0."""
     run_dir, log = tmp_path / "run", tmp_path / "run.log"
     forever = ["--set", "steps=100000", "--set", "save_every=100000"]

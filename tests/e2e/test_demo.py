@@ -1,4 +1,4 @@
-"""The whole story on a tiny teacher: shards to student to table, and a second run that does nothing again."""
+"""The complete demo on a tiny teacher: shards, student, table. A second run repeats no step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rules of the house: which way imports run, what is never called, how modules may be named, how large they grow."""
+"""The rules of the architecture: who imports whom, what is never called, how modules are named, how large they are."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_data_prep_knows_nothing_of_training() -> None:
     assert importers("data_prep", r"transformers(\..*)?") == {"data_prep/reference.py"}  # what ids are compared with
 
 
-def test_pipeline_knows_shards_the_parser_and_who_owns_a_directory() -> None:
+def test_pipeline_imports_few_modules_of_data_prep() -> None:
     allowed = r"data_prep|data_prep\.(shards|tokenizer_ids|command_line|ownership|outputs|durable_files)(\..*)?"
     for path in (REPO / "pipeline").rglob("*.py"):
         for name in imports_of(path):
@@ -56,11 +56,11 @@ def test_pipeline_knows_shards_the_parser_and_who_owns_a_directory() -> None:
                 assert re.fullmatch(allowed, name), f"{path} imports {name}"
 
 
-def test_deepspeed_has_one_door() -> None:
+def test_one_module_imports_deepspeed() -> None:
     assert importers("pipeline", r"deepspeed(\..*)?") == {"pipeline/runtime/engine.py"}
 
 
-def test_the_method_stands_alone() -> None:
+def test_the_method_imports_no_other_part() -> None:
     assert (
         importers(
             "pipeline/distillation", r"(pipeline\.(runtime|data|export|evaluation)|deepspeed|torch\.distributed)(\..*)?"
@@ -71,8 +71,36 @@ def test_the_method_stands_alone() -> None:
 
 def test_nothing_imports_the_trainer_or_the_demo() -> None:
     assert importers("pipeline", r"demo(\..*)?") == set()
-    for package in ("distillation", "data", "runtime", "evaluation", "export"):
-        assert importers(f"pipeline/{package}", r"pipeline\.(trainer|assembly|run|train)(\..*)?") == set()
+    for package in ("distillation", "data", "runtime", "evaluation", "export", "planning", "report"):
+        assert (
+            importers(f"pipeline/{package}", r"pipeline\.(training\.(trainer|build|launch|resume)|train)(\..*)?")
+            == set()
+        )
+
+
+def test_a_recipe_holds_no_settings_of_other_programs() -> None:
+    """`config` composes the sections of a training recipe; evaluation tasks read their own settings."""
+    others = r"pipeline\.(evaluation|export|planning|report|doctor|training)(\..*)?"
+    assert importers("pipeline/config.py", others) == set()
+
+
+def test_plans_and_reports_start_nothing() -> None:
+    """They read recipes and run directories: no engine, no process group."""
+    for package in ("planning", "report"):
+        assert (
+            importers(f"pipeline/{package}", r"pipeline\.runtime\.(engine|dist)(\..*)?|torch\.distributed.*") == set()
+        )
+    assert importers("pipeline/report", r"torch(\..*)?") == set()
+
+
+def test_the_doctor_is_imported_by_nobody() -> None:
+    assert set(importers("pipeline", r"pipeline\.doctor(\..*)?")) <= {
+        str(path.relative_to(REPO)) for path in (REPO / "pipeline/doctor").glob("*.py")
+    }
+
+
+def test_benchmarks_import_nothing_of_the_tests() -> None:
+    assert importers("benchmarks", r"tests(\..*)?") == set()
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPO)))
@@ -128,13 +156,13 @@ def test_module_names_shadow_nothing() -> None:
         assert path.stem not in taken, f"{path.name} is also the name of a library"
 
 
-def test_no_rooms_for_leftovers() -> None:
+def test_no_modules_for_leftovers() -> None:
     for path in SOURCES:
         assert path.stem not in {"utils", "helpers", "misc", "common"}, path
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPO)))
-def test_small_rooms(path: Path) -> None:
+def test_small_modules(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) <= MAX_MODULE_LINES
     tree = ast.parse(text)
