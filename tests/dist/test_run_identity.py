@@ -166,7 +166,7 @@ def test_a_checkpoint_from_before_is_resumed_with_one_warning(root: Path, resume
     rewrite_state(checkpoint_path(root / "run" / "checkpoints", STOPPED_AT), forget)
     ended = resume()
     assert ended.code == 0, ended.err
-    assert ended.out.count("before checkpoints knew their teacher by content") == 1
+    assert ended.out.count("before checkpoints held the hash of their teacher") == 1
     assert "teacher weights" in identity(root / "run")
 
 
