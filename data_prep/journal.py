@@ -31,9 +31,8 @@ class Entry:
     source: int  # index of the source being read
     text_end: int  # bytes of its text up to the end of the shard
     text_xxh3_128: str  # XXH3-128 of that text
-    finished: list[
-        dict[str, Any]
-    ]  # sources read to their end since the previous entry: name, stamp, text bytes, hashes
+    # sources read to their end since the previous entry: name, stamp, text bytes, hashes
+    finished: list[dict[str, Any]]
     counts: dict[str, int]
     complete: bool = False
 

@@ -88,9 +88,8 @@ class LanguageJob:
             sync(self.settings.output)
             try:
                 self._continue()
-            except (
-                OtherEncoding
-            ) as error:  # remove its shards: the converted file is another text, and must not need --redo
+            except OtherEncoding as error:
+                # The converted file is another text. Without shards of this one it needs no --redo.
                 self._truncate_to_journal(error.source_index)
                 raise
 
@@ -239,7 +238,7 @@ class LanguageJob:
 
 
 def check_sources(language: str, sources: list[Source], journal: Journal) -> None:
-    """Raise `DataError` if a source that was read to its end has changed, or if files joined a finished language."""
+    """Raise `DataError` if a source that was read to its end has changed, or if a finished language has new files."""
     finished = journal.finished_sources
     fix = f"Restore it, or {how_to_redo(language)}"
     if journal.complete and len(sources) > len(finished):

@@ -34,10 +34,8 @@ _BY_SCRIPT = {
 _BOMS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 _WIDE = ("UTF-16LE", "UTF-16BE", "UTF-32LE", "UTF-32BE")
 LEAST_LETTERS_IN_SCRIPT = 0.6  # of the characters beyond ASCII; the others are marks and punctuation
-MIN_ZEROS, MANY_ZEROS = (
-    0.005,
-    0.2,
-)  # share of NUL bytes: in UTF-16 every second byte of English, and the line ends of Chinese
+# Share of NUL bytes. In UTF-16 they are every second byte of English, and a part of the line ends of Chinese.
+MIN_ZEROS, MANY_ZEROS = 0.005, 0.2
 
 
 def broken_lines(text: bytes) -> Iterator[tuple[int, bytes]]:

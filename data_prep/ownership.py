@@ -30,12 +30,8 @@ PATIENCE_S = 45.0  # an owner on another machine that has not touched its file f
 RECHECK_S = 1.0  # if two processes take over a dead owner's file, the later one wins; both check after this time
 POLL_S = 0.2
 EXIT_LOST = 2
-_NODE_LOCAL = {
-    "localflock",
-    "nolock",
-    "local_lock=flock",
-    "local_lock=all",
-}  # mount options: other nodes do not see the lock
+# mount options with which other nodes do not see a lock
+_NODE_LOCAL = {"localflock", "nolock", "local_lock=flock", "local_lock=all"}
 
 
 class InUseError(DataError):
@@ -118,7 +114,7 @@ def _machine() -> str:
 
 
 class Ownership:
-    """A lock that this process holds. `on_loss` is called if another process takes it over; by default it ends this process."""
+    """A lock that this process holds. `on_loss` is called if another process acquires it; by default it ends this one."""
 
     def __init__(self, path: Path, me: Owner, descriptor: int, on_loss: Callable[[Path], None] | None = None) -> None:
         self.path, self._me, self._descriptor = path, me, descriptor

@@ -249,12 +249,7 @@ def from_hub(specification: str, records: Records) -> Iterator[bytes]:
             builder = datasets.load_dataset_builder(name, config or None)
             _check_safe_reader(specification, builder)
             found = builder.as_streaming_dataset(split=split or "train")
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        RuntimeError,
-    ) as error:  # RuntimeError: "Dataset scripts are no longer supported"
+    except (OSError, ValueError, KeyError, RuntimeError) as error:  # RuntimeError: the dataset is a script
         if isinstance(error, DataError):
             raise
         raise DataError(f"Dataset {specification!r} cannot be opened: {error}.") from error

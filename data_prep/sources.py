@@ -86,9 +86,7 @@ class Source:
     text_field: str = "text"
     bad_records: str = "skip"  # records without text: skip | fail
     max_broken_lines: float = MAX_BROKEN_LINES
-    position: int = field(
-        default=0, compare=False
-    )  # bytes of the (packed) file that were read, for progress and errors
+    position: int = field(default=0, compare=False)  # bytes read of the (packed) file, for progress and errors
     digest: str = field(default="", compare=False)  # XXH3-128 of the file, after it was read to its end
     counts: Counter[str] = field(default_factory=Counter, compare=False)  # records left out and unusual files, by kind
 

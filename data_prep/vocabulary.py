@@ -65,7 +65,7 @@ def trim_vocabulary(
     """
     missing = [language for language in options.languages if language not in counts.counts]
     if missing:
-        raise DataError(f"There is no text of {', '.join(missing)}; there is of {', '.join(sorted(counts.counts))}.")
+        raise DataError(f"There is no text of {', '.join(missing)}, only of {', '.join(sorted(counts.counts))}.")
     if output.exists() and (not (output / MAP_FILE).is_file() or (output / "config.json").is_file()):
         raise DataError(
             f"{output} exists and is not an earlier vocabulary, so it is not replaced. Name another --output."

@@ -116,9 +116,7 @@ def _walk_directories(given: str, is_mapped: Callable[[Path], bool], result: Wal
             continue
         seen[identity] = path
         if any(entry.name == RUN_NAME for entry in entries):
-            result.leave(
-                path, OUTPUT
-            )  # shards may be below the texts they were made from, and their journals are .jsonl
+            result.leave(path, OUTPUT)  # shards may be in the directory of their texts, and their journals are .jsonl
             continue
         links: list[tuple[str, str]] = []
         for entry in entries:

@@ -85,9 +85,8 @@ class WorkerPool:
 class _Worker:
     """One forked process and the parent's ends of its two pipes."""
 
-    _parents_ends: ClassVar[set[int]] = (
-        set()
-    )  # of all workers: each fork closes them, or the pipes of requests would never close
+    # Of all workers. Each fork closes them; otherwise the pipes of requests would never close.
+    _parents_ends: ClassVar[set[int]] = set()
 
     def __init__(self, tokenizer: Tokenizer, options: CleanOptions) -> None:
         requests, self._requests = _pipe()

@@ -13,6 +13,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from data_prep.clean import CleanOptions
+from data_prep.durable_files import unique_name
 from data_prep.journal import JOURNAL_NAME, Journal
 from data_prep.manifest import import_languages, write_manifest
 from data_prep.shards import DataError, ShardSet
@@ -222,6 +223,17 @@ def test_outputs_of_several_machines_are_merged_into_one(
     write_manifest(tmp_path / "all")
     assert verify(tmp_path / "all") == []
     assert content(tmp_path / "all" / "hi") == content(finished / "hi")
+
+
+def test_temporary_files_of_killed_runs_are_removed(
+    corpus: Path, finished: Path, tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    output = shutil.copytree(finished, tmp_path / "out")
+    (output / "manifest.json").unlink()
+    for name in ("manifest.json", "prepare.json"):
+        unique_name(output / name, ".tmp").write_text("{")
+    assert run(corpus, tiny_tokenizer, output) == []
+    assert content(output) == content(finished)
 
 
 def test_two_runs_cannot_work_on_one_language(corpus: Path, tiny_tokenizer: Path, begun: Path) -> None:

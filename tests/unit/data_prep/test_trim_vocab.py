@@ -141,9 +141,7 @@ def test_impossible_options_are_rejected(tiny_teacher: Path, tiny_shards: Path, 
     assert "at least 1" in failure(capsys, tiny_teacher, out, *shards, "--min-count", 0)
     assert "above 0" in failure(capsys, tiny_teacher, out, *shards, "--coverage", 0)
     assert "at most 1" in failure(capsys, tiny_teacher, out, *shards, "--coverage", 99.5)
-    assert "no text of xx; there is of he, hi, sw, tr" in failure(
-        capsys, tiny_teacher, out, *shards, "--languages", "xx"
-    )
+    assert "no text of xx, only of he, hi, sw, tr" in failure(capsys, tiny_teacher, out, *shards, "--languages", "xx")
     with pytest.raises(SystemExit):
         trim_vocab(tiny_teacher, out)
     with pytest.raises(SystemExit):
