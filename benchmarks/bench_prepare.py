@@ -1,11 +1,11 @@
-"""How fast text becomes shards, beside a bare SentencePiece loop and `datasets.map`, and what it takes of disk and memory.
+"""Speed of `prepare` compared with a bare SentencePiece loop and `datasets.map`, and its use of disk and memory.
 
     python benchmarks/bench_prepare.py [--tokenizer MODEL] [--quick] [--json FILE]
 
-Each contender is a process of its own that starts, loads its tokenizer, and reads the same file; counted are CPU seconds,
-its children included, pinned to one core. The text is samples/ and the documentation of the installed packages, repeated;
-"per megabyte" is the cost of the copies after the first, so without the start. Ratios hold within one run; give the
-machine nothing else to do. What two workers bring on two cores: bench_prepare_workers.py.
+Each contender is a process of its own that starts, loads its tokenizer, and reads the same file. Measured are the CPU seconds of
+the process and its children, pinned to one core. The text is samples/ and the documentation of the installed packages, repeated.
+"per megabyte" is the cost of the copies after the first, without the start. Compare ratios within one run, on an idle machine.
+bench_prepare_workers.py measures two workers on two cores.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Bench:
         return cpu_seconds(["sh", "-c", f"xz -dc '{self.packed}' > /dev/null"])[0]
 
     def datasets_map(self) -> float:
-        """Of one copy of the text, scaled to all."""
+        """CPU seconds for one copy of the text, scaled to all copies."""
         cache = self.work / "cache"
         shutil.rmtree(cache, ignore_errors=True)
         command = [sys.executable, "-c", DATASETS_MAP, str(self.tokenizer.parent), str(self.once), str(cache)]
@@ -120,11 +120,11 @@ class Bench:
 
 
 def in_turns(source: Path, model: Path, work: Path) -> float:
-    """Block by block in one process: CPU seconds of the bare call over those of reading, encoding and writing.
+    """CPU seconds of the bare call over those of reading, encoding and writing, measured block by block in one process.
 
-    The two take turns within a tenth of a second, so this ratio holds on a busy machine too.
+    The two alternate within a tenth of a second, so the ratio is also valid on a busy machine.
     """
-    tokenizer, bare, whole = SentencePieceTokenizer(model), 0.0, 0.0
+    tokenizer, bare, full = SentencePieceTokenizer(model), 0.0, 0.0
     writer = ShardWriter(work, "en", 0, Identity(tokenizer.sha256, tokenizer.vocab_size, "00" * 16))
     blocks = cut_blocks(Source("en", source, source.name).chunks())
     while True:
@@ -134,14 +134,14 @@ def in_turns(source: Path, model: Path, work: Path) -> float:
             break
         encoded = encode_block(tokenizer, block.text, "en", CleanOptions())
         writer.append(encoded.tokens, encoded.document_lengths)
-        whole += time.process_time() - start
+        full += time.process_time() - start
         lines = [line for line in block.text.decode().split("\n") if line.strip()]
         start = time.process_time()
         tokenizer.processor.encode(lines, out_type=int, num_threads=1)
         bare += time.process_time() - start
     start = time.process_time()
-    writer.fsync_and_hash()
-    return bare / (whole + time.process_time() - start)
+    writer.finish()
+    return bare / (full + time.process_time() - start)
 
 
 def memory_of_a_giant_line(work: Path, tokenizer: Path, text: bytes, line_mb: int) -> tuple[float, float]:
@@ -187,7 +187,7 @@ def parse() -> argparse.Namespace:
         default=TOKENIZER,
         help="SentencePiece model",
     )
-    parser.add_argument("--repeats", type=int, help="rounds of all contenders, medians are shown")
+    parser.add_argument("--repeats", type=int, help="rounds of all contenders; the table shows medians")
     options = parser.parse_args()
     if not options.tokenizer.is_file():
         parser.error(f"{options.tokenizer} does not exist: `make demo` makes it, or give --tokenizer")
@@ -232,7 +232,7 @@ def report(
     peaks: tuple[float, float],
 ) -> None:
     def ratio(above: list[float], below: list[float]) -> float:
-        """Median of the rounds' own ratios."""
+        """Median of the ratios of the rounds."""
         return statistics.median(a / b for a, b in zip(above, below, strict=False))
 
     def per_megabyte(name: str) -> list[float]:

@@ -1,7 +1,7 @@
-"""What `prepare` and `verify` survive: random `kill -9` during preparation, random damage to finished shards.
+"""Faults: random `kill -9` during `prepare`, and random corruption of finished shards, which `verify` must find.
 
-python benchmarks/bench_prepare_faults.py            200 kills, 400 damages (about 10 minutes on two cores)
-python benchmarks/bench_prepare_faults.py --quick    a few of each; the tests in tests/faults run these
+python benchmarks/bench_prepare_faults.py            200 kills, 400 corruptions (about 10 minutes on two cores)
+python benchmarks/bench_prepare_faults.py --quick    a few of each, as the tests in tests/faults
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SMALL_UNITS = ("--shard-tokens", "4000", "--block-bytes", "12000")
 
 
 class KillTrials:
-    """One corpus, the bytes that an undisturbed run makes of it, and any number of disturbed ones."""
+    """A corpus, the output of an undisturbed run, and any number of disturbed runs."""
 
     def __init__(self, work: Path, tokenizer: Path) -> None:
         self.work, self.tokenizer = work, tokenizer
@@ -51,7 +51,7 @@ class KillTrials:
         return [sys.executable, "-m", "data_prep", "prepare", *names, "--workers", str(num_workers), *SMALL_UNITS]
 
     def one(self, rng: random.Random) -> tuple[bool, int, int]:
-        """Kill one run at random moments until one gets through: (same bytes?, kills that hit, shards kept by them)."""
+        """Kill a run at random moments, then let it finish. Returns: same bytes?, kills that hit, shards that these kept."""
         output = self.work / "disturbed"
         shutil.rmtree(output, ignore_errors=True)
         hits = kept = 0
@@ -108,13 +108,13 @@ def swap(root: Path, rng: random.Random) -> Path:
 
 
 def any_file(root: Path, rng: random.Random) -> Path:
-    """A shard nine times out of ten, else one of the records beside them."""
+    """A shard with probability 0.9, otherwise a manifest, `prepare.json` or journal."""
     shards = sorted(root.glob("*/*.tok"))
     records = [root / "manifest.json", root / "prepare.json", *sorted(root.glob("*/journal.jsonl"))]
     return rng.choice(shards) if rng.random() < 0.9 else rng.choice(records)
 
 
-DAMAGES: dict[str, Callable[[Path, random.Random], Path]] = {
+CORRUPTIONS: dict[str, Callable[[Path, random.Random], Path]] = {
     "bit flip": flip_bit,
     "truncation": cut_off,
     "missing file": remove,
@@ -122,12 +122,12 @@ DAMAGES: dict[str, Callable[[Path, random.Random], Path]] = {
 }
 
 
-def damage_once(finished: Path, work: Path, kind: str, rng: random.Random) -> tuple[bool, bool]:
-    """Damage a copy: (does `verify` name the file?, does opening refuse it, or is no size changed?)."""
-    copy = work / "damaged"
+def corrupt_once(finished: Path, work: Path, kind: str, rng: random.Random) -> tuple[bool, bool]:
+    """Corrupt a copy. Returns: does `verify` name the file?, does opening raise if a size changed?"""
+    copy = work / "corrupt"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(finished, copy)
-    path = DAMAGES[kind](copy, rng)
+    path = CORRUPTIONS[kind](copy, rng)
     is_shard = path.suffix == ".tok"
     size_changed = is_shard and (
         not path.is_file() or path.stat().st_size != (finished / path.relative_to(copy)).stat().st_size
@@ -137,13 +137,13 @@ def damage_once(finished: Path, work: Path, kind: str, rng: random.Random) -> tu
     except DataError as error:
         named = str(path) in str(error)
     if path.name == "prepare.json" and not path.exists():
-        named = True  # shards may be copied without it; it is needed to continue only
+        named = True  # shards may be copied without it; it is only needed to continue
     try:
         ShardSet(copy)
-        refused = False
+        rejected = False
     except DataError:
-        refused = True
-    return named, refused or not size_changed
+        rejected = True
+    return named, rejected or not size_changed
 
 
 def make_tokenizer(work: Path) -> Path:
@@ -154,7 +154,7 @@ def make_tokenizer(work: Path) -> Path:
 
 def main() -> None:
     options = measure.arguments(__doc__).parse_args()
-    num_kills, num_damages = (5, 20) if options.quick else (200, 400)
+    num_kills, num_corruptions = (5, 20) if options.quick else (200, 400)
     rng = random.Random(0)
     rows: list[list[object]] = []
     with tempfile.TemporaryDirectory() as directory:
@@ -164,16 +164,18 @@ def main() -> None:
         rows.append(["kill -9 during prepare, then rerun", num_kills, sum(same for same, _, _ in results)])
         hits, kept = sum(hit for _, hit, _ in results), sum(kept for _, _, kept in results)
         passed: Counter[str] = Counter()
-        refused = 0
-        for number in range(num_damages):
-            kind = list(DAMAGES)[number % len(DAMAGES)]
-            named, opening_ok = damage_once(trials.expected, work, kind, rng)
+        rejected = 0
+        for number in range(num_corruptions):
+            kind = list(CORRUPTIONS)[number % len(CORRUPTIONS)]
+            named, opening_ok = corrupt_once(trials.expected, work, kind, rng)
             passed[kind] += named
-            refused += opening_ok
-        rows += [[f"{kind}: named by verify", num_damages // len(DAMAGES), passed[kind]] for kind in DAMAGES]
-        rows.append(["size changes refused at opening (others need not be)", num_damages, refused])
+            rejected += opening_ok
+        rows += [
+            [f"{kind}: named by verify", num_corruptions // len(CORRUPTIONS), passed[kind]] for kind in CORRUPTIONS
+        ]
+        rows.append(["size changes rejected at opening (others need not be)", num_corruptions, rejected])
     figures = {"rows": rows, "kills_that_hit": hits, "shards_kept_by_killed_runs": kept}
-    measure.publish("Preparation under kills and damage", ["trial", "tried", "passed"], rows, figures, options.json)
+    measure.publish("Preparation under kills and corruption", ["trial", "tried", "passed"], rows, figures, options.json)
     print(f"{hits} kills hit a running process; {kept} finished shards were kept across them.")
 
 

@@ -1,11 +1,11 @@
-"""What a second tokenising process brings, and what the machine itself allows: `prepare` and bare SentencePiece, one and two at a time.
+"""Gain of a second tokenising process: `prepare` and bare SentencePiece, each with one and with two processes.
 
-    python benchmarks/bench_prepare_workers.py            four minutes on two idle cores; give them nothing else to do
+    python benchmarks/bench_prepare_workers.py            four minutes on two idle cores
     python benchmarks/bench_prepare_workers.py --quick    one round on little text
 
-All contenders take turns, several rounds in one run; a ratio is the median of the rounds' own ratios. "steady" is the cost of
-the text after the first copy, so without the start of the processes. Two bare processes beside one are the bound: what they
-lose is lost to memory and shared caches, not to `prepare`.
+All contenders alternate for several rounds in one run. A ratio is the median of the ratios of the rounds. "steady" is the cost of
+the text after the first copy, without the start of the processes. Two bare processes are the upper bound: their loss is caused by
+memory and shared caches and not by `prepare`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ sys.path.insert(0, str(REPO))
 from benchmarks import measure  # noqa: E402
 from benchmarks.bench_prepare import TOKENIZER, Bench, collect_text  # noqa: E402
 
-# Forks NUMBER processes, each on its own core; with "shared" the model is loaded before, with "own" by each of them. Prints for
-# each its wall and CPU seconds of encoding the whole text six times.
+# Forks NUMBER processes, each on its own core; with "shared" the model is loaded before the fork, with "own" by each process.
+# Prints the wall and CPU seconds of each process for encoding the text six times.
 BARE = """
 import os, sys, time, sentencepiece
 model, text, number, kind = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
@@ -51,7 +51,7 @@ for reading, _ in pipes:
 
 
 def bare(model: Path, text: Path, number: int, kind: str) -> tuple[float, float]:
-    """Wall seconds of the slowest and CPU seconds of all processes that encode the text beside each other."""
+    """Wall seconds of the slowest process and CPU seconds of all, for processes that encode the text simultaneously."""
     command = [sys.executable, "-c", BARE, str(model), str(text), str(number), kind]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     wall_and_cpu = [tuple(map(float, line.split())) for line in done.stdout.splitlines()]
@@ -59,7 +59,7 @@ def bare(model: Path, text: Path, number: int, kind: str) -> tuple[float, float]
 
 
 def one_round(bench: Bench, rounds: dict[str, list[float]]) -> None:
-    for size, source in (("whole", bench.plain), ("start", bench.once)):
+    for size, source in (("total", bench.plain), ("start", bench.once)):
         for num_workers in (1, 2):
             cpu, wall = bench.prepare(source, num_workers, one_core=False)
             rounds.setdefault(f"{size} {num_workers} wall", []).append(wall)
@@ -73,8 +73,8 @@ def one_round(bench: Bench, rounds: dict[str, list[float]]) -> None:
 def report(options: argparse.Namespace, rounds: dict[str, list[float]], text_bytes: int, load: float) -> None:
     for number in (1, 2):
         for clock in ("wall", "cpu"):
-            pairs = zip(rounds[f"whole {number} {clock}"], rounds[f"start {number} {clock}"], strict=True)
-            rounds[f"steady {number} {clock}"] = [whole - start for whole, start in pairs]
+            pairs = zip(rounds[f"total {number} {clock}"], rounds[f"start {number} {clock}"], strict=True)
+            rounds[f"steady {number} {clock}"] = [total - start for total, start in pairs]
 
     def row(name: str, above: str, below: str, factor: float = 1.0) -> list[object]:
         values = [factor * a / b for a, b in zip(rounds[above], rounds[below], strict=True)]
@@ -82,20 +82,20 @@ def report(options: argparse.Namespace, rounds: dict[str, list[float]], text_byt
 
     rows = [
         row("prepare, two workers, times one: wall, steady", "steady 1 wall", "steady 2 wall"),
-        row("prepare, two workers, times one: wall, whole process", "whole 1 wall", "whole 2 wall"),
+        row("prepare, two workers, times one: wall, full process", "total 1 wall", "total 2 wall"),
         row("prepare, CPU seconds of two workers, share of one's: steady", "steady 2 cpu", "steady 1 cpu"),
-        row("prepare, CPU seconds of two workers, share of one's: whole process", "whole 2 cpu", "whole 1 cpu"),
+        row("prepare, CPU seconds of two workers, share of one's: full process", "total 2 cpu", "total 1 cpu"),
         row("two bare processes, times one: wall, each its own model", "bare 1 own wall", "bare 2 own wall", 2),
         row("two bare processes, times one: wall, one model shared", "bare 1 own wall", "bare 2 shared wall", 2),
         row("two bare processes, CPU seconds each, share of one's: own model", "bare 2 own cpu", "bare 1 own cpu", 0.5),
         row("two bare processes, CPU seconds each, share of one's: shared", "bare 2 shared cpu", "bare 1 own cpu", 0.5),
     ]
     for number in (1, 2):
-        name = f"prepare, {number} worker{'s' * (number > 1)}, whole process: wall s, CPU s"
-        wall, cpu = (statistics.median(rounds[f"whole {number} {clock}"]) for clock in ("wall", "cpu"))
+        name = f"prepare, {number} worker{'s' * (number > 1)}, full process: wall s, CPU s"
+        wall, cpu = (statistics.median(rounds[f"total {number} {clock}"]) for clock in ("wall", "cpu"))
         rows.append([name, f"{wall:.2f}", f"{cpu:.2f} CPU"])
     rows.append(["load average of the minute before the first round", f"{load:.1f}", ""])
-    title = f"A second tokenising process: {text_bytes / 1e6:.0f} MB of text, {len(rounds['whole 1 wall'])} rounds"
+    title = f"A second tokenising process: {text_bytes / 1e6:.0f} MB of text, {len(rounds['total 1 wall'])} rounds"
     measure.publish(title, ["figure", "median", "rounds"], rows, {"rows": rows, "seconds": rounds}, options.json)
 
 

@@ -1,1 +1,1 @@
-"""Text to memory-mapped token shards. Knows nothing of torch, DeepSpeed or training."""
+"""Text to memory-mapped token shards. Imports neither torch nor DeepSpeed nor the training package."""

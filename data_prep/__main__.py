@@ -41,16 +41,16 @@ RANGES: dict[str, tuple[float, float]] = {
     "min_count": (1, 2**62),
 }
 
-STOPPED = "Stopped. Finished shards are kept; the same command goes on from there."
+STOPPED = "Stopped. Finished shards are kept; the same command continues after them."
 TIME_TO_STOP_S = 5.0
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Ctrl-C ends the command within a few seconds, also where a thread waits for a file that does not come."""
+    """Let Ctrl-C end the command within `TIME_TO_STOP_S`, even if a thread waits for a file that does not arrive."""
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
-        yield  # started in the background with Ctrl-C ignored, or inside another program
+        yield  # Ctrl-C is ignored in the background, or another program handles it
         return
 
     def end() -> None:
@@ -71,17 +71,18 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        if timers and threading.active_count() <= 2:  # nobody is left to wait for
+        if timers and threading.active_count() <= 2:  # no thread is left to wait for
             timers[0].cancel()
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run one verb. Returns the exit code: 0 success, 2 a problem that the user can fix, 130 interrupted."""
     print_bytes_as_they_come()
     parsed = build_parser().parse_args(arguments)
     try:
         with interruptible():
             code = parsed.run(parsed)
-            sys.stdout.flush()  # here, where a reader that has gone is no traceback
+            sys.stdout.flush()  # here, where a closed pipe gives no traceback
             return code
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -94,6 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
     parser = CommandLine(prog="python -m data_prep", description=__doc__)
     add_version(parser)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
@@ -113,93 +115,124 @@ def add_prepare(verb: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="files, directories, or hf:NAME[:CONFIG[:SPLIT]]; read are "
-        ".txt, .jsonl, .ndjson (plain or .xz .gz .zst .bz2), packed .json (JSON lines) and .parquet",
+        help="files, directories, or hf:NAME[:CONFIG[:SPLIT]]. Files of these kinds are read: "
+        ".txt, .jsonl, .ndjson (plain or .xz .gz .zst .bz2), packed .json (JSON lines), .parquet",
     )
     verb.add_argument(
         "--tokenizer", type=Path, required=True, help="SentencePiece .model, tokenizer.json, or a directory with one"
     )
     verb.add_argument("--output", type=output_path, required=True, help="directory of the shards")
     verb.add_argument("--workers", type=int, default=os.cpu_count(), help="tokenising processes (default: all cores)")
-    verb.add_argument("--language", metavar="xx", help="this language alone; also names a file whose name does not")
-    verb.add_argument("--language-map", type=Path, metavar="FILE", help="lines of: PATTERN LANGUAGE ('-': leave out)")
+    verb.add_argument(
+        "--language", metavar="xx", help="prepare only this language; the language of files whose names do not tell it"
+    )
+    verb.add_argument(
+        "--language-map", type=Path, metavar="FILE", help="file with lines of: PATTERN LANGUAGE ('-' leaves files out)"
+    )
     verb.add_argument("--text-field", default="text", help="field of JSON lines and Parquet (default: text)")
     verb.add_argument(
         "--bad-records", choices=["skip", "fail"], default="skip",
-        help="records without text (null, empty, not text, without the field): count and skip them (default), or fail",
+        help="records without text (null, empty, not text, or without the field): count and skip them (default), or fail",
     )  # fmt: skip
     verb.add_argument(
-        "--strict-input", action="store_true", help="fail, before any work, if anything below --input is not taken"
+        "--strict-input", action="store_true", help="fail before any work if a file below --input is left out"
     )
-    verb.add_argument("--redo", nargs="+", default=[], metavar="xx", help="throw these languages away and start again")
     verb.add_argument(
-        "--add", action="store_true", help="take new languages into an output that was begun without them"
+        "--redo",
+        nargs="+",
+        default=[],
+        metavar="xx",
+        help="delete the shards of these languages and prepare them again",
     )
+    verb.add_argument("--add", action="store_true", help="add new languages to an output that was begun without them")
     verb.add_argument("--shard-tokens", type=int, help="size of a shard (default: 2**28 tokens, 1 GiB)")
-    verb.add_argument("--block-bytes", type=int, help="unit of work; shards end at its borders (default: 2**20)")
-    add_cleaning(verb.add_argument_group("cleaning (by default the text stays as it is; all of it is counted)"))
+    verb.add_argument(
+        "--block-bytes", type=int, help="size of a unit of work; a shard ends at the end of one (default: 2**20)"
+    )
+    add_cleaning(verb.add_argument_group("cleaning (by default the text is not changed; every change is counted)"))
     verb.set_defaults(run=run_prepare)
 
 
 def add_cleaning(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--broken-text", choices=["replace", "skip", "fail"], help="lines that are not UTF-8")
+    group.add_argument(
+        "--broken-text",
+        choices=["replace", "skip", "fail"],
+        help="what to do with lines that are not UTF-8 (default: replace)",
+    )
     group.add_argument(
         "--max-broken-lines", type=float, metavar="SHARE",
-        help="of a file's lines; more are refused as another encoding (default: 0.05; 1: never)",
+        help="largest share of a file's lines that may be invalid UTF-8; a file with more is rejected (default: 0.05)",
     )  # fmt: skip
-    group.add_argument("--control-characters", choices=["keep", "remove"])
-    group.add_argument("--script-check", action="store_true", default=None, help="drop lines in a foreign script")
+    group.add_argument("--control-characters", choices=["keep", "remove"], help="default: keep")
+    group.add_argument(
+        "--script-check", action="store_true", default=None, help="drop lines in another script than the language's"
+    )
     group.add_argument("--min-document-chars", type=int, metavar="N", help="drop shorter documents")
     group.add_argument("--max-document-chars", type=int, metavar="N", help="drop longer documents")
-    group.add_argument("--dedup", choices=["none", "documents", "lines"], help="drop exact repetitions")
-    group.add_argument("--dedup-memory-mb", type=int, metavar="MB", help="per language (default: 256)")
+    group.add_argument("--dedup", choices=["none", "documents", "lines"], help="drop exact repetitions (default: none)")
+    group.add_argument(
+        "--dedup-memory-mb", type=int, metavar="MB", help="memory for --dedup, per language (default: 256)"
+    )
 
 
 def add_merge(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("shards", type=Path)
     verb.add_argument(
-        "--from", dest="others", nargs="+", type=Path, default=[], help="take these directories' languages"
+        "--from",
+        dest="others",
+        nargs="+",
+        type=Path,
+        default=[],
+        help="copy the finished languages of these directories",
     )
-    verb.add_argument("--partial", action="store_true", help="do without the languages that are not finished")
+    verb.add_argument("--partial", action="store_true", help="leave out languages that are not finished")
     verb.set_defaults(run=run_merge)
 
 
 def add_stats(verb: argparse.ArgumentParser) -> None:
     verb.description = (
-        "Shares and epochs are of tokens and alpha alone: a recipe's sampling_unit, language_weights, languages and\n"
-        "max_epochs, and the rows held out, are not in them."
+        "Shares and epochs follow from tokens and alpha only. A recipe's sampling_unit, language_weights, languages and\n"
+        "max_epochs, and its held-out rows, are not considered."
     )
     verb.add_argument("shards", type=Path)
     verb.add_argument("--alpha", type=float, default=0.3)
     verb.add_argument("--seq-len", type=int, default=512)
-    verb.add_argument("--samples", type=int, help="rows that a planned run will read, for epochs: steps x global batch")
-    verb.add_argument("--plot", type=Path, metavar="PNG", help="draw shares and epochs")
+    verb.add_argument(
+        "--samples", type=int, help="rows that a planned run reads (steps x global batch), to compute epochs"
+    )
+    verb.add_argument("--plot", type=Path, metavar="PNG", help="write a plot of shares and epochs")
     verb.set_defaults(run=run_stats)
 
 
 def add_trim_vocab(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--tokenizer", type=Path, required=True, help="SentencePiece .model, or a directory with one")
     counted = verb.add_mutually_exclusive_group(required=True)
-    counted.add_argument("--shards", type=Path, help="count pieces in shards made with this tokenizer")
-    counted.add_argument("--input", nargs="+", metavar="PATH", help="or in text, given as to `prepare`")
-    verb.add_argument("--languages", metavar="xx,yy", help="keep what these use (default: all that are there)")
-    verb.add_argument("--min-count", type=int, default=1, metavar="N", help="keep pieces that occur at least so often")
-    verb.add_argument("--coverage", type=float, default=1.0, metavar="SHARE", help="of each language's tokens, by its "
-                      "most frequent pieces (default: 1, every piece that occurs)")  # fmt: skip
+    counted.add_argument("--shards", type=Path, help="count pieces in these shards, made with this tokenizer")
+    counted.add_argument("--input", nargs="+", metavar="PATH", help="count pieces in text, given as for `prepare`")
+    verb.add_argument(
+        "--languages", metavar="xx,yy", help="keep pieces that these languages use (default: all languages)"
+    )
+    verb.add_argument(
+        "--min-count", type=int, default=1, metavar="N", help="keep pieces that occur at least N times (default: 1)"
+    )
+    verb.add_argument("--coverage", type=float, default=1.0, metavar="SHARE", help="keep the most frequent pieces of each language "
+                      "that make up this share of its tokens (default: 1, every piece that occurs)")  # fmt: skip
     verb.add_argument("--output", type=output_path, required=True, help="directory of the vocabulary")
     verb.add_argument("--workers", type=int, default=os.cpu_count(), help="tokenising processes for --input")
-    verb.add_argument("--language-map", type=Path, metavar="FILE", help="lines of: PATTERN LANGUAGE ('-': leave out)")
+    verb.add_argument(
+        "--language-map", type=Path, metavar="FILE", help="file with lines of: PATTERN LANGUAGE ('-' leaves files out)"
+    )
     verb.add_argument("--text-field", default="text", help="field of JSON lines and Parquet (default: text)")
     verb.set_defaults(run=run_trim_vocab)
 
 
 def check_option_ranges(parsed: argparse.Namespace) -> None:
-    """A number that no machine and no corpus has is a slip of the hand, and would end in a traceback or in a full disk."""
+    """Raise `DataError` for a number outside of `RANGES`: a typing error, which would end in a traceback or a full disk."""
     for name, (least, most) in RANGES.items():
         value = getattr(parsed, name, None)
         if value is not None and not least <= value <= most:
-            option, wanted = name.replace("_", "-"), f"at least {least}" if value < least else f"at most {most}"
-            raise DataError(f"--{option} {str(value)[:24]}: {wanted} is needed.")
+            option, bound = name.replace("_", "-"), f"at least {least}" if value < least else f"at most {most}"
+            raise DataError(f"--{option} {str(value)[:24]}: the value must be {bound}.")
 
 
 def run_prepare(parsed: argparse.Namespace) -> int:
@@ -215,7 +248,7 @@ def run_prepare(parsed: argparse.Namespace) -> int:
             "no document would be kept."
         )
     if parsed.max_broken_lines is not None and not 0 <= parsed.max_broken_lines <= 1:
-        raise DataError(f"--max-broken-lines {parsed.max_broken_lines}: a share from 0 to 1 is needed.")
+        raise DataError(f"--max-broken-lines {parsed.max_broken_lines}: the value must be a share from 0 to 1.")
     names = CleanOptions().as_dict()
     cleaning = {name: getattr(parsed, name) for name in names if getattr(parsed, name) is not None}
     config = PrepareConfig(
@@ -235,7 +268,9 @@ def run_prepare(parsed: argparse.Namespace) -> int:
         max_broken_lines=MAX_BROKEN_LINES if parsed.max_broken_lines is None else parsed.max_broken_lines,
     )
     if missing := prepare(config):
-        print(f"{parsed.language} is done; still to be prepared: {', '.join(missing)} (then: merge {parsed.output})")
+        print(
+            f"{parsed.language} is finished; still to be prepared: {', '.join(missing)} (then: merge {parsed.output})"
+        )
     else:
         print(f"shards ready: {parsed.output}")
     return 0
@@ -245,10 +280,10 @@ def run_merge(parsed: argparse.Namespace) -> int:
     from data_prep.manifest import import_languages, unfinished, write_manifest
 
     for other in parsed.others:
-        took, not_there = import_languages(parsed.shards, other), ", ".join(unfinished(other))
+        added, not_finished = import_languages(parsed.shards, other), ", ".join(unfinished(other))
         print(
-            f"{other}: took {', '.join(took) or 'nothing'}"
-            + (f"; not finished there: {not_there}" if not_there else "")
+            f"{other}: added {', '.join(added) or 'nothing'}"
+            + (f"; not finished there: {not_finished}" if not_finished else "")
         )
     left_out = unfinished(parsed.shards)
     write_manifest(parsed.shards, allow_partial=parsed.partial)
@@ -265,12 +300,12 @@ def run_verify(parsed: argparse.Namespace) -> int:
         print(f"error: {problem}", file=sys.stderr)
     if problems:
         names = ShardSet(parsed.shards, check_sizes=False).languages
-        damaged = [name for name in names if any(f"{parsed.shards / name}/" in problem for problem in problems)]
-        redo = " ".join(["--redo", *damaged]) if damaged else "--redo LANGUAGE"
-        print(f"Copy whole files in, or make them again: the command that prepared them with {redo}", file=sys.stderr)
+        corrupt = [name for name in names if any(f"{parsed.shards / name}/" in problem for problem in problems)]
+        redo = " ".join(["--redo", *(corrupt or ["LANGUAGE"])])
+        print(f"Copy valid files in their place, or run the command that prepared them with {redo}", file=sys.stderr)
     elif not problems.unreadable:
         print(quality_table(qualities(ShardSet(parsed.shards))))
-        print(f"{parsed.shards}: all {len(ShardSet(parsed.shards).all_shards())} shards are whole")
+        print(f"{parsed.shards}: all {len(ShardSet(parsed.shards).all_shards())} shards are valid")
     return 2 if problems or problems.unreadable else 0
 
 
@@ -295,7 +330,7 @@ def run_trim_vocab(parsed: argparse.Namespace) -> int:
     from data_prep.vocabulary import TrimOptions, trim_vocabulary, trimming_table
 
     languages = [language for language in (parsed.languages or "").split(",") if language]
-    options = TrimOptions(languages, parsed.min_count, parsed.coverage)  # refused before anything is counted
+    options = TrimOptions(languages, parsed.min_count, parsed.coverage)  # rejects wrong options before counting
     check_option_ranges(parsed)
     tokenizer = SentencePieceTokenizer(parsed.tokenizer)
     check_tokenizer(parsed.tokenizer, tokenizer)
@@ -303,17 +338,17 @@ def run_trim_vocab(parsed: argparse.Namespace) -> int:
         shards = ShardSet(parsed.shards)
         if shards.tokenizer_sha256 != tokenizer.sha256:
             raise DataError(
-                f"{parsed.shards} was not made with the tokenizer {tokenizer.path}, so its ids say nothing about it. "
+                f"{parsed.shards} was not made with the tokenizer {tokenizer.path}, so its ids have other meanings. "
                 "Give the tokenizer that it was made with, or count in text with --input."
             )
-        usage = token_counts_of_shards(shards)
+        counts = token_counts_of_shards(shards)
     else:
         rules = LanguageRules.read(parsed.language_map, None)
         surveyed = survey(parsed.input, rules, ReadOptions(parsed.text_field))
         announce(surveyed, surveyed.sources)
-        usage = token_counts_of_text(surveyed.sources, tokenizer, parsed.workers)
-    options = TrimOptions(languages or sorted(usage.counts), options.min_count, options.coverage)
-    print(trimming_table(trim_vocabulary(tokenizer, usage, options, parsed.output)))
+        counts = token_counts_of_text(surveyed.sources, tokenizer, parsed.workers)
+    options = TrimOptions(languages or sorted(counts.counts), options.min_count, options.coverage)
+    print(trimming_table(trim_vocabulary(tokenizer, counts, options, parsed.output)))
     print(f"vocabulary: {parsed.output}. Prepare shards with it: prepare ... --tokenizer {parsed.output}")
     return 0
 

@@ -1,7 +1,7 @@
-"""Lines on which tokenizers of different make part ways: tried on every tokenizer, whatever its text looks like.
+"""Lines on which different tokenizers give different ids. Every tokenizer is compared with its reference on them.
 
-Left out is that in which SentencePiece and the Hugging Face tokenizer made from the same model are known to differ, although
-the model is the same: `composed` of such a line is a line on which they agree.
+Not included are lines on which SentencePiece and the Hugging Face tokenizer of the same model are known to differ: they agree
+on `composed(line)` instead.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 MOST_TEXTS = 500  # added or special tokens that are tried
 
 LINES = (
-    # ordinary sentences in many scripts: pieces with other ids show at once
+    # ordinary sentences in many scripts: pieces with other ids show immediately
     "All human beings are born free and equal in dignity and rights.",
     "Jeder Mensch ist frei und gleich an Würde und Rechten geboren.",
     "Tous les êtres humains naissent libres et égaux en dignité et en droits: où était l’élève, à côté de Noël?",
@@ -58,26 +58,26 @@ LINES = (
 
 
 def special_lines(special: Iterable[str]) -> list[str]:
-    """Every special token's text inside a line, where it must stay text."""
+    """A line for every special token that holds the token's text, which must be encoded as text."""
     return [f"before {text} after{text}" for text in _some(special)]
 
 
 def added_lines(added: Iterable[str]) -> list[str]:
-    """Every added word as a word, inside a word, in upper case, and alone."""
+    """Lines that hold every added word as a word, inside a word, in upper case, and alone."""
     lines = [line for text in _some(added) for line in (f"before {text} after", f"in{text}side", text.upper(), text)]
     return [stripped for line in lines if (stripped := line.strip())]
 
 
 def _some(texts: Iterable[str]) -> list[str]:
-    """All, or as many of thousands as are enough to see that they are read at all: the same ones every time."""
+    """All texts, or at most `MOST_TEXTS` of them, chosen evenly: enough to see whether added tokens are read."""
     ordered = sorted(texts)
     return ordered[:: -(-len(ordered) // MOST_TEXTS) or 1]
 
 
 def composed(line: str) -> str:
-    """The line with every character that is written as several code points as one, and without U+0085.
+    """The line in normal form NFKC, with a space for U+0085.
 
-    The Hugging Face normaliser looks up what a reader sees as one character, SentencePiece the longest match: letters under
-    two marks (decomposed Vietnamese) and half-width kana with a voicing mark come out differently.
+    The Hugging Face normaliser looks up one grapheme at a time, SentencePiece the longest match. They differ on letters with two
+    marks (decomposed Vietnamese) and on half-width kana with a voicing mark.
     """
     return unicodedata.normalize("NFKC", line).replace("\u0085", " ").strip()

@@ -1,7 +1,7 @@
-"""A stream of text cut into blocks of whole documents, the unit of work of a tokenising process.
+"""A stream of text cut into blocks of complete documents, the unit of work of a tokenising process.
 
-Where it is cut depends on its bytes alone, never on how a reader happened to deliver them: this is half of why the
-shards come out the same for any number of workers and after any interruption.
+In: pieces of text. Out: `Block`s. The cuts depend on the bytes of the text only, not on the sizes of the pieces. So the shards
+are the same for any number of workers and after any interruption.
 """
 
 from __future__ import annotations
@@ -19,47 +19,50 @@ MAX_DOCUMENT_BYTES = 1 << 21  # one line of 2 MiB costs SentencePiece 50 MB of m
 
 @dataclass
 class Block:
-    """Whole documents, with their place in the text stream of their source."""
+    """Complete documents, with their position in the text stream of their source."""
 
     text: bytes
-    end: int  # where it ends, in bytes from the start of the stream
-    digest: str  # xxh3-128 of the stream up to there
-    was_split: bool = False  # it ends inside a document that is too long for one block
+    end: int  # where the block ends, in bytes from the start of the stream
+    digest: str  # XXH3-128 of the stream up to `end`
+    was_split: bool = False  # the block ends inside a document that is too long for one block
 
 
 def cut_blocks(
     chunks: Iterator[bytes], block_bytes: int = BLOCK_BYTES, max_document_bytes: int = MAX_DOCUMENT_BYTES
 ) -> Iterator[Block]:
-    """About 1 MiB each, cut at blank lines; a document over 2 MiB is cut at a line, a line over 2 MiB at a space."""
+    """Blocks of about `block_bytes`, cut at blank lines.
+
+    A document over `max_document_bytes` is cut at the end of a line, a line over `max_document_bytes` at a space.
+    """
     buffer, hasher, end = bytearray(), xxhash.xxh3_128(), 0
-    wanted, exhausted = block_bytes, False
+    target, exhausted = block_bytes, False
     while True:
-        while len(buffer) <= wanted and not exhausted:
+        while len(buffer) <= target and not exhausted:
             chunk = next(chunks, b"")
             exhausted = not chunk
             buffer += chunk
         if not buffer:
             return
         was_split = False
-        if len(buffer) <= wanted:
+        if len(buffer) <= target:
             cut = len(buffer)
         else:
-            cut = _after_last_blank_line(buffer, wanted)
-            if not cut and wanted < max_document_bytes:
-                wanted = max_document_bytes
+            cut = _after_last_blank_line(buffer, target)
+            if not cut and target < max_document_bytes:
+                target = max_document_bytes
                 continue
             if not cut:
-                cut, was_split = _inside_document(buffer, wanted), True
+                cut, was_split = _inside_document(buffer, target), True
         text = bytes(memoryview(buffer)[:cut])
         del buffer[:cut]
         hasher.update(text)
         end += cut
         yield Block(text, end, hasher.hexdigest(), was_split)
-        wanted = block_bytes
+        target = block_bytes
 
 
 def _after_last_blank_line(buffer: bytearray, limit: int) -> int:
-    """Where the text after the last blank line before `limit` starts; 0 if there is none."""
+    """The index after the last blank line before `limit`; 0 if there is none."""
     unix, windows = buffer.rfind(b"\n\n", 0, limit), buffer.rfind(b"\n\r\n", 0, limit)
     if unix < 0 and windows < 0:
         return max((match.end() for match in BLANK_LINE.finditer(bytes(memoryview(buffer)[:limit]))), default=0)
@@ -67,6 +70,7 @@ def _after_last_blank_line(buffer: bytearray, limit: int) -> int:
 
 
 def _inside_document(buffer: bytearray, limit: int) -> int:
+    """The index after a line end or a space in the second half of `buffer[:limit]`; else one between two characters."""
     for separator in (b"\n", b" "):
         found = buffer.rfind(separator, limit // 2, limit)
         if found >= 0:

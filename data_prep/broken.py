@@ -1,7 +1,8 @@
-"""Lines that are not UTF-8, counted while a language is read: a few are normal in web text, many are another encoding.
+"""Counting lines that are not UTF-8 while a language is read. A few are normal in web text; many mean another encoding.
 
-A file is judged when all of it has been read (a large one that is clearly in another encoding sooner), a language at its end.
-What was made of a refused file is taken back, so that the same command works with the converted one.
+In: encoded blocks in order. Out: an `OtherEncoding` error, or a warning at the end of the language. A file is judged at its end,
+or sooner if it is large and clearly in another encoding. The shards made of a rejected file are removed, so that the same
+command works with the converted file.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ ENOUGH_LINES, CLEARLY_BROKEN = 20_000, 0.5  # lines after which more than half b
 
 
 class OtherEncoding(DataError):
-    """A source in another encoding than UTF-8. `source_index`: what came before it in the language stands."""
+    """A source in another encoding than UTF-8. Sources before `source_index` keep their shards."""
 
     def __init__(self, message: str, source_index: int) -> None:
         super().__init__(message)
@@ -26,13 +27,18 @@ class OtherEncoding(DataError):
 
 
 class BrokenLines:
-    """Of one language, fed block by block in order."""
+    """The lines of one language that are not UTF-8.
+
+    Args:
+        sources: the sources of the language, in order.
+        policy: `CleanOptions.broken_text`, for the words of the warning.
+    """
 
     def __init__(self, sources: list[Source], policy: str) -> None:
         self._sources, self._policy = sources, policy
         self._index = -1
-        self._first: tuple[int, int] | None = None  # source and line of the first broken line of this run
-        self._sample: list[bytes] = []  # of the source that is being read
+        self._first: tuple[int, int] | None = None  # source and line number of the first broken line in this run
+        self._sample: list[bytes] = []  # broken lines of the source that is being read
         self._start_source(0)
 
     def _start_source(self, index: int) -> None:
@@ -40,7 +46,18 @@ class BrokenLines:
         self._sample = []
 
     def add(self, index: int, text: bytes, first_line: int, counts: Mapping[str, int], is_end: bool) -> None:
-        """One encoded block of source `index`, which starts in line `first_line` (from 0) of its text."""
+        """Count one encoded block.
+
+        Args:
+            index: the source of the block.
+            text: the text of the block.
+            first_line: number (from 0) of the line of the source in which the block starts.
+            counts: the counts of the encoder.
+            is_end: whether this is the last block of the source.
+
+        Raises:
+            OtherEncoding: too many lines of the source are not UTF-8.
+        """
         if index != self._index:
             self._start_source(index)
         self._read += counts.get("lines_read", 0)
@@ -57,25 +74,31 @@ class BrokenLines:
         limit = self._sources[index].max_broken_lines
         is_clear = self._read >= ENOUGH_LINES and share > max(limit, CLEARLY_BROKEN)
         if self._broken >= MIN_BROKEN and share > limit and (is_end or is_clear):
-            raise OtherEncoding(self._refusal(share, limit), index)
+            raise OtherEncoding(self._too_many(share, limit), index)
 
-    def _refusal(self, share: float, limit: float) -> str:
+    def _too_many(self, share: float, limit: float) -> str:
         source = self._sources[self._index]
         return (
             f"{shown(source.path)}: {self._broken} of {self._read} lines ({share:.0%}) are not UTF-8, the first is line "
             f"{self._first_here}: {self._sample[0].decode('utf-8', 'backslashreplace')[:60]!r}. "
-            f"{source.how_to_convert(self._sample)}. Then run the same command again; nothing of this file was kept. (More "
-            f"than {limit:.0%} of broken lines are taken with --max-broken-lines 1.)"
+            f"{source.how_to_convert(self._sample)}. Then run the same command again; nothing of this file was kept. (To "
+            f"accept more than {limit:.0%} of broken lines: --max-broken-lines 1.)"
         )
 
     def warning(self, counts: Mapping[str, int]) -> str | None:
-        """About the whole language, at its end; `counts` are all of it. Raises where its files are many and each too small to
-        be judged alone."""
+        """The warning about the language, at its end; None if all lines are UTF-8.
+
+        Args:
+            counts: the counts of the complete language.
+
+        Raises:
+            OtherEncoding: too many lines of the language are not UTF-8, in files too small to be judged one by one.
+        """
         broken, read = counts.get("lines_broken", 0), counts.get("lines_read", 0)
         if not broken:
             return None
         share, limit = broken / max(1, read, broken), self._sources[0].max_broken_lines
-        what = "left out" if self._policy == "skip" else "kept with U+FFFD in place of what is broken"
+        what = "left out" if self._policy == "skip" else "kept, with U+FFFD for the invalid bytes"
         where = (
             f", the first in line {self._first[1]} of {shown(self._sources[self._first[0]].path)}"
             if self._first
@@ -84,7 +107,7 @@ class BrokenLines:
         if broken >= MIN_BROKEN and share > limit:
             raise OtherEncoding(
                 f"{broken} of {read} lines ({share:.0%}) are not UTF-8{where}. Convert those files (iconv -f ENCODING -t UTF-8) "
-                "and run the same command again, or take the lines as they are with --max-broken-lines 1.",
+                "and run the same command again, or accept the lines as they are with --max-broken-lines 1.",
                 self._first[0] if self._first else 0,
             )
         return f"{broken} of {read} lines ({share:.2%}) are not UTF-8{where}; they were {what}"

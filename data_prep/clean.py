@@ -1,8 +1,7 @@
-"""What may be done to text before it is encoded. By default nothing: a line stays the line it was.
+"""Cleaning text before it is encoded. By default a line is not changed.
 
-`split_documents` finds lines and documents of a block, `clean` applies the options to it in a worker process. Finding
-duplicates needs memory of what came before and so runs in order, ahead of the workers (`dedup.py`). Whatever is left out or
-changed is counted under a name that ends up in the manifest.
+In: the bytes of a block. Out: lines, the document of each line, and counts of what was left out or changed, which the manifest
+records. This runs in the worker processes. Dropping repetitions needs the text in order and runs before them (`dedup.py`).
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ LEAST_SCRIPT_SHARE = 0.5
 
 @dataclass(frozen=True)
 class CleanOptions:
-    """Part of what makes the bytes of the shards: recorded in the manifest and never mixed."""
+    """Options that decide over the bytes of the shards: the manifest records them, and one output holds one set of them."""
 
     broken_text: str = "replace"  # invalid UTF-8: replace (by U+FFFD) | skip (the line) | fail
     control_characters: str = "keep"  # keep | remove
-    script_check: bool = False  # leave out lines with most letters in another script than the language's
+    script_check: bool = False  # leave out lines whose letters are mostly in another script than the language's
     min_document_chars: int = 0  # shorter documents are left out
     max_document_chars: int = 0  # longer documents are left out; 0: no limit
     dedup: str = "none"  # none | documents | lines: leave out exact repetitions within a language
@@ -38,7 +37,7 @@ class CleanOptions:
 
 
 def split_documents(text: bytes) -> tuple[list[bytes], np.ndarray]:
-    """The non-blank lines of a block without surrounding white space, and the number of each one's document."""
+    """The non-blank lines of a block without surrounding white space, and the document number of each: int64 [lines]."""
     lines = text_lines(text)
     is_text = np.fromiter(map(len, lines), np.int64, len(lines)) > 0
     document = np.cumsum(~is_text)
@@ -48,7 +47,7 @@ def split_documents(text: bytes) -> tuple[list[bytes], np.ndarray]:
 def clean(
     lines: list[bytes], document: np.ndarray, language: str, options: CleanOptions
 ) -> tuple[list[bytes], np.ndarray, Counter[str]]:
-    """Lines and documents that are kept, and counts of what was not."""
+    """The lines that are kept, their document numbers, and counts of what was left out or changed."""
     counts: Counter[str] = Counter()
     lines, keep = _replace_broken(lines, options.broken_text, counts)
     if options.control_characters == "remove":
@@ -69,6 +68,7 @@ def clean(
 
 
 def _replace_broken(lines: list[bytes], policy: str, counts: Counter[str]) -> tuple[list[bytes], np.ndarray]:
+    """The lines with U+FFFD for what is not UTF-8, and whether each line is kept: bool [lines]."""
     keep = np.ones(len(lines), bool)
     try:
         b"\n".join(lines).decode("utf-8")
@@ -90,6 +90,7 @@ def _replace_broken(lines: list[bytes], policy: str, counts: Counter[str]) -> tu
 def _fitting_documents(
     lines: list[bytes], document: np.ndarray, keep: np.ndarray, options: CleanOptions, counts: Counter[str]
 ) -> np.ndarray:
+    """Whether the document of each line is neither too short nor too long: bool [lines]."""
     chars = np.fromiter((len(line.decode("utf-8", "replace")) for line in lines), np.int64, len(lines))
     per_document = np.bincount(document, weights=chars * keep)
     short = per_document < options.min_document_chars

@@ -19,43 +19,35 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
+from data_prep.names import one_line
+from data_prep.unreadable import ADVICE
+
 DISTRIBUTION = "minilmv2-distillation"
 EXIT_USER = 2
 EXIT_INTERRUPTED = 128 + 2  # as a shell has it for SIGINT
 EXIT_NO_READER = 128 + 13  # for SIGPIPE
-# What the machine or its administrator refuses. Others without a file's name (a closed descriptor) are this project's bugs.
+# Errors of the machine, which its administrator can fix. Others without the name of a file (a closed descriptor) are bugs here.
 _OF_THE_MACHINE = {
     errno.ENOENT, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE,
     errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ETIMEDOUT, errno.ECONNREFUSED, errno.EADDRINUSE, errno.ENETUNREACH,
     errno.EHOSTUNREACH, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.ENAMETOOLONG, errno.ELOOP,
 }  # fmt: skip
-_ADVICE = {
-    errno.ENOSPC: "Free space there, or name a directory on another disk",
-    errno.EDQUOT: "Free space within your quota, or name a directory on another disk",
-    errno.EROFS: "Name a directory that can be written to",
-    errno.EACCES: "Change its permissions, or name another",
-    errno.EPERM: "Change its owner or permissions, or name another",
-    errno.EMFILE: "Raise the limit of open files: ulimit -n 65536",
-    errno.ENOENT: "Check the name",
-    errno.EIO: "Look into the system's log; the disk or the network file system may be failing",
-    errno.ESTALE: "Start again once the file system is back",
-}
 
 
 def print_bytes_as_they_come() -> None:
-    """A path may hold bytes that are not UTF-8, and a terminal may know ASCII alone: neither may end a command."""
+    """Escape what stdout and stderr cannot encode: paths that are not UTF-8, and any text on an ASCII terminal."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def paragraph_of(error: BaseException) -> str | None:
-    """One paragraph for what a user or the machine's administrator can fix; None for a bug, which needs its traceback.
+    """One paragraph about an error that the user or the administrator of the machine can fix; None for a bug.
 
-    The last net below every command line. Where the name of the file, key or option is known, the code there says more.
+    This is the last handler of every command. Code that knows the file, key or option raises an error that says more.
     """
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
-        return f"Memory ran out ({_one_line(error) or place_of(error)}). Use smaller sizes, fewer workers, or a larger machine."
+        return f"Memory ran out ({one_line(error)[:600] or place_of(error)}). Use smaller sizes, fewer workers, or a larger machine."
     if isinstance(error, RecursionError):
         return f"A file or value is nested too deeply to be read ({place_of(error)}). Correct or remove it."
     if isinstance(error, UnicodeDecodeError):
@@ -68,33 +60,31 @@ def paragraph_of(error: BaseException) -> str | None:
 
 def _paragraph_of_system(error: OSError) -> str | None:
     if error.errno is None or (error.filename is None and error.errno not in _OF_THE_MACHINE):
-        return _one_line(error) if error.errno is None and error.args else None
+        return one_line(error)[:600] if error.errno is None and error.args else None
     names = " and ".join(str(os.fspath(name)) if not isinstance(name, int) else f"descriptor {name}"
                          for name in (error.filename, error.filename2) if name is not None)  # fmt: skip
     reason = " ".join(str(error.strerror or error).split())
-    advice = _ADVICE.get(error.errno, "Correct that, or name another")
-    return f"{names or 'The system'}: {reason}. {advice}."
+    advice = ADVICE.get(error.errno, "correct that, or name another")
+    return f"{names or 'The system'}: {reason}. {advice[0].upper()}{advice[1:]}."
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """torch has no exception of its own for the CPU's memory, and this package does not import torch."""
+    """Whether torch ran out of memory: it has no exception for the CPU's memory, and this package does not import torch."""
     if not isinstance(error, RuntimeError):
         return False
     return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def place_of(error: BaseException) -> str:
-    """The code that raised it, for a report."""
+    """The function, file and line that raised an error."""
     frames = traceback.extract_tb(error.__traceback__, limit=-1)
-    return f"in {frames[0].name}, {Path(frames[0].filename).name}:{frames[0].lineno}" if frames else "in no known place"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:600]
+    return (
+        f"in {frames[0].name}, {Path(frames[0].filename).name}:{frames[0].lineno}" if frames else "at an unknown place"
+    )
 
 
 def code_without_traceback(error: BaseException) -> int:
-    """Say what the last net knows of an error and give the exit code; raises the error again where it is a bug."""
+    """Print the paragraph about an error and return the exit code. Raises the error again if it is a bug."""
     if isinstance(error, KeyboardInterrupt):
         print("Stopped.", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
@@ -108,22 +98,22 @@ def code_without_traceback(error: BaseException) -> int:
 
 
 def close_unread_output() -> None:
-    """`| head` has gone: what is still in stdout's buffer must not raise a second time when the interpreter ends."""
+    """Redirect stdout after its reader has ended (`| head`), so that its buffer raises no error when the interpreter exits."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def module_command(*words: object) -> str:
-    """`python -m WORDS` to be pasted into a shell: quoted, with the Python that runs this where `python` is another one."""
+    """The shell command `python -m WORDS`, quoted, with the path of this Python if `python` is another one."""
     this, named = Path(sys.executable), shutil.which("python")
-    # Two virtual environments may link to one binary: the directory decides, not where the link leads.
+    # Two virtual environments may link to one binary, so the directories are compared as well.
     is_this = named is not None and Path(named).parent == this.parent and Path(named).resolve() == this.resolve()
     python = this.relative_to(Path.cwd()) if this.is_relative_to(Path.cwd()) else this
     return shlex.join(["python" if is_this else str(python), "-m", *map(str, words)])
 
 
 class CommandLine(argparse.ArgumentParser):
-    """Takes options by their whole names only, and says what is wrong before it says what it would take."""
+    """A parser that accepts options by their full names only, and prints the error before the usage."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **settings})
@@ -139,7 +129,7 @@ def add_version(parser: argparse.ArgumentParser) -> None:
 
 
 class _PrintVersion(argparse.Action):
-    """`action="version"` whose text is made only when the option is given: reading package metadata takes time."""
+    """As `action="version"`, but reads the package metadata only if the option is given, which is slow."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{**settings, "nargs": 0, "default": argparse.SUPPRESS})

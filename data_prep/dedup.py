@@ -1,8 +1,8 @@
-"""Exact repetitions of documents or lines within a language, found in the order of the text with bounded memory.
+"""Dropping exact repetitions of documents or lines within a language, in the order of the text, with bounded memory.
 
-The memory is a table of 64-bit hashes in which a newer hash takes the place of an older one, so nothing new is ever
-dropped (but for a collision of 64 bits) while repetitions far apart may stay. The table follows from the text alone: a
-run that continues feeds it the text it skips.
+In: blocks. Out: the same blocks without repetitions. The memory is a table of 64-bit hashes in which a newer hash replaces an
+older one. So no new text is dropped (unless two hashes of 64 bits collide), and repetitions far apart may stay. The table
+depends on the text only: a run that resumes feeds it the text that it skips.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from data_prep.shards import DataError
 
 
 class Deduplicator:
-    """Blocks in, the same blocks without repetitions out; in the order of the text."""
+    """The units of one language that were seen so far. Blocks must come in the order of the text."""
 
     def __init__(self, options: CleanOptions) -> None:
         self._unit = options.dedup
@@ -28,7 +28,7 @@ class Deduplicator:
                 self._table = np.zeros(max(1, options.dedup_memory_mb * 2**20 // 8), np.uint64)
             except MemoryError:
                 raise DataError(
-                    f"There are no {options.dedup_memory_mb} MB for --dedup-memory-mb. Give less."
+                    f"This machine has no {options.dedup_memory_mb} MB for --dedup-memory-mb. Give less."
                 ) from None
 
     @property
@@ -36,7 +36,7 @@ class Deduplicator:
         return self._unit != "none"
 
     def filter(self, text: bytes) -> tuple[bytes, Counter[str]]:
-        """The text without units seen before, and how many those were."""
+        """The text without units that were seen before, and the number of those."""
         counts: Counter[str] = Counter()
         if not self.is_active:
             return text, counts
@@ -55,9 +55,10 @@ class Deduplicator:
         return b"\n\n".join(kept) + b"\n\n", counts
 
     def _seen_before(self, units: list[bytes]) -> np.ndarray:
+        """Whether each unit is in the table or earlier in `units`: bool [units]. Adds all of them to the table."""
         assert self._table is not None
         hashes = np.fromiter(map(xxhash.xxh3_64_intdigest, units), np.uint64, len(units))
-        hashes = np.maximum(hashes, 1)  # 0 marks a free place
+        hashes = np.maximum(hashes, 1)  # 0 marks a free entry
         _, first = np.unique(hashes, return_index=True)
         again = np.ones(len(units), bool)
         again[first] = False

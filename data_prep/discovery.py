@@ -1,4 +1,7 @@
-"""Which files are the input, and of which language each is: from CC-100's names, a mapping file, or `--language`."""
+"""The input files and the language of each: by a language map, by CC-100's names, or by `--language`.
+
+In: paths, directories and names of datasets. Out: sources by language, and the files that are left out with the reason.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from pathlib import Path
 from data_prep.languages import CC100
 from data_prep.names import shown
 from data_prep.shards import LANGUAGE_PATTERN, DataError
-from data_prep.sources import KNOWN_KINDS, MAX_BROKEN_LINES, HubSource, Source, kind_of
+from data_prep.sources import KNOWN_KINDS, MAX_BROKEN_LINES, HubSource, Source
+from data_prep.unpack import packing_of_name
 from data_prep.walk import LEFT_OUT, NotTaken, walk
 
 IGNORED = "-"
@@ -17,28 +21,38 @@ IGNORED = "-"
 
 @dataclass
 class LanguageRules:
-    """How a file's language is found: first the mapping, then file and folder names, then `language`."""
+    """How the language of a file is found: by the mapping, else by the names of file and folder, else by `language`."""
 
     language: str | None = None
-    mapping: list[tuple[str, str]] = field(default_factory=list)  # pattern for the file name, language or "-"
-    matched: set[str] = field(default_factory=set, compare=False)  # patterns that a file was found for
+    mapping: list[tuple[str, str]] = field(default_factory=list)  # pattern of a file name, and its language or "-"
+    matched: set[str] = field(default_factory=set, compare=False)  # patterns that matched a file
 
     @classmethod
     def read(cls, file: Path | None, language: str | None) -> LanguageRules:
-        """`file` holds lines of `PATTERN LANGUAGE`; the pattern may use * and ?, `-` as language leaves files out."""
+        """The rules of a language map and of `--language`.
+
+        Args:
+            file: lines of `PATTERN LANGUAGE`. A pattern may use * and ?; the language `-` leaves files out.
+            language: the value of `--language`.
+
+        Raises:
+            DataError: the map cannot be read, or a language has no valid name.
+        """
         if language is not None:
             _check_name(language, "--language")
         if file is None:
             return cls(language)
         mapping = []
         try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()  # -sig: Windows' Notepad writes a mark
+            lines = file.read_text(
+                encoding="utf-8-sig"
+            ).splitlines()  # -sig: Notepad on Windows writes a byte order mark
         except OSError as error:
             raise DataError(f"Cannot read the mapping file {shown(file)}: {error.strerror}.") from error
         except UnicodeDecodeError as error:
             raise DataError(
                 f"The mapping file {shown(file)} is not UTF-8 (byte {error.start}). Save it as UTF-8 "
-                "(iconv -f UTF-16 -t UTF-8, where a Windows program wrote it)."
+                "(iconv -f UTF-16 -t UTF-8, if a Windows program wrote it)."
             ) from error
         for number, line in enumerate(lines, start=1):
             words = line.split("#")[0].split()
@@ -52,7 +66,7 @@ class LanguageRules:
         return cls(language, mapping)
 
     def mapped(self, path: Path) -> str | None:
-        """What the mapping says of a file: a language, "-", or nothing."""
+        """The language that the mapping gives to a file, "-" to leave it out, or None."""
         for pattern, language in self.mapping:
             if fnmatch.fnmatchcase(path.name, pattern) or fnmatch.fnmatchcase(str(path), pattern):
                 self.matched.add(pattern)
@@ -60,15 +74,23 @@ class LanguageRules:
         return None
 
     def unmatched(self) -> list[str]:
-        """Patterns that no file was found for."""
+        """Patterns that matched no file."""
         return [pattern for pattern, _ in self.mapping if pattern not in self.matched]
 
     def names(self, path: Path) -> bool:
-        """Whether the mapping speaks of a file."""
+        """Whether the mapping has a pattern for a file."""
         return self.mapped(path) is not None
 
     def language_of(self, path: Path, given_by_name: bool) -> str:
-        """Of one file; `given_by_name`: it was named on the command line, not found in a directory."""
+        """The language of one file, or "-".
+
+        Args:
+            path: the file.
+            given_by_name: whether the file was named on the command line and not found in a directory.
+
+        Raises:
+            DataError: its language cannot be determined.
+        """
         if (language := self.mapped(path)) is not None:
             return language
         for name in (path.name.split(".")[0], path.parent.name):
@@ -85,12 +107,14 @@ class LanguageRules:
 
 def _check_name(language: str, where: str) -> None:
     if not LANGUAGE_PATTERN.fullmatch(language):
-        raise DataError(f"{where}: {language!r} is no language name; use letters, digits, '-' and '_' (en, zh-Hans).")
+        raise DataError(
+            f"{where}: {language!r} is not a language name; use letters, digits, '-' and '_' (en, zh-Hans)."
+        )
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How sources are read; nothing of it is part of what the shards are."""
+    """How sources are read."""
 
     text_field: str = "text"
     bad_records: str = "skip"
@@ -99,20 +123,24 @@ class ReadOptions:
 
 @dataclass
 class Survey:
-    """All input: sources by language, in an order that depends on the names alone, and what is not taken."""
+    """The input: sources by language, in an order that depends on their names only, and the files that are left out."""
 
     sources: dict[str, list[Source]]
     not_taken: list[NotTaken]
-    unmatched: list[str] = field(default_factory=list)  # patterns of the language map that no file was found for
+    unmatched: list[str] = field(default_factory=list)  # patterns of the language map that matched no file
 
 
 def discover(inputs: list[str], rules: LanguageRules, text_field: str = "text") -> dict[str, list[Source]]:
-    """All input by language."""
+    """The sources of the input by language."""
     return survey(inputs, rules, ReadOptions(text_field)).sources
 
 
 def survey(inputs: list[str], rules: LanguageRules, options: ReadOptions) -> Survey:
-    """Looks at everything below the inputs once. Raises `DataError` for what is there twice, and where nothing is taken."""
+    """Read all directories of the input once.
+
+    Raises:
+        DataError: a file is there twice, its language is unknown, or there is no text.
+    """
     found: dict[str, list[Source]] = {}
     files: dict[tuple[int, int], Path] = {}
     not_taken: list[NotTaken] = []
@@ -122,21 +150,21 @@ def survey(inputs: list[str], rules: LanguageRules, options: ReadOptions) -> Sur
             language = _language_of_dataset(given, rules)
             found.setdefault(language, []).append(HubSource(language, Path(given), given, *how))
             continue
-        here, num_taken = walk(given, rules.names, rules.language), 0
+        here, num_accepted = walk(given, rules.names, rules.language), 0
         for file in here.found:
             language = rules.language_of(file.path, file.by_name)
             if language == IGNORED:
                 here.leave(file.path, LEFT_OUT)
                 continue
             if (other := files.setdefault(file.identity, file.path)) is not file.path:
-                raise DataError(_twice(file.path, other))
-            num_taken += 1
+                raise DataError(_given_twice(file.path, other))
+            num_accepted += 1
             found.setdefault(language, []).append(Source(language, file.path, file.name, *how))
         not_taken += here.not_taken
-        if not num_taken and len(inputs) > 1 and Path(given).is_dir():
+        if not num_accepted and len(inputs) > 1 and Path(given).is_dir():
             raise DataError(f"No text in {shown(given)}. {_what_is_there(here.not_taken)}")
-    wanted = found if rules.language is None else found.get(rules.language)
-    if not wanted:
+    selected = found if rules.language is None else found.get(rules.language)
+    if not selected:
         of = f" of language {rules.language}" if rules.language else ""
         there = f"It holds: {', '.join(sorted(found))}." if found else _what_is_there(not_taken)
         raise DataError(f"No text{of} in {', '.join(map(shown, inputs))}. {there}")
@@ -151,27 +179,27 @@ def _language_of_dataset(given: str, rules: LanguageRules) -> str:
     return rules.language
 
 
-def _twice(path: Path, other: Path) -> str:
+def _given_twice(path: Path, other: Path) -> str:
     if path == other:
         return f"{shown(path)} is given twice as input. Give it once."
     return (
-        f"{shown(path)} is the same file as {shown(other)} (by a link, or as two inputs overlap), so its text would be taken "
+        f"{shown(path)} is the same file as {shown(other)} (by a link, or as two inputs overlap), so its text would be read "
         "twice. Give it once, or leave one out with --language-map FILE (a line: PATTERN -)."
     )
 
 
 def _pattern(name: str) -> str:
-    """What a line of the language map may hold: no spaces, and nothing that would mean something else in a pattern."""
+    """A pattern for a language map that matches `name`: without spaces and characters that mean something in a pattern."""
     return "".join(char if char.isprintable() and char not in " #[]*" else "?" for char in name)
 
 
 def _what_is_there(not_taken: list[NotTaken]) -> str:
     looked_for = f"Looked for {KNOWN_KINDS}."
-    return f"{looked_for} What is there was not taken: {'; '.join(summary(not_taken, 3))}." if not_taken else looked_for
+    return f"{looked_for} Left out: {'; '.join(summary(not_taken, 3))}." if not_taken else looked_for
 
 
 def summary(not_taken: list[NotTaken], most_names: int) -> list[str]:
-    """A line per reason: how many, and the first names."""
+    """One line for each reason: the number of files, the reason, and the first names."""
     by_reason: dict[str, list[str]] = {}
     for one in not_taken:
         by_reason.setdefault(one.reason, []).append(shown(one.path))
@@ -182,20 +210,19 @@ def summary(not_taken: list[NotTaken], most_names: int) -> list[str]:
 
 
 def _check_duplicate_inputs(language: str, sources: list[Source]) -> None:
-    """Of one name, or packed in two ways in one directory, as `xz -dk` leaves them."""
+    """Reject two files of one name, and a text that is both packed and unpacked in a directory, as `xz -dk` leaves it."""
     names: dict[str, Path] = {}
     unpacked_names: dict[str, Path] = {}
     for source in sources:
         if source.name in names:
             raise DataError(f"{language}: two input files are named {source.name}. Give them different names.")
         names[source.name] = source.path
-        kind = None if isinstance(source, HubSource) else kind_of(source.path.name, by_name=True)
-        packing = kind[1] if kind else ""
+        packing = "" if isinstance(source, HubSource) else packing_of_name(source.path.name)
         unpacked_name = str(source.path)[: len(str(source.path)) - len(packing)]
         if unpacked_name in unpacked_names:
             raise DataError(
                 f"{language}: {shown(source.path)} and {shown(unpacked_names[unpacked_name])} are by their names the same "
-                "text, packed and unpacked, which would be taken twice. Remove one, or leave one out with --language-map "
+                "text, packed and unpacked, which would be read twice. Remove one, or leave one out with --language-map "
                 f"FILE (a line: {_pattern(source.path.name)} -)."
             )
         unpacked_names[unpacked_name] = source.path

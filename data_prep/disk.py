@@ -1,4 +1,7 @@
-"""How much disk the shards will take, estimated from the start of every file, before anything is written."""
+"""How much disk the shards will need.
+
+In: the sources of a language. Out: bytes, estimated from the start of its largest file before anything is written.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,13 @@ BYTES_PER_TOKEN = 4.05
 
 
 def estimated_bytes(sources: list[Source], tokenizer: Tokenizer) -> int:
-    """Of the shards of one language. Its largest file stands for all of them; damaged files count as they read."""
+    """Estimated size of the shards of one language. All its files are taken to be like the start of the largest one."""
     largest = max(sources, key=lambda source: source.stamp()["bytes"])
     file_bytes = sum(source.stamp()["bytes"] for source in sources)
     try:
         text = _start_of_text(largest.chunks())
     except DataError:
-        return 0  # its own lane will say what is wrong with it
+        return 0  # the language's own job reports what is wrong with it
     read = max(1, min(largest.position, largest.stamp()["bytes"]))
     sample = text[:PROBE_TOKEN_BYTES]
     tokens = len(encode_block(tokenizer, sample, largest.language, CleanOptions()).tokens) / 4
@@ -42,11 +45,11 @@ def _start_of_text(chunks: Iterator[bytes]) -> bytes:
 
 
 def check_free_space(output: Path, needed: int) -> int:
-    """Free bytes at `output`; DataError when they cannot hold what is needed."""
+    """Free bytes at `output`. Raises `DataError` if there are fewer than `needed`."""
     free = shutil.disk_usage(output).free
     if needed > free:
         raise DataError(
-            f"{output} has {free / 1e9:.2f} GB free; the shards still to be made need about {needed / 1e9:.2f} GB. Make "
-            "room, choose another --output, or prepare fewer languages (--language xx)."
+            f"{output} has {free / 1e9:.2f} GB free; the shards still to be made need about {needed / 1e9:.2f} GB. Free some "
+            "space, choose another --output, or prepare fewer languages (--language xx)."
         )
     return free

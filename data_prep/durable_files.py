@@ -1,6 +1,6 @@
-"""Files that are replaced as a whole, and names that no other process uses.
+"""Replacing files atomically, and names that no other process uses.
 
-In: a path and its new content. Out: the old content or the new one, after a kill or a power failure at any moment.
+In: a path and its new content. Out: a file with the old content or the new content, also after a kill or a power failure.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 
 
 def unique_name(path: Path, suffix: str) -> Path:
-    """A name beside `path` that no other process uses: it holds host, process and random digits."""
+    """A name in the directory of `path` that no other process uses: it holds host, process id and random digits."""
     host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:40]
     return path.with_name(f".{path.name}.{host}-{os.getpid()}-{secrets.token_hex(4)}{suffix}")
 
 
 def leftovers(path: Path, suffix: str) -> list[Path]:
-    """What earlier owners of `path` left under a unique name. All of them are dead: only the owner may call this."""
+    """Unique names that earlier owners of `path` left. Only the present owner may call this: the earlier ones are dead."""
     pattern = re.compile(rf"\.{re.escape(path.name)}\.[A-Za-z0-9-]+-[0-9]+-[0-9a-f]{{8}}{re.escape(suffix)}")
     return [other for other in path.parent.iterdir() if pattern.fullmatch(other.name)]
 
@@ -34,7 +34,7 @@ def sync(path: Path) -> None:
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Write under a unique name, flush, rename over `path`. Other processes may do the same: the last one stays."""
+    """Write `content` under a unique name, fsync, and rename to `path`. If several processes do so, the last one wins."""
     temporary = unique_name(path, ".tmp")
     try:
         with open(temporary, "wb") as file:

@@ -1,4 +1,7 @@
-"""One block of text to token ids: documents cut into lines, cleaned, encoded. `workers.py` does it in many processes."""
+"""One block of text to token ids: documents are split into lines, cleaned, and encoded.
+
+In: the bytes of a block. Out: ids, lengths of documents, and counts. `workers.py` calls this in many processes.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,15 @@ from data_prep.tokenizer import Tokenizer
 
 @dataclass
 class Encoded:
-    """What one block became."""
+    """The result for one block."""
 
-    tokens: bytes
-    document_lengths: np.ndarray
+    tokens: bytes  # little-endian uint32 ids
+    document_lengths: np.ndarray  # tokens of each document: uint64
     counts: Mapping[str, int]
 
 
 def encode_block(tokenizer: Tokenizer, text: bytes, language: str, options: CleanOptions) -> Encoded:
-    """Ids of every line and its end token; lines and documents without a single piece are left out."""
+    """Ids of every line, each followed by the end token. Lines and documents without a single piece are left out."""
     lines, document_of_line = split_documents(text)
     num_read = len(lines)
     lines, document_of_line, counts = clean(lines, document_of_line, language, options)

@@ -1,8 +1,8 @@
-"""Ids in shards must be those of the teacher's tokenizer: lines of every language are encoded both ways and compared.
+"""Comparing the ids of prepare's tokenizer with those of the model's tokenizer (`reference.py`).
 
-In: the tokenizer that prepare opened and sampled lines. Out: how many lines were compared and how many differ, or a `DataError`
-with the first line that differs, its ids and the fix. `prepare` runs it before anything is written; a run compares again
-(`check_again`) where tokenizer or libraries are not the ones that the manifest names.
+In: the tokenizer that prepare opened, and a sample of lines of every language. Out: how many lines were compared and how many
+differ, or a `DataError` with the first line that differs, its ids and the fix. `prepare` compares before anything is written. A
+run compares again (`check_again`) if tokenizer or libraries are not the ones that the manifest names.
 """
 
 from __future__ import annotations
@@ -29,33 +29,44 @@ from data_prep.reference import (
     model_config,
     reference_of,
 )
-from data_prep.shards import BOS_ID, EOS_ID, SENTENCEPIECE_NAMES, UNK_ID, DataError
+from data_prep.shards import BOS_ID, EOS_ID, UNK_ID, DataError
 from data_prep.sources import Source
 from data_prep.tokenizer import FastTokenizer, SentencePieceTokenizer, Tokenizer, open_tokenizer
-from data_prep.tokenizer_files import TOKENIZER_CONFIG_NAME, named_architecture, save_command
+from data_prep.tokenizer_ids import SENTENCEPIECE_NAMES, TOKENIZER_CONFIG_NAME, named_architecture, save_command
 
 RECORD = "ids_compared_with"  # in prepare.json and the manifest
 COMPARED, DIFFERING = "lines_compared", "lines_compared_differing"  # in the counts of a language
-# Of the lines of a language that may differ for no known reason; of real text 0 do, beside .02 to .05 % of near-ties.
-MOST_UNEXPLAINED = 0.01
-FEWEST_UNEXPLAINED = 2  # of a language with few lines
+# Share of a language's lines that may differ for no known reason. Real text has 0, and 0.02 to 0.05 % of near-ties.
+MAX_UNEXPLAINED_SHARE = 0.01
+MAX_UNEXPLAINED_FEW_LINES = 2  # lines, for a language with few of them
 POSITIONS_FROM_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
 SHOWN_IDS = 8
 
 
 @dataclass
 class Comparison:
-    """Of the lines of one language."""
+    """The result for some lines."""
 
     num_lines: int = 0
-    differing: list[tuple[str, list[int], RowOfIds]] = field(default_factory=list)
+    differing: list[tuple[str, list[int], RowOfIds]] = field(default_factory=list)  # line, our ids, the reference's
 
 
 def check_languages(given: Path, tokenizer: Tokenizer, languages: dict[str, list[Source]]) -> dict[str, Counter[str]]:
-    """Compare for every language, in a process of its own; counts per language. Raises `DataError`.
+    """Compare the ids of a sample of lines of every language.
 
-    A process of its own, since transformers brings torch and threads: neither may be in this one when it forks its
-    tokenising processes, nor stay in its memory.
+    This runs in a process of its own, because transformers loads torch and starts threads. This process must have no threads when
+    it forks its tokenising processes, and should not keep torch in memory.
+
+    Args:
+        given: the value of `--tokenizer`.
+        tokenizer: the tokenizer that prepare uses.
+        languages: the sources of each language.
+
+    Returns:
+        For each language, the numbers of lines that were compared and that differ.
+
+    Raises:
+        DataError: ids differ, for a reason other than rounding.
     """
     if not languages:
         return {}
@@ -64,7 +75,7 @@ def check_languages(given: Path, tokenizer: Tokenizer, languages: dict[str, list
 
 
 def check_tokenizer(given: Path, tokenizer: Tokenizer) -> None:
-    """The same without any text: for what is made of a tokenizer alone, as a smaller vocabulary is."""
+    """As `check_languages`, on the fixed lines only: for products of a tokenizer without text, such as a smaller vocabulary."""
     in_child(lambda: _compare_languages(given, tokenizer, {}), f"comparing ids with those of {given}")
 
 
@@ -72,56 +83,66 @@ def _compare_languages(
     given: Path, tokenizer: Tokenizer, languages: dict[str, list[Source]]
 ) -> dict[str, dict[str, int]]:
     with reference_of(given, tokenizer.path) as reference:
-        checked = _Checked(given, tokenizer, reference)
-        checked.rows_and_awkward_lines()
-        return {name: checked.language(name, sample_lines(name, sources)) for name, sources in languages.items()}
+        check = _TokenizerCheck(given, tokenizer, reference)
+        check.rows_and_awkward_lines()
+        return {name: check.language(name, sample_lines(name, sources)) for name, sources in languages.items()}
 
 
 def check_again(manifest: dict[str, Any], given: Path) -> tuple[str, list[str]]:
-    """Before a run: tokenizer `given` has the ids that the shards were made with. What was looked at, and warnings."""
+    """Check before a run that the tokenizer `given` has the ids of the shards.
+
+    Returns:
+        A sentence about what was compared, and warnings.
+
+    Raises:
+        DataError: the ids differ.
+    """
     tokenizer = open_tokenizer(given)
     warnings = []
     if (unknown := tokenizer.special_ids.get("unk")) != manifest["tokenizer"].get("unk"):
         warnings.append(
-            f"the shards were prepared by a version that left out unknown words ({given} gives them the id {unknown}); where "
-            "the text has some, rows differ from what the model reads elsewhere. Prepare them again to have them in"
+            f"the shards were prepared by a version that left out unknown words ({given} gives them the id {unknown}). Rows "
+            "of text with unknown words differ from what the model reads elsewhere. Prepare the shards again to include them"
         )
     if manifest.get(RECORD) == describe_reference(given, tokenizer.path):
         return "ids compared with AutoTokenizer's when the shards were prepared", warnings
     with reference_of(given, tokenizer.path) as reference:
-        num_lines = _Checked(given, tokenizer, reference).rows_and_awkward_lines()
+        num_lines = _TokenizerCheck(given, tokenizer, reference).rows_and_awkward_lines()
     return f"ids compared with AutoTokenizer's on {num_lines} lines", warnings
 
 
-class _Checked:
-    """One tokenizer beside its reference."""
+class _TokenizerCheck:
+    """One tokenizer and its reference."""
 
     def __init__(self, given: Path, tokenizer: Tokenizer, reference: Reference) -> None:
         self._given, self._tokenizer, self._reference = given, tokenizer, reference
         self._is_exact = isinstance(tokenizer, FastTokenizer)  # one library on both sides: no near-ties
 
     def rows_and_awkward_lines(self) -> int:
-        """What every tokenizer is tried on; gives the number of lines."""
+        """Check the special tokens and the fixed lines, without text of a language. Returns the number of lines."""
         self._check_rows()
         comparison = self._compare([*LINES, *added_lines(self._reference.added)])
         if (left := self._less_near_ties(comparison)).differing:
-            raise self._refusal(left, "a line that every tokenizer is tried on")
+            raise self._ids_differ(left, "a line that every tokenizer is checked on")
         self._check_end_ids()
         self._check_special_ids()
         self._check_padding_id()
         return comparison.num_lines
 
     def language(self, name: str, sample: LineSample) -> dict[str, int]:
+        """Compare a sample of one language. Returns the counts for its journal."""
         comparison = self._compare(sample.lines)
         unexplained = self._unexplained(comparison)
-        allowed = 0 if self._is_exact else max(FEWEST_UNEXPLAINED, int(MOST_UNEXPLAINED * comparison.num_lines))
+        allowed = (
+            0 if self._is_exact else max(MAX_UNEXPLAINED_FEW_LINES, int(MAX_UNEXPLAINED_SHARE * comparison.num_lines))
+        )
         if len(unexplained.differing) > allowed:
-            raise self._refusal(unexplained, f"a line of {name}")
+            raise self._ids_differ(unexplained, f"a line of {name}")
         counts = {COMPARED: comparison.num_lines, DIFFERING: len(comparison.differing)}
-        return counts if sample.is_whole else {}  # else counted by the run that has the language's undamaged files
+        return counts if sample.is_complete else {}  # a later run with valid files counts them
 
     def _compare(self, lines: list[str]) -> Comparison:
-        """Lines with a special token's text are compared without it: there the reference gives the token, prepare text."""
+        """Compare lines without the text of special tokens: the reference encodes it as the token, prepare as text."""
         lines = [text for line in lines if (text := _without(line, self._reference.special))]
         comparison = Comparison(num_lines=len(lines))
         for line, ours, row in zip(lines, _ids(self._tokenizer, lines), self._reference.rows(lines), strict=True):
@@ -130,7 +151,7 @@ class _Checked:
         return comparison
 
     def _less_near_ties(self, comparison: Comparison) -> Comparison:
-        """Without lines of which either split is the best one: the two libraries round otherwise."""
+        """Drop lines with two equally good splits: the libraries round differently and choose either one."""
         tokenizer = self._tokenizer
         if not isinstance(tokenizer, SentencePieceTokenizer):
             return comparison
@@ -138,7 +159,7 @@ class _Checked:
         return Comparison(comparison.num_lines, left)
 
     def _unexplained(self, comparison: Comparison) -> Comparison:
-        """Without near-ties and without lines that agree once characters of several code points are composed."""
+        """Drop near-ties, and lines whose `composed` form agrees."""
         left = self._less_near_ties(comparison)
         if self._is_exact or not left.differing:
             return left
@@ -147,7 +168,7 @@ class _Checked:
         return Comparison(left.num_lines, [found for found in left.differing if composed(found[0]) in still])
 
     def _check_rows(self) -> None:
-        """Rows of shards are one token, text, one token: no other kind of tokenizer can be read at all."""
+        """Rows of shards are one token, text, one token. Raise if the reference's rows have another form."""
         row = self._reference.rows(["a line"])[0]
         if (len(row.begin), len(row.end)) != (1, 1):
             raise DataError(
@@ -167,7 +188,7 @@ class _Checked:
             )
 
     def _check_special_ids(self) -> None:
-        """Text that spells a special token is text: its id in the middle of a row would be read as the token."""
+        """Text that spells a special token must be encoded as text: the model would read the token's id as the token."""
         lines = special_lines(self._reference.special)
         not_text = self._reference.special_ids - {self._tokenizer.special_ids.get("unk", UNK_ID)}
         for line, ids in zip(lines, _ids(self._tokenizer, lines), strict=True):
@@ -178,7 +199,7 @@ class _Checked:
                 )
 
     def _check_padding_id(self) -> None:
-        """Where positions are counted from the id of padding, another id there moves every position."""
+        """Some models count positions from the padding id. Another id there would move every position."""
         directory = directory_of(self._given, self._tokenizer.path)
         config = model_config(directory) if directory is not None else {}
         pad_id = config.get("pad_token_id", self._reference.pad_id)
@@ -189,14 +210,14 @@ class _Checked:
                 f'"pad_token_id": {self._reference.pad_id} there, or give the tokenizer that belongs to the model.'
             )
 
-    def _refusal(self, comparison: Comparison, where: str) -> DataError:
+    def _ids_differ(self, comparison: Comparison, where: str) -> DataError:
         line, ours, row = comparison.differing[0]
         pairs = zip(ours, row.ids, strict=False)
         start = next((n for n, (one, other) in enumerate(pairs) if one != other), min(len(ours), len(row.ids)))
         here = slice(start, start + SHOWN_IDS)
         return DataError(
             f"Ids from {self._tokenizer.path} are not those of AutoTokenizer.from_pretrained({str(self._given)!r}) "
-            f"({self._reference.class_name}), with which the model is used: {len(comparison.differing)} of "
+            f"({self._reference.class_name}), which the model is used with: {len(comparison.differing)} of "
             f"{comparison.num_lines} lines differ. The first, {where}: {line[:100]!r} from token {start} on is "
             f"{self._names(ours[here])} in shards and {self._names(row.ids[here])} for the model. "
             f"{self._fix()}"
@@ -210,19 +231,19 @@ class _Checked:
         if directory is None:
             return "Give the directory of the model's tokenizer instead, with its tokenizer_config.json."
         path = self._tokenizer.path
-        family = named_architecture(directory) or ""
-        is_kept = path.name == SENTENCEPIECE_NAMES[0] and family.startswith("XLMRoberta")
+        architecture = named_architecture(directory) or ""
+        is_kept = path.name == SENTENCEPIECE_NAMES[0] and architecture.startswith("XLMRoberta")
         if not self._is_exact and self._reference.num_ids < self._tokenizer.num_pieces // 2:
             config = shlex.quote(json.dumps(XLMR_CONFIG))
             return (
-                f"AutoTokenizer finds no vocabulary of a {family} model there. If the model has XLM-R's tokenizer, say so: "
+                f"AutoTokenizer finds no vocabulary of a {architecture} model there. If the model has XLM-R's tokenizer, name it: "
                 f"echo {config} > {shlex.quote(str(directory / TOKENIZER_CONFIG_NAME))} and run the same command again; "
-                "else copy the model's tokenizer files there."
+                "otherwise copy the model's tokenizer files there."
             )
         command = save_command(directory, path.name if is_kept else None)
         return (
-            f"Where AutoTokenizer is right, let it write a tokenizer.json that has its ids: {command} and run the same "
-            "command again. Where the directory names a wrong class or setting (do_lower_case, say), correct tokenizer_config.json."
+            f"If AutoTokenizer is right, let it write a tokenizer.json that has its ids: {command} and run the same "
+            "command again. If the directory names a wrong class or setting (such as do_lower_case), correct tokenizer_config.json."
         )
 
 

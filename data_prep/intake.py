@@ -1,6 +1,7 @@
-"""What `prepare` says of its input before any work: which files it takes for which language, and which it leaves and why.
+"""Reporting and checking the input of `prepare` before any work.
 
-Also what can be told wrong by then: a `--text-field` that the records do not have, and with `--strict-input` anything that is left.
+In: a `Survey`. Out: lines on standard error about the files of each language and the files that are left out, and errors: a
+`--text-field` that the records do not have, or with `--strict-input` any file that is left out.
 """
 
 from __future__ import annotations
@@ -21,32 +22,34 @@ NOT_TAKEN_NAME = "not_taken.tsv"
 
 
 def announce(survey: Survey, chosen: dict[str, list[Source]]) -> None:
-    """One line per language that is taken, one per reason for what is not; on standard error."""
+    """Print one line for each language, and one for each reason to leave files out."""
     for language, sources in chosen.items():
         names = [shown(source.name) for source in sources[:NAMES_PER_LANGUAGE]]
         more = [f"{len(sources) - len(names)} more"] if len(sources) > len(names) else []
         size = sum(source.stamp()["bytes"] for source in sources)
         print(f"input: {language}: {size:,} bytes in {len(sources)} files: {', '.join(names + more)}", file=sys.stderr)
     for line in summary(survey.not_taken, NAMES_PER_REASON):
-        print(f"warning: not taken: {line}", file=sys.stderr)
+        print(f"warning: left out: {line}", file=sys.stderr)
     for pattern in survey.unmatched:
         print(f"warning: the language map's {pattern!r} matches no file of the input", file=sys.stderr)
 
 
 def check_left_out(survey: Survey) -> None:
-    """`--strict-input`."""
+    """With `--strict-input`: raise `DataError` if a file is left out for a reason that the user may not know."""
     left = [one for one in survey.not_taken if not one.reason.startswith(KNOWN_REASONS)]
     if left:
         raise DataError(
-            f"--strict-input: {len(left)} of what is below the input is not taken: {'; '.join(summary(left, NAMES_PER_REASON))}."
+            f"--strict-input: {len(left)} files below the input are left out: {'; '.join(summary(left, NAMES_PER_REASON))}."
             " Nothing was prepared. Move it away, rename it, leave it out with --language-map FILE (lines of: PATTERN -), or do "
             "without --strict-input."
         )
 
 
 def check_field(output: Path, chosen: dict[str, list[Source]]) -> None:
-    """The first file of records of each language that is still to be made is looked into, before the output is begun with a
-    wrong --text-field."""
+    """Raise `WrongTextField` if the first file of records of a language has no field --text-field.
+
+    This runs before the output is begun, so that a wrong option is not recorded there. Finished languages are not checked.
+    """
     for language, sources in chosen.items():
         first = next((source for source in sources if source.holds_records), None)
         if first is None or Journal.read(output / language).complete:
@@ -56,22 +59,22 @@ def check_field(output: Path, chosen: dict[str, list[Source]]) -> None:
         except WrongTextField:
             raise
         except DataError:
-            continue  # its own lane will say what is wrong with it
+            continue  # the language's own job reports what is wrong with it
 
 
 def write_list(output: Path, survey: Survey) -> None:
-    """All that was not taken, with its reason: `not_taken.tsv`, or no such file where there is nothing."""
+    """Write `not_taken.tsv`: every file that was left out, with the reason. No such file if there are none."""
     path = output / NOT_TAKEN_NAME
     if survey.not_taken:
         lines = (f"{one.reason}\t{shown(one.path)}\n" for one in survey.not_taken)
         replace_file(path, "".join(lines))
-        print(f"not taken: complete list in {shown(path)}", file=sys.stderr)
+        print(f"left out: complete list in {shown(path)}", file=sys.stderr)
     else:
         path.unlink(missing_ok=True)
 
 
 def same_texts(output: Path, languages: list[str]) -> list[str]:
-    """Sources whose text is the same to the byte under different names, in one language or two."""
+    """Warnings about sources of the finished languages that hold the same text under different names."""
     first: dict[tuple[int, str], str] = {}
     found = []
     for language in languages:

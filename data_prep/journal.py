@@ -1,7 +1,7 @@
-"""What a language's preparation has safely done: `LANG/journal.jsonl`, one fsynced line per finished shard.
+"""The progress of one language on disk: `LANG/journal.jsonl`, one fsynced line for each finished shard.
 
-A line stands for everything up to the end of its shard, so a run that was killed continues after the last whole line. The
-manifest is made from these journals alone.
+In: entries. Out: the same entries after a restart. An entry covers all text up to the end of its shard, so a run that was
+killed continues after the last valid entry. The manifest is made from the journals only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 
 import xxhash
 
-from data_prep.ownership import LOCK_NAME, Taken, own
+from data_prep.names import how_to_redo
+from data_prep.ownership import LOCK_NAME, InUseError, own
 from data_prep.shards import DataError, read_again
 
 JOURNAL_NAME = "journal.jsonl"
@@ -24,20 +25,22 @@ JOURNAL_NAME = "journal.jsonl"
 
 @dataclass
 class Entry:
-    """State of a language after one shard. `shard` is None where a last line has only the end to report."""
+    """The state of a language after one shard. `shard` is None in a last entry that only records the end."""
 
     shard: dict[str, Any] | None
     source: int  # index of the source being read
-    text_end: int  # how far its text has been read, in bytes of text
-    text_xxh3_128: str  # of that text
-    finished: list[dict[str, Any]]  # sources read to their end since the entry before: name, stamp, text bytes, hash
+    text_end: int  # bytes of its text up to the end of the shard
+    text_xxh3_128: str  # XXH3-128 of that text
+    finished: list[
+        dict[str, Any]
+    ]  # sources read to their end since the previous entry: name, stamp, text bytes, hashes
     counts: dict[str, int]
     complete: bool = False
 
 
 @dataclass
 class Journal:
-    """The entries on disk, and appending to them."""
+    """The valid entries of a language, in order."""
 
     directory: Path
     entries: list[Entry] = field(default_factory=list)
@@ -60,49 +63,50 @@ class Journal:
 
     @property
     def finished_sources(self) -> list[dict[str, Any]]:
-        """Every source that has been read to its end, in order."""
+        """Records of the sources that have been read to their end, in order."""
         return [source for entry in self.entries for source in entry.finished]
 
     @classmethod
     def read(cls, directory: Path) -> Journal:
-        """Entries that are whole and whose shard is there in full size; what comes after them is to be done again."""
+        """The entries up to the first that is incomplete or whose shard does not have its full size.
+
+        Raises:
+            DataError: an entry is corrupt or was edited.
+        """
         journal = cls(directory)
         try:
             content = read_again(journal.path, journal.path.read_bytes)
-        except OSError:  # missing, or no file
+        except OSError:  # no such file, or a directory in its place
             return journal
         for number, line in enumerate(content.splitlines(keepends=True), start=1):
             if not line.endswith(b"\n"):
-                break  # torn by a kill or a power cut while it was written
+                break  # incomplete: the run was killed while it wrote the line
             digest, _, text = line.rstrip(b"\n").partition(b" ")
             if xxhash.xxh3_64_hexdigest(text).encode() != digest:
-                raise DataError(
-                    f"{journal.path} is damaged in line {number}. Make the language again: the same command with "
-                    f"--redo {directory.name}"
-                )
+                raise DataError(f"{journal.path} is corrupt in line {number}. To {how_to_redo(directory.name)}")
             if (entry := _entry_of(text)) is None:
                 raise DataError(
-                    f"{journal.path} was edited or made by another program: line {number} is no entry of a journal. Make "
-                    f"the language again: the same command with --redo {directory.name}"
+                    f"{journal.path} was edited or made by another program: line {number} is not an entry of a journal. "
+                    f"To {how_to_redo(directory.name)}"
                 )
-            if entry.shard is not None and not _is_whole(directory, entry.shard):
+            if entry.shard is not None and not _has_full_size(directory, entry.shard):
                 break
             journal.entries.append(entry)
         return journal
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the language against a second run; the lock dies with the process."""
+        """Own the language while it is written. The lock ends with the process."""
         try:
             lock = own(self.directory / LOCK_NAME, str(self.directory))
-        except Taken as error:
-            raise Taken(f"Another run is preparing {self.directory} right now: {error}") from None
+        except InUseError as error:
+            raise InUseError(f"Another run is preparing {self.directory} right now: {error}") from None
         with lock:
             self.path.touch()
             yield
 
     def rewind(self) -> None:
-        """Drop from the disk whatever is not covered by `entries`: torn lines, shards in flight, their successors."""
+        """Remove from the disk what `entries` do not cover: incomplete lines, unfinished shards, and later shards."""
         known = {Path(shard["file"]).name for shard in self.shards}
         for path in self.directory.iterdir():
             if path.name.endswith((".tok", ".tmp")) and path.name not in known:
@@ -112,6 +116,7 @@ class Journal:
             os.truncate(self.path, len(text))
 
     def append(self, entry: Entry) -> None:
+        """Add an entry, on disk before this returns."""
         with open(self.path, "ab") as file:
             file.write(_line(entry))
             file.flush()
@@ -120,10 +125,10 @@ class Journal:
 
 
 def _entry_of(text: bytes) -> Entry | None:
-    """None where the hash fits and the content is still none of ours."""
+    """The entry in a line whose hash is right; None if its content is not an entry."""
     try:
         entry = Entry(**json.loads(text))
-        _line(entry)  # half a character (\ud800) could not be written again
+        _line(entry)  # a lone surrogate (\ud800) cannot be written
     except (ValueError, TypeError, RecursionError):
         return None
     numbers: list[Any] = [entry.source, entry.text_end]
@@ -143,12 +148,12 @@ def _is_file_name(name: Any) -> bool:
 
 
 def _line(entry: Entry) -> bytes:
-    """Hash of the rest, a space, the entry as JSON."""
+    """One line: the XXH3-64 of the JSON text, a space, the JSON text."""
     text = json.dumps(asdict(entry), ensure_ascii=False).encode()
     return xxhash.xxh3_64_hexdigest(text).encode() + b" " + text + b"\n"
 
 
-def _is_whole(directory: Path, shard: dict[str, Any]) -> bool:
+def _has_full_size(directory: Path, shard: dict[str, Any]) -> bool:
     path = directory / Path(shard["file"]).name
     try:
         return read_again(path, path.stat).st_size == shard["bytes"]

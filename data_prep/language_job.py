@@ -1,7 +1,7 @@
-"""One language from text to shards: read blocks, have them encoded, write them in order, journal every shard.
+"""One language from text to shards: read blocks, submit them to the workers, write the results in order, journal every shard.
 
-A lane keeps a window of blocks in flight, so that all workers have work while results are written in the order of the
-text. It continues after the journal's last entry, and notices when the text before that point is not what it was.
+In: the sources of a language. Out: its shards and its journal. A job keeps a window of blocks in flight, so that all workers
+have work. It continues after the last entry of the journal, and raises if the text before that point has changed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from data_prep.durable_files import sync
 from data_prep.encode import Encoded
 from data_prep.journal import Entry, Journal
 from data_prep.manifest import read_run
-from data_prep.names import shown
+from data_prep.names import how_to_redo, shown
 from data_prep.quality import warnings_of
 from data_prep.shard_layout import TOKEN_DTYPE, Identity
 from data_prep.shard_writer import ShardWriter
@@ -35,45 +35,47 @@ from data_prep.workers import WorkerDied, WorkerPool
 
 
 class Stopped(Exception):
-    """Another lane met an error that stops the whole run."""
+    """Another job met an error that stops the complete run."""
 
 
 @dataclass
 class LanguageJobSettings:
-    """What all lanes of a run share."""
+    """Settings that all jobs of a run share."""
 
     output: Path
     identity: Identity
     clean: CleanOptions
     shard_tokens: int
     block_bytes: int
-    window: int
-    on_progress: Callable[[str, int, int], None]  # language, bytes of its sources read, new tokens
-    stop: threading.Event
-    compared: Mapping[str, Counter[str]] = field(default_factory=dict)  # lines whose ids were, per language
+    window: int  # blocks in flight
+    on_progress: Callable[[str, int, int], None]  # language, bytes of its sources read so far, new tokens
+    compared: Mapping[str, Counter[str]]  # counts of the lines whose ids were compared, by language
+    stop: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass
 class _InFlight:
-    """A block on its way through the workers, and where the source stood after it."""
+    """A block that the workers are encoding, and the position of its source after it."""
 
     block: Block
     source: int
-    finished: dict[str, Any] | None  # the source's record, when this is its last block
+    finished: dict[str, Any] | None  # the record of the source, if this is its last block
     counts: Counter[str]
     encoded: Future[Encoded]
-    position: int
+    position: int  # in the bytes of all sources, for progress
     first_line: int  # of the block in the text of its source, from 0
 
 
 class LanguageJob:
+    """The preparation of one language."""
+
     def __init__(self, language: str, sources: list[Source], pool: WorkerPool, settings: LanguageJobSettings) -> None:
-        self.language, self.sources, self._pool, self._settings = language, sources, pool, settings
+        self.language, self.sources, self._pool, self.settings = language, sources, pool, settings
         self.directory = settings.output / language
         self._writer: ShardWriter | None = None
 
     def run(self) -> None:
-        """Bring the language to its end, or raise with every finished shard kept."""
+        """Finish the language. If this raises, every finished shard is kept."""
         self.directory.mkdir(exist_ok=True)
         journal = Journal(self.directory)
         with journal.locked():
@@ -83,30 +85,32 @@ class LanguageJob:
             if journal.complete:
                 return
             journal.rewind()
-            sync(self._settings.output)
+            sync(self.settings.output)
             try:
                 self._continue()
-            except OtherEncoding as error:  # the converted file is another text, which must not be told to --redo
+            except (
+                OtherEncoding
+            ) as error:  # remove its shards: the converted file is another text, and must not need --redo
                 self._truncate_to_journal(error.source_index)
                 raise
 
     def _check_same_options(self) -> None:
-        """A run with other options may have begun the directory anew before this one had its first language."""
-        if read_run(self._settings.output)["options_xxh3_128"] != self._settings.identity.options_xxh3_128:
+        """Raise if a run with other options has begun the output again before this run locked its first language."""
+        if read_run(self.settings.output)["options_xxh3_128"] != self.settings.identity.options_xxh3_128:
             raise DataError(
-                f"{self._settings.output} has been begun anew with other options meanwhile. Nothing was written."
+                f"{self.settings.output} has meanwhile been begun again with other options. Nothing was written."
             )
 
     def _truncate_to_journal(self, source: int) -> None:
-        """Every shard that holds text of this source or a later one."""
+        """Remove every shard that holds text of the source with this index or of a later one."""
         self._journal.entries = [entry for entry in self._journal.entries if entry.source < source]
         self._journal.rewind()
 
     def _continue(self) -> None:
         last = self._journal.last
         self._counts: Counter[str] = Counter(last.counts if last else {})
-        self._broken = BrokenLines(self.sources, self._settings.clean.broken_text)
-        self._counts |= self._settings.compared.get(self.language, Counter())
+        self._broken = BrokenLines(self.sources, self.settings.clean.broken_text)
+        self._counts |= self.settings.compared.get(self.language, Counter())
         self._num_finished = len(self._journal.finished_sources)
         self._newly_finished: list[dict[str, Any]] = []
         self._place = (last.source, last.text_end, last.text_xxh3_128) if last else (0, 0, "")
@@ -127,18 +131,18 @@ class LanguageJob:
         try:
             for item in self._submitted_blocks(last):
                 pending.append(item)
-                if len(pending) > self._settings.window:
+                if len(pending) > self.settings.window:
                     self._write(pending.popleft())
         except CorruptSource:
-            while pending:  # which shards stand must not depend on how far the workers were
+            while pending:  # the shards that are kept must not depend on the speed of the workers
                 self._write(pending.popleft())
             raise
         while pending:
             self._write(pending.popleft())
 
     def _submitted_blocks(self, last: Entry | None) -> Iterator[_InFlight]:
-        """Every block that is still to be written, with its encoding under way; a source's last one carries its record."""
-        deduplicator = Deduplicator(self._settings.clean)
+        """Submit every block that is still to be written. The last block of a source carries the record of the source."""
+        deduplicator = Deduplicator(self.settings.clean)
         for index, source in enumerate(self.sources):
             stamp = source.stamp()
             done = index < self._num_finished
@@ -146,8 +150,8 @@ class LanguageJob:
                 continue
             resume_at = last.text_end if last is not None and index == last.source and not done else 0
             held, line, held_line = Block(b"", 0, ""), 0, 0
-            for block in cut_blocks(source.chunks(), self._settings.block_bytes):
-                if self._settings.stop.is_set():
+            for block in cut_blocks(source.chunks(), self.settings.block_bytes):
+                if self.settings.stop.is_set():
                     raise Stopped
                 if done or block.end <= resume_at:
                     deduplicator.filter(block.text)
@@ -169,13 +173,13 @@ class LanguageJob:
                 yield self._submit(held, index, held_line, record, deduplicator)
 
     def _check_resumed(self, source: Source, resume_at: int, held: Block, last: Entry | None) -> None:
-        """The text before the resume point must end in a block there and hash to what it did."""
+        """Raise if the text before the point of resumption has no block that ends there, or another hash."""
         if last is None or held.end > resume_at or not resume_at:
             return
         if (held.end, held.digest) != (resume_at, last.text_xxh3_128):
             raise DataError(
                 f"The first {resume_at} bytes of text of {source.path} are not those that {self.directory} was begun with. "
-                f"Restore the file, or make the language again: the same command with --redo {self.language}"
+                f"Restore the file, or {how_to_redo(self.language)}"
             )
 
     def _submit(
@@ -207,11 +211,11 @@ class LanguageJob:
         if encoded.tokens:
             if self._writer is None:
                 number = len(self._journal.shards)
-                self._writer = ShardWriter(self.directory, self.language, number, self._settings.identity)
+                self._writer = ShardWriter(self.directory, self.language, number, self.settings.identity)
             self._writer.append(encoded.tokens, encoded.document_lengths)
-            if self._writer.num_tokens >= self._settings.shard_tokens:
+            if self._writer.num_tokens >= self.settings.shard_tokens:
                 self._commit(complete=False)
-        self._settings.on_progress(self.language, item.position, len(encoded.tokens) // TOKEN_DTYPE.itemsize)
+        self.settings.on_progress(self.language, item.position, len(encoded.tokens) // TOKEN_DTYPE.itemsize)
 
     def _commit(self, complete: bool) -> None:
         shard = self._writer.finish() if self._writer else None
@@ -231,18 +235,16 @@ class LanguageJob:
         broken = self._broken.warning(self._counts)
         self._commit(complete=True)
         for warning in [*([broken] if broken else []), *warnings_of(self._counts)]:
-            tqdm.write(f"warning: {self.language}: {warning}", file=sys.stderr)  # above the bar, not behind it
+            tqdm.write(f"warning: {self.language}: {warning}", file=sys.stderr)  # tqdm prints it above the progress bar
 
 
 def check_sources(language: str, sources: list[Source], journal: Journal) -> None:
-    """Sources that were read to their end must still be the files they were."""
+    """Raise `DataError` if a source that was read to its end has changed, or if files joined a finished language."""
     finished = journal.finished_sources
-    fix = f"Restore it, or make the language again: the same command with --redo {language}"
+    fix = f"Restore it, or {how_to_redo(language)}"
     if journal.complete and len(sources) > len(finished):
         new = ", ".join(sorted({source.name for source in sources} - {record["name"] for record in finished}))
-        raise DataError(
-            f"it was finished without {new}. To make it again from all files: the same command with --redo {language}"
-        )
+        raise DataError(f"it was finished without {new}. To include all files, {how_to_redo(language)}")
     for number, record in enumerate(finished):
         source = sources[number] if number < len(sources) else None
         if source is None or source.name != record["name"]:

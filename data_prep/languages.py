@@ -1,4 +1,4 @@
-"""Names of languages as CC-100 spells them, and the scripts that each is written in."""
+"""Names of languages as CC-100 spells them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""A few hundred lines of a language to try a tokenizer on: the first ones, random ones, and those with rare characters.
+"""A sample of a language's lines for comparing tokenizers: the first lines, random lines, and lines with rare characters.
 
-In: the language's sources. Out: the same lines at every run, as they depend on the text and the language's name alone.
+In: the sources of the language. Out: at most 300 lines. They depend on the text and the language's name only, so every run
+gets the same ones.
 """
 
 from __future__ import annotations
@@ -26,28 +27,28 @@ class LineSample:
     """Lines of one language, without repetitions."""
 
     lines: list[str]
-    is_whole: bool  # not where a file is damaged: once it is replaced, the sample will be another
+    is_complete: bool  # False if a sampled file is corrupt: the sample changes when the file is replaced
 
 
 def sample_lines(language: str, sources: list[Source]) -> LineSample:
-    """At most three times `LINES_OF_EACH_KIND` lines."""
+    """At most 3 * `LINES_OF_EACH_KIND` different lines."""
     starts = [_first_lines(source) for source in _spread(sources)]
     lines = list(dict.fromkeys(line for start in starts for line in start.lines))
     first = [line for start in starts for line in start.lines[: LINES_OF_EACH_KIND // len(starts)]]
     chosen = random.Random(f"lines of {language}").sample(lines, min(LINES_OF_EACH_KIND, len(lines)))
     chosen = list(dict.fromkeys([*first, *chosen, *_rarest(lines)]))
-    return LineSample(chosen, all(start.is_whole for start in starts))
+    return LineSample(chosen, all(start.is_complete for start in starts))
 
 
 def _spread(sources: list[Source]) -> list[Source]:
-    """The first, the last and some between: files of a language may come from different places."""
+    """The first, the last and evenly spaced sources: files of a language may come from different places."""
     count = min(SAMPLED_SOURCES, len(sources))
     return [sources[number * (len(sources) - 1) // max(count - 1, 1)] for number in range(count)]
 
 
 def _first_lines(source: Source) -> LineSample:
-    """Lines of the start of a file; what is damaged there is for the language's own run to say."""
-    text, is_whole = bytearray(), True
+    """Lines of the start of a file. The language's own job reports a corrupt file."""
+    text, is_complete = bytearray(), True
     if not isinstance(source, HubSource) and not source.path.is_file():
         return LineSample([], True)  # a pipe can be read only once
     chunks: Any = source.chunks()
@@ -59,13 +60,13 @@ def _first_lines(source: Source) -> LineSample:
                     del text[text.rfind(b"\n") + 1 or READ_BYTES :]
                     break
     except (DataError, OSError):
-        is_whole = False
-    # A line that is cut may end inside a character, which is left out.
+        is_complete = False
+    # A truncated line may end inside a character, which is left out.
     lines = [line[:LINE_BYTES].decode("utf-8", "ignore") for line in split_documents(bytes(text))[0]]
-    return LineSample(lines, is_whole)
+    return LineSample(lines, is_complete)
 
 
 def _rarest(lines: list[str]) -> list[str]:
-    """Lines that hold the rarest characters: odd scripts, emoji, capitals with accents, broken text."""
+    """Lines that hold the rarest characters: other scripts, emoji, capitals with accents, invalid UTF-8."""
     counts = Counter(character for line in lines for character in line)
     return sorted(lines, key=lambda line: min(map(counts.__getitem__, line), default=len(lines)))[:LINES_OF_EACH_KIND]

@@ -1,7 +1,7 @@
-"""Where lines of text end, and which of them are blank; the same for a text file, a record and a block on its way to the encoder.
+"""Where lines of text end and which lines are blank. Text files, records and blocks all follow these rules.
 
-A line ends at LF (or CR LF). CR alone ends lines only in a text that has (almost) no LF, as old Macs wrote it; U+2028, U+0085, vertical
-tab and form feed end none: they are counted. A line of white space alone is blank, whichever white space that is.
+A line ends at LF or CR LF. CR alone ends lines only in a text that has almost no LF, as old Macs wrote it. U+2028, U+2029,
+U+0085, vertical tab and form feed end no line. A line that holds only white space of any kind is blank.
 """
 
 from __future__ import annotations
@@ -19,21 +19,20 @@ _BLANK = rb"\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8f\xa8\xa9\xaf]|\xe2\x81
 _BLANK_STARTS = frozenset(b"\xc2\xe1\xe2\xe3\xef")
 _ALL_BLANK = re.compile(rb"(?:[ \t\r\v\f]|" + _BLANK + rb")+")
 BLANK_LINE = re.compile(rb"\n" + _ALL_BLANK.pattern + rb"\n")
-MIN_CR_SHARE = 1 / 4096  # CRs per byte of a long start without LF that make it a text with CR as line end
-
+MIN_CR_SHARE = 1 / 4096  # a text without LF that has more CRs than this per byte has CR as its line end
 CR_PER_LF = 20
 
 
 def text_lines(text: bytes) -> list[bytes]:
-    """Lines without surrounding white space; blank ones are empty."""
-    if BYTE_ORDER_MARK in text:  # at the start of what was once a file of its own
+    """The lines without surrounding white space. Blank lines are empty."""
+    if BYTE_ORDER_MARK in text:  # at the start of a file, or of a part that once was a file
         text = text.removeprefix(BYTE_ORDER_MARK).replace(b"\n" + BYTE_ORDER_MARK, b"\n")
     lines = [line.strip() for line in text.split(b"\n")]
     return [b"" if line and line[0] in _BLANK_STARTS and _ALL_BLANK.fullmatch(line) else line for line in lines]
 
 
 def oddities(text: bytes) -> Counter[str]:
-    """What other programs take for line ends inside lines, and UTF-8 that was taken for another encoding and encoded again."""
+    """Counts of possible line ends inside lines, and of UTF-8 that was mistaken for another encoding and encoded again."""
     lone = text.count(b"\r") and len(re.findall(rb"\r(?!\r*\n)(?!\Z)", text))
     separators, twice = _odd_characters(text)
     return Counter(
@@ -42,9 +41,10 @@ def oddities(text: bytes) -> Counter[str]:
 
 
 def _odd_characters(text: bytes) -> tuple[int, int]:
-    """U+2028, U+2029 and U+0085; "Ã", "Ð", "Ñ" and "â" before what the next byte of a letter becomes when it is encoded again.
+    """Number of U+2028, U+2029 and U+0085, and number of characters that look encoded twice.
 
-    Looking for each of these byte sequences with `count` costs a twelfth of what tokenising does, this a hundredth.
+    A character encoded twice starts with "Ã", "Ð", "Ñ" or "â", followed by the second encoding of a continuation byte.
+    `bytes.count` of each of these sequences costs a twelfth of the time of tokenising; this costs a hundredth.
     """
     padded = np.frombuffer(b"\0\0" + text + b"\0\0", np.uint8)
     c2, e2 = np.flatnonzero(padded == 0xC2), np.flatnonzero(padded == 0xE2)
@@ -58,7 +58,12 @@ def _odd_characters(text: bytes) -> tuple[int, int]:
 
 
 def ends_lines_with_cr(start: bytes, is_all: bool) -> bool:
-    """Whether a text of which this is the start (or all) has CR alone as its line end; a few LFs, at its end say, may be in it."""
+    """Whether CR alone is the line end of a text that starts with `start`. The text may hold a few LFs, for example at its end.
+
+    Args:
+        start: the first bytes of the text.
+        is_all: whether `start` is the complete text.
+    """
     num_lf, num_cr = start.count(b"\n"), start.count(b"\r")
     if not num_cr or num_cr <= CR_PER_LF * num_lf:
         return False
@@ -66,7 +71,7 @@ def ends_lines_with_cr(start: bytes, is_all: bool) -> bool:
 
 
 def with_line_feeds(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """CR and CR LF as LF."""
+    """The same text with LF for CR and CR LF."""
     held = b""
     for chunk in chunks:
         chunk = held + chunk

@@ -1,7 +1,7 @@
-"""What an output directory was begun with (`prepare.json`), and what it holds when it is done (`manifest.json`).
+"""The settings of an output directory (`prepare.json`), and its contents when it is finished (`manifest.json`).
 
-Everything that decides over the bytes of shards is written down before the first shard and compared at every later run,
-so text of another tokenizer or other options cannot be mixed in.
+In: tokenizer, options and journals. Out: the two files. Everything that decides over the bytes of the shards is recorded before
+the first shard and compared at every later run, so that one output holds text of one tokenizer and one set of options.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import xxhash
 from data_prep.blocks import MAX_DOCUMENT_BYTES
 from data_prep.clean import CleanOptions
 from data_prep.command_line import module_command
-from data_prep.durable_files import replace_file, sync
+from data_prep.durable_files import leftovers, replace_file, sync
 from data_prep.journal import JOURNAL_NAME, Journal
+from data_prep.json_files import read_json_object
 from data_prep.merging import copy_language, finished_languages
+from data_prep.names import how_to_redo
 from data_prep.ownership import own_when_free
 from data_prep.shard_layout import FORMAT_NAME, FORMAT_VERSION
-from data_prep.shards import LANGUAGE_PATTERN, MANIFEST_NAME, RUN_NAME, DataError, manifest_digest, read_again
+from data_prep.shards import LANGUAGE_PATTERN, MANIFEST_NAME, RUN_NAME, DataError, manifest_digest
 from data_prep.tokenizer import Tokenizer
 
 LOCK_NAME = "prepare.lock.tmp"
@@ -32,7 +34,7 @@ LOCK_NAME = "prepare.lock.tmp"
 def describe(
     tokenizer: Tokenizer, clean: CleanOptions, shard_tokens: int, block_bytes: int, text_field: str
 ) -> dict[str, Any]:
-    """Everything that decides over the bytes of the shards, beside the text itself."""
+    """Everything except the text that decides over the bytes of the shards."""
     options = {
         "shard_tokens": shard_tokens,
         "block_bytes": block_bytes,
@@ -58,12 +60,12 @@ def describe(
 
 @contextmanager
 def changing(output: Path) -> Iterator[None]:
-    """Alone among the processes that change what the directory is to hold; the tasks of an array begin together."""
+    """Lock the set of languages of an output: the tasks of a Slurm array start together."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         with own_when_free(output / LOCK_NAME, str(output)):
-            for name in (RUN_NAME, MANIFEST_NAME):  # written under this lock alone: of a process that was killed
-                for leftover in output.glob(f"{name}.*.tmp"):
+            for name in (RUN_NAME, MANIFEST_NAME):  # of killed processes: both files are written under this lock only
+                for leftover in leftovers(output / name, ".tmp"):
                     leftover.unlink(missing_ok=True)
             yield
     except OSError as error:
@@ -71,7 +73,14 @@ def changing(output: Path) -> Iterator[None]:
 
 
 def begin_output(output: Path, about: dict[str, Any], languages: list[str], may_add: bool) -> None:
-    """Make the directory, or make sure that it was begun with the same tokenizer, options and languages."""
+    """Create the output, or check that it was begun with the same tokenizer, options and languages.
+
+    Args:
+        output: the directory.
+        about: its settings, from `describe`.
+        languages: the languages of the input.
+        may_add: whether languages may be added to an output that was begun without them.
+    """
     if (
         (output / RUN_NAME).is_file()
         and not _holds_nothing_of(output, about)
@@ -90,12 +99,12 @@ def _begin(output: Path, about: dict[str, Any], languages: list[str], may_add: b
             write_run(output, begun, sorted({*new, *begun["languages"]}))
         return
     if not (output / RUN_NAME).is_file() and {path.name for path in output.iterdir()} - {LOCK_NAME}:
-        raise DataError(f"{output} is not empty and no output of prepare. Give --output a new or empty directory.")
+        raise DataError(f"{output} is not empty and not an output of prepare. Give --output a new or empty directory.")
     write_run(output, about, languages)
 
 
 def _holds_nothing_of(output: Path, about: dict[str, Any]) -> bool:
-    """Whether the directory was begun with other options and has nothing of them: no shard, and no run that makes one."""
+    """Whether the output was begun with other options and holds no shard of them, and no run is making one."""
     begun = read_run(output)
     if begun["options"] == about["options"]:
         return False
@@ -112,24 +121,24 @@ def _holds_nothing_of(output: Path, about: dict[str, Any]) -> bool:
 
 
 def _new_languages(output: Path, about: dict[str, Any], languages: list[str], may_add: bool) -> list[str]:
-    """Languages that the directory was begun without; DataError where they or anything else may not be mixed in."""
+    """Languages that the output was begun without. Raises `DataError` if they or the settings must not be mixed."""
     begun = read_run(output)
     check_same_options(output, begun, about)
     new = sorted(set(languages) - set(begun["languages"]))
     if new and not may_add:
         raise DataError(
             f"{output} was begun with {', '.join(begun['languages'])}; the input now also has {', '.join(new)}. Nothing "
-            "was changed. Add --add to take them in, or give --output a new directory and join the two with "
+            "was changed. Use --add to add them, or give --output a new directory and join the two with "
             f"`{module_command('data_prep', 'merge', output, '--from')} DIRECTORY`."
         )
     return new
 
 
 def read_run(output: Path) -> dict[str, Any]:
-    """`prepare.json` of a directory."""
+    """The content of `prepare.json`. Raises `DataError` if the directory has none or it is not valid."""
     file = output / RUN_NAME
     try:
-        run = json.loads(read_again(file, file.read_bytes).decode())
+        run = read_json_object(file)
         if run["format"] != FORMAT_NAME or run["version"] != FORMAT_VERSION:
             raise DataError(
                 f"{file} is of another format version ({str(run['version'])[:40]}). Give --output a new directory."
@@ -137,27 +146,31 @@ def read_run(output: Path) -> dict[str, Any]:
         if not isinstance(run["languages"], list) or not all(
             isinstance(run[part], dict) for part in ("tokenizer", "options")
         ):
-            raise TypeError("languages is no list, or tokenizer or options no object")
+            raise TypeError("languages is not a list, or tokenizer or options is not an object")
         for language in run["languages"]:
             if not LANGUAGE_PATTERN.fullmatch(language):
                 raise DataError(
                     f"{file} names a language {language[:80]!r}: not a plain name. Do not use this directory."
                 )
-        json.dumps(run, ensure_ascii=False).encode()  # half a character (\ud800) could not be written to the manifest
+        json.dumps(run, ensure_ascii=False).encode()  # a lone surrogate (\ud800) cannot be written to the manifest
         return run
     except FileNotFoundError as error:
-        raise DataError(f"{output} is no output of `python -m data_prep prepare` ({RUN_NAME} is missing).") from error
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(
+            f"{output} is not an output of `python -m data_prep prepare` ({RUN_NAME} is missing)."
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{file} cannot be read ({error}). Give --output a new directory.") from error
 
 
 def write_run(output: Path, about: dict[str, Any], languages: list[str]) -> None:
+    """Write `prepare.json`: the settings, and the languages that must be finished before there is a manifest."""
     replace_file(output / RUN_NAME, json.dumps({**about, "languages": languages}, indent=1) + "\n")
 
 
 def check_same_options(output: Path, begun: dict[str, Any], about: dict[str, Any]) -> None:
+    """Raise `DataError` if tokenizer or options of the two settings differ."""
     for part in ("tokenizer", "options"):
         keys = sorted({*begun[part], *about[part]})
         differing = [
@@ -173,12 +186,12 @@ def check_same_options(output: Path, begun: dict[str, Any], about: dict[str, Any
 
 
 def unfinished(output: Path) -> list[str]:
-    """Languages that the directory was begun with and that are not finished."""
+    """The languages of `prepare.json` that are not finished."""
     return [name for name in read_run(output)["languages"] if not Journal.read(output / name).complete]
 
 
 def finish(output: Path) -> list[str]:
-    """Write `manifest.json` once every language is finished; gives those that are not."""
+    """Write `manifest.json` if every language is finished. Returns the languages that are not."""
     missing = unfinished(output)
     if missing or _has_manifest(output, _manifest_text(output, [])):
         return missing
@@ -190,13 +203,13 @@ def finish(output: Path) -> list[str]:
 
 
 def write_manifest(output: Path, allow_partial: bool = False) -> None:
-    """`manifest.json` from the journals; languages that are not finished stop it unless `allow_partial`."""
+    """Write `manifest.json` from the journals. Unfinished languages are left out with `allow_partial`; else they raise."""
     with changing(output):
         missing = unfinished(output)
         if missing and (not allow_partial or len(missing) == len(read_run(output)["languages"])):
             raise DataError(
                 f"{output}: not finished are {', '.join(missing)}. Run prepare for them, then "
-                f"`{module_command('data_prep', 'merge', output)}` (with --partial to do without them)."
+                f"`{module_command('data_prep', 'merge', output)}` (with --partial to leave them out)."
             )
         text = _manifest_text(output, missing)
         if not _has_manifest(output, text):
@@ -215,7 +228,7 @@ def _has_manifest(output: Path, text: str) -> bool:
 
 
 def make_manifest(output: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of `run["languages"]`, from `prepare.json` and the journals alone."""
+    """The manifest of `run["languages"]`, made from `prepare.json` and the journals."""
     journals = {language: Journal.read(output / language) for language in run["languages"]}
     for language, journal in journals.items():
         if not journal.complete:
@@ -230,8 +243,8 @@ def _checked_entry(language: str, journal: Journal) -> dict[str, Any]:
         return _manifest_entry(journal)
     except (KeyError, IndexError, TypeError) as error:
         raise DataError(
-            f"{journal.path} was edited or made by another program ({type(error).__name__}: {error}). Make the language "
-            f"again: the same command with --redo {language}"
+            f"{journal.path} was edited or made by another program ({type(error).__name__}: {error}). "
+            f"To {how_to_redo(language)}"
         ) from error
 
 
@@ -250,7 +263,7 @@ def _manifest_entry(journal: Journal) -> dict[str, Any]:
 
 
 def _shards_with_ranges(journal: Journal) -> list[dict[str, Any]]:
-    """Each shard with the text it was made from: (source, byte of its text) at either end."""
+    """The shards, each with the start and the end of its text: source name and byte of the source's text."""
     names = [source["name"] for source in journal.finished_sources]
     shards, start = [], [names[0], 0]
     for entry in journal.entries:
@@ -262,14 +275,18 @@ def _shards_with_ranges(journal: Journal) -> list[dict[str, Any]]:
 
 
 def import_languages(output: Path, other: Path) -> list[str]:
-    """Copy (hard-link where possible) the finished languages of another output directory; gives those that were new."""
+    """Copy the finished languages of the output `other` to `output`, as hard links where possible.
+
+    Returns:
+        The languages that `output` did not have.
+    """
     theirs = read_run(other)
-    finished_languages(other, theirs)  # whatever is wrong there is said before anything is made here
+    finished_languages(other, theirs)  # raises before anything is written
     with changing(output):
-        return _import_language(output, other, theirs)
+        return _import_under_lock(output, other, theirs)
 
 
-def _import_language(output: Path, other: Path, theirs: dict[str, Any]) -> list[str]:
+def _import_under_lock(output: Path, other: Path, theirs: dict[str, Any]) -> list[str]:
     if not (output / RUN_NAME).is_file():
         _begin(output, {key: value for key, value in theirs.items() if key != "languages"}, [], may_add=False)
     ours = read_run(output)
@@ -279,7 +296,7 @@ def _import_language(output: Path, other: Path, theirs: dict[str, Any]) -> list[
     differing = [language for language in arrived if not _same_journal(output / language, other / language)]
     if differing:
         raise DataError(
-            f"{', '.join(differing)} is in both {output} and {other}, and not the same. Nothing was copied. To keep those of "
+            f"{', '.join(differing)} is in both {output} and {other}, and differs. Nothing was copied. To keep those of "
             f"{other}: rm -r {shlex.join(str(output / language) for language in differing)}"
         )
     new = [language for language in finished if language not in arrived]
@@ -300,5 +317,5 @@ def _import_language(output: Path, other: Path, theirs: dict[str, Any]) -> list[
 
 
 def _same_journal(one: Path, other: Path) -> bool:
-    """Journals hold the hash of every shard, so the same journal means the same shards."""
+    """Whether two languages have equal journals. Journals hold the hash of every shard, so their shards are equal too."""
     return (one / JOURNAL_NAME).read_bytes() == (other / JOURNAL_NAME).read_bytes()

@@ -1,7 +1,7 @@
-"""Taking a finished language out of another output directory: its journal, the shards that this names, and nothing else.
+"""Copying a finished language from another output directory: its journal and the shards that the journal names.
 
-Another directory may come from anywhere, so nothing is read through a link, and only regular files are opened: a FIFO would
-hang, a device or a link would copy what is not the directory's own.
+In: two directories. Out: the language in the second. The first may come from anywhere, so only regular files are opened and no
+link is followed: a FIFO would hang, and a device or a link could lead outside the directory.
 """
 
 from __future__ import annotations
@@ -20,13 +20,21 @@ from data_prep.shard_layout import HEADER_BYTES, Identity
 from data_prep.shards import MANIFEST_NAME, DataError, Shard, identity_of, read_manifest
 
 NO_HARD_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS, errno.EACCES)
+COPY_AGAIN = "Copy the directory again from the machine that prepared it"
 
 
 def finished_languages(other: Path, run: dict[str, Any]) -> list[str]:
-    """Languages of another directory that can be taken. A `DataError` where it holds links or more than it should, where
-    its manifest is damaged, or where a finished language has lost a shard."""
+    """The finished languages of the output `other`.
+
+    Args:
+        other: the directory.
+        run: the content of its `prepare.json`.
+
+    Raises:
+        DataError: it holds links or other unusual files, its manifest is corrupt, or a finished language lost a shard.
+    """
     if os.path.lexists(other / MANIFEST_NAME):
-        _check_same_kind([other / MANIFEST_NAME])
+        _check_regular_files([other / MANIFEST_NAME])
         read_manifest(other)
     finished = []
     for language in run["languages"]:
@@ -34,24 +42,24 @@ def finished_languages(other: Path, run: dict[str, Any]) -> list[str]:
         if not os.path.lexists(directory):
             continue
         if not stat.S_ISDIR(directory.lstat().st_mode):
-            raise _refusal(directory, "is a link or no directory")
+            raise _not_copied(directory, "is a link or not a directory")
         if os.path.lexists(directory / JOURNAL_NAME):
             files = [path for path in sorted(directory.iterdir()) if path.suffix == ".tok"]
-            _check_same_kind([directory / JOURNAL_NAME, *files])
+            _check_regular_files([directory / JOURNAL_NAME, *files])
         journal = Journal.read(directory)
         if journal.complete:
             check_language(other, language, journal, identity_of({**run, "languages": {}}))
             finished.append(language)
         elif _says_complete(journal.path):
             raise DataError(
-                f"{directory} was finished once, and has lost a shard or a part of one since. Nothing was copied. Copy the "
-                f"directory again from where it was prepared, or make it again with --redo {language}."
+                f"{directory} was finished, and has lost a shard or a part of one since. Nothing was copied. {COPY_AGAIN}, or "
+                f"prepare it again with --redo {language}."
             )
     return finished
 
 
 def _says_complete(journal: Path) -> bool:
-    """What the last line says, whether or not the shards are there."""
+    """Whether the last line of the journal records the end of the language. The shards are not checked."""
     lines = journal.read_bytes().splitlines() if journal.is_file() else []
     try:
         return bool(lines) and json.loads(lines[-1].partition(b" ")[2])["complete"] is True
@@ -60,7 +68,7 @@ def _says_complete(journal: Path) -> bool:
 
 
 def check_language(root: Path, language: str, journal: Journal, identity: Identity) -> None:
-    """Name, size and header of every shard are the language's own; their bytes are `verify`'s."""
+    """Raise `DataError` if the name, size or header of a shard is wrong. `verify` checks all bytes."""
     for number, record in enumerate(journal.shards):
         name = str(record["file"])
         if name != f"{language}/{number:05d}.tok":
@@ -73,13 +81,13 @@ def check_language(root: Path, language: str, journal: Journal, identity: Identi
         with open(shard.path, "rb") as file:
             if file.read(HEADER_BYTES) != shard.expected_header():
                 raise DataError(
-                    f"The header of shard {shard.path} is not the one its journal describes: the file is damaged or was "
-                    "swapped. Nothing was copied. Copy the directory again from where it was prepared."
+                    f"The header of shard {shard.path} is not the one its journal describes: the file is corrupt or was "
+                    f"swapped. Nothing was copied. {COPY_AGAIN}."
                 )
 
 
 def copy_language(source: Path, target: Path, journal: Journal) -> None:
-    """Shards are hard-linked where that is possible; the journal, which may be written to again, never is."""
+    """Copy one language. Shards become hard links where possible; the journal is copied, because it may be written again."""
     if target.is_symlink():
         target.unlink()
     shutil.rmtree(target, ignore_errors=True)
@@ -91,15 +99,15 @@ def copy_language(source: Path, target: Path, journal: Journal) -> None:
     _copy(source / JOURNAL_NAME, target / JOURNAL_NAME)
 
 
-def _check_same_kind(paths: list[Path]) -> None:
+def _check_regular_files(paths: list[Path]) -> None:
     for path in paths:
         if not stat.S_ISREG(path.lstat().st_mode):
-            raise _refusal(path, "is a link or no regular file")
+            raise _not_copied(path, "is a link or not a regular file")
 
 
-def _refusal(path: Path, what: str) -> DataError:
+def _not_copied(path: Path, what: str) -> DataError:
     return DataError(
-        f"{path} {what}: merge copies what is in the directory itself, and nothing through a link. Nothing was copied. Put the "
+        f"{path} {what}: merge copies regular files and follows no link. Nothing was copied. Put the "
         f'file itself in its place, for example: cp --remove-destination "$(readlink -f {shlex.quote(str(path))})" '
         f"{shlex.quote(str(path))}"
     )

@@ -1,7 +1,8 @@
-"""Text that is not UTF-8: which lines are broken, which encoding it most likely has, and the command that converts it.
+"""Text that is not UTF-8: its broken lines, and its most likely encoding.
 
-The guess takes the encodings in which the language used to be written, those that can decode the broken lines, and of these the
-one that gives most letters of the language's script, in lower case. It is printed for the user to check, never applied.
+In: bytes and a language. Out: the name of an encoding, which is printed for the user to check and never applied. Candidates are
+the encodings in which the language used to be written. The guess is the candidate that decodes the broken lines to most letters
+of the language's script, with a preference for lower case.
 """
 
 from __future__ import annotations
@@ -37,12 +38,15 @@ _BOMS = {
     b"\xfe\xff": "UTF-16",
 }
 _WIDE = ("UTF-16LE", "UTF-16BE", "UTF-32LE", "UTF-32BE")
-LEAST_LETTERS_IN_SCRIPT = 0.6  # of what is beyond ASCII; marks and punctuation are the rest
-MIN_ZEROS, MANY_ZEROS = 0.005, 0.2  # share of NUL bytes: Chinese in UTF-16 has its line ends, English every second byte
+LEAST_LETTERS_IN_SCRIPT = 0.6  # of the characters beyond ASCII; the others are marks and punctuation
+MIN_ZEROS, MANY_ZEROS = (
+    0.005,
+    0.2,
+)  # share of NUL bytes: in UTF-16 every second byte of English, and the line ends of Chinese
 
 
 def broken_lines(text: bytes) -> Iterator[tuple[int, bytes]]:
-    """Number (from 0) and bytes of every line that is not UTF-8."""
+    """Number (from 0) and stripped bytes of every line that is not UTF-8."""
     try:
         text.decode("utf-8")
         return
@@ -56,7 +60,7 @@ def broken_lines(text: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def wide_encoding(start: bytes, language: str) -> str | None:
-    """UTF-16 or UTF-32, by the mark at the start of a file, or without one by what its start decodes to."""
+    """UTF-16 or UTF-32, found by a byte order mark, or else by decoding the start of the file; None for other text."""
     for mark, name in _BOMS.items():
         if start.startswith(mark):
             return name
@@ -69,7 +73,7 @@ def wide_encoding(start: bytes, language: str) -> str | None:
 
 
 def likely_encoding(lines: list[bytes], language: str) -> str:
-    """A name that iconv knows; ISO-8859-1, which decodes anything, where nothing fits better."""
+    """The likely encoding of some broken lines, by a name that iconv knows; ISO-8859-1, which decodes anything, by default."""
     by_script = [name for script in scripts_of(language) for name in _BY_SCRIPT.get(script, ())]
     candidates = [*_BY_LANGUAGE.get(language, ()), *by_script]
     scores = {name: _score(lines, name, language) for name in candidates}
@@ -81,8 +85,10 @@ def likely_encoding(lines: list[bytes], language: str) -> str:
 
 
 def _score(lines: list[bytes], encoding: str, language: str) -> float:
-    """Share of letters in the language's script, a little more for lower case (KOI8-R read as CP1251 swaps the cases); -1
-    where the bytes cannot be decoded."""
+    """Share of letters in the language's script, plus a bonus for lower case; -1 if the bytes cannot be decoded.
+
+    The bonus tells KOI8-R from CP1251: reading one as the other swaps the cases.
+    """
     try:
         texts = [line.decode(encoding).replace("\n", " ") for line in lines]
     except UnicodeError:

@@ -1,7 +1,7 @@
-"""What a command may write to, and what it replaces there: never a directory that is somebody else's.
+"""Checking and replacing output directories, without loss of files of the user.
 
-In: the path behind `--output` or `--run-dir` and what the command reads. Out: a `DataError`, or a new directory put in
-the place of an earlier one, with whatever the user has added to that.
+In: the value of `--output` or `--run-dir`, and the inputs of the command. Out: a `DataError`, or a new directory in the place of
+the earlier output, with the files that the user added to it.
 """
 
 from __future__ import annotations
@@ -14,42 +14,56 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from data_prep.durable_files import leftovers, unique_name
-from data_prep.ownership import lock_beside, own
+from data_prep.ownership import own, sibling_lock
 from data_prep.shards import DataError
 
 
 def output_path(text: str) -> Path:
-    """The type of an option that names an output: an empty one, as an unset shell variable gives, is no directory."""
+    """The `type` of an option that names an output. Rejects an empty name, as an unset shell variable gives it."""
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty (an unset variable of the shell?). Name a directory")
     return Path(text)
 
 
 def check_output_place(output: Path, option: str, inputs: Mapping[str, Path]) -> None:
-    """`inputs`: what is read, by what it is called. None of them, nor a directory above one, may be written over."""
+    """Check that an output overwrites neither an input, nor the working directory, nor the home directory, nor a parent of one.
+
+    Args:
+        output: the path to be written.
+        option: the option that named it, for the message.
+        inputs: the paths that the command reads, by description.
+
+    Raises:
+        DataError
+    """
     real, here, home = output.resolve(), Path.cwd().resolve(), Path.home().resolve()
     places = {"the working directory": here, "the home directory": home}
     places |= {f"{name} {path}": path.resolve() for name, path in inputs.items()}
     for name, place in places.items():
         if place.is_relative_to(real):
             what = "is" if place == real else "holds"
-            raise DataError(f"{option} {output} {what} {name}, which is left alone. Name another directory.")
+            raise DataError(f"{option} {output} {what} {name}, which must not be overwritten. Name another directory.")
 
 
 @contextlib.contextmanager
 def replaced_directory(output: Path, products: Sequence[str]) -> Iterator[Path]:
-    """A new directory to be filled, which takes the place of `output` when the block ends without an error.
+    """A new directory, which replaces `output` when the block ends without an error. One process at a time.
 
-    `products`: patterns of the names that an earlier output of this kind holds. They go with it; anything else in it
-    was put there by the user, and stays. One process at a time.
+    Args:
+        output: the directory to be replaced or created.
+        products: patterns of the names that an output of this kind holds. Other files in an earlier output were added by the
+            user and are kept.
+
+    Raises:
+        InUseError: another process is replacing it.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     new, old = unique_name(output, ".tmp"), unique_name(output, ".old")
-    with own(lock_beside(output), f"the output {output}"):
+    with own(sibling_lock(output), f"the output {output}"):
         for leftover in leftovers(output, ".tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
         before = leftovers(output, ".old")
-        if before and not output.exists():  # killed between two renames
+        if before and not output.exists():  # a process was killed between the two renames
             before.pop().rename(output)
         for leftover in before:
             shutil.rmtree(leftover, ignore_errors=True)
@@ -59,14 +73,14 @@ def replaced_directory(output: Path, products: Sequence[str]) -> Iterator[Path]:
             if output.exists():
                 output.rename(old)
             new.rename(output)
-            _keep_what_is_not_ours(old, output, products)
+            _keep_files_of_the_user(old, output, products)
             shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(new, ignore_errors=True)
 
 
-def _keep_what_is_not_ours(old: Path, output: Path, products: Sequence[str]) -> None:
+def _keep_files_of_the_user(old: Path, output: Path, products: Sequence[str]) -> None:
     for path in old.iterdir() if old.is_dir() else ():
-        is_ours = any(fnmatch.fnmatchcase(path.name, product) for product in products)
-        if not is_ours and not (output / path.name).exists():
+        is_product = any(fnmatch.fnmatchcase(path.name, product) for product in products)
+        if not is_product and not (output / path.name).exists():
             path.rename(output / path.name)

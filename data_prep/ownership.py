@@ -1,9 +1,9 @@
 """One writer per directory: a lock file that names its owner, for run, export, evaluation and shard directories.
 
-In: the path of a lock file. Out: `Ownership`, held until `release` or the end of the process; `Taken` names the process
-that has it and since when. The lock is `flock` where the file system has it for all its clients. Elsewhere (NFS without
-locks, Lustre's `localflock`) it is the file itself: its owner touches it every few seconds, and an owner that is dead, or
-has not touched it for a while, loses it. Time is always the file's own, so no clock of any machine matters.
+In: the path of a lock file. Out: an `Ownership`, held until `release` or the end of the process, or an `InUseError` that names
+the owner. The lock is `flock` if the file system shares it between all its clients. Otherwise (NFS without locks, Lustre's
+`localflock`) it is the file itself: its owner touches it every few seconds, and loses it when it is dead or has not touched it
+for `PATIENCE_S`. Ages are differences of the file system's own times, so the clocks of the machines do not matter.
 """
 
 from __future__ import annotations
@@ -26,32 +26,38 @@ from data_prep.durable_files import replace_file, unique_name
 from data_prep.shards import DataError
 
 HEARTBEAT_S = 5.0
-PATIENCE_S = 45.0  # an owner elsewhere that has not touched its file for so long is dead
-SETTLE_S = 1.0  # two that take over a dead owner's file at once: the later one stays, and both look again after this
+PATIENCE_S = 45.0  # an owner on another machine that has not touched its file for this time is considered dead
+RECHECK_S = 1.0  # if two processes take over a dead owner's file, the later one wins; both check after this time
 POLL_S = 0.2
 EXIT_LOST = 2
-_NODE_LOCAL = {"localflock", "nolock", "local_lock=flock", "local_lock=all"}  # mount options: other nodes do not see it
+_NODE_LOCAL = {
+    "localflock",
+    "nolock",
+    "local_lock=flock",
+    "local_lock=all",
+}  # mount options: other nodes do not see the lock
 
 
-class Taken(DataError):
+class InUseError(DataError):
     """Another process owns the directory."""
 
 
 @dataclass
 class Owner:
-    """A process for good: its number, when it started, on which machine, and what it said it does."""
+    """A process, identified uniquely by its number, its start time and its machine."""
 
     host: str
     pid: int
     started: int  # clock ticks since the machine's boot
-    machine: str  # boot and process namespace: where the number means something
+    machine: str  # host, boot and process namespace, within which `pid` is unique
     since: str
-    job: str = ""  # Slurm's number of the job and how often it was requeued
+    job: str = ""  # Slurm's job number and the number of its restarts
     by_flock: bool = True
     token: str = field(default_factory=lambda: secrets.token_hex(8))
 
     @classmethod
     def myself(cls) -> Owner:
+        """This process."""
         job = os.environ.get("SLURM_JOB_ID", "")
         restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
@@ -60,7 +66,7 @@ class Owner:
 
     @classmethod
     def read(cls, path: Path) -> Owner | None:
-        """Whoever the file names; None where it is gone, or empty as between its making and its first line."""
+        """The owner that the file names; None if the file is missing, or empty because it was just created."""
         try:
             text = path.read_bytes().strip(b"\0 \n")
         except FileNotFoundError:
@@ -71,18 +77,19 @@ class Owner:
             return cls(**json.loads(text)["owner"])
         except (ValueError, KeyError, TypeError):
             raise DataError(
-                f"{path} is not a lock of this program. Move it away, or write to another directory."
+                f"{path} is not a lock file of this program. Move it away, or write to another directory."
             ) from None
 
     def text(self) -> bytes:
+        """The content of the lock file."""
         return json.dumps({"owner": vars(self)}).encode() + b"\n"
 
     def is_dead(self) -> bool | None:
-        """True or False where that can be known from here, else None."""
+        """Whether the process has ended; None if this machine cannot tell."""
         job, _, restarts = self.job.rpartition(".")
         mine, _, my_restarts = Owner.myself().job.rpartition(".")
         if job and job == mine and restarts != my_restarts:
-            return True  # Slurm begins a job again only after all of it has ended
+            return True  # Slurm restarts a job only after all its processes have ended
         if self.machine != _machine():
             return None
         return start_ticks(self.pid) != self.started
@@ -92,7 +99,7 @@ class Owner:
 
 
 def start_ticks(pid: int) -> int | None:
-    """When a process started; None where there is none, or only what its parent has not collected yet."""
+    """Start time of a process, in clock ticks since boot; None if there is no such process or it is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -111,7 +118,14 @@ def _machine() -> str:
 
 
 class Ownership:
-    """A lock that this process holds. `on_loss` is called where another process has taken it over meanwhile."""
+    """A lock that this process holds.
+
+    Args:
+        path: the lock file.
+        me: this process.
+        descriptor: the open lock file.
+        on_loss: is called if another process has taken the lock over; by default it ends this process.
+    """
 
     def __init__(self, path: Path, me: Owner, descriptor: int, on_loss: Callable[[Path], None] | None = None) -> None:
         self.path, self._me, self._descriptor = path, me, descriptor
@@ -122,7 +136,7 @@ class Ownership:
         self._thread.start()
 
     def release(self) -> None:
-        """Remove the file and let go. A fork of the owner releases nothing."""
+        """Remove the file and release the lock. A fork of the owner releases nothing."""
         if self._released.is_set() or self._pid != os.getpid():
             return
         self._released.set()
@@ -140,7 +154,7 @@ class Ownership:
 
     def _beat(self) -> None:
         while not self._released.wait(HEARTBEAT_S):
-            with contextlib.suppress(OSError, DataError):  # a file system that is away for a while
+            with contextlib.suppress(OSError, DataError):  # the file system may be unreachable for a while
                 if self._is_mine():
                     os.utime(self.path)
                 elif not self._released.is_set():
@@ -153,9 +167,9 @@ class Ownership:
 
 
 def _end_process(path: Path) -> None:
-    """Two writers must not be: whoever stood still for so long that another took over writes nothing more."""
+    """End this process: another one has taken the directory over, and there must not be two writers."""
     print(
-        f"error: {path} now belongs to another process, which found this one silent for {PATIENCE_S:.0f} s. Ended.",
+        f"error: {path} now belongs to another process, because this one did not touch it for {PATIENCE_S:.0f} s. Stopped.",
         file=sys.stderr,
         flush=True,
     )
@@ -163,11 +177,19 @@ def _end_process(path: Path) -> None:
 
 
 def own(path: Path, what: str) -> Ownership:
-    """Take the lock file `path`, whose directory exists. `what` is what is owned, for the message of `Taken`."""
+    """Acquire a lock.
+
+    Args:
+        path: the lock file. Its directory exists.
+        what: what is owned, for messages.
+
+    Raises:
+        InUseError: another process owns it.
+    """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         has_flock = _flock(descriptor, path, what)
-        if not _is_still(path, descriptor):  # its last holder removed it meanwhile
+        if not _is_same_file(path, descriptor):  # its last owner has removed it meanwhile
             os.close(descriptor)
             descriptor = -1
             return own(path, what)
@@ -175,12 +197,12 @@ def own(path: Path, what: str) -> Ownership:
         me.by_flock = has_flock
         before = Owner.read(path)
         if before is not None and not (has_flock and before.by_flock):
-            _wait_for_the_dead(path, before, what)
+            _wait_until_dead(path, before, what)
         if has_flock:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, me.text(), 0)
         else:
-            _write_and_look_again(path, me, what)
+            _write_and_recheck(path, me, what)
         return Ownership(path, me, descriptor)
     except BaseException:
         if descriptor >= 0:
@@ -189,16 +211,16 @@ def own(path: Path, what: str) -> Ownership:
 
 
 def own_when_free(path: Path, what: str) -> Ownership:
-    """The same, waiting for whoever has it: for what takes a moment."""
+    """As `own`, but wait while another process owns it. For work of a moment."""
     while True:
-        with contextlib.suppress(Taken):
+        with contextlib.suppress(InUseError):
             return own(path, what)
         time.sleep(POLL_S / 4)
 
 
 @contextlib.contextmanager
 def owned_directory(directory: Path, what: str) -> Iterator[None]:
-    """Own `directory`, made if need be, by a file in it; it goes again where it is still empty at the end."""
+    """Own `directory` by a lock file in it. The directory is created if necessary, and removed if it is empty at the end."""
     made = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     try:
@@ -213,31 +235,31 @@ def owned_directory(directory: Path, what: str) -> Iterator[None]:
 LOCK_NAME = ".owner.lock"
 
 
-def lock_beside(path: Path) -> Path:
-    """The lock file of a directory that is replaced as a whole."""
+def sibling_lock(path: Path) -> Path:
+    """The lock file for a path that is itself replaced by renaming, in the directory of that path."""
     path = path.absolute()
     return path.with_name(f".{path.name}.owner.lock")
 
 
 def _flock(descriptor: int, path: Path, what: str) -> bool:
-    """True when the lock is held, False where the file system has none that all its clients see."""
+    """Whether the lock was acquired; False if the file system has no lock that all its clients see."""
     if _is_node_local(path):
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise _taken(what, Owner.read(path)) from None
+        raise _in_use(what, Owner.read(path)) from None
     except OSError:
         return False
     return True
 
 
-def _taken(what: str, owner: Owner | None) -> Taken:
-    return Taken(f"{what} is in use by {owner or 'another process'}. Wait for it, or stop it first.")
+def _in_use(what: str, owner: Owner | None) -> InUseError:
+    return InUseError(f"{what} is in use by {owner or 'another process'}. Wait for it, or stop it first.")
 
 
 def _is_node_local(path: Path) -> bool:
-    """Whether the mount's options keep locks to this node."""
+    """Whether the mount options make locks visible to this node only."""
     try:
         mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
     except OSError:
@@ -252,40 +274,40 @@ def _unescaped(mount_point: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), mount_point)
 
 
-def _is_still(path: Path, descriptor: int) -> bool:
+def _is_same_file(path: Path, descriptor: int) -> bool:
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:
         return False
 
 
-def _wait_for_the_dead(path: Path, owner: Owner, what: str) -> None:
-    """Return when the owner is known to be dead; `Taken` as soon as it is known to live."""
-    dead = owner.is_dead()
-    if dead:
+def _wait_until_dead(path: Path, owner: Owner, what: str) -> None:
+    """Return when the owner is known to be dead. Raise `InUseError` as soon as it is known to be alive."""
+    is_dead = owner.is_dead()
+    if is_dead:
         return
-    if dead is False:
-        raise _taken(what, owner)
+    if is_dead is False:
+        raise _in_use(what, owner)
     if _age_s(path) > PATIENCE_S:
         return
     first, deadline = _touched(path), time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         if _touched(path) != first:
-            raise _taken(what, owner)
+            raise _in_use(what, owner)
         time.sleep(POLL_S)
 
 
 def _touched(path: Path) -> int:
-    """When the file was last touched, asked anew: opening is what makes a network file system look."""
+    """Time of the last touch in ns, or -1 if the file was removed. Opening makes a network file system ask its server."""
     try:
         with open(path, "rb") as file:
             return os.fstat(file.fileno()).st_mtime_ns
-    except FileNotFoundError:  # released
+    except FileNotFoundError:
         return -1
 
 
 def _age_s(path: Path) -> float:
-    """Time since the last touch, both ends by the clock of the file system."""
+    """Seconds since the last touch, by the clock of the file system."""
     probe = unique_name(path, ".probe")
     try:
         probe.touch()
@@ -294,10 +316,10 @@ def _age_s(path: Path) -> float:
         probe.unlink(missing_ok=True)
 
 
-def _write_and_look_again(path: Path, me: Owner, what: str) -> None:
-    """Without flock: the last one to put its name there has it, and the others find that out."""
+def _write_and_recheck(path: Path, me: Owner, what: str) -> None:
+    """Acquire the lock without flock: the last process that writes its name owns it, and the others notice."""
     replace_file(path, me.text())
-    time.sleep(SETTLE_S)
+    time.sleep(RECHECK_S)
     now = Owner.read(path)
     if now is None or now.token != me.token:
-        raise _taken(what, now)
+        raise _in_use(what, now)

@@ -1,8 +1,8 @@
-"""`prepare`: every language of the input to shards, in parallel, resumable, the same bytes for any number of workers.
+"""`prepare`: every language of the input to shards, in parallel and resumable, with the same bytes for any number of workers.
 
     files --Source--> text --cut_blocks--> blocks --WorkerPool--> ids --ShardWriter--> LANG/NNNNN.tok --Journal--> manifest
 
-A lane per language reads, and writes in order; the tokenising processes are shared by the lanes.
+A `LanguageJob` for each language reads its text and writes its shards in order. The jobs share the tokenising processes.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ WORKERS_PER_JOB = 6  # one .xz stream decompresses as fast as 8 to 10 cores toke
 
 @dataclass
 class PrepareConfig:
+    """The options of the command `prepare`; its `--help` describes them."""
+
     inputs: list[str]
     tokenizer: Path
     output: Path
@@ -56,20 +58,27 @@ class PrepareConfig:
     may_add: bool = False
     quiet: bool = False
     strict_input: bool = False
-    bad_records: str = "skip"  # or fail: records without text
+    bad_records: str = "skip"  # records without text: skip | fail
     max_broken_lines: float = MAX_BROKEN_LINES
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What is known of the tokenizer before the first shard."""
+    """The results of the checks before the first shard."""
 
     identity: Identity
-    compared: Mapping[str, Counter[str]]  # per language: lines whose ids were compared just now
+    compared: Mapping[str, Counter[str]]  # by language: counts of the lines whose ids were compared now
 
 
 def prepare(config: PrepareConfig) -> list[str]:
-    """Run to the end. Gives the languages still to be prepared; with none, the manifest has been written."""
+    """Prepare the input.
+
+    Returns:
+        The languages that are still to be prepared. If there are none, the manifest has been written.
+
+    Raises:
+        DataError: the input, the tokenizer or the output is not usable, or a language could not be finished.
+    """
     surveyed = survey(
         config.inputs, config.rules, ReadOptions(config.text_field, config.bad_records, config.max_broken_lines)
     )
@@ -95,7 +104,7 @@ def prepare(config: PrepareConfig) -> list[str]:
     except OSError as error:
         reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
         raise DataError(
-            f"Stopped writing to {config.output}: {reason}. Every finished shard is kept; mend that and run the same "
+            f"Stopped writing to {config.output}: {reason}. Every finished shard is kept. Fix that and run the same "
             "command again."
         ) from error
     if failures:
@@ -106,7 +115,11 @@ def prepare(config: PrepareConfig) -> list[str]:
 
 
 def to_compare(config: PrepareConfig, sources: dict[str, list[Source]]) -> dict[str, list[Source]]:
-    """Languages still to be written whose ids were not compared with the tokenizer's: before their first shard."""
+    """The languages whose ids have not been compared with those of the reference tokenizer."""
+
+    def is_compared(journal: Journal) -> bool:
+        return journal.complete or (journal.last is not None and COMPARED in journal.last.counts)
+
     return {
         name: of_language
         for name, of_language in sources.items()
@@ -114,96 +127,82 @@ def to_compare(config: PrepareConfig, sources: dict[str, list[Source]]) -> dict[
     }
 
 
-def is_compared(journal: Journal) -> bool:
-    return journal.complete or (journal.last is not None and COMPARED in journal.last.counts)
-
-
 def discard(config: PrepareConfig, everything: dict[str, list[Source]]) -> None:
+    """Delete the shards of the languages in `config.redo`."""
     for language in config.redo:
         if language not in everything:
             raise DataError(f"--redo {language}: the input has no such language, only {', '.join(everything)}.")
         directory = config.output / language
         if directory.is_dir():
-            with Journal(directory).locked():  # not under another run that is writing it
+            with Journal(directory).locked():  # raises if another run is writing it
                 (config.output / MANIFEST_NAME).unlink(missing_ok=True)
                 shutil.rmtree(directory, ignore_errors=True)
 
 
 def run_language_jobs(
-    config: PrepareConfig,
-    sources: dict[str, list[Source]],
-    tokenizer: Tokenizer,
-    checked: Checked,
+    config: PrepareConfig, sources: dict[str, list[Source]], tokenizer: Tokenizer, checked: Checked
 ) -> list[str]:
-    """All languages, the largest first; what could not be finished, one sentence per language."""
+    """Run the jobs of all unfinished languages, the largest first, a few at a time, each in a thread.
+
+    Returns:
+        One sentence for each language that could not be finished.
+    """
     failures: list[str] = []
-    todo = [name for name in sources if not finished_already(name, sources[name], config.output, failures)]
-    if not todo:
+    names = [name for name in sources if not finished_already(name, sources[name], config.output, failures)]
+    if not names:
         return failures
-    todo.sort(key=lambda name: (-size_of(sources[name]), name))
-    with WorkerPool(tokenizer, config.clean, config.num_workers) as pool:  # first, as it forks: threads come later
-        needed = sum(still_needed(config.output / name, sources[name], tokenizer) for name in todo)
+    todo = {name: sources[name] for name in sorted(names, key=lambda name: (-size_of(sources[name]), name))}
+    with WorkerPool(tokenizer, config.clean, config.num_workers) as pool:  # before any thread starts, because it forks
+        needed = sum(still_needed(config.output / name, todo[name], tokenizer) for name in todo)
         free = check_free_space(config.output, needed)
-        total = sum(size_of(sources[name]) for name in todo)
-        with closing(Progress(total, needed, free, config.quiet)) as progress:
-            _run_together(config, {name: sources[name] for name in todo}, checked, pool, progress, failures)
+        with closing(Progress(sum(map(size_of, todo.values())), needed, free, config.quiet)) as progress:
+            settings = LanguageJobSettings(
+                output=config.output,
+                identity=checked.identity,
+                clean=config.clean,
+                shard_tokens=config.shard_tokens,
+                block_bytes=config.block_bytes,
+                window=2 * config.num_workers + 2,
+                on_progress=progress.update,
+                compared=checked.compared,
+            )
+            num_threads = min(len(todo), 1 + config.num_workers // WORKERS_PER_JOB)
+            with ThreadPoolExecutor(num_threads, thread_name_prefix="language") as threads:
+                jobs = [
+                    threads.submit(_run_job, LanguageJob(name, todo[name], pool, settings), failures) for name in todo
+                ]
+                try:
+                    for job in jobs:
+                        job.result()
+                finally:
+                    settings.stop.set()
     return sorted(failures)
 
 
-def _run_together(
-    config: PrepareConfig,
-    todo: dict[str, list[Source]],
-    checked: Checked,
-    pool: WorkerPool,
-    progress: Progress,
-    failures: list[str],
-) -> None:
-    """A lane per language, a few at a time; a language that fails leaves the others alone."""
-    window, stop = 2 * config.num_workers + 2, threading.Event()
-    settings = LanguageJobSettings(
-        config.output,
-        checked.identity,
-        config.clean,
-        config.shard_tokens,
-        config.block_bytes,
-        window,
-        progress.update,
-        stop,
-        checked.compared,
-    )
-
-    def run_language_job(language: str) -> None:
-        if stop.is_set():
-            return
-        try:
-            LanguageJob(language, todo[language], pool, settings).run()
-        except WorkerDied:
-            stop.set()
-            raise
-        except DataError as error:
-            failures.append(f"{language}: {error}")
-        except Stopped:
-            return
-        except BaseException:
-            stop.set()
-            raise
-        progress.update(language, size_of(todo[language]), 0)
-
-    lanes = ThreadPoolExecutor(min(len(todo), 1 + config.num_workers // WORKERS_PER_JOB), thread_name_prefix="lane")
+def _run_job(job: LanguageJob, failures: list[str]) -> None:
+    """Run one job. If it fails with a `DataError` of its language, a sentence is added and the other jobs continue."""
+    settings = job.settings
+    if settings.stop.is_set():
+        return
     try:
-        for done in [lanes.submit(run_language_job, language) for language in todo]:
-            done.result()
-    finally:
-        stop.set()
-        lanes.shutdown()
+        job.run()
+    except Stopped:
+        return
+    except BaseException as error:
+        if not isinstance(error, DataError) or isinstance(error, WorkerDied):
+            settings.stop.set()
+            raise
+        failures.append(f"{job.language}: {error}")
+    settings.on_progress(job.language, size_of(job.sources), 0)
 
 
 def size_of(sources: list[Source]) -> int:
+    """Bytes of all files."""
     return sum(source.stamp()["bytes"] for source in sources)
 
 
 def finished_already(language: str, sources: list[Source], output: Path, failures: list[str]) -> bool:
-    """Whether nothing is left to do; a finished language whose input has changed is a failure."""
+    """Whether a language is finished. If its input has changed since, a sentence is added to `failures`."""
     journal = Journal.read(output / language)
     if not journal.complete:
         return False
@@ -215,13 +214,13 @@ def finished_already(language: str, sources: list[Source], output: Path, failure
 
 
 def still_needed(directory: Path, sources: list[Source], tokenizer: Tokenizer) -> int:
-    """Disk for what is left of a language."""
+    """Estimated bytes of the shards that a language still needs."""
     written = sum(shard["bytes"] for shard in Journal.read(directory).shards)
     return max(0, estimated_bytes(sources, tokenizer) - written)
 
 
 class Progress:
-    """A bar over the bytes of the input files: throughput, time left, tokens per second, disk."""
+    """A progress bar over the bytes of the input files, with throughput, time left, tokens per second and disk space."""
 
     def __init__(self, total_bytes: int, needed_bytes: int, free_bytes: int, quiet: bool) -> None:
         self._disk = f"disk {needed_bytes / 1e9:.2f} of {free_bytes / 1e9:.0f} GB free"
@@ -239,6 +238,7 @@ class Progress:
         self._tokens = 0
 
     def update(self, language: str, position: int, num_tokens: int) -> None:
+        """Report the bytes of a language's sources that have been read, and new tokens. Jobs call this from their threads."""
         if self._bar.disable:
             return
         with self._lock:

@@ -1,7 +1,7 @@
-"""How sound the text of each language is: broken lines, `<unk>`, tokens per byte, records without text; and which language is odd.
+"""Quality of the text of each language: broken lines, `<unk>`, tokens per byte, records without text, and unusual languages.
 
-In: counts of a journal or a manifest. Out: figures, and sentences for what a user has to know. A language whose figures are far
-from the others' mostly has text in another encoding, in another language, or a tokenizer that does not know its script.
+In: counts of a journal or a manifest. Out: figures and warnings. A language whose figures differ much from the others mostly
+has text in another encoding or another language, or a script that the tokenizer does not know.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from data_prep.shards import ShardSet
 
 ODD_BROKEN = 0.01  # share of lines
-ODD_UNKNOWN, MUCH_UNKNOWN = 0.01, 0.1  # share of tokens: odd where the others have far less, and odd anyway
+ODD_UNKNOWN, MUCH_UNKNOWN = 0.01, 0.1  # share of tokens: unusual if the others have far fewer, and always unusual
 UNKNOWN_TIMES_OTHERS = 5.0
 TOKENS_PER_BYTE_TIMES_OTHERS = 2.5  # XLM-R's vocabulary: 0.13 to 0.32 over CC-100's languages
 ODD_SEPARATORS, ODD_TWICE = 0.05, 0.05  # per line
@@ -30,7 +30,7 @@ _RECORD_KINDS = {
 
 @dataclass
 class Quality:
-    """One language. Shares are None where shards were made before they were counted."""
+    """Figures of one language. Shares are None if the shards were made before these were counted."""
 
     language: str
     broken_share: float
@@ -41,7 +41,7 @@ class Quality:
 
 
 def qualities(shards: ShardSet) -> list[Quality]:
-    """One entry per language, each compared with the median of the others."""
+    """The figures of every language. `odd` names those that are unusual in comparison with the median of the others."""
     rows = [
         _quality(language, shards.manifest["languages"][language].get("counts", {}), shards.num_tokens(language),
                  shards.num_bytes(language))
@@ -72,7 +72,7 @@ def _odd(row: Quality, others: list[Quality]) -> list[str]:
         limit = min(MUCH_UNKNOWN, UNKNOWN_TIMES_OTHERS * float(np.median(unknown))) if unknown else ODD_UNKNOWN
         if row.unknown_share > limit:
             found.append("many <unk>")
-    if len(others) > 1:  # of two languages either could be the odd one
+    if len(others) > 1:  # with two languages, either could be the unusual one
         typical = float(np.median([other.tokens_per_byte for other in others]))
         if row.tokens_per_byte > TOKENS_PER_BYTE_TIMES_OTHERS * typical:
             found.append("many tokens per byte")
@@ -84,22 +84,23 @@ def _odd(row: Quality, others: list[Quality]) -> list[str]:
 
 
 def quality_cells(row: Quality) -> str:
+    """Cells of a Markdown table for `QUALITY_COLUMNS`."""
     unknown = "" if row.unknown_share is None else f"{row.unknown_share:.2%}"
     return f"{row.broken_share:.2%} | {unknown} | {row.tokens_per_byte:.3f} | {row.odd}"
 
 
 def quality_table(rows: list[Quality]) -> str:
-    """Markdown."""
+    """A Markdown table with one row for each language."""
     lines = [f"| language | {QUALITY_COLUMNS} |", "|---|---:|---:|---:|---|"]
     lines += [f"| {row.language} | {quality_cells(row)} |" for row in rows]
     return "\n".join(lines)
 
 
 def warnings_of(counts: Mapping[str, int]) -> list[str]:
-    """What was changed or left out while a language was read, and what looks as if its lines end otherwise."""
+    """Warnings about text of one language that was changed or left out, or that may have other line ends."""
     found = []
     if split := counts.get("documents_split"):
-        found.append(f"{split} times a document was cut for being over 2 MiB")
+        found.append(f"{split} times a document was cut because it is over 2 MiB")
     if records := sum(counts.get(kind, 0) for kind in _RECORD_KINDS):
         kinds = ", ".join(f"{counts[kind]} {words}" for kind, words in _RECORD_KINDS.items() if counts.get(kind))
         found.append(f"{records} records have no text and were left out ({kinds})")
@@ -107,7 +108,7 @@ def warnings_of(counts: Mapping[str, int]) -> list[str]:
         found.append(f"{files} files have CR alone as line end; it was read as one")
     if files := counts.get("files_of_json"):
         found.append(
-            f"{files} files named .txt hold JSON records, which were taken as text; name them .jsonl if that is wrong"
+            f"{files} files named .txt hold JSON records, which were read as text; name them .jsonl if that is wrong"
         )
     if files := counts.get("files_empty"):
         found.append(f"{files} files are empty")
@@ -117,12 +118,12 @@ def warnings_of(counts: Mapping[str, int]) -> list[str]:
     ):
         if counts.get(name, 0) > ODD_SEPARATORS * max(1, counts.get("lines_read", 0)):
             found.append(
-                f"{counts[name]} times {what} stands inside one of its {counts.get('lines_read', 0)} lines. If it is meant as "
-                "line end, convert it to LF and make the language again"
+                f"{counts[name]} times {what} is inside one of its {counts.get('lines_read', 0)} lines. If it is meant as "
+                "line end, convert it to LF and prepare the language again"
             )
     if counts.get("double_encoded_characters", 0) > ODD_TWICE * max(1, counts.get("lines_read", 0)):
         found.append(
-            f"{counts['double_encoded_characters']} characters look as if UTF-8 had been taken for another encoding and encoded "
-            "again (Ã¼ where ü was meant)"
+            f"{counts['double_encoded_characters']} characters look as if UTF-8 had been read in another encoding and encoded "
+            "again (Ã¼ instead of ü)"
         )
     return found

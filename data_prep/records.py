@@ -1,7 +1,8 @@
-"""Sources that hold records instead of lines (JSON lines, Parquet, Hugging Face datasets) as CC-100's kind of text.
+"""Records (JSON lines, Parquet, Hugging Face datasets) as CC-100's kind of text.
 
-One record is one document: its lines stay lines, blank lines inside it are left out, a blank line ends it. A record without
-usable text is counted and left out (`--bad-records skip`) or an error; most records without it mean a wrong `--text-field`.
+In: records. Out: one document per record: its lines without the blank ones, then a blank line. A record without usable text is
+counted and left out (`--bad-records skip`), or is an error. If most records have none, `--text-field` is wrong, which is an
+error too.
 """
 
 from __future__ import annotations
@@ -13,27 +14,34 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.lines import BYTE_ORDER_MARK, ends_lines_with_cr, text_lines
+from data_prep.names import one_line
 from data_prep.shards import DataError
 
 RECORDS_PER_CHUNK = 256
-RECORDS_PROBED = 200  # fewer than a chunk, so that nothing has been handed on when a wrong field is refused
+RECORDS_PROBED = 200  # fewer than a chunk: a wrong field is rejected before any text is passed on
 MAX_FIELDS_NAMED = 12
-LIBRARY_READERS = ("arrow", "csv", "json", "parquet", "text")  # of `datasets`: they run no script and unpickle nothing
+LIBRARY_READERS = ("arrow", "csv", "json", "parquet", "text")  # of `datasets`: these run no script and unpickle nothing
 POLICIES = ("skip", "fail")
 MISSING, NOT_TEXT = "records_without_field", "records_not_text"
 JSON_TO_LINES = "python -c 'import json, sys; [print(json.dumps(one)) for one in json.load(sys.stdin)]'"
 
 
 class BrokenRecord(ValueError):
-    """A record that cannot be read; the message says which and why."""
+    """A record that cannot be read. The message names it and the reason."""
 
 
 class WrongField(ValueError):
-    """The records have their text elsewhere; the message says what they have."""
+    """Most records have no text in the given field. The message names their fields."""
 
 
 class Records:
-    """Takes the text out of the records of one source. `counts` gets what had none, by kind."""
+    """Reads the text of the records of one source.
+
+    Args:
+        text_field: the field that holds the text.
+        policy: what to do with a record without text: "skip" or "fail".
+        counts: gets the number of records without text, by kind.
+    """
 
     def __init__(self, text_field: str, policy: str, counts: Counter[str]) -> None:
         self.text_field, self.counts, self._policy = text_field, counts, policy
@@ -42,7 +50,7 @@ class Records:
         self._types: Counter[str] = Counter()
 
     def document(self, record: Any, where: str) -> bytes:
-        """Lines of one document; empty where the record has no text and is left out."""
+        """The document of one record; empty if the record has no text and is left out. `where` names it in messages."""
         self._num_records += 1
         lines, problem = b"", self._problem(record)
         if problem is None:
@@ -60,7 +68,7 @@ class Records:
         return lines
 
     def _problem(self, record: Any) -> tuple[str, str] | None:
-        """The kind under which a record without usable text is counted, and words for it."""
+        """The kind of a record without usable text and words for it; None if the record has text."""
         if not isinstance(record, dict) or self.text_field not in record:
             if isinstance(record, dict) and len(self._fields) < 1000:
                 self._fields.update(record.keys())
@@ -70,14 +78,14 @@ class Records:
             return "records_null", "is null"
         if not isinstance(value, str | bytes):
             self._types[type(value).__name__] += 1
-            return NOT_TEXT, f"is no text but {type(value).__name__}"
+            return NOT_TEXT, f"is {type(value).__name__}, not text"
         return None
 
     def check_field(self) -> None:
-        """Raises where most of the records so far have no such field, or something else than text in it."""
+        """Raise `WrongField` if most of the records so far have no such field, or no text in it."""
         if 2 * self.counts[MISSING] > self._num_records:
             fields = [name for name, _ in self._fields.most_common(MAX_FIELDS_NAMED)]
-            has = f"they have {', '.join(fields)}" if fields else "they are no records with fields"
+            has = f"they have {', '.join(fields)}" if fields else "they are not objects with fields"
             raise WrongField(
                 f"{self.counts[MISSING]} of its first {self._num_records} records have no field {self.text_field!r}; {has}. "
                 "Name the field that holds the text with --text-field"
@@ -99,8 +107,10 @@ def _lines_of(text: str | bytes) -> bytes:
 
 
 def _joined(documents: Iterable[bytes], records: Records) -> Iterator[bytes]:
-    """A few hundred documents at a time; never an empty piece, which would mean the end. The last comes after the field has
-    been judged."""
+    """The documents in pieces of some hundred, never empty: an empty piece would mean the end of the text.
+
+    The field is checked before the last piece.
+    """
     held: list[bytes] = []
     for one in documents:
         held.append(one)
@@ -114,7 +124,16 @@ def _joined(documents: Iterable[bytes], records: Records) -> Iterator[bytes]:
 
 
 def from_json_lines(chunks: Iterator[bytes], records: Records, to_lines: str) -> Iterator[bytes]:
-    """`chunks`: the file's content in pieces. `to_lines`: the command that makes JSON lines of one JSON array."""
+    """The documents of a file of JSON lines.
+
+    Args:
+        chunks: the content of the file in pieces.
+        records: reads the text of each record.
+        to_lines: the command that converts one JSON array to JSON lines, for the error text.
+
+    Raises:
+        BrokenRecord, WrongField
+    """
 
     def documents() -> Iterator[bytes]:
         for number, line in enumerate(_lines(chunks), start=1):
@@ -127,23 +146,23 @@ def from_json_lines(chunks: Iterator[bytes], records: Records, to_lines: str) ->
 
 def _json_record(line: bytes, number: int, to_lines: str) -> Any:
     try:
-        # bytes that are not UTF-8 go on as they are broken: what becomes of them is a cleaning option's to say
+        # bytes that are not UTF-8 are kept here: a cleaning option decides about them later
         record = json.loads(line.decode("utf-8", "surrogateescape"))
     except RecursionError as error:
         raise BrokenRecord(f"line {number} nests its values too deeply. Remove that line") from error
     except ValueError as error:
         if line in (b"{", b"[") or (number == 1 and line.startswith(b"[")):
             raise BrokenRecord(
-                f"line {number} begins a JSON text of several lines; one record a line is read. Convert it: {to_lines}"
+                f"line {number} begins a JSON text of several lines; each line must hold one record. Convert it: {to_lines}"
             ) from error
         raise BrokenRecord(f"line {number} is not JSON: {error}. Correct or remove that line") from error
     if isinstance(record, list):
-        raise BrokenRecord(f"line {number} is a JSON array; one record a line is read. Convert it: {to_lines}")
+        raise BrokenRecord(f"line {number} is a JSON array; each line must hold one record. Convert it: {to_lines}")
     return record
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Lines of JSON, in which a raw CR can be nothing but a line end; a number of them is a line of the file."""
+    """The lines of a file of JSON lines. A raw CR in it can only be a line end, as JSON escapes it in texts."""
     held: list[bytes] = []
     for chunk in chunks:
         head, *rest = chunk.split(b"\n")
@@ -160,7 +179,17 @@ def _at_carriage_returns(line: bytes) -> list[bytes]:
 
 
 def from_parquet(path: Path, records: Records, on_progress: Any) -> Iterator[bytes]:
-    """`on_progress(share)` is told how much of the file has been read."""
+    """The documents of a Parquet file.
+
+    Args:
+        path: the file.
+        records: reads the text of each record.
+        on_progress: is called with the share of the rows that have been read.
+
+    Raises:
+        WrongField: there is no such column of text.
+        EOFError: the file is not a complete Parquet file.
+    """
     import pyarrow
     import pyarrow.parquet
 
@@ -179,14 +208,14 @@ def from_parquet(path: Path, records: Records, on_progress: Any) -> Iterator[byt
         if text_field not in file.schema_arrow.names:
             names = ", ".join(file.schema_arrow.names)
             raise WrongField(
-                f"there is no column {text_field!r}; its columns are {names}. Name the one that holds the text with "
+                f"there is no column {text_field!r}; its columns are {names}. Name the column that holds the text with "
                 "--text-field"
             )
         kind = file.schema_arrow.field(text_field).type
         if not _holds_text(kind):
             raise WrongField(
                 f"column {text_field!r} is of type {kind}, not text; its columns are {_typed(file.schema_arrow)}. Name the "
-                "one that holds the text with --text-field"
+                "column that holds the text with --text-field"
             )
         yield from _joined(documents(), records)
     except (pyarrow.ArrowException, OSError) as error:
@@ -207,7 +236,7 @@ def _holds_text(kind: Any) -> bool:
 
 
 def _parquet_texts(column: Any) -> list[bytes | None]:
-    """As bytes: a string column that was written with bytes that are not UTF-8 is read like such a text file."""
+    """The column as bytes. A string column may hold bytes that are not UTF-8; they are handled like those of a text file."""
     import pyarrow
 
     if pyarrow.types.is_dictionary(column.type):
@@ -217,18 +246,18 @@ def _parquet_texts(column: Any) -> list[bytes | None]:
     return column.cast(pyarrow.large_binary()).to_pylist()
 
 
-def _check_reader_versions(specification: str, builder: Any) -> None:
-    """A script of the data set's own, or a reader of the library that unpickles (tar archives with tensors)."""
+def _check_safe_reader(specification: str, builder: Any) -> None:
+    """Reject a script of the dataset itself, and readers of the library that unpickle (tar archives with tensors)."""
     *above, reader = type(builder).__module__.split(".")
     if above[:2] != ["datasets", "packaged_modules"] or reader not in LIBRARY_READERS:
         raise DataError(
-            f"Dataset {specification!r} is read by {reader!r} of the datasets library; only {', '.join(LIBRARY_READERS)} are taken, "
-            "which run no code and unpickle nothing. Save it as one of these."
+            f"Dataset {specification!r} is read by {reader!r} of the datasets library; only {', '.join(LIBRARY_READERS)} are accepted, "
+            "because they run no code and unpickle nothing. Save it as one of these."
         )
 
 
 def from_hub(specification: str, records: Records) -> Iterator[bytes]:
-    """`NAME_OR_DIRECTORY[:CONFIG[:SPLIT]]` through the `datasets` library, streaming."""
+    """The documents of `NAME_OR_DIRECTORY[:CONFIG[:SPLIT]]`, streamed by the `datasets` library."""
     import datasets
 
     name, config, split = [*specification.split(":"), "", ""][:3]
@@ -238,7 +267,7 @@ def from_hub(specification: str, records: Records) -> Iterator[bytes]:
             found = loaded[split or "train"] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:
             builder = datasets.load_dataset_builder(name, config or None)
-            _check_reader_versions(specification, builder)
+            _check_safe_reader(specification, builder)
             found = builder.as_streaming_dataset(split=split or "train")
     except (
         OSError,
@@ -255,9 +284,9 @@ def from_hub(specification: str, records: Records) -> Iterator[bytes]:
         while True:
             try:
                 record = next(rows, None)
-            except Exception as error:  # the library lets through whatever its readers raise
-                reason = " ".join(str(error).split())
-                raise BrokenRecord(f"record {number + 1} cannot be read ({type(error).__name__}: {reason})") from error
+            except Exception as error:  # whatever the readers of the library raise
+                reason = f"{type(error).__name__}: {one_line(error)}"
+                raise BrokenRecord(f"record {number + 1} cannot be read ({reason})") from error
             if record is None:
                 return
             number += 1

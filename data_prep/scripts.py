@@ -1,7 +1,7 @@
-"""Which Unicode scripts a language is written in, and what share of a line's letters is in them.
+"""The Unicode scripts of a language, and the share of a line's letters that is in them.
 
-Used by `--script-check` only. Scripts are told apart by ranges of code points (Unicode blocks), coarse but exact enough to
-find lines in a foreign script.
+In: lines and a language. Out: shares. Scripts are ranges of code points (Unicode blocks): coarse, and exact enough to find
+lines in another script.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _ALSO_LATIN = frozenset("ku sr ug".split())  # written in two scripts
 
 
 def scripts_of(language: str) -> list[str]:
-    """Script names of one of CC-100's languages; Latin where the table has no other."""
+    """Names of the scripts of one of CC-100's languages; Latin if the table has no entry."""
     for scripts, languages in _LANGUAGES_OF.items():
         if language in languages.split():
             return scripts.split() + (["Latin"] if language in _ALSO_LATIN else [])
@@ -88,7 +88,7 @@ _TABLE = _script_table()
 
 
 def shares_in_script(lines: list[bytes], language: str) -> np.ndarray:
-    """Per line: the share of its letters that belong to the language's scripts; 1 where it has no letters at all."""
+    """For each line, the share of its letters that belong to the language's scripts (1 if it has no letters): float64 [lines]."""
     text = b"\n".join(lines).decode("utf-8", "replace").encode("utf-32-le")
     points = np.frombuffer(text, np.uint32)
     starts = np.concatenate([[0], np.flatnonzero(points == 10) + 1])

@@ -1,15 +1,13 @@
 """The bytes of one shard file, format version 1: header, token stream, document offsets, block hashes.
 
-`write_header` and friends are pure functions of what the manifest says about a shard, so a header is checked by making
-it again and comparing. `ShardWriter` (preparation) and `ShardSet` (training) both build on this file; the layout is
-described for other languages in docs/shard_format.md.
+In: what the manifest says about a shard. Out: its header and the offsets of its sections. These are pure functions, so a header
+is checked by computing it again. docs/shard_format.md specifies the format.
 """
 
 from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import xxhash
@@ -30,7 +28,7 @@ _HEADER_HASH = struct.Struct("<Q")
 
 @dataclass(frozen=True)
 class Identity:
-    """What every shard of one output directory must have been made with."""
+    """The tokenizer and options that all shards of one output directory have in common."""
 
     tokenizer_sha256: str
     vocab_size: int
@@ -39,14 +37,15 @@ class Identity:
 
 @dataclass(frozen=True)
 class Sections:
-    """Where the parts of a shard file lie, in bytes from its start."""
+    """Offsets of the sections of a shard file, in bytes from its start. The tokens start at `HEADER_BYTES`."""
 
     documents: int
     block_hashes: int
-    end: int
+    end: int  # the size of the file
 
 
 def sections(num_tokens: int, num_documents: int) -> Sections:
+    """The offsets that follow from the numbers of tokens and documents."""
     documents = HEADER_BYTES + -(-num_tokens * TOKEN_DTYPE.itemsize // 8) * 8
     block_hashes = documents + (num_documents + 1) * OFFSET_DTYPE.itemsize
     num_blocks = -(-(block_hashes - HEADER_BYTES) // HASH_BLOCK_BYTES)
@@ -54,7 +53,7 @@ def sections(num_tokens: int, num_documents: int) -> Sections:
 
 
 def header(identity: Identity, language: str, number: int, num_tokens: int, num_documents: int) -> bytes:
-    """The 4096 header bytes; the last eight are the xxh3-64 of all before."""
+    """The 4096 bytes of the header. The last eight are the XXH3-64 of the bytes before them."""
     where = sections(num_tokens, num_documents)
     fields = _HEADER.pack(
         MAGIC,
@@ -76,17 +75,8 @@ def header(identity: Identity, language: str, number: int, num_tokens: int, num_
     return body + _HEADER_HASH.pack(xxhash.xxh3_64_intdigest(body))
 
 
-def file_digest(path: Path) -> str:
-    """xxh3-128 of a whole file, as `xxhsum -H2` prints it."""
-    digest = xxhash.xxh3_128()
-    with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(HASH_BLOCK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 class BlockHasher:
-    """xxh3-64 of every 1 MiB of what is fed to it, however it is cut."""
+    """XXH3-64 of every 1 MiB of a stream, whatever the sizes of its pieces."""
 
     def __init__(self) -> None:
         self._full: list[int] = []
@@ -94,17 +84,19 @@ class BlockHasher:
         self._filled = 0
 
     def update(self, data: bytes | memoryview) -> None:
+        """Add the next piece of the stream."""
         view = memoryview(data)
         while len(view):
-            taken = min(len(view), HASH_BLOCK_BYTES - self._filled)
-            self._current.update(view[:taken])
-            self._filled += taken
-            view = view[taken:]
+            size = min(len(view), HASH_BLOCK_BYTES - self._filled)
+            self._current.update(view[:size])
+            self._filled += size
+            view = view[size:]
             if self._filled == HASH_BLOCK_BYTES:
                 self._full.append(self._current.intdigest())
                 self._current = xxhash.xxh3_64()
                 self._filled = 0
 
     def digests(self) -> np.ndarray:
+        """The hashes so far: uint64 [blocks]. The last block may be shorter."""
         last = [self._current.intdigest()] if self._filled else []
         return np.array(self._full + last, dtype=OFFSET_DTYPE)

@@ -1,6 +1,7 @@
-"""Writes one shard: token blocks in, a fsynced and renamed `NNNNN.tok` and its manifest record out.
+"""Writing one shard.
 
-Until `seal` the file carries the suffix `.tmp`, so a shard under its own name is always whole.
+In: token ids of documents. Out: `NNNNN.tok`, fsynced and renamed, and its record for the manifest. Until `finish` the file has
+the suffix `.tmp`, so a file without it is always complete.
 """
 
 from __future__ import annotations
@@ -12,20 +13,20 @@ from typing import Any
 import numpy as np
 
 from data_prep.durable_files import sync
+from data_prep.file_hashes import xxh3_128_of_file
 from data_prep.shard_layout import (
     HEADER_BYTES,
     OFFSET_DTYPE,
     TOKEN_DTYPE,
     BlockHasher,
     Identity,
-    file_digest,
     header,
     sections,
 )
 
 
 class ShardWriter:
-    """Appends blocks of whole documents to `directory/NNNNN.tok.tmp`."""
+    """Appends blocks of complete documents to `directory/NNNNN.tok.tmp`."""
 
     def __init__(self, directory: Path, language: str, number: int, identity: Identity) -> None:
         self.language, self.number, self.identity = language, number, identity
@@ -38,7 +39,12 @@ class ShardWriter:
         self._file.write(bytes(HEADER_BYTES))
 
     def append(self, tokens: bytes, document_lengths: np.ndarray) -> None:
-        """`tokens`: little-endian uint32 of whole documents; `document_lengths`: tokens of each."""
+        """Append complete documents.
+
+        Args:
+            tokens: little-endian uint32 ids.
+            document_lengths: number of tokens of each document.
+        """
         self._write(tokens)
         self.num_tokens += len(tokens) // TOKEN_DTYPE.itemsize
         self._document_lengths.append(document_lengths)
@@ -50,7 +56,7 @@ class ShardWriter:
             view = view[self._file.write(view) :]
 
     def finish(self) -> dict[str, Any]:
-        """Close the shard under its own name; what the manifest has to say about it."""
+        """Fsync and hash the shard and rename it to its final name. Returns its record for the manifest."""
         lengths = np.concatenate([np.zeros(1, OFFSET_DTYPE), *self._document_lengths]).astype(OFFSET_DTYPE)
         num_documents = len(lengths) - 1
         where = sections(self.num_tokens, num_documents)
@@ -62,7 +68,7 @@ class ShardWriter:
         self._file.write(header(self.identity, self.language, self.number, self.num_tokens, num_documents))
         os.fsync(self._file.fileno())
         self._file.close()
-        digest = file_digest(self.temporary)
+        digest = xxh3_128_of_file(self.temporary)
         self.temporary.replace(self.path)
         sync(self.path.parent)
         return {
@@ -74,6 +80,6 @@ class ShardWriter:
         }
 
     def discard(self) -> None:
-        """Throw the shard in flight away."""
+        """Delete the unfinished shard."""
         self._file.close()
         self.temporary.unlink(missing_ok=True)

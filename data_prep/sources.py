@@ -1,8 +1,8 @@
-"""Input files as one kind of byte stream: lines of UTF-8, a blank line between documents (CC-100's own format).
+"""Input files of every kind as CC-100's format: lines of UTF-8 text with a blank line after each document.
 
-Read are .txt, JSON lines (.jsonl, .ndjson, .json), each plain or .xz, .gz, .zst, .bz2, in upper or lower case, .parquet, and
-`hf:NAME[:CONFIG[:SPLIT]]` for a dataset of the Hub or a local directory of one. A file is read to its last byte, or what is
-wrong with it is said. `discovery.py` finds the files and their languages.
+In: one file, found by `discovery.py`: .txt or JSON lines (.jsonl, .ndjson, .json), each plain or packed (.xz, .gz, .zst, .bz2),
+.parquet, or `hf:NAME[:CONFIG[:SPLIT]]` for a dataset of the Hub or in a local directory. Out: the text in pieces, up to the last
+byte of the file, or an error that names the file and its problem.
 """
 
 from __future__ import annotations
@@ -17,51 +17,55 @@ from typing import Any
 
 import xxhash
 
+from data_prep.file_hashes import xxh3_128_of_file
 from data_prep.lines import BYTE_ORDER_MARK, ends_lines_with_cr, with_line_feeds
 from data_prep.names import quoted, shown
 from data_prep.other_encodings import SAMPLE_LINES, broken_lines, likely_encoding, wide_encoding
 from data_prep.records import JSON_TO_LINES, BrokenRecord, Records, WrongField, from_hub, from_json_lines, from_parquet
-from data_prep.shard_layout import file_digest
 from data_prep.shards import DataError
 from data_prep.unpack import (
+    MAGIC,
     PACKINGS,
     UNPACKING_ERRORS,
     PackedError,
     PackedWithDictionary,
     WindowTooLarge,
+    packing_of_content,
+    packing_of_name,
     rewriting,
     unpacked,
 )
 
-START_BYTES = 1 << 18  # of the content of a file: what it is judged by before anything of it is used
+START_BYTES = 1 << 18  # of the content of a file: its encoding is checked on them before any text is used
 TEXT_KINDS, JSON_KINDS = (".txt",), (".jsonl", ".ndjson")
 KNOWN_KINDS = f"*.txt, *.jsonl, *.ndjson (each plain or {', '.join(PACKINGS[1:])}), *.json packed so, *.parquet"
 _CONTROL_BYTES = bytes(set(range(32)) - set(b"\t\n\v\f\r\x1b"))
-_MAGIC = {b"\x1f\x8b": ".gz", b"\xfd7zXZ\0": ".xz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2"}
-MAX_BROKEN_LINES = 0.05  # share of a file's lines that may be no UTF-8
-MIN_BROKEN_AT_START = 10  # lines; with more than half of all lines broken the rest of the file need not be read
+MAX_BROKEN_LINES = 0.05  # share of a file's lines that may be invalid UTF-8
+MIN_BROKEN_AT_START = 10  # broken lines at the start: if they are more than half of its lines, the file is rejected
 
 
 class CorruptSource(DataError):
-    """An input that cannot be read to its end. What was read before stands."""
+    """An input that cannot be read to its end. Shards of the text before that point are kept."""
 
 
 class WrongTextField(CorruptSource):
-    """Records that have no text under the name that was given."""
+    """Records without the field that --text-field names."""
 
 
 def iconv(encoding: str) -> str:
+    """The shell command that converts text from `encoding` to UTF-8."""
     return f"iconv -f {encoding} -t UTF-8"
 
 
 def kind_of(name: str, by_name: bool = False) -> tuple[str, str] | None:
-    """What a file's name says it is: (.txt, .jsonl or .parquet, packing); None for what is not read.
+    """The kind (.txt, .jsonl or .parquet) and the packing that a file's name states; None for a file that is not read.
 
-    `by_name`: it was named on the command line. A bare .json is read as JSON lines only then, as many directories hold
-    one that is no text.
+    Args:
+        name: the name of the file.
+        by_name: whether the user named this file itself. Only then a plain .json is read, as JSON lines: many directories hold
+            a .json that is not text.
     """
-    lower = name.lower()
-    packing = next((packed for packed in PACKINGS[1:] if lower.endswith(packed)), "")
+    lower, packing = name.lower(), packing_of_name(name)
     if lower.endswith(".parquet"):
         return ".parquet", ""
     stem = lower.removesuffix(packing)
@@ -78,20 +82,26 @@ class Source:
 
     language: str
     path: Path
-    name: str  # of the file below the input directory: how journal and manifest know it
+    name: str  # path below the input directory, as journal and manifest record it
     text_field: str = "text"
-    bad_records: str = "skip"  # or fail: records without text
+    bad_records: str = "skip"  # records without text: skip | fail
     max_broken_lines: float = MAX_BROKEN_LINES
-    position: int = field(default=0, compare=False)  # bytes read from the file itself, for progress and errors
-    digest: str = field(default="", compare=False)  # xxh3-128 of the file, once it has been read to its end
-    counts: Counter[str] = field(default_factory=Counter, compare=False)  # of what was left out while it was read
+    position: int = field(
+        default=0, compare=False
+    )  # bytes of the (packed) file that were read, for progress and errors
+    digest: str = field(default="", compare=False)  # XXH3-128 of the file, after it was read to its end
+    counts: Counter[str] = field(default_factory=Counter, compare=False)  # records left out and unusual files, by kind
 
     @property
     def holds_records(self) -> bool:
-        return (kind_of(self.path.name, by_name=True) or ("", ""))[0] != ".txt"
+        """Whether the file holds records (JSON lines, Parquet) and not lines of text."""
+        return self._kind()[0] != ".txt"
+
+    def _kind(self) -> tuple[str, str]:
+        return kind_of(self.path.name, by_name=True) or (".txt", "")
 
     def stamp(self) -> dict[str, int]:
-        """What tells at once that a file is the one it was."""
+        """Size and date of modification, by which a file that has not changed is recognised without reading it."""
         try:
             status = self.path.stat()
         except OSError as error:
@@ -99,18 +109,23 @@ class Source:
         return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
 
     def changed_since(self, record: dict[str, Any]) -> bool:
-        """Whether the file differs from the one recorded; only another date makes it read the content."""
+        """Whether the file differs from the one that the journal records. The content is hashed only if the date differs."""
         stamp = self.stamp()
         if stamp["bytes"] != record["bytes"]:
             return True
-        return stamp["mtime_ns"] != record["mtime_ns"] and file_digest(self.path) != record["xxh3_128"]
+        return stamp["mtime_ns"] != record["mtime_ns"] and xxh3_128_of_file(self.path) != record["xxh3_128"]
 
     def chunks(self) -> Iterator[bytes]:
-        """The text, in pieces of no particular size; CorruptSource where the file cannot be read on."""
+        """The text in pieces of any size.
+
+        Raises:
+            CorruptSource: the file is corrupt, in another encoding, or has no such text field.
+            DataError: the file cannot be opened, changed meanwhile, or needs too much memory.
+        """
         self.counts.clear()
         try:
             before = self.stamp()
-            kind, packing = kind_of(self.path.name, by_name=True) or (".txt", "")
+            kind, packing = self._kind()
             yield from self._parquet() if kind == ".parquet" else self._stream(kind, packing)
             if self.changed_since({**before, "xxh3_128": self.digest}):
                 raise DataError(
@@ -125,39 +140,39 @@ class Source:
             raise CorruptSource(self._too_large_a_window()) from error
         except PackedWithDictionary as error:
             raise CorruptSource(
-                f"{shown(self.path)} was packed with a zstd dictionary, which is not in it. Unpack it with that dictionary "
+                f"{shown(self.path)} was packed with a zstd dictionary, which it does not contain. Unpack it with that dictionary "
                 "(zstd -d -D DICTIONARY) and move the packed file away. Then run the same command."
             ) from error
         except MemoryError as error:
             raise DataError(
-                f"{shown(self.path)} needs more memory to unpack than there is (byte {self.position})."
+                f"{shown(self.path)} needs more memory to unpack than this machine has (byte {self.position})."
             ) from error
         except (*UNPACKING_ERRORS, PackedError, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise DataError(f"Cannot read {shown(self.path)}: {error.strerror}.") from error
             raise CorruptSource(
-                f"{shown(self.path)} is damaged or cut short: reading stopped at byte {self.position} of "
-                f"{self.stamp()['bytes']} ({error}). {self._what_it_starts_as()}Put a complete file in its place and run the same "
+                f"{shown(self.path)} is corrupt or truncated: reading stopped at byte {self.position} of "
+                f"{self.stamp()['bytes']} ({error}). {self._other_packing()}Put a complete file in its place and run the same "
                 "command."
             ) from error
 
-    def _what_it_starts_as(self) -> str:
-        """Where a packed file is none of its name's kind."""
-        _, packing = kind_of(self.path.name, by_name=True) or ("", "")
+    def _other_packing(self) -> str:
+        """How to name the file correctly, if its first bytes show another packing than its name; else ""."""
+        _, packing = self._kind()
         with open(self.path, "rb") as file:
             start = file.read(16)
-        looks_like = next((packed for magic, packed in _MAGIC.items() if start.startswith(magic)), "")
-        if not packing or looks_like == packing or any(magic.startswith(start) for magic in _MAGIC):
+        found = packing_of_content(start)
+        if not packing or found == packing or any(magic.startswith(start) for magic in MAGIC.values()):
             return ""
-        if looks_like:
-            return f"It starts as a {looks_like} file does: name it so. "
+        if found:
+            return _looks_packed(found)
         is_text = start.isascii() and not start.translate(None, bytes(range(32, 127)) + b"\t\n\r")
-        return f"It starts as a text does that is not packed: name it so, without {packing}. " if is_text else ""
+        return f"It looks like plain text: rename it without {packing}. " if is_text else ""
 
     def _too_large_a_window(self) -> str:
         packed, target = quoted(self.path), quoted(str(self.path)[: -len(".zst")])
         return (
-            f"{shown(self.path)} was packed with a window of more than 128 MB, which is not read. Unpack it and move the "
+            f"{shown(self.path)} was packed with a window of more than 128 MB, which prepare does not read. Unpack it and move the "
             f"packed file away: zstd -d --long=31 {packed} -o {target} && mv {packed} {packed}.unpacked. Then run the same "
             "command."
         )
@@ -187,15 +202,15 @@ class Source:
         yield from text
 
     def _check_encoding(self, start: bytes, packing: str) -> None:
-        """What the start of a file shows already: it is no text, or most of its lines are in another encoding."""
+        """Raise `CorruptSource` if the start of the file is not text, or if most of its lines are in another encoding."""
         if encoding := wide_encoding(start, self.language):
-            raise CorruptSource(self._not_utf8("its start shows it", encoding, packing))
+            raise CorruptSource(self._not_utf8("its first bytes are not", encoding, packing))
         control = len(start) - len(start.translate(None, _CONTROL_BYTES))
         if control > len(start) // 20:
-            kind = next((packed for magic, packed in _MAGIC.items() if start.startswith(magic)), None)
+            found = packing_of_content(start)
             raise CorruptSource(
                 f"{shown(self.path)} is not text in UTF-8: {control} of its first {len(start)} bytes are control characters. "
-                + (f"It starts as a {kind} file does: name it so. " if kind else "")
+                + (_looks_packed(found) if found else "")
                 + "If it is text in another encoding, convert it (iconv -f ENCODING -t UTF-8); else leave it out of the input."
             )
         broken = list(broken_lines(start)) if self.max_broken_lines < 0.5 else []
@@ -203,8 +218,8 @@ class Source:
             return
         num_lines = sum(map(bool, map(bytes.strip, start.split(b"\n"))))
         if 2 * len(broken) > num_lines:
-            lines = [line for _, line in broken[:SAMPLE_LINES]]  # not the last one, which may be cut
-            problem = f"{len(broken)} of its first {num_lines} lines are not, line {broken[0][0] + 1} the first"
+            lines = [line for _, line in broken[:SAMPLE_LINES]]  # without the last one, which may be truncated
+            problem = f"{len(broken)} of its first {num_lines} lines are not, line {broken[0][0] + 1} is the first"
             raise CorruptSource(self._not_utf8(problem, likely_encoding(lines, self.language), packing))
 
     def _not_utf8(self, problem: str, encoding: str, packing: str) -> str:
@@ -214,9 +229,9 @@ class Source:
         )
 
     def how_to_convert(self, lines: list[bytes]) -> str:
-        """The likely encoding of some broken lines of this source, and what to do about it."""
+        """The likely encoding of some broken lines of this source, and the command that converts the file."""
         encoding = likely_encoding(lines, self.language)
-        kind, packing = kind_of(self.path.name, by_name=True) or (".txt", "")
+        kind, packing = self._kind()
         if kind == ".parquet" or isinstance(self, HubSource):
             return f"They look like {encoding}: write the file again with its text in UTF-8"
         return f"They look like {encoding}; convert the file: {rewriting(self.path, iconv(encoding), packing)}"
@@ -228,12 +243,12 @@ class Source:
             self.position = int(share * size)
 
         yield from from_parquet(self.path, Records(self.text_field, self.bad_records, self.counts), on_progress)
-        self.digest = file_digest(self.path)
+        self.digest = xxh3_128_of_file(self.path)
 
 
 @dataclass
 class HubSource(Source):
-    """A dataset of the Hugging Face Hub or a directory of one; known by its name, as it has no size or date."""
+    """A dataset of the Hugging Face Hub or of a local directory. It has no size or date, so its name identifies it."""
 
     def stamp(self) -> dict[str, int]:
         return {"bytes": 0, "mtime_ns": 0}
@@ -252,7 +267,7 @@ class HubSource(Source):
 
 
 class _Counted(io.RawIOBase):
-    """A raw file that tells its source how far it has been read, and hashes what goes by."""
+    """A raw file that hashes the bytes that are read and tells its source how many they are."""
 
     def __init__(self, raw: Any, source: Source) -> None:
         self._raw, self._source = raw, source
@@ -272,8 +287,12 @@ class _Counted(io.RawIOBase):
         return count
 
 
+def _looks_packed(packing: str) -> str:
+    return f"It starts like a {packing} file: rename it with that ending. "
+
+
 def _is_json_line(line: bytes) -> bool:
-    """Whether a line of what should be text is a JSON record."""
+    """Whether a line of a text file is a JSON record."""
     if not line.startswith(b"{") or not line.rstrip().endswith(b"}"):
         return False
     try:
@@ -283,7 +302,7 @@ def _is_json_line(line: bytes) -> bool:
 
 
 def _long_start(pieces: Iterator[bytes], size: int) -> Iterator[bytes]:
-    """The same pieces, the first of at least `size` bytes (or all there are); what came before damage is still delivered."""
+    """The same pieces, the first of at least `size` bytes or of all bytes. Bytes before an error are delivered first."""
     held = bytearray()
     try:
         for piece in pieces:

@@ -1,4 +1,7 @@
-"""`stats`: what a shard directory holds per language, and what a planned run will make of it, as table and plot."""
+"""`stats`: the contents of a shard directory for each language, and their shares in a planned run, as a table and a plot.
+
+In: a `ShardSet`, the sampling temperature, and the size of the run. Out: a Markdown table, and a PNG file.
+"""
 
 from __future__ import annotations
 
@@ -13,26 +16,35 @@ from data_prep.shards import DataError, ShardSet
 
 @dataclass
 class LanguageStats:
+    """One row of the table."""
+
     language: str
     documents: int
     tokens: int
     text_bytes: int
     shard_bytes: int
     raw_share: float
-    share: float  # at the run's temperature
+    share: float  # of the planned run, at its temperature
     epochs: float | None  # passes over the language in the planned run
     quality: Quality
 
 
 def collect(shards: ShardSet, alpha: float, seq_len: int, num_samples: int | None) -> list[LanguageStats]:
-    """One entry per language. Shares count tokens, as training does; `num_samples` rows are the planned run."""
+    """The row of every language.
+
+    Args:
+        shards: the directory.
+        alpha: sampling temperature: a share of tokens p becomes p**alpha, normalised.
+        seq_len: tokens in a row.
+        num_samples: rows that the planned run reads; None for no epochs.
+    """
     tokens = np.array([shards.num_tokens(language) for language in shards.languages], dtype=np.float64)
     if not tokens.sum():
         raise DataError(f"{shards.path} holds no tokens.")
     raw = tokens / tokens.sum()
     smoothed = np.where(tokens > 0, raw**alpha, 0)
     smoothed /= smoothed.sum()
-    sound = qualities(shards)
+    quality = qualities(shards)
     rows = [shards.num_rows(language, seq_len) for language in shards.languages]
     return [
         LanguageStats(
@@ -44,14 +56,14 @@ def collect(shards: ShardSet, alpha: float, seq_len: int, num_samples: int | Non
             raw_share=float(raw[index]),
             share=float(smoothed[index]),
             epochs=num_samples * float(smoothed[index]) / rows[index] if num_samples and rows[index] else None,
-            quality=sound[index],
+            quality=quality[index],
         )
         for index, language in enumerate(shards.languages)
     ]
 
 
 def table(rows: list[LanguageStats], alpha: float) -> str:
-    """Markdown, with a last line for all languages together."""
+    """A Markdown table with a row for each language and a row of totals."""
     lines = [
         f"| language | documents | tokens | text MB | shards MB | share | share at alpha {alpha:g} | epochs "
         f"| {QUALITY_COLUMNS} |",
@@ -72,7 +84,7 @@ def table(rows: list[LanguageStats], alpha: float) -> str:
 
 
 def draw(rows: list[LanguageStats], alpha: float, path: Path) -> None:
-    """Bars of the share raw and at alpha per language, largest first; epochs below where a run is planned."""
+    """Write a PNG with each language's share before and after sampling, and below it the epochs of a planned run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -85,7 +97,7 @@ def draw(rows: list[LanguageStats], alpha: float, path: Path) -> None:
         2 if with_epochs else 1, 1, figsize=(max(6.0, 0.32 * len(rows)), 6 if with_epochs else 3.5), squeeze=False
     )
     top = axes[0][0]
-    top.bar(places - 0.2, [100 * row.raw_share for row in ordered], 0.4, label="as the text lies")
+    top.bar(places - 0.2, [100 * row.raw_share for row in ordered], 0.4, label="share of the text")
     top.bar(places + 0.2, [100 * row.share for row in ordered], 0.4, label=f"alpha {alpha:g}")
     top.set_ylabel("share of tokens, %")
     top.legend()

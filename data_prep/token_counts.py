@@ -1,6 +1,6 @@
-"""How often each id of a vocabulary occurs per language, counted in shards or in text.
+"""Counting how often each id of a vocabulary occurs in each language.
 
-In: a shard directory, or files as `prepare` takes them. Out: a `Usage`, from which `vocabulary.py` decides what to keep.
+In: a shard directory, or sources as `prepare` reads them. Out: a `TokenCounts`, by which `vocabulary.py` chooses pieces.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from data_prep.sources import Source
 from data_prep.tokenizer import Tokenizer
 from data_prep.workers import WorkerPool
 
-COUNTED_AT_ONCE = 1 << 24
-SAMPLE_TOKENS = 20_000  # of each language: what the trimmed tokenizer is tried on
+TOKENS_PER_STEP = 1 << 24
+SAMPLE_TOKENS = 20_000  # of each language, to check the smaller tokenizer on
 
 
 @dataclass
-class Usage:
-    """Per language: how often each id occurs, and the first ids as a sample of its text, whole lines."""
+class TokenCounts:
+    """For each language, how often each id occurs, and a sample of its text."""
 
     vocab_size: int
-    counts: dict[str, np.ndarray] = field(default_factory=dict)
-    samples: dict[str, np.ndarray] = field(default_factory=dict)
+    counts: dict[str, np.ndarray] = field(default_factory=dict)  # int64 [vocab_size]
+    samples: dict[str, np.ndarray] = field(default_factory=dict)  # the first ids, complete lines: int64
 
     def add(self, language: str, parts: Iterable[np.ndarray]) -> None:
-        """Count a language's ids, which come in order."""
+        """Count the ids of one language, given in order."""
         total = np.zeros(self.vocab_size, dtype=np.int64)
         sample = np.empty(0, dtype=np.int64)
         for ids in parts:
@@ -50,34 +50,35 @@ class Usage:
         self.samples[language] = sample[: ends[-1] + 1] if len(ends) else sample
 
 
-def token_counts_of_shards(shards: ShardSet) -> Usage:
-    usage = Usage(shards.vocab_size)
+def token_counts_of_shards(shards: ShardSet) -> TokenCounts:
+    """The counts of all languages of a shard directory."""
+    counts = TokenCounts(shards.vocab_size)
     for language in tqdm(shards.languages, desc="counting", unit="language", disable=None):
-        usage.add(language, _parts(shards, language))
-    return usage
+        counts.add(language, _parts(shards, language))
+    return counts
 
 
 def _parts(shards: ShardSet, language: str) -> Iterator[np.ndarray]:
     for shard in shards.shards(language):
-        for start in range(0, len(shard.tokens), COUNTED_AT_ONCE):
-            yield shard.tokens[start : start + COUNTED_AT_ONCE]
+        for start in range(0, len(shard.tokens), TOKENS_PER_STEP):
+            yield shard.tokens[start : start + TOKENS_PER_STEP]
 
 
-def token_counts_of_text(texts: dict[str, list[Source]], tokenizer: Tokenizer, num_workers: int) -> Usage:
-    """The same of text, through the same encoder as `prepare`; nothing is written."""
-    usage = Usage(tokenizer.vocab_size)
+def token_counts_of_text(texts: dict[str, list[Source]], tokenizer: Tokenizer, num_workers: int) -> TokenCounts:
+    """The counts of text, encoded as `prepare` encodes it. Nothing is written."""
+    counts = TokenCounts(tokenizer.vocab_size)
     pool = WorkerPool(tokenizer, CleanOptions(), num_workers)
     try:
         for language, sources in tqdm(texts.items(), desc="counting", unit="language", disable=None):
             blocks = _encoded(sources, language, pool, num_workers)
-            usage.add(language, (np.frombuffer(block.tokens, TOKEN_DTYPE) for block in blocks))
+            counts.add(language, (np.frombuffer(block.tokens, TOKEN_DTYPE) for block in blocks))
     finally:
         pool.close()
-    return usage
+    return counts
 
 
 def _encoded(sources: list[Source], language: str, pool: WorkerPool, num_workers: int) -> Iterator[Encoded]:
-    """Blocks in order, a few ahead of the counting; text in another encoding is refused at the end of the language."""
+    """The encoded blocks in order, with a window in flight. Raises at the end if the text is in another encoding."""
     pending: deque[tuple[int, int, bytes, Future[Encoded]]] = deque()
     broken, counts = BrokenLines(sources, CleanOptions().broken_text), Counter[str]()
 

@@ -1,7 +1,7 @@
-"""The two kinds of tokenizer that shards are made with: a SentencePiece model in XLM-R's layout, or a tokenizer.json.
+"""The two kinds of tokenizer for shards: a SentencePiece model in XLM-R's layout, and a tokenizer.json.
 
-In: lines of UTF-8. Out: token ids in which every line is closed by the end token. `open_tokenizer` picks the kind by
-what a directory holds. XLM-R's ids are SentencePiece piece + 1, `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, `<mask>` last.
+In: lines of UTF-8. Out: token ids, with the end token after every line. XLM-R's ids are SentencePiece piece + 1, except `<s>` 0,
+`<pad>` 1, `</s>` 2, `<unk>` 3, and `<mask>` as the last id.
 """
 
 from __future__ import annotations
@@ -17,30 +17,31 @@ import numpy as np
 import sentencepiece
 
 from data_prep.shard_layout import TOKEN_DTYPE
-from data_prep.shards import BOS_ID, EOS_ID, UNK_ID, DataError, tokenizer_file
+from data_prep.shards import BOS_ID, EOS_ID, UNK_ID, DataError
+from data_prep.tokenizer_ids import SPM_CONTROL_PIECES, tokenizer_file
 
 KNOWN_SENTENCEPIECE = "0.2.3"
 SPM_UNK, SPM_BOS, SPM_EOS = 0, 1, 2
-NEAR_TIE = 1e-3  # difference of log probabilities; found in 26 000 real lines: 3.5e-5 at most
+NEAR_TIE = 1e-3  # difference of log probabilities; the largest in 26 000 real lines was 3.5e-5
 
 
 class Tokenizer(Protocol):
-    """What preparation needs to know of a tokenizer."""
+    """The interface of both kinds."""
 
     path: Path
-    sha256: str
+    sha256: str  # of the file
     num_pieces: int
     vocab_size: int
-    library: Mapping[str, str]  # name and version of what encodes: another one may split differently
-    special_ids: Mapping[str, int]  # `bos`, `eos` and `unk` where the file has its own
+    library: Mapping[str, str]  # name and version of the encoding library: another version may split differently
+    special_ids: Mapping[str, int]  # `bos`, `eos` and `unk`, if they are not XLM-R's
     unk_id: int | None
 
     def encode_lines(self, lines: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all lines, each with its end token, as one uint32 array, and each line's number of ids."""
+        """The ids of all lines, each with its end token: uint32 [total]; and the number of ids of each line: int64 [lines]."""
 
 
 def open_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a file or a Hugging Face directory. Raises `DataError`."""
+    """The tokenizer of a file or a Hugging Face directory. Raises `DataError` if there is none or it is not valid."""
     file = tokenizer_file(Path(path))
     return FastTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer(file)
 
@@ -57,7 +58,7 @@ class SentencePieceTokenizer:
         content = self.path.read_bytes()
         self.sha256 = hashlib.sha256(content).hexdigest()
         try:
-            # by its bytes: the library takes no path that is not UTF-8
+            # from its bytes: the library accepts no path that is not UTF-8
             self.processor = sentencepiece.SentencePieceProcessor()
             self.processor.LoadFromSerializedProto(content)
         except (OSError, RuntimeError) as error:
@@ -65,13 +66,13 @@ class SentencePieceTokenizer:
         special = (self.processor.unk_id(), self.processor.bos_id(), self.processor.eos_id())
         if special != (SPM_UNK, SPM_BOS, SPM_EOS):
             raise DataError(
-                f"{self.path} numbers <unk>, <s>, </s> as {special}; models of the XLM-R family have (0, 1, 2). "
-                "Use the tokenizer of the teacher (its tokenizer.json, where it is of another family)."
+                f"{self.path} numbers <unk>, <s>, </s> as {special}; models like XLM-R have (0, 1, 2). "
+                "Use the tokenizer of the teacher (its tokenizer.json, if it has another architecture)."
             )
         self.num_pieces: int = self.processor.get_piece_size()
         self.vocab_size = self.num_pieces + 2
         self._ids = np.arange(1, self.num_pieces + 1, dtype=TOKEN_DTYPE)
-        self._ids[:3] = UNK_ID, BOS_ID, EOS_ID
+        self._ids[:SPM_CONTROL_PIECES] = UNK_ID, BOS_ID, EOS_ID
 
     def encode_lines(self, lines: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         # joined buffers are faster than lists of integers; </s> ends every line and is never inside one
@@ -79,7 +80,7 @@ class SentencePieceTokenizer:
         return self._ids.take(pieces), np.diff(np.flatnonzero(pieces == SPM_EOS), prepend=-1)
 
     def are_near_tie(self, ids: list[int], other: list[int]) -> bool:
-        """Whether these are two splits of one text whose scores are the same but for rounding: then either is the best."""
+        """Whether these are two splits of one text whose scores differ only by rounding, so that either may be the best."""
         texts, scores = [], []
         for one in (ids, other):
             if any(not SPM_EOS < number - 1 < self.num_pieces and number != UNK_ID for number in one):
@@ -91,10 +92,10 @@ class SentencePieceTokenizer:
         return texts[0] == texts[1] and same_unknown and abs(scores[0] - scores[1]) < NEAR_TIE
 
     def _id_buffers(self, lines: list[bytes]) -> Sequence[Any]:
-        """The int32 ids of every line and its `</s>`, as buffers.
+        """The int32 ids of every line with its `</s>`, as buffers.
 
-        What the library does for return_type="numpy", less an array object per line: on text of short lines that is a fifth of
-        all time. Its inner call is private, so it is used in the one version where it was read.
+        The private call is what the library makes for return_type="numpy", without one array object per line, which on short
+        lines saves a fifth of the time. It is used only in the version in which it was read.
         """
         if sentencepiece.__version__ == KNOWN_SENTENCEPIECE:
             inner: Any = self.processor
@@ -106,7 +107,7 @@ class FastTokenizer:
     """A `tokenizer.json` (WordPiece, byte-level BPE, ...) whose rows are one begin token, text, one end token."""
 
     def __init__(self, path: str | Path) -> None:
-        # Each tokenising process is one thread; here, because the library is needed for this kind alone.
+        # Each tokenising process has one thread. The library is imported here because only this kind needs it.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         import tokenizers
 
@@ -116,28 +117,31 @@ class FastTokenizer:
         self.library: Mapping[str, str] = {"tokenizers": tokenizers.__version__}
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # the library raises plain Exception for whatever it cannot read
-            raise DataError(f"{self.path} is not a tokenizer.json that can be read ({error}).") from error
+        except Exception as error:  # the library raises plain Exception for files that it cannot read
+            raise DataError(
+                f"{self.path} is not a valid tokenizer.json ({error}). Copy it again from the origin of the model."
+            ) from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         begin, self._end = self._row_ends()
         self.special_ids: Mapping[str, int] = {"bos": begin, "eos": self._end}
-        # A literal "</s>" in web text is text. Some models have it as a piece of their own all the same: left out.
+        # A literal "</s>" in web text is text. Some models also have it as a piece: its id is left out.
         self._tokenizer.encode_special_tokens = True
         added = self._tokenizer.get_added_tokens_decoder()
         self.num_pieces = self._tokenizer.get_vocab_size(with_added_tokens=False)
-        # Ids may have gaps, so the largest one decides.
+        # Ids may have gaps, so the largest id decides.
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self._is_text = np.ones(self.vocab_size, dtype=bool)
         self._is_text[[number for number, token in added.items() if token.special]] = False
         self.unk_id: int | None = self._unknown_id(content)
         if self.unk_id is not None and not self._is_text[self.unk_id]:
-            # A word that the vocabulary lacks is part of the text, as XLM-R's <unk> is. Named in the manifest, so that shards
-            # from which it was left out, as it once was, are not continued.
+            # An unknown word is part of the text, like XLM-R's <unk>. The manifest names the id, because earlier versions left
+            # it out: such shards are not continued.
             self._is_text[self.unk_id] = True
             self.special_ids = {**self.special_ids, "unk": self.unk_id}
 
     def _row_ends(self) -> tuple[int, int]:
+        """The ids of the tokens before and after a text."""
         around_nothing = self._tokenizer.encode("").ids
         if len(around_nothing) != 2:
             raise DataError(
@@ -154,7 +158,7 @@ class FastTokenizer:
         return begin, end
 
     def _unknown_id(self, content: bytes) -> int | None:
-        """The id of what the vocabulary lacks: named in WordPiece and BPE, numbered in Unigram; None where nothing is."""
+        """The id of unknown words. WordPiece and BPE name the token, Unigram gives the id; None if there is none."""
         model = json.loads(content)["model"]
         if model.get("unk_id") is not None:
             return int(model["unk_id"])

@@ -1,4 +1,7 @@
-"""What is said of a directory that holds no manifest: its shards are unfinished, not merged yet, or not there at all."""
+"""The error text for a directory without a manifest.
+
+In: the directory. Out: whether its shards are unfinished, not merged or missing, and the next command.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ PREPARE_HINT = "python -m data_prep prepare --input TEXT --tokenizer MODEL_OR_DI
 
 
 def why_no_manifest(path: Path, manifest_name: str, run_name: str) -> str:
-    """One paragraph: unfinished, not merged, or not there; with the command that comes next."""
+    """One paragraph about the directory `path`, which holds no `manifest_name`."""
     parts = path.with_name(path.name + ".parts")  # where tasks of a Slurm array prepare their languages
     if (path / run_name).is_file():
         return (
@@ -24,4 +27,5 @@ def why_no_manifest(path: Path, manifest_name: str, run_name: str) -> str:
             f"The shards at {path} are unfinished: their languages in {parts} have not been merged. When all of them are "
             f"done: {module_command('data_prep', 'merge', path, '--from')} {shlex.quote(str(parts))}/*"
         )
-    return f"No shards at {path}: {path / manifest_name} is missing. Make them with `{PREPARE_HINT.format(path=shlex.quote(str(path)))}`."
+    command = PREPARE_HINT.format(path=shlex.quote(str(path)))
+    return f"No shards at {path}: {path / manifest_name} is missing. Make them with `{command}`."

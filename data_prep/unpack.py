@@ -1,7 +1,8 @@
-"""Packed files (.xz, .gz, .bz2, .zst) to their bytes, to the last byte of the file or not without an error.
+"""Packed files (.xz, .gz, .bz2, .zst): how they are recognised, and their content.
 
-A packed file may hold several streams one behind the other, as `cat a.xz b.xz` makes them. What follows the first one is read
-or is an error; the libraries' own file objects stop without an error at some of what may follow it.
+In: a raw file. Out: the bytes of its content; an error if any byte of the file was not used. A packed file may hold several
+streams, as `cat a.xz b.xz` makes them. The libraries' own file objects stop without an error at some of what may follow the
+first stream.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from data_prep.names import quoted
 
 PACKED_BYTES = 1 << 16  # read from the file at a time
 UNPACKED_BYTES = 1 << 18  # most that is unpacked at a time
-XZ_MAGIC = b"\xfd7zXZ\0"
+MAGIC = {".gz": b"\x1f\x8b", ".xz": b"\xfd7zXZ\0", ".zst": b"\x28\xb5\x2f\xfd", ".bz2": b"BZh"}  # first bytes of a file
 ZSTD_DICTIONARY_MESSAGE = "Dictionary mismatch"
 ZSTD_WINDOW_MESSAGE = "too much memory"  # libzstd on a frame packed with --long above 27
 PACKINGS = ("", ".xz", ".gz", ".zst", ".bz2")
@@ -27,19 +28,29 @@ PACK_COMMANDS = {"": "", ".xz": " | xz -c", ".gz": " | gzip -c", ".zst": " | zst
 UNPACKING_ERRORS = (EOFError, lzma.LZMAError, zlib.error)
 
 
+def packing_of_name(name: str) -> str:
+    """The packing that the end of a file's name states; "" for a plain file."""
+    return next((packing for packing in PACKINGS[1:] if name.lower().endswith(packing)), "")
+
+
+def packing_of_content(start: bytes) -> str:
+    """The packing that the first bytes of a file show; "" for none."""
+    return next((packing for packing, magic in MAGIC.items() if start.startswith(magic)), "")
+
+
 def rewriting(path: Path, command: str, packing: str) -> str:
-    """A line for a shell that sends the content of a file through `command`, in its own place."""
+    """A shell command that replaces the content of the file `path`, packed by `packing`, by what `command` makes of it."""
     file, written = quoted(path), quoted(f"{path}.new")
     send = f"{UNPACK_COMMANDS[packing]} < {file} | {command}" if packing else f"{command} < {file}"
     return f"{send}{PACK_COMMANDS[packing]} > {written} && mv {written} {file}"
 
 
 class PackedError(ValueError):
-    """What a packed file holds where a stream was expected."""
+    """Bytes in a packed file that are no stream, where a stream was expected."""
 
 
 class PackedWithDictionary(ValueError):
-    """A zstd frame that needs a file beside it."""
+    """A zstd frame that needs a dictionary from another file."""
 
 
 class WindowTooLarge(ValueError):
@@ -47,7 +58,15 @@ class WindowTooLarge(ValueError):
 
 
 def unpacked(raw: io.RawIOBase, packing: str) -> Iterator[bytes]:
-    """Pieces of the content of `raw`, never an empty one. Raises one of `UNPACKING_ERRORS`, `OSError` or `ValueError`."""
+    """The content of `raw` in pieces that are never empty.
+
+    Args:
+        raw: an open file, at its start.
+        packing: one of `PACKINGS`.
+
+    Raises:
+        UNPACKING_ERRORS, OSError or ValueError: the file is corrupt, incomplete, or needs options of zstd.
+    """
     if packing == ".zst":
         return _zstd(raw)
     if packing == ".gz":
@@ -60,7 +79,7 @@ def unpacked(raw: io.RawIOBase, packing: str) -> Iterator[bytes]:
 
 
 def _streams(raw: io.RawIOBase, decoder_for: Callable[..., Any], padding: int) -> Iterator[bytes]:
-    """All streams of a file. `padding`: zero bytes may follow each of them, in multiples of so many (0: none may)."""
+    """The content of all streams of a file. A multiple of `padding` zero bytes may follow each stream (0: no zero bytes)."""
     data, number = raw.read(PACKED_BYTES) or b"", 1
     if not data:
         raise EOFError("the file is empty")
@@ -81,11 +100,11 @@ def _streams(raw: io.RawIOBase, decoder_for: Callable[..., Any], padding: int) -
             if number == 1 or getattr(error, "errno", None) is not None:
                 raise
             raise PackedError(f"stream {number} of the file, {start[:4].hex(' ')} ..., is corrupt: {error}") from error
-        data, number = _behind_padding(raw, decoder.unused_data, padding), number + 1
+        data, number = _after_padding(raw, decoder.unused_data, padding), number + 1
 
 
-def _behind_padding(raw: io.RawIOBase, data: bytes, multiple: int) -> bytes:
-    """What follows the zero bytes behind a stream; empty at the end of the file."""
+def _after_padding(raw: io.RawIOBase, data: bytes, multiple: int) -> bytes:
+    """The bytes that follow the zero bytes after a stream; empty at the end of the file."""
     num_zeros = 0
     while True:
         data = data or raw.read(PACKED_BYTES) or b""
@@ -95,24 +114,24 @@ def _behind_padding(raw: io.RawIOBase, data: bytes, multiple: int) -> bytes:
             break
         data = b""
     if multiple and num_zeros % multiple:
-        raise PackedError(f"{num_zeros} zero bytes follow a stream, which is no multiple of {multiple}")
+        raise PackedError(f"{num_zeros} zero bytes follow a stream, which is not a multiple of {multiple}")
     return rest
 
 
 class _XzStreams:
-    """A decoder for the next stream: .xz, or at the start of a file the older .lzma, which `xz -dc` unpacks as well."""
+    """Makes the decoder for the next stream: .xz, or the older .lzma at the start of a file, which `xz -dc` unpacks too."""
 
     def __init__(self) -> None:
         self._format = lzma.FORMAT_AUTO
 
     def __call__(self, start: bytes) -> Any:
-        if start.startswith(XZ_MAGIC):
+        if start.startswith(MAGIC[".xz"]):
             self._format = lzma.FORMAT_XZ
         return lzma.LZMADecompressor(self._format)
 
 
 class _GzipMember:
-    """`zlib` with the face of the other two decompressors."""
+    """`zlib` with the interface of the other two decompressors."""
 
     def __init__(self) -> None:
         self._zlib = zlib.decompressobj(wbits=31)  # 31: a gzip header and checksum around it

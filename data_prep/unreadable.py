@@ -1,8 +1,8 @@
-"""A file that cannot be read now is not a corrupt one: it is tried again, then the program stops and names it.
+"""Errors that a user can fix, and reading files that may be unreadable for a moment.
 
-In: something that reads a file. Out: what it returns, or an `UnreadableError` with file and errno. Network file systems
-answer EIO, ESTALE or EACCES for a moment, and EMFILE says nothing about the file at all: a reader that took these for damage
-would fall back to older data and later delete the newest.
+In: a function that reads a file. Out: its result, or an `UnreadableError` with file and errno. A file that cannot be read now
+is not a corrupt file: network file systems answer EIO, ESTALE or EACCES for a moment, and EMFILE says nothing about the file.
+A reader that mistook these for corruption would fall back to older data and later delete the newest.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 PAUSES_S = (0.1, 0.4, 1.0)  # between four attempts
-# Answers that are the truth about what is in the file's place; every other errno is about the moment or the access.
+# These say what is at the path. Every other errno is about this moment or about access.
 ABOUT_THE_PATH = frozenset(
     (
         errno.ENOENT,
@@ -29,20 +29,29 @@ ABOUT_THE_PATH = frozenset(
         None,
     )
 )
-HINTS = {
-    errno.EACCES: "let this user read it (chmod, chown, or a group that all of you share)",
-    errno.EPERM: "let this user read it (chmod, chown, or a group that all of you share)",
+ADVICE = {
+    errno.EACCES: "change its permissions (chmod, chown, or a group that all of you share), or name another",
+    errno.EPERM: "change its permissions (chmod, chown, or a group that all of you share), or name another",
     errno.EMFILE: "raise the limit of open files (`ulimit -n 65536`)",
-    errno.ENFILE: "the whole machine has too many open files; close some programs",
+    errno.ENFILE: "close some programs; the machine has too many open files",
     errno.ENOMEM: "free memory",
+    errno.ENOSPC: "free space there, or name a directory on another disk",
+    errno.EDQUOT: "free space within your quota, or name a directory on another disk",
+    errno.EROFS: "name a writable directory",
+    errno.ENOENT: "check the name",
+    errno.EIO: "read the log of the system (the disk or the network file system may be failing)",
+    errno.ESTALE: "wait until the file system is back",
 }
 SHOWN_AT_EACH_END = 2000  # characters of an error message
 Result = TypeVar("Result")
 
 
 class Explained(ValueError):
-    """What is wrong, where, and how to mend it, in one paragraph. It names values of files that anybody may have written, so
-    one that is longer than a screen is cut in its middle: what is wrong stands first and what to do last."""
+    """One paragraph that says what is wrong, where, and how to fix it.
+
+    The paragraph names values of files that anybody may have written. If it is longer than a screen, its middle is cut: it
+    starts with what is wrong and ends with what to do.
+    """
 
     def __str__(self) -> str:
         text = super().__str__()
@@ -53,19 +62,19 @@ class Explained(ValueError):
 
 
 class DataError(Explained):
-    """Something about text, tokenizer or shards that the user can mend: what is wrong, where, how to mend it."""
+    """A problem of text, tokenizer or shards that the user can fix."""
 
 
 class UnreadableError(DataError):
-    """A file that exists and could not be read, after several attempts: nobody knows whether it is corrupt."""
+    """A file that exists and could not be read in several attempts. It may or may not be corrupt."""
 
 
 def read_again(path: Path, read: Callable[[], Result]) -> Result:
-    """`read()`, tried again after short pauses while the system answers with an error that says nothing about the content.
+    """Call `read()`, and again after short pauses while the error says nothing about the content of `path`.
 
     Raises:
-        UnreadableError: the last attempt failed as well; names `path` and errno.
-        OSError: missing, or a directory or link in the file's place.
+        UnreadableError: the last attempt failed too; names `path` and errno.
+        OSError: nothing is at `path`, or a directory or a link in a circle.
     """
     for pause_s in (*PAUSES_S, None):
         try:
@@ -82,8 +91,8 @@ def read_again(path: Path, read: Callable[[], Result]) -> Result:
 def unreadable(path: Path, error: OSError) -> str:
     """One paragraph about a file that could not be read."""
     name = errno.errorcode.get(error.errno or 0, "no errno")
-    hint = HINTS.get(error.errno or 0, "check the disk or the network file system that it is on")
+    hint = ADVICE.get(error.errno or 0, "check the disk or the network file system that it is on")
     return (
         f"{path} cannot be read now ({name}: {os.strerror(error.errno or 0)}; {len(PAUSES_S) + 1} attempts). That does not "
-        f"make it corrupt: nothing was passed over and nothing deleted. To fix it, {hint}, then start the same command again"
+        f"make it corrupt: nothing was skipped and nothing was deleted. To fix it, {hint}, then start the same command again"
     )

@@ -1,7 +1,8 @@
-"""`verify`: every byte of a shard directory against its manifest, naming file and place of what is wrong.
+"""`verify`: checking every byte of a shard directory against its manifest.
 
-Per shard: the header is made again and compared, all bytes are hashed, every token id must be in the vocabulary, document
-offsets must rise from 0 to the number of tokens. The block hashes stored in the shard narrow damage down to 1 MiB.
+In: a directory. Out: problems, each with file and offset. For each shard the header is computed again and compared, all bytes are
+hashed, every token id must be in the vocabulary, and document offsets must rise from 0 to the number of tokens. The block hashes
+in the shard locate corruption to 1 MiB.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
+from data_prep.file_hashes import xxh3_128_of_file
 from data_prep.journal import JOURNAL_NAME
 from data_prep.manifest import RUN_NAME, make_manifest, read_run
-from data_prep.shard_layout import HASH_BLOCK_BYTES, HEADER_BYTES, OFFSET_DTYPE, TOKEN_DTYPE, file_digest, sections
+from data_prep.shard_layout import HASH_BLOCK_BYTES, HEADER_BYTES, OFFSET_DTYPE, TOKEN_DTYPE, sections
 from data_prep.shards import DataError, Shard, ShardSet, UnreadableError, read_again
 
 TOKENS_PER_CHECK = 1 << 20
 
 
 class Findings(list[str]):
-    """What is corrupt, one sentence each; `unreadable` holds the same about files of which nobody knows."""
+    """One sentence for each corrupt file. `unreadable` holds one for each file that could not be read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,9 +34,10 @@ class Findings(list[str]):
 
 
 def verify(path: Path, show_progress: bool = False) -> Findings:
-    """What is wrong with the shards at `path`, one sentence each; sizes are part of it, a bad manifest is a DataError.
+    """Check all shards at `path`, also after a file that is corrupt or cannot be read.
 
-    Goes on to the last shard, whatever it finds, also past files that cannot be read.
+    Raises:
+        DataError: the manifest is missing or not valid.
     """
     shard_set = ShardSet(path, check_sizes=False)
     shards = shard_set.all_shards()
@@ -44,10 +47,10 @@ def verify(path: Path, show_progress: bool = False) -> Findings:
         ThreadPoolExecutor(os.cpu_count()) as threads,  # hashing releases the interpreter lock
     ):
         findings = Findings()
-        for shard, (problem, is_known) in zip(shards, threads.map(_look_at, shards), strict=True):
+        for shard, (problem, was_read) in zip(shards, threads.map(_problem_of, shards), strict=True):
             bar.update(shard.num_bytes)
             if problem:
-                (findings if is_known else findings.unreadable).append(problem)
+                (findings if was_read else findings.unreadable).append(problem)
     if not findings and not findings.unreadable:
         try:
             findings.extend(check_records(path, shard_set))
@@ -56,8 +59,8 @@ def verify(path: Path, show_progress: bool = False) -> Findings:
     return findings
 
 
-def _look_at(shard: Shard) -> tuple[str | None, bool]:
-    """The first problem of a shard, and whether it was read at all."""
+def _problem_of(shard: Shard) -> tuple[str | None, bool]:
+    """The first problem of a shard, and whether the shard could be read."""
     try:
         return read_again(shard.path, lambda: check_shard(shard)), True
     except UnreadableError as error:
@@ -67,18 +70,18 @@ def _look_at(shard: Shard) -> tuple[str | None, bool]:
 
 
 def check_records(path: Path, shard_set: ShardSet) -> list[str]:
-    """Whether `prepare.json` and the journals, where they are, still lead to this manifest."""
+    """Problems of `prepare.json` and the journals, if they are there: they must give this manifest."""
     if not (path / RUN_NAME).is_file():
-        return []  # the shards were copied without them: fine to train on
+        return []  # the shards were copied without them, which is enough for training
     try:
-        made_again = make_manifest(path, {**read_run(path), "languages": list(shard_set.manifest["languages"])})
+        from_journals = make_manifest(path, {**read_run(path), "languages": list(shard_set.manifest["languages"])})
     except UnreadableError:
         raise
     except DataError as error:
         return [str(error)]
-    if made_again != shard_set.manifest:
+    if from_journals != shard_set.manifest:
         different = [
-            name for name, entry in made_again["languages"].items() if entry != shard_set.manifest["languages"][name]
+            name for name, entry in from_journals["languages"].items() if entry != shard_set.manifest["languages"][name]
         ]
         where = ", ".join(f"{path / name / JOURNAL_NAME}" for name in different) or f"{path / RUN_NAME}"
         return [f"{where}: does not describe the shards that the manifest describes"]
@@ -86,21 +89,21 @@ def check_records(path: Path, shard_set: ShardSet) -> list[str]:
 
 
 def check_shard(shard: Shard) -> str | None:
-    """The first thing wrong with one shard file."""
+    """The first problem of one shard file; None if it is valid."""
     if problem := shard.size_problem():
         return problem
     with open(shard.path, "rb", buffering=0) as file:
         found, expected = file.read(HEADER_BYTES), shard.expected_header()
     if found != expected:
         offset = next(i for i, (one, other) in enumerate(zip(found, expected, strict=True)) if one != other)
-        return f"{shard.path}: byte {offset} of the header is not what the manifest describes (damaged or swapped)"
-    if file_digest(shard.path) != shard.xxh3_128:
+        return f"{shard.path}: byte {offset} of the header is not what the manifest describes (corrupt or swapped)"
+    if xxh3_128_of_file(shard.path) != shard.xxh3_128:
         return first_bad_block(shard)
     return check_content(shard)
 
 
 def first_bad_block(shard: Shard) -> str:
-    """Which 1 MiB block of a shard whose hash is wrong is the first that does not match its stored hash."""
+    """The first 1 MiB block that does not match its stored hash, in a shard whose hash is wrong."""
     where = sections(shard.num_tokens, shard.num_documents)
     with open(shard.path, "rb", buffering=0) as file:
         file.seek(where.block_hashes)
@@ -110,12 +113,12 @@ def first_bad_block(shard: Shard) -> str:
             start = HEADER_BYTES + number * HASH_BLOCK_BYTES
             end = min(start + HASH_BLOCK_BYTES, where.block_hashes)
             if xxhash.xxh3_64_intdigest(file.read(end - start)) != int(expected):
-                return f"{shard.path}: damaged in the block of bytes {start} to {end - 1} (or in its hash)"
-    return f"{shard.path}: whole in itself, but not the file that the manifest describes (swapped?)"
+                return f"{shard.path}: corrupt in the block of bytes {start} to {end - 1} (or in its hash)"
+    return f"{shard.path}: valid in itself, but not the file that the manifest describes (swapped?)"
 
 
 def check_content(shard: Shard) -> str | None:
-    """Token ids and document offsets of a shard whose hashes are right: was it written right?"""
+    """The first problem of token ids and document offsets in a shard whose hashes are right: it was written wrong."""
     tokens = np.memmap(shard.path, TOKEN_DTYPE, "r", HEADER_BYTES, (shard.num_tokens,))
     for start in range(0, shard.num_tokens, TOKENS_PER_CHECK):
         block = tokens[start : start + TOKENS_PER_CHECK]

@@ -1,17 +1,15 @@
-"""A smaller vocabulary: the tokenizer that has only the pieces that some languages use, and the map to its old ids.
+"""A smaller vocabulary: a tokenizer with only the pieces that some languages use, and the map to the old ids.
 
-In: a tokenizer in XLM-R's layout and a `Usage`. Out: a directory with the SentencePiece model, the files that
-`AutoTokenizer` loads, and `vocabulary.json`: old id of every new one, hashes of both tokenizers, loss per language.
-Shards are prepared with it, teacher and student are cut by it (recipe key `vocabulary`, `python -m pipeline trim`).
+In: a tokenizer in XLM-R's layout and a `TokenCounts`. Out: a directory with the SentencePiece model, the files that
+`AutoTokenizer` loads, and `vocabulary.json`: the old id of every new id, hashes of both tokenizers, loss of each language.
 
-Why ids map one to one: a unigram tokenizer takes the best-scoring split of a text into pieces. Removing pieces that the
-best split does not use leaves it the best one among splits into pieces. Splits with `<unk>` can gain: its score is the
-lowest piece's less 10, which rises when that piece goes. So a sample of every language is split again, and must agree.
+Why ids map one to one: a unigram tokenizer chooses the best-scoring split of a text into pieces. Removing pieces that the best
+split does not use leaves it the best split without `<unk>`. A split with `<unk>` can gain: the score of `<unk>` is the lowest
+score of a piece minus 10, and rises when that piece is removed. So a sample of every language is split again and must agree.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,29 +19,31 @@ from typing import Any
 import numpy as np
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
+from data_prep.file_hashes import sha256_of_file
+from data_prep.json_files import read_json_object
 from data_prep.outputs import check_output_place, replaced_directory
-from data_prep.shards import EOS_ID, UNK_ID, DataError
-from data_prep.token_counts import Usage
+from data_prep.shards import EOS_ID, UNK_ID, DataError, UnreadableError
+from data_prep.token_counts import TokenCounts
 from data_prep.tokenizer import SPM_UNK, SentencePieceTokenizer
+from data_prep.tokenizer_ids import FAST_TOKENIZER_NAME, SENTENCEPIECE_NAMES, SPM_CONTROL_PIECES, TOKENIZER_CONFIG_NAME
 
 protobuf: Any = sentencepiece_model_pb2  # generated code without types
 FORMAT_NAME, FORMAT_VERSION = "minilmv2-vocabulary", 1
 MAP_FILE = "vocabulary.json"
-PRODUCTS = (MAP_FILE, "sentencepiece.bpe.model", "tokenizer_config.json", "tokenizer.json")  # of trim-vocab
-MODEL_FILE = "sentencepiece.bpe.model"
+MODEL_FILE = SENTENCEPIECE_NAMES[0]
+PRODUCTS = (MAP_FILE, MODEL_FILE, TOKENIZER_CONFIG_NAME, FAST_TOKENIZER_NAME)  # files that trim-vocab writes
 NUM_LEADING_SPECIALS = 4  # <s> <pad> </s> <unk>; the last id is <mask>
-NUM_MODEL_SPECIALS = 3  # SentencePiece's own <unk> <s> </s>; a piece's id here is its id there plus one
 WORD_START = "▁"
 DEFAULT_MAX_LENGTH = 512
 
 
 @dataclass(frozen=True)
 class TrimOptions:
-    """Whose pieces are kept, and which of them."""
+    """Which pieces are kept."""
 
-    languages: Sequence[str]
-    min_count: int = 1  # over all these languages together
-    coverage: float = 1.0  # of each language's tokens, by its most frequent pieces
+    languages: Sequence[str]  # keep pieces that occur in their text
+    min_count: int = 1  # occurrences in all these languages together
+    coverage: float = 1.0  # share of each language's tokens that its most frequent pieces must make up
 
     def __post_init__(self) -> None:
         if self.min_count < 1:
@@ -53,18 +53,27 @@ class TrimOptions:
 
 
 def trim_vocabulary(
-    tokenizer: SentencePieceTokenizer, usage: Usage, options: TrimOptions, output: Path
+    tokenizer: SentencePieceTokenizer, counts: TokenCounts, options: TrimOptions, output: Path
 ) -> dict[str, Any]:
-    """Write the smaller vocabulary to `output`, whole or not at all, and return what its `vocabulary.json` holds."""
-    missing = [language for language in options.languages if language not in usage.counts]
+    """Write the smaller vocabulary to `output`, completely or not at all.
+
+    Returns:
+        The content of `vocabulary.json`, except the ids.
+
+    Raises:
+        DataError: a language has no text, the output is something else, or a line is split differently afterwards.
+    """
+    missing = [language for language in options.languages if language not in counts.counts]
     if missing:
-        raise DataError(f"There is no text of {', '.join(missing)}; there is of {', '.join(sorted(usage.counts))}.")
+        raise DataError(f"There is no text of {', '.join(missing)}; there is of {', '.join(sorted(counts.counts))}.")
     if output.exists() and (not (output / MAP_FILE).is_file() or (output / "config.json").is_file()):
-        raise DataError(f"{output} exists and is no earlier vocabulary, so it is left alone. Name another --output.")
+        raise DataError(
+            f"{output} exists and is not an earlier vocabulary, so it is not replaced. Name another --output."
+        )
     model = protobuf.ModelProto()
     model.ParseFromString(tokenizer.path.read_bytes())
     pieces = pieces_by_id(model)
-    kept = kept_ids(usage.counts, options, pieces)
+    kept = kept_ids(counts.counts, options, pieces)
     check_output_place(output, "--output", {"the tokenizer": tokenizer.path})
     with replaced_directory(output, PRODUCTS) as temporary:
         write_tokenizer(tokenizer.path, model, pieces, kept, temporary)
@@ -73,20 +82,23 @@ def trim_vocabulary(
             "version": FORMAT_VERSION,
             "source_sha256": tokenizer.sha256,
             "source_vocab_size": len(pieces),
-            "tokenizer_sha256": hashlib.sha256((temporary / MODEL_FILE).read_bytes()).hexdigest(),
+            "tokenizer_sha256": sha256_of_file(temporary / MODEL_FILE),
             "vocab_size": len(kept),
             "languages": list(options.languages),
             "min_count": options.min_count,
             "coverage": options.coverage,
-            "loss": losses(tokenizer.processor, temporary / MODEL_FILE, usage, kept),
+            "loss": losses(tokenizer.processor, temporary / MODEL_FILE, counts, kept),
         }
         (temporary / MAP_FILE).write_text(json.dumps({**about, "old_ids": kept.tolist()}) + "\n", encoding="utf-8")
     return about
 
 
 def kept_ids(counts: dict[str, np.ndarray], options: TrimOptions, pieces: list[str]) -> np.ndarray:
-    """Old ids to keep, ascending: the specials, every piece that the languages use often enough, and the single
-    characters of these pieces, so that no text in known characters becomes unknown."""
+    """Old ids to keep, ascending: int64.
+
+    These are the special tokens, every piece that the languages use often enough, and the single characters of these pieces, so
+    that no text in known characters becomes unknown.
+    """
     chosen = [counts[language] for language in options.languages]
     used = np.any([_most_frequent(total, options.coverage) for total in chosen], axis=0)
     used &= np.sum(chosen, axis=0) >= options.min_count
@@ -98,7 +110,7 @@ def kept_ids(counts: dict[str, np.ndarray], options: TrimOptions, pieces: list[s
 
 
 def _most_frequent(total: np.ndarray, coverage: float) -> np.ndarray:
-    """The fewest ids whose occurrences make up `coverage` of all; of equally frequent ones the lower ids."""
+    """Whether each id is one of the fewest that make up `coverage` of all occurrences: bool. Lower ids come first in ties."""
     if coverage == 1:
         return total > 0
     order = np.argsort(-total, kind="stable")
@@ -109,35 +121,35 @@ def _most_frequent(total: np.ndarray, coverage: float) -> np.ndarray:
 
 
 def pieces_by_id(model: Any) -> list[str]:
-    """The text of every id, `<s>` to `<mask>`; specials have none."""
-    pieces = [piece.piece for piece in model.pieces[NUM_MODEL_SPECIALS:]]
+    """The text of every id from `<s>` to `<mask>`; special tokens have none."""
+    pieces = [piece.piece for piece in model.pieces[SPM_CONTROL_PIECES:]]
     return [""] * NUM_LEADING_SPECIALS + pieces + [""]
 
 
 def write_tokenizer(model_path: Path, model: Any, pieces: list[str], kept: np.ndarray, directory: Path) -> None:
-    """SentencePiece model, settings and, where the source has one, the fast tokenizer's file, with the kept ids alone."""
+    """Write the SentencePiece model, its config, and a `tokenizer.json` if the source has one, with the kept ids only."""
     inner = kept[(kept >= NUM_LEADING_SPECIALS) & (kept <= len(model.pieces))] - 1
-    kept_pieces = [model.pieces[i] for i in [*range(NUM_MODEL_SPECIALS), *inner.tolist()]]
+    kept_pieces = [model.pieces[i] for i in [*range(SPM_CONTROL_PIECES), *inner.tolist()]]
     trimmed = protobuf.ModelProto()
     trimmed.CopyFrom(model)
     del trimmed.pieces[:]
     trimmed.pieces.extend(kept_pieces)
     trimmed.trainer_spec.vocab_size = len(kept_pieces)
     (directory / MODEL_FILE).write_bytes(trimmed.SerializeToString(deterministic=True))
-    settings = _read_json(model_path.with_name("tokenizer_config.json")) or {}
+    settings = _read_json(model_path.with_name(TOKENIZER_CONFIG_NAME))
     short = {
         "tokenizer_class": "XLMRobertaTokenizer",
         "model_max_length": settings.get("model_max_length", DEFAULT_MAX_LENGTH),
     }
-    (directory / "tokenizer_config.json").write_text(json.dumps(short, indent=2) + "\n", encoding="utf-8")
-    fast = model_path.with_name("tokenizer.json")
+    (directory / TOKENIZER_CONFIG_NAME).write_text(json.dumps(short, indent=2) + "\n", encoding="utf-8")
+    fast = model_path.with_name(FAST_TOKENIZER_NAME)
     if tree := _read_json(fast):
         cut = cut_fast_tokenizer(tree, pieces, kept, fast)
         (directory / fast.name).write_text(json.dumps(cut, ensure_ascii=False), encoding="utf-8")
 
 
 def cut_fast_tokenizer(tree: dict[str, Any], pieces: list[str], kept: np.ndarray, path: Path) -> dict[str, Any]:
-    """The content of a `tokenizer.json` with the kept ids alone. It must be the same vocabulary as the model beside it."""
+    """The content of a `tokenizer.json` with the kept ids only. Raises `DataError` if it is not the model's vocabulary."""
     try:
         vocab, added = tree["model"]["vocab"], tree["added_tokens"]
         inner = slice(NUM_LEADING_SPECIALS, len(pieces) - 1)
@@ -146,8 +158,8 @@ def cut_fast_tokenizer(tree: dict[str, Any], pieces: list[str], kept: np.ndarray
         same = False
     if not same or any(token["id"] >= len(pieces) for token in added):
         raise DataError(
-            f"{path} is not of the same vocabulary as the SentencePiece model beside it. Take it out of the directory "
-            "(transformers makes it anew from the model) and run the same command."
+            f"{path} does not have the vocabulary of the SentencePiece model in its directory. Move it out of the directory "
+            "(transformers makes it again from the model) and run the same command."
         )
     new_id = {old: new for new, old in enumerate(kept.tolist())}
     return {
@@ -158,19 +170,23 @@ def cut_fast_tokenizer(tree: dict[str, Any], pieces: list[str], kept: np.ndarray
 
 
 def losses(
-    old: SentencePieceProcessor, new_model: Path, usage: Usage, kept: np.ndarray
+    old: SentencePieceProcessor, new_model: Path, counts: TokenCounts, kept: np.ndarray
 ) -> dict[str, dict[str, float | int]]:
-    """Per language: share of tokens whose piece is kept, and what the smaller tokenizer makes of a sample of its lines.
+    """The effect of the smaller vocabulary on a sample of the lines of each language.
 
-    `longer`: tokens after / before; `unknown`: share that becomes `<unk>`. Lines whose pieces are all kept must be split
-    as before: `lines_equal` counts them.
+    Returns:
+        For each language: `kept`, share of tokens whose piece is kept; `longer`, tokens after / before; `unknown`, share of
+        `<unk>`; `lines`, number of lines; `lines_equal`, number of lines whose pieces are all kept.
+
+    Raises:
+        DataError: a line whose pieces are all kept is split differently than before.
     """
     new = SentencePieceProcessor(model_file=str(new_model))
-    new_id = np.full(usage.vocab_size, -1, dtype=np.int64)
+    new_id = np.full(counts.vocab_size, -1, dtype=np.int64)
     new_id[kept] = np.arange(len(kept))
     found = {}
-    for language, total in usage.counts.items():
-        texts = _lines(old, usage.samples[language])
+    for language, total in counts.counts.items():
+        texts = _lines(old, counts.samples[language])
         before, after, unknown, equal = 0, 0, 0, 0
         for text, old_ids, new_ids in zip(texts, _ids(old, texts), _ids(new, texts), strict=True):
             before, after, unknown = (
@@ -181,7 +197,7 @@ def losses(
             if (new_id[old_ids] >= 0).all():
                 if not np.array_equal(new_id[old_ids], new_ids):
                     raise DataError(
-                        f"{language}: {text[:60]!r} is split otherwise after trimming; nothing was written."
+                        f"{language}: {text[:60]!r} is split differently after trimming; nothing was written."
                     )
                 equal += 1
         found[language] = {
@@ -195,7 +211,7 @@ def losses(
 
 
 def _lines(processor: SentencePieceProcessor, sample: np.ndarray) -> list[str]:
-    """Text of a stream of ids in which `</s>` ends every line; lines with `<unk>` cannot be read back."""
+    """The lines of a stream of ids. Lines with `<unk>` cannot be decoded and are left out."""
     known = (line for line in np.split(sample, np.flatnonzero(sample == EOS_ID) + 1) if UNK_ID not in line)
     lines = [line[line >= NUM_LEADING_SPECIALS] - 1 for line in known]
     return [text for text in processor.decode([line.tolist() for line in lines if len(line)]) if text]
@@ -207,24 +223,28 @@ def _ids(processor: SentencePieceProcessor, texts: list[str]) -> list[np.ndarray
     return [np.where(ids == SPM_UNK, UNK_ID, ids + 1) for ids in arrays]
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of the tokenizer; empty if there is no such file."""
     if not path.is_file():
-        return None
+        return {}
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path)
+    except UnreadableError:
+        raise
     except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}). Copy it again from where the tokenizer came from.") from error
-    return tree if isinstance(tree, dict) else None
+        raise DataError(
+            f"{path} is not a JSON object ({error}). Copy it again from the origin of the tokenizer."
+        ) from error
 
 
 def trimming_table(about: dict[str, Any]) -> str:
-    """Sizes, and what every language loses."""
+    """A table of both sizes and of the losses of every language."""
     lines = [
         f"pieces: {about['source_vocab_size']:,} -> {about['vocab_size']:,}",
         f"{'language':<10}{'tokens kept':>12}{'longer':>9}{'unknown':>9}   lines split as before",
     ]
     for language, loss in sorted(about["loss"].items(), key=lambda item: -item[1]["kept"]):
-        mark = "  asked for" if language in about["languages"] else ""
+        mark = "  requested" if language in about["languages"] else ""
         lines.append(
             f"{language:<10}{loss['kept']:>12.4f}{loss['longer']:>8.3f}x{loss['unknown']:>9.4f}   "
             f"{loss['lines_equal']} of {loss['lines']}{mark}"

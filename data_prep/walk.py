@@ -1,7 +1,7 @@
-"""What lies below the input: every file once, and why each of the others is not taken.
+"""The files below an input: every file to be read once, and the reason for every file that is left out.
 
-In: files and directories. Out: a `Walk`: files to be read, and `NotTaken` for the rest. One pass over the directories; a link to a
-directory is followed once, after everything that is there without a link.
+In: a file or a directory. Out: a `Walk`. Directories are read once. A link to a directory is followed once, after all
+directories that are reached without a link.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ READ_ALREADY = "a link to a directory that is read already"
 OUTPUT = "an output of prepare"
 LEFT_OUT = "left out by the language map"
 EMPTY = "empty (0 bytes)"
-KNOWN_REASONS = (OUTPUT, READ_ALREADY, LEFT_OUT)  # nothing that --strict-input has to stop for
+KNOWN_REASONS = (OUTPUT, READ_ALREADY, LEFT_OUT)  # reasons that --strict-input accepts
 _ABOUT_TEXT = re.compile(
     r"(?:readme|licen[cs]e)(?:[._-].*)?|(?:copying|notice)(?:\.\w+)?|.*\.(?:sha(?:1|224|256|384|512)|md5)(?:sums?)?|"
     r"(?:sha(?:1|224|256|384|512)|md5)sums?(?:[._].*)?|checksums?(?:[._].*)?",
@@ -44,12 +44,12 @@ class NotTaken:
 
 @dataclass(frozen=True)
 class Found:
-    """One file that is to be read."""
+    """One file to be read."""
 
     path: Path
-    name: str  # below the input directory
+    name: str  # path below the input directory
     identity: tuple[int, int]  # device and inode
-    by_name: bool  # named on the command line itself
+    by_name: bool  # whether the command line names the file itself
 
 
 @dataclass
@@ -62,13 +62,21 @@ class Walk:
 
 
 def is_about_text(name: str) -> bool:
-    """Whether a file is by its name one that people put beside texts."""
+    """Whether the name of a file is one of those that accompany texts, such as README or LICENSE."""
     return _ABOUT_TEXT.fullmatch(name) is not None
 
 
 def walk(given: str, is_mapped: Callable[[Path], bool], language: str | None = None) -> Walk:
-    """One input. `is_mapped`: whether the language map speaks of a file, which then is text whatever its name. A
-    README given by name is text where `--language README` asks for that very one."""
+    """The files of one input.
+
+    Args:
+        given: a file or a directory.
+        is_mapped: whether the language map has a pattern for a file. Such a file is text, whatever its name.
+        language: the value of `--language`. A file such as README is text if it is named on the command line and this names it.
+
+    Raises:
+        DataError: the input does not exist or cannot be read, or the file is of an unknown kind.
+    """
     path, result = Path(given), Walk()
     try:
         status = path.stat()
@@ -97,7 +105,7 @@ def _walk_directories(given: str, is_mapped: Callable[[Path], bool], result: Wal
     waiting: deque[tuple[str, str]] = deque([(given, "")])  # path, name below the input
     linked: list[tuple[str, str]] = []
     while waiting or linked:
-        if not waiting:  # links come last, so that what is there without one is read under its own name
+        if not waiting:  # links come last, so that a directory reached without a link keeps its own name
             waiting.append(linked.pop())
         path, prefix = waiting.popleft()
         try:
@@ -113,12 +121,14 @@ def _walk_directories(given: str, is_mapped: Callable[[Path], bool], result: Wal
             continue
         seen[identity] = path
         if any(entry.name == RUN_NAME for entry in entries):
-            result.leave(path, OUTPUT)  # shards may lie below the texts they were made from; their journals are .jsonl
+            result.leave(
+                path, OUTPUT
+            )  # shards may be below the texts they were made from, and their journals are .jsonl
             continue
         links: list[tuple[str, str]] = []
         for entry in entries:
             if not _is_directory(entry):
-                _look_at(entry, prefix, is_mapped, result)
+                _classify(entry, prefix, is_mapped, result)
             elif entry.name.startswith("."):
                 result.leave(entry.path, HIDDEN)
             else:
@@ -129,12 +139,12 @@ def _walk_directories(given: str, is_mapped: Callable[[Path], bool], result: Wal
 def _is_directory(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link in a circle
+    except OSError:  # a circular link
         return False
 
 
-def _look_at(entry: os.DirEntry[str], prefix: str, is_mapped: Callable[[Path], bool], result: Walk) -> None:
-    """Take a file, or say why it is not taken."""
+def _classify(entry: os.DirEntry[str], prefix: str, is_mapped: Callable[[Path], bool], result: Walk) -> None:
+    """Add a file to `result.found`, or to `result.not_taken` with the reason."""
     try:
         status = entry.stat()
     except OSError as error:
@@ -151,6 +161,6 @@ def _look_at(entry: os.DirEntry[str], prefix: str, is_mapped: Callable[[Path], b
         result.leave(entry.path, UNKNOWN_KIND)
     else:
         if not status.st_size:
-            result.leave(entry.path, EMPTY)  # it is kept among the sources: a language's files are known by their order
+            result.leave(entry.path, EMPTY)  # it stays among the sources, which the journal identifies by their order
         identity = (status.st_dev, status.st_ino)
         result.found.append(Found(Path(entry.path), kept_name(prefix + entry.name), identity, by_name=False))

@@ -1,7 +1,8 @@
-"""Blocks of text to ids in worker processes: forked from this one, so that all share one copy of the model.
+"""Encoding blocks of text in worker processes.
 
-Requests and replies are length-prefixed frames on two pipes per worker; nothing is pickled. A worker ends by itself when its
-requests end, so killing the parent leaves nothing behind. Forking spares every worker the model's load and a copy of it.
+In: blocks of text. Out: futures of `Encoded`. The workers are forks, so they share one copy of the model and do not load it.
+Requests and replies are length-prefixed frames on two pipes for each worker; nothing is pickled. A worker exits when its pipe of
+requests closes, so no worker survives a killed parent.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import os
 import queue
 import signal
 import struct
-import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -20,26 +20,24 @@ from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
+from data_prep.child import run_and_exit
 from data_prep.clean import CleanOptions
 from data_prep.encode import Encoded, encode_block
 from data_prep.shards import DataError
 from data_prep.tokenizer import Tokenizer
 
 IN_FLIGHT = 2  # blocks per worker: one being encoded, the next waiting in the pipe
-PIPE_BYTES = 1 << 20  # a whole block fits, so that neither side waits for the other
+PIPE_BYTES = 1 << 20  # a complete block fits, so that neither side waits for the other
 _REQUEST = struct.Struct("<QQ")  # bytes of text, bytes of the language's name
 _REPLY = struct.Struct("<QQQ")  # bytes of JSON, of token ids, of document lengths
 
 
 class WorkerDied(DataError):
-    """A tokenising process is gone; without it the run cannot go on."""
+    """A tokenising process has ended. The run cannot continue without it."""
 
 
 class WorkerPool:
-    """`num_workers` encoders. One worker means this process itself, with no child and no copy.
-
-    Make it before any thread starts: the workers are forks.
-    """
+    """Encoders in `num_workers` processes; one worker is this process itself. Create it before any thread starts: it forks."""
 
     def __init__(self, tokenizer: Tokenizer, options: CleanOptions, num_workers: int) -> None:
         self._tokenizer, self._options = tokenizer, options
@@ -53,6 +51,7 @@ class WorkerPool:
             self._threads = ThreadPoolExecutor(num_workers * IN_FLIGHT, thread_name_prefix="encode")
 
     def submit(self, text: bytes, language: str) -> Future[Encoded]:
+        """Encode one block. The future raises `DataError` if the options reject the text or a worker died."""
         if self._threads is not None:
             return self._threads.submit(self._encode_in_worker, text, language)
         done: Future[Encoded] = Future()
@@ -76,6 +75,7 @@ class WorkerPool:
         self.close()
 
     def close(self) -> None:
+        """Cancel pending blocks and end the workers."""
         if self._threads is not None:
             self._threads.shutdown(wait=True, cancel_futures=True)
         for worker in self._all:
@@ -85,7 +85,9 @@ class WorkerPool:
 class _Worker:
     """One forked process and the parent's ends of its two pipes."""
 
-    _parents_ends: ClassVar[set[int]] = set()  # of all workers: a fork closes them, or no requests would ever end
+    _parents_ends: ClassVar[set[int]] = (
+        set()
+    )  # of all workers: each fork closes them, or the pipes of requests would never close
 
     def __init__(self, tokenizer: Tokenizer, options: CleanOptions) -> None:
         requests, self._requests = _pipe()
@@ -96,12 +98,18 @@ class _Worker:
         self._status: int | None = None
         self._pid = os.fork()
         if self._pid == 0:
-            _live_as_worker(tokenizer, options, requests, replies, self._parents_ends)
+            run_and_exit(lambda: self._serve(tokenizer, options, requests, replies))
         requests.close()
         replies.close()
 
+    def _serve(self, tokenizer: Tokenizer, options: CleanOptions, requests: BinaryIO, replies: BinaryIO) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and closes the pipe of requests
+        for descriptor in self._parents_ends:
+            os.close(descriptor)
+        serve(tokenizer, options, requests, replies)
+
     def encode(self, text: bytes, language: str) -> Encoded:
-        """The reply to one request; as many threads as `IN_FLIGHT` may call this at a time."""
+        """The reply to one request. At most `IN_FLIGHT` threads may call this at a time."""
         try:
             with self._sending:
                 _write(self._requests, _REQUEST.pack(len(text), len(language)) + language.encode())
@@ -117,7 +125,7 @@ class _Worker:
         except (BrokenPipeError, EOFError) as error:
             raise WorkerDied(
                 f"A tokenising process ended with status {self._ended()} (negative: killed by that signal; -9 is "
-                "mostly too little memory). Run the same command again, with fewer --workers; it goes on where it was."
+                "mostly too little memory). Run the same command again, with fewer --workers; it continues after the last finished shard."
             ) from error
         reply = json.loads(about)
         if "error" in reply:
@@ -125,7 +133,7 @@ class _Worker:
         return Encoded(tokens, np.frombuffer(lengths, np.uint64), reply["counts"])
 
     def _ended(self) -> int | None:
-        """Exit status of the process, waited for once."""
+        """The exit status of the process."""
         with self._sending:
             if self._status is None:
                 with suppress(ChildProcessError):
@@ -140,10 +148,10 @@ class _Worker:
 
 
 def _pipe() -> tuple[Any, Any]:
-    """Reading and writing end, unbuffered, with room for a block where the system allows it."""
+    """The reading and the writing end of a pipe, unbuffered, of `PIPE_BYTES` if the system allows it."""
     reading, writing = os.pipe()
     if hasattr(fcntl, "F_SETPIPE_SZ"):
-        with suppress(OSError):  # a user's pipes together may not grow without end
+        with suppress(OSError):  # the total size of a user's pipes is limited
             fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
     return open(reading, "rb", buffering=0), open(writing, "wb", buffering=0)
 
@@ -165,25 +173,8 @@ def _read(pipe: Any, size: int) -> bytes:
     return bytes(data)
 
 
-def _live_as_worker(
-    tokenizer: Tokenizer, options: CleanOptions, requests: BinaryIO, replies: BinaryIO, not_mine: set[int]
-) -> None:
-    """A fork's whole life; it never returns into the parent's code."""
-    status = 1
-    try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes our requests
-        for descriptor in not_mine:
-            os.close(descriptor)
-        serve(tokenizer, options, requests, replies)
-        status = 0
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    finally:
-        os._exit(status)
-
-
 def serve(tokenizer: Tokenizer, options: CleanOptions, requests: BinaryIO, replies: BinaryIO) -> None:
-    """One frame of text in, one reply out, until the requests end."""
+    """Answer each request with one reply, until the pipe of requests closes."""
     while True:
         try:
             text_bytes, name_bytes = _REQUEST.unpack(_read(requests, _REQUEST.size))

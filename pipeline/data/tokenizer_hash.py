@@ -11,7 +11,8 @@ from typing import Any
 
 from transformers.utils import cached_file
 
-from data_prep.shards import SENTENCEPIECE_NAMES, ShardSet, tokenizer_file
+from data_prep.shards import ShardSet
+from data_prep.tokenizer_ids import SENTENCEPIECE_NAMES, tokenizer_file
 from pipeline.errors import UserError
 
 # Of a hub name: what decides over ids, and what AutoTokenizer reads beside it. The first one says which commit it is.

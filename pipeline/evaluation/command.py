@@ -20,7 +20,7 @@ from typing import Any
 import transformers
 
 from data_prep.outputs import output_path
-from data_prep.ownership import lock_beside, own
+from data_prep.ownership import own, sibling_lock
 from data_prep.shards import DataError
 from pipeline.config import apply_override, build_section
 from pipeline.errors import UserError
@@ -120,7 +120,7 @@ def owned_tasks(tasks: list[str], output: Path, ranks: Ranks) -> Iterator[None]:
                 held.callback(_remove_if_empty, output)
                 output.mkdir(parents=True, exist_ok=True)
                 for name in tasks:
-                    held.enter_context(own(lock_beside(output / name), f"the evaluation {output / name}"))
+                    held.enter_context(own(sibling_lock(output / name), f"the evaluation {output / name}"))
             except DataError as error:
                 problem = f"{error} Or name another --output."
             except OSError as error:

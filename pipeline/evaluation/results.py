@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.durable_files import replace_file
-from data_prep.ownership import lock_beside, own_when_free
+from data_prep.ownership import own_when_free, sibling_lock
 from pipeline.errors import DivergedRunError, UserError
 from pipeline.runtime.json_files import read_json
 
@@ -40,7 +40,7 @@ def add(path: Path, models: dict[str, Any], task: str, results: dict[str, Any], 
     another job may have added a task meanwhile.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with own_when_free(lock_beside(path), str(path)):
+    with own_when_free(sibling_lock(path), str(path)):
         _add(path, models, task, results, settings)
 
 

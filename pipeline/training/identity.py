@@ -16,7 +16,7 @@ from typing import Any
 
 import xxhash
 
-from data_prep.shards import FAST_TOKENIZER_NAME, SENTENCEPIECE_NAMES
+from data_prep.tokenizer_ids import FAST_TOKENIZER_NAME, SENTENCEPIECE_NAMES
 from pipeline.data.tokenizer_hash import deciding_file
 from pipeline.distillation.models.model_files import ModelFiles, Tensor, read_model
 from pipeline.distillation.models.vocabulary import MAP_FILE, read_vocabulary

@@ -96,7 +96,7 @@ def test_damaged_shards_are_found_before_step_1_if_asked(lab: Lab) -> None:
     run_dir = lab.fresh("run")
     assert lab.live(run_dir, 2, settings) == EXIT_USER
     for rank in range(2):
-        assert f"{victim}: damaged" in (run_dir / "logs" / f"rank{rank}.log").read_text()
+        assert f"{victim}: corrupt" in (run_dir / "logs" / f"rank{rank}.log").read_text()
     assert not (run_dir / "metrics.jsonl").exists()
 
 

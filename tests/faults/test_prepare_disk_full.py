@@ -1,4 +1,4 @@
-"""A disk that fills up during `prepare`: finished shards stay, nothing half-written does, the same command goes on."""
+"""A full disk during `prepare`: finished shards stay, incomplete files do not, and the same command continues."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.unit.data_prep.corpus import content, run, write_corpus
 
 
 class DiskFull:
-    """Lets `allowed` bytes through, then behaves like a full disk."""
+    """Accepts `allowed` bytes and then behaves like a full disk."""
 
     def __init__(self, allowed: int) -> None:
         self.left = allowed
@@ -25,7 +25,7 @@ class DiskFull:
 
 
 @pytest.mark.parametrize(("num_workers", "allowed"), [(1, 0), (1, 5_000), (1, 330_000), (2, 150_000)])
-def test_a_full_disk_stops_cleanly_and_the_run_goes_on(
+def test_a_full_disk_stops_cleanly_and_the_rerun_continues(
     tiny_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int, allowed: int
 ) -> None:
     corpus = write_corpus(tmp_path / "corpus")

@@ -1,4 +1,4 @@
-"""`kill -9` at a random moment of `prepare`, then the same command: the same bytes. 200 of these: bench_prepare_faults.py."""
+"""`kill -9` at a random moment of `prepare`, then the same command: the same bytes. bench_prepare_faults.py runs 200 of these."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_worker_that_dies_stops_the_run_and_says_so(trials: KillTrials, tmp_pa
     assert not any(is_running(child) for child in children)
 
 
-def test_ctrl_c_stops_without_a_traceback_and_the_run_goes_on(trials: KillTrials, tmp_path: Path) -> None:
+def test_ctrl_c_stops_without_a_traceback_and_the_rerun_continues(trials: KillTrials, tmp_path: Path) -> None:
     command = trials._command(tmp_path / "shards", 2)
     process = subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60

@@ -1,4 +1,4 @@
-"""Tasks of an array that start at the same moment in one output directory: real processes, let go together."""
+"""Real processes that begin one output directory at the same time, as the tasks of a Slurm array do."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ for output in sys.stdin:
 
 
 class Beginner:
-    """A process that begins one output directory after the other, each when it is told to."""
+    """A process that begins an output directory on each request."""
 
     def __init__(self, languages: str, add: str) -> None:
         self.process = subprocess.Popen(
@@ -58,7 +58,7 @@ class Beginner:
 
 
 def begin_together(tmp_path: Path, one: str, other: str, add: str = "") -> Iterator[tuple[list[str], Path]]:
-    """What two processes answer that begin the same directories at the same time, and the directory."""
+    """The answers of two processes that begin the same directory simultaneously, and the directory."""
     beginners = [Beginner(one, add), Beginner(other, add)]
     try:
         for number in range(ROUNDS):
@@ -71,23 +71,23 @@ def begin_together(tmp_path: Path, one: str, other: str, add: str = "") -> Itera
             beginner.process.communicate()
 
 
-def test_the_same_languages_are_begun_by_both(tmp_path: Path) -> None:
+def test_two_processes_may_begin_the_same_languages(tmp_path: Path) -> None:
     for answers, output in begin_together(tmp_path, "hi,sw", "hi,sw"):
         assert answers == ["began", "began"]
         assert [path.name for path in output.iterdir()] == ["prepare.json"]
 
 
-def test_other_languages_are_refused_to_the_second(tmp_path: Path) -> None:
+def test_the_second_process_must_not_begin_other_languages(tmp_path: Path) -> None:
     for answers, output in begin_together(tmp_path, "hi", "sw"):
         begun = json.loads((output / "prepare.json").read_text())["languages"]
-        refused = "sw" if begun == ["hi"] else "hi"
-        answer = answers[1 if refused == "sw" else 0]
+        rejected = "sw" if begun == ["hi"] else "hi"
+        answer = answers[1 if rejected == "sw" else 0]
         assert sorted(answers) == sorted(["began", answer])
-        assert f"begun with {begun[0]}; the input now also has {refused}" in answer
+        assert f"begun with {begun[0]}; the input now also has {rejected}" in answer
         assert "merge" in answer
 
 
-def test_languages_added_at_once_all_arrive(tmp_path: Path) -> None:
+def test_languages_added_simultaneously_are_all_kept(tmp_path: Path) -> None:
     for answers, output in begin_together(tmp_path, "hi", "sw", "add"):
         assert answers == ["began", "began"]
         assert json.loads((output / "prepare.json").read_text())["languages"] == ["hi", "sw"]
@@ -106,7 +106,7 @@ def test_two_tasks_of_an_array_finish_one_directory(
     for task in tasks:
         _, errors = task.communicate(timeout=120)
         assert task.returncode == 0, errors
-    with Journal(output / "hi").locked():  # as a run does that is writing it
+    with Journal(output / "hi").locked():  # as a running preparation holds it
         assert main([*command[3:], "hi", "--redo", "hi"]) == 2
     assert f"Another run is preparing {output / 'hi'}" in capsys.readouterr().err
     assert ShardSet(output).languages == ["hi", "sw"]

@@ -156,9 +156,9 @@ BUGS = (
     Bug(
         "second xz stream dropped",
         "data_prep/unpack.py",
-        "        data, number = _behind_padding(raw, decoder.unused_data, padding), number + 1\n",
+        "        data, number = _after_padding(raw, decoder.unused_data, padding), number + 1\n",
         '        data, number = b"", number + 1\n',
-        "tests/unit/data_prep/test_unpack.py::test_everything_behind_the_first_stream_is_read",
+        "tests/unit/data_prep/test_unpack.py::test_everything_after_the_first_stream_is_read",
     ),
     Bug(
         "a task that leaves the model in training mode",

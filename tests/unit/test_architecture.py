@@ -49,7 +49,7 @@ def test_data_prep_knows_nothing_of_training() -> None:
 
 
 def test_pipeline_knows_shards_the_parser_and_who_owns_a_directory() -> None:
-    allowed = r"data_prep|data_prep\.(shards|command_line|ownership|outputs|durable_files)(\..*)?"
+    allowed = r"data_prep|data_prep\.(shards|tokenizer_ids|command_line|ownership|outputs|durable_files)(\..*)?"
     for path in (REPO / "pipeline").rglob("*.py"):
         for name in imports_of(path):
             if name.startswith("data_prep"):

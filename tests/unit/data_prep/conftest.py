@@ -1,4 +1,4 @@
-"""Fixtures of the tests of ids."""
+"""Fixtures of the tests that compare ids."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tests.unit.data_prep.id_checks import TEXT, write
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
+    """A directory with English text."""
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "en.txt").write_text("\n".join(TEXT) + "\n", encoding="utf-8")
     return tmp_path / "text"
@@ -20,7 +21,7 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def model_alone(tiny_tokenizer: Path, tmp_path: Path) -> Callable[..., Path]:
-    """A directory with the tiny SentencePiece model under a name, and these JSON files."""
+    """Makes a directory with the tiny SentencePiece model and JSON files, given by name and content."""
 
     def make(name: str = "sentencepiece.bpe.model", **files: dict) -> Path:
         directory = tmp_path / "tokenizer"

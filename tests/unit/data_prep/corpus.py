@@ -1,4 +1,4 @@
-"""A small corpus in three languages, prepared in process; shared by the tests of `prepare`."""
+"""A small corpus in three languages, and functions that prepare it in this process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHARD_TOKENS = 6000
 
 
 def write_corpus(directory: Path) -> Path:
-    """Turkish three times over as .xz, Hindi as text, Swahili in two files of a folder."""
+    """Six copies of the Turkish sample as .xz, Hindi as text, Swahili in two files of a folder."""
     (directory / "sw").mkdir(parents=True)
     texts = {name: lzma.open(SAMPLES / "cc100" / f"{name}.txt.xz").read() for name in ("tr", "hi", "sw")}
     (directory / "tr.txt.xz").write_bytes(lzma.compress(b"\n\n".join([texts["tr"]] * 6)))
@@ -27,17 +27,18 @@ def write_corpus(directory: Path) -> Path:
 
 
 def run(corpus: Path, tokenizer: Path, output: Path, language: str | None = None, **options: Any) -> list[str]:
+    """`prepare` with small shards. Returns the languages that are not finished."""
     settings = {"num_workers": 1, "shard_tokens": SHARD_TOKENS, "block_bytes": 30_000, "quiet": True} | options
     inputs = [str(corpus)] if isinstance(corpus, Path) else corpus
     return prepare(PrepareConfig(inputs, tokenizer, output, rules=LanguageRules(language), **settings))
 
 
 def run_command(given: Path, tokenizer: Path, output: Path, *more: str) -> int:
-    """`python -m data_prep prepare` with one worker, in this process; its exit code."""
+    """Run `python -m data_prep prepare` with one worker in this process. Returns its exit code."""
     words = ["--input", given, "--tokenizer", tokenizer, "--output", output, "--workers", "1"]
     return main(["prepare", *map(str, words), *more])
 
 
 def content(directory: Path) -> dict[str, bytes]:
-    """Every file below a directory."""
+    """Name and content of every file below a directory."""
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}

@@ -1,4 +1,4 @@
-"""What tests of ids share: a text, a refusal that writes nothing, and the printed command pasted."""
+"""Functions of the tests that compare ids: a text, an expected error, and running a printed command."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from tests.unit.data_prep.corpus import run
 
 TEXT = ["The quick ☺ brown Fox zblorg [SEP] x", "Élève naïve 😀 東京", "a </s> b <mask> c", "the lazy dog"]
 
-
 XLMR = {"tokenizer_class": "XLMRobertaTokenizer"}
 
 
@@ -30,8 +29,8 @@ def changed(file: Path, **changes: object) -> None:
     write(file, {**json.loads(file.read_text()), **changes})
 
 
-def refusal(text: Path, tokenizer: Path, output: Path) -> str:
-    """The one message; nothing is written."""
+def error_of(text: Path, tokenizer: Path, output: Path) -> str:
+    """The message of the expected `DataError`, which must be one line. Nothing may be written."""
     with pytest.raises(DataError) as error:
         run(text, tokenizer, output)
     assert not output.exists()
@@ -40,7 +39,7 @@ def refusal(text: Path, tokenizer: Path, output: Path) -> str:
 
 
 def paste(message: str) -> None:
-    """Run the command that a message prints, word for word, with this Python."""
+    """Run the command that a message prints, with this Python."""
     command = re.search(r"(python -c '[^']*')", message)
     assert command is not None, message
     program, *arguments = shlex.split(command[1])
@@ -49,7 +48,7 @@ def paste(message: str) -> None:
 
 
 def assert_ids_are_the_models(text: Path, tokenizer: Path, output: Path) -> ShardSet:
-    """Every line of the text that spells no special token, against AutoTokenizer; the counts in the manifest."""
+    """Prepare the text and compare every line without special tokens with AutoTokenizer, and check the counts."""
     assert run(text, tokenizer, output) == []
     shards, reference = ShardSet(output), AutoTokenizer.from_pretrained(tokenizer)
     stream = shards.stream("en", 0, shards.num_tokens("en"))

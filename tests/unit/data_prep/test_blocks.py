@@ -1,4 +1,4 @@
-"""Where text is cut: always the same for the same bytes, at blank lines where there are any, never losing a byte."""
+"""Cutting text into blocks: the same bytes give the same blocks, cuts are at blank lines if possible, and no byte is lost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def small_blocks(pieces: list[bytes]) -> list[Block]:
 
 
 def pieces(data: bytes, sizes: list[int]) -> list[bytes]:
-    """`data` cut as the sizes say, over and over."""
+    """`data` cut into pieces of these sizes, repeatedly."""
     cut, result = 0, []
     for size in itertools.cycle(sizes):
         if cut >= len(data):
@@ -33,18 +33,18 @@ text = st.lists(
 
 @settings(max_examples=80, deadline=None)
 @given(data=text, sizes=st.lists(st.integers(1, 90), min_size=1, max_size=4))
-def test_delivery_in_other_pieces_changes_nothing(data: bytes, sizes: list[int]) -> None:
-    whole = small_blocks([data] if data else [])
-    assert whole == small_blocks(pieces(data, sizes))
-    assert b"".join(block.text for block in whole) == data
-    assert [block.end for block in whole] == list(itertools.accumulate(len(block.text) for block in whole))
-    for block in whole:
+def test_blocks_do_not_depend_on_the_pieces_of_the_input(data: bytes, sizes: list[int]) -> None:
+    blocks = small_blocks([data] if data else [])
+    assert blocks == small_blocks(pieces(data, sizes))
+    assert b"".join(block.text for block in blocks) == data
+    assert [block.end for block in blocks] == list(itertools.accumulate(len(block.text) for block in blocks))
+    for block in blocks:
         block.text.decode()  # no character is cut in two
         assert len(block.text) <= 256
 
 
 @pytest.mark.parametrize("separator", [b"\n\n", b"\r\n\r\n", b"\n \t\n", b"\n\xc2\xa0\n", b"\n\xe3\x80\x80\r\n"])
-def test_documents_stay_whole_where_they_fit(separator: bytes) -> None:
+def test_short_documents_are_not_split(separator: bytes) -> None:
     documents = [b"%04d" % number + b" tail" * (number % 30) for number in range(80)]
     cut = small_blocks([separator.join(documents)])
     assert len(cut) > 20
@@ -53,7 +53,7 @@ def test_documents_stay_whole_where_they_fit(separator: bytes) -> None:
     assert not any(block.was_split for block in cut)
 
 
-def test_a_document_too_long_is_cut_at_a_line_and_a_line_too_long_at_a_space() -> None:
+def test_long_documents_are_cut_at_lines_and_long_lines_at_spaces() -> None:
     lines = small_blocks([b"a line of text\n" * 40])
     assert lines[0].was_split
     assert all(block.text.endswith(b"\n") for block in lines)

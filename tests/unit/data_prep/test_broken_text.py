@@ -1,4 +1,4 @@
-"""Text in another encoding is refused by its share of broken lines, with a command that converts it; a few broken lines are told."""
+"""Text in another encoding is rejected by its share of broken lines, with a command that converts it; a few give a warning."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def sample(language: str) -> str:
     return lzma.open(SAMPLES / "cc100" / f"{language}.txt.xz").read().decode()
 
 
-def refusal(capsys: pytest.CaptureFixture[str]) -> str:
+def error_of(capsys: pytest.CaptureFixture[str]) -> str:
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     return errors[0]
@@ -39,7 +39,7 @@ ENCODINGS = [
     ("language", "encoding", "packing"),
     [*((*one, "") for one in ENCODINGS), ("de", "ISO-8859-1", ".xz"), ("de", "UTF-16", ".xz")],
 )
-def test_the_command_that_is_printed_converts_the_file_and_the_same_command_goes_through(
+def test_the_printed_command_converts_the_file_and_the_rerun_succeeds(
     tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], language: str, encoding: str, packing: str
 ) -> None:
     text = sample(language).encode(encoding, "ignore")
@@ -47,7 +47,7 @@ def test_the_command_that_is_printed_converts_the_file_and_the_same_command_goes
     path.parent.mkdir()
     path.write_bytes(lzma.compress(text, preset=0) if packing else text)
     assert prepare(tiny_tokenizer, tmp_path, "--shard-tokens", "3000") == 2
-    error = refusal(capsys)
+    error = error_of(capsys)
     assert f"iconv -f {encoding} -t UTF-8" in error
     assert set(content(tmp_path / "out")) <= {"prepare.json", f"{language}/journal.jsonl"}
     start = "xz -dc < " if packing else "iconv -f "
@@ -58,14 +58,14 @@ def test_the_command_that_is_printed_converts_the_file_and_the_same_command_goes
 
 
 def mostly_ascii(num_lines: int, num_broken: int) -> bytes:
-    """English with broken lines spread over it: at the start of the file nothing stands out."""
+    """English with evenly spread broken lines, so that the start of the file is not conspicuous."""
     every = num_lines // max(1, num_broken)
     lines = [b"\xe9t\xe9 number %d" % n if n % every == every - 1 else b"line number %d" % n for n in range(num_lines)]
     return b"\n".join(lines) + b"\n"
 
 
 @pytest.mark.parametrize(
-    ("num_lines", "num_broken", "is_refused"),
+    ("num_lines", "num_broken", "is_rejected"),
     [(1000, 100, True), (1000, 40, False), (10, 1, False), (20, 2, False), (20, 4, True)],
 )
 def test_the_share_of_broken_lines_decides(
@@ -74,35 +74,33 @@ def test_the_share_of_broken_lines_decides(
     capsys: pytest.CaptureFixture[str],
     num_lines: int,
     num_broken: int,
-    is_refused: bool,
+    is_rejected: bool,
 ) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "en.txt").write_bytes(mostly_ascii(num_lines, num_broken))
-    assert prepare(tiny_tokenizer, tmp_path) == (2 if is_refused else 0)
+    assert prepare(tiny_tokenizer, tmp_path) == (2 if is_rejected else 0)
     said = capsys.readouterr().err
     assert f"{num_broken} of {num_lines} lines" in said
     assert f"line {num_lines // num_broken}" in said
-    assert ("iconv -f ISO-8859-1 -t UTF-8" in said) == is_refused
-    assert ("warning: en: " in said) != is_refused
+    assert ("iconv -f ISO-8859-1 -t UTF-8" in said) == is_rejected
+    assert ("warning: en: " in said) != is_rejected
     assert prepare(tiny_tokenizer, tmp_path, "--max-broken-lines", "0.5") == 0
 
 
-def test_one_file_in_another_encoding_among_many_is_refused_and_the_files_before_it_stand(
+def test_a_file_in_another_encoding_is_rejected_and_the_files_before_it_are_kept(
     tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "in" / "en"
     folder.mkdir(parents=True)
     for number in range(4):
         (folder / f"part-{number}.txt").write_bytes(mostly_ascii(3000, 0).replace(b"line", b"part %d" % number))
-    in_documents = mostly_ascii(6000, 600).replace(
-        b"9\n", b"9\n\n"
-    )  # of which shards are made before all of it is read
+    in_documents = mostly_ascii(6000, 600).replace(b"9\n", b"9\n\n")  # shards are made before all of it is read
     (folder / "part-2.txt").write_bytes(in_documents)
     sizes = ("--shard-tokens", "3000", "--block-bytes", "20000")
     assert prepare(tiny_tokenizer, tmp_path, *sizes) == 2
     assert (
         "en/part-2.txt: 600 of 6000 lines (10%) are not UTF-8, the first is line 10: '\\\\xe9t\\\\xe9 number 9'"
-        in refusal(capsys)
+        in error_of(capsys)
     )
     kept = {name: data for name, data in content(tmp_path / "out").items() if name.endswith(".tok")}
     assert kept
@@ -113,7 +111,7 @@ def test_one_file_in_another_encoding_among_many_is_refused_and_the_files_before
     ShardSet(tmp_path / "out")
 
 
-def test_the_command_works_for_a_name_that_is_not_utf8(
+def test_the_printed_command_works_for_a_name_that_is_not_utf8(
     tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "in" / "en"
@@ -121,7 +119,7 @@ def test_the_command_works_for_a_name_that_is_not_utf8(
     name = os.fsdecode(b"it's \xe9.txt")
     (folder / name).write_bytes(mostly_ascii(100, 50))
     assert prepare(tiny_tokenizer, tmp_path) == 2
-    command = "iconv -f " + refusal(capsys).split("iconv -f ", 1)[1].split(". Then run")[0]
+    command = "iconv -f " + error_of(capsys).split("iconv -f ", 1)[1].split(". Then run")[0]
     subprocess.run(["bash", "-c", command], check=True)
     assert (folder / name).read_bytes() == mostly_ascii(100, 50).decode("latin-1").encode()
     assert prepare(tiny_tokenizer, tmp_path) == 0
@@ -135,17 +133,17 @@ def test_many_small_files_are_judged_together(
     for number in range(20):
         (folder / f"{number:02d}.txt").write_bytes(b"\xe9t\xe9 %d\n" % number)
     assert prepare(tiny_tokenizer, tmp_path) == 2
-    assert "20 of 20 lines (100%) are not UTF-8, the first in line 1 of" in refusal(capsys)
+    assert "20 of 20 lines (100%) are not UTF-8, the first in line 1 of" in error_of(capsys)
     assert set(content(tmp_path / "out")) == {"prepare.json", "en/journal.jsonl"}
 
 
-def test_binary_files_and_misnamed_packed_ones_are_no_text(
+def test_a_packed_file_named_txt_is_rejected(
     tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "de.txt").write_bytes(lzma.compress(sample("de").encode()))
     assert prepare(tiny_tokenizer, tmp_path) == 2
-    assert "It starts as a .xz file does: name it so." in refusal(capsys)
+    assert "It starts like a .xz file: rename it with that ending." in error_of(capsys)
 
 
 def test_broken_text_fail_names_the_file(
@@ -154,13 +152,15 @@ def test_broken_text_fail_names_the_file(
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "en.txt").write_bytes(b"good\nbad \xff\n")
     assert prepare(tiny_tokenizer, tmp_path, "--broken-text", "fail") == 2
-    assert f"en: {tmp_path}/in/en.txt, in the text after line 0: 1 lines of a block are not UTF-8" in refusal(capsys)
+    assert f"en: {tmp_path}/in/en.txt, in the text after line 0: 1 lines of a block are not UTF-8" in error_of(capsys)
 
 
-def test_utf8_encoded_twice_is_told(tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_utf8_encoded_twice_gives_a_warning(
+    tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "de.txt").write_text(sample("de").encode().decode("latin-1"))
     assert prepare(tiny_tokenizer, tmp_path) == 0
-    assert "characters look as if UTF-8 had been taken for another encoding" in capsys.readouterr().err
+    assert "characters look as if UTF-8 had been read in another encoding" in capsys.readouterr().err
     assert main(["stats", str(tmp_path / "out")]) == 0
     assert "encoded twice |" in capsys.readouterr().out

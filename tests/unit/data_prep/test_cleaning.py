@@ -1,4 +1,4 @@
-"""What the cleaning options leave out, and that by default nothing is."""
+"""The cleaning options. By default nothing is changed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def cleaned(text: bytes, language: str = "en", **options: object) -> tuple[list[
     return kept, numbers, {name: count for name, count in counts.items() if count}
 
 
-def test_by_default_lines_stay_what_they_are() -> None:
+def test_by_default_lines_are_not_changed() -> None:
     text = "one\n two \x07\n\n\n  \nthree </s> <mask>\0\nя".encode()
     assert cleaned(text) == ([b"one", b"two \x07", b"three </s> <mask>\0", "я".encode()], [0, 0, 1, 1], {})
 
@@ -30,7 +30,7 @@ def test_windows_line_ends_and_blank_lines_of_spaces_end_documents() -> None:
     assert cleaned(b"a\r\nb\r\n\r\nc\r\n \t\r\nd")[:2] == ([b"a", b"b", b"c", b"d"], [0, 0, 1, 2])
 
 
-def test_broken_text_is_replaced_skipped_or_refused() -> None:
+def test_broken_text_is_replaced_skipped_or_rejected() -> None:
     text = b"good\nbad \xff\xfe line\ngood too"
     replaced = [b"good", "bad \ufffd\ufffd line".encode(), b"good too"]
     assert cleaned(text) == (replaced, [0, 0, 0], {"lines_broken": 1})
@@ -39,7 +39,7 @@ def test_broken_text_is_replaced_skipped_or_refused() -> None:
         cleaned(text, broken_text="fail")
 
 
-def test_control_characters_are_removed_and_lines_of_nothing_else_go() -> None:
+def test_control_characters_and_lines_of_them_are_removed() -> None:
     assert cleaned(b"a\x07b\tc\n\x01\x02\nd", control_characters="remove") == (
         [b"ab\tc", b"d"],
         [0, 0],
@@ -47,7 +47,7 @@ def test_control_characters_are_removed_and_lines_of_nothing_else_go() -> None:
     )
 
 
-def test_documents_of_unwanted_length_are_left_out() -> None:
+def test_documents_outside_the_length_limits_are_left_out() -> None:
     text = "ab\n\nэто длиннее\n\n".encode() + b"x" * 50
     assert cleaned(text, min_document_chars=5, max_document_chars=20) == (
         ["это длиннее".encode()],
@@ -56,7 +56,7 @@ def test_documents_of_unwanted_length_are_left_out() -> None:
     )
 
 
-def test_lines_in_a_foreign_script_are_left_out() -> None:
+def test_lines_in_another_script_are_left_out() -> None:
     lines = ["Это русский текст", "This is English text", "12345 !!", "слово word слово"]
     kept, _, counts = cleaned("\n".join(lines).encode(), "ru", script_check=True)
     assert [line.decode() for line in kept] == [lines[0], lines[2], lines[3]]

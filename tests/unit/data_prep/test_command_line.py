@@ -1,4 +1,4 @@
-"""The command line as a user meets it: exit codes, one-paragraph errors, hostile text."""
+"""The command line for the user: exit codes, errors of one paragraph, unusual text."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tokens(output: Path, language: str) -> np.ndarray:
 
 
 def one_paragraph(capsys: pytest.CaptureFixture[str]) -> str:
-    """What was printed as an error: one line, no traceback."""
+    """The error that was printed: one line without a traceback."""
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     return errors[0]
@@ -47,7 +47,7 @@ def test_prepare_verify_stats_by_the_real_command(tiny_tokenizer: Path, tmp_path
     assert "tokens/s" in made.stderr
     checked = run("verify", output)
     assert checked.returncode == 0
-    assert checked.stdout.endswith(f"{output}: all 2 shards are whole\n")
+    assert checked.stdout.endswith(f"{output}: all 2 shards are valid\n")
     assert "| sw | 0.00% |" in checked.stdout
     shown = run("stats", output, "--seq-len", "64", "--samples", "1000", "--plot", plot)
     assert shown.returncode == 0, shown.stderr
@@ -58,11 +58,11 @@ def test_prepare_verify_stats_by_the_real_command(tiny_tokenizer: Path, tmp_path
     rows = ShardSet(output).num_rows("sw", 64)
     assert float(table[3][7]) == pytest.approx(1000 * shares[1] / 100 / rows, rel=0.01)
     assert Path(plot).read_bytes().startswith(b"\x89PNG")
-    damaged = Path(output) / "hi" / "00000.tok"
-    damaged.write_bytes(damaged.read_bytes()[:5000] + b"X" + damaged.read_bytes()[5001:])
+    corrupt = Path(output) / "hi" / "00000.tok"
+    corrupt.write_bytes(corrupt.read_bytes()[:5000] + b"X" + corrupt.read_bytes()[5001:])
     checked = run("verify", output)
     assert checked.returncode == 2
-    assert "hi/00000.tok: damaged in the block of bytes 4096 to" in checked.stderr
+    assert "hi/00000.tok: corrupt in the block of bytes 4096 to" in checked.stderr
     assert "Traceback" not in checked.stderr
 
 
@@ -76,7 +76,9 @@ def test_prepare_verify_stats_by_the_real_command(tiny_tokenizer: Path, tmp_path
     ],
     ids=["no newline at the end", "Windows line ends", "byte order mark", "line without pieces"],
 )
-def test_the_same_text_written_otherwise(tiny_tokenizer: Path, tmp_path: Path, text: bytes, same_as: bytes) -> None:
+def test_line_ends_and_byte_order_marks_do_not_change_the_tokens(
+    tiny_tokenizer: Path, tmp_path: Path, text: bytes, same_as: bytes
+) -> None:
     for name, data in (("one", text), ("other", same_as)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "en.txt").write_bytes(data)
@@ -106,7 +108,7 @@ def test_a_line_of_megabytes_is_split_with_a_warning(
     words = lzma.open(SAMPLES / "cc100" / "sw.txt.xz").read().replace(b"\n", b" ") * 1000
     (tmp_path / "sw.txt").write_bytes(words + b"\n\nlast document\n")
     assert run_command(tmp_path / "sw.txt", tiny_tokenizer, tmp_path / "shards") == 0
-    assert "warning: sw: 4 times a document was cut for being over 2 MiB" in capsys.readouterr().err
+    assert "warning: sw: 4 times a document was cut because it is over 2 MiB" in capsys.readouterr().err
     shards = ShardSet(tmp_path / "shards")
     assert shards.num_documents("sw") == 6
     assert shards.manifest["languages"]["sw"]["counts"]["documents_split"] == 4
@@ -118,12 +120,12 @@ def test_a_line_of_megabytes_is_split_with_a_warning(
         ("en.txt", b"", "there is no text in"),
         ("en.txt", b"\n \n\r\n\n", "there is no text in"),
         ("en.txt", bytes(range(256)) * 40, "not text in UTF-8"),
-        ("en.txt.xz", b"this is no xz file", "damaged or cut short: reading stopped at byte"),
+        ("en.txt.xz", b"this is no xz file", "corrupt or truncated: reading stopped at byte"),
         ("corpus.txt", b"text", "cannot tell its language"),
         ("en.csv", b"text", "unknown kind of file"),
     ],
 )
-def test_bad_files_are_named_and_nothing_is_left_half_written(
+def test_invalid_files_are_named_and_nothing_incomplete_is_left(
     tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, data: bytes, message: str
 ) -> None:
     (tmp_path / name).write_bytes(data)
@@ -134,24 +136,24 @@ def test_bad_files_are_named_and_nothing_is_left_half_written(
     assert not any(file.endswith((".tok", ".tmp", "manifest.json")) for file in content(tmp_path))
 
 
-def test_a_damaged_file_fails_alone_and_keeps_its_whole_shards(
+def test_a_corrupt_file_fails_alone_and_keeps_its_finished_shards(
     tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     corpus = tmp_path / "in"
     corpus.mkdir()
     shutil.copy(SAMPLES / "cc100" / "sw.txt.xz", corpus)
-    whole = (SAMPLES / "cc100" / "tr.txt.xz").read_bytes()
-    (corpus / "tr.txt.xz").write_bytes(whole[: len(whole) // 2])
+    complete = (SAMPLES / "cc100" / "tr.txt.xz").read_bytes()
+    (corpus / "tr.txt.xz").write_bytes(complete[: len(complete) // 2])
     sizes = ("--shard-tokens", "3000", "--block-bytes", "20000")
     assert run_command(corpus, tiny_tokenizer, tmp_path / "shards", *sizes) == 2
     error = one_paragraph(capsys)
-    assert f"1 of 2 languages could not be finished. tr: {corpus}/tr.txt.xz is damaged" in error
-    assert f"stopped at byte {len(whole) // 2} of {len(whole) // 2}" in error
+    assert f"1 of 2 languages could not be finished. tr: {corpus}/tr.txt.xz is corrupt" in error
+    assert f"stopped at byte {len(complete) // 2} of {len(complete) // 2}" in error
     kept = sorted((tmp_path / "shards" / "tr").glob("*.tok"))
     assert len(kept) >= 3
     assert (tmp_path / "shards" / "sw" / "00000.tok").is_file()
     before = [path.read_bytes() for path in kept]
-    (corpus / "tr.txt.xz").write_bytes(whole)
+    (corpus / "tr.txt.xz").write_bytes(complete)
     assert run_command(corpus, tiny_tokenizer, tmp_path / "shards", *sizes) == 0
     assert [path.read_bytes() for path in kept] == before
     assert verify(tmp_path / "shards") == []
@@ -162,8 +164,8 @@ def test_a_damaged_file_fails_alone_and_keeps_its_whole_shards(
     }
 
 
-def test_shards_below_their_own_texts_are_no_input(tiny_tokenizer: Path, tmp_path: Path) -> None:
-    """A journal is a .jsonl in a folder named like a language: a second run took it for a text that had joined."""
+def test_shards_in_the_input_directory_are_not_read_as_input(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    """A journal is a .jsonl in a folder named like a language, so a second run could read it as a new file of text."""
     (tmp_path / "en.txt").write_text("some text\n")
     for output in ("shards", "shards", "other-shards"):
         assert run_command(tmp_path, tiny_tokenizer, tmp_path / output) == 0
@@ -180,7 +182,7 @@ def test_an_output_that_cannot_be_written_is_named(
     assert f"Cannot write to {tmp_path / target}" in one_paragraph(capsys)
 
 
-def test_a_disk_that_cannot_hold_the_estimate_is_refused_before_writing(
+def test_too_little_disk_space_is_rejected_before_writing(
     tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
@@ -204,14 +206,14 @@ def test_the_disk_estimate_is_close(tiny_tokenizer: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--workers", "0"], "--workers 0: at least 1"),
-        (["--shard-tokens", "-5"], "--shard-tokens -5: at least 1"),
+        (["--workers", "0"], "--workers 0: the value must be at least 1"),
+        (["--shard-tokens", "-5"], "--shard-tokens -5: the value must be at least 1"),
         (["--redo", "xx"], "--redo xx: the input has no such language"),
         (["--language", "de"], "No text of language de"),
         (["--dedup", "lines", "--dedup-memory-mb", "99999999"], "no 99999999 MB for --dedup-memory-mb"),
     ],
 )
-def test_bad_options_are_named(
+def test_invalid_options_are_named(
     tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert run_command(SAMPLES / "cc100" / "sw.txt.xz", tiny_tokenizer, tmp_path / "shards", *arguments) == 2
@@ -219,7 +221,7 @@ def test_bad_options_are_named(
 
 
 @pytest.mark.parametrize("verb", ["merge", "verify", "stats"])
-def test_verbs_on_nothing_name_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str) -> None:
+def test_verbs_name_a_missing_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str) -> None:
     assert main([verb, str(tmp_path)]) == 2
     assert "python -m data_prep prepare" in one_paragraph(capsys)
 

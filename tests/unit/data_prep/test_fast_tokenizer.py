@@ -1,4 +1,4 @@
-"""Shards of encoders that do not have XLM-R's SentencePiece model: WordPiece and byte-level BPE out of a tokenizer.json."""
+"""Shards made with a tokenizer.json: WordPiece and byte-level BPE."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from tokenizers import Tokenizer, models, trainers
 from transformers import AutoTokenizer, CamembertTokenizer, XLMRobertaTokenizer
 
 from data_prep.prepare import PrepareConfig, prepare
-from data_prep.shards import BOS_ID, DataError, ShardSet, tokenizer_file
+from data_prep.shards import BOS_ID, DataError, ShardSet
 from data_prep.tokenizer import FastTokenizer, SentencePieceTokenizer, open_tokenizer
-from tests.unit.data_prep.families import WORDS, byte_bpe, save, word_piece
+from data_prep.tokenizer_ids import tokenizer_file
+from tests.unit.data_prep.tiny_tokenizers import WORDS, byte_bpe, save, word_piece
 
 LINES = ["The [SEP] quick brown fox's den, unaffordable.", "Ein </s> zweiter Satz 你好 [CLS]", "third line é", "x"]
 
 
 @pytest.mark.parametrize("make", [word_piece, byte_bpe])
 def test_rows_are_what_the_hugging_face_tokenizer_gives(make, tmp_path: Path) -> None:
-    """Every line's ids and the end token, in order; special names in the text stay text."""
+    """The ids of every line and its end token, in order. Names of special tokens in the text stay text."""
     directory = make(tmp_path / "tokenizer")
     plain = [line for line in LINES if "[" not in line and "</s>" not in line]
     encoder = open_tokenizer(directory)
@@ -60,8 +61,8 @@ def test_shards_begin_and_end_their_rows_as_the_encoder_does(make, tmp_path: Pat
     assert "quick brown" in text.replace("  ", " ")
 
 
-def test_the_directory_says_which_file_decides(tiny_tokenizer: Path, tmp_path: Path) -> None:
-    """XLM-R's SentencePiece model before its tokenizer.json; a tokenizer.json before a model of another layout."""
+def test_the_class_of_the_directory_decides_between_two_files(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    """XLM-R's SentencePiece model is preferred to its tokenizer.json; for other classes the tokenizer.json is."""
     both = byte_bpe(tmp_path / "both")
     shutil.copy(tiny_tokenizer / "sentencepiece.bpe.model", both)
     assert isinstance(open_tokenizer(both), FastTokenizer)
@@ -77,10 +78,10 @@ def test_the_directory_says_which_file_decides(tiny_tokenizer: Path, tmp_path: P
 def test_a_directory_that_names_no_class_is_judged_by_its_ids(
     family, deciding: str, config: dict | None, tiny_tokenizer: Path, tmp_path: Path
 ) -> None:
-    """CamemBERT's SentencePiece model is called as XLM-R's is, and its pieces stand elsewhere."""
+    """CamemBERT's SentencePiece model has the name of XLM-R's, and its pieces have other ids."""
     directory = Path(shutil.copytree(tiny_tokenizer, tmp_path / "tokenizer"))
     reference = family.from_pretrained(directory)
-    reference.save_pretrained(directory)  # the library's own conversion to tokenizer.json
+    reference.save_pretrained(directory)  # the library converts it to a tokenizer.json
     (directory / "tokenizer_config.json").unlink()
     if config is not None:
         (directory / "tokenizer_config.json").write_text(json.dumps(config))
@@ -94,19 +95,19 @@ def test_a_directory_that_names_no_class_is_judged_by_its_ids(
     assert tokenizer_file(directory).name == "sentencepiece.bpe.model"
 
 
-def test_a_tokenizer_json_that_cannot_be_read_is_not_passed_over(tiny_tokenizer: Path, tmp_path: Path) -> None:
+def test_an_invalid_tokenizer_json_is_not_ignored(tiny_tokenizer: Path, tmp_path: Path) -> None:
     directory = Path(shutil.copytree(tiny_tokenizer, tmp_path / "tokenizer"))
     (directory / "tokenizer_config.json").unlink()
     (directory / "tokenizer.json").write_text('{"model": {"vocab": ')
-    with pytest.raises(DataError, match=r"not a tokenizer\.json that can be read"):
+    with pytest.raises(DataError, match=r"is not a valid tokenizer\.json"):
         open_tokenizer(directory)
 
 
-def test_what_is_no_encoders_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_without_special_tokens_is_rejected(tmp_path: Path) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.train_from_iterator(WORDS, trainers.BpeTrainer(vocab_size=60))
     with pytest.raises(DataError, match="puts 0 special tokens around a text"):
         open_tokenizer(save(tokenizer, tmp_path / "decoder", "GPT2Tokenizer"))
     (tmp_path / "decoder" / "tokenizer.json").write_text("{}")
-    with pytest.raises(DataError, match=r"not a tokenizer\.json that can be read"):
+    with pytest.raises(DataError, match=r"is not a valid tokenizer\.json"):
         open_tokenizer(tmp_path / "decoder")

@@ -1,4 +1,4 @@
-"""The on-disk format, read by a reader that shares no code with the project, and what may not be in a manifest."""
+"""The format on disk, read by a reader that shares no code with the project, and manifests that are not valid."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from data_prep.shards import DataError, ShardSet, manifest_digest
 
 
 class IndependentReader:
-    """docs/shard_format.md turned into code; only struct, json, numpy and xxhash."""
+    """A reader written from docs/shard_format.md with struct, json, numpy and xxhash only."""
 
     HEADER = struct.Struct("<8sIIQQQQQQII32s16s64s")
 
@@ -58,7 +58,7 @@ def test_an_independent_reader_finds_the_same_tokens(tiny_shards: Path) -> None:
         assert len(stream) == shards.num_tokens(language)
         assert len(documents) == shards.num_documents(language)
         assert np.array_equal(np.concatenate(documents), stream)
-        assert all(document[-1] == 2 for document in documents)  # every line, so every document, ends in </s>
+        assert all(document[-1] == 2 for document in documents)  # every line ends with </s>, so every document does
         rows = shards.rows(language, np.arange(shards.num_rows(language, 34)), 34)
         assert np.array_equal(rows[:, 1:-1].reshape(-1), stream[: rows.shape[0] * 32])
         assert (rows[:, 0] == 0).all()
@@ -71,7 +71,7 @@ def shards_copy(tiny_shards: Path, tmp_path: Path) -> Path:
 
 
 def edit_manifest(root: Path, change: object) -> None:
-    """Change the manifest as an attacker would: with a hash that fits."""
+    """Change the manifest as an attacker would, with a matching hash."""
     manifest = json.loads((root / "manifest.json").read_text())
     change(manifest)  # type: ignore[operator]
     manifest["manifest_xxh3_128"] = manifest_digest(manifest)
@@ -81,20 +81,20 @@ def edit_manifest(root: Path, change: object) -> None:
 @pytest.mark.parametrize(
     "name", ["../he/00000.tok", "/etc/passwd", "he/../he/00000.tok", "he/00000.tok/..", "he\\00000.tok", "hi/00000.tok"]
 )
-def test_file_names_that_lead_elsewhere_are_refused(shards_copy: Path, name: str) -> None:
+def test_file_names_outside_of_the_directory_are_rejected(shards_copy: Path, name: str) -> None:
     edit_manifest(shards_copy, lambda manifest: manifest["languages"]["he"]["shards"][0].update(file=name))
     with pytest.raises(DataError, match=r"expected he/00000\.tok"):
         ShardSet(shards_copy)
 
 
 @pytest.mark.parametrize("name", ["..", "a/b", "", ".", "he\n"])
-def test_language_names_that_lead_elsewhere_are_refused(shards_copy: Path, name: str) -> None:
+def test_language_names_that_are_paths_are_rejected(shards_copy: Path, name: str) -> None:
     edit_manifest(shards_copy, lambda manifest: manifest["languages"].update({name: manifest["languages"]["he"]}))
     with pytest.raises(DataError, match="not a plain name"):
         ShardSet(shards_copy)
 
 
-def test_a_symbolic_link_out_of_the_directory_is_refused(shards_copy: Path, tmp_path: Path) -> None:
+def test_a_symbolic_link_out_of_the_directory_is_rejected(shards_copy: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside.tok"
     (shards_copy / "he" / "00000.tok").rename(outside)
     (shards_copy / "he" / "00000.tok").symlink_to(outside)
@@ -102,7 +102,7 @@ def test_a_symbolic_link_out_of_the_directory_is_refused(shards_copy: Path, tmp_
         ShardSet(shards_copy)
 
 
-def test_the_whole_directory_may_be_reached_by_a_link(shards_copy: Path, tmp_path: Path) -> None:
+def test_the_directory_itself_may_be_a_link(shards_copy: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(shards_copy)
     assert ShardSet(tmp_path / "link").languages == ["he", "hi", "sw", "tr"]
 
@@ -112,19 +112,19 @@ def test_the_whole_directory_may_be_reached_by_a_link(shards_copy: Path, tmp_pat
     [
         (lambda manifest: manifest.update(version=2), "version 2"),
         (lambda manifest: manifest.update(format="other"), "format 'other'"),
-        (lambda manifest: manifest.pop("tokenizer"), "damaged"),
+        (lambda manifest: manifest.pop("tokenizer"), "corrupt"),
         (lambda manifest: manifest["languages"]["he"]["shards"][0].update(tokens=-1), "impossible counts"),
         (lambda manifest: manifest["languages"]["he"]["shards"][0].update(tokens=1), "does not follow"),
-        (lambda manifest: manifest["languages"]["he"].update(shards=3), "damaged"),
+        (lambda manifest: manifest["languages"]["he"].update(shards=3), "corrupt"),
     ],
 )
-def test_a_manifest_that_makes_no_sense_is_refused(shards_copy: Path, change: object, message: str) -> None:
+def test_an_invalid_manifest_is_rejected(shards_copy: Path, change: object, message: str) -> None:
     edit_manifest(shards_copy, change)
     with pytest.raises(DataError, match=message):
         ShardSet(shards_copy)
 
 
-def test_an_edited_manifest_is_noticed(shards_copy: Path) -> None:
+def test_an_edited_manifest_is_rejected(shards_copy: Path) -> None:
     file = shards_copy / "manifest.json"
     file.write_text(file.read_text().replace('"text_bytes": 9412', '"text_bytes": 9413'))
     with pytest.raises(DataError, match="was edited"):
@@ -136,7 +136,7 @@ def test_missing_shards_name_the_command_that_makes_them(tmp_path: Path) -> None
         ShardSet(tmp_path / "nothing")
 
 
-def test_the_fingerprint_follows_the_content_alone(tiny_shards: Path, shards_copy: Path) -> None:
+def test_the_fingerprint_depends_on_the_content_only(tiny_shards: Path, shards_copy: Path) -> None:
     assert ShardSet(shards_copy).fingerprint == ShardSet(tiny_shards).fingerprint
     edit_manifest(shards_copy, lambda manifest: manifest["languages"].pop("he"))
     assert ShardSet(shards_copy).fingerprint != ShardSet(tiny_shards).fingerprint

@@ -1,4 +1,4 @@
-"""How ids are compared with `AutoTokenizer`'s: which lines, what may differ, what is recorded, in which process."""
+"""Comparing ids with `AutoTokenizer`'s: which lines, which differences are accepted, what is recorded, in which process."""
 
 from __future__ import annotations
 
@@ -24,14 +24,12 @@ from data_prep.sources import Source
 from data_prep.tokenizer import SentencePieceTokenizer, open_tokenizer
 from tests.conftest import REPO, SAMPLES
 from tests.unit.data_prep.corpus import run
-from tests.unit.data_prep.families import word_piece
-from tests.unit.data_prep.id_checks import TEXT, XLMR, refusal, write
+from tests.unit.data_prep.id_checks import TEXT, XLMR, error_of, write
+from tests.unit.data_prep.tiny_tokenizers import word_piece
 
 
-def test_a_word_that_only_the_text_of_a_language_has_is_compared_too(
-    tiny_tokenizer: Path, text: Path, tmp_path: Path
-) -> None:
-    """Two pieces change places that no fixed line has: lines of the language differ, those of another do not."""
+def test_words_that_only_the_text_has_are_compared_too(tiny_tokenizer: Path, text: Path, tmp_path: Path) -> None:
+    """Two pieces that no fixed line has are exchanged, so that only lines of the language differ."""
     directory = Path(shutil.copytree(tiny_tokenizer, tmp_path / "tokenizer"))
     AutoTokenizer.from_pretrained(directory).save_pretrained(directory)
     content = json.loads((directory / "tokenizer.json").read_text())
@@ -46,12 +44,12 @@ def test_a_word_that_only_the_text_of_a_language_has_is_compared_too(
     vocabulary[one][0], vocabulary[other][0] = vocabulary[other][0], vocabulary[one][0]
     write(directory / "tokenizer.json", content)
     shutil.copy(words[0], text)
-    message = refusal(text, directory, tmp_path / "shards")
+    message = error_of(text, directory, tmp_path / "shards")
     assert "The first, a line of de: " in message
 
 
-def test_splits_that_score_the_same_are_no_other_tokenizer(tmp_path: Path) -> None:
-    """A run of dots is `..` `.` to one library and `.` `..` to the other, by rounding alone: in a fixed line as in the text."""
+def test_splits_with_equal_scores_are_accepted(tmp_path: Path) -> None:
+    """One library splits three dots as `..` `.` and the other as `.` `..`, because of rounding."""
     directory = tmp_path / "tokenizer"
     directory.mkdir()
     lines = [f"{number} words… and more" for number in range(20)]
@@ -72,7 +70,7 @@ def test_splits_that_score_the_same_are_no_other_tokenizer(tmp_path: Path) -> No
 
 
 def train(directory: Path, texts: list[str]) -> None:
-    """A SentencePiece model of these texts and the fixed lines, in XLM-R's layout."""
+    """Train a SentencePiece model in XLM-R's layout on these texts and the fixed lines."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([*texts, *LINES] * 10),
         model_prefix=str(directory / "sentencepiece.bpe"),
@@ -85,15 +83,15 @@ def train(directory: Path, texts: list[str]) -> None:
 
 
 def test_a_few_lines_may_differ(tiny_tokenizer: Path, tmp_path: Path) -> None:
-    """U+0085 is a blank to one library and an unknown character to the other."""
+    """U+0085 is white space for one library and an unknown character for the other."""
     (tmp_path / "en.txt").write_bytes("\n".join([*TEXT, "one\u0085two", "three\u0085four"]).encode())
     run([str(tmp_path / "en.txt")], tiny_tokenizer, tmp_path / "shards")
     counts = ShardSet(tmp_path / "shards").manifest["languages"]["en"]["counts"]
     assert (counts["lines_compared"], counts["lines_compared_differing"]) == (len(TEXT) + 2, 2)
 
 
-def test_decomposed_vietnamese_and_half_width_kana_are_no_other_tokenizer(tmp_path: Path) -> None:
-    """The two libraries compose characters of several code points differently; the composed line is the same to both."""
+def test_decomposed_vietnamese_and_half_width_kana_are_accepted(tmp_path: Path) -> None:
+    """The two libraries compose characters of several code points differently. They agree on the composed line."""
     lines = [*["Tie\u0302\u0301ng Vie\u0323\u0302t"] * 9, *["ｶﾞｷﾞｸﾞ ﾊﾟﾋﾟ"] * 9]
     directory = tmp_path / "tokenizer"
     directory.mkdir()
@@ -113,7 +111,7 @@ def test_decomposed_vietnamese_and_half_width_kana_are_no_other_tokenizer(tmp_pa
     assert (counts["lines_compared"], counts["lines_compared_differing"]) == (18, 18)
 
 
-def test_the_sample_is_the_same_at_every_run_and_holds_the_rare_lines(tmp_path: Path) -> None:
+def test_the_sample_is_reproducible_and_holds_rare_lines(tmp_path: Path) -> None:
     lines = [f"line number {number} of plain text" for number in range(5000)]
     lines[3500] = "a line with ☃ in it"
     (tmp_path / "en.txt").write_text("\n".join(lines))
@@ -140,8 +138,8 @@ def test_the_counts_survive_a_merge_and_old_outputs_have_none(tiny_tokenizer: Pa
     assert "ids_compared_with" not in ShardSet(tmp_path / "merged").manifest
 
 
-def test_shards_without_unknown_words_are_told_from_later_ones(text: Path, tmp_path: Path) -> None:
-    """What older versions made of WordPiece: their outputs are not continued, and a run that reads them says so."""
+def test_older_shards_without_unknown_words_are_recognised(text: Path, tmp_path: Path) -> None:
+    """Older versions left out unknown words of WordPiece. Their outputs are not continued, and a run that reads them warns."""
     directory = word_piece(tmp_path / "tokenizer")
     run(text, directory, tmp_path / "shards")
     what, warnings = ShardSet(tmp_path / "shards").compare_ids(directory)
@@ -167,7 +165,7 @@ def test_a_vocabulary_is_not_cut_from_a_model_that_is_not_xlmrs(
     assert not (tmp_path / "small").exists()
 
 
-def test_transformers_and_torch_stay_out_of_the_process_that_forks_its_workers(
+def test_the_process_that_forks_imports_neither_transformers_nor_torch(
     tiny_tokenizer: Path, text: Path, tmp_path: Path
 ) -> None:
     code = (
@@ -188,4 +186,4 @@ def test_a_comparison_that_is_killed_is_named(
     from data_prep import id_check
 
     monkeypatch.setattr(id_check, "reference_of", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    assert "ended with status -9" in refusal(text, tiny_tokenizer, tmp_path / "shards")
+    assert "ended with status -9" in error_of(text, tiny_tokenizer, tmp_path / "shards")

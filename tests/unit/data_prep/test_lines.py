@@ -1,4 +1,4 @@
-"""Line ends, blank lines and byte order marks as programs other than ours write them."""
+"""Line ends, blank lines and byte order marks as other programs write them."""
 
 from __future__ import annotations
 
@@ -27,40 +27,40 @@ def documents(text: bytes) -> list[list[bytes]]:
 
 
 @pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b"\r", b"\r\r\n"])
-def test_documents_and_lines_are_the_same_with_any_line_end(tmp_path: Path, line_end: bytes) -> None:
+def test_line_ends_do_not_change_documents_and_lines(tmp_path: Path, line_end: bytes) -> None:
     got = documents(read(tmp_path / "en.txt", TEXT.replace(b"\n", line_end)))
     expected = documents(TEXT)
-    if line_end == b"\r\r\n":  # CR LF converted once more: as many lines, none of them blank for it
+    if line_end == b"\r\r\n":  # CR LF converted twice gives the same lines without blank ones between them
         assert [line for document in got for line in document] == [line for document in expected for line in document]
     else:
         assert got == expected
 
 
-def test_a_line_feed_at_the_end_of_a_text_with_cr_changes_nothing(tmp_path: Path) -> None:
+def test_a_final_line_feed_in_a_text_with_cr_changes_nothing(tmp_path: Path) -> None:
     assert documents(read(tmp_path / "en.txt", TEXT.replace(b"\n", b"\r") + b"\n")) == documents(TEXT)
 
 
-def test_cr_alone_ends_lines_to_the_end_of_a_long_file_with_other_line_ends_behind(tmp_path: Path) -> None:
+def test_cr_ends_lines_in_a_long_file_that_ends_with_other_line_ends(tmp_path: Path) -> None:
     old = TEXT.replace(b"\n", b"\r") * (START_BYTES // len(TEXT) + 2)
     got = read(tmp_path / "en.txt", old + TEXT.replace(b"\n", b"\r\n"))
     assert got == TEXT * (START_BYTES // len(TEXT) + 3)
 
 
-def test_a_cr_inside_a_line_of_a_text_with_lf_stays_and_many_are_told(
+def test_cr_inside_lines_is_kept_and_many_give_a_warning(
     tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "in").mkdir()
-    for text, is_told in ((TEXT + b"a\rb\n", False), (TEXT.replace(b", ", b",\r"), True)):
+    for text, has_warning in ((TEXT + b"a\rb\n", False), (TEXT.replace(b", ", b",\r"), True)):
         assert read(tmp_path / "in" / "en.txt", text) == text
-        output = tmp_path / f"out-{is_told}"
+        output = tmp_path / f"out-{has_warning}"
         arguments = ["prepare", "--input", str(tmp_path / "in"), "--tokenizer", str(tiny_tokenizer), "--workers", "1"]
         assert main([*arguments, "--output", str(output)]) == 0
-        assert ("times CR stands inside one of its 90 lines" in capsys.readouterr().err) == is_told
+        assert ("times CR is inside one of its 90 lines" in capsys.readouterr().err) == has_warning
         counts = ShardSet(output).manifest["languages"]["en"]["counts"]
-        assert counts["carriage_returns_in_lines"] == (90 if is_told else 1)
+        assert counts["carriage_returns_in_lines"] == (90 if has_warning else 1)
 
 
-def test_a_file_with_cr_as_line_end_is_told(
+def test_a_file_with_cr_as_line_end_gives_a_warning(
     tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "en.txt").write_bytes(TEXT.replace(b"\n", b"\r"))
@@ -71,13 +71,13 @@ def test_a_file_with_cr_as_line_end_is_told(
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
-def test_unicode_line_separators_are_no_line_ends_and_told(
+def test_unicode_line_separators_end_no_line_and_give_a_warning(
     tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], separator: str
 ) -> None:
     (tmp_path / "en.txt").write_bytes(TEXT.replace(b"\n", separator.encode()))
     arguments = ["prepare", "--input", str(tmp_path / "en.txt"), "--tokenizer", str(tiny_tokenizer), "--workers", "1"]
     assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
-    assert "120 times U+2028, U+2029 or U+0085 stands inside one of its 1 lines" in capsys.readouterr().err
+    assert "120 times U+2028, U+2029 or U+0085 is inside one of its 1 lines" in capsys.readouterr().err
 
 
 BLANKS = ["", " ", "\t", "\u00a0", "\u3000", "\u200b", "\u2003 \u00a0", "\ufeff", "\u2028", "\v", "\f", " \u00a0\t\r"]
@@ -96,7 +96,7 @@ def test_a_line_that_only_starts_with_white_space_is_text() -> None:
     assert documents("\u3000\u3000段落\n\u00a0x\n".encode()) == [["\u3000\u3000段落".encode(), "\u00a0x".encode()]]
 
 
-def test_byte_order_marks_of_joined_files_are_no_text(tmp_path: Path) -> None:
+def test_byte_order_marks_of_joined_files_are_removed(tmp_path: Path) -> None:
     mark = b"\xef\xbb\xbf"
     assert documents(
         read(tmp_path / "en.txt", mark + b"a\n" + mark + b"b\n\n" + mark + mark + b"\n" + mark + b"c")

@@ -1,4 +1,4 @@
-"""`merge --from` takes regular files of a finished output directory, as its journals describe them, and nothing else."""
+"""`merge --from` copies the regular files that the journals of a finished output describe, and nothing else."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from data_prep.verify import verify
 from pipeline.errors import EXIT_USER
 
 LANGUAGE = "he"
-Break = Callable[[Path], object]
+Corruption = Callable[[Path], object]
 
 
 @pytest.fixture
 def other(tiny_shards: Path, tmp_path: Path) -> Path:
-    """Somebody's output directory."""
+    """An output directory from elsewhere."""
     return shutil.copytree(tiny_shards, tmp_path / "other")
 
 
@@ -33,8 +33,8 @@ def merge(output: Path, other: Path) -> int:
     return main(["merge", str(output), "--from", str(other)])
 
 
-def replaced(path: Path, make: Break) -> None:
-    """Something else under the name of `path`, which lies elsewhere now."""
+def replaced(path: Path, make: Corruption) -> None:
+    """Move `path` away and make something else under its name."""
     path.rename(path.with_name("kept"))
     make(path)
 
@@ -44,7 +44,7 @@ def linked(path: Path) -> None:
 
 
 def change_journal(directory: Path, change: Callable[[dict], object]) -> None:
-    """Lines whose hashes fit again."""
+    """Change every entry of a journal, with matching hashes."""
     journal, lines = directory / "journal.jsonl", []
     for line in journal.read_bytes().splitlines():
         entry = json.loads(line.partition(b" ")[2])
@@ -59,17 +59,17 @@ def name_another_file(entry: dict) -> None:
         entry["shard"]["file"] = f"../../etc/{Path(entry['shard']['file']).name}"
 
 
-def other_header(path: Path) -> None:
+def overwrite_header(path: Path) -> None:
     with open(path, "r+b") as file:
         file.write(b"\0" * 64)
 
 
-REFUSED: dict[str, tuple[Break, str]] = {
-    "shard is a link": (lambda d: replaced(d / "00000.tok", linked), r"00000\.tok is a link or no regular file"),
-    "shard is a FIFO": (lambda d: replaced(d / "00000.tok", os.mkfifo), r"00000\.tok is a link or no regular file"),
+REJECTED: dict[str, tuple[Corruption, str]] = {
+    "shard is a link": (lambda d: replaced(d / "00000.tok", linked), r"00000\.tok is a link or not a regular file"),
+    "shard is a FIFO": (lambda d: replaced(d / "00000.tok", os.mkfifo), r"00000\.tok is a link or not a regular file"),
     "shard is a directory": (
         lambda d: replaced(d / "00000.tok", Path.mkdir),
-        r"00000\.tok is a link or no regular file",
+        r"00000\.tok is a link or not a regular file",
     ),
     "one more file is a link": (lambda d: (d / "99999.tok").symlink_to("/etc/passwd"), r"99999\.tok is a link"),
     "journal is a link": (lambda d: replaced(d / "journal.jsonl", linked), r"journal\.jsonl is a link"),
@@ -81,28 +81,28 @@ REFUSED: dict[str, tuple[Break, str]] = {
         lambda d: change_journal(d, name_another_file),
         r"names a shard '\.\./\.\./etc/00000\.tok'",
     ),
-    "header of another shard": (lambda d: other_header(d / "00000.tok"), "is not the one its journal describes"),
+    "header of another shard": (lambda d: overwrite_header(d / "00000.tok"), "is not the one its journal describes"),
     "shard is cut": (lambda d: os.truncate(d / "00000.tok", 5000), "has lost a shard or a part of one"),
-    "manifest is damaged": (lambda d: (d.parent / "manifest.json").write_text("{"), r"manifest\.json is damaged"),
+    "manifest is corrupt": (lambda d: (d.parent / "manifest.json").write_text("{"), r"manifest\.json is corrupt"),
     "manifest is a link": (lambda d: replaced(d.parent / "manifest.json", linked), r"manifest\.json is a link"),
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_file_of_the_directory_itself_is_refused(
+@pytest.mark.parametrize("name", REJECTED)
+def test_links_and_foreign_files_are_rejected(
     name: str, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    damage, expected = REFUSED[name]
-    damage(other / LANGUAGE)
+    corrupt, expected = REJECTED[name]
+    corrupt(other / LANGUAGE)
     output = tmp_path / "all"
     assert merge(output, other) == EXIT_USER
     error = capsys.readouterr().err
     assert len(error.strip().splitlines()) == 1
     assert re.search(expected, error)
-    assert not output.exists(), "nothing was made"
+    assert not output.exists(), "nothing was written"
 
 
-def test_the_printed_way_out_of_a_link_works(other: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_printed_fix_for_a_link_works(other: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     replaced(other / LANGUAGE / "00000.tok", linked)
     assert merge(tmp_path / "all", other) == EXIT_USER
     path = shlex.quote(str(other / LANGUAGE / "00000.tok"))
@@ -113,9 +113,8 @@ def test_the_printed_way_out_of_a_link_works(other: Path, tmp_path: Path, capsys
     assert verify(tmp_path / "all") == []
 
 
-def test_what_the_journal_does_not_name_is_left_where_it_is(other: Path, tmp_path: Path) -> None:
-    """A user's notes, a link beside the shards, a directory: none of it is read or copied. A directory that is itself
-    named through a link is the user's own choice."""
+def test_files_that_the_journal_does_not_name_are_not_copied(other: Path, tmp_path: Path) -> None:
+    """Notes of the user, a link and a directory are neither read nor copied. The directory itself may be named by a link."""
     (other / LANGUAGE / "notes.txt").write_text("mine")
     (other / LANGUAGE / "secret").symlink_to("/etc/passwd")
     (other / LANGUAGE / "deep").mkdir()
@@ -137,11 +136,11 @@ def test_an_unfinished_language_is_named(other: Path, tmp_path: Path, capsys: py
     assert LANGUAGE not in ShardSet(tmp_path / "all").languages
 
 
-def test_a_linked_language_is_refused_without_a_manifest_too(
+def test_a_linked_language_is_rejected_without_a_manifest(
     other: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     (other / "manifest.json").unlink()
     replaced(other / LANGUAGE, linked)
     assert merge(tmp_path / "all", other) == EXIT_USER
-    assert f"{LANGUAGE} is a link or no directory" in capsys.readouterr().err
+    assert f"{LANGUAGE} is a link or not a directory" in capsys.readouterr().err
     assert not (tmp_path / "all").exists()

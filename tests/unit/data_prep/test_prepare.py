@@ -1,4 +1,4 @@
-"""`prepare`: the same bytes however it is run, and nothing of another tokenizer, option or text mixed in."""
+"""`prepare`: the same bytes in every kind of run, and no mixing with another tokenizer, option or text."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_finished_input_is_skipped(
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
-def test_another_date_alone_is_no_change_but_other_text_is(
+def test_a_new_date_is_no_change_but_new_text_is(
     corpus: Path, finished: Path, tiny_tokenizer: Path, tmp_path: Path
 ) -> None:
     moved, output = shutil.copytree(corpus, tmp_path / "in"), shutil.copytree(finished, tmp_path / "out")
@@ -126,7 +126,7 @@ def test_another_date_alone_is_no_change_but_other_text_is(
     assert verify(output) == []
 
 
-def test_changed_text_before_the_resume_point_is_noticed(
+def test_changed_text_before_the_resume_point_is_rejected(
     corpus: Path, tiny_tokenizer: Path, begun: Path, tmp_path: Path
 ) -> None:
     moved = shutil.copytree(corpus, tmp_path / "in")
@@ -141,7 +141,7 @@ def test_changed_text_before_the_resume_point_is_noticed(
     }
 
 
-def test_files_that_join_or_leave_a_language_are_noticed(
+def test_files_added_to_or_removed_from_a_language_are_rejected(
     corpus: Path, finished: Path, tiny_tokenizer: Path, tmp_path: Path
 ) -> None:
     moved, output = shutil.copytree(corpus, tmp_path / "in"), shutil.copytree(finished, tmp_path / "out")
@@ -181,7 +181,7 @@ def test_another_tokenizer_is_never_mixed(corpus: Path, finished: Path, tiny_tok
         run(corpus, other, finished)
 
 
-def test_new_languages_need_to_be_asked_for(corpus: Path, finished: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
+def test_new_languages_need_an_option(corpus: Path, finished: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
     moved, output = shutil.copytree(corpus, tmp_path / "in"), shutil.copytree(finished, tmp_path / "out")
     (moved / "fi.txt").write_text("Hyvää päivää.\n")
     with pytest.raises(DataError, match=r"begun with hi, sw, tr; the input now also has fi.*--add"):
@@ -215,7 +215,7 @@ def test_outputs_of_several_machines_are_merged_into_one(
     assert import_languages(tmp_path / "all", tmp_path / "hi") == []
     (tmp_path / "hi.txt").write_text("something else\n")
     run([str(tmp_path / "hi.txt")], tiny_tokenizer, tmp_path / "changed")  # type: ignore[arg-type]
-    with pytest.raises(DataError, match=r"hi is in both .* and not the same"):
+    with pytest.raises(DataError, match=r"hi is in both .* and differs"):
         import_languages(tmp_path / "all", tmp_path / "changed")
     with pytest.raises(DataError, match="another option: shard_tokens"):
         import_languages(tmp_path / "all", tmp_path / "other")
@@ -232,21 +232,21 @@ def test_two_runs_cannot_work_on_one_language(corpus: Path, tiny_tokenizer: Path
 
 def test_deduplication_survives_an_interruption(corpus: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
     options = {"clean": CleanOptions(dedup="documents", dedup_memory_mb=1)}
-    run(corpus, tiny_tokenizer, tmp_path / "whole", **options)
-    assert len(ShardSet(tmp_path / "whole").shards("tr")) < 15  # of six copies one is left
-    counts = ShardSet(tmp_path / "whole").manifest["languages"]["tr"]["counts"]
+    run(corpus, tiny_tokenizer, tmp_path / "complete", **options)
+    assert len(ShardSet(tmp_path / "complete").shards("tr")) < 15  # one of six copies is left
+    counts = ShardSet(tmp_path / "complete").manifest["languages"]["tr"]["counts"]
     assert counts["documents_repeated"] > 700
-    begun = shutil.copytree(tmp_path / "whole", tmp_path / "begun")
+    begun = shutil.copytree(tmp_path / "complete", tmp_path / "begun")
     (begun / "manifest.json").unlink()
     journal = begun / "tr" / "journal.jsonl"
     journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:1]))
     run(corpus, tiny_tokenizer, begun, num_workers=2, **options)
-    assert content(begun) == content(tmp_path / "whole")
+    assert content(begun) == content(tmp_path / "complete")
 
 
-def test_a_directory_of_something_else_is_left_alone(corpus: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
+def test_a_directory_that_is_no_output_is_not_overwritten(corpus: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(DataError, match="not empty and no output of prepare"):
+    with pytest.raises(DataError, match="not empty and not an output of prepare"):
         run(corpus, tiny_tokenizer, tmp_path)
     assert content(tmp_path) == {"thesis.txt": b"years of work"}
 
@@ -259,14 +259,14 @@ def test_a_directory_of_something_else_is_left_alone(corpus: Path, tiny_tokenize
         (lambda path: path.write_bytes(b"no model"), "is not a SentencePiece model"),
     ],
 )
-def test_a_bad_tokenizer_is_named(corpus: Path, tmp_path: Path, make: object, message: str) -> None:
+def test_an_invalid_tokenizer_is_named(corpus: Path, tmp_path: Path, make: object, message: str) -> None:
     make(tmp_path / "tokenizer")  # type: ignore[operator]
     with pytest.raises(DataError, match=message):
         run(corpus, tmp_path / "tokenizer", tmp_path / "shards")
     assert not (tmp_path / "shards").exists()
 
 
-def test_a_model_with_other_special_ids_is_refused(corpus: Path, tmp_path: Path) -> None:
+def test_a_model_with_other_special_ids_is_rejected(corpus: Path, tmp_path: Path) -> None:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter((corpus / "hi.txt").read_text().split("\n")),
         model_prefix=str(tmp_path / "t5"),

@@ -1,4 +1,4 @@
-"""`stats` and `verify` show how sound each language is and which one is odd; shards that are unfinished are said to be so."""
+"""`stats` and `verify` show the quality of each language and flag unusual ones; unfinished shards are reported as such."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def columns(table: str, language: str, first: int) -> list[str]:
     return [cell.strip() for cell in row.split("|")][first:-1]
 
 
-def test_both_commands_flag_the_odd_languages(odd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_both_commands_flag_unusual_languages(odd: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for verb, first in (("verify", 2), ("stats", 9)):
         capsys.readouterr()
         assert main([verb, str(odd)]) == 0
@@ -73,7 +73,7 @@ def test_tokens_per_byte_are_compared_with_the_others(tiny_tokenizer: Path, tmp_
     assert "many tokens per byte" in odd["sw"]
 
 
-def test_shards_made_before_these_counts_open_and_show_nothing_wrong(
+def test_shards_made_before_these_counts_are_valid(
     odd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     old = shutil.copytree(odd, tmp_path / "old")
@@ -90,7 +90,7 @@ def test_shards_made_before_these_counts_open_and_show_nothing_wrong(
     assert columns(capsys.readouterr().out, "ka", 2)[1:4:2] == ["", ""]
 
 
-def test_unfinished_shards_are_said_to_be_unfinished(
+def test_unfinished_shards_are_reported_as_unfinished(
     tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "in").mkdir()
@@ -105,7 +105,7 @@ def test_unfinished_shards_are_said_to_be_unfinished(
         assert "are unfinished" in said
         assert "Run the same prepare command again" in said
         assert f"python -m data_prep merge {output} --partial" in said
-        assert "damaged" not in said
+        assert "corrupt" not in said
     with pytest.raises(DataError, match="unfinished"):
         ShardSet(output)
     assert main(["merge", str(output), "--partial"]) == 0

@@ -1,4 +1,4 @@
-"""Records without text are counted and left out, or an error, as asked; a wrong field name is told as such and forgotten."""
+"""Records without text are counted and left out, or are an error; a wrong field name is reported and not recorded."""
 
 from __future__ import annotations
 
@@ -69,16 +69,16 @@ def test_records_without_text_are_counted_and_left_out(
 
 def test_a_record_without_text_may_be_an_error(tmp_path: Path) -> None:
     for record, problem in zip(
-        WITHOUT_TEXT, ("null", "empty", "empty", "missing", "no text but int", "no text but list"), strict=True
+        WITHOUT_TEXT, ("null", "empty", "empty", "missing", "int, not text", "list, not text"), strict=True
     ):
         path = write(tmp_path / "sv.jsonl", [*GOOD[:3], record, *GOOD[3:]])
-        with pytest.raises(CorruptSource, match=f"field 'text' of line 4 is {problem}.*--bad-records skip") as refused:
+        with pytest.raises(CorruptSource, match=f"field 'text' of line 4 is {problem}.*--bad-records skip") as failure:
             read(path, bad_records="fail")
-        assert "damaged" not in str(refused.value)
+        assert "corrupt" not in str(failure.value)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_a_wrong_field_is_told_before_any_work_and_not_remembered(
+def test_a_wrong_field_is_reported_before_any_work_and_not_recorded(
     tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     (tmp_path / "in").mkdir()
@@ -93,14 +93,14 @@ def test_a_wrong_field_is_told_before_any_work_and_not_remembered(
     assert "'text'" in said
     assert "content, id" in said
     assert "--text-field" in said
-    assert "damaged" not in said
+    assert "corrupt" not in said
     assert not (tmp_path / "out").exists()
     assert prepare(tiny_tokenizer, tmp_path, "--text-field", "content") == 0
     assert ShardSet(tmp_path / "out").num_documents("sv") == 300
 
 
-def test_options_of_an_output_that_holds_nothing_are_not_remembered(tiny_tokenizer: Path, tmp_path: Path) -> None:
-    """The first file has the field, the second one has not: the output has been begun by then, and holds no shard."""
+def test_options_of_an_output_without_shards_may_change(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    """The first file has the field and the second does not, so the output has been begun and holds no shard."""
     write(tmp_path / "in" / "sv" / "1.jsonl", GOOD[:5])
     write(tmp_path / "in" / "sv" / "2.jsonl", [{"content": "Hej."}] * 5)
     assert prepare(tiny_tokenizer, tmp_path) == 2
@@ -119,22 +119,20 @@ def test_text_in_a_field_of_another_type_is_a_wrong_field(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("packing", ["", ".gz"])
 @pytest.mark.parametrize("indent", [None, 1])
-def test_a_json_array_is_converted_by_the_command_that_is_named(
-    tmp_path: Path, packing: str, indent: int | None
-) -> None:
+def test_the_printed_command_converts_a_json_array(tmp_path: Path, packing: str, indent: int | None) -> None:
     path = tmp_path / f"sv 1.jsonl{packing}"
     text = json.dumps(GOOD, indent=indent).encode()
     path.write_bytes(gzip.compress(text) if packing else text)
     with pytest.raises(
-        CorruptSource, match=r"line 1 (is a JSON array|begins a JSON text).*one record a line"
-    ) as refused:
+        CorruptSource, match=r"line 1 (is a JSON array|begins a JSON text).*each line must hold one record"
+    ) as failure:
         read(path)
-    command = str(refused.value).split("Convert it: ")[1].split(". Then run")[0]
+    command = str(failure.value).split("Convert it: ")[1].split(". Then run")[0]
     subprocess.run(["bash", "-c", command], check=True)
     assert read(path).count(b"\n\n") == len(GOOD)
 
 
-def test_json_as_it_comes(tmp_path: Path) -> None:
+def test_json_with_marks_duplicate_keys_and_carriage_returns(tmp_path: Path) -> None:
     path = tmp_path / "sv.jsonl"
     path.write_bytes(
         b'\xef\xbb\xbf{"text": "a", "score": NaN}\r\n\r\n\xef\xbb\xbf{"text": "b", "text": "c"}\r{"text": "d\\re"}'
@@ -164,14 +162,14 @@ def test_parquet_columns_of_text_are_read_without_their_nulls(tmp_path: Path, ki
     assert source.counts == {"records_null": 1, "records_empty": 1}
 
 
-def test_parquet_columns_of_something_else_are_refused_with_their_type(tmp_path: Path) -> None:
+def test_parquet_columns_without_text_are_rejected_with_their_type(tmp_path: Path) -> None:
     path = tmp_path / "sv.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": [["a", "b"]], "n": [1]}), path)
     with pytest.raises(WrongTextField, match=r"column 'text' is of type list<.*n \(int64\).*--text-field"):
         read(path)
 
 
-def test_parquet_text_that_is_not_utf8_is_left_to_the_cleaning(tmp_path: Path) -> None:
+def test_invalid_utf8_in_parquet_is_left_to_the_cleaning_options(tmp_path: Path) -> None:
     path = tmp_path / "sv.parquet"
     raw = pyarrow.array([b"f\xf6rst"], pyarrow.binary())
     text = pyarrow.Array.from_buffers(pyarrow.string(), 1, raw.buffers())
@@ -179,7 +177,7 @@ def test_parquet_text_that_is_not_utf8_is_left_to_the_cleaning(tmp_path: Path) -
     assert read(path) == b"f\xf6rst\n\n"
 
 
-def test_records_of_a_dataset_are_treated_alike(tmp_path: Path) -> None:
+def test_records_of_a_dataset_follow_the_same_rules(tmp_path: Path) -> None:
     directory = tmp_path / "data"
     directory.mkdir()
     pyarrow.parquet.write_table(
@@ -193,16 +191,16 @@ def test_records_of_a_dataset_are_treated_alike(tmp_path: Path) -> None:
         list(source.chunks())
 
 
-def test_json_lines_named_as_text_are_told(
+def test_json_lines_in_a_txt_file_give_a_warning(
     tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(tmp_path / "in" / "sv.txt", GOOD)
     assert prepare(tiny_tokenizer, tmp_path) == 0
-    assert "1 files named .txt hold JSON records, which were taken as text" in capsys.readouterr().err
+    assert "1 files named .txt hold JSON records, which were read as text" in capsys.readouterr().err
 
 
 def test_a_dataset_runs_no_script_and_no_reader_that_unpickles(tmp_path: Path) -> None:
-    """A script beside the data, and a tar archive, whose tensors the library's reader would unpickle."""
+    """A script in the directory of the data, and a tar archive, whose tensors the reader of the library would unpickle."""
     script = tmp_path / "script"
     script.mkdir()
     (script / "script.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")

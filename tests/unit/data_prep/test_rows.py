@@ -1,4 +1,4 @@
-"""Row access across shard borders, for any sequence length, and document segments."""
+"""Reading rows across shards at any sequence length, and segments of documents."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ IDENTITY = Identity("ab" * 32, 50_000, "cd" * 16)
 
 
 def write_shards(root: Path, documents_of_shards: list[list[int]], start: int = 10) -> np.ndarray:
-    """Shards of language xx whose tokens count up from `start`; document lengths as given. Gives the stream."""
+    """Write shards of language xx whose tokens count up from `start`. Returns the stream."""
     (root / "xx").mkdir(parents=True)
     records, next_token = [], start
     for number, lengths in enumerate(documents_of_shards):
@@ -67,7 +67,7 @@ def test_rows_are_consecutive_pieces_of_the_stream(
         assert np.cumsum(lengths[lengths > 0])[:-1].tolist() == (inside - row * width + 1).tolist()
 
 
-def test_rows_outside_and_lengths_too_short_are_refused(tmp_path: Path) -> None:
+def test_rows_out_of_range_and_too_short_lengths_are_rejected(tmp_path: Path) -> None:
     write_shards(tmp_path, [[30]])
     shards = ShardSet(tmp_path)
     for row in (-1, 5):
@@ -85,7 +85,7 @@ def test_a_token_beyond_the_vocabulary_names_row_and_language(tmp_path: Path) ->
         ShardSet(tmp_path).rows("xx", [0, 3], 8)
 
 
-def test_a_swapped_shard_of_the_same_size_is_noticed_when_it_is_read(tmp_path: Path) -> None:
+def test_a_swapped_shard_of_the_same_size_is_rejected_when_it_is_read(tmp_path: Path) -> None:
     write_shards(tmp_path, [[30], [30]])
     first, second = tmp_path / "xx" / "00000.tok", tmp_path / "xx" / "00001.tok"
     first.write_bytes(second.read_bytes())

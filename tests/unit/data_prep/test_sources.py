@@ -1,4 +1,4 @@
-"""Every kind of input gives the same text, and every kind of damage is named with file and place."""
+"""Every kind of input gives the same text, and every kind of corruption is named with file and offset."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def test_blank_lines_inside_a_record_do_not_end_its_document(tmp_path: Path) -> 
     assert read(path) == b"a\nb\n\nc\n\n"
 
 
-def test_broken_characters_in_json_lines_are_left_to_the_cleaning(tmp_path: Path) -> None:
-    """A byte that is not UTF-8 and half a surrogate pair: three bytes each that no UTF-8 has, so `--broken-text` decides."""
+def test_invalid_characters_in_json_lines_are_left_to_the_cleaning_options(tmp_path: Path) -> None:
+    """A byte that is not UTF-8 and a lone surrogate: both give invalid UTF-8, so `--broken-text` decides."""
     path = tmp_path / "de.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "gut"}\n{"text": "ein \xff Byte"}\n{"text": "halb \\ud800"}\n')
     lines, documents = split_documents(read(path))
@@ -85,7 +85,7 @@ def test_broken_characters_in_json_lines_are_left_to_the_cleaning(tmp_path: Path
 
 
 @pytest.mark.parametrize("packing", [".xz", ".gz", ".zst"])
-def test_a_file_cut_short_gives_its_whole_blocks_and_names_the_byte(tmp_path: Path, packing: str) -> None:
+def test_a_truncated_file_gives_its_complete_blocks_and_the_offset(tmp_path: Path, packing: str) -> None:
     lines = "".join(f"Zeile {number} {number * 7919 % 10007}\n\n" for number in range(120_000))
     packed = PACKERS[packing](lines.encode())
     path = tmp_path / f"de.txt{packing}"
@@ -99,29 +99,29 @@ def test_a_file_cut_short_gives_its_whole_blocks_and_names_the_byte(tmp_path: Pa
 
 
 @pytest.mark.parametrize("packing", [".xz", ".gz", ".zst"])
-def test_a_damaged_file_is_named_with_the_place(tmp_path: Path, packing: str) -> None:
+def test_a_corrupt_file_is_named_with_the_offset(tmp_path: Path, packing: str) -> None:
     packed = bytearray(PACKERS[packing](TEXT.encode() * 5))
     packed[len(packed) // 2] ^= 0x55
     path = tmp_path / f"de.txt{packing}"
     path.write_bytes(packed)
-    with pytest.raises(CorruptSource, match=r"de\.txt.* is damaged or cut short: reading stopped at byte \d+"):
+    with pytest.raises(CorruptSource, match=r"de\.txt.* is corrupt or truncated: reading stopped at byte \d+"):
         read(path)
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"text": "whole"}\n{"text": "cut', "line 2 is not JSON"),
+        ('{"text": "complete"}\n{"text": "cut', "line 2 is not JSON"),
         (
             '{"body": "other field", "id": 1}\n',
             "1 of its first 1 records have no field 'text'; they have body, id.*--text-field",
         ),
-        ("[1, 2]\n", "line 1 is a JSON array; one record a line is read"),
+        ("[1, 2]\n", "line 1 is a JSON array; each line must hold one record"),
         ('{"text": 5}\n', "field 'text' is int in 1 of its first 1 records, not text"),
         ('{"text": "deep", "meta": ' + "[" * 100_000 + "]" * 100_000 + "}\n", "line 1 nests its values too deeply"),
     ],
 )
-def test_bad_json_lines_are_named_by_number(tmp_path: Path, line: str, message: str) -> None:
+def test_invalid_json_lines_are_named_by_number(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "de.jsonl"
     path.write_text(line)
     with pytest.raises(CorruptSource, match=message):
@@ -138,14 +138,14 @@ def test_bad_json_lines_are_named_by_number(tmp_path: Path, line: str, message: 
     ],
     ids=["random", "utf-16", "gb18030", "program"],
 )
-def test_what_is_not_utf8_text_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_files_that_are_not_utf8_text_are_rejected(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "zh-Hans.txt"
     path.write_bytes(content)
     with pytest.raises(CorruptSource, match=r"not text in UTF-8.*iconv"):
         read(path)
 
 
-def test_a_byte_order_mark_is_no_text_and_an_empty_xz_is_damage(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_removed_and_an_empty_xz_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "en.txt").write_bytes(b"\xef\xbb\xbfhello\n")
     assert read(tmp_path / "en.txt") == b"hello\n"
     (tmp_path / "en.txt.xz").write_bytes(b"")
@@ -179,11 +179,11 @@ def test_languages_come_from_names_folders_and_mapping(tmp_path: Path) -> None:
         (["missing.txt"], None, "does not exist"),
         (["table.csv"], None, r"unknown kind of file; known are \*\.txt"),
         (["empty"], None, r"No text in .*Looked for \*\.txt"),
-        (["notes.txt"], "../up", "no language name"),
+        (["notes.txt"], "../up", "not a language name"),
         (["en.txt", "folder/en.txt"], None, "two input files are named en.txt"),
     ],
 )
-def test_bad_input_is_named(tmp_path: Path, inputs: list[str], language: str | None, message: str) -> None:
+def test_invalid_input_is_named(tmp_path: Path, inputs: list[str], language: str | None, message: str) -> None:
     for name in ("table.csv", "notes.txt", "en.txt", "folder/en.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("text")
@@ -193,7 +193,7 @@ def test_bad_input_is_named(tmp_path: Path, inputs: list[str], language: str | N
 
 
 @pytest.mark.parametrize("line", ["one two three", "only-pattern", "x.txt ../up"])
-def test_a_bad_mapping_line_is_named_by_number(tmp_path: Path, line: str) -> None:
+def test_an_invalid_mapping_line_is_named_by_number(tmp_path: Path, line: str) -> None:
     mapping = tmp_path / "languages.map"
     mapping.write_text("a.txt en\n" + line + "\n")
     with pytest.raises(DataError, match="line 2"):

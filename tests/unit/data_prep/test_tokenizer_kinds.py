@@ -1,4 +1,4 @@
-"""Tokenizer directories of many kinds: the ids of `AutoTokenizer`, or a refusal whose printed fix works."""
+"""Tokenizer directories of many kinds: shards have the ids of `AutoTokenizer`, or an error prints a fix that works."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from data_prep.id_check import POSITIONS_FROM_PADDING
 from data_prep.shards import ShardSet
 from pipeline.distillation.models.architectures import POSITIONS_AFTER_PADDING
 from tests.unit.data_prep.corpus import run
-from tests.unit.data_prep.families import byte_bpe, word_piece
-from tests.unit.data_prep.id_checks import TEXT, XLMR, assert_ids_are_the_models, changed, paste, refusal, write
+from tests.unit.data_prep.id_checks import TEXT, XLMR, assert_ids_are_the_models, changed, error_of, paste, write
+from tests.unit.data_prep.tiny_tokenizers import byte_bpe, word_piece
 
 
 @pytest.mark.parametrize(
@@ -30,16 +30,16 @@ from tests.unit.data_prep.id_checks import TEXT, XLMR, assert_ids_are_the_models
     ],
     ids=["CamemBERT by class", "CamemBERT by model type", "added words"],
 )
-def test_a_model_that_is_not_numbered_as_xlmrs_is_refused_and_the_printed_fix_works(
+def test_a_model_with_other_ids_than_xlmrs_is_rejected_and_the_printed_fix_works(
     files: dict, model_alone: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
     directory = model_alone(**files)
-    message = refusal(text, directory, tmp_path / "shards")
+    message = error_of(text, directory, tmp_path / "shards")
     assert re.search(
         r"sentencepiece\.bpe\.model are not those of AutoTokenizer\.from_pretrained\(.*lines differ", message
     )
     assert message.count(f'AutoTokenizer.from_pretrained("{directory}").save_pretrained("{directory}")') == 1
-    assert re.search(r"The first, a line that every tokenizer is tried on: '.*' from token \d+ on is \d+ '", message)
+    assert re.search(r"The first, a line that every tokenizer is checked on: '.*' from token \d+ on is \d+ '", message)
     AutoTokenizer.from_pretrained(directory).save_pretrained(directory)
     assert_ids_are_the_models(text, directory, tmp_path / "shards")
 
@@ -62,38 +62,40 @@ def test_a_file_is_compared_with_the_tokenizer_of_its_directory(
     directory = model_alone(tokenizer_config={"tokenizer_class": "CamembertTokenizer"})
     shutil.copy(directory / "sentencepiece.bpe.model", directory / "umberto.model")
     for name in ("sentencepiece.bpe.model", "umberto.model"):
-        assert "35 of 35 lines differ" in refusal(text, directory / name, tmp_path / "shards")
+        assert "35 of 35 lines differ" in error_of(text, directory / name, tmp_path / "shards")
 
 
-def test_a_model_beside_which_nothing_says_whose_it_is(
+def test_a_model_without_a_named_class_gives_a_note(
     model_alone: Callable[..., Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory = model_alone()
     run(text, directory, tmp_path / "shards", quiet=False)
-    assert f"note: nothing beside {directory}/sentencepiece.bpe.model says whose tokenizer" in capsys.readouterr().err
+    assert (
+        f"note: the directory of {directory}/sentencepiece.bpe.model does not name its class" in capsys.readouterr().err
+    )
     write(directory / "tokenizer_config.json", XLMR)
     run(text, directory, tmp_path / "again", quiet=False)
     assert "note:" not in capsys.readouterr().err
 
 
-def test_two_files_that_disagree_are_refused_and_the_printed_fix_leaves_one(
+def test_two_files_with_different_ids_are_rejected_and_the_printed_fix_leaves_one(
     tiny_tokenizer: Path, text: Path, tmp_path: Path
 ) -> None:
-    """The class is XLM-R's and decides for the SentencePiece model, AutoTokenizer reads the other file."""
+    """prepare reads the SentencePiece model, because the class is XLM-R's. AutoTokenizer reads the other file."""
     directory = Path(shutil.copytree(tiny_tokenizer, tmp_path / "tokenizer"))
     AutoTokenizer.from_pretrained(directory).save_pretrained(directory)
     content = json.loads((directory / "tokenizer.json").read_text())
     vocabulary = content["model"]["vocab"]
     vocabulary[10], vocabulary[11] = vocabulary[11], vocabulary[10]
     write(directory / "tokenizer.json", content)
-    message = refusal(text, directory, tmp_path / "shards")
+    message = error_of(text, directory, tmp_path / "shards")
     paste(message)
     assert (directory / "sentencepiece.bpe.model.unused").is_file()
     assert_ids_are_the_models(text, directory, tmp_path / "shards")
 
 
 @pytest.mark.parametrize("files", ["spm.model", "vocab.txt", "vocab.json"])
-def test_a_vocabulary_that_only_transformers_reads_names_the_command_that_makes_a_tokenizer_json(
+def test_the_printed_command_makes_a_tokenizer_json_of_other_vocabularies(
     files: str, model_alone: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
     if files == "spm.model":
@@ -113,8 +115,8 @@ def test_a_vocabulary_that_only_transformers_reads_names_the_command_that_makes_
         (directory / "merges.txt").write_text("\n".join(" ".join(pair) for pair in model["merges"]) + "\n")
         changed(directory / "tokenizer_config.json", tokenizer_class="RobertaTokenizer")
         (directory / "tokenizer.json").unlink()
-    message = refusal(text, directory, tmp_path / "shards")
-    assert f"holds {files}, from which ids are not read here" in message
+    message = error_of(text, directory, tmp_path / "shards")
+    assert f"holds {files}, from which prepare does not read ids" in message
     if files == "spm.model":
         paste(message)
     else:
@@ -122,16 +124,16 @@ def test_a_vocabulary_that_only_transformers_reads_names_the_command_that_makes_
     assert_ids_are_the_models(text, directory, tmp_path / "shards")
 
 
-def test_without_the_models_config_it_is_asked_for_first(
+def test_the_message_asks_for_a_missing_model_config_first(
     model_alone: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
-    message = refusal(text, model_alone("spm.model", tokenizer_config={"vocab_type": "spm"}), tmp_path / "shards")
+    message = error_of(text, model_alone("spm.model", tokenizer_config={"vocab_type": "spm"}), tmp_path / "shards")
     assert "copy the model's config.json into" in message
     assert "save_pretrained" in message
 
 
 def test_unknown_words_stay_where_the_tokenizer_puts_them(text: Path, tmp_path: Path) -> None:
-    """Of WordPiece: a line of unknown words is a line of [UNK], and only special tokens spelled in the text are left out."""
+    """With WordPiece a line of unknown words is a line of [UNK]. Only special tokens that the text spells are left out."""
     shards = assert_ids_are_the_models(text, word_piece(tmp_path / "tokenizer"), tmp_path / "shards")
     assert shards.manifest["tokenizer"]["unk"] == 1
     stream = shards.stream("en", 0, shards.num_tokens("en"))
@@ -150,9 +152,7 @@ def test_added_words_are_one_id_as_in_the_tokenizer(make: Callable[[Path], Path]
     assert {tokenizer.token_to_id("zblorg"), tokenizer.token_to_id("😀")} <= set(stream.tolist())
 
 
-def test_words_that_were_added_to_xlmrs_tokenizer_decide_for_its_tokenizer_json(
-    tiny_tokenizer: Path, text: Path, tmp_path: Path
-) -> None:
+def test_tokenizer_json_decides_if_it_adds_words_to_xlmrs(tiny_tokenizer: Path, text: Path, tmp_path: Path) -> None:
     reference = AutoTokenizer.from_pretrained(tiny_tokenizer)
     reference.add_tokens(["zblorg"])
     directory = Path(shutil.copytree(tiny_tokenizer, tmp_path / "tokenizer"))
@@ -162,44 +162,44 @@ def test_words_that_were_added_to_xlmrs_tokenizer_decide_for_its_tokenizer_json(
 
 
 @pytest.mark.parametrize("setting", [{"do_lower_case": False}, {"strip_accents": False}])
-def test_a_setting_that_overrides_the_tokenizer_json_is_noticed(setting: dict, text: Path, tmp_path: Path) -> None:
+def test_a_setting_that_overrides_the_tokenizer_json_is_rejected(setting: dict, text: Path, tmp_path: Path) -> None:
     directory = word_piece(tmp_path / "tokenizer")
     changed(directory / "tokenizer_config.json", tokenizer_class="BertTokenizer", **setting)
-    message = refusal(text, directory, tmp_path / "shards")
-    AutoTokenizer.from_pretrained(directory).save_pretrained(directory)  # what the message says
+    message = error_of(text, directory, tmp_path / "shards")
+    AutoTokenizer.from_pretrained(directory).save_pretrained(directory)  # as the message says
     assert "save_pretrained" in message
     assert_ids_are_the_models(text, directory, tmp_path / "shards")
 
 
-def test_a_prefix_space_that_overrides_the_tokenizer_json_is_noticed(text: Path, tmp_path: Path) -> None:
+def test_a_prefix_space_that_overrides_the_tokenizer_json_is_rejected(text: Path, tmp_path: Path) -> None:
     directory = byte_bpe(tmp_path / "tokenizer")
     changed(directory / "tokenizer_config.json", tokenizer_class="RobertaTokenizer", add_prefix_space=True)
-    assert "35 of 35 lines differ" in refusal(text, directory, tmp_path / "shards")
+    assert "35 of 35 lines differ" in error_of(text, directory, tmp_path / "shards")
 
 
-def test_row_ends_of_another_token_are_refused(text: Path, tmp_path: Path) -> None:
+def test_row_ends_with_another_token_are_rejected(text: Path, tmp_path: Path) -> None:
     directory = word_piece(tmp_path / "tokenizer")
     changed(
         directory / "tokenizer.json",
         post_processor={"type": "BertProcessing", "sep": ["[SEP]", 3], "cls": ["[MASK]", 4]},
     )
     changed(directory / "tokenizer_config.json", tokenizer_class="BertTokenizer")
-    message = refusal(text, directory, tmp_path / "shards")
+    message = error_of(text, directory, tmp_path / "shards")
     assert "begins and ends rows with the ids [4] and [3]" in message
     assert "puts 2 '[CLS]' before a text and 3 '[SEP]' after it" in message
 
 
 @pytest.mark.parametrize("family", ["T5Tokenizer", "XLNetTokenizer", "MBartTokenizer"])
-def test_a_tokenizer_of_no_encoder_is_refused(
+def test_a_tokenizer_of_another_kind_of_model_is_rejected(
     family: str, model_alone: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
-    """Their SentencePiece models have XLM-R's special ids here, so the rows alone tell."""
+    """Their SentencePiece models have XLM-R's special ids here, so only the rows differ."""
     name = "sentencepiece.bpe.model" if family == "MBartTokenizer" else "spiece.model"
-    message = refusal(text, model_alone(name, tokenizer_config={"tokenizer_class": family}), tmp_path / "shards")
+    message = error_of(text, model_alone(name, tokenizer_config={"tokenizer_class": family}), tmp_path / "shards")
     assert "puts nothing before a text" in message
 
 
-def test_both_special_tokens_at_the_end_are_no_row_ends(text: Path, tmp_path: Path) -> None:
+def test_both_special_tokens_at_the_end_are_rejected(text: Path, tmp_path: Path) -> None:
     directory = word_piece(tmp_path / "tokenizer")
     template = [{"Sequence": {"id": "A", "type_id": 0}}] + [
         {"SpecialToken": {"id": t, "type_id": 0}} for t in ("[SEP]", "[CLS]")
@@ -207,22 +207,22 @@ def test_both_special_tokens_at_the_end_are_no_row_ends(text: Path, tmp_path: Pa
     tokens = {t: {"id": t, "ids": [n], "tokens": [t]} for t, n in (("[SEP]", 3), ("[CLS]", 2))}
     processor = {"type": "TemplateProcessing", "single": template, "pair": template, "special_tokens": tokens}
     changed(directory / "tokenizer.json", post_processor=processor)
-    assert "does not put one special token at each end" in refusal(text, directory, tmp_path / "shards")
+    assert "does not put one special token at each end" in error_of(text, directory, tmp_path / "shards")
 
 
-def test_a_tokenizer_that_transformers_cannot_load_is_refused(
+def test_a_tokenizer_that_transformers_cannot_load_is_rejected(
     model_alone: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
     directory = model_alone(tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast"})
-    assert "cannot load this tokenizer (ValueError: " in refusal(text, directory, tmp_path / "shards")
+    assert "cannot load this tokenizer (ValueError: " in error_of(text, directory, tmp_path / "shards")
 
 
-def test_a_model_type_without_its_vocabulary_is_told_apart(
+def test_a_model_type_without_its_vocabulary_gets_another_fix(
     model_alone: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
-    """BERT's config beside XLM-R's model: e5's kind. AutoTokenizer makes a BERT tokenizer of five words."""
+    """e5 has BERT's config and XLM-R's tokenizer. Without a tokenizer class, AutoTokenizer makes a BERT tokenizer of five words."""
     directory = model_alone(config={"model_type": "bert"})
-    message = refusal(text, directory, tmp_path / "shards")
+    message = error_of(text, directory, tmp_path / "shards")
     command = re.search(r"(echo '[^']*' > \S+)", message)
     assert command is not None, message
     _, content, _, file = shlex.split(command[1])
@@ -230,13 +230,15 @@ def test_a_model_type_without_its_vocabulary_is_told_apart(
     assert_ids_are_the_models(text, directory, tmp_path / "shards")
 
 
-def test_the_families_that_count_positions_from_padding_are_the_encoders() -> None:
-    """data_prep knows no encoders, so the names stand twice."""
+def test_both_lists_of_models_with_positions_after_padding_agree() -> None:
+    """data_prep does not import the encoders, so the names are listed twice."""
     assert sorted(POSITIONS_FROM_PADDING) == sorted(POSITIONS_AFTER_PADDING)
 
 
-def test_padding_that_moves_positions_is_refused(model_alone: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+def test_a_padding_id_that_moves_positions_is_rejected(
+    model_alone: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
     directory = model_alone(tokenizer_config=XLMR, config={"model_type": "xlm-roberta", "pad_token_id": 0})
-    assert "has pad_token_id 0, the tokenizer's padding is 1" in refusal(text, directory, tmp_path / "shards")
+    assert "has pad_token_id 0, the tokenizer's padding is 1" in error_of(text, directory, tmp_path / "shards")
     changed(directory / "config.json", pad_token_id=1)
     assert_ids_are_the_models(text, directory, tmp_path / "shards")

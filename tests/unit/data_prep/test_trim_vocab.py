@@ -1,4 +1,4 @@
-"""A smaller vocabulary: covered text is split as before, ids map one to one, and what is lost is counted."""
+"""A smaller vocabulary: covered text is split as before, ids map one to one, and lost tokens are counted."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def about(directory: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def vocabulary(tiny_teacher: Path, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What Swahili and Turkish use, of the teacher's tokenizer with all its files."""
+    """The pieces of the teacher's tokenizer that Swahili and Turkish use, with all files."""
     output = tmp_path_factory.mktemp("vocabulary") / "small"
     assert trim_vocab(tiny_teacher, output, "--shards", tiny_shards, "--languages", "sw,tr") == 0
     return output
 
 
 def lines_of(tiny_shards: Path, language: str) -> list[np.ndarray]:
-    """Every line of a language as ids, with its `</s>`."""
+    """The ids of every line of a language, with its `</s>`."""
     shards = ShardSet(tiny_shards)
     stream = shards.stream(language, 0, shards.num_tokens(language)).astype(np.int64)
     return [line for line in np.split(stream, np.flatnonzero(stream == 2) + 1) if len(line)]
@@ -54,7 +54,7 @@ def test_covered_text_maps_one_to_one(tiny_teacher: Path, tiny_shards: Path, voc
 
 
 def test_prepared_again_the_shards_are_the_same_text(tiny_shards: Path, vocabulary: Path, tmp_path: Path) -> None:
-    """The whole way: shards made with the smaller tokenizer are the old ones with every id mapped."""
+    """Shards made with the smaller tokenizer are the old shards with every id mapped."""
     words = ["prepare", "--input", SAMPLES / "cc100" / "sw.txt.xz", "--tokenizer", vocabulary, "--workers", 1]
     assert main([*map(str, words), "--output", str(tmp_path / "shards")]) == 0
     new = np.concatenate(lines_of(tmp_path / "shards", "sw"))
@@ -76,7 +76,7 @@ def test_a_lone_model_file_is_enough(tiny_tokenizer: Path, tiny_shards: Path, tm
     assert len(AutoTokenizer.from_pretrained(tmp_path / "small")) == about(tmp_path / "small")["vocab_size"]
 
 
-def test_what_is_lost_is_counted(
+def test_lost_tokens_are_counted(
     tiny_teacher: Path, tiny_shards: Path, vocabulary: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = about(vocabulary)
@@ -91,7 +91,7 @@ def test_what_is_lost_is_counted(
     trim_vocab(tiny_teacher, vocabulary, "--shards", tiny_shards, "--languages", "sw,tr")  # an earlier one is replaced
     printed = capsys.readouterr().out
     assert f"-> {found['vocab_size']:,}" in printed
-    assert any(line.startswith("hi ") and "asked for" not in line for line in printed.splitlines())
+    assert any(line.startswith("hi ") and "requested" not in line for line in printed.splitlines())
     assert about(vocabulary) == found
 
 
@@ -102,7 +102,7 @@ def test_text_and_its_shards_count_the_same(tiny_teacher: Path, tiny_shards: Pat
     assert about(tmp_path / "text") == about(tmp_path / "shards")
 
 
-def test_coverage_keeps_the_most_frequent(tiny_teacher: Path, tiny_shards: Path, tmp_path: Path) -> None:
+def test_coverage_keeps_the_most_frequent_pieces(tiny_teacher: Path, tiny_shards: Path, tmp_path: Path) -> None:
     sizes = []
     for coverage in (0.9, 0.99, 1.0):
         trim_vocab(tiny_teacher, tmp_path / "v", "--shards", tiny_shards, "--coverage", coverage)
@@ -113,7 +113,7 @@ def test_coverage_keeps_the_most_frequent(tiny_teacher: Path, tiny_shards: Path,
     assert sizes[0] < sizes[2]
 
 
-def test_which_pieces_are_kept() -> None:
+def test_kept_pieces() -> None:
     pieces = ["", "", "", "", "▁ab", "a", "b", "c", "▁cd", ""]
     counts = {"xx": np.array([0, 0, 0, 0, 5, 0, 0, 0, 1, 0]), "yy": np.array([0, 0, 0, 0, 0, 0, 0, 9, 0, 0])}
     # <s> <pad> </s> <unk>; the piece that is used; its single characters; <mask>
@@ -123,11 +123,11 @@ def test_which_pieces_are_kept() -> None:
     assert kept_ids(counts, TrimOptions(["xx", "yy"], coverage=0.8), pieces).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 9]
 
 
-# -- what must not happen
+# -- errors
 
 
-def refused(capsys: pytest.CaptureFixture[str], tokenizer: Path, output: Path, *words: object) -> str:
-    """Run a command that must refuse, without a trace; returns its one paragraph."""
+def failure(capsys: pytest.CaptureFixture[str], tokenizer: Path, output: Path, *words: object) -> str:
+    """The error of a command that must fail and write nothing: one paragraph."""
     before = sorted(output.parent.rglob("*"))
     assert trim_vocab(tokenizer, output, *words) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -136,12 +136,12 @@ def refused(capsys: pytest.CaptureFixture[str], tokenizer: Path, output: Path, *
     return errors[0]
 
 
-def test_options_that_cannot_be(tiny_teacher: Path, tiny_shards: Path, tmp_path: Path, capsys) -> None:
+def test_impossible_options_are_rejected(tiny_teacher: Path, tiny_shards: Path, tmp_path: Path, capsys) -> None:
     out, shards = tmp_path / "small", ("--shards", tiny_shards)
-    assert "at least 1" in refused(capsys, tiny_teacher, out, *shards, "--min-count", 0)
-    assert "above 0" in refused(capsys, tiny_teacher, out, *shards, "--coverage", 0)
-    assert "at most 1" in refused(capsys, tiny_teacher, out, *shards, "--coverage", 99.5)
-    assert "no text of xx; there is of he, hi, sw, tr" in refused(
+    assert "at least 1" in failure(capsys, tiny_teacher, out, *shards, "--min-count", 0)
+    assert "above 0" in failure(capsys, tiny_teacher, out, *shards, "--coverage", 0)
+    assert "at most 1" in failure(capsys, tiny_teacher, out, *shards, "--coverage", 99.5)
+    assert "no text of xx; there is of he, hi, sw, tr" in failure(
         capsys, tiny_teacher, out, *shards, "--languages", "xx"
     )
     with pytest.raises(SystemExit):
@@ -150,32 +150,34 @@ def test_options_that_cannot_be(tiny_teacher: Path, tiny_shards: Path, tmp_path:
         trim_vocab(tiny_teacher, out, *shards, "--input", "text")
 
 
-def test_shards_of_another_tokenizer(tiny_teacher: Path, tiny_shards: Path, tmp_path: Path, capsys) -> None:
+def test_shards_of_another_tokenizer_are_rejected(
+    tiny_teacher: Path, tiny_shards: Path, tmp_path: Path, capsys
+) -> None:
     other = Path(shutil.copytree(tiny_teacher, tmp_path / "other"))
     with open(other / "sentencepiece.bpe.model", "ab") as file:
         file.write(b"\xf8\x07\x01")  # an unknown field: the same pieces under another sha256
-    assert "not made with the tokenizer" in refused(capsys, other, tmp_path / "small", "--shards", tiny_shards)
+    assert "not made with the tokenizer" in failure(capsys, other, tmp_path / "small", "--shards", tiny_shards)
 
 
-def test_a_directory_of_something_else_is_left_alone(
+def test_a_directory_that_is_no_output_is_not_overwritten(
     tiny_teacher: Path, tiny_shards: Path, vocabulary: Path, tmp_path: Path, capsys
 ) -> None:
     precious = tmp_path / "student"
     precious.mkdir()
     (precious / "config.json").write_text("{}")
     shutil.copy(vocabulary / "vocabulary.json", precious)  # a trimmed student carries its map
-    assert "left alone" in refused(capsys, tiny_teacher, precious, "--shards", tiny_shards)
+    assert "is not replaced" in failure(capsys, tiny_teacher, precious, "--shards", tiny_shards)
 
 
-def test_a_fast_tokenizer_of_another_vocabulary(tiny_teacher: Path) -> None:
+def test_a_fast_tokenizer_with_another_vocabulary_is_rejected(tiny_teacher: Path) -> None:
     path = tiny_teacher / "tokenizer.json"
     tree = json.loads(path.read_text())
     pieces = ["", "", "", "", *(piece for piece, _ in tree["model"]["vocab"][4:-1]), ""]
     kept = np.arange(len(pieces))
     assert cut_fast_tokenizer(tree, pieces, kept, path) == tree
-    with pytest.raises(DataError, match="not of the same vocabulary"):
+    with pytest.raises(DataError, match="does not have the vocabulary of"):
         cut_fast_tokenizer(tree, [*pieces[:9], "other", *pieces[10:]], kept, path)
-    with pytest.raises(DataError, match="not of the same vocabulary"):
+    with pytest.raises(DataError, match="does not have the vocabulary of"):
         cut_fast_tokenizer({**tree, "model": {"type": "BPE", "vocab": {"a": 1}}}, pieces, kept, path)
 
 

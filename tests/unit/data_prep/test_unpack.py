@@ -1,4 +1,4 @@
-"""Packed files: every stream is read, every cut and everything that does not belong there is an error with its place."""
+"""Packed files: every stream is read, and truncation or foreign bytes are an error with the offset."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def read(path: Path, data: bytes) -> bytes:
         (".bz2", b""),
     ],
 )
-def test_everything_behind_the_first_stream_is_read(tmp_path: Path, packing: str, between: bytes) -> None:
+def test_everything_after_the_first_stream_is_read(tmp_path: Path, packing: str, between: bytes) -> None:
     pack, path = PACKERS[packing], tmp_path / f"en.txt{packing}"
     assert read(path, pack(FIRST) + between + pack(SECOND) + between) == FIRST + SECOND
 
 
 @pytest.mark.parametrize("packing", PACKERS)
-def test_a_cut_anywhere_is_an_error_with_the_byte(tmp_path: Path, packing: str) -> None:
+def test_truncation_at_any_byte_is_an_error_with_the_offset(tmp_path: Path, packing: str) -> None:
     pack, path = PACKERS[packing], tmp_path / f"en.txt{packing}"
     first = pack(FIRST)
     both = first + pack(SECOND)
@@ -64,45 +64,45 @@ def test_a_cut_anywhere_is_an_error_with_the_byte(tmp_path: Path, packing: str) 
         if cut == len(first):
             assert read(path, both[:cut]) == FIRST
             continue
-        with pytest.raises(CorruptSource, match=rf"en\.txt\{packing} is damaged or cut short: .* byte {cut} of {cut} "):
+        with pytest.raises(CorruptSource, match=rf"en\.txt\{packing} is corrupt or truncated: .* byte {cut} of {cut} "):
             read(path, both[:cut])
 
 
 @pytest.mark.parametrize("packing", PACKERS)
-@pytest.mark.parametrize("behind", [b"garbage", b"\0\0\0garbage", b"x"])
-def test_what_is_no_stream_behind_one_is_an_error(tmp_path: Path, packing: str, behind: bytes) -> None:
-    with pytest.raises(CorruptSource, match="damaged or cut short: reading stopped at byte"):
-        read(tmp_path / f"en.txt{packing}", PACKERS[packing](FIRST) + behind)
+@pytest.mark.parametrize("garbage", [b"garbage", b"\0\0\0garbage", b"x"])
+def test_garbage_after_a_stream_is_an_error(tmp_path: Path, packing: str, garbage: bytes) -> None:
+    with pytest.raises(CorruptSource, match="corrupt or truncated: reading stopped at byte"):
+        read(tmp_path / f"en.txt{packing}", PACKERS[packing](FIRST) + garbage)
 
 
-@pytest.mark.parametrize(("packing", "behind"), [(".xz", bytes(3)), (".bz2", bytes(4)), (".zst", bytes(4))])
-def test_zeros_where_the_format_allows_none_are_an_error(tmp_path: Path, packing: str, behind: bytes) -> None:
-    with pytest.raises(CorruptSource, match="damaged or cut short"):
-        read(tmp_path / f"en.txt{packing}", PACKERS[packing](FIRST) + behind)
+@pytest.mark.parametrize(("packing", "garbage"), [(".xz", bytes(3)), (".bz2", bytes(4)), (".zst", bytes(4))])
+def test_padding_that_the_format_does_not_allow_is_an_error(tmp_path: Path, packing: str, garbage: bytes) -> None:
+    with pytest.raises(CorruptSource, match="corrupt or truncated"):
+        read(tmp_path / f"en.txt{packing}", PACKERS[packing](FIRST) + garbage)
 
 
 @pytest.mark.parametrize("packing", PACKERS)
-def test_a_second_stream_with_a_damaged_header_is_an_error(tmp_path: Path, packing: str) -> None:
+def test_a_second_stream_with_a_corrupt_header_is_an_error(tmp_path: Path, packing: str) -> None:
     pack = PACKERS[packing]
     second = bytearray(pack(SECOND))
     second[0] ^= 1
-    with pytest.raises(CorruptSource, match="damaged or cut short"):
+    with pytest.raises(CorruptSource, match="corrupt or truncated"):
         read(tmp_path / f"en.txt{packing}", pack(FIRST) + bytes(second))
 
 
 @pytest.mark.parametrize("packing", PACKERS)
-def test_an_empty_packed_file_is_no_packed_file(tmp_path: Path, packing: str) -> None:
+def test_an_empty_packed_file_is_an_error(tmp_path: Path, packing: str) -> None:
     with pytest.raises(CorruptSource, match=r"byte 0 of 0 \(the file is empty"):
         read(tmp_path / f"en.txt{packing}", b"")
 
 
 @pytest.mark.skipif(shutil.which("zstd") is None, reason="needs the zstd command")
-def test_a_zstd_window_that_is_not_read_is_unpacked_by_the_command_that_is_named(tmp_path: Path) -> None:
+def test_the_printed_command_unpacks_a_zstd_file_with_a_large_window(tmp_path: Path) -> None:
     path = tmp_path / "en's.txt.zst"
     packed = subprocess.run(["zstd", "-qc", "--long=28"], input=FIRST, capture_output=True, check=True).stdout
-    with pytest.raises(CorruptSource, match=r"window of more than 128 MB.*--long=31") as refused:
+    with pytest.raises(CorruptSource, match=r"window of more than 128 MB.*--long=31") as failure:
         read(path, packed)
-    command = str(refused.value).split("file away: ")[1].split(". Then run")[0]
+    command = str(failure.value).split("file away: ")[1].split(". Then run")[0]
     subprocess.run(["bash", "-c", command], check=True, capture_output=True)
     assert (tmp_path / "en's.txt").read_bytes() == FIRST
     assert sorted(file.name for file in tmp_path.iterdir()) == ["en's.txt", "en's.txt.zst.unpacked"]
@@ -119,7 +119,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> Non
         list(chunks)
 
 
-def test_another_date_of_the_same_bytes_is_no_change(tmp_path: Path) -> None:
+def test_a_new_date_with_the_same_bytes_is_no_change(tmp_path: Path) -> None:
     path = tmp_path / "en.txt"
     path.write_bytes(FIRST * 1000)
     chunks = Source("en", path, path.name).chunks()
@@ -129,7 +129,7 @@ def test_another_date_of_the_same_bytes_is_no_change(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("zstd") is None, reason="needs the zstd command")
-def test_a_zstd_dictionary_is_no_damage(tmp_path: Path) -> None:
+def test_a_zstd_dictionary_is_named_and_not_reported_as_corruption(tmp_path: Path) -> None:
     for number in range(200):
         (tmp_path / f"{number}.sample").write_bytes(b"%d is a number of the sample %d\n" % (number, number**3) * 9)
     samples = [str(path) for path in tmp_path.glob("*.sample")]
@@ -148,16 +148,16 @@ def test_a_zstd_dictionary_is_no_damage(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "told"),
     [
-        (gzip.compress(FIRST, mtime=0), "It starts as a .gz file does: name it so"),
-        (FIRST, "that is not packed: name it so, without .xz"),
+        (gzip.compress(FIRST, mtime=0), "It starts like a .gz file: rename it"),
+        (FIRST, "It looks like plain text: rename it without .xz"),
     ],
-    ids=["gzip", "text"],  # a name made of the bytes held the second of packing: two workers collected different tests
+    ids=["gzip", "text"],  # names made of the bytes hold the time of packing and would differ between test workers
 )
-def test_a_file_that_is_not_what_its_name_says_is_told(tmp_path: Path, data: bytes, told: str) -> None:
+def test_a_wrong_file_name_extension_is_reported(tmp_path: Path, data: bytes, told: str) -> None:
     with pytest.raises(CorruptSource, match=told):
         read(tmp_path / "en.txt.xz", data)
 
 
-def test_a_file_that_goes_away_fails_alone(tmp_path: Path) -> None:
+def test_a_file_that_disappears_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"Cannot read .*gone\.txt: No such file"):
         list(Source("en", tmp_path / "gone.txt", "gone.txt").chunks())

@@ -1,4 +1,4 @@
-"""The pool of forked workers: each block gets its own answer, an error stays with its block, pools do not hold each other up."""
+"""The pool of forked workers: each block gets its own result or error, and pools do not block each other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def blocks_of_uneven_size() -> list[bytes]:
 
 
 @pytest.mark.parametrize("num_workers", [2, 3])
-def test_every_block_gets_its_own_answer(tiny_tokenizer: Path, num_workers: int) -> None:
+def test_every_block_gets_its_own_result(tiny_tokenizer: Path, num_workers: int) -> None:
     tokenizer, options = open_tokenizer(tiny_tokenizer), CleanOptions()
     blocks = blocks_of_uneven_size()
     with WorkerPool(tokenizer, options, num_workers) as pool:
@@ -43,8 +43,8 @@ def test_an_error_stays_with_its_block(tiny_tokenizer: Path) -> None:
         assert len({futures[number].result().tokens for number in (0, 2, 3)}) == 1
 
 
-def test_an_older_pool_ends_while_a_younger_one_lives(tiny_tokenizer: Path) -> None:
-    """A fork inherits every open file: unless it closes the other workers' pipes, these would wait for ever."""
+def test_a_pool_ends_while_a_later_one_is_running(tiny_tokenizer: Path) -> None:
+    """A fork inherits every open file. If it kept the pipes of the other workers open, they would wait indefinitely."""
     tokenizer = open_tokenizer(tiny_tokenizer)
     older = WorkerPool(tokenizer, CleanOptions(), 2)
     with WorkerPool(tokenizer, CleanOptions(), 2) as younger:

@@ -1,4 +1,4 @@
-"""Small tokenizers of other families than XLM-R's, as Hugging Face directories."""
+"""Small tokenizers of other kinds than XLM-R's, as Hugging Face directories."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WORDS = ["the quick brown fox jumps over the lazy dog", "ein zweiter satz steht 
 
 
 def word_piece(directory: Path) -> Path:
-    """BERT's kind: [CLS] ... [SEP], not at ids 0 and 2."""
+    """BERT's kind: [CLS] ... [SEP], with other ids than 0 and 2."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -36,7 +36,7 @@ def byte_bpe(directory: Path) -> Path:
 
 def save(tokenizer: Tokenizer, directory: Path, tokenizer_class: str, **tokens: str) -> Path:
     directory.mkdir()
-    tokenizer.enable_truncation(4)  # what a file says about lengths is not for shards
+    tokenizer.enable_truncation(4)  # shards must ignore the lengths that a file sets
     pad = "<pad>" if tokenizer.token_to_id("<pad>") else "[PAD]"
     tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad) or 0, pad_token=pad)
     tokenizer.save(str(directory / "tokenizer.json"))

@@ -1,0 +1,28 @@
+"""Hashes of the content of files.
+
+In: the path of a file. Out: hexadecimal digits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import xxhash
+
+READ_BYTES = 1 << 20
+
+
+def xxh3_128_of_file(path: Path) -> str:
+    """XXH3-128 of a file, as `xxhsum -H2` prints it."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(READ_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 of a file, as `sha256sum` prints it."""
+    with open(path, "rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
