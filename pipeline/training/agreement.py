@@ -1,7 +1,7 @@
-"""What all ranks must have in common before they work together, and how a checkpoint's surroundings differ from these.
+"""Facts that must be equal on all ranks, and the differences between a checkpoint's environment and the present one.
 
-In: a recipe, an effective DeepSpeed config, versions, shapes. Out: flat facts for `preflight.agree`, so that a difference is
-named by its key, and lines of warning at a resume.
+In: a recipe, an effective DeepSpeed config, versions, shapes. Out: flat facts for `preflight.agree`, which names a difference
+by its key, and warnings for a resume.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 from pipeline.config import Recipe, as_tree
 from pipeline.provenance import code_fingerprint, library_versions
 
-# They follow from recipe and number of ranks, or decide over what is printed.
+# They follow from the recipe and the number of ranks, or concern only what is printed.
 NO_CHANGE = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "steps_per_print")
 
 
 def settings_facts(recipe: Recipe, config: Mapping[str, Any], precisions: Mapping[str, str]) -> dict[str, Any]:
-    """Code, libraries, recipe and DeepSpeed config of one rank; what causes other differences comes first."""
+    """Code, libraries, recipe and DeepSpeed config of one rank. Causes come before their effects."""
     return {
         "code": code_fingerprint(),
         **{f"version of {name}": version for name, version in _versions(library_versions()).items()},
@@ -34,9 +34,14 @@ def shape_facts(parameters: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     return {f"shape of `{name}`": list(tensor.shape) for name, tensor in parameters.items()}
 
 
-def other_surroundings(state: Mapping[str, Any], config: Mapping[str, Any], dropout: float) -> list[str]:
-    """What is neither recipe nor data, may change within a run, and is no longer what wrote this checkpoint. `dropout` is
-    the student's highest."""
+def environment_warnings(state: Mapping[str, Any], config: Mapping[str, Any], dropout: float) -> list[str]:
+    """Warnings about versions, DeepSpeed config and batch split that differ from those of a checkpoint.
+
+    Args:
+        state: the checkpoint's `state.json`
+        config: the present effective DeepSpeed config
+        dropout: the student's highest dropout probability
+    """
     lines = []
     if versions := _differences(_versions(state.get("versions", {})), _versions(library_versions())):
         lines.append(
@@ -57,7 +62,7 @@ def other_surroundings(state: Mapping[str, Any], config: Mapping[str, Any], drop
 
 
 def flat(tree: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, under dotted keys."""
+    """Nested dictionaries as one dictionary with dotted keys."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -72,6 +77,6 @@ def _versions(versions: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any], but: tuple[str, ...] = ()) -> list[str]:
-    """Of an empty `then` nothing is known."""
+    """`key: then -> now` for each difference; none if `then` is empty, which means unknown."""
     names = [name for name in {**then, **now} if name not in but] if then else []
     return [f"{name}: {then.get(name)} -> {now.get(name)}" for name in names if then.get(name) != now.get(name)]

@@ -1,8 +1,8 @@
-"""What a run's teacher, tokenizer and vocabulary are by content: another path or date is no change, other bytes are.
+"""Hashes of a run's teacher, tokenizer and vocabulary: another path or date is no change, other content is.
 
-In: a model's directory or hub name. Out: a flat dictionary of hashes that goes into a checkpoint's state.json, run.json and
-lineage.json, and what differs between two of them. Weights are hashed tensor by tensor under their names in the encoder,
-so that heads, other shards and other metadata make no difference.
+In: a model's directory or hub name. Out: a flat dictionary of hashes for state.json, run.json and lineage.json, and the
+differences between two of them. Weights are hashed tensor by tensor under their names in the encoder, so that heads, the
+split into files and metadata make no difference.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Identity = dict[str, str]
 WEIGHTS, CONFIG, TOKENIZER, VOCABULARY = "teacher weights", "teacher config", "tokenizer", "vocabulary"
 IDS_IN = (*SENTENCEPIECE_NAMES, FAST_TOKENIZER_NAME, "vocab.txt", "vocab.json", "merges.txt", "added_tokens.json")
 BLOCK_BYTES = 4 << 20
-# Keys of a config.json that say who wrote it, in which precision it is stored and what its head is called.
+# Keys of a config.json about its origin, storage precision and head: they do not change what the encoder computes.
 NOT_COMPUTED = (
     "_name_or_path",
     "transformers_version",
@@ -39,7 +39,7 @@ NOT_COMPUTED = (
 
 
 def identity_of(teacher: str, vocabulary: str | None = None) -> Identity:
-    """Everything that a run may not change while it runs."""
+    """Hashes of everything that must stay the same over all attempts of a run."""
     files = read_model(teacher)
     identity = {WEIGHTS: weights_hash(files), CONFIG: config_hash(files.config)}
     if vocabulary is not None:
@@ -48,7 +48,7 @@ def identity_of(teacher: str, vocabulary: str | None = None) -> Identity:
 
 
 def tokenizer_identity(name: str) -> Identity:
-    """The files of a model from which its ids follow."""
+    """Hashes of the files that decide a tokenizer's ids."""
     decides = deciding_file(name)
     names = {decides.name, *IDS_IN} if Path(name).expanduser().is_dir() else {decides.name}
     present = sorted(file for file in names if (decides.parent / file).is_file())
@@ -56,7 +56,7 @@ def tokenizer_identity(name: str) -> Identity:
 
 
 def weights_hash(files: ModelFiles) -> str:
-    """xxh3-128 over the encoder's tensors in the order of their names: name, type, shape, bytes."""
+    """xxh3-128 over the encoder's tensors in the order of their names: name, dtype, shape, bytes."""
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(files.encoder_tensors().items()):
         digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
@@ -74,7 +74,7 @@ def _add_bytes(digest: Any, tensor: Tensor) -> None:
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """sha256 of what a config.json has the model compute."""
+    """sha256 of the keys of a config.json that change what the model computes."""
     content = {key: value for key, value in config.items() if key not in NOT_COMPUTED}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -85,7 +85,7 @@ def hash_file(path: Path) -> str:
 
 
 def changes(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """What of `then` is another thing or missing now, one entry each. Files that have come are no change."""
+    """The entries of `then` that are different or missing in `now`. Entries that are only in `now` are no change."""
     return [
         f"{name}: {hash_then[:12]} -> {now[name][:12] if name in now else 'missing'}"
         for name, hash_then in sorted(then.items())
@@ -94,25 +94,25 @@ def changes(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 
 
 def warn_of_other_teacher(then: Mapping[str, str], teacher: str) -> None:
-    """Say it where the teacher's place holds another model by now: a student stays what it was trained to be."""
+    """Print a warning if `teacher` now holds another model. The student does not depend on it any more."""
     if WEIGHTS not in then:
         return
     try:
         files = read_model(teacher, is_cached=True)
-    except UserError:  # moved or deleted: nothing here needs it
+    except UserError:  # moved or deleted, which is allowed
         return
     now = {WEIGHTS: weights_hash(files), CONFIG: config_hash(files.config)}
     if changed := changes({name: then[name] for name in (WEIGHTS, CONFIG) if name in then}, now):
         print(
             f"warning: {teacher} is no longer the teacher that this student was distilled from ({'; '.join(changed)}); "
-            "the lineage names the one that was",
+            "the lineage names the original one",
             file=sys.stderr,
             flush=True,
         )
 
 
 def check_same_tokenizer_files(then: Mapping[str, str], name: str, run_dir: Path) -> None:
-    """A `UserError` where the tokenizer of a finished run is no longer in the place that it was trained with."""
+    """Raise a `UserError` if `name` no longer holds the tokenizer that a finished run was trained with."""
     known = {key: value for key, value in then.items() if key.startswith(TOKENIZER)}
     if not known:
         return

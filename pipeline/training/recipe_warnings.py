@@ -1,7 +1,7 @@
-"""Settings of a recipe that are valid and do something else than most people who write them expect: one line each.
+"""Warnings about settings that are valid, but have an effect that most users do not expect.
 
-In: a recipe, and the rows of its shards. Out: lines that a run prints once before its first step, as the dry run and the
-doctor do. Nothing here is an error: each line says what will happen and the setting that changes it.
+In: a recipe, and the rows of its shards. Out: lines that training, dry run and doctor print once, before the first step.
+Each line says what will happen, and names the setting that changes it.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from pipeline.config import Recipe
 from pipeline.data.batches import BatchSource
 from pipeline.runtime.optimizer import learning_rate
 
-SMALLEST_USEFUL_RATE = 1e-9  # Adam moves a weight by about the rate; of a weight of 0.02 in fp32 less is rounded away
-LONG_RUN_STEPS = 1000  # a shorter run is repeated sooner than a lost one is missed
+SMALLEST_USEFUL_RATE = (
+    1e-9  # Adam changes a weight by about the rate; less is rounded away from a weight of 0.02 in fp32
+)
+LONG_RUN_STEPS = 1000  # a shorter run is cheap to repeat
 MANY_EPOCHS = 100.0
-NAMED = 6  # languages in one line
+NAMED = 6  # languages that are named in one line
 
 
 def recipe_warnings(recipe: Recipe, source: BatchSource) -> list[str]:
-    """What to say about this recipe on these shards before step 1."""
+    """All warnings about this recipe on these shards."""
     return [
         *_schedule(recipe),
         *_saving(recipe),
@@ -59,7 +61,7 @@ def _saving(recipe: Recipe) -> Iterator[str]:
         )
     elif really != milestone:
         yield (
-            f"checkpoint.keep_every is {milestone}, which is no multiple of save_every ({every}): milestones are kept "
+            f"checkpoint.keep_every is {milestone}, which is not a multiple of save_every ({every}): milestones are kept "
             f"every {really} steps"
         )
 

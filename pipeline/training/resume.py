@@ -7,6 +7,7 @@ every rank follows its one decision. Where the directory has no checkpoint, the 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from pipeline.distillation.models.student import dropout_of
 from pipeline.errors import DivergedRunError, UserError
 from pipeline.provenance import changed_keys, fingerprint, library_versions, resume_critical_config
 from pipeline.runtime import dist
-from pipeline.runtime.anomalies import SpikeDetector
+from pipeline.runtime.anomalies import GuardConfig, SpikeDetector
 from pipeline.runtime.checkpoint import CheckpointReader, newest_valid
 from pipeline.runtime.restarts import FALL_BACK_AFTER, GIVE_UP_AFTER
-from pipeline.training.agreement import other_surroundings
+from pipeline.training.agreement import environment_warnings
 from pipeline.training.build import Parts, Run
 from pipeline.training.identity import changes
 
@@ -29,8 +30,15 @@ class TrainState:
     """What changes from step to step besides weights and moments. Each save writes it, each resume reads it."""
 
     spikes: SpikeDetector
-    first_step: int = 0  # steps that were done when this start began
+    first_step: int = 0  # steps that were done when this attempt began
     skipped_steps: int = 0
+
+    @classmethod
+    def restore(cls, saved: Mapping[str, Any], guard: GuardConfig) -> TrainState:
+        """From a checkpoint's `state.json`, or from nothing at the start of a run."""
+        spikes = SpikeDetector(guard)
+        spikes.losses.extend(saved.get("last_losses", []))
+        return cls(spikes, saved.get("step", 0), saved.get("skipped_steps", 0))
 
     def observe(self, loss: float, skipped: bool) -> float | None:
         """Count one optimizer step. Returns the z-score of a loss that is a spike, else None."""
@@ -82,19 +90,17 @@ def resume(run: Run, allow_change: bool, counts_as_start: bool = True) -> TrainS
         raise UserError(decision["error"])
     for problem in decision["problems"]:
         run.say(f"warning: checkpoint passed over: {problem}")
-    state = TrainState(SpikeDetector(run.recipe.guard))
-    if decision["path"]:
-        reader = CheckpointReader(Path(decision["path"]))
+    reader = CheckpointReader(Path(decision["path"])) if decision["path"] else None
+    if reader is not None:
         warnings = check_changes(reader.state, parts, run.paths.directory, allow_change)
         dropout = max(dropout_of(parts.student.model.config).values(), default=0.0)
-        for line in [*warnings, *other_surroundings(reader.state, parts.ds_config, dropout)]:
+        for line in [*warnings, *environment_warnings(reader.state, parts.ds_config, dropout)]:
             run.say(f"warning: {line}")
         reader.check_shapes(parts.engine.shapes, parts.student.untrained)
-        state.first_step, state.skipped_steps = reader.state["step"], reader.state["skipped_steps"]
-        state.spikes.losses.extend(reader.state.get("last_losses", []))
+    state = TrainState.restore(reader.state if reader else {}, run.recipe.guard)
     if counts_as_start and run.launch.is_main and state.first_step < run.recipe.steps:
         run.restarts.begin(state.first_step, run.launch.world_size)  # before the load, so that a crash in it counts
-    if decision["path"]:
+    if reader is not None:
         _load(parts, reader)
         run.say(f"resumed from {decision['path']}")
     return state

@@ -144,7 +144,7 @@ class RunLogger:
 
         Args:
             done: finished steps, with this one
-            skipped_steps: of the whole run
+            skipped_steps: number since the start of the run
             wait_s: seconds that all steps of this attempt have waited for data
         """
         self._metrics.advance()

@@ -1,4 +1,4 @@
-"""What tests with real ranks share: a training process, a process that forks ranks, and a place for their runs."""
+"""Fixtures of tests with real ranks: a training process, a process that forks ranks, and a directory for their runs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Rank program: train a small real module under the engine, with saves, loads and faults; report what happened.
 
-Options: `{"runs": [{"name", "stage", "precision", "directory", "steps", ...}]}`; the runs follow each other in one process
-group, so that a whole table of cases costs one start.
+Options: `{"runs": [{"name", "stage", "precision", "directory", "steps", ...}]}`. The runs share one process group, so that
+many cases cost one start.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROWS = 8
 
 
 class Regressor(torch.nn.Module):
-    """Odd sizes on purpose: nothing divides by the number of ranks."""
+    """Odd sizes: no parameter divides by the number of ranks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def make_engine(run: dict[str, Any], world_size: int) -> StudentEngine:
         "steps_per_print": 2**62,
     }
     engine = StudentEngine(module, dict(module.named_parameters()), OPTIMIZER, config)
-    if engine.stage < 3:  # what a GPU's engine does by itself
+    if engine.stage < 3:  # on a GPU the engine does this
         assert use_multi_tensor_checks(engine.deepspeed_engine.optimizer, TESTED_WITH) is None
     return engine
 
@@ -112,7 +112,7 @@ def execute(run: dict[str, Any], launch: dist.Launch) -> dict[str, Any]:
 
 
 def checks_agree(engine: StudentEngine) -> list[bool]:
-    """ZeRO-1 and -2: overflow verdict and norm of every group are DeepSpeed's own, to the last bit; and the verdict."""
+    """ZeRO-1 and -2: whether overflow flag and norm of every group equal DeepSpeed's own, to the last bit."""
     zero = engine.deepspeed_engine.optimizer
     if engine.stage == 3:
         return []
@@ -145,7 +145,7 @@ def save(engine: StudentEngine, directory: Path, step: int, launch: dist.Launch)
 
 
 def fault(run: dict[str, Any], step: int) -> None:
-    """In the coming save: files that may not grow past a size (a full disk), or SIGKILL at the n-th call of an operation."""
+    """In the next save: a limit of the file size (as a full disk), or SIGKILL at one call of an operation."""
     if step == run.get("full_disk_at"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (run["file_limit_bytes"], resource.RLIM_INFINITY))
     if step == run.get("kill_at"):
@@ -162,7 +162,7 @@ def fault(run: dict[str, Any], step: int) -> None:
 
 
 def digest(engine: StudentEngine) -> dict[str, str]:
-    """One hash per owned fragment and kind, keyed by where it lies in the parameter."""
+    """One hash per owned fragment and kind, keyed by its position in the parameter."""
     hashes = {}
     for f in engine.fragments():
         kinds = {"weight": f.view(f.buffer), **{m: engine.moment(f, m) for m in checkpoint.MOMENTS}}
@@ -172,8 +172,8 @@ def digest(engine: StudentEngine) -> dict[str, str]:
 
 
 def main(options: dict[str, Any], report: Path) -> None:
-    # DeepSpeed refuses fp16 on CPUs without its instructions; torch computes it all the same, slowly: enough to see the
-    # loss scaler at work where there is no GPU.
+    # DeepSpeed rejects fp16 on CPUs without fp16 instructions. torch computes it slowly, which is enough to test the loss
+    # scaler without a GPU.
     get_accelerator().is_fp16_supported = lambda: True
     launch = dist.read_launch()
     dist.init_process_group(launch, 120)
@@ -184,4 +184,4 @@ def main(options: dict[str, Any], report: Path) -> None:
 
 if __name__ == "__main__":
     main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
-    os._exit(0)  # as pipeline/train.py does, and for its reason
+    os._exit(0)  # as pipeline/train.py does, for the same reason

@@ -1,4 +1,4 @@
-"""Ranks in a tenth of the time: one process imports torch, deepspeed and the pipeline once, then forks every rank.
+"""Ranks that start ten times faster: one process imports torch, deepspeed and the pipeline once, then forks every rank.
 
 `ForkServer.start` is what `tests.dist.runs.start` is with a launcher in front: it returns something like a `Popen` of
 its own session. Below it run real ranks, one process each, which can be killed and stopped one by one; each runs the
@@ -24,7 +24,7 @@ from typing import Any
 from tests.dist.ports import free_port
 
 REPO = Path(__file__).resolve().parent.parent.parent
-SECONDS_TO_FOLLOW = 5.0  # ranks that outlive one that died are given so long, then killed, as by a launcher
+SECONDS_TO_FOLLOW = 5.0  # after one rank has died the others have this time, then they are killed, as by a launcher
 TRAIN = "pipeline/train.py"
 Request = dict[str, Any]
 
@@ -51,7 +51,7 @@ class Job:
 
 
 class ForkServer:
-    """A client of `main` below, which runs in a process of its own. Use it as a context manager."""
+    """A client of `main` below, which runs in its own process. Use it as a context manager."""
 
     def __init__(self) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1"}
@@ -86,14 +86,14 @@ class ForkServer:
         return Job(self, pid, ranks)
 
     def listen(self, timeout_s: float) -> None:
-        """Take in what the server has said: jobs that began, jobs that ended."""
+        """Read the answers of the server: jobs that began, jobs that ended."""
         while select.select([self._answers], [], [], timeout_s)[0]:
             said = os.read(self._answers, 65536)
             assert said, f"the fork server has ended with code {self._process.poll()}"
             *lines, self._text = (self._text + said).split(b"\n")
             for message in map(json.loads, lines):
                 if "ranks" in message:
-                    self.codes.pop(message["job"], None)  # of an earlier job: process numbers come round again
+                    self.codes.pop(message["job"], None)  # of an earlier job: process numbers repeat
                     self._ranks[message["job"]] = message["ranks"]
                 else:
                     self.codes[message["job"]] = message["code"]
@@ -112,8 +112,8 @@ class ForkServer:
 
 
 def main() -> None:
-    """Import everything that a rank needs, then fork on request until the client is gone, and every job with it."""
-    answers = os.dup(1)  # what an import prints must not be taken for an answer
+    """Import everything that a rank needs, then fork on request until the client ends; then end every job."""
+    answers = os.dup(1)  # what an import prints must not look like an answer
     os.dup2(2, 1)
     _import_once()
     gc.collect()
@@ -132,7 +132,7 @@ def main() -> None:
 
 
 def _serve(wake_read: int, answers: int, jobs: set[int]) -> None:
-    """Until the client is gone. `jobs` are those that have not ended."""
+    """Answer requests until the client ends. `jobs` are those that have not ended."""
     text = b""
     while True:
         ready, _, _ = select.select([0, wake_read], [], [])
@@ -149,7 +149,7 @@ def _serve(wake_read: int, answers: int, jobs: set[int]) -> None:
 
 
 def _import_once() -> None:
-    """No thread may be running at the fork: it would be missing in the ranks, with whatever lock it held."""
+    """No thread may run at the fork: it would be missing in the ranks, and its locks would stay locked."""
     import deepspeed.runtime.zero.muon.original_muon  # brings torch's compiler along: half of a rank's start
     import deepspeed.runtime.zero.stage3  # noqa: F401
     import torch
@@ -176,7 +176,7 @@ def _report_ended(answers: int, jobs: set[int]) -> None:
 
 
 def _fork_job(request: Request, answers: int) -> int:
-    """Fork a launcher with a session of its own; it forks the ranks and says who they are. Its process, for the parent."""
+    """Fork a launcher with its own session, which forks the ranks and reports their process numbers. Returns its own number."""
     if pid := os.fork():
         return pid
     code = 1
@@ -201,7 +201,7 @@ def _redirect(log: str) -> None:
 
 
 def _wait_for(ranks: list[int]) -> int:
-    """The exit code of the first rank that failed, or 0. Ranks that do not follow it are killed."""
+    """The exit code of the first rank that failed, or 0. After a failure ranks that do not end are killed."""
     code, left, deadline = 0, set(ranks), float("inf")
     while left:
         pid, status = os.waitpid(-1, os.WNOHANG)

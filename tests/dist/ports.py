@@ -13,7 +13,7 @@ PORTS = range(10_000, 15_000)
 
 
 def free_port() -> int:
-    draw = random.SystemRandom()  # tests side by side must not draw the same, whatever seed they set
+    draw = random.SystemRandom()  # parallel tests must not draw the same port, whatever seed they set
     while True:
         with socket.socket() as probe:
             port = draw.choice(PORTS)

@@ -27,7 +27,7 @@ def run_ranks(
 def run_ranks_to_any_end(
     script: Path, world_size: int, options: dict[str, Any], directory: Path, timeout_s: int = 240
 ) -> tuple[list[int], str]:
-    """As `run_ranks`, for runs that may be killed: exit codes and logs. The other ranks are killed with the first to die."""
+    """As `run_ranks`, for runs that may be killed: exit codes and logs. When one rank dies the others are killed."""
     directory.mkdir(parents=True, exist_ok=True)
     port = free_port()
     (directory / "options.json").write_text(json.dumps(options))

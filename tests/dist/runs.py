@@ -1,4 +1,4 @@
-"""Start real training runs the way a user does, and read what they left behind."""
+"""Start real training runs as a user does, and read their files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def start(command: list[str], log: Path, **environment: str) -> subprocess.Popen
 
 
 def finish(process: subprocess.Popen, log: Path, timeout_s: float = 240) -> str:
-    """Wait for a run that must end well; returns its log."""
+    """Wait for a run that must end with code 0; returns its log."""
     try:
         code = process.wait(timeout_s)
     finally:
@@ -59,14 +59,14 @@ def end_group(process: subprocess.Popen) -> None:
 
 
 def train(kind: str, num_ranks: int, run_dir: Path, arguments: list[str], **environment: str) -> str:
-    """One whole run; returns its log."""
+    """A run from start to end; returns its log."""
     log = run_dir.with_suffix(".log")
     command = [*launcher(kind, num_ranks), *arguments, "--run-dir", str(run_dir)]
     return finish(start(command, log, **environment), log)
 
 
 def wait_for_line(log: Path, text: str, process: subprocess.Popen, timeout_s: float = 120) -> None:
-    """Return as soon as `text` stands in the log of a running process."""
+    """Return as soon as the log of a running process contains `text`."""
     deadline = time.monotonic() + timeout_s
     while text not in log.read_text():
         assert process.poll() is None, f"ended before {text!r}:\n{log.read_text()[-4000:]}"

@@ -19,7 +19,7 @@ RANK_1_DOES_NOT_FIT = 1150  # bytes; the files of rank 0 are 1096 each, those of
 
 
 def assembled(checkpoint: Path) -> dict[tuple[str, str], torch.Tensor]:
-    """Every weight and moment of a checkpoint as one flat tensor, whatever ranks wrote it."""
+    """Every weight and moment of a checkpoint as one flat tensor, for any number of ranks that wrote it."""
     reader = CheckpointReader(checkpoint)
     return {
         (kind, name): reader.read(kind, name, 0, int(torch.Size(shape).numel()))
@@ -35,17 +35,17 @@ def equal(a: Path, b: Path) -> bool:
 
 @pytest.fixture(scope="module", params=[1, 2])
 def table(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], Path]:
-    """Whole and resumed runs at every stage, in fp32 and bf16, on 1 and on 2 ranks."""
+    """Uninterrupted and resumed runs at every stage, in fp32 and bf16, on 1 and on 2 ranks."""
     base = tmp_path_factory.mktemp(f"ranks{request.param}")
     runs = []
     for stage in STAGES:
         for precision in PRECISIONS:
-            whole: dict[str, Any] = {"stage": stage, "precision": precision, "steps": STEPS}
+            full: dict[str, Any] = {"stage": stage, "precision": precision, "steps": STEPS}
             name, directory = f"{stage} {precision}", base / f"{stage}-{precision}"
-            runs.append({**whole, "name": name, "directory": str(directory), "save": [1, 3]})
+            runs.append({**full, "name": name, "directory": str(directory), "save": [1, 3]})
             for step in (1, 3):
                 source = str(directory / f"step-{step:08d}")
-                runs.append({**whole, "name": f"{name} from {step}", "directory": str(base / "unused"), "load": source})
+                runs.append({**full, "name": f"{name} from {step}", "directory": str(base / "unused"), "load": source})
     return run_ranks(WORKER, request.param, {"runs": runs}, base / "launch"), base
 
 
@@ -54,25 +54,25 @@ def test_resumed_is_uninterrupted_bit_for_bit(table: tuple[list[Any], Path]) -> 
     for report in reports:
         for stage in STAGES:
             for precision in PRECISIONS:
-                whole = report[f"{stage} {precision}"]
+                full = report[f"{stage} {precision}"]
                 for step in (1, 3):
                     resumed = report[f"{stage} {precision} from {step}"]
-                    later = {number: loss for number, loss in whole["losses"].items() if int(number) >= step}
+                    later = {number: loss for number, loss in full["losses"].items() if int(number) >= step}
                     assert resumed["losses"] == later, (stage, precision, step)
-                    assert resumed["scales"] == {n: whole["scales"][n] for n in later}, (stage, precision, step)
-                    assert resumed["final"] == whole["final"], (stage, precision, step)
+                    assert resumed["scales"] == {n: full["scales"][n] for n in later}, (stage, precision, step)
+                    assert resumed["final"] == full["final"], (stage, precision, step)
 
 
 def test_loss_scale_falls_and_rises_again(table: tuple[list[Any], Path]) -> None:
     """fp16 with a scale that is raised every other step: it overflows, those steps are skipped, the others train."""
-    whole = table[0][0]["2 fp16"]
-    scales = list(whole["scales"].values())
-    assert 0 < len(whole["skipped"]) < STEPS
-    assert scales != sorted(scales, reverse=True), "the scale never rose again"
+    full = table[0][0]["2 fp16"]
+    scales = list(full["scales"].values())
+    assert 0 < len(full["skipped"]) < STEPS
+    assert scales != sorted(scales, reverse=True), "the scale did not rise again"
 
 
-def test_gradient_checks_are_deepspeeds_own_to_the_last_bit(table: tuple[list[Any], Path]) -> None:
-    """Norm and overflow verdict of all gradients at once, over two groups, steps that overflow among them."""
+def test_gradient_checks_equal_deepspeeds_to_the_last_bit(table: tuple[list[Any], Path]) -> None:
+    """Norm and overflow check of all gradients together, over two groups, also in steps that overflow."""
     for report in table[0]:
         for stage in (1, 2):
             for precision in PRECISIONS:
@@ -110,7 +110,7 @@ def test_ranks_and_stages_may_change(tmp_path: Path) -> None:
         checkpoint = resave / "step-00000003"
 
 
-def test_not_a_number_on_one_rank_harms_no_parameter(tmp_path: Path) -> None:
+def test_nan_on_one_rank_changes_no_parameter(tmp_path: Path) -> None:
     runs = [
         {"name": f"{stage} {precision}", "stage": stage, "precision": precision, "steps": 4, "poison": [1, 2]}
         | {"directory": str(tmp_path / "unused")}
@@ -126,7 +126,7 @@ def test_not_a_number_on_one_rank_harms_no_parameter(tmp_path: Path) -> None:
 
 
 def test_full_disk_keeps_the_older_checkpoint_and_the_run(tmp_path: Path) -> None:
-    """A rank that cannot write its share: no trace of that checkpoint, the older whole, the next one succeeds."""
+    """One rank cannot write its files: no trace of that checkpoint, the older one is valid, the next save succeeds."""
     base: dict[str, Any] = {"stage": 2, "precision": "fp32", "steps": STEPS, "full_disk_at": 4}
     cases = [(1, [2, 4, 6]), (600, [2, 4, 6]), (RANK_1_DOES_NOT_FIT, [2, 4, 6]), (1, [2, 4])]
     runs = [
@@ -156,7 +156,7 @@ def test_full_disk_keeps_the_older_checkpoint_and_the_run(tmp_path: Path) -> Non
     ids=["first file", "mid-write", "manifest", "before rename", "after rename"],
 )
 def test_kill_at_every_point_of_a_save(operation: str, call: int, tmp_path: Path) -> None:
-    """SIGKILL inside the second save: the first checkpoint is whole, or the second already is; never anything else."""
+    """SIGKILL inside the second save: the newest checkpoint is the first or the second, and it is valid."""
     run: dict[str, Any] = {"name": "a", "stage": 2, "precision": "fp32", "steps": STEPS, "save": [2, 4]}
     run |= {"directory": str(tmp_path / "ck"), "kill_at": 4, "kill_operation": operation, "kill_call": call}
     codes, _ = run_ranks_to_any_end(WORKER, 1, {"runs": [run]}, tmp_path / "launch")

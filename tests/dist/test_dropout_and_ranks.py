@@ -1,4 +1,4 @@
-"""What another number of ranks and another micro-batch change: without dropout the order of sums, with dropout the masks."""
+"""Another number of ranks or micro-batch changes the order of sums, and with dropout also the masks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def losses(training: TrainingProcess, words: list[object], run_dir: Path, *sets:
 def test_a_micro_batch_changes_masks_and_nothing_else(
     dropout: float, training: TrainingProcess, tiny_recipe: Path, fp32_config: Path, tmp_path: Path
 ) -> None:
-    """The first loss of a run depends on nothing but rows, start and masks."""
+    """The first loss of a run depends only on rows, initial weights and masks."""
     words: list[object] = ["--deepspeed", fp32_config, "--recipe", tiny_recipe]
     first, again, cut = (
         losses(training, words, tmp_path / name, f"student.dropout={dropout}", *sets)

@@ -1,4 +1,4 @@
-"""`--dry-run` takes the run's own first step, says what a run would need, and leaves everything as it was."""
+"""`--dry-run` takes the run's first step, prints what a run would need, and leaves every file as it was."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def loss_in(text: str) -> float:
     return float(found[1])
 
 
-def test_a_new_run_is_tried_and_then_made_as_if_nothing_had_been(
+def test_a_dry_run_leaves_no_trace_in_the_run_after_it(
     training: TrainingProcess, words: list[object], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "not" / "there" / "run"
@@ -51,20 +51,20 @@ def test_a_new_run_is_tried_and_then_made_as_if_nothing_had_been(
     assert "would do nothing" in training.run(*run, "--dry-run").out
     assert state_of(run_dir) == before
 
-    refused = training.run(*run[:-1], "seed=7", "--dry-run")
-    assert refused.code == EXIT_USER
-    assert "seed: 0 -> 7" in refused.err
+    rejected = training.run(*run[:-1], "seed=7", "--dry-run")
+    assert rejected.code == EXIT_USER
+    assert "seed: 0 -> 7" in rejected.err
 
 
 def test_a_directory_that_cannot_be_written_to(training: TrainingProcess, words: list[object], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    refused = training.run(*words, "--run-dir", tmp_path / "file" / "run", "--dry-run")
-    assert refused.code == EXIT_USER
-    assert "--run-dir" in refused.err
+    rejected = training.run(*words, "--run-dir", tmp_path / "file" / "run", "--dry-run")
+    assert rejected.code == EXIT_USER
+    assert "--run-dir" in rejected.err
 
 
-def test_steps_that_are_never_taken_are_an_end(words: list[object], tmp_path: Path) -> None:
-    """A gradient that is not finite at every step: all are skipped, and the dry run says so instead of trying for ever."""
+def test_steps_that_are_all_skipped_end_the_dry_run(words: list[object], tmp_path: Path) -> None:
+    """Every step has a gradient that is not finite: the dry run ends with an error instead of trying indefinitely."""
     run_dir, log = tmp_path / "run", tmp_path / "log"
     arguments = [*map(str, words), "--run-dir", str(run_dir), "--dry-run", "--set", "steps=3"]
     with ForkServer() as server:
@@ -74,7 +74,7 @@ def test_steps_that_are_never_taken_are_an_end(words: list[object], tmp_path: Pa
     assert list(tmp_path.iterdir()) == [log]
 
 
-def test_what_the_recipe_does_not_expect_is_said_once_before_step_1(
+def test_warnings_about_the_recipe_are_printed_once_before_step_1(
     training: TrainingProcess, words: list[object], tmp_path: Path
 ) -> None:
     settings = ["--set", "steps=1", "--set", "heldout_rows=5000", "--run-dir", tmp_path / "run"]

@@ -43,7 +43,7 @@ def test_two_ranks_killed_in_flight_end_where_one_rank_ends(
         for rank in ranks:
             end_group(rank)  # SIGKILL
     assert list(cut.glob("xnli/*/lr0.003-seed0/cell.json")), "the first cell was finished"
-    assert not list(cut.glob("xnli/*/lr0.001-seed0/cell.json")), "the second one was in flight"
+    assert not list(cut.glob("xnli/*/lr0.001-seed0/cell.json")), "the second one was not finished"
     heldout_of_two = json.loads((cut / "evaluation.json").read_text())["tasks"]["heldout"]
     main([*command, "--output", str(cut)])
 
@@ -72,7 +72,7 @@ def test_questions_under_the_real_launcher(tiny_teacher: Path, tmp_path: Path) -
     main([*command, "--output", str(one)])
     line = [*launcher("deepspeed", 2)[:-1], "--module", "pipeline", *command, "--output", str(two)]
     log = finish(start(line, tmp_path / "two.log"), tmp_path / "two.log")
-    assert log.count("MLQA, F1 / exact match") == 1, "rank 0 alone speaks"
+    assert log.count("MLQA, F1 / exact match") == 1, "only rank 0 prints"
 
     (expected,), (got,) = (
         [*json.loads((at / "evaluation.json").read_text())["tasks"]["mlqa"].values()] for at in (one, two)

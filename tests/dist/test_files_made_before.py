@@ -51,8 +51,8 @@ def test_a_finished_run_continues_with_the_losses_it_would_have_had(before: Path
         assert curve(before / "run", tag) == pytest.approx({int(step): loss for step, loss in points.items()}, rel=1e-4)
 
 
-def test_its_starts_are_counted_on(before: Path) -> None:
-    """A fifth start in a row that ends without a checkpoint is noticed, whatever the file of starts was called."""
+def test_its_attempts_still_count(before: Path) -> None:
+    """Six attempts in a row without a checkpoint are noticed, also in a file with the former name."""
     entries = json.loads((before / "run/lives.json").read_text())
     crashed = {**entries[0], "saved_steps": [], "ended": None}
     (before / "run/lives.json").write_text(json.dumps(entries + [crashed] * 6))

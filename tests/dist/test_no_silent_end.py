@@ -1,4 +1,4 @@
-"""Runs that used to end without a word, or as if they had gone well: shards cut short, saves that keep failing, weights that are not numbers."""
+"""Failures that must not stay silent: shards cut short, saves that keep failing, weights that are not finite."""
 
 from __future__ import annotations
 
@@ -42,44 +42,44 @@ def test_a_shard_cut_while_it_is_read_is_named(lab: Lab) -> None:
 
 
 def test_saves_that_keep_failing_end_the_run_with_the_reason(lab: Lab) -> None:
-    """A disk that stays full: the checkpoints before it are kept, and nobody trains for a week into nothing."""
+    """A disk that stays full: the run stops and keeps the older checkpoints, instead of training for a week without saves."""
     full = [
         {"kind": "at call", "save": save, "rank": 0, "operation": "fsync", "call": 1, "error": errno.ENOSPC}
         for save in range(3, 9)
     ]
     run_dir = lab.fresh("run")
-    assert lab.live(run_dir, 1, {**STEPS, "checkpoint.max_failed_saves": 3}, faults=full) == EXIT_USER
+    assert lab.run(run_dir, 1, {**STEPS, "checkpoint.max_failed_saves": 3}, faults=full) == EXIT_USER
     log = run_dir.with_suffix(".log").read_text()
     assert "3 saves in a row have failed (checkpoint.max_failed_saves)" in log
     assert committed_steps(run_dir / "checkpoints") == [1, 2]
     assert not (run_dir / "DONE").exists()
-    assert lab.live(run_dir, 1, STEPS) == 0, "with room again it goes on from there"
+    assert lab.run(run_dir, 1, STEPS) == 0, "with free space it resumes from there"
     assert same_student(run_dir, lab.untouched(1, STEPS))
 
 
-def test_a_few_failed_saves_end_nothing(lab: Lab) -> None:
+def test_a_few_failed_saves_do_not_end_the_run(lab: Lab) -> None:
     full = [
         {"kind": "at call", "save": save, "rank": 0, "operation": "fsync", "call": 1, "error": errno.ENOSPC}
         for save in (2, 3, 5, 6)
     ]
     run_dir = lab.fresh("run")
-    assert lab.live(run_dir, 1, {**STEPS, "checkpoint.max_failed_saves": 3}, faults=full) == 0
+    assert lab.run(run_dir, 1, {**STEPS, "checkpoint.max_failed_saves": 3}, faults=full) == 0
     assert same_student(run_dir, lab.untouched(1, STEPS))
 
 
-def test_weights_that_are_not_numbers_are_never_saved(lab: Lab) -> None:
+def test_weights_that_are_not_finite_are_never_saved(lab: Lab) -> None:
     run_dir = lab.fresh("run")
     healthy = {**STEPS, "steps": 2, "eval_every": 2}
-    assert lab.live(run_dir, 2, healthy) == 0
-    assert lab.live(run_dir, 2, STEPS, faults=[{"kind": "broken weights", "step": 3}]) == EXIT_DIVERGED
+    assert lab.run(run_dir, 2, healthy) == 0
+    assert lab.run(run_dir, 2, STEPS, faults=[{"kind": "broken weights", "step": 3}]) == EXIT_DIVERGED
     log = run_dir.with_suffix(".log").read_text()
     assert "are not finite (NaN or infinite): no checkpoint of them is written" in log
     assert newest_step(run_dir) == 3
     assert not (run_dir / "DONE").exists()
 
 
-def test_a_student_that_is_not_numbers_is_never_exported(lab: Lab, tmp_path: Path) -> None:
-    """As an older version may have left it: a checkpoint whose files and hashes are in order."""
+def test_a_student_that_is_not_finite_is_never_exported(lab: Lab, tmp_path: Path) -> None:
+    """A checkpoint of an older version, with valid files and hashes."""
     run_dir = Path(shutil.copytree(lab.untouched(1, STEPS), tmp_path / "old"))
     spoil(run_dir / "checkpoints" / "step-00000008")
     with pytest.raises(UserError, match=r"is not finite.*step-00000007 is finite; to export it: mv "):
@@ -88,7 +88,7 @@ def test_a_student_that_is_not_numbers_is_never_exported(lab: Lab, tmp_path: Pat
 
 
 def spoil(checkpoint: Path) -> None:
-    """One weight that is not a number, and a manifest that vouches for it."""
+    """Make one weight NaN, with a manifest that matches."""
     partial = checkpoint.rename(checkpoint.with_name(checkpoint.name + ".tmp"))
     files = json.loads((partial / "manifest.json").read_text())["files"]
     (file,) = partial.glob("weight-*.safetensors")

@@ -1,4 +1,4 @@
-"""Two starts in one run directory, readers beside a run that prunes, and signals that save: real ranks."""
+"""With real ranks: two starts in one run directory, readers of a run that prunes, and signals that save."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ SLOW = {"kind": "pause", "seconds": 0.05}
 
 
 def names_in(run_dir: Path) -> set[str]:
-    """Without what the running run is just about to rename."""
+    """The files, without those that the running run is about to rename."""
     return {path.name for path in run_dir.iterdir() if path.suffix != ".tmp"}
 
 
-def test_a_second_start_is_refused_on_all_ranks(lab: Lab, tmp_path: Path) -> None:
+def test_a_second_start_is_rejected_on_all_ranks(lab: Lab, tmp_path: Path) -> None:
     run_dir, settings = lab.fresh("run"), {"steps": 200, "save_every": 2, "eval_every": 200}
     first = lab.begin(run_dir, 1, settings, faults=[SLOW])
     try:
@@ -39,7 +39,7 @@ def test_a_second_start_is_refused_on_all_ranks(lab: Lab, tmp_path: Path) -> Non
     finally:
         end_group(first)
         first.wait(20)
-    assert lab.live(run_dir, 1, {**settings, "steps": max(committed_steps(run_dir / "checkpoints")) + 1}) == 0
+    assert lab.run(run_dir, 1, {**settings, "steps": max(committed_steps(run_dir / "checkpoints")) + 1}) == 0
     assert not list(run_dir.glob(".owner*"))
 
 
@@ -62,7 +62,7 @@ def test_a_running_run_can_be_read(lab: Lab) -> None:
 def test_a_hangup_and_the_limit_of_cpu_time_save(name: str, lab: Lab) -> None:
     run_dir = lab.fresh("run")
     settings = {"steps": 20, "save_every": 20, "eval_every": 20}
-    assert lab.live(run_dir, 1, settings, faults=[{"kind": "signal", "signal": name, "step": 5}]) == 0
+    assert lab.run(run_dir, 1, settings, faults=[{"kind": "signal", "signal": name, "step": 5}]) == 0
     assert (run_dir / "PREEMPTED").exists()
     assert committed_steps(run_dir / "checkpoints") == [6]
 

@@ -11,7 +11,7 @@ from benchmarks.bench_plan import memory_row, operations_row, run_for_real, traf
 from benchmarks.plan_cases import Case, clusters, shapes
 
 SHAPES, CLUSTERS = shapes(1), clusters(1)[:2]
-HELD = SHAPES[:3]  # the benchmark runs them all; a forked engine takes a second or two
+HELD = SHAPES[:3]  # the benchmark runs them all; a forked engine needs one or two seconds
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ RECIPES = sorted((REPO / "recipes").glob("*.yaml"))
 
 @dataclass(frozen=True)
 class Teacher:
-    """What is known about a teacher: its family and shape, and what the paper (or, where it is silent, we) read it at."""
+    """Facts about a teacher: its architecture and shape, and the layer that the paper (or else this project) reads."""
 
     family: str
     layers: int
@@ -54,7 +54,7 @@ TEACHERS = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> dict[Teacher, Path]:
-    """Teacher directories, made when they are first asked for."""
+    """Teacher directories, made on first use."""
 
     class Made(dict):
         def __missing__(self, teacher: Teacher) -> Path:
@@ -73,7 +73,7 @@ def make_teacher(teacher: Teacher, directory: Path, tokenizer: Path) -> Path:
         sizes["layer_types"] = [every_third[layer % 3] for layer in range(teacher.layers)]
     model = tiny_encoder(teacher.family, vocab_size=TINY_VOCAB, num_hidden_layers=teacher.layers, **sizes)
     model.save_pretrained(directory)
-    # XLM-R's tokenizer beside another family's config, as multilingual-e5-small has it. Where the family's own class is
+    # XLM-R's tokenizer with another architecture's config, as in multilingual-e5-small. Where the family's own class is
     # another one, AutoTokenizer reads tokenizer.json.
     shutil.copy(tokenizer / "sentencepiece.bpe.model", directory)
     XLMRobertaTokenizer.from_pretrained(str(tokenizer)).save_pretrained(directory)
@@ -81,7 +81,7 @@ def make_teacher(teacher: Teacher, directory: Path, tokenizer: Path) -> Path:
 
 
 def reduced(recipe: dict, teacher_dir: Path, shards: Path) -> list[str]:
-    """The overrides that make a recipe of this size out of one of its own."""
+    """The overrides that reduce a recipe to this size."""
     changes = {
         "teacher": teacher_dir,
         "data": shards,

@@ -1,4 +1,4 @@
-"""A run knows teacher, tokenizer and vocabulary by content: other weights at the same path are noticed, another path is not."""
+"""A run identifies teacher, tokenizer and vocabulary by content: changed weights are noticed, a changed path is accepted."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def words_of(root: Path, recipe: Path, ds: Path) -> list[object]:
 
 @pytest.fixture
 def root(begun: Path, tmp_path: Path) -> Path:
-    """A copy of both, in another place."""
+    """A copy of both, in another directory."""
     return shutil.copytree(begun, tmp_path / "moved")
 
 
@@ -77,7 +77,7 @@ def other_weights(teacher: Path) -> None:
 
 
 def rewrite_state(committed: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Another state.json in a checkpoint, committed as the run itself commits."""
+    """Replace state.json in a checkpoint, and commit it as a run does."""
     partial = shutil.copytree(committed, committed.with_suffix(".tmp"))
     (partial / "manifest.json").unlink()
     state = json.loads((partial / "state.json").read_text())
@@ -116,7 +116,7 @@ def test_one_number_of_the_teacher_changed(root: Path, resume: Train) -> None:
     assert ended.code == 0
     assert re.search(r"warning: --allow-change: .*teacher weights: \w{12} -> \w{12}", ended.out)
     assert "resumed from" in ended.out
-    now = identity(root / "run")  # from here on the run is that of the new one
+    now = identity(root / "run")  # from here on the run belongs to the new teacher
     assert now.keys() == before.keys()
     assert {key for key in now if now[key] != before[key]} == {"teacher weights"}
     assert resume(steps=STOPPED_AT + 3).code == 0
@@ -134,8 +134,8 @@ def test_another_config_or_tokenizer(file: str, root: Path, resume: Train) -> No
     assert re.search("teacher config: " if file == "config.json" else r"tokenizer tokenizer\.json: ", ended.err)
 
 
-def test_the_same_content_is_no_change(root: Path, resume: Train) -> None:
-    """Another path (the copy), another date, other files, other metadata, a head that was not there."""
+def test_the_same_content_elsewhere_is_accepted(root: Path, resume: Train) -> None:
+    """Another path (the copy), date, file layout and metadata, and an additional head."""
     teacher = root / "teacher"
     tensors = load_file(teacher / "model.safetensors")
     (teacher / "model.safetensors").unlink()
@@ -172,7 +172,7 @@ def test_a_checkpoint_from_before_is_resumed_with_one_warning(root: Path, resume
 
 @pytest.mark.parametrize("change", ["student.hidden=12", "student.ffn=48", "student.layers=1"])
 def test_no_weight_is_loaded_into_another_shape(change: str, root: Path, resume: Train) -> None:
-    """What fits into a smaller matrix are other numbers: also where the change was asked for."""
+    """A flat fragment would fit into a smaller matrix, with other numbers. Rejected also with --allow-change."""
     ended = resume("--allow-change", "--set", change)
     assert ended.code == EXIT_USER
     assert re.search(r"another student: \d+ parameters differ", ended.err)
@@ -189,7 +189,7 @@ def test_a_run_directory_holds_nothing_of_the_environment(begun: Path) -> None:
 # -- at export
 
 
-def test_export_takes_no_other_tokenizer(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_export_rejects_another_tokenizer(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run_json = root / "run" / "run.json"
     facts = json.loads(run_json.read_text())
     assert exit_code_of(lambda: pipeline(["export", str(root / "run"), "--output", str(tmp_path / "student")])) == 0
@@ -239,8 +239,8 @@ def test_evaluate_says_that_it_compares_with_another_teacher(
 
 @pytest.fixture
 def start_two(tmp_path: Path, tiny_recipe: Path, tiny_teacher: Path, fp32_config: Path) -> Callable[..., str]:
-    """Start two ranks that must both refuse; gives the error of each. Each rank looks below its own home directory, as
-    hosts without a shared disk do, and takes its own words and variables."""
+    """Start two ranks that must both fail; gives the error of each. Each rank has its own home directory, as on hosts
+    without a shared disk, and its own options and variables."""
     for rank in range(2):
         shutil.copytree(tiny_teacher, tmp_path / f"home{rank}" / "teacher")
 
@@ -292,7 +292,7 @@ def test_ranks_that_see_different_teachers_end_with_one_error(second: str, start
 def test_ranks_with_another_recipe_or_deepspeed_config_end_with_one_error(
     start_two: Callable, fp32_config: Path, tmp_path: Path
 ) -> None:
-    """Key, ranks, hosts and both values; before anything can leave the ranks waiting for each other."""
+    """The error names key, ranks, hosts and both values. It comes before a rank could wait for the other."""
     host = socket.gethostname()
     error = start_two(("--set", "student.layers=1"))
     assert (
@@ -308,7 +308,7 @@ def test_ranks_with_another_recipe_or_deepspeed_config_end_with_one_error(
 
 
 def test_ranks_with_other_libraries_end_with_one_error(start_two: Callable, tmp_path: Path) -> None:
-    """A package of rank 1's own home says that it is another version."""
+    """A package in rank 1's home directory has another version."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(
         "from importlib import metadata\nfirst = metadata.version\n"
@@ -322,12 +322,12 @@ def test_ranks_with_other_libraries_end_with_one_error(start_two: Callable, tmp_
 def test_each_copy_of_the_shards_is_checked(
     second: str, start_two: Callable, tiny_shards: Path, tmp_path: Path
 ) -> None:
-    """Each rank has a copy of its own; that of rank 1 is damaged where rank 0 would have looked, were it shared."""
+    """Each rank has its own copy. That of rank 1 is corrupt in a file that rank 0 would check if the copy were shared."""
     for rank in range(2):
         shutil.copytree(tiny_shards, tmp_path / f"home{rank}" / "shards")
     victims = sorted((tmp_path / "home1" / "shards").rglob("*.tok"))
     if second == "other bytes":
-        for victim in victims[:2]:  # whichever of two neighbours is whose
+        for victim in victims[:2]:  # one of them belongs to each rank
             content = bytearray(victim.read_bytes())
             content[5000] ^= 1
             victim.write_bytes(content)
@@ -364,13 +364,13 @@ def test_another_version_or_deepspeed_config_is_said_at_a_resume(
 
 
 def test_a_teacher_that_may_only_be_read(begun: Path, root: Path, resume: Train) -> None:
-    """Nothing is kept beside the weights."""
+    """The run writes no file next to the weights."""
     present = {path: path.stat().st_mtime_ns for path in (root / "teacher").rglob("*")}
     assert resume().code == 0
     assert {path: path.stat().st_mtime_ns for path in (root / "teacher").rglob("*")} == present
 
 
-def test_a_vocabulary_is_known_too(tmp_path: Path, tiny_teacher: Path, tiny_shards: Path) -> None:
+def test_a_vocabulary_is_identified_by_content_too(tmp_path: Path, tiny_teacher: Path, tiny_shards: Path) -> None:
     with pytest.raises(UserError, match="is no vocabulary"):
         identity_of(str(tiny_teacher), str(tmp_path / "none"))
     found = []

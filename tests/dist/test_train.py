@@ -1,4 +1,4 @@
-"""Whole runs under every launcher: same losses, same curves on disk, resumed without a seam."""
+"""Complete runs under every launcher: same losses, same curves on disk, and resumed runs equal uninterrupted ones."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from pipeline.distillation.models.teacher import load_encoder, load_teacher
 from pipeline.errors import EXIT_DIVERGED
 from pipeline.export.hf import export_run
 from pipeline.runtime.checkpoint import committed_steps, read_model_weights
+from pipeline.runtime.run_paths import RunPaths
 from pipeline.runtime.tensorboard_tags import tensorboard_tag
 from pipeline.training.checks import open_data
 from tests.conftest import REPO
@@ -38,7 +39,7 @@ def arguments(tiny_recipe: Path, fp32_config: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def plain_run(tmp_path_factory: pytest.TempPathFactory, arguments: list[str]) -> Path:
-    """The uninterrupted single-process run that others are compared with; it may compile nothing."""
+    """The uninterrupted single-process run that others are compared with. It must not compile anything."""
     run_dir = tmp_path_factory.mktemp("plain") / "run"
     extensions = run_dir.parent / "extensions"
     train("python", 1, run_dir, arguments, TORCH_EXTENSIONS_DIR=str(extensions))
@@ -79,13 +80,13 @@ def test_two_ranks_give_the_losses_of_one(two_rank_run: Path, plain_run: Path) -
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_teacher_spread_over_the_ranks_gives_the_same_losses(
+def test_partitioned_teacher_gives_the_same_losses(
     num_ranks: int, tmp_path: Path, plain_run: Path, two_rank_run: Path, arguments: list[str]
 ) -> None:
     train("deepspeed", num_ranks, tmp_path / "run", [*arguments, "--set", "teacher_options.placement=zero3"])
-    whole = plain_run if num_ranks == 1 else two_rank_run
-    assert curve(tmp_path / "run") == curve(whole)
-    assert same_weights(tmp_path / "run", whole)
+    reference = plain_run if num_ranks == 1 else two_rank_run
+    assert curve(tmp_path / "run") == curve(reference)
+    assert same_weights(tmp_path / "run", reference)
 
 
 def test_documents_kept_apart(tmp_path: Path, tiny_recipe: Path, arguments: list[str]) -> None:
@@ -95,9 +96,9 @@ def test_documents_kept_apart(tmp_path: Path, tiny_recipe: Path, arguments: list
     train("python", 1, tmp_path / "run", [*arguments, *sets])
     recipe = load_recipe(tiny_recipe, overrides)
     source, layer = open_data(recipe), recipe.relations.teacher_layer
-    whole = load_encoder(recipe.teacher)
-    student = build_student(whole, recipe.student, recipe.seed, None, layer)
-    module = DistillModule(load_teacher(whole, layer, torch.float32, "cpu"), student.tapped, recipe.relations)
+    teacher = load_encoder(recipe.teacher)
+    student = build_student(teacher, recipe.student, recipe.seed, None, layer)
+    module = DistillModule(load_teacher(teacher, layer, torch.float32, "cpu"), student.tapped, recipe.relations)
     for batch, reported in (
         (source.training_batch(np.arange(24)), curve(tmp_path / "run")[1]),
         (source.heldout_batch(["tr"]), curve(tmp_path / "run", "heldout/tr")[0]),
@@ -108,17 +109,23 @@ def test_documents_kept_apart(tmp_path: Path, tiny_recipe: Path, arguments: list
 
 
 def test_run_directory_is_complete(plain_run: Path) -> None:
-    assert (plain_run / "DONE").exists()
-    run = json.loads((plain_run / "run.json").read_text())
+    paths = RunPaths(plain_run)
+    named = {path.name for path in (*vars(paths).values(), paths.restarts)}
+    assert {path.name for path in plain_run.iterdir()} <= named, (
+        "every file of a run directory has its name in RunPaths"
+    )
+    assert paths.done.exists()
+    assert all(path.is_file() for path in paths.needed_by_export)
+    run = json.loads(paths.description.read_text())
     assert run["precision"] == "fp32"
     assert run["packages"]["deepspeed"] == "0.19.8"
     assert json.loads((plain_run / "deepspeed.json").read_text())["train_batch_size"] == 8
-    assert not list(plain_run.rglob("latest")), "DeepSpeed's own checkpoint pointer has no place here"
+    assert not list(plain_run.rglob("latest")), "a run writes no `latest` file of DeepSpeed"
     assert sorted(p.name for p in (plain_run / "checkpoints").iterdir()) == ["step-00000008", "step-00000012"]
 
 
 def test_a_checkpoint_counts_rows(plain_run: Path) -> None:
-    """Twelve steps over a global batch of eight rows: what model card and lineage pass on."""
+    """Twelve steps over a global batch of eight rows. Model card and lineage repeat this number."""
     _, state = read_model_weights(plain_run)
     assert (state["step"], state["samples"]) == (12, 96)
     assert {row["step"]: row["samples"] for row in metrics(plain_run)}[12] == 96
@@ -130,9 +137,9 @@ def test_tensorboard_and_jsonl_tell_the_same(plain_run: Path) -> None:
     tags = set(board.Tags()["scalars"])
     learning = {"loss/total", "loss/q-q", "loss/k-k", "loss/v-v", "heldout/mean", "heldout/hi", "heldout/tr"}
     health = {"optimizer/learning_rate", "optimizer/gradient_norm", "optimizer/loss_scale", "optimizer/skipped_steps"}
-    wanted = learning | health | {"speed/tokens_per_second", "speed/data_wait_share"}
+    expected = learning | health | {"speed/tokens_per_second", "speed/data_wait_share"}
     written = {tag for row in metrics(plain_run) for tag in row if "/" in tag}
-    assert wanted <= written
+    assert expected <= written
     assert {tensorboard_tag(tag) for tag in written} == tags
     for tag in written:
         on_board = {e.step: e.value for e in board.Scalars(tensorboard_tag(tag))}
@@ -143,7 +150,7 @@ def test_tensorboard_and_jsonl_tell_the_same(plain_run: Path) -> None:
 
 
 def test_export_is_the_trained_student(plain_run: Path, tiny_recipe: Path, tmp_path: Path) -> None:
-    """What is loaded with AutoModel computes exactly what training ended with; what was carried along never moved."""
+    """The model loaded with AutoModel computes exactly what training ended with. Frozen weights have not changed."""
     done = subprocess.run(
         [sys.executable, "-m", "pipeline", "export", str(plain_run), "--output", str(tmp_path / "student")],
         cwd=REPO,
@@ -166,7 +173,7 @@ def test_export_is_the_trained_student(plain_run: Path, tiny_recipe: Path, tmp_p
     for name, tensor in exported.state_dict().items():
         assert torch.equal(tensor, weights[name]), name
         if name in start.untrained:
-            assert torch.equal(tensor, start.untrained[name]), f"{name} was carried along and moved"
+            assert torch.equal(tensor, start.untrained[name]), f"{name} was frozen and has changed"
     assert not any(
         torch.equal(weights[name], parameter) for name, parameter in start.trained.items() if parameter.dim() > 1
     )
@@ -180,7 +187,7 @@ def test_export_is_the_trained_student(plain_run: Path, tiny_recipe: Path, tmp_p
 
 
 def test_samples_are_rows(two_rank_run: Path, tmp_path: Path) -> None:
-    """Steps times the global batch, whatever each rank saw of it: in checkpoints, curves and the student's lineage."""
+    """Steps times the global batch, for any number of ranks: in checkpoints, curves and the student's lineage."""
     export_run(two_rank_run, tmp_path / "student")
     lineage = json.loads((tmp_path / "student" / "lineage.json").read_text())
     assert (lineage["steps"], lineage["samples"]) == (12, 12 * 8)
@@ -194,7 +201,7 @@ def test_samples_are_rows(two_rank_run: Path, tmp_path: Path) -> None:
 def test_kill_and_resume_repeats_the_losses(
     num_ranks: int, tmp_path: Path, plain_run: Path, two_rank_run: Path, arguments: list[str]
 ) -> None:
-    """SIGKILL to every rank between two checkpoints: the second life repeats losses and weights bit for bit."""
+    """SIGKILL to every rank between two checkpoints: the second attempt repeats losses and weights bit for bit."""
     run_dir, log = tmp_path / "run", tmp_path / "run.log"
     command = [*launcher("deepspeed", num_ranks), *arguments, "--run-dir", str(run_dir)]
     process = start(command, log)
@@ -205,14 +212,14 @@ def test_kill_and_resume_repeats_the_losses(
     text = finish(start(command, log), log)
     assert "resumed from" in text
     assert "relation backend chunked: kept" in text
-    whole = plain_run if num_ranks == 1 else two_rank_run
-    assert curve(run_dir) == curve(whole)
-    assert same_weights(run_dir, whole)
-    assert len(metrics(run_dir)) == len(metrics(whole)), "a step was logged twice"
+    reference = plain_run if num_ranks == 1 else two_rank_run
+    assert curve(run_dir) == curve(reference)
+    assert same_weights(run_dir, reference)
+    assert len(metrics(run_dir)) == len(metrics(reference)), "a step was logged twice"
 
 
 def test_interrupt_saves_and_resumes(tmp_path: Path, plain_run: Path, arguments: list[str]) -> None:
-    """Ctrl-C reaches launcher and ranks: the run saves where it is, says PREEMPTED, and goes on from there."""
+    """Ctrl-C reaches launcher and ranks: the run saves its current step, writes PREEMPTED, and resumes from there."""
     run_dir, log = tmp_path / "run", tmp_path / "run.log"
     command = [*launcher("python"), *arguments, "--run-dir", str(run_dir), "--set", "save_every=100"]
     process = start(command, log)
@@ -230,12 +237,12 @@ def test_interrupt_saves_and_resumes(tmp_path: Path, plain_run: Path, arguments:
     assert same_weights(run_dir, plain_run)
     board = EventAccumulator(str(run_dir / "tensorboard")).Reload()
     assert [point.step for point in board.Scalars(tensorboard_tag("loss/total"))] == list(curve(run_dir)), (
-        "of both lives"
+        "of both attempts"
     )
 
 
 def test_a_signal_to_one_rank_stops_the_launchers_whole_job(tmp_path: Path, arguments: list[str]) -> None:
-    """USR1 to one of two ranks under `deepspeed`: both save the step that they are at, and the launcher ends well."""
+    """USR1 to one of two ranks under `deepspeed`: both save their current step, and the launcher ends with code 0."""
     run_dir, log = tmp_path / "run", tmp_path / "run.log"
     forever = ["--set", "steps=100000", "--set", "save_every=100000"]
     process = start([*launcher("deepspeed", 2), *arguments, "--run-dir", str(run_dir), *forever], log)
@@ -250,7 +257,7 @@ def test_a_signal_to_one_rank_stops_the_launchers_whole_job(tmp_path: Path, argu
 
 
 def test_crash_loop_falls_back_and_then_stops(tmp_path: Path, plain_run: Path, arguments: list[str]) -> None:
-    """Three lives that saved nothing: the checkpoint before the newest is tried. Six: exit code 3 with the reason."""
+    """After three attempts without a save the checkpoint before the newest is loaded; after six the exit code is 3."""
     run_dir = shutil.copytree(plain_run, tmp_path / "run")
     crash = {"first_step": 12, "saved_steps": [], "ended": None}
     restarts = json.loads((run_dir / "lives.json").read_text())

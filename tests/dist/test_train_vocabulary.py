@@ -1,4 +1,4 @@
-"""Training on a smaller vocabulary: on covered text the same losses, a smaller student, and the refusals of what does not fit."""
+"""Training on a smaller vocabulary: the same losses on covered text, a smaller student, and errors for what does not fit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SETTINGS = ["steps=2", "eval_every=2", "student={layers: 2, hidden: 48, heads: 4
 
 @pytest.fixture(scope="module")
 def trimmed(tiny_teacher: Path, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A vocabulary of all that the shards use, and the same text prepared with it."""
+    """A vocabulary of all ids in the shards, and the same text prepared with it."""
     directory = tmp_path_factory.mktemp("trimmed")
     vocabulary, shards = directory / "vocabulary", directory / "shards"
     texts = [SAMPLES / "cc100" / f"{language}.txt.xz" for language in LANGUAGES]
@@ -46,16 +46,16 @@ def test_a_smaller_vocabulary_trains_the_same(
             return process.run(*words)
 
         both = [f"{key}={value}" for key, value in trimmed.items()]
-        for name, settings in (("whole", []), ("small", both)):
+        for name, settings in (("full", []), ("small", both)):
             ended = run(name, *settings)
             assert ended.code == 0, ended.err
-        # Shards of the whole vocabulary beside a smaller one, and the other way round.
+        # Shards of the full vocabulary with a smaller vocabulary, and the reverse.
         ended = run("mixed", both[0])
         assert ended.code == 2
         assert f"--tokenizer {trimmed['vocabulary']}" in ended.err
         assert "that of `vocabulary`" in ended.err
         assert run("mixed", both[1]).code == 2
-        # A vocabulary that was cut from something else than the teacher's tokenizer.
+        # A vocabulary that was not cut from the teacher's tokenizer.
         path = trimmed["vocabulary"] / "vocabulary.json"
         right = path.read_text()
         path.write_text(json.dumps({**json.loads(right), "source_sha256": "0" * 64}))
@@ -65,12 +65,12 @@ def test_a_smaller_vocabulary_trains_the_same(
         assert "cut from another tokenizer" in ended.err
         assert not (tmp_path / "mixed").exists()
 
-    whole, small = (curve(tmp_path / name) for name in ("whole", "small"))
-    assert list(whole) == [1, 2]
-    assert small[1] == whole[1]
-    assert small == pytest.approx(whole, rel=1e-6)  # the clipped norm sums over fewer zeros
+    full, small = (curve(tmp_path / name) for name in ("full", "small"))
+    assert list(full) == [1, 2]
+    assert small[1] == full[1]
+    assert small == pytest.approx(full, rel=1e-6)  # the clipped norm sums over fewer zeros
     for tag in ("heldout/mean", "heldout/sw"):
-        assert curve(tmp_path / "small", tag) == pytest.approx(curve(tmp_path / "whole", tag), rel=1e-6)
+        assert curve(tmp_path / "small", tag) == pytest.approx(curve(tmp_path / "full", tag), rel=1e-6)
 
     pipeline(["export", str(tmp_path / "small"), "--output", str(tmp_path / "student")])
     about = json.loads((trimmed["vocabulary"] / "vocabulary.json").read_text())
@@ -79,14 +79,14 @@ def test_a_smaller_vocabulary_trains_the_same(
     assert about["vocab_size"] < about["source_vocab_size"]
     assert json.loads((tmp_path / "student" / "lineage.json").read_text())["vocabulary"] == str(trimmed["vocabulary"])
 
-    # Trained whole and cut afterwards, it is the student that was trained small.
+    # A student trained on the full vocabulary and cut afterwards equals the one trained on the small vocabulary.
     cut = ["--output", str(tmp_path / "cut"), "--vocabulary", str(trimmed["vocabulary"])]
-    pipeline(["export", str(tmp_path / "whole"), *cut])
+    pipeline(["export", str(tmp_path / "full"), *cut])
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("student", "cut"))
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(theirs[name], tensor, rtol=1e-5, atol=1e-6)
     lineage = json.loads((tmp_path / "cut" / "lineage.json").read_text())
-    assert lineage["trimmed"]["from"] == str(tmp_path / "whole")
+    assert lineage["trimmed"]["from"] == str(tmp_path / "full")
     assert lineage["steps"] == 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "small", "student", "whole"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "small", "student", "full"]

@@ -1,4 +1,4 @@
-"""One process that takes many runs of pipeline/train.py, one after the other: a start costs seconds, a tiny run does not.
+"""One process that does many runs of pipeline/train.py, one after the other: a start costs seconds, a tiny run does not.
 
 `TrainingProcess().run(words)` gives what `python pipeline/train.py WORDS` would have given. DeepSpeed remembers the
 process group of its first engine for good, so the group stays for all of them; everything else is the product's own.
@@ -61,7 +61,7 @@ class TrainingProcess:
 
 
 def serve() -> None:
-    """A line of words in, a line of results out, until the input ends."""
+    """Read a line of words, write a line of results, until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not look like an answer
     from pipeline.errors import exit_code_of
@@ -75,7 +75,7 @@ def serve() -> None:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 code = exit_code_of(main)
-            except Exception:  # as a process of its own would have ended; the next run goes on
+            except Exception:  # a separate process would have ended with code 1; the next run continues
                 traceback.print_exc()
                 code = 1
         answers.write(json.dumps({"code": code, "out": out.getvalue(), "err": err.getvalue()}) + "\n")

@@ -86,7 +86,7 @@ def test_a_missing_teacher(tmp_path: Path) -> None:
 
 def test_without_a_tokenizer_no_command_is_printed_that_cannot_work(tmp_path: Path) -> None:
     assert "python" not in how_to_prepare(str(tmp_path / "nowhere"), "out")
-    assert "Nor is there a tokenizer" in how_to_prepare("artifacts/no_teacher", "out")
+    assert "No tokenizer found" in how_to_prepare("artifacts/no_teacher", "out")
 
 
 def test_a_tokenizer_of_the_hub_is_fetched_first() -> None:

@@ -1,4 +1,4 @@
-"""Figure 3: bits flip, files are cut, lost, swapped or taken from another step; and the same flips in DeepSpeed's files."""
+"""Figure 3: files with flipped bits, cut, lost, swapped or from another step; and the same flips in DeepSpeed's files."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ STOCK_FLIPS = 60
 
 
 def corrupted_checkpoints(lab: Lab, quick: bool) -> Outcome:
-    """Two checkpoints of a real run on two ranks; the newer one is damaged in a copy, again and again."""
+    """Two checkpoints of a real run on two ranks. In each trial a copy of the newer one is corrupted."""
     original, choice, trials = lab.untouched(2, SETTINGS) / "checkpoints", random.Random(3), 40 if quick else 400
-    refused = 0
+    rejected = 0
     for _ in range(trials):
-        copy = lab.fresh("damaged")
+        copy = lab.fresh("corrupt")
         shutil.copytree(original, copy)
         older, newer = sorted(copy.iterdir())
-        while not _differs(newer, original / newer.name):  # carried weights are the same file at every step
+        while not _differs(newer, original / newer.name):  # frozen weights are the same file at every step
             damage_somehow(choice, newer, older)
         taken, problems = newest_valid(copy)
-        refused += taken == older and len(problems) == 1
+        rejected += taken == older and len(problems) == 1
     loads = None if quick else flips_that_stock_loads(lab)
     return Outcome(
-        "a damaged checkpoint is refused and the older whole one taken",
+        "a corrupt checkpoint is rejected and the older valid one loaded",
         trials,
-        refused,
+        rejected,
         "flipped bits, cut, grown, missing, added, swapped, linked files, files of another step",
         "not measured" if loads is None else f"{loads} of {STOCK_FLIPS} checkpoints with one flipped bit load silently",
         {"stock_silent_loads": loads},
@@ -49,7 +49,7 @@ def _differs(checkpoint: Path, original: Path) -> bool:
 
 
 def flips_that_stock_loads(lab: Lab) -> int:
-    """How many flips `load_checkpoint` takes without a word (tests/faults/sweeps/stock_flips.py, in one rank)."""
+    """How many flips `load_checkpoint` loads silently (stock_flips.py, in one rank)."""
     directory = lab.fresh("stock-flips")
     log, report = directory.with_suffix(".log"), directory / "report.json"
     directory.mkdir()

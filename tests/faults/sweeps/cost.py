@@ -1,4 +1,4 @@
-"""Figure 10: what saving costs: its share of the quickstart, and how long a large student stands still."""
+"""Figure 10: the cost of saving: its share of the quickstart, and how long training of a large student is stopped."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ RUN_TIMEOUT_S = 3000.0
 
 
 def cost_of_saving(lab: Lab, quick: bool) -> Outcome:
-    """The quickstart as it is shipped, on one rank; then one save of 118 M trained parameters."""
+    """The quickstart as shipped, on one rank; then one save of 118 M trained parameters."""
     stopped = _stopped_seconds(lab, layers=2 if quick else 12, vocabulary=5_000 if quick else 250_002)
     share, steps = (None, 0) if quick or not all(path.is_dir() for path in INPUTS) else _share_of_quickstart(lab)
     kept = (stopped["stopped_s"] < MOST_STOPPED_S) + (share is not None and share < MOST_SHARE)
-    measured = f"{stopped['stopped_s']:.2f} s stopped of {stopped['whole_s']:.1f} s for {stopped['parameters_m']:.0f} M parameters"
+    measured = f"{stopped['stopped_s']:.2f} s stopped of {stopped['total_s']:.1f} s for {stopped['parameters_m']:.0f} M parameters"
     if share is not None:
         measured += f"; {share:.2%} of the quickstart's {steps} steps"
     return Outcome(
@@ -34,7 +34,7 @@ def cost_of_saving(lab: Lab, quick: bool) -> Outcome:
 
 
 def _share_of_quickstart(lab: Lab) -> tuple[float, int]:
-    """Seconds that saving stopped training, over the seconds from the first to the last step, from its metrics.jsonl."""
+    """Seconds that saving stopped training, divided by the seconds from the first to the last step; and the steps."""
     run_dir = lab.fresh("quickstart")
     log = run_dir.with_suffix(".log")
     words = ["--deepspeed", "ds_configs/zero2.json", "--recipe", str(QUICKSTART), "--run-dir", str(run_dir)]

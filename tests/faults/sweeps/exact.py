@@ -1,4 +1,4 @@
-"""Figures 1, 4 and 6: interrupted is uninterrupted; ranks and stages may change; not-a-number harms nothing."""
+"""Figures 1, 4 and 6: interrupted equals uninterrupted; ranks and stages may change; NaN changes no parameter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.faults.sweeps.lab import Lab, Outcome, newest, same_end, same_state
 STEPS, SAVE_EVERY = 6, 3
 SETTINGS = {"steps": STEPS, "save_every": SAVE_EVERY, "eval_every": STEPS}
 KILL, STOP = "SIGKILL", "SIGUSR1"
-# name: (signal, step counted from 0, micro-batch) of each life that does not reach the end
+# name: (signal, step counted from 0, micro-batch) of each attempt that does not reach the end
 STOPS: dict[str, list[tuple[str, int, int]]] = {
     "stop after step 1": [(STOP, 0, 0)],
     "kill between micro-batches, mid-cycle of the sampler": [(KILL, 4, 1)],
@@ -37,9 +37,9 @@ def interrupted_equals_uninterrupted(lab: Lab, quick: bool) -> Outcome:
         run_dir = lab.fresh(f"exact-{stage}-{ranks}")
         for name, step, micro in STOPS[how]:
             fault = {"kind": "signal", "signal": name, "step": step, "micro": micro, "rank": ranks - 1}
-            lab.live(run_dir, ranks, SETTINGS, stage, [fault])
+            lab.run(run_dir, ranks, SETTINGS, stage, [fault])
             assert not (run_dir / "DONE").exists(), "the interruption did not happen"
-        assert lab.live(run_dir, ranks, SETTINGS, stage) == 0
+        assert lab.run(run_dir, ranks, SETTINGS, stage) == 0
         exact.append(same_end(run_dir, lab.untouched(ranks, SETTINGS, stage)))
     return Outcome(
         "interrupted = uninterrupted: weights, moments, every later loss",
@@ -54,7 +54,7 @@ def interrupted_equals_uninterrupted(lab: Lab, quick: bool) -> Outcome:
 
 
 def ranks_and_stages_change(lab: Lab, quick: bool) -> Outcome:
-    """Figure 4: 4 -> 2 -> 1 -> 4 ranks and ZeRO 1 -> 3 -> 2 -> 1, each life ending at a stop request."""
+    """Figure 4: 4 -> 2 -> 1 -> 4 ranks and ZeRO 1 -> 3 -> 2 -> 1, each attempt ends at a stop request."""
     restarts = [(4, 1, 2), (2, 3, 4), (1, 2, 6), (4, 1, 8)]
     if quick:
         restarts = [(2, 1, 2), (1, 3, 4), (2, 2, 6)]
@@ -68,30 +68,30 @@ def ranks_and_stages_change(lab: Lab, quick: bool) -> Outcome:
         faults: list[dict[str, Any]] = [{"kind": "witness", "file": str(seen)}, {"kind": "resave", "to": str(copy)}]
         if end != restarts[-1][2]:
             faults.append({"kind": "signal", "signal": STOP, "step": end - 1, "rank": 0})
-        assert lab.live(run_dir, ranks, settings, stage, faults) == 0
+        assert lab.run(run_dir, ranks, settings, stage, faults) == 0
         if before is not None:
             loads_equal.append(same_state(before, copy / before.name))
     straight, reference = lab.fresh("straight"), lab.directory / "straight.jsonl"
     reference.unlink(missing_ok=True)
     ranks, stage, _ = restarts[0]
-    assert lab.live(straight, ranks, settings, stage, [{"kind": "witness", "file": str(reference)}]) == 0
+    assert lab.run(straight, ranks, settings, stage, [{"kind": "witness", "file": str(reference)}]) == 0
     same_order = _rows_by_step(seen) == _rows_by_step(reference)
     one, two = curve(run_dir), curve(straight)
     off = max(abs(one[step] / two[step] - 1) for step in two)
     kept = sum(loads_equal) + same_order + (one.keys() == two.keys() and off < 1e-5)
     return Outcome(
-        "ranks and ZeRO stage change between lives",
+        "ranks and ZeRO stage change between attempts",
         len(loads_equal) + 2,
         kept,
         f"ranks {' -> '.join(str(r) for r, _, _ in restarts)}, ZeRO {' -> '.join(str(s) for _, s, _ in restarts)}: state equal "
         f"bit for bit after each load, the same rows in each step, losses within {off:.0e}",
-        "refuses another number of ranks at ZeRO 1, 2 and 3",
+        "rejects another number of ranks at ZeRO 1, 2 and 3",
         {"largest_relative_loss_difference": off},
     )
 
 
 def _rows_by_step(witness: Path) -> dict[int, list[Any]]:
-    """Step -> token rows in the order of the global batch, whatever ranks and micro-batches they were cut into."""
+    """Step -> token rows in the order of the global batch, for any ranks and micro-batches."""
     lines = [json.loads(line) for line in witness.read_text().splitlines()]
     steps: dict[int, list[Any]] = {}
     for line in sorted(lines, key=lambda line: (line["step"], line["rank"], line["micro"])):
@@ -99,20 +99,20 @@ def _rows_by_step(witness: Path) -> dict[int, list[Any]]:
     return steps
 
 
-# -- not a number
+# -- NaN
 
 
 def not_a_number(lab: Lab, quick: bool) -> Outcome:
-    """Figure 6: on one of two ranks; weights and moments before and after equal; K in a row stop and name the batch."""
+    """Figure 6: NaN on one of two ranks changes no weight or moment; K such steps in a row stop the run and name the batch."""
     harmless = list(_harmless(lab, (2,) if quick else (1, 2, 3)))
     named = [_stops_and_names(lab, stage) for stage in ((2,) if quick else (1, 2, 3))]
     return Outcome(
-        "not-a-number on one rank",
+        "NaN on one rank",
         len(harmless) + len(named),
         sum(harmless) + sum(named),
         "0 parameters and moments changed by poisoned steps at ZeRO 1, 2, 3; three in a row end with code 3; "
         "bad_batch.json holds the rows that the step was fed",
-        "skips too, for ever",
+        "skips too, indefinitely",
     )
 
 
@@ -120,17 +120,17 @@ def _harmless(lab: Lab, stages: tuple[int, ...]) -> Iterator[bool]:
     settings = {**SETTINGS, "save_every": 1, "checkpoint.keep": 10}
     for stage in stages:
         run_dir = lab.fresh(f"nan-{stage}")
-        assert lab.live(run_dir, 2, settings, stage, [{"kind": "nan", "steps": [2, 3], "rank": 1}]) == 0
+        assert lab.run(run_dir, 2, settings, stage, [{"kind": "nan", "steps": [2, 3], "rank": 1}]) == 0
         at = {step: run_dir / "checkpoints" / f"step-{step:08d}" for step in range(1, STEPS + 1)}
         unharmed = same_state(at[2], at[3]) and same_state(at[3], at[4])
         yield unharmed and not same_state(at[1], at[2]) and not same_state(at[4], at[5])
 
 
 def _stops_and_names(lab: Lab, stage: int) -> bool:
-    run_dir, seen = lab.fresh(f"sick-{stage}"), lab.directory / f"sick-{stage}.jsonl"
+    run_dir, seen = lab.fresh(f"diverged-{stage}"), lab.directory / f"diverged-{stage}.jsonl"
     settings = {**SETTINGS, "guard.max_bad_steps": 3}
     faults = [{"kind": "nan", "steps": [1, 2, 3, 4], "rank": 1}, {"kind": "witness", "file": str(seen)}]
-    code = lab.live(run_dir, 2, settings, stage, faults)
+    code = lab.run(run_dir, 2, settings, stage, faults)
     report = json.loads((run_dir / "bad_batch.json").read_text())
     recipe = load_recipe(lab.recipe, [])
     shards = ShardSet(recipe.data)

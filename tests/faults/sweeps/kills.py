@@ -1,4 +1,4 @@
-"""Figures 2, 5 and 7: ranks are killed, asked to stop and frozen from outside, at random moments and named points."""
+"""Figures 2, 5 and 7: ranks are killed, asked to stop and suspended from outside, at random moments and named points."""
 
 from __future__ import annotations
 
@@ -20,14 +20,12 @@ from tests.faults.sweeps.lab import Lab, Outcome, newest_step, same_end, steps_d
 
 INTERVAL = 20
 SETTINGS = {"steps": 240, "save_every": INTERVAL, "eval_every": 240}
-STEP_PAUSE = [
-    {"kind": "pause", "seconds": 0.01}
-]  # as in real runs, a save's files take a few steps to write, not fifty
-IN_STARTUP = 5  # every so-manieth kill hits a life that has not begun to train
+STEP_PAUSE = [{"kind": "pause", "seconds": 0.01}]  # as in real runs, writing a save takes a few steps, not fifty
+IN_STARTUP = 5  # every 5th kill hits an attempt that has not begun to train
 STARTUP_S = 1.5
 HANG_TIMEOUT_S = 3.0
 SLOW_TIMEOUT_S = 30.0  # for the start, and for a save that is just being begun
-EXTRA_S = 10.0  # what a frozen rank may cost beyond the timeout
+EXTRA_S = 10.0  # what a suspended rank may cost beyond the timeout
 # Every place of a save, for rank 0 of two and for rank 1: the files of a rank, then what rank 0 alone does
 NAMED_POINTS = (
     [(0, "mkdir", 1), (0, "rename", 1), (0, "link", 1)]
@@ -38,12 +36,12 @@ NAMED_POINTS = (
 
 @dataclass
 class Sweep:
-    """Faults of one kind in a row: a life per fault, runs compared with the untouched one at their end."""
+    """Faults of one kind in a row, one attempt per fault. Finished runs are compared with an undisturbed one."""
 
     lab: Lab
     name: str
     ranks: int
-    wanted: int
+    num_faults: int
     choice: random.Random
     faults: int = 0
     kept: int = 0
@@ -53,14 +51,14 @@ class Sweep:
     exact: int = 0
 
     def run(self, settings: dict[str, Any], strike: Any) -> None:
-        """Until enough faults were seen. `strike(sweep, job, run_dir)` returns whether its promise was kept."""
-        while self.faults < self.wanted:
+        """Until `num_faults` have happened. `strike(sweep, job, run_dir)` returns whether its promise was kept."""
+        while self.faults < self.num_faults:
             run_dir = self.lab.fresh(f"{self.name}{self.ranks}-{self.runs}")
             self.runs += 1
             while not (run_dir / "DONE").exists():
                 job = self.lab.begin(run_dir, self.ranks, settings, faults=STEP_PAUSE)
                 try:
-                    if self.faults < self.wanted:
+                    if self.faults < self.num_faults:
                         self._one_attempt(job, run_dir, strike)
                     assert job.wait() == 0 or not (run_dir / "DONE").exists()
                 finally:
@@ -69,7 +67,7 @@ class Sweep:
             shutil.rmtree(run_dir)
 
     def _one_attempt(self, job: Job, run_dir: Path, strike: Any) -> None:
-        """Wait for a moment and strike; a life that is done before it is none."""
+        """Wait for a moment, then strike. An attempt that ends before does not count."""
         begun_at = newest_step(run_dir)
         if self.name == "kill" and self.faults % IN_STARTUP == IN_STARTUP - 1:
             time.sleep(self.choice.uniform(0.0, STARTUP_S))
@@ -99,7 +97,7 @@ def preempt(sweep: Sweep, job: Job, run_dir: Path) -> bool:
     began_s = time.time()
     os.kill(sweep.choice.choice(job.ranks), sweep.choice.choice([signal.SIGUSR1, signal.SIGTERM]))
     code = job.wait(120)
-    if (run_dir / "DONE").exists():  # it was the last step: nothing was left to lose
+    if (run_dir / "DONE").exists():  # it was the last step: there was nothing to lose
         return code == 0
     sweep.seconds.append((run_dir / "PREEMPTED").stat().st_mtime - began_s)
     sweep.lost.append(steps_done(run_dir) - newest_step(run_dir))
@@ -109,8 +107,8 @@ def preempt(sweep: Sweep, job: Job, run_dir: Path) -> bool:
 def freeze(sweep: Sweep, job: Job, run_dir: Path) -> bool:
     """SIGSTOP to one rank. Kept: stacks of every rank on disk, the job ended in time, no process left.
 
-    It ends non-zero (4, or 137 where the launcher sees the killed rank first), unless the rank, which goes on for its
-    stacks, brings the whole run to its end in those seconds.
+    The exit code is not 0 (4, or 137 where the launcher sees the killed rank first), unless the rank, which is resumed for
+    its stacks, finishes the run in those seconds.
     """
     stacks = run_dir / "logs"
     began = time.monotonic()
@@ -120,7 +118,7 @@ def freeze(sweep: Sweep, job: Job, run_dir: Path) -> bool:
     timeout_s = HANG_TIMEOUT_S if sweep.seconds[-1] < SLOW_TIMEOUT_S else SLOW_TIMEOUT_S
     gone = all(not Path(f"/proc/{pid}").exists() for pid in job.ranks)
     written = sum("training/trainer.py" in file.read_text() for file in stacks.glob("stacks-rank*.txt"))
-    if (run_dir / "DONE").exists():  # in its last steps: nothing is left to be ended
+    if (run_dir / "DONE").exists():  # it was in its last steps and has ended
         return code == 0 and gone
     return code != 0 and gone and written == len(job.ranks) and sweep.seconds[-1] < timeout_s + EXTRA_S
 
@@ -133,7 +131,7 @@ def kills(lab: Lab, quick: bool) -> Outcome:
     from tests.faults.sweeps.stock import killed_with_stock_checkpoints
 
     choice = random.Random(2)
-    sweeps = [Sweep(lab, "kill", ranks, wanted, choice) for ranks, wanted in ((2, 3),) if quick]
+    sweeps = [Sweep(lab, "kill", ranks, count, choice) for ranks, count in ((2, 3),) if quick]
     sweeps = sweeps or [Sweep(lab, "kill", 2, 120, choice), Sweep(lab, "kill", 1, 80, choice)]
     for sweep in sweeps:
         sweep.run(SETTINGS, kill)
@@ -148,7 +146,7 @@ def kills(lab: Lab, quick: bool) -> Outcome:
         random_kills + len(points),
         sum(sweep.kept for sweep in sweeps) + sum(at_points) if exact == runs else 0,
         f"{random_kills} at random moments, {len(points)} at named points of a save; {exact} of {runs} runs end bit for "
-        f"bit as untouched; steps lost: median {statistics.median(lost):.0f}, most {max(lost)} (a save every {INTERVAL})",
+        f"bit as without faults; steps lost: median {statistics.median(lost):.0f}, most {max(lost)} (a save every {INTERVAL})",
         "; ".join(f"{count} {how}" for how, count in sorted(stock.items())) or "not measured",
         {"steps_lost": lost, "stock": dict(stock)},
     )
@@ -159,16 +157,16 @@ def _killed_at(lab: Lab, rank: int, operation: str, call: int) -> bool:
     settings = {"steps": 8, "save_every": 2, "eval_every": 8}
     run_dir = lab.fresh("point")
     fault = {"kind": "at call", "save": 6, "rank": rank, "operation": operation, "call": call}
-    code = lab.live(run_dir, 2, settings, faults=[fault])
+    code = lab.run(run_dir, 2, settings, faults=[fault])
     there = newest_step(run_dir)
     said = run_dir.with_suffix(".log").read_text()[-1500:]
-    again = lab.live(run_dir, 2, settings)
+    again = lab.run(run_dir, 2, settings)
     kept = code != 0 and there in (4, 6) and again == 0 and same_end(run_dir, lab.untouched(2, settings))
     if not kept:
         said_again = run_dir.with_suffix(".log").read_text()[-1500:]
         print(
             f"not kept: SIGKILL of rank {rank} at {operation} {call}: code {code}, newest step {there}, then code {again}\n"
-            f"-- the killed life said:\n{said}\n-- the next one:\n{said_again}",
+            f"-- output of the killed attempt:\n{said}\n-- of the next one:\n{said_again}",
             file=sys.stderr,
             flush=True,
         )
@@ -187,7 +185,7 @@ def preemptions(lab: Lab, quick: bool) -> Outcome:
         sweep.faults,
         sweep.kept if sweep.exact == sweep.runs else 0,
         f"{max(sweep.lost, default=0)} steps lost; signal to committed: median {statistics.median(sweep.seconds):.2f} s, max "
-        f"{max(sweep.seconds):.2f} s; {sweep.exact} of {sweep.runs} runs end bit for bit as untouched",
+        f"{max(sweep.seconds):.2f} s; {sweep.exact} of {sweep.runs} runs end bit for bit as without faults",
         "has no handler: the steps since the last save are lost",
         {"seconds": sweep.seconds},
     )
@@ -203,7 +201,7 @@ def frozen_ranks(lab: Lab, quick: bool) -> Outcome:
         sweep.faults,
         sweep.kept if sweep.exact == sweep.runs else 0,
         f"T = {HANG_TIMEOUT_S:.0f} s; ended after median {statistics.median(sweep.seconds):.1f} s, max "
-        f"{max(sweep.seconds):.1f} s; {sweep.exact} of {sweep.runs} runs end bit for bit as untouched",
+        f"{max(sweep.seconds):.1f} s; {sweep.exact} of {sweep.runs} runs end bit for bit as without faults",
         "waits for its collective timeout (30 min by default)",
         {"seconds": sweep.seconds},
     )

@@ -1,8 +1,8 @@
-"""What all fault sweeps share: a tiny teacher, shards and recipe, runs under the fork server, and how ends are compared.
+"""Shared by all fault sweeps: a tiny teacher, shards and recipe, runs under the fork server, comparison of their ends.
 
-Every life is a real `pipeline/train.py` (teacher 4 x 48, student 2 x 24, real text, fp32) on one or two gloo ranks. A run
-under faults is started again until it is done; then its weights, both moments and every logged value must equal those
-of a run that nobody touched, bit for bit.
+Every attempt is a real `pipeline/train.py` (teacher 4 x 48, student 2 x 24, real text, fp32) on one or two gloo ranks. A
+run under faults is restarted until it is done. Then its weights, both moments and every logged value must equal those of
+an undisturbed run, bit for bit.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class Outcome:
 
 
 class Lab:
-    """Makes the inputs once, starts lives, and remembers the untouched runs."""
+    """Makes the inputs once, starts attempts, and keeps the undisturbed runs."""
 
     def __init__(self, directory: Path, server: ForkServer, recipe: Path | None = None):
-        """`recipe`: one that is there already, with its teacher and shards."""
+        """`recipe`: an existing one, with its teacher and shards."""
         self.directory, self.server = directory, server
         self.recipe = recipe or self._make_inputs()
         self._untouched: dict[str, Path] = {}
@@ -77,14 +77,14 @@ class Lab:
     def begin(
         self, run_dir: Path, ranks: int, settings: Mapping[str, Any], stage: int = 2, faults: Iterable[Any] = ()
     ) -> Job:
-        """Start one life of a run."""
+        """Start one attempt of a run."""
         words = [*self.arguments(stage, settings), "--run-dir", str(run_dir)]
         return self.server.start(ranks, words, run_dir.with_suffix(".log"), faults=faults)
 
-    def live(
+    def run(
         self, run_dir: Path, ranks: int, settings: Mapping[str, Any], stage: int = 2, faults: Iterable[Any] = ()
     ) -> int:
-        """One whole life; its exit code."""
+        """One attempt to its end; its exit code."""
         job = self.begin(run_dir, ranks, settings, stage, faults)
         try:
             return job.wait(ATTEMPT_TIMEOUT_S)
@@ -92,24 +92,24 @@ class Lab:
             end_group(job)
 
     def untouched(self, ranks: int, settings: Mapping[str, Any], stage: int = 2, faults: Iterable[Any] = ()) -> Path:
-        """The finished run that nobody disturbed."""
+        """The finished run without interruptions. `faults`: those that belong to the run itself."""
         key = json.dumps([ranks, stage, dict(settings), list(faults)], sort_keys=True)
         if key not in self._untouched:
             run_dir = self.directory / f"untouched{len(self._untouched)}"
-            code = self.live(run_dir, ranks, settings, stage, faults)
+            code = self.run(run_dir, ranks, settings, stage, faults)
             assert code == 0, run_dir.with_suffix(".log").read_text()[-3000:]
             self._untouched[key] = run_dir
         return self._untouched[key]
 
     def fresh(self, name: str) -> Path:
-        """A run directory that is not there yet."""
+        """A run directory that does not exist yet."""
         run_dir = self.directory / name
         shutil.rmtree(run_dir, ignore_errors=True)
         return run_dir
 
 
 def state_of(checkpoint: Path) -> State:
-    """Every weight and moment of a checkpoint, whatever ranks wrote it."""
+    """Every weight and moment of a checkpoint, for any number of ranks that wrote it."""
     reader = CheckpointReader(checkpoint)
     return {
         (kind, name): reader.read(kind, name, 0, int(torch.Size(shape).numel()))
@@ -119,7 +119,7 @@ def state_of(checkpoint: Path) -> State:
 
 
 def newest(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint. In these sweeps a damaged one under its final name is a broken promise."""
+    """The newest valid checkpoint. In these sweeps a corrupt one under its final name is a broken promise."""
     checkpoint, problems = newest_valid(run_dir / "checkpoints")
     assert not problems, problems
     return checkpoint
@@ -135,25 +135,25 @@ def same_state(a: Path, b: Path) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
-def same_end(run_dir: Path, whole: Path) -> bool:
+def same_end(run_dir: Path, other: Path) -> bool:
     """Weights, moments and every logged loss and norm equal, bit for bit."""
-    return same_student(run_dir, whole) and _values(run_dir) == _values(whole)
+    return same_student(run_dir, other) and _values(run_dir) == _values(other)
 
 
-def same_student(run_dir: Path, whole: Path) -> bool:
+def same_student(run_dir: Path, other: Path) -> bool:
     """Weights and moments equal, bit for bit, after the same number of steps."""
-    ours, theirs = newest(run_dir), newest(whole)
+    ours, theirs = newest(run_dir), newest(other)
     return ours is not None and theirs is not None and ours.name == theirs.name and same_state(ours, theirs)
 
 
 def _values(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl without what a clock says."""
+    """The rows of metrics.jsonl without times and speeds."""
     rows = [{k: v for k, v in row.items() if k != "time_s" and "speed/" not in k} for row in metrics(run_dir)]
     return [row for row in rows if len(row) > 2]
 
 
 def steps_done(run_dir: Path) -> int:
-    """The last step in metrics.jsonl, from the end of the file: it may be long and growing, and it is asked often."""
+    """The last step in metrics.jsonl. Only the end of the file is read: it may be long, and this is called often."""
     try:
         with open(run_dir / "metrics.jsonl", "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 2000))
@@ -163,7 +163,7 @@ def steps_done(run_dir: Path) -> int:
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> bool:
-    """Poll; False when the time is over."""
+    """Poll until `condition` holds; False after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:

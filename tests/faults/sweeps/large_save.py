@@ -1,4 +1,4 @@
-"""Rank program: a student of a given size under the engine, one step, one save; for how long did training stand still?
+"""Rank program: a student of a given size under the engine, one step, one save. Measures how long training was stopped.
 
 large_save.py LAYERS VOCABULARY CHECKPOINTS REPORT.json
 """
@@ -64,7 +64,7 @@ def main(layers: int, vocabulary: int, directory: Path, report: Path) -> None:
     engine.deepspeed_engine.save_checkpoint(str(directory / "stock"), tag="step1")
     stock_s = time.monotonic() - began
     count = sum(parameter.numel() for parameter in trained.values())
-    figures = {"stopped_s": stopped_s, "whole_s": outcome.seconds, "stock_s": stock_s, "parameters_m": count / 1e6}
+    figures = {"stopped_s": stopped_s, "total_s": outcome.seconds, "stock_s": stock_s, "parameters_m": count / 1e6}
     report.write_text(json.dumps(figures))
     dist.shut_down()
 

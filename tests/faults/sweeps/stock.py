@@ -115,7 +115,7 @@ def _kill_in_this_save(options: dict[str, Any], directory: Path) -> None:
 
 
 def killed_with_stock_checkpoints(lab: Lab) -> Counter[str]:
-    """How lives after a kill -9 began: kind -> count. A directory that cannot be loaded is set back to a good copy."""
+    """How attempts after a kill -9 began: kind -> count. A directory that cannot be loaded is replaced by a good copy."""
     ends: Counter[str] = Counter()
     run_dir, report = lab.fresh("stock"), lab.directory / "stock-report"
     stock = {"kind": "stock", "report": str(report)}
@@ -128,7 +128,7 @@ def killed_with_stock_checkpoints(lab: Lab) -> Counter[str]:
         ends[_next_attempt(lab, run_dir, [stock], report, good)] += 1
     for rank, operation, call in NAMED_POINTS * REPEATS:
         point = {"kill_in": _newest_stock(run_dir) + INTERVAL, "victim": rank, "operation": operation, "call": call}
-        lab.live(run_dir, 2, SETTINGS, faults=[{**stock, **point}])
+        lab.run(run_dir, 2, SETTINGS, faults=[{**stock, **point}])
         ends[_next_attempt(lab, run_dir, [stock], report, good)] += 1
     return ends
 
@@ -156,13 +156,13 @@ def _newest_stock(run_dir: Path) -> int:
 
 
 def _next_attempt(lab: Lab, run_dir: Path, faults: list[Any], report: Path, good: Path) -> str:
-    """Start again just far enough to see what is loaded, and put it into words."""
+    """Restart, wait until it is known what was loaded, and describe it."""
     for old in report.parent.glob(f"{report.name}-*.json"):
         old.unlink()
-    wanted = (steps_done(run_dir) // INTERVAL) * INTERVAL
+    expected = (steps_done(run_dir) // INTERVAL) * INTERVAL
     job = lab.begin(run_dir, 2, SETTINGS, faults=faults)
     files = [Path(f"{report}-{rank}.json") for rank in range(2)]
-    wait_until(lambda: job.poll() is not None or all(_settled(file) for file in files))
+    wait_until(lambda: job.poll() is not None or all(_is_decided(file) for file in files))
     end_group(job)
     job.wait()
     said = [json.loads(file.read_text()) if file.exists() else {"problem": "no report"} for file in files]
@@ -176,12 +176,12 @@ def _next_attempt(lab: Lab, run_dir: Path, faults: list[Any], report: Path, good
     shutil.rmtree(good, ignore_errors=True)
     shutil.copytree(run_dir, good)
     (step,) = steps
-    if step == 0 and wanted > 0:
-        return "began afresh"
-    return "resumed from the newest save" if step >= wanted else "resumed from an older save"
+    if step == 0 and expected > 0:
+        return "began at step 0"
+    return "resumed from the newest save" if step >= expected else "resumed from an older save"
 
 
-def _settled(file: Path) -> bool:
+def _is_decided(file: Path) -> bool:
     try:
         return json.loads(file.read_text())["problem"] != "ended while loading"
     except (OSError, ValueError):

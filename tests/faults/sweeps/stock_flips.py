@@ -1,4 +1,4 @@
-"""Rank program: save with DeepSpeed, flip one bit in a copy, load; how often does the load say nothing?
+"""Rank program: save with DeepSpeed, flip one bit in a copy, load. Counts the loads that succeed silently.
 
 stock_flips.py CHECKPOINTS NUMBER REPORT.json
 """
@@ -39,7 +39,7 @@ def main(directory: Path, number: int, report: Path) -> None:
 
 
 def _flip_one_bit(directory: Path, choice: random.Random) -> None:
-    """In any of the bytes of all files: large files are hit more often."""
+    """In a random byte of all files: large files are hit more often."""
     files = sorted(directory.iterdir())
     (victim,) = choice.choices(files, [file.stat().st_size for file in files])
     content = bytearray(victim.read_bytes())
