@@ -92,13 +92,8 @@ def describe_run(recipe: Recipe, **facts: Any) -> dict[str, Any]:
 
 def git_commit() -> str:
     """Commit of the code, with `+changes` where tracked files differ from it; "unknown" outside a checkout."""
+    describe = ["git", "-C", str(REPO), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+changes"]
     try:
-        commit = _git("rev-parse", "--short=12", "HEAD")
-        return commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
+        return subprocess.run(describe, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.CalledProcessError, subprocess.TimeoutExpired):
         return "unknown"
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(REPO), *arguments], capture_output=True, text=True, check=True, timeout=20)
-    return done.stdout.strip()

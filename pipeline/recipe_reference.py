@@ -12,11 +12,9 @@ import argparse
 import ast
 import dataclasses
 import inspect
-import io
 import json
 import re
 import textwrap
-import tokenize
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,15 +93,13 @@ def dataclasses_in(hint: Any) -> Iterator[type]:
 def field_comments(cls: type) -> dict[str, str]:
     """The comment on the line of each field. A field without one is an error: its row would have no description."""
     source = textwrap.dedent(inspect.getsource(cls))
-    comment_at = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
+    lines, body = source.splitlines(), typing.cast(ast.ClassDef, ast.parse(source).body[0]).body
+    comments = {
+        ast.unparse(node.target): lines[(node.end_lineno or node.lineno) - 1].partition("  # ")[2]
+        for node in body
+        if isinstance(node, ast.AnnAssign)
     }
-    body = typing.cast(ast.ClassDef, ast.parse(source).body[0]).body
-    last_line = {node.target.id: node.end_lineno for node in body if isinstance(node, ast.AnnAssign)}  # type: ignore[union-attr]
     sections = {f.name for f in dataclasses.fields(cls) if dataclasses.is_dataclass(typing.get_type_hints(cls)[f.name])}
-    comments = {name: comment_at.get(typing.cast(int, line), "") for name, line in last_line.items()}
     missing = [name for name, comment in comments.items() if not comment and name not in sections]
     assert not missing, f"{cls.__name__}: write a comment on the line of {', '.join(missing)}, for docs/recipes.md"
     return comments

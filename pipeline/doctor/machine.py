@@ -26,7 +26,6 @@ from data_prep.shards import DataError
 from pipeline.errors import UserError
 from pipeline.runtime import preflight
 from pipeline.runtime.allotment import allotted_gpus, why_unseen
-from pipeline.runtime.preflight import without_trace
 
 REPO = Path(__file__).resolve().parent.parent.parent
 OPTIONAL = {"datasets": "for `hf:` inputs alone"}  # package -> when it is required; all others are always required
@@ -147,7 +146,7 @@ def lock_findings() -> list[Finding]:
 
 def run_dir_finding(run_dir: Path) -> Finding:
     """Files can be written, synced and renamed in the run directory, and some space is free."""
-    with without_trace(run_dir):
+    with preflight.without_trace(run_dir):
         preflight.check_run_dir(run_dir)
         free = shutil.disk_usage(run_dir).free
     what = f"{run_dir} can be written to, {free / 2**30:.1f} GiB free"

@@ -28,7 +28,6 @@ from pipeline.errors import UserError
 from pipeline.planning.meta_models import ADAM_BYTES, Sizes, blank_models, build_encoders
 from pipeline.runtime import preflight
 from pipeline.runtime.host_memory import available_memory_bytes
-from pipeline.runtime.preflight import nearest_directory
 from pipeline.training.checks import Check, Inputs, start_up_checks
 
 FILES_OPEN_ANYWAY = 256  # by Python, torch and TensorBoard
@@ -149,7 +148,7 @@ def memory_finding(sizes: Sizes, num_ranks: int) -> Finding:
 
 def disk_finding(recipe: Recipe, sizes: Sizes, run_dir: Path) -> Finding:
     """Space for the newest checkpoints, and for the milestones of the complete run."""
-    keeping, where = recipe.checkpoint, nearest_directory(run_dir)
+    keeping, where = recipe.checkpoint, preflight.nearest_directory(run_dir)
     preflight.check_disk(where, sizes.checkpoint_bytes, keeping.keep, 0)
     what = f"{keeping.keep} checkpoints of {sizes.checkpoint_bytes / 2**30:.2f} GiB"
     num_milestones = recipe.steps // keeping.keep_every if keeping.keep_every else 0

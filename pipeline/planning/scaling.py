@@ -85,7 +85,7 @@ def scaling_knee(points: list[Point]) -> str:
             worst = max(growth, key=growth.__getitem__)
             return (
                 f"Scaling knee at {point.num_gpus} GPUs ({point.efficiency:.0%} of perfect). "
-                f"{growth[worst] / total:.0%} of the loss is {worst}: {REASONS[worst]}."
+                f"{growth[worst] / total:.0%} of the lost efficiency is {worst}: {REASONS[worst]}."
             )
     last = planned[-1][0]
     return f"No scaling knee up to {last.num_gpus} GPUs ({last.efficiency:.0%} of perfect)."

@@ -51,16 +51,16 @@ def wait_all(cluster: Cluster, run_dir: Path) -> dict[str, str]:
 
 
 def test_text_to_evaluated_student(
-    cluster: Cluster, site_env: Path, fp32_config: Path, tiny_tokenizer: Path, text: Path, recipe: Path, tmp_path: Path
+    training: Training, tiny_tokenizer: Path, text: Path, recipe: Path, tmp_path: Path
 ) -> None:
-    run_dir = tmp_path / "run"
+    cluster, run_dir = training.cluster, tmp_path / "run"
     command = ["slurm/submit_all.sh", "--text", str(text), "--tokenizer", str(tiny_tokenizer), "--nodes", "2"]
-    command += ["--shards", str(tmp_path / "shards"), "--recipe", str(recipe), "--ds", str(fp32_config)]
+    command += ["--shards", str(tmp_path / "shards"), "--recipe", str(recipe), "--ds", str(training.ds_json)]
     command += ["--run-dir", str(run_dir), "--evaluate"]
     command += [
         "--tasks retrieval --set retrieval.languages=[sw] --set retrieval.max_pairs=8 --set retrieval.max_length=64"
     ]
-    environment = {"SITE_ENV": str(site_env), "PROCESSES_PER_NODE": "1"}
+    environment = {"SITE_ENV": str(training.site_env), "PROCESSES_PER_NODE": "1"}
 
     complete = (text / "sw.txt.xz").read_bytes()
     (text / "sw.txt.xz").write_bytes(complete[: len(complete) // 2])  # an incomplete download

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from data_prep.__main__ import main as prepare_main
 from pipeline.__main__ import main
@@ -29,6 +30,7 @@ from pipeline.doctor.machine import (
 from pipeline.doctor.recipe import disk_finding, recipe_findings
 from pipeline.errors import EXIT_USER, exit_code_of
 from pipeline.planning.meta_models import Sizes
+from pipeline.training.checks import Inputs, start_up_checks
 
 Look = Callable[..., list[Finding]]
 
@@ -96,6 +98,14 @@ def test_missing_shards_name_the_command(look: Look, tmp_path: Path) -> None:
 def test_warnings_of_a_run_are_warnings_here(look: Look) -> None:
     found = [finding.what for finding in look("optimizer.warmup_steps=40") if finding.status == "warn"]
     assert any("optimizer.warmup_steps is 40" in what for what in found), found
+
+
+def test_every_start_up_check_of_a_run_is_reported(look: Look, tiny_recipe: Path, fp32_config: Path) -> None:
+    recipe = load_recipe(tiny_recipe, [])
+    inputs = Inputs(recipe, tiny_recipe, fp32_config, 1, torch.device("cpu"), lambda recipe: pytest.fail("not needed"))
+    expected = [check.subject for check in start_up_checks(inputs)]
+    found = dict.fromkeys(finding.subject for finding in look("optimizer.warmup_steps=40"))  # one warning of the recipe
+    assert [subject for subject in found if subject in expected] == expected
 
 
 def test_corrupt_shards_name_the_file(look: Look, tiny_shards: Path, tmp_path: Path) -> None:

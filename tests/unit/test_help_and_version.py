@@ -51,7 +51,7 @@ def test_version(command: list[str]) -> None:
 def test_a_missing_or_unknown_verb_is_an_error_that_names_the_verbs() -> None:
     missing = run(sys.executable, "-m", "pipeline")
     assert (missing.returncode, "required: VERB\n" in missing.stderr) == (EXIT_USER, True)
-    unknown = run(sys.executable, "-m", "pipeline", "expor")
+    unknown = run(sys.executable, "-m", "pipeline", "nothing")
     assert unknown.returncode == EXIT_USER
     assert all(repr(verb) in unknown.stderr for verb in VERBS)
 
