@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from pipeline.distillation.models.loading import count_parameters
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder
 from pipeline.evaluation.tables import markdown_table, text_table
@@ -81,7 +82,7 @@ def check_length(encoder: Encoder, length: int) -> None:
 def size_of(encoder: Encoder) -> dict[str, Any]:
     """Number of parameters with and without word embeddings, and megabytes of the weights as loaded."""
     parameters = list(encoder.model.parameters())
-    total = sum(parameter.numel() for parameter in parameters)
+    total = count_parameters(encoder.model)
     return {
         "parameters": total,
         "parameters_without_word_embeddings": total - encoder.model.get_input_embeddings().weight.numel(),

@@ -9,7 +9,6 @@ Markdown of its README.md.
 from __future__ import annotations
 
 import argparse
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -160,7 +159,7 @@ def model_card(directory: Path, measured: Sequence[Path] = ()) -> str:
     weights = directory / "model.safetensors"
     recipe = lineage.get("recipe")
     sizes = (
-        f"{config.num_hidden_layers} layers, width {config.hidden_size}, {count_parameters(directory) / 1e6:.1f} M parameters, "
+        f"{config.num_hidden_layers} layers, width {config.hidden_size}, {read_model(directory, 'student').num_parameters / 1e6:.1f} M parameters, "
         f"{config.vocab_size:,} pieces, {weights.stat().st_size / 1e6:.0f} MB"
     )
     if recipe is not None:
@@ -234,11 +233,6 @@ def length_note(directory: Path) -> str:
         f"It was trained from random weights on rows of {trained} tokens and accepts {positions}, but positions after {trained} "
         f"were never trained: cut inputs at {trained} tokens (the tokenizer and the sentence-transformers settings do)."
     )
-
-
-def count_parameters(student: Path) -> int:
-    """Number of parameters in a student's safetensors file, from its header."""
-    return sum(math.prod(tensor.shape) for tensor in read_model(student, "student").tensors.values())
 
 
 def _front_matter(lineage: dict[str, Any], directory: Path) -> str:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from pipeline.config import Recipe
 from pipeline.distillation.models.architectures import check_length
-from pipeline.distillation.models.loading import blank_model, config_of
+from pipeline.distillation.models.loading import blank_model, config_of, count_parameters
 from pipeline.distillation.models.student import recompute_activations, student_hf_config
 from pipeline.distillation.models.student_init import copied_layers
 from pipeline.distillation.models.vocabulary import read_vocabulary
@@ -99,12 +99,12 @@ class Encoders:
     @property
     def teacher_parameters(self) -> int:
         """Of the cut teacher."""
-        return num_parameters(self.teacher)
+        return count_parameters(self.teacher)
 
     @property
     def student_parameters(self) -> int:
         """Of the part of the student that runs in training."""
-        return num_parameters(self.student)
+        return count_parameters(self.student)
 
     @property
     def trained_parameters(self) -> int:
@@ -115,7 +115,7 @@ def build_encoders(recipe: Recipe, config: PretrainedConfig | None = None) -> En
     """Cut and tap both models as training does. `config`: the teacher's, by default that of `read_config`."""
     config, teacher_model, student_model = blank_models(recipe, config)
     check_length(config, recipe.seq_len, recipe.teacher)
-    sizes = (num_parameters(teacher_model), num_parameters(student_model))
+    sizes = (count_parameters(teacher_model), count_parameters(student_model))
     relations, options = recipe.relations, recipe.relations.tap_options
     teacher = tap(teacher_model, relations.teacher_taps or config.num_hidden_layers, **options, role="teacher")
     if "embeddings" in recipe.student.freeze:
@@ -149,10 +149,6 @@ def blank_models(
         teacher = blank_model(config, recipe.teacher, attn_implementation=ATTENTION)
         student = blank_model(student_config, student_config.model_type, "student", ATTENTION)
     return config, teacher, student
-
-
-def num_parameters(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def read_config(teacher: str, config_file: Path | None = None) -> PretrainedConfig:

@@ -1,6 +1,6 @@
 """The training loop: sample numbers in, a distilled student out, in one run directory.
 
-    recipe + DeepSpeed JSON -> build.py -> Run -> resume.py -> TrainState -> Trainer.run():
+    recipe + DeepSpeed JSON -> build.py -> Run -> resume.py -> TrainState -> Trainer.train():
         batch -> teacher and student -> relation loss -> optimizer step -> log, evaluate, save
 
 The state of a run is one integer, the number of finished steps, plus what a checkpoint holds. So an interrupted run and
