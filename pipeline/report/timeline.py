@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.runtime.json_files import RESTORE, read_json_if_there
+from pipeline.runtime.restarts import restarts_file
 
 GAP_IN_INTERVALS = 10  # a pause of this many usual intervals between two lines counts as a restart
 SECONDS_PER_HOUR = 3600.0
@@ -62,7 +63,7 @@ def _is_start(start: Any) -> bool:
 
 def events_of(run_dir: Path, metrics: Points, committed_steps: Sequence[int]) -> Events:
     """The events of a run. Without a file of restarts it counts as one attempt, and its pauses count as restarts."""
-    path = run_dir / "lives.json"
+    path = restarts_file(run_dir)
     starts = read_json_if_there(path, list)
     if not all(_is_start(start) for start in starts):
         raise UserError(f"{path} is not a list of starts with time_s, first_step and world_size. {RESTORE}.")

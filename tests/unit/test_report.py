@@ -154,13 +154,13 @@ def test_the_time_line_and_its_cost(run_dir: Path) -> None:
 
 
 def test_a_run_without_a_file_of_restarts(run_dir: Path) -> None:
-    (run_dir / "lives.json").unlink()
+    (run_dir / "restarts.json").unlink()
     events = events_of(run_dir, read_metrics(run_dir), [4, 8])
     assert (len(events.attempts), events.saved_steps, events.restarts) == (1, [4, 8], [4])
 
 
 def test_a_run_without_a_file_of_restarts_that_has_not_logged_yet(run_dir: Path) -> None:
-    (run_dir / "lives.json").unlink()
+    (run_dir / "restarts.json").unlink()
     events = events_of(run_dir, [], [4])
     assert (events.saved, events.saved_steps, events.restarts) == ([], [4], [])
 

@@ -228,7 +228,7 @@ def test_the_command_prints_a_table_and_writes_json(tiny_teacher: Path, tmp_path
         (["--tasks", "poetry"], "Tasks: heldout, retrieval"),
         (["--set", "retrieval.pair=x"], "did you mean `pairs`"),
         (["--set", "retrieval.batch_size=1000000007"], "`retrieval.batch_size` is 1000000007"),
-        (["--set", "retrieval.max_pairs=1"], "must lie between 2"),
+        (["--set", "retrieval.max_pairs=1"], "it must be between 2 and"),
     ],
 )
 def test_bad_arguments_give_one_line_and_exit_code_2(

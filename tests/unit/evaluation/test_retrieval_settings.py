@@ -39,8 +39,7 @@ def test_a_recipe_with_retrieval_settings_stays_valid(recipe: Path, tmp_path: Pa
 def test_training_warns_once(recipe: Path, tmp_path: Path) -> None:
     command = [sys.executable, "pipeline/train.py", "--deepspeed", "ds_configs/zero2.json", "--recipe", str(recipe)]
     done = subprocess.run([*command, "--run-dir", str(tmp_path / "run")], cwd=REPO, capture_output=True, text=True)
-    assert done.returncode == 2, "the teacher does not exist"
-    assert "no teacher at" in done.stderr
+    assert done.returncode == 2, "neither shards nor teacher exist"
     assert done.stdout.count("warning: training does not use `retrieval`") == 1
 
 
