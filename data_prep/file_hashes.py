@@ -6,6 +6,7 @@ In: the path of a file. Out: hexadecimal digits.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import xxhash
@@ -13,12 +14,13 @@ import xxhash
 READ_BYTES = 1 << 20
 
 
-def xxh3_128_of_file(path: Path) -> str:
-    """XXH3-128 of a file, as `xxhsum -H2` prints it."""
+def xxh3_128_of_file(path: Path, progress: Callable[[], None] = lambda: None) -> str:
+    """XXH3-128 of a file, as `xxhsum -H2` prints it. `progress` is called after each block."""
     digest = xxhash.xxh3_128()
     with open(path, "rb", buffering=0) as file:
         while chunk := file.read(READ_BYTES):
             digest.update(chunk)
+            progress()
     return digest.hexdigest()
 
 

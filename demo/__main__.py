@@ -30,6 +30,7 @@ from pipeline.errors import EXIT_DONE, UserError, exit_code_of
 from pipeline.evaluation.retrieval import read_pairs
 from pipeline.export.hf import LINEAGE_FILE
 from pipeline.runtime.json_files import read_json, read_json_if_there
+from pipeline.runtime.run_paths import RunPaths
 
 DEEPSPEED_JSON = Path("ds_configs/zero2.json")
 DEFAULT_PORT = 29500  # the default of DeepSpeed's launcher
@@ -91,7 +92,7 @@ def prepare_shards(recipe: Recipe) -> None:
 def train(recipe_path: Path, overrides: list[str], recipe: Recipe, run_dir: Path) -> None:
     """Run the training command of the README. Its duration is written to `demo_training.json`."""
     done = read_json_if_there(run_dir / "demo_training.json")
-    if done.get("steps") == recipe.steps and (run_dir / "DONE").is_file():
+    if done.get("steps") == recipe.steps and RunPaths(run_dir).done.is_file():
         print(f"student: {run_dir} has its {recipe.steps} steps", flush=True)
         return
     started = time.perf_counter()
@@ -100,7 +101,7 @@ def train(recipe_path: Path, overrides: list[str], recipe: Recipe, run_dir: Path
         + ["--recipe", str(recipe_path), "--run-dir", str(run_dir)]
         + [word for override in overrides for word in ("--set", override)]
     )
-    if not (run_dir / "DONE").is_file():
+    if not RunPaths(run_dir).done.is_file():
         raise UserError(f"the training in {run_dir} was stopped before its end. Run the same command to continue.")
     report = {"steps": recipe.steps, "seconds": round(time.perf_counter() - started, 1)}
     replace_file(run_dir / "demo_training.json", json.dumps(report) + "\n")

@@ -23,6 +23,7 @@ from pipeline.evaluation.encoder import Encoder, load_encoder
 from pipeline.evaluation.retrieval import RetrievalConfig, evaluate_retrieval, retrieval_table
 from pipeline.export.card import write_card
 from pipeline.runtime.json_files import read_json, read_json_if_there, read_points
+from pipeline.runtime.run_paths import RunPaths
 from pipeline.training.build import student_of
 from pipeline.training.checks import cut_teacher, open_data
 
@@ -85,7 +86,7 @@ def kept_or_made(
 
 def training_speed(run_dir: Path) -> float:
     """Median of the tokens per second in the log intervals of the training."""
-    speeds = [point[SPEED] for point in read_points(run_dir / "metrics.jsonl") if SPEED in point]
+    speeds = [point[SPEED] for point in read_points(RunPaths(run_dir).metrics) if SPEED in point]
     return round(statistics.median(speeds), 1)
 
 

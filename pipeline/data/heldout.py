@@ -15,7 +15,7 @@ from pipeline.data.batches import BatchSource
 
 
 class Rank(Protocol):
-    """This process among the ranks (`Launch` of runtime/dist.py, `Ranks` of evaluation/ranks.py)."""
+    """This process among the ranks: `Launch` of runtime/dist.py."""
 
     @property
     def rank(self) -> int: ...
@@ -23,6 +23,7 @@ class Rank(Protocol):
     def world_size(self) -> int: ...
     @property
     def device(self) -> torch.device: ...
+    def sum(self, values: torch.Tensor) -> torch.Tensor: ...
 
 
 def heldout_losses(
@@ -30,7 +31,6 @@ def heldout_losses(
     source: BatchSource,
     micro_batch: int,
     rank: Rank,
-    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
     progress: Callable[[], None],
 ) -> dict[str, float]:
     """Mean relation loss per language.
@@ -42,8 +42,7 @@ def heldout_losses(
         row_losses: maps int64 [B, L] ids and `segments` (of a `Batch`) to the loss of each row, fp32 [B].
         source: the rows, of all its languages.
         micro_batch: rows of one forward.
-        rank: which chunks this process computes, and on which device.
-        sum_over_ranks: adds a tensor up over the ranks, in place.
+        rank: which chunks this process computes, on which device, and the sum over the ranks, in place.
         progress: is called after every forward.
     """
     input_ids_BL, segments_BS = source.heldout_batch(source.languages)
@@ -60,6 +59,6 @@ def heldout_losses(
         if number < len(chunks):
             totals[0].index_add_(0, owner[start:stop], losses)
             totals[1].index_add_(0, owner[start:stop], torch.ones_like(losses))
-    sum_over_ranks(totals)
+    rank.sum(totals)
     means = (totals[0] / totals[1]).tolist()
     return dict(zip(source.languages, means, strict=True))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,17 @@ import transformers
 
 from data_prep.outputs import output_path
 from data_prep.ownership import own, sibling_lock
-from data_prep.shards import DataError
 from pipeline.config import apply_override, build_section
 from pipeline.errors import UserError
 from pipeline.evaluation import plots, results
 from pipeline.evaluation.encoder import Encoder, load_encoder
 from pipeline.evaluation.finetuning.grid import encoder_fingerprint
-from pipeline.evaluation.ranks import Ranks, joined
+from pipeline.evaluation.ranks import joined
 from pipeline.evaluation.task import tasks
 from pipeline.evaluation.training_metadata import training_metadata
 from pipeline.provenance import fingerprint
+from pipeline.runtime.directory_lock import locked_by_rank_0
+from pipeline.runtime.dist import Launch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
         evaluate(arguments.models, names, config, arguments.output, ranks)
 
 
-def evaluate(models: list[str], names: list[str], config: Any, output: Path, ranks: Ranks) -> None:
+def evaluate(models: list[str], names: list[str], config: Any, output: Path, ranks: Launch) -> None:
     """Run every task on every model. The figures of one task are on disk before the next task starts.
 
     Args:
@@ -81,24 +82,16 @@ def evaluate(models: list[str], names: list[str], config: Any, output: Path, ran
         _evaluate(encoders, names, config, output, ranks)
 
 
-@contextlib.contextmanager
-def owned_tasks(names: list[str], output: Path, ranks: Ranks) -> Iterator[None]:
+def owned_tasks(names: list[str], output: Path, ranks: Launch) -> AbstractContextManager[None]:
     """Lock the directory of each task below `output`. Another job may add other tasks to the same file meanwhile."""
-    with contextlib.ExitStack() as held:
-        problem = None
-        if ranks.is_main:
-            try:
-                held.callback(_remove_if_empty, output)
-                output.mkdir(parents=True, exist_ok=True)
-                for name in names:
-                    held.enter_context(own(sibling_lock(output / name), f"the evaluation {output / name}"))
-            except DataError as error:
-                problem = f"{error} Or name another --output."
-            except OSError as error:
-                problem = f"{output} cannot be written to ({error}). Name another --output."
-        if problem := ranks.from_main(problem):
-            raise UserError(problem)
-        yield
+
+    def lock(held: contextlib.ExitStack) -> None:
+        held.callback(_remove_if_empty, output)
+        output.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            held.enter_context(own(sibling_lock(output / name), f"the evaluation {output / name}"))
+
+    return locked_by_rank_0(lock, str(output), "--output", ranks)
 
 
 def _remove_if_empty(directory: Path) -> None:
@@ -106,7 +99,7 @@ def _remove_if_empty(directory: Path) -> None:
         directory.rmdir()
 
 
-def _evaluate(encoders: list[Encoder], names: list[str], config: Any, output: Path, ranks: Ranks) -> None:
+def _evaluate(encoders: list[Encoder], names: list[str], config: Any, output: Path, ranks: Launch) -> None:
     path = output / results.FILE
     about = {encoder.name: _identity(encoder) for encoder in encoders if ranks.is_main}
     for name in names:

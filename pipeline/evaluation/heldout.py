@@ -26,11 +26,11 @@ from pipeline.distillation.tap import tap
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder, load_encoder, split_name
 from pipeline.evaluation.languages import choose_languages, left_out_line
-from pipeline.evaluation.ranks import Ranks
 from pipeline.evaluation.tables import markdown_table, text_table
 from pipeline.evaluation.task import Panel, Results, Task
 from pipeline.evaluation.training_metadata import DEFAULTS, training_metadata
 from pipeline.recipe.ranges import LARGEST_BATCH, LARGEST_WEIGHT, LONGEST_ROW, check_ranges
+from pipeline.runtime.dist import Launch
 from pipeline.training.identity import WEIGHTS, weights_hash
 
 
@@ -67,7 +67,7 @@ def check_input(config: HeldoutConfig) -> None:
         )
 
 
-def evaluate_heldout(encoders: list[Encoder], config: HeldoutConfig, ranks: Ranks) -> dict[str, dict[str, Any]]:
+def evaluate_heldout(encoders: list[Encoder], config: HeldoutConfig, ranks: Launch) -> dict[str, dict[str, Any]]:
     """Per model: loss per language and its mean over languages. All ranks call it together; each does a share of the rows."""
     chosen = settings_of(encoders, config)
     shards = ShardSet(Path(config.data))
@@ -99,7 +99,7 @@ def evaluate_heldout(encoders: list[Encoder], config: HeldoutConfig, ranks: Rank
             total=-(-chunks // ranks.world_size), desc=f"held-out loss of {encoder.name}", unit="batch", disable=None
         )
         losses = heldout_losses(
-            *(distiller.losses_by_row, source, config.batch_size, ranks, ranks.sum),
+            *(distiller.losses_by_row, source, config.batch_size, ranks),
             progress=lambda bar=bar: bar.update(),  # type: ignore[misc]
         )
         bar.close()

@@ -1,6 +1,6 @@
 """The ranks of an evaluation: one process, or several that share its work.
 
-In: the launcher's environment. Out: `Ranks`. With one rank its collectives do nothing, so a plain
+In: the launcher's environment. Out: a `Launch`. With one rank its collectives do nothing, so a plain
 `python -m pipeline evaluate` needs no process group.
 """
 
@@ -14,22 +14,20 @@ import torch
 
 from pipeline.runtime import dist
 from pipeline.runtime.allotment import check_allotted_gpus
+from pipeline.runtime.dist import Launch
 
 # Ranks wait for rank 0 while it runs the tasks that are not shared (retrieval, speed). If a rank dies, its launcher ends the job.
 COLLECTIVE_TIMEOUT_S = 4 * 3600.0
 
 
-Ranks = dist.Launch
-
-
-def alone() -> Ranks:
+def alone() -> Launch:
     """One process, on the GPU if there is one. Raises `UserError` where Slurm has allotted GPUs and torch sees none."""
     check_allotted_gpus()
-    return Ranks(0, 1, 0, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return Launch(0, 1, 0, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
+def joined() -> Iterator[Launch]:
     """The ranks that a launcher started together, or one rank without a launcher."""
     started = max(dist.number_in(os.environ, name, 1) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
     if started == 1:

@@ -16,7 +16,7 @@ import torch
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import POOLINGS, Encoder, sentence_vectors
 from pipeline.evaluation.languages import Languages, choose_languages, left_out_line
-from pipeline.evaluation.tables import markdown_table, text_table
+from pipeline.evaluation.tables import markdown_table, pooling_rows, text_table
 from pipeline.evaluation.task import Panel, Results, Task
 from pipeline.evaluation.tatoeba import SHORT_CODES, read_line_pairs, read_text, tatoeba_files
 from pipeline.recipe.ranges import LARGEST_BATCH, LARGEST_INT, LONGEST_ROW, check_ranges
@@ -191,22 +191,20 @@ def retrieval_table(results: Results) -> str:
     columns = ["<12", *[">9"] * (len(languages) + 1)]
     header = ["model", "pooled from", *languages, "mean"]
     return text_table(
-        "retrieval accuracy, both directions averaged", header, _rows(results), columns, [left_out_line(results)]
+        "retrieval accuracy, both directions averaged",
+        header,
+        pooling_rows(results, "per_pair", lambda pair: pair["mean"]),
+        columns,
+        [left_out_line(results)],
     )
-
-
-def _rows(results: Results) -> list[list[str]]:
-    """Model, pooling, accuracy per language, mean."""
-    return [
-        [name, pooling, *(f"{pair[pooling]['mean']:.3f}" for pair in result["per_pair"].values()), f"{mean:.3f}"]
-        for name, result in results.items()
-        for pooling, mean in result["mean"].items()
-    ]
 
 
 def _card(results: Results) -> str:
     languages = list(next(iter(results.values()))["per_pair"])
-    rows = [[f"{name}, {pooling}", *cells] for name, pooling, *cells in _rows(results)]
+    rows = [
+        [f"{name}, {pooling}", *cells]
+        for name, pooling, *cells in pooling_rows(results, "per_pair", lambda pair: pair["mean"])
+    ]
     return markdown_table(["model, pooled from", *languages, "mean"], rows)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import POOLINGS, Encoder, sentence_vectors
 from pipeline.evaluation.finetuning.xnli_data import header_positions
-from pipeline.evaluation.tables import markdown_table, text_table
+from pipeline.evaluation.tables import markdown_table, pooling_rows, text_table
 from pipeline.evaluation.task import Panel, Results, Task
 from pipeline.recipe.ranges import LARGEST_BATCH, LONGEST_ROW, check_ranges
 
@@ -196,21 +196,14 @@ def sts_table(results: Results) -> str:
     files = next(iter(results.values()))["per_file"]
     header = ["model", "pooled from", *(Path(name).stem[-16:] for name in files), "mean"]
     columns = ["<12", *[">18"] * (len(files) + 1)]
-    return text_table("semantic textual similarity, Spearman correlation", header, _rows(results), columns)
-
-
-def _rows(results: Results) -> list[list[str]]:
-    """Model, pooling, correlation per file, mean."""
-    return [
-        [name, pooling, *(f"{file[pooling]:.3f}" for file in result["per_file"].values()), f"{mean:.3f}"]
-        for name, result in results.items()
-        for pooling, mean in result["mean"].items()
-    ]
+    return text_table(
+        "semantic textual similarity, Spearman correlation", header, pooling_rows(results, "per_file"), columns
+    )
 
 
 def _card(results: Results) -> str:
     files = next(iter(results.values()))["per_file"]
-    rows = [[f"{name}, {pooling}", *cells] for name, pooling, *cells in _rows(results)]
+    rows = [[f"{name}, {pooling}", *cells] for name, pooling, *cells in pooling_rows(results, "per_file")]
     return markdown_table(["Spearman correlation, pooled from", *(Path(file).name for file in files), "mean"], rows)
 
 

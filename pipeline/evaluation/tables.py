@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 
 def text_table(
@@ -26,6 +27,18 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table: the first column is aligned left, all others right."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
+
+
+def pooling_rows(results: Mapping[str, Any], per: str, figure: Callable[[Any], float] = float) -> list[list[str]]:
+    """Rows of model, pooling, one figure for each entry of `result[per]`, and the mean.
+
+    `figure`: what is shown of one pooling's value in one entry.
+    """
+    return [
+        [name, pooling, *(f"{figure(entry[pooling]):.3f}" for entry in result[per].values()), f"{mean:.3f}"]
+        for name, result in results.items()
+        for pooling, mean in result["mean"].items()
+    ]
 
 
 def sentence(text: str) -> str:

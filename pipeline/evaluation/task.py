@@ -34,7 +34,7 @@ class Task:
     Attributes:
         name: what `--tasks` accepts, and the section of its settings: `--set NAME.KEY=VALUE`
         settings: dataclass of the settings
-        evaluate: called with the encoders, the settings, the `Ranks` and a directory for the task's own files
+        evaluate: called with the encoders, the settings, the `Launch` and a directory for the task's own files
         table: the results as text for the console
         panels: the results as bar charts
         card: the results as Markdown for the model card, without a heading

@@ -18,6 +18,7 @@ from pipeline.evaluation.tables import markdown_table, sentence
 from pipeline.evaluation.task import tasks
 from pipeline.export.onnx import checked_on, int8_warning
 from pipeline.runtime.json_files import read_json, read_points
+from pipeline.runtime.run_paths import RunPaths
 
 STAGES = {"teacher": "teacher", "before": "student before training", "after": "student after training"}
 SUFFIXES = {"output": "", "last_input": "_last_input", "values": "_values"}
@@ -41,8 +42,8 @@ def measured_sections(directories: Iterable[Path], steps: int | None) -> str:
                 if name == "demo.json" and found.get("steps") != steps:
                     continue  # the run continued after the demo: these are figures of an earlier student
                 parts += section(found)
-        if (directory / "metrics.jsonl").is_file():
-            parts += _heldout_of_run(directory / "metrics.jsonl")
+        if (metrics := RunPaths(directory).metrics).is_file():
+            parts += _heldout_of_run(metrics)
     return "\n\n".join(parts)
 
 

@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, PretrainedConfig
+from transformers import PretrainedConfig
 
 from data_prep.outputs import check_output_place, replaced_directory
 from pipeline.data.tokenizer_hash import tokenizer_directory
-from pipeline.distillation.models.architectures import architecture_of
-from pipeline.distillation.models.loading import config_of
+from pipeline.distillation.models.loading import blank_model, config_of
 from pipeline.errors import UserError
 from pipeline.export.card import CARD_FILE, LINEAGE_FILE, VOCABULARY_FILE, lineage_of, write_card
 from pipeline.export.handover import hand_over, limit_tokenizer
+from pipeline.runtime import ds_config
 from pipeline.runtime.checkpoint import read_model_weights
 from pipeline.runtime.json_files import read_json
+from pipeline.runtime.run_paths import RunPaths
 from pipeline.runtime.tensor_files import not_finite, save_tensors
 from pipeline.training.identity import check_same_tokenizer_files, warn_of_other_teacher
 
@@ -54,7 +55,7 @@ PRODUCTS = (  # the files of an export
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
 )
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+DTYPES = {name: ds_config.DTYPES[name] for name in ("fp32", "fp16")}
 
 
 def export_run(run_dir: Path, output: Path, extras: Sequence[Extra] = (), dtype: torch.dtype = torch.float32) -> Path:
@@ -73,9 +74,10 @@ def export_run(run_dir: Path, output: Path, extras: Sequence[Extra] = (), dtype:
         raise UserError(f"run directory {run_dir} not found. Name the --run-dir of a training.")
     check_output_place(output, "--output", {"the run directory": run_dir})
     weights, state = read_model_weights(run_dir)
-    run = read_json(_existing(run_dir / "run.json"))
-    config = config_of(_existing(run_dir / "student_config.json"), str(run_dir), "student")
-    recipe_text = _existing(run_dir / "recipe.yaml").read_text(encoding="utf-8")
+    paths = RunPaths(run_dir)
+    run = read_json(_existing(paths.description))
+    config = config_of(_existing(paths.student_config), str(run_dir), "student")
+    recipe_text = _existing(paths.recipe).read_text(encoding="utf-8")
     tokenizer = run.get("vocabulary") or run["teacher"]
     check_output_place(output, "--output", {"the teacher": Path(run["teacher"]), "the tokenizer": Path(tokenizer)})
     check_same_tokenizer_files(state.get("identity", {}), tokenizer, run_dir)
@@ -135,9 +137,8 @@ def export_student(export: Export, output: Path) -> Path:
 
 def check_weights(weights: Mapping[str, torch.Tensor], config: PretrainedConfig) -> str:
     """The name of the model class, after checking that it has exactly these weights in these shapes, all fp32."""
-    pooler = {"add_pooling_layer": False} if architecture_of(config).has_pooler else {}
     with torch.device("meta"):
-        model = AutoModel.from_config(config, **pooler)
+        model = blank_model(config, "student_config.json", "student")
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     differing = sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))

@@ -35,6 +35,7 @@ from pipeline.report import timeline as times
 from pipeline.report.retrieval import read_retrieval
 from pipeline.runtime.checkpoint_files import committed_steps
 from pipeline.runtime.json_files import read_json_if_there, read_points
+from pipeline.runtime.run_paths import RunPaths
 
 MAPS_COLORS = "magma"
 RECIPE_ROWS = {
@@ -67,8 +68,9 @@ def run(arguments: argparse.Namespace) -> None:
 def render(run_dir: Path) -> str:
     """The complete page. A section without content is left out."""
     metrics = read_metrics(run_dir)
-    about, recipe = read_json_if_there(run_dir / "run.json"), _read_recipe(run_dir)
-    events = times.events_of(run_dir, metrics, committed_steps(run_dir / "checkpoints"))
+    paths = RunPaths(run_dir)
+    about, recipe = read_json_if_there(paths.description), _read_recipe(paths.recipe)
+    events = times.events_of(run_dir, metrics, committed_steps(paths.checkpoints))
     retrieval = read_retrieval(run_dir, metrics[-1]["step"], recipe.get("teacher"))
     compared = "Retrieval before and after" if "before" in retrieval else "Retrieval"
     languages = "On rows that training never saw; the three lowest and the three highest languages are named."
@@ -111,7 +113,7 @@ def anchor(title: str) -> str:
 
 def read_metrics(run_dir: Path) -> times.Points:
     """The points of `metrics.jsonl`. A line that is still being written is left out."""
-    path = run_dir / "metrics.jsonl"
+    path = RunPaths(run_dir).metrics
     if not path.is_file():
         raise UserError(f"{path} is missing: {run_dir} is not a run directory, or its training has not started.")
     if not (points := read_points(path)):
@@ -134,7 +136,7 @@ def subtitle(about: dict[str, Any], recipe: dict[str, Any]) -> str:
 
 def facts(run_dir: Path, metrics: times.Points, retrieval: dict[str, dict[str, Any]]) -> str:
     """The figures at the top."""
-    marker = next((name for name in ("DONE", "PREEMPTED") if (run_dir / name).is_file()), "no end marker")
+    marker = next((path.name for path in RunPaths(run_dir).end_markers if path.is_file()), "no end marker")
     heldout = times.series(metrics, "heldout/mean")
     speeds = sorted(value for _, value in times.series(metrics, "speed/tokens_per_second"))
     shown = {"state": marker, "steps": f"{metrics[-1]['step']:,}", "rows seen": f"{metrics[-1]['samples']:,}"}
@@ -220,10 +222,11 @@ def recipe_section(run_dir: Path, recipe: dict[str, Any]) -> str:
     """The main keys as a table; recipe, run.json and DeepSpeed config as folded text."""
     rows = {label: _short(recipe[key]) for key, label in RECIPE_ROWS.items() if recipe.get(key) is not None}
     parts = [facts_table(rows)] if rows else []
-    for name in ("recipe.yaml", "run.json", "deepspeed.json"):
-        if (run_dir / name).is_file():
-            text = html.escape((run_dir / name).read_text(encoding="utf-8"))
-            parts.append(f"<details><summary>{name}</summary><pre>{text}</pre></details>")
+    paths = RunPaths(run_dir)
+    for path in (paths.recipe, paths.description, paths.deepspeed):
+        if path.is_file():
+            text = html.escape(path.read_text(encoding="utf-8"))
+            parts.append(f"<details><summary>{path.name}</summary><pre>{text}</pre></details>")
     return "\n".join(parts)
 
 
@@ -248,8 +251,7 @@ def _short(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def _read_recipe(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / "recipe.yaml"
+def _read_recipe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     # A run of another version may have further keys; the page shows the file as well.

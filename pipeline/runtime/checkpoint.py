@@ -33,6 +33,7 @@ from pipeline.runtime.checkpoint_files import (
     read_text,
     untrained_name,
 )
+from pipeline.runtime.run_paths import RunPaths
 from pipeline.runtime.tensor_files import not_finite, open_tensors
 
 MAX_READS = 100  # of a checkpoint that the run which writes it prunes while it is read
@@ -220,11 +221,11 @@ def read_model_weights(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict[str
         UserError: no checkpoint, no valid one, or weights that are not finite
     """
     for _ in range(MAX_READS):
-        before = committed_steps(run_dir / "checkpoints")
+        before = committed_steps(RunPaths(run_dir).checkpoints)
         try:
             return _read_model_weights(run_dir)
         except (UserError, OSError, SafetensorError, RuntimeError, ValueError, KeyError):  # RuntimeError: safe_open
-            if set(before) <= set(committed_steps(run_dir / "checkpoints")):
+            if set(before) <= set(committed_steps(RunPaths(run_dir).checkpoints)):
                 raise  # nothing was pruned during the read, so the error is about the files
     raise UserError(
         f"{run_dir} prunes its checkpoints faster than one can be read. Raise checkpoint.keep, or wait until the run has ended"
@@ -232,7 +233,7 @@ def read_model_weights(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict[str
 
 
 def _read_model_weights(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    checkpoint, _ = newest_valid(run_dir / "checkpoints")
+    checkpoint, _ = newest_valid(RunPaths(run_dir).checkpoints)
     if checkpoint is None:
         raise UserError(
             f"{run_dir} has no checkpoint. Train first: deepspeed pipeline/train.py --deepspeed ds_configs/zero2.json "

@@ -19,8 +19,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from data_prep.durable_files import sync, unique_name
+from data_prep.file_hashes import sha256_of_file
 from data_prep.shards import UnreadableError, read_again
-from pipeline.runtime.file_hash import sha256_of
 from pipeline.runtime.optimizer import MOMENTS
 from pipeline.runtime.tensor_files import has_duplicate_names, open_tensors
 
@@ -188,7 +188,7 @@ def file_corruption(path: Path, entry: Mapping[str, Any]) -> str | None:
         return f"{path.name} is missing"
     if found.st_size != entry["size_bytes"]:
         return f"{path.name} has {found.st_size} bytes, the manifest says {entry['size_bytes']}"
-    if read_again(path, lambda: sha256_of(path)) != entry["sha256"]:
+    if read_again(path, lambda: sha256_of_file(path)) != entry["sha256"]:
         return f"{path.name} does not have the sha256 of the manifest"
     return None
 

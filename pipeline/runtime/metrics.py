@@ -23,6 +23,7 @@ from data_prep.durable_files import replace_file
 from data_prep.shards import read_again
 from pipeline.recipe.ranges import LARGEST_INT, check_ranges
 from pipeline.runtime.noncritical_files import make_way_for_directory, make_way_for_file, open_log, set_aside
+from pipeline.runtime.run_paths import RunPaths
 from pipeline.runtime.tensorboard_tags import LAYOUT, tensorboard_tag
 
 
@@ -45,13 +46,14 @@ class Metrics:
         self.known_of_first_step: set[str] = set()  # tags that an earlier attempt has written
         if not active:
             return
-        self._tensorboard_dir = run_dir / "tensorboard"
+        paths = RunPaths(run_dir)
+        self._tensorboard_dir = paths.tensorboard
         # An earlier attempt may have written past the checkpoint that this one resumes from: those steps are dropped.
         purge_step = first_step + 1 if first_step else 0
         self._purge_step: int | None = purge_step
         self._writer: SummaryWriter | None = None
         self._has_warned = False
-        self._path = run_dir / "metrics.jsonl"
+        self._path = paths.metrics
         self._lines: TextIO | None = None
         self._bar = tqdm(
             total=steps, initial=first_step, unit="step", desc="distil", disable=not sys.stderr.isatty(), leave=False

@@ -22,11 +22,12 @@ from typing import Any
 
 from data_prep.command_line import module_command
 from data_prep.durable_files import sync, unique_name
+from data_prep.file_hashes import xxh3_128_of_file
 from data_prep.shards import Shard, read_again
 from pipeline.errors import UserError
 from pipeline.runtime import dist
-from pipeline.runtime.file_hash import xxh3_128_of
 from pipeline.runtime.noncritical_files import make_way_for_file
+from pipeline.runtime.run_paths import RunPaths
 
 STALE_LOCK_AGE_S = 600.0
 SHARED_PATIENCE_S = 10.0  # a network file system may show another node's file a little later
@@ -128,7 +129,7 @@ def check_shared(run_dir: Path, launch: dist.Launch) -> None:
 
 def ensure_run_dir(run_dir: Path) -> None:
     """Make `checkpoints/`, and sync the directories above it so that their names survive a power failure."""
-    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    RunPaths(run_dir).checkpoints.mkdir(parents=True, exist_ok=True)
     for directory in (run_dir, *run_dir.absolute().parents[:2]):
         with contextlib.suppress(OSError):  # a directory without read permission
             sync(directory)
@@ -136,10 +137,10 @@ def ensure_run_dir(run_dir: Path) -> None:
 
 def remove_markers(run_dir: Path) -> None:
     """Remove the marker files of an earlier attempt."""
-    for marker in ("DONE", "PREEMPTED", "FAILED"):
+    for marker in RunPaths(run_dir).end_markers:
         with contextlib.suppress(OSError):
-            make_way_for_file(run_dir / marker)
-            (run_dir / marker).unlink(missing_ok=True)
+            make_way_for_file(marker)
+            marker.unlink(missing_ok=True)
 
 
 def agree(facts: dict[str, Any], launch: dist.Launch) -> None:
@@ -215,7 +216,7 @@ def corrupt_shards(shards: Iterable[Shard], progress: Callable[[], None]) -> lis
     return [
         str(shard.path)
         for shard in shards
-        if read_again(shard.path, partial(xxh3_128_of, shard.path, progress)) != shard.xxh3_128
+        if read_again(shard.path, partial(xxh3_128_of_file, shard.path, progress)) != shard.xxh3_128
     ]
 
 

@@ -16,12 +16,12 @@ from typing import Any
 
 import xxhash
 
+from data_prep.file_hashes import sha256_of_file
 from data_prep.tokenizer_ids import FAST_TOKENIZER_NAME, SENTENCEPIECE_NAMES
 from pipeline.data.tokenizer_hash import deciding_file
 from pipeline.distillation.models.model_files import ModelFiles, Tensor, read_model
 from pipeline.distillation.models.vocabulary import MAP_FILE, read_vocabulary
 from pipeline.errors import UserError
-from pipeline.runtime.file_hash import sha256_of
 
 Identity = dict[str, str]
 WEIGHTS, CONFIG, TOKENIZER, VOCABULARY = "teacher weights", "teacher config", "tokenizer", "vocabulary"
@@ -44,7 +44,7 @@ def identity_of(teacher: str, vocabulary: str | None = None) -> Identity:
     files = read_model(teacher)
     identity = {WEIGHTS: weights_hash(files), CONFIG: config_hash(files.config)}
     if vocabulary is not None:
-        identity[VOCABULARY] = sha256_of(read_vocabulary(vocabulary).directory / MAP_FILE)
+        identity[VOCABULARY] = sha256_of_file(read_vocabulary(vocabulary).directory / MAP_FILE)
     return {**identity, **tokenizer_identity(vocabulary or teacher)}
 
 
@@ -53,7 +53,7 @@ def tokenizer_identity(name: str) -> Identity:
     decides = deciding_file(name)
     names = {decides.name, *IDS_IN} if Path(name).expanduser().is_dir() else {decides.name}
     present = sorted(file for file in names if (decides.parent / file).is_file())
-    return {f"{TOKENIZER} {file}": sha256_of(decides.parent / file) for file in present}
+    return {f"{TOKENIZER} {file}": sha256_of_file(decides.parent / file) for file in present}
 
 
 def weights_hash(files: ModelFiles) -> str:

@@ -146,7 +146,6 @@ class Trainer:
             parts.source,
             parts.batch.micro_batch,
             launch,
-            dist.sum_over_ranks,
             self.run.watchdog.feed,
         )
         self.logger.heldout(step, losses)

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from data_prep.shards import ShardSet
 from pipeline.runtime.checkpoint import read_model_weights
@@ -64,17 +66,29 @@ def test_it_is_exported_again_with_the_weights_it_had(before: Path) -> None:
     command(before, "-m", "pipeline", "export", "run", "--output", "again")
     config, earlier = (json.loads((before / name / "config.json").read_text()) for name in ("again", "student"))
     assert config == earlier
-    weights, state = read_model_weights(before / "run")
+    _, state = read_model_weights(before / "run")
     assert state["step"] == 4
-    assert all(np.isfinite(tensor.numpy()).all() for tensor in weights.values())
+    exported = load_file(before / "again/model.safetensors")
+    checkpoint = before / "run/checkpoints/step-00000004"
+    stored = load_file(checkpoint / "weight-00000-of-00001.safetensors")
+    assert len(stored) > 20
+    for key, fragment in stored.items():
+        name, start = key.rsplit(":", 1)
+        assert torch.equal(exported[name].flatten()[int(start) : int(start) + len(fragment)], fragment), key
+    for name, tensor in load_file(checkpoint / "carried.safetensors").items():
+        assert torch.equal(exported[name], tensor), name
 
 
 def test_report_and_card_read_it(before: Path) -> None:
     command(before, "-m", "pipeline", "report", "run", "--output", "page.html")
-    assert "heldout" in (before / "page.html").read_text()
+    losses = json.loads((before / "expected.json").read_text())["heldout"]
+    assert f"{losses['0']:.3f} → {losses['4']:.3f}" in (before / "page.html").read_text()
     command(before, "-m", "pipeline", "export", "run", "--output", "again")
     command(before, "-m", "pipeline", "card", "again", "run", "evaluation")
-    assert "Held-out" in (before / "again/README.md").read_text()
+    card = (before / "again/README.md").read_text()
+    evaluated = json.loads((before / "evaluation/evaluation.json").read_text())["tasks"]["retrieval"]["student"]["mean"]
+    assert "| student, output |" in card
+    assert f"{evaluated['output']:.3f} |" in card
 
 
 def test_shards_and_trimmed_vocabulary_are_read(before: Path) -> None:

@@ -33,7 +33,6 @@ from pipeline.errors import UserError
 
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 FETCH = "Its config.json and its weights do not belong together, or one of them is corrupt: fetch both again"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # the names in recipes and commands
 
 
 def load_encoder(name_or_path: str | Path, role: str = "teacher") -> PreTrainedModel:

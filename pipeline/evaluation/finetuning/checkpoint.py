@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from data_prep.durable_files import unique_name
 from pipeline.errors import UserError
-from pipeline.evaluation.ranks import Ranks
 from pipeline.runtime.checkpoint import CheckpointConfig, newest_valid, prune
 from pipeline.runtime.checkpoint_files import UNTRAINED_FILE, checkpoint_path, commit, fsync_and_hash, untrained_file
+from pipeline.runtime.dist import Launch
 from pipeline.runtime.optimizer import MOMENTS
 from pipeline.runtime.tensor_files import save_tensors
 
@@ -66,7 +66,7 @@ def save(
 
 
 def resume(
-    directory: Path, model: torch.nn.Module, adam: torch.optim.Optimizer, ranks: Ranks
+    directory: Path, model: torch.nn.Module, adam: torch.optim.Optimizer, ranks: Launch
 ) -> tuple[Weights, dict[str, Any]] | None:
     """Load the newest valid state into model and optimizer. Returns the best weights and the state; None without one."""
     path = Path(chosen) if (chosen := ranks.from_main(_newest(directory) if ranks.is_main else None)) else None

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from data_prep.durable_files import replace_file
+from data_prep.file_hashes import xxh3_128_of_file
 from pipeline.evaluation.encoder import VOCABULARY_FILES, Encoder
 from pipeline.evaluation.finetuning.loop import FinetuneConfig, FinetuneTask, GridPoint, Scores, finetune, mean_of
-from pipeline.evaluation.ranks import Ranks
 from pipeline.provenance import fingerprint
-from pipeline.runtime.file_hash import xxh3_128_of
+from pipeline.runtime.dist import Launch
 from pipeline.runtime.json_files import read_json
 
 # Settings that do not change the result of one grid point. micro_batch does: dropout draws a mask per micro-batch.
@@ -37,7 +37,7 @@ def run_grids(
     data_fingerprint: str,
     config: FinetuneConfig,
     directory: Path,
-    ranks: Ranks,
+    ranks: Launch,
 ) -> dict[str, dict[str, Any]]:
     """Run one grid per encoder. Returns the results by the encoder's name.
 
@@ -60,7 +60,7 @@ def run_grid(
     data_fingerprint: str,
     config: FinetuneConfig,
     directory: Path,
-    ranks: Ranks,
+    ranks: Launch,
 ) -> dict[str, Any]:
     """Run all grid points of one encoder. `make_task` tokenizes, so it is called only if a grid point is missing."""
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in NO_EFFECT}
@@ -125,7 +125,7 @@ def encoder_fingerprint(encoder: Encoder) -> list[str]:
         return [encoder.path, str(getattr(encoder.model.config, "_commit_hash", None))]
     patterns = ("config.json", "*.safetensors", *VOCABULARY_FILES)
     files = sorted({path for pattern in patterns for path in directory.glob(pattern)})
-    return [f"{path.name} {xxh3_128_of(path)}" for path in files]
+    return [f"{path.name} {xxh3_128_of_file(path)}" for path in files]
 
 
 def _finished(directory: Path) -> dict[str, Any] | None:

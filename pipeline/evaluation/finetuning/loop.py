@@ -23,8 +23,8 @@ from pipeline.errors import DivergedRunError, UserError
 from pipeline.evaluation.encoder import Encoder
 from pipeline.evaluation.finetuning import checkpoint
 from pipeline.evaluation.finetuning.batches import TokenRows, global_batches
-from pipeline.evaluation.ranks import Ranks
 from pipeline.recipe.ranges import LARGEST_BATCH, LONGEST_ROW, check_ranges
+from pipeline.runtime.dist import Launch
 from pipeline.runtime.optimizer import OptimizerConfig, learning_rate, parameter_groups
 
 Scores = dict[str, dict[str, float]]  # language -> measure -> per cent; the first measure selects
@@ -90,7 +90,7 @@ def load_with_head(head: Any, encoder: Encoder, **settings: Any) -> Any:
 
 
 def finetune(
-    task: FinetuneTask, config: FinetuneConfig, point: GridPoint, directory: Path, ranks: Ranks, label: str
+    task: FinetuneTask, config: FinetuneConfig, point: GridPoint, directory: Path, ranks: Launch, label: str
 ) -> dict[str, Any]:
     """Train all epochs, or those that are missing in `directory`, and score the best one on the test languages."""
     torch.manual_seed(point.seed)
@@ -147,7 +147,7 @@ class _Training:
     point: GridPoint
     model: Any
     adam: torch.optim.Optimizer
-    ranks: Ranks
+    ranks: Launch
 
     @property
     def steps_per_epoch(self) -> int:

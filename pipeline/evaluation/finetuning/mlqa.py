@@ -23,10 +23,10 @@ from pipeline.evaluation.finetuning.squad_data import QaData, read_qa
 from pipeline.evaluation.finetuning.squad_metrics import MLQA_LANGUAGES, exact_match, f1, mlqa_words, squad_words
 from pipeline.evaluation.finetuning.squad_windows import WindowedQuestions, best_answers, cut_windows
 from pipeline.evaluation.languages import choose_languages, left_out_line
-from pipeline.evaluation.ranks import Ranks
 from pipeline.evaluation.tables import sentence
 from pipeline.evaluation.task import Results, Task
 from pipeline.recipe.ranges import LARGEST_INT, LONGEST_ROW, check_ranges
+from pipeline.runtime.dist import Launch
 
 
 @dataclass
@@ -59,7 +59,7 @@ def read(config: MlqaConfig) -> QaData:
     return read_qa(config.train, config.data, languages, config.max_train, config.max_evaluation)
 
 
-def evaluate_mlqa(encoders: list[Encoder], config: MlqaConfig, ranks: Ranks, directory: Path) -> Results:
+def evaluate_mlqa(encoders: list[Encoder], config: MlqaConfig, ranks: Launch, directory: Path) -> Results:
     """Per model, F1 and exact match of the chosen learning rate in per cent. All ranks call it together."""
     data = read(config)
     languages = choose_languages(list(data.dev), config.languages, encoders, "mlqa.languages", "test questions")
@@ -71,7 +71,7 @@ def evaluate_mlqa(encoders: list[Encoder], config: MlqaConfig, ranks: Ranks, dir
     return {name: {**grid, **about} for name, grid in grids.items()}
 
 
-def make_task(encoder: Encoder, data: QaData, config: MlqaConfig, ranks: Ranks) -> FinetuneTask:
+def make_task(encoder: Encoder, data: QaData, config: MlqaConfig, ranks: Launch) -> FinetuneTask:
     """Cut all windows once, for all grid points."""
 
     def windows_of(questions: Any) -> WindowedQuestions:
@@ -116,7 +116,7 @@ def span_loss(outputs: Any, inputs: dict[str, torch.Tensor], targets_B2: torch.T
 
 
 def answer_scores(
-    model: Any, windowed: WindowedQuestions, language: str, pad_id: int, config: MlqaConfig, ranks: Ranks
+    model: Any, windowed: WindowedQuestions, language: str, pad_id: int, config: MlqaConfig, ranks: Launch
 ) -> dict[str, float]:
     """F1 and exact match in per cent. Rank r of n answers every n-th question, starting with question r, from all its windows."""
     rows_of = dict(list(enumerate(windowed.rows_of_each()))[ranks.rank :: ranks.world_size])

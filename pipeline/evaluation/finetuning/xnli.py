@@ -20,9 +20,9 @@ from pipeline.evaluation.finetuning.loop import FinetuneConfig, FinetuneTask, Sc
 from pipeline.evaluation.finetuning.scores import score_card, score_panel, score_table
 from pipeline.evaluation.finetuning.xnli_data import LABELS, LabelledPairs, XnliData, read_xnli
 from pipeline.evaluation.languages import choose_languages, left_out_line
-from pipeline.evaluation.ranks import Ranks
 from pipeline.evaluation.task import Results, Task
 from pipeline.recipe.ranges import LARGEST_INT, check_ranges
+from pipeline.runtime.dist import Launch
 
 
 @dataclass
@@ -45,7 +45,7 @@ def read(config: XnliConfig) -> XnliData:
     return read_xnli(config.data, config.train_language, config.languages, config.max_train, config.max_evaluation)
 
 
-def evaluate_xnli(encoders: list[Encoder], config: XnliConfig, ranks: Ranks, directory: Path) -> Results:
+def evaluate_xnli(encoders: list[Encoder], config: XnliConfig, ranks: Launch, directory: Path) -> Results:
     """Per model, the test accuracy of the chosen learning rate in per cent. All ranks call it together."""
     data = read(config)
     languages = choose_languages(list(data.dev), config.languages, encoders, "xnli.languages", "test pairs")
@@ -57,7 +57,7 @@ def evaluate_xnli(encoders: list[Encoder], config: XnliConfig, ranks: Ranks, dir
     return {name: {**grid, **about} for name, grid in grids.items()}
 
 
-def make_task(encoder: Encoder, data: XnliData, config: XnliConfig, ranks: Ranks) -> FinetuneTask:
+def make_task(encoder: Encoder, data: XnliData, config: XnliConfig, ranks: Launch) -> FinetuneTask:
     """Tokenize everything once, for all grid points."""
 
     def rows_of(pairs: LabelledPairs) -> TokenRows:
@@ -86,7 +86,7 @@ def classification_loss(outputs: Any, inputs: dict[str, torch.Tensor], targets_B
     return torch.nn.functional.cross_entropy(outputs.logits.float(), targets_B1[:, 0], reduction="sum")
 
 
-def accuracy(model: Any, rows: TokenRows, pad_id: int, size: int, ranks: Ranks) -> float:
+def accuracy(model: Any, rows: TokenRows, pad_id: int, size: int, ranks: Launch) -> float:
     """Accuracy in per cent. Rank r of n computes every n-th batch, starting with batch r."""
     right = torch.zeros(1, dtype=torch.float64, device=model.device)
     for chunk in rows.chunks_by_length(size)[ranks.rank :: ranks.world_size]:

@@ -50,6 +50,15 @@ class Sweep:
     runs: int = 0
     exact: int = 0
 
+    @property
+    def kept_if_exact(self) -> int:
+        """Faults at which the promise was kept; none where a run ended differently."""
+        return self.kept if self.exact == self.runs else 0
+
+    @property
+    def exactness(self) -> str:
+        return f"{self.exact} of {self.runs} runs end bit for bit as without faults"
+
     def run(self, settings: dict[str, Any], strike: Any) -> None:
         """Until `num_faults` have happened. `strike(sweep, job, run_dir)` returns whether its promise was kept."""
         while self.faults < self.num_faults:
@@ -183,9 +192,9 @@ def preemptions(lab: Lab, quick: bool) -> Outcome:
     return Outcome(
         "preemption by a signal to one rank: no step lost",
         sweep.faults,
-        sweep.kept if sweep.exact == sweep.runs else 0,
+        sweep.kept_if_exact,
         f"{max(sweep.lost, default=0)} steps lost; signal to committed: median {statistics.median(sweep.seconds):.2f} s, max "
-        f"{max(sweep.seconds):.2f} s; {sweep.exact} of {sweep.runs} runs end bit for bit as without faults",
+        f"{max(sweep.seconds):.2f} s; {sweep.exactness}",
         "has no handler: the steps since the last save are lost",
         {"seconds": sweep.seconds},
     )
@@ -199,9 +208,9 @@ def frozen_ranks(lab: Lab, quick: bool) -> Outcome:
     return Outcome(
         f"SIGSTOP of one rank: stacks of all ranks, job ended within T + {EXTRA_S:.0f} s, no process left",
         sweep.faults,
-        sweep.kept if sweep.exact == sweep.runs else 0,
+        sweep.kept_if_exact,
         f"T = {HANG_TIMEOUT_S:.0f} s; ended after median {statistics.median(sweep.seconds):.1f} s, max "
-        f"{max(sweep.seconds):.1f} s; {sweep.exact} of {sweep.runs} runs end bit for bit as without faults",
+        f"{max(sweep.seconds):.1f} s; {sweep.exactness}",
         "waits for its collective timeout (30 min by default)",
         {"seconds": sweep.seconds},
     )

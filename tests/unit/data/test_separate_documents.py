@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from pipeline.distillation.models.student import StudentConfig, build_student
 from pipeline.distillation.models.teacher import load_encoder, load_teacher
 from pipeline.distillation.relations.reference import relation_kl_reference
 from pipeline.provenance import resume_critical_config
+from pipeline.runtime.dist import Launch
 
 SEQ_LEN, TEACHER_LAYER, STUDENT_LAYER, HEADS = 64, 3, 2, 12
 FIRST_POSITION = 2  # XLM-R counts positions from its padding id on
@@ -96,8 +96,7 @@ def test_losses_are_those_of_each_document_alone(source: BatchSource, models) ->
 
 def test_heldout_losses_keep_documents_apart(source: BatchSource, models) -> None:
     _, _, module = models
-    rank = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
-    losses = heldout_losses(module.losses_by_row, source, 5, rank, lambda totals: totals, lambda: None)
+    losses = heldout_losses(module.losses_by_row, source, 5, Launch(0, 1, 0, torch.device("cpu")), lambda: None)
     for language in source.languages:
         rows, segments = source.heldout_batch([language])
         assert losses[language] == pytest.approx(module.losses_by_row(rows, segments=segments).mean().item(), rel=1e-5)
