@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from data_prep.command_line import CommandLine, add_version
-from pipeline.errors import exit_code_of
+from pipeline.errors import run_to_exit
 
 VERBS = {  # each module has a docstring, `add_arguments` and `run`
     "export": "pipeline.export.command",
@@ -55,4 +55,4 @@ def first_line(module: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code_of(lambda: main(sys.argv[1:])))
+    run_to_exit(lambda: main(sys.argv[1:]))

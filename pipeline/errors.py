@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from data_prep.command_line import EXIT_USER, code_without_traceback, print_bytes_as_they_come
 from data_prep.shards import DataError, Explained
 
 EXIT_DONE = 0
+EXIT_BUG = 1
 EXIT_DIVERGED = 3
 EXIT_HUNG = 4
 
@@ -40,3 +44,21 @@ def exit_code_of(main: Callable[[], object]) -> int:
     except (Exception, KeyboardInterrupt) as error:
         return code_without_traceback(error)
     return EXIT_DONE
+
+
+def run_to_exit(main: Callable[[], object]) -> NoReturn:
+    """Run `main` and end this process immediately with its exit code. A bug prints its traceback.
+
+    The interpreter's own shutdown is left out. After an error it would destroy the process group, and with NCCL that can wait
+    for ranks that wait for this one. After success the threads of the collective library can abort it (seen in one of about
+    fifty runs on CPU), which would change the exit code to 134. All results are on disk when `main` returns.
+    """
+    try:
+        code = exit_code_of(main)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        code = EXIT_BUG
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # its reader has ended
+            stream.flush()
+    os._exit(code)

@@ -8,7 +8,6 @@ torchrun --nproc_per_node 8 pipeline/train.py --deepspeed ds_configs/zero2.json 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from data_prep.command_line import CommandLine, add_version  # noqa: E402
 from data_prep.outputs import output_path  # noqa: E402
-from pipeline.errors import exit_code_of  # noqa: E402
+from pipeline.errors import run_to_exit  # noqa: E402
 
 DEFAULT_RECIPE = Path("recipes/quickstart.yaml")
 
@@ -53,9 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    code = exit_code_of(main)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # All results are on disk. The threads of the collective library can abort the interpreter's own shutdown (seen in one
-    # of about fifty runs on CPU), which would change the exit code of a finished run to 134.
-    os._exit(code)
+    run_to_exit(main)

@@ -24,8 +24,10 @@ import torch
 
 from data_prep.shards import DataError
 from pipeline.errors import UserError
-from pipeline.runtime import preflight
-from pipeline.runtime.allotment import allotted_gpus, why_unseen
+from pipeline.runtime import gpus, preflight
+from pipeline.runtime.allotment import check_allotted_gpus, unused_gpu_warning, why_unseen
+from pipeline.runtime.gpus import Gpu
+from pipeline.runtime.rank_devices import kinds_warning
 
 REPO = Path(__file__).resolve().parent.parent.parent
 OPTIONAL = {"datasets": "for `hf:` inputs alone"}  # package -> when it is required; all others are always required
@@ -93,34 +95,39 @@ def version_findings(requirements: Path) -> list[Finding]:
 
 
 def device_findings() -> list[Finding]:
-    """GPUs or CPU, and their precisions."""
+    """GPUs or CPU, whether torch can compute on each, and their precisions, in the words of a run that starts here."""
     from pipeline.runtime.engine import device_precisions
 
-    num_gpus = torch.cuda.device_count()
-    found = []
-    if num_gpus:
-        names = {torch.cuda.get_device_name(number) for number in range(num_gpus)}
-        memory = min(torch.cuda.get_device_properties(number).total_memory for number in range(num_gpus))
-        found.append(
-            Finding("ok", "devices", f"{num_gpus} x {', '.join(names)}, {memory / 2**30:.0f} GiB or more each")
-        )
-        if len(names) > 1:
-            found.append(
-                Finding("warn", "devices", "GPUs of several kinds", "the slowest determines the speed: use one kind")
-            )
-    elif allotted := allotted_gpus():
-        what = f"Slurm has allotted {allotted} GPU(s) here, and torch {torch.__version__} finds none"
-        found.append(Finding("fail", "devices", what, why_unseen()))
-    elif shutil.which("nvidia-smi"):
-        what = f"nvidia-smi exists, but torch {torch.__version__} finds no GPU"
-        fix = "install the torch build for your driver's CUDA (pytorch.org), and check CUDA_VISIBLE_DEVICES"
-        found.append(Finding("fail", "devices", what, fix))
-    else:
-        found.append(Finding("ok", "devices", f"no GPU; {os.cpu_count()} CPU cores, ranks communicate over gloo"))
-    can = device_precisions(torch.device("cuda", 0) if num_gpus else torch.device("cpu"))
+    devices = [torch.device("cuda", number) for number in range(gpus.count())]
+    try:
+        check_allotted_gpus()
+        for device in devices:
+            gpus.check_usable(device)
+    except UserError as error:
+        return [Finding("fail", "devices", str(error))]
+    found = gpu_findings([gpus.describe(device) for device in devices]) if devices else no_gpu_findings()
+    can = device_precisions(devices[0] if devices else torch.device("cpu"))
     has = [name for name, there in (("fp16", can.fp16), ("bf16", can.bf16_fast)) if there]
     what = f"{can.device} computes in fp32{''.join(', ' + name for name in has)}"
-    found.append(Finding("ok", "precision", what + ("" if has else "; half precision would be slower here")))
+    return [*found, Finding("ok", "precision", what + ("" if has else "; half precision would be slower here"))]
+
+
+def gpu_findings(here: list[Gpu]) -> list[Finding]:
+    """The GPUs of this machine, and a warning where they are of several kinds."""
+    names, memory = [gpu.name for gpu in here], min(gpu.memory_bytes for gpu in here)
+    what = f"{len(here)} x {', '.join(sorted(set(names)))}, {memory / 2**30:.0f} GiB or more each"
+    warning = kinds_warning(names)
+    return [Finding("ok", "devices", what), *([Finding("warn", "devices", warning)] if warning else [])]
+
+
+def no_gpu_findings() -> list[Finding]:
+    """The CPU, and a warning where there may be a GPU that torch does not see."""
+    found = [Finding("ok", "devices", f"no GPU; {os.cpu_count()} CPU cores, ranks communicate over gloo")]
+    if warning := unused_gpu_warning():
+        found.append(Finding("warn", "devices", warning))
+    elif shutil.which("nvidia-smi"):
+        what = f"nvidia-smi is installed, and torch {torch.__version__} sees no GPU: {why_unseen()}"
+        found.append(Finding("warn", "devices", what))
     return found
 
 

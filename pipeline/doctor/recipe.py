@@ -26,7 +26,7 @@ from pipeline.distillation.models.model_files import looks_like_path, read_model
 from pipeline.doctor.machine import Finding, guarded
 from pipeline.errors import UserError
 from pipeline.planning.meta_models import ADAM_BYTES, Sizes, blank_models, build_encoders
-from pipeline.runtime import preflight
+from pipeline.runtime import gpus, preflight
 from pipeline.runtime.host_memory import available_memory_bytes
 from pipeline.training.checks import Check, Inputs, start_up_checks
 
@@ -41,8 +41,8 @@ def recipe_findings(
         recipe = load_recipe(recipe_path, overrides)
     except UserError as error:
         return [Finding("fail", "recipe", str(error))]
-    num_ranks = ranks or torch.cuda.device_count() or 1
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    num_ranks = ranks or gpus.count() or 1
+    device = torch.device("cuda", 0) if gpus.available() else torch.device("cpu")
     inputs = Inputs(recipe, recipe_path, ds_path, num_ranks, device, _blank_teacher)
     found: list[Finding] = []
     failed: set[str] = set()

@@ -22,6 +22,7 @@ from pipeline.distillation.models.vocabulary import MAP_FILE, read_vocabulary
 from pipeline.distillation.tap import tap
 from pipeline.errors import UserError
 from pipeline.evaluation.training_metadata import training_metadata
+from pipeline.runtime import gpus
 
 # The states that a sentence vector is the mean of -> their title.
 POOLINGS = {"output": "output", "last_input": "input of the last layer", "values": "values of the distilled layer"}
@@ -90,7 +91,7 @@ def load_encoder(name: str, values_layer: int | None = None) -> Encoder:
     layer = values_layer or named_layer or training_metadata(path).get("student_layer") or num_layers
     if not 1 <= layer <= num_layers:
         raise UserError(f"{path} has layers 1 to {num_layers}, so it has no layer {layer}. Name another: MODEL@LAYER")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if gpus.available() else "cpu"  # of several ranks, each has chosen its own
     return Encoder(name, cast(Any, model).to(device), tokenizer, layer, path)
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-from pipeline.runtime import dist
+from pipeline.runtime import dist, gpus
 from pipeline.runtime.allotment import check_allotted_gpus
 from pipeline.runtime.dist import Launch
 
@@ -21,9 +21,13 @@ COLLECTIVE_TIMEOUT_S = 4 * 3600.0
 
 
 def alone() -> Launch:
-    """One process, on the GPU if there is one. Raises `UserError` where Slurm has allotted GPUs and torch sees none."""
+    """One process, on the first GPU if there is one. Raises `UserError` where a GPU cannot be used."""
     check_allotted_gpus()
-    return Launch(0, 1, 0, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cpu")
+    if gpus.available():
+        device = torch.device("cuda", 0)
+        gpus.check_usable(device)
+    return Launch(0, 1, 0, device)
 
 
 @contextmanager
@@ -35,7 +39,5 @@ def joined() -> Iterator[Launch]:
         return
     launch = dist.read_launch()
     dist.init_process_group(launch, COLLECTIVE_TIMEOUT_S)
-    try:
-        yield launch
-    finally:
-        dist.shut_down()
+    yield launch
+    dist.shut_down()  # not after an error: leaving the others could take as long as they wait for this rank

@@ -19,7 +19,9 @@ import torch
 import torch.distributed as torch_dist
 
 from pipeline.errors import UserError
+from pipeline.runtime import gpus
 from pipeline.runtime.allotment import check_allotted_gpus
+from pipeline.runtime.rank_devices import check_rank_devices, my_device
 
 _SLURM_STEP = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_NODES", "SLURM_STEP_NODELIST")
 
@@ -54,7 +56,7 @@ def read_launch() -> Launch:
     """Read the launcher's variables, after setting those that it left out (`python` sets none, `srun` sets SLURM_*).
 
     Raises:
-        UserError: a variable is missing, not a number or out of range; or this rank has no GPU of its own
+        UserError: a variable is missing, not a number or out of range; or this rank has no GPU of its own that works
     """
     environment = os.environ
     # only srun sets SLURM_STEP_NUM_TASKS; SLURM_NTASKS and SLURM_PROCID are in a batch script's environment as well
@@ -76,17 +78,18 @@ def read_launch() -> Launch:
         raise UserError(f"MASTER_PORT is {environment['MASTER_PORT']}; a port is between 0 and 65535")
     check_allotted_gpus()
     device = torch.device("cpu")
-    if torch.cuda.is_available():
-        if torch.cuda.device_count() == 1 and local_rank > 0 and _is_slurm_task(environment):
-            # --gpus-per-task=1 or --gpu-bind: each task sees only its own GPU, as cuda:0. DeepSpeed reads LOCAL_RANK too.
+    if num_seen := gpus.count():
+        if num_seen == 1 and local_rank > 0:
+            # srun --gpus-per-task=1 or --gpu-bind: each task sees only its own GPU, as cuda:0. That it is not one GPU for all
+            # is checked when the ranks meet. DeepSpeed reads LOCAL_RANK too.
             local_rank, environment["LOCAL_RANK"] = 0, "0"
-        if local_rank >= torch.cuda.device_count():
+        if local_rank >= num_seen:
             raise UserError(
-                f"local rank {local_rank} has no GPU of its own: this node shows {torch.cuda.device_count()}. "
-                "Start at most one process per GPU"
+                f"local rank {local_rank} has no GPU of its own: its process sees {num_seen} on {socket.gethostname()}. Start at "
+                "most one process per GPU, or let each see its own alone (srun --gpus-per-task=1)"
             )
         device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
+        gpus.check_usable(device)
     return Launch(rank, world_size, local_rank, device)
 
 
@@ -96,16 +99,6 @@ def number_in(environment: Mapping[str, str], name: str, default: int) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) <= 10):
         raise UserError(f"{name} is {text[:40]!r}, not a number: start with deepspeed, torchrun or srun")
     return int(text)
-
-
-def _is_slurm_task(environment: Any) -> bool:
-    """Whether srun started this rank directly, not a launcher that starts several, on a node with a GPU for each rank."""
-    on_node = environment.get("SLURM_GPUS_ON_NODE", "")
-    return (
-        environment.get("SLURM_STEP_NUM_TASKS") == environment["WORLD_SIZE"]
-        and environment.get("SLURM_LOCALID") == environment["LOCAL_RANK"]
-        and (not on_node.isdecimal() or int(on_node) > int(environment["LOCAL_RANK"]))
-    )
 
 
 def _map_slurm(environment: Any) -> None:
@@ -152,16 +145,14 @@ def init_process_group(launch: Launch, timeout_s: float) -> None:
     if torch_dist.is_initialized():
         return
     backend = "nccl" if launch.device.type == "cuda" else "gloo"
-    # For one process the kernel chooses the port and keeps it, so no other program can take it.
-    own_store = torch_dist.TCPStore("127.0.0.1", 0, 1, is_master=True) if launch.world_size == 1 else None
     timeout = timedelta(seconds=timeout_s)
     gpu = launch.device if backend == "nccl" else None  # else NCCL guesses at the first barrier, and warns
     rank, size = launch.rank, launch.world_size
     try:
-        torch_dist.init_process_group(
-            backend, rank=rank, world_size=size, timeout=timeout, store=own_store, device_id=gpu
-        )
-    except torch_dist.DistNetworkError as error:
+        store = _meet(launch, timeout)
+        check_rank_devices(store, rank, my_device(launch.device), size)
+        torch_dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=store, device_id=gpu)
+    except (torch_dist.DistNetworkError, torch_dist.DistStoreError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         if "EADDRINUSE" in str(error):
             raise UserError(
@@ -169,6 +160,15 @@ def init_process_group(launch: Launch, timeout_s: float) -> None:
                 f"Use another port: deepspeed --master_port {_free_port()} pipeline/train.py ..., or the same option of torchrun"
             ) from None
         raise UserError(f"the ranks could not meet at {address}: {str(error).splitlines()[0]}") from None
+
+
+def _meet(launch: Launch, timeout: timedelta) -> torch_dist.Store:
+    """The store that all ranks share. Returns when every rank has reached it."""
+    if launch.world_size == 1:  # the kernel chooses the port and keeps it, so no other program can take it
+        return torch_dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    store, *_ = next(torch_dist.rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))
+    store.set_timeout(timeout)
+    return torch_dist.PrefixStore("ranks", store)
 
 
 def _free_port() -> int:

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+from pipeline.runtime import gpus
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if gpus.available() else "cpu")
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 import deepspeed  # noqa: E402  (the accelerator is chosen, and the log level set, before this import)
 from deepspeed.accelerator import get_accelerator  # noqa: E402
@@ -58,8 +60,8 @@ def device_precisions(device: torch.device) -> Precisions:
     """The precisions that this device computes natively, as reported by DeepSpeed and torch."""
     accelerator = get_accelerator()
     if device.type == "cuda":
-        bf16 = bool(accelerator.is_bf16_supported())
-        return Precisions(bool(accelerator.is_fp16_supported()), bf16, bf16, torch.cuda.get_device_name(device))
+        bf16 = gpus.has_bf16(device)
+        return Precisions(bool(accelerator.is_fp16_supported()), bf16, bf16, gpus.describe(device).name)
     has = torch.cpu.get_capabilities()
     fast = bool(has.get("avx512_bf16") or has.get("amx_bf16"))
     return Precisions(bool(accelerator.is_fp16_supported()), True, fast, "this CPU")

@@ -30,6 +30,7 @@ from pipeline.runtime.determinism import deterministic_kernels, fix_workspace
 from pipeline.runtime.dist import Launch
 from pipeline.runtime.ds_config import BatchShape
 from pipeline.runtime.engine import StudentEngine, partition_teacher
+from pipeline.runtime.rank_devices import device_name, kinds_warning
 from pipeline.runtime.restarts import Restarts
 from pipeline.runtime.run_paths import RunPaths
 from pipeline.runtime.stop import StopRequests
@@ -157,7 +158,8 @@ def _check(inputs: Inputs, launch: Launch) -> list[str]:
         facts, found = _on_all_ranks(look, launch)
         preflight.agree(facts, launch)
         warnings += found
-    return warnings
+    of_devices = kinds_warning(dist.gather_json(device_name(launch.device), launch.device))
+    return [of_devices, *warnings] if of_devices else warnings
 
 
 def _load_complete_teacher(recipe: Recipe) -> PreTrainedModel:

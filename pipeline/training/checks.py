@@ -213,8 +213,10 @@ def check_fit(recipe: Recipe, shards: ShardSet, teacher_model: Any) -> None:
 
 def _teacher_precision(recipe: Recipe, student_precision: str, can: Precisions, device: torch.device) -> str:
     asked = recipe.teacher_options.dtype
-    if asked == "fp16" and not can.fp16:
-        raise UserError(f"teacher_options.dtype is fp16, which {can.device} does not have; write auto, bf16 or fp32")
+    lacks = {"fp16": not can.fp16, "bf16": not can.bf16}
+    if lacks.get(asked):
+        others = ", ".join(name for name in ("auto", "fp16", "bf16", "fp32") if not lacks.get(name))
+        raise UserError(f"teacher_options.dtype is {asked}, which {can.device} does not have; use one of {others}")
     if asked != "auto":
         return asked
     if device.type == "cuda":

@@ -58,8 +58,7 @@ def run_from_files(options: RunOptions) -> None:
     with contextlib.ExitStack() as stack:
         if options.is_dry_run and launch.is_main:  # the others write nothing before they have met this rank
             stack.enter_context(writable_without_trace(paths))
-        held = stack.enter_context(contextlib.ExitStack())  # released once the ranks have parted
-        stack.callback(dist.shut_down)
+        held = stack.enter_context(contextlib.ExitStack())  # the lock; released after the ranks have parted
         try:
             _join(recipe, stop, launch)
             if not options.is_dry_run:
@@ -78,9 +77,10 @@ def run_from_files(options: RunOptions) -> None:
                     Trainer(run, state).train()
             if options.is_dry_run:
                 dist.barrier()  # every rank has closed its files
+            dist.shut_down()  # not after an error: leaving the others could take as long as they wait for this rank
         except Exception as error:
             if not options.is_dry_run:
-                log_crash(paths.log(launch.rank), error)  # now: leaving the other ranks can hang
+                log_crash(paths.log(launch.rank), error)
             raise
 
 

@@ -24,6 +24,7 @@ from pipeline.runtime import dist
 from pipeline.runtime.anomalies import record_spike
 from pipeline.runtime.metrics import Metrics
 from pipeline.runtime.noncritical_files import write_file_or_warn
+from pipeline.runtime.rank_devices import device_name
 from pipeline.runtime.run_paths import RunPaths
 from pipeline.training.build import Parts
 
@@ -79,6 +80,7 @@ class RunLogger:
             "world_size": parts.launch.world_size,
             "hosts": hosts,
             "device": str(parts.launch.device.type),
+            "device_names": dist.gather_json(device_name(parts.launch.device), parts.launch.device),  # as `hosts`
             "precision": parts.precision,
             "teacher_precision": parts.teacher_precision,
             "teacher": self._recipe.teacher,

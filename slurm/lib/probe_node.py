@@ -24,6 +24,7 @@ import torch  # noqa: E402
 from data_prep.shards import ShardSet  # noqa: E402
 from pipeline.config import load_recipe  # noqa: E402
 from pipeline.provenance import PACKAGES, git_commit, metadata  # noqa: E402
+from pipeline.runtime import gpus  # noqa: E402
 from pipeline.runtime.allotment import allotted_gpus, check_allotted_gpus  # noqa: E402
 
 
@@ -40,13 +41,12 @@ def graphics_cards() -> str:
 def check_gpus() -> None:
     """Raises where torch does not find every GPU that Slurm has allotted here, or one computes a wrong sum."""
     check_allotted_gpus()
-    seen, allotted = torch.cuda.device_count(), allotted_gpus()
+    seen, allotted = gpus.count(), allotted_gpus()
     if seen and seen < allotted:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         raise RuntimeError(f"{allotted} GPUs are allotted, torch finds {seen} (CUDA_VISIBLE_DEVICES is {visible!r})")
     for number in range(seen):
-        if float(torch.ones(1024, device=f"cuda:{number}").sum()) != 1024:
-            raise RuntimeError(f"GPU {number} computes a wrong sum of 1024 ones")
+        gpus.check_usable(torch.device("cuda", number))
 
 
 def check_run_dir(run_dir: Path, min_free_gb: int) -> None:
@@ -77,7 +77,7 @@ def main(recipe_path: Path, run_dir: Path, min_free_gb: int, overrides: list[str
             problems.append(f"{type(error).__name__}: {error}")
             return None
 
-    facts["GPUs that torch finds"] = torch.cuda.device_count()
+    facts["GPUs that torch finds"] = gpus.count()
     recipe = load_recipe(recipe_path, overrides)
     attempt(check_gpus)
     attempt(lambda: check_run_dir(run_dir, min_free_gb))

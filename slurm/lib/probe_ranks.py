@@ -16,7 +16,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch  # noqa: E402
 
+from pipeline.errors import run_to_exit  # noqa: E402
 from pipeline.runtime import dist  # noqa: E402
+from pipeline.runtime.rank_devices import check_rank_devices, my_device  # noqa: E402
 
 TIMEOUT_S = 180
 NUM_ELEMENTS = 1 << 24  # 64 MiB in fp32
@@ -33,9 +35,15 @@ def main() -> None:
     )
     store.set(f"rank {launch.rank}", "here")
     print(f"{where} reached the first rank at {address}:{port}", flush=True)
+    check_rank_devices(store, launch.rank, my_device(launch.device), launch.world_size)
     backend = "nccl" if launch.device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(
-        backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timedelta(seconds=TIMEOUT_S)
+        backend,
+        store=store,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=timedelta(seconds=TIMEOUT_S),
+        device_id=launch.device if backend == "nccl" else None,
     )
     values = torch.ones(NUM_ELEMENTS, device=launch.device)
     dist.sum_over_ranks(values)
@@ -51,5 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
-    os._exit(0)  # as in pipeline/train.py, for the same reason
+    run_to_exit(main)

@@ -234,8 +234,8 @@ def _other_architecture(teacher: PretrainedConfig, config: StudentConfig, model_
 
 def _with_random_start(config: PretrainedConfig, seed: int) -> PreTrainedModel:
     """A model with the architecture's own random start; the process's random state is left as it was."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # the CPU's generator alone draws; torch warns if all GPUs' are forked
+        torch.default_generator.manual_seed(seed)
         return blank_model(config, f"{config.model_type} of this shape", "student")
 
 

@@ -73,7 +73,10 @@ def run_grid(
         result = ranks.from_main(_finished(place) if ranks.is_main else None)
         if result is None:
             task = task or make_task()
-            with torch.random.fork_rng():  # a grid point seeds torch; later tasks must not depend on that
+            drawing = [encoder.device] if encoder.device.type == "cuda" else []  # torch warns if all GPUs' are forked
+            with torch.random.fork_rng(
+                devices=drawing
+            ):  # a grid point seeds torch; later tasks must not depend on that
                 result = finetune(task, config, point, place, ranks, encoder.name)
             if ranks.is_main:
                 _keep(place, result)
