@@ -1,7 +1,8 @@
 """The attempts of a run: one entry per start in `restarts.json`, so that a crash loop is noticed.
 
-An attempt that ended without a new checkpoint and without a stop request has crashed. After three crashes in a row the run
-resumes from the checkpoint before the newest. After six it stops: another start would repeat the crash. Only rank 0 writes.
+An attempt that ended without a new checkpoint and without a stop request has crashed, unless memory ran out. After three
+crashes in a row the run resumes from the checkpoint before the newest. After six it stops: another start would repeat the
+crash. Only rank 0 writes.
 
 Older versions called the file `lives.json`. It is read where `restarts.json` does not exist. The first entry that is
 written goes to `restarts.json`, after all entries of the old file, and the old file is deleted.
@@ -74,7 +75,7 @@ class Restarts:
         self._write()
 
     def end(self, how: str) -> None:
-        """Record that the attempt ended as it should. `how`: "DONE" or "PREEMPTED"."""
+        """Record that the attempt did not crash. `how`: "DONE", "PREEMPTED" or "OUT_OF_MEMORY"."""
         self._attempts[-1]["ended"] = how
         self._write()
 

@@ -23,10 +23,12 @@ from pipeline.runtime.restarts import Restarts
 from pipeline.runtime.run_paths import RunPaths
 from pipeline.runtime.stop import StopRequests
 from pipeline.runtime.watchdog import Watchdog, process_identity
+from pipeline.training import out_of_memory
 from pipeline.training.build import Run, build
 from pipeline.training.dry_run import dry_run, writable_without_trace
+from pipeline.training.out_of_memory import OutOfMemoryError
 from pipeline.training.ready import check_ready
-from pipeline.training.resume import resume
+from pipeline.training.resume import TrainState, resume
 from pipeline.training.trainer import Trainer
 
 COLLECTIVE_TIMEOUT_MARGIN = 1.5  # the watchdog ends a run first: it knows where every thread is
@@ -63,7 +65,10 @@ def run_from_files(options: RunOptions) -> None:
             _join(recipe, stop, launch)
             if not options.is_dry_run:
                 held.enter_context(owned_by_rank_0(paths.directory, launch))
-            with Watchdog(recipe.guard, paths.stacks(launch.rank, options.is_dry_run)) as watchdog:
+            with (
+                Watchdog(recipe.guard, paths.stacks(launch.rank, options.is_dry_run)) as watchdog,
+                out_of_memory.explained(recipe, launch),
+            ):
                 _agree_with_other_ranks(stop, watchdog, launch)
                 parts = build(recipe, options.recipe_path, options.ds_path, launch)
                 if not options.is_dry_run:  # not before: a rejected run leaves no files
@@ -74,7 +79,7 @@ def run_from_files(options: RunOptions) -> None:
                 if options.is_dry_run:
                     dry_run(run, state, time.monotonic() - began)
                 else:
-                    Trainer(run, state).train()
+                    _train(run, state)
             if options.is_dry_run:
                 dist.barrier()  # every rank has closed its files
             dist.shut_down()  # not after an error: leaving the others could take as long as they wait for this rank
@@ -82,6 +87,17 @@ def run_from_files(options: RunOptions) -> None:
             if not options.is_dry_run:
                 log_crash(paths.log(launch.rank), error)
             raise
+
+
+def _train(run: Run, state: TrainState) -> None:
+    """Train. An attempt that memory was too small for is not a crash: a smaller setting resumes from the newest checkpoint."""
+    try:
+        with out_of_memory.explained(run.recipe, run.launch):
+            Trainer(run, state).train()
+    except OutOfMemoryError:
+        if run.launch.is_main and state.first_step < run.recipe.steps:
+            run.restarts.end("OUT_OF_MEMORY")
+        raise
 
 
 def _print_first_lines(options: RunOptions, launch: Launch) -> None:

@@ -11,6 +11,9 @@ The harness wraps public functions and methods of `pipeline.training` and `Check
     spike      the loss of `steps` is multiplied by a hundred
     broken weights  after step `step` one master weight of this rank is NaN
     pause      every step takes `seconds` longer
+    error      step `step` raises `error`: UserError or AssertionError
+    out of memory  in step `step`, in `part` (teacher, student, loss, backward, optimizer), a petabyte is asked for
+    no farewell    no fault of a step: to leave the process group takes ten minutes, as with NCCL when another rank waits
     witness    no fault: every micro-batch of the student is appended to `file`
     kernels    no fault: whether torch's strict mode was on in the student's forward and in backward goes to `file`
     resave     no fault: what was loaded is saved again to the directory `to`
@@ -37,8 +40,10 @@ from typing import Any
 
 import torch
 
+from pipeline.errors import UserError
+
 InjectedFault = dict[str, Any]
-IN_STEPS = ("signal", "nan", "spike", "broken weights", "pause", "witness", "kernels")
+IN_STEPS = ("signal", "nan", "spike", "broken weights", "pause", "witness", "kernels", "error", "out of memory")
 IN_SAVES = ("at call", "file size")
 
 
@@ -60,6 +65,8 @@ def arrange(faults: list[InjectedFault], rank: int) -> None:
         _around_steps(in_steps)
     if in_saves := [fault for kind in IN_SAVES for fault in kinds.get(kind, [])]:
         _around_saves(in_saves)
+    if "no farewell" in kinds:
+        torch.distributed.destroy_process_group = lambda *unused: time.sleep(600)
     if "no memory" in kinds:
         checkpoint_writer.available_memory_bytes = lambda: 0
     if "other text" in kinds:
@@ -99,6 +106,9 @@ def _around_steps(faults: list[InjectedFault]) -> None:
 
     def build_with_faulty_engine(*arguments: Any) -> Any:
         parts = build(*arguments)
+        for fault in faults:
+            if fault["kind"] == "out of memory":
+                _ask_for_a_petabyte(parts, fault, now)
         return dataclasses.replace(parts, engine=FaultyEngine(parts.engine, faults, now))
 
     def faulty_step(self: Any, step: int, batches: Any) -> Any:
@@ -128,6 +138,8 @@ class FaultyEngine:
         for fault in self._faults:
             if fault["kind"] == "signal" and (fault["step"], fault.get("micro", 0)) == (now["step"], now["micro"]):
                 os.kill(os.getpid(), signal.Signals[fault["signal"]])
+            if fault["kind"] == "error" and fault["step"] == now["step"]:
+                raise {"UserError": UserError, "AssertionError": AssertionError}[fault["error"]]("injected: only here")
             if fault["kind"] == "witness":
                 line = {**now, "rank": torch.distributed.get_rank(), "rows": arguments[0].tolist()}
                 with open(fault["file"], "a") as file:
@@ -142,6 +154,31 @@ class FaultyEngine:
             if any(now["step"] in fault["steps"] for fault in self._faults if fault["kind"] == kind):
                 loss = loss * factor
         return loss, parts
+
+
+def _ask_for_a_petabyte(parts: Any, fault: InjectedFault, now: dict[str, int]) -> None:
+    """In the fault's step and part, torch's own allocator fails."""
+    from pipeline.distillation import distiller
+
+    def ask(*unused: Any) -> None:
+        if now["step"] == fault["step"]:
+            torch.empty(1 << 50, dtype=torch.uint8)
+
+    def first_leaf(model: torch.nn.Module) -> torch.nn.Module:
+        return next(module for module in model.modules() if not list(module.children()))
+
+    part, engine = fault["part"], parts.engine
+    if part == "teacher":
+        first_leaf(parts.distiller._teacher[0]).register_forward_pre_hook(ask)
+    elif part == "student":
+        first_leaf(parts.distiller.student).register_forward_pre_hook(ask)
+    elif part == "loss":
+        distiller.relation_kl = _followed_by(distiller.relation_kl, ask)
+    elif part == "backward":
+        next(parameter for parameter in parts.distiller.parameters() if parameter.requires_grad).register_hook(ask)
+    else:
+        assert part == "optimizer"
+        engine.deepspeed_engine.optimizer.optimizer.register_step_pre_hook(ask)
 
 
 def _note_mode(files: list[str], where: str) -> None:

@@ -1,0 +1,106 @@
+"""Memory that runs out in a run: the error names the part of the step in which it did, and settings that need less.
+
+In: the exception on its way out of the run. Out: an `OutOfMemoryError` (exit code 2) in its place. The part is read from the
+traceback, so a step does nothing for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import traceback
+from collections.abc import Callable, Iterator
+
+import torch
+
+from pipeline.config import Recipe
+from pipeline.data.heldout import heldout_losses
+from pipeline.distillation.distiller import DistillModule
+from pipeline.distillation.models.teacher import FrozenTeacher
+from pipeline.distillation.tap import TappedEncoder
+from pipeline.errors import UserError
+from pipeline.runtime.dist import Launch
+from pipeline.runtime.ds_config import split_batch
+from pipeline.runtime.engine import StudentEngine
+
+TEACHER, STUDENT, LOSS = "the teacher's forward", "the student's forward", "the relation loss"
+BACKWARD, OPTIMIZER = "backward", "the optimizer step"
+# The first that is among the callers names the part: backward may run a forward again, and a loss is around both models.
+_PARTS: tuple[tuple[Callable, str], ...] = (
+    (StudentEngine.step, OPTIMIZER),
+    (StudentEngine.backward, BACKWARD),
+    (FrozenTeacher.forward, TEACHER),
+    (TappedEncoder.forward, STUDENT),
+    (DistillModule.forward, LOSS),
+    (DistillModule.losses_by_row, LOSS),
+    (StudentEngine.__init__, "the start of the training engine"),
+)
+# What torch says without an exception of its own: the CPU's allocator, CUDA itself, and its libraries, which allocate too.
+_SAID = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED", "Cuda failure 'out of memory'")  # fmt: skip
+LONGEST_REASON = 500
+
+
+class OutOfMemoryError(UserError):
+    """Memory ran out, and the message says what needs less."""
+
+
+@contextlib.contextmanager
+def explained(recipe: Recipe, launch: Launch) -> Iterator[None]:
+    """Replace an exception of the block that says that memory ran out. Raises `OutOfMemoryError`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(explanation(error, recipe, launch)) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of Python, torch or CUDA's libraries says that memory ran out, on a GPU or on the host."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in _SAID)
+
+
+def part_of(error: BaseException) -> str:
+    """The part of a run in which an exception was raised."""
+    callers = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
+    part = next((name for function, name in _PARTS if function.__code__ in callers), "")
+    if not part:
+        last = traceback.extract_tb(error.__traceback__, limit=-1)[0]
+        return f"{last.name} ({last.filename}:{last.lineno})"
+    return part + (" of the held-out evaluation" if heldout_losses.__code__ in callers else "")
+
+
+def explanation(error: BaseException, recipe: Recipe, launch: Launch) -> str:
+    """One paragraph: where memory ran out, what torch says about it, and what to change."""
+    part, is_gpu = part_of(error), launch.device.type == "cuda"
+    micro_batch, smaller = smaller_micro_batch(recipe, launch.world_size)
+    depends_on_rows = part.startswith((TEACHER, STUDENT, LOSS, BACKWARD))
+    remedies = []
+    if depends_on_rows and smaller:
+        remedies.append(f"--set micro_batch_per_gpu={smaller} (the global batch stays the same)")
+    if depends_on_rows and not recipe.student.checkpointing:
+        remedies.append("--set student.checkpointing=true (a third more work; add --allow-change if the run has begun)")
+    if is_gpu and launch.world_size > 1:
+        remedies.append("--deepspeed ds_configs/zero3.json")
+    if is_gpu and not depends_on_rows:
+        remedies.append("--deepspeed ds_configs/zero3_offload.json")
+    if not is_gpu:
+        remedies.append("fewer processes per node, or more memory for the job (Slurm: --mem=0)")
+    memory = "GPU memory" if is_gpu else "host memory"
+    rows = f", with {micro_batch} rows in a micro-batch" if depends_on_rows else ""
+    reason = " ".join(str(error).partition(" If reserved but")[0].split())[:LONGEST_REASON].rstrip(".")
+    return (
+        f"{memory} ran out in {part}{rows}, on rank {launch.rank} ({socket.gethostname()}): {reason or 'no reason given'}. Needs "
+        f"less: {'; or '.join(remedies)}. `python -m pipeline plan` predicts what fits. Saved checkpoints are complete: the command "
+        "with this change resumes from the newest"
+    )
+
+
+def smaller_micro_batch(recipe: Recipe, world_size: int) -> tuple[int, int | None]:
+    """Rows in a micro-batch, and the largest possible number that is at most half as large; None where it is one row.
+
+    Half, because what was in use when memory ran out does not say how much the rest of the step would have needed.
+    """
+    per_rank = recipe.global_batch // world_size
+    rows = split_batch(recipe.global_batch, recipe.micro_batch_per_gpu, world_size).micro_batch
+    return rows, max((size for size in range(1, rows // 2 + 1) if per_rank % size == 0), default=None)
