@@ -86,12 +86,14 @@ def explanation(error: BaseException, recipe: Recipe, launch: Launch) -> str:
         remedies.append("--deepspeed ds_configs/zero3_offload.json")
     if not is_gpu:
         remedies.append("fewer processes per node, or more memory for the job (Slurm: --mem=0)")
+    if not remedies:
+        remedies.append("a GPU with more memory, or several")
     memory = "GPU memory" if is_gpu else "host memory"
     rows = f", with {micro_batch} rows in a micro-batch" if depends_on_rows else ""
     reason = " ".join(str(error).partition(" If reserved but")[0].split())[:LONGEST_REASON].rstrip(".")
     return (
-        f"{memory} ran out in {part}{rows}, on rank {launch.rank} ({socket.gethostname()}): {reason or 'no reason given'}. Needs "
-        f"less: {'; or '.join(remedies)}. `python -m pipeline plan` predicts what fits. Saved checkpoints are complete: the command "
+        f"{memory} ran out in {part}{rows}, on rank {launch.rank} ({socket.gethostname()}): {reason or 'no reason given'}. What "
+        f"needs less: {'; or '.join(remedies)}. `python -m pipeline plan` predicts what fits. Saved checkpoints are complete: the command "
         "with this change resumes from the newest"
     )
 

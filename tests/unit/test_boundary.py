@@ -18,7 +18,7 @@ from data_prep.command_line import EXIT_INTERRUPTED, EXIT_USER
 from data_prep.shards import DataError
 from pipeline.__main__ import main as pipeline
 from pipeline.config import Recipe, load_recipe
-from pipeline.errors import EXIT_DONE, UserError, exit_code_of
+from pipeline.errors import EXIT_BUG, EXIT_DONE, UserError, exit_code_of
 from pipeline.runtime.dist import read_launch
 from pipeline.runtime.stop import StopRequests
 from tests.conftest import REPO
@@ -63,6 +63,35 @@ def test_one_paragraph_and_exit_code_2(main: Callable[[], Any], words: str, caps
 def test_a_bug_keeps_its_traceback(bug: Exception) -> None:
     with pytest.raises(type(bug)):
         exit_code_of(raising(bug))
+
+
+BLOCKED_SHUTDOWN = """
+import atexit, threading, time
+from pipeline.errors import UserError, run_to_exit
+atexit.register(time.sleep, 600)
+threading.Thread(target=time.sleep, args=[600]).start()
+def main():
+    print("output of main", end="")
+    {last}
+run_to_exit(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("last", "code", "words"),
+    [
+        ("return", 0, ""),
+        ("raise UserError('yours')", EXIT_USER, "error: yours"),
+        ("raise KeyboardInterrupt", EXIT_INTERRUPTED, "Stopped."),
+        ("return [][0]", EXIT_BUG, "Traceback"),
+    ],
+)
+def test_a_process_ends_although_the_interpreter_could_not(last: str, code: int, words: str) -> None:
+    """As where a process group waits for ranks that wait for this one."""
+    script = BLOCKED_SHUTDOWN.format(last=last)
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (code, "output of main")
+    assert words in done.stderr
 
 
 def test_an_interruption_is_no_traceback() -> None:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from pipeline.config import Recipe
-from pipeline.distillation.config import StudentConfig
 from pipeline.errors import DivergedRunError
 from pipeline.runtime.dist import Launch
+from pipeline.runtime.ds_config import split_batch
 from pipeline.runtime.engine import StudentEngine
 from pipeline.training.out_of_memory import (
     OutOfMemoryError,
     explained,
-    explanation,
     is_out_of_memory,
     smaller_micro_batch,
 )
@@ -36,21 +35,78 @@ def on(device: str, world_size: int = 8) -> Launch:
     return Launch(3 % world_size, world_size, 0, torch.device(device))
 
 
-def raised_in(function: Callable, error: BaseException) -> BaseException:
-    """The error with the function among its callers."""
-    backward = dataclasses.make_dataclass("Engine", ["_engine", "_deterministic"])
-    del backward
-    try:
-        raise error
-    except BaseException as caught:
-        return caught
-
-
-class Full:
-    """A DeepSpeed engine on a full GPU."""
+class FullGpu:
+    """DeepSpeed's engine where the GPU's memory is used up."""
 
     def backward(self, loss: torch.Tensor) -> None:
         raise torch.OutOfMemoryError(CUDA)
 
-    def is_gradient_accumulation_boundary(self) -> bool:
+    def step(self) -> None:
         raise torch.OutOfMemoryError(CUDA)
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        return False
+
+
+def test_out_of_gpu_memory_in_backward() -> None:
+    engine = SimpleNamespace(_engine=FullGpu(), _deterministic=False)
+    with pytest.raises(OutOfMemoryError) as raised, explained(RECIPE, on("cuda")):
+        StudentEngine.backward(engine, torch.zeros(()))
+    message = str(raised.value)
+    assert message.startswith("GPU memory ran out in backward, with 32 rows in a micro-batch, on rank 3 (")
+    assert "Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB" in message
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in message
+    assert "--set micro_batch_per_gpu=16 (" in message
+    assert "--set student.checkpointing=true (" in message
+    assert "--deepspeed ds_configs/zero3.json" in message
+    assert "\n" not in message
+
+
+def test_the_optimizer_needs_no_smaller_micro_batch() -> None:
+    engine = SimpleNamespace(_engine=FullGpu())
+    with pytest.raises(OutOfMemoryError) as raised, explained(RECIPE, on("cuda")):
+        StudentEngine.step(engine, 1e-3)
+    assert "ran out in the optimizer step, on rank 3" in str(raised.value)
+    assert "micro_batch_per_gpu" not in str(raised.value)
+    assert "ds_configs/zero3_offload.json" in str(raised.value)
+
+
+def test_one_row_and_recomputed_activations_already() -> None:
+    student = dataclasses.replace(RECIPE.student, checkpointing=True)
+    recipe = dataclasses.replace(RECIPE, global_batch=1, micro_batch_per_gpu=1, student=student)
+    engine = SimpleNamespace(_engine=FullGpu(), _deterministic=False)
+    with pytest.raises(OutOfMemoryError) as raised, explained(recipe, on("cuda", world_size=1)):
+        StudentEngine.backward(engine, torch.zeros(()))
+    assert "--set" not in str(raised.value)
+    assert "less: a GPU with more memory, or several." in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "micro_batch", "world_size", "expected"),
+    [(256, 32, 8, (32, 16)), (256, 32, 16, (16, 8)), (96, 12, 8, (12, 6)), (30, 15, 2, (15, 5)), (8, 1, 8, (1, None))],
+)
+def test_the_smaller_micro_batch_divides_a_ranks_rows(
+    global_batch: int, micro_batch: int, world_size: int, expected: tuple[int, int | None]
+) -> None:
+    recipe = dataclasses.replace(RECIPE, global_batch=global_batch, micro_batch_per_gpu=micro_batch)
+    rows, smaller = smaller_micro_batch(recipe, world_size)
+    assert (rows, smaller) == expected
+    assert smaller is None or split_batch(global_batch, smaller, world_size).micro_batch == smaller
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError(CUDA), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported later"), True),
+        (RuntimeError("NCCL error: unhandled cuda error\nLast error:\nCuda failure 'out of memory'"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (DivergedRunError("the loss is not finite"), False),
+    ],
+)
+def test_which_errors_say_that_memory_ran_out(error: BaseException, expected: bool) -> None:
+    assert is_out_of_memory(error) == expected
+    with pytest.raises(OutOfMemoryError if expected else type(error)), explained(RECIPE, on("cpu")):
+        raise error
