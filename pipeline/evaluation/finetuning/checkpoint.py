@@ -78,7 +78,8 @@ def resume(
     for name, parameter in model.named_parameters():
         if f"{name}:0" in tensors[MOMENTS[0]]:
             moments = {kind: tensors[kind][f"{name}:0"].view(parameter.shape).to(parameter.device) for kind in MOMENTS}
-            adam.state[parameter] = {"step": torch.tensor(float(state["step"])), **moments}
+            num_updates = state["step"] - state.get("skipped", 0)
+            adam.state[parameter] = {"step": torch.tensor(float(num_updates)), **moments}
     return load_file(untrained_file(path)), state
 
 

@@ -22,6 +22,7 @@ from data_prep.durable_files import replace_file
 from data_prep.file_hashes import xxh3_128_of_file
 from pipeline.evaluation.encoder import VOCABULARY_FILES, Encoder
 from pipeline.evaluation.finetuning.loop import FinetuneConfig, FinetuneTask, GridPoint, Scores, finetune, mean_of
+from pipeline.evaluation.finetuning.precision import forward_precision
 from pipeline.provenance import fingerprint
 from pipeline.runtime.dist import Launch
 from pipeline.runtime.json_files import read_json
@@ -72,11 +73,13 @@ def run_grid(
         place = grid_directory / str(point)
         result = ranks.from_main(_finished(place) if ranks.is_main else None)
         if result is None:
-            task = task or make_task()
+            if task is None:
+                task = make_task()
+                precision = forward_precision(config.precision, config.name, encoder.device)
+                if ranks.is_main:
+                    print(f"{encoder.name}: fine-tuning computes in {precision}", flush=True)
             drawing = [encoder.device] if encoder.device.type == "cuda" else []  # torch warns if all GPUs' are forked
-            with torch.random.fork_rng(
-                devices=drawing
-            ):  # a grid point seeds torch; later tasks must not depend on that
+            with torch.random.fork_rng(drawing):  # a grid point seeds torch; later tasks must not depend on that
                 result = finetune(task, config, point, place, ranks, encoder.name)
             if ranks.is_main:
                 _keep(place, result)

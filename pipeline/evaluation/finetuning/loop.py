@@ -9,9 +9,9 @@ micro-batches; otherwise the number of ranks changes nothing but the speed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from pipeline.errors import DivergedRunError, UserError
 from pipeline.evaluation.encoder import Encoder
 from pipeline.evaluation.finetuning import checkpoint
 from pipeline.evaluation.finetuning.batches import TokenRows, global_batches
+from pipeline.evaluation.finetuning.precision import LOWEST_SCALE, ForwardPrecision, forward_precision
 from pipeline.recipe.ranges import LARGEST_BATCH, LONGEST_ROW, check_ranges
 from pipeline.runtime.dist import Launch
 from pipeline.runtime.optimizer import OptimizerConfig, learning_rate, parameter_groups
@@ -42,7 +43,7 @@ class FinetuneConfig:
     max_length: int = 128  # tokens
     warmup_share: float = 0.1  # of all steps; then the rate falls linearly to 0
     weight_decay: float = 0.01
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the forward; auto: bf16 on GPUs that have it
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16; fp16 on GPUs without it; fp32 on CPUs
 
     @property
     def name(self) -> str:
@@ -99,10 +100,12 @@ def finetune(
         parameter_groups(dict(model.named_parameters()), config.weight_decay), lr=point.learning_rate
     )
     best: checkpoint.Weights = {}
-    state: dict[str, Any] = {"step": 0, "epochs": [], "best": 0}
+    state: dict[str, Any] = {"step": 0, "epochs": [], "best": 0}  # and in fp16 "skipped" steps and "scaler"
     if resumed := checkpoint.resume(directory, model, adam, ranks):
         best, state = resumed
     training = _Training(task, config, point, model, adam, ranks)
+    if "scaler" in state:
+        training.scaler.load_state_dict(state["scaler"])
     bar = tqdm(
         total=training.steps,
         initial=state["step"],
@@ -111,10 +114,12 @@ def finetune(
         disable=None if ranks.is_main else True,
     )
     for epoch in range(len(state["epochs"]), config.epochs):
-        loss = training.train_epoch(epoch, bar)
+        loss, skipped = training.train_epoch(epoch, bar)
         dev = training.score("dev")
         state["epochs"].append({"loss": loss, "dev": dev, "dev_mean": mean_of(dev)})
         state["step"] += training.steps_per_epoch
+        if training.scaler.is_enabled():
+            state |= {"skipped": state.get("skipped", 0) + skipped, "scaler": training.scaler.state_dict()}
         if epoch == 0 or mean_of(dev) > state["epochs"][state["best"]]["dev_mean"]:
             best, state["best"] = checkpoint.weights_of(model), epoch
         if ranks.is_main:
@@ -149,6 +154,14 @@ class _Training:
     adam: torch.optim.Optimizer
     ranks: Launch
 
+    @cached_property
+    def precision(self) -> ForwardPrecision:
+        return forward_precision(self.config.precision, self.config.name, self.model.device)
+
+    @cached_property
+    def scaler(self) -> torch.amp.GradScaler:
+        return self.precision.scaler()
+
     @property
     def steps_per_epoch(self) -> int:
         return math.ceil(len(self.task.rows) / self.config.batch)
@@ -160,31 +173,38 @@ class _Training:
     @torch.inference_mode()
     def score(self, split: str) -> Scores:
         self.model.eval()
-        with forward_precision(self.config, self.model.device):
+        with self.precision.autocast():
             return self.task.score(self.model, split)
 
-    def train_epoch(self, epoch: int, bar: tqdm) -> float:
-        """Mean loss of the epoch. Row order and dropout follow from seed and epoch, so an epoch can be repeated."""
+    def train_epoch(self, epoch: int, bar: tqdm) -> tuple[float, int]:
+        """Mean loss of the epoch, and the number of steps that fp16 skipped while it looked for its loss scale.
+
+        Row order and dropout follow from seed and epoch, so an epoch can be repeated.
+        """
         self.model.train()
         rows, seed = self.task.rows, self.point.seed * 1009 + epoch
         rates = OptimizerConfig(lr=self.point.learning_rate, warmup_steps=int(self.config.warmup_share * self.steps))
         torch.manual_seed(seed * 65537 + self.ranks.rank)
         order = torch.Generator().manual_seed(seed)
-        total = torch.zeros(1, dtype=torch.float64, device=self.model.device)
+        total, skipped = torch.zeros(1, dtype=torch.float64, device=self.model.device), 0
         for number, batch in enumerate(global_batches(len(rows), self.config.batch, order)):
             step = epoch * self.steps_per_epoch + number
             total += self._gradients(batch) * (len(batch) / len(rows))
+            self.scaler.unscale_(self.adam)
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm=1.0)
-            if not torch.isfinite(norm):
+            scale = self.scaler.get_scale()  # 1 except in fp16
+            if not torch.isfinite(norm) and scale <= LOWEST_SCALE:
                 raise DivergedRunError(
                     f"fine-tuning at {self.point}: the gradient is not finite at step {step + 1} of {self.steps}"
                 )
             for group in self.adam.param_groups:
                 group["lr"] = learning_rate(rates, step, self.steps)
-            self.adam.step()
+            self.scaler.step(self.adam)  # changes nothing where a scaled gradient is not finite
+            self.scaler.update()  # then lowers the scale
+            skipped += self.scaler.get_scale() < scale
             self.adam.zero_grad()
             bar.update()
-        return float(self.ranks.sum(total))
+        return float(self.ranks.sum(total)), skipped
 
     def _gradients(self, batch: list[int]) -> torch.Tensor:
         """Put the gradients of the mean loss over one global batch on every rank. Returns this rank's part of that mean."""
@@ -196,10 +216,10 @@ class _Training:
         for start in range(0, len(mine), self.config.micro_batch):
             micro = mine[start : start + self.config.micro_batch]
             inputs = self.task.rows.inputs(micro, self.task.pad_id, self.model.device)
-            with forward_precision(self.config, self.model.device):
+            with self.precision.autocast():
                 outputs = self.model(**inputs)
             loss = self.task.loss(outputs, inputs, self.task.rows.targets[micro].to(self.model.device)) * weight
-            loss.backward()
+            self.scaler.scale(loss).backward()
             total += loss.detach()
         if self.ranks.world_size > 1:
             self._sum_gradients()
@@ -211,13 +231,3 @@ class _Training:
         flat = self.ranks.sum(torch.cat([gradient.flatten() for gradient in gradients]))
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
-
-
-@contextmanager
-def forward_precision(config: FinetuneConfig, device: torch.device) -> Iterator[None]:
-    """Run the forward in bf16 if the settings or, with `auto`, the GPU say so; weights and optimizer stay fp32."""
-    bf16 = config.precision == "bf16" or (
-        config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-    )
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        yield
