@@ -201,6 +201,7 @@ def test_run_directory_tells_ranks_hosts_and_backend(lab: Lab) -> None:
     run = json.loads((run_dir / "run.json").read_text())
     assert run["code_fingerprint"] == code_fingerprint()
     assert len(run["hosts"]) == 2
+    assert run["device_names"] == ["CPU", "CPU"]
     assert run["relation_backend"] == "chunked", "the chosen backend, not `auto`"
     assert "step 8/8" in (run_dir / "logs" / "rank0.log").read_text()
     assert (run_dir / "logs" / "rank1.log").exists()
