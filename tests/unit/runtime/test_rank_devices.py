@@ -23,9 +23,11 @@ def gpu(uuid: str, host: str = "n1", name: str = H100, num_seen: int = 1) -> Ran
 def meet(devices: list[RankDevice]) -> list[str]:
     """What every rank is told; empty where it may continue."""
     port, size = free_port(), len(devices)
+    kept = []  # rank 0 holds the store, here until the other threads have read it
 
     def rank(number: int) -> str:
         store = torch.distributed.TCPStore("127.0.0.1", port, size, is_master=number == 0)
+        kept.append(store)
         try:
             check_rank_devices(store, number, devices[number], size)
         except UserError as error:
