@@ -94,7 +94,7 @@ class Stepper:
     def _not_a_number_if_spike(self, loss: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
         """With `guard.spikes: skip` the loss of a spike becomes NaN: every rank skips a step without a finite gradient."""
         limit = self.state.spikes.skip_above
-        return loss if limit is None else loss * torch.where(total.double() > limit, float("nan"), 1.0).to(loss.dtype)
+        return loss if limit is None else loss * torch.ones_like(loss).masked_fill(total.double() > limit, float("nan"))
 
     def batches(self, first_step: int) -> Prefetcher:
         """This rank's micro-batches from `first_step` to the end of the run; a context manager."""
