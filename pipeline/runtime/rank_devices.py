@@ -18,6 +18,7 @@ from torch.distributed import DistError, PrefixStore, Store
 
 from pipeline.errors import UserError
 from pipeline.runtime import gpus
+from pipeline.runtime.device_facts import device_name
 
 FAREWELL_S = 30.0  # rank 0 holds the store: it waits so long for the others to read why all of them end
 
@@ -30,11 +31,6 @@ class RankDevice:
     name: str
     uuid: str
     num_seen: int
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or `CPU`."""
-    return gpus.describe(device).name if device.type == "cuda" else "CPU"
 
 
 def my_device(device: torch.device) -> RankDevice:
@@ -93,6 +89,6 @@ def kinds_warning(names: Sequence[str]) -> str | None:
         return None
     kinds = "; ".join(f"{len(ranks)} x {name} (first: rank {ranks[0]})" for name, ranks in ranks_of.items())
     return (
-        f"the ranks have GPUs of several kinds: {kinds}. In every step all wait for the slowest. Each kind rounds differently: "
+        f"the ranks have devices of several kinds: {kinds}. In every step all wait for the slowest. Each kind rounds differently: "
         "a restart that orders the ranks differently is not equal bit for bit. Use nodes of one kind (sbatch --constraint)"
     )

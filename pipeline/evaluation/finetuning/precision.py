@@ -12,8 +12,8 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.runtime import gpus
+from pipeline.runtime.device_facts import device_name
 from pipeline.runtime.ds_config import DTYPES
-from pipeline.runtime.rank_devices import device_name
 
 FIRST_SCALE = 2.0**16  # as in ds_configs; it is halved after a step whose gradient is not finite
 LOWEST_SCALE = 1.0  # below it the gradient is not finite for another reason

@@ -51,7 +51,7 @@ def test_emulated_bf16_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_cpu_computes_in_fp32() -> None:
-    assert str(forward_precision("auto", "xnli", torch.device("cpu"))) == "fp32 on CPU"
+    assert str(forward_precision("auto", "xnli", torch.device("cpu"))).startswith("fp32 on CPU")
 
 
 # -- the loop in fp16

@@ -44,7 +44,7 @@ def test_a_gpu_for_each_rank() -> None:
 
 def test_cpus_are_shared_by_ranks() -> None:
     mine = my_device(torch.device("cpu"))
-    assert (mine.name, mine.uuid) == ("CPU", "")
+    assert mine.uuid == ""
     assert meet([mine, mine]) == ["", ""]
 
 
