@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from pathlib import Path
@@ -10,12 +11,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from pipeline.config import Recipe
 from pipeline.doctor.machine import device_findings
 from pipeline.errors import UserError
-from pipeline.runtime import allotment, gpus
+from pipeline.runtime import allotment, engine, gpus
 from pipeline.runtime.allotment import check_allotted_gpus, unused_gpu_warning
 from pipeline.runtime.dist import read_launch
 from pipeline.runtime.engine import device_precisions
+from pipeline.training.checks import Inputs
+from tests.conftest import REPO
 
 H100 = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0, uuid="11111111", total_memory=80 * 2**30)
 V100 = SimpleNamespace(name="Tesla V100-SXM2-32GB", major=7, minor=0, uuid="22222222", total_memory=32 * 2**30)
@@ -199,3 +203,27 @@ def test_bf16_only_where_the_gpu_has_it(cuda: pytest.MonkeyPatch, properties: Si
     show(cuda, properties)
     can = device_precisions(torch.device("cuda", 0))
     assert (can.bf16, can.bf16_fast, can.device) == (expected, expected, properties.name)
+
+
+def inputs(config: str, dtype: str = "auto") -> Inputs:
+    recipe = Recipe()
+    recipe = dataclasses.replace(recipe, teacher_options=dataclasses.replace(recipe.teacher_options, dtype=dtype))
+    return Inputs(recipe, Path("r.yaml"), REPO / "ds_configs" / config, 1, torch.device("cuda", 0), lambda recipe: None)
+
+
+def test_a_v100_trains_in_fp16_and_rejects_bf16(cuda: pytest.MonkeyPatch) -> None:
+    show(cuda, V100)
+    cuda.setattr(engine, "get_accelerator", lambda: SimpleNamespace(is_fp16_supported=lambda: True))
+    start = inputs("zero2.json")
+    assert (start.precision, start.teacher_precision) == ("fp16", "fp16")
+    with pytest.raises(
+        UserError, match=r"asks for bf16, which Tesla V100.* does not have; use ds_configs/zero2\.json \(fp16\)"
+    ):
+        inputs("zero2_bf16.json").check_batch()
+    with pytest.raises(
+        UserError, match=r"dtype is bf16, which Tesla V100.* does not have; use one of auto, fp16, fp32"
+    ):
+        inputs("zero2.json", dtype="bf16").check_batch()
+    show(cuda, H100)
+    start = inputs("zero2_bf16.json", dtype="bf16")
+    assert (start.precision, start.teacher_precision) == ("bf16", "bf16")
