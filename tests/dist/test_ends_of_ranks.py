@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 
 from pipeline.errors import EXIT_BUG, EXIT_USER
+from tests.conftest import REPO
 from tests.dist.fork_server import SECONDS_TO_FOLLOW
-from tests.dist.runs import end_group
+from tests.dist.runs import end_group, launcher, start, wait_for_line
 from tests.faults.sweeps.lab import Lab, newest_step, same_student, wait_until
 
 STEPS = {"steps": 6, "save_every": 2, "eval_every": 6, "checkpoint.keep": 10}
@@ -84,3 +86,24 @@ def test_the_part_is_named_and_the_attempt_is_no_crash(lab: Lab, part: str, word
     assert "Traceback" not in log
     assert ("micro_batch_per_gpu" in log.split("error: ")[1]) == (part != "optimizer"), "only where it helps"
     assert json.loads((run_dir / "restarts.json").read_text())[-1]["ended"] == "OUT_OF_MEMORY"
+
+
+@pytest.mark.parametrize("kind", ["torchrun", "deepspeed"])
+def test_a_launcher_ends_with_its_rank(kind: str, tiny_recipe: Path, fp32_config: Path, tmp_path: Path) -> None:
+    """The launchers that users have. They end the other rank and report a failure."""
+    faulty = {
+        "PYTHONPATH": f"{REPO / 'tests' / 'slurm' / 'faults'}{os.pathsep}{REPO}",
+        "BUG_RANK": "1",
+        "BUG_STEP": "2",
+    }
+    words = ["--deepspeed", str(fp32_config), "--recipe", str(tiny_recipe), "--run-dir", str(tmp_path / "run")]
+    log = tmp_path / "log"
+    job = start([*launcher(kind, 2), *words], log, **faulty)
+    try:
+        wait_for_line(log, "RuntimeError: an injected bug", job, timeout_s=200)
+        began = time.monotonic()
+        assert job.wait(60) != 0
+        assert time.monotonic() - began < 20
+    finally:
+        end_group(job)
+    assert "RuntimeError: an injected bug" in (tmp_path / "run" / "logs" / "rank1.log").read_text()
