@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from transformers import AutoModel
@@ -107,6 +109,18 @@ def test_the_seed_decides_and_the_process_state_is_left_alone():
     weights = [student.model.encoder.layer[0].output.dense.weight for student in (first, second, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+def test_a_node_with_several_gpus_is_not_touched(monkeypatch):
+    """`torch.random.fork_rng()` copies the generator of every GPU, and warns; `torch.manual_seed` would seed them."""
+    teacher, seeded = tiny_encoder("xlm-roberta"), []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    monkeypatch.setattr(torch.random, "_fork_rng_warned_already", False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(teacher, init="random")
+    assert not seeded
 
 
 def test_projection_preserves_similarities_of_embeddings():
