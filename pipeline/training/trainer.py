@@ -59,7 +59,8 @@ class Stepper:
         assert totals is not None
         assert result is not None, "the last micro-batch must close the optimizer step"
         total, *relations = totals.tolist()
-        return StepReport(total, relations, result.gradient_norm, result.skipped, result.loss_scale, rate)
+        norm, scale = result.gradient_norm.item(), result.loss_scale.item()
+        return StepReport(total, relations, norm, bool(result.skipped), scale, rate)
 
     def batches(self, first_step: int) -> Prefetcher:
         """This rank's micro-batches from `first_step` to the end of the run; a context manager."""
