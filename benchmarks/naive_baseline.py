@@ -59,11 +59,12 @@ class NaiveTraining:
         groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
         self.adam = torch.optim.AdamW(groups, lr=1e-4, eps=1e-6, fused=True)
 
-    def backward(self, input_ids_BL: torch.Tensor) -> None:
+    def forward(self, input_ids_BL: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             of_teacher = self.teacher(input_ids_BL)
         of_student = self.student(input_ids_BL)
-        sum(naive_relation(t, s, self.num_heads) for t, s in zip(of_teacher, of_student, strict=True)).backward()
+        pairs = zip(of_teacher, of_student, strict=True)
+        return torch.stack([naive_relation(t, s, self.num_heads) for t, s in pairs]).sum()
 
     def optimizer_phase(self) -> None:
         torch.nn.utils.clip_grad_norm_(self.student.model.parameters(), 1.0)

@@ -55,6 +55,13 @@ class ZeroStep:
         self._device = device
         self._pieces: list[_Pieces | None] = [None] * len(zero.bit16_groups)
         self._num_ranks = torch.distributed.get_world_size(zero.dp_process_group)
+        is_padded = any(map(any, zero.round_robin_bit16_padding))  # parameters that do not follow each other directly
+        is_summed_by_autograd = zero.gradient_accumulation_dtype == zero.dtype and not is_padded
+        self._gradients_stay = self._num_ranks == 1 and is_summed_by_autograd
+        if self._gradients_stay:
+            _leave_gradients_to_autograd(zero)
+        if zero.dtype == torch.float32:
+            _share_master_weights(zero)
         if zero.loss_scaler.dynamic:
             zero.loss_scaler = DeviceLossScaler(zero.loss_scaler, device)
         self._scale = torch.full((), float(zero.loss_scale), dtype=torch.float32, device=device)
@@ -85,7 +92,11 @@ class ZeroStep:
 
     def gradients(self) -> list[list[torch.Tensor]]:
         """This rank's reduced gradients by group, which tile its partition from the start."""
-        return [list(self._zero.averaged_gradients[group]) for group in range(len(self._zero.bit16_groups))]
+        zero = self._zero
+        if self._gradients_stay:
+            groups = zero.bit16_groups
+            return [[p.grad if p.grad is not None else torch.zeros_like(p) for p in group] for group in groups]
+        return [list(zero.averaged_gradients[group]) for group in range(len(zero.bit16_groups))]
 
     def _norm(self, gradients: list[list[torch.Tensor]]) -> torch.Tensor:
         """L2 norm over all groups and ranks, fp32 [], to DeepSpeed's last bit. Infinite or NaN if an element of any rank is."""
@@ -180,3 +191,22 @@ def _sum_of_squares(gradients: list[torch.Tensor]) -> torch.Tensor:
         small = [gradient for gradient in gradients if gradient.numel() <= CHUNK]
         parts = [*small, *(chunk for gradient in large for chunk in gradient.reshape(-1).split(CHUNK))]
     return torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float64)).pow(2.0).sum().float()
+
+
+def _leave_gradients_to_autograd(zero: Any) -> None:
+    """One rank has nothing to reduce: no hook copies a gradient into a bucket, and micro-batches add up in `grad`."""
+    for hook in zero._grad_acc_hooks:
+        hook.remove()
+    zero._grad_acc_hooks.clear()
+    zero.reduce_gradients = lambda pipeline_parallel=False: None  # at the end of a backward, ZeRO-1
+    zero.overlapping_partition_gradients_reduce_epilogue = lambda: None  # the same, ZeRO-2
+
+
+def _share_master_weights(zero: Any) -> None:
+    """fp32: the partition of the parameters is the master weights, without a second copy of them."""
+    rank = torch.distributed.get_rank(zero.dp_process_group)
+    for master, partitions in zip(
+        zero.single_partition_of_fp32_groups, zero.parallel_partitioned_bit16_groups, strict=True
+    ):
+        master.data = partitions[rank]
+    zero._link_all_hp_params()  # DeepSpeed's own views of the master weights

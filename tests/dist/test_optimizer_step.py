@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
+from tests.conftest import REPO
 from tests.dist.ranks import run_ranks
 from tests.dist.test_checkpoint import PRECISIONS, WORKER
 
@@ -72,3 +77,16 @@ def test_deepspeeds_step_is_announced(reports: list[Any]) -> None:
             (warning,) = report[name(*case, False)]["warnings"]
             assert "DeepSpeed's own" in warning
             assert "`optimizer.params.fused` is not true" in warning
+
+
+def test_launches_of_the_large_students_step() -> None:
+    """187 tensors: one operation for many of them, and no read in backward and step."""
+    code = "import json; from benchmarks.bench_step import count_operations; print(json.dumps(count_operations()))"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, env=environment, capture_output=True, text=True, check=True
+    )
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert counts["trained_tensors"] == 187
+    assert counts["optimizer_launches"] <= 100
+    assert counts["host_reads_of_engine"] == 0
