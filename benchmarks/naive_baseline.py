@@ -1,6 +1,7 @@
 """The naive baseline of the benchmarks: MiniLMv2 as most code for it is written, and how time and memory are measured.
 
-Complete Hugging Face models, all layers, Q, K and V from forward hooks, all relation maps in memory, `F.kl_div`.
+Complete Hugging Face models, all layers, Q, K and V from forward hooks, all relation maps in memory, `F.kl_div`; the step of
+a plain training loop with torch's fused AdamW.
 
 Shape suffixes: B rows, L positions, D channels, A relation heads, d channels per head.
 """
@@ -45,6 +46,30 @@ class HookedEncoder:
         for hook in hooks:
             hook.remove()
         return outputs
+
+
+class NaiveTraining:
+    """The loop of `transformers.Trainer`, written out: backward, clipping, fused AdamW on all parameters, no gradients."""
+
+    def __init__(self, teacher, student, layers: tuple[int, int], num_heads: int) -> None:
+        self.teacher, self.student = HookedEncoder(teacher, layers[0]), HookedEncoder(student, layers[1])
+        self.num_heads = num_heads
+        decayed = [p for p in student.parameters() if p.dim() > 1]
+        plain = [p for p in student.parameters() if p.dim() <= 1]
+        groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
+        self.adam = torch.optim.AdamW(groups, lr=1e-4, eps=1e-6, fused=True)
+
+    def forward(self, input_ids_BL: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            of_teacher = self.teacher(input_ids_BL)
+        of_student = self.student(input_ids_BL)
+        pairs = zip(of_teacher, of_student, strict=True)
+        return torch.stack([naive_relation(t, s, self.num_heads) for t, s in pairs]).sum()
+
+    def optimizer_phase(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.student.model.parameters(), 1.0)
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
 
 
 def interleaved_cpu_seconds(variants: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:

@@ -99,6 +99,7 @@ def resolve(
     _resolve_optimizer(config, optimizer, path, recipe_path)
     config.setdefault("zero_optimization", {})
     config.setdefault("steps_per_print", 2**62)  # the pipeline prints its own console line
+    config["timers"] = {"throughput": {"enabled": False}}  # DeepSpeed's would wait for the GPU twice in each step
     warnings = _resolve_precision(config, path, can)
     _check_stage(config, path)
     return config, warnings
@@ -121,6 +122,7 @@ def _resolve_optimizer(config: dict[str, Any], optimizer: OptimizerConfig, path:
     parameters = section.setdefault("params", {})
     section.setdefault("type", "AdamW")
     parameters.setdefault("torch_adam", True)
+    parameters.setdefault("fused", not parameters.get("foreach"))  # one kernel for many tensors, on a CPU too
     if parameters.get("fused") and parameters.get("foreach"):
         raise UserError(f"{path} sets both `fused` and `foreach` in `optimizer.params`; keep one")
     owned = {"lr": optimizer.lr, "betas": list(optimizer.betas), "eps": optimizer.eps}

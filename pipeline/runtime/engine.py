@@ -24,8 +24,8 @@ from deepspeed.accelerator import get_accelerator  # noqa: E402
 
 from pipeline.runtime.determinism import deterministic_kernels  # noqa: E402
 from pipeline.runtime.ds_config import Precisions  # noqa: E402
-from pipeline.runtime.multi_tensor import use_multi_tensor_checks  # noqa: E402
 from pipeline.runtime.optimizer import MOMENTS, OptimizerConfig, parameter_groups  # noqa: E402
+from pipeline.runtime.zero_step import StepResult, ZeroStep, reason_for_deepspeeds_step  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,6 @@ class Fragment:
     def view(self, tensor: torch.Tensor) -> torch.Tensor:
         """This fragment's slice [numel] of `tensor`: the buffer itself or a moment, which has the same layout."""
         return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """The result of one optimizer step, as 0-d tensors on the engine's device: reading one makes the host wait for it.
-
-    `skipped`: a gradient was not finite, so no rank changed a parameter, and `gradient_norm` is NaN.
-    """
-
-    gradient_norm: torch.Tensor
-    skipped: torch.Tensor
-    loss_scale: torch.Tensor
 
 
 def device_precisions(device: torch.device) -> Precisions:
@@ -94,10 +82,16 @@ class StudentEngine:
         )
         self._zero = self._engine.optimizer
         self._adam = self._zero.optimizer
-        # On a CPU there are no launches to save, and the multi-tensor norm is slower than the minimum and maximum.
-        uses_checks = self.stage in (1, 2) and not self._zero.cpu_offload and self.device.type == "cuda"
-        warning = use_multi_tensor_checks(self._zero, deepspeed.__version__) if uses_checks else None
-        self.warnings = [warning] if warning else []
+        self.warnings: list[str] = []
+        self._step: ZeroStep | None = None
+        if self.stage in (1, 2):
+            reason = reason_for_deepspeeds_step(self._zero, deepspeed.__version__, config)
+            if reason:
+                self.warnings.append(
+                    f"each optimizer step is DeepSpeed's own, which checks gradient by gradient and waits for the GPU: {reason}"
+                )
+            else:
+                self._step = ZeroStep(self._zero, self.device)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
@@ -132,12 +126,24 @@ class StudentEngine:
         self._engine.step()
         if not boundary:
             return None
+        return self._step.result if self._step else self._result_of_deepspeed()
+
+    def _result_of_deepspeed(self) -> StepResult:
+        """The result of DeepSpeed's own step, which the host knows already."""
         skipped = bool(self._zero.overflow)
-        norm = float("nan") if skipped else float(self._engine.get_global_grad_norm())
-        return StepResult(*(torch.tensor(figure, device=self.device) for figure in (norm, skipped, self.loss_scale)))
+        norm = torch.nan if skipped else self._engine.get_global_grad_norm()
+        on_device: dict[str, Any] = {"dtype": torch.float32, "device": self.device}
+        if isinstance(norm, torch.Tensor):
+            norm = norm.detach().to(**on_device).reshape(())
+        else:
+            norm = torch.full((), float(norm), **on_device)
+        return StepResult(
+            norm, torch.full((), skipped, device=self.device), torch.full((), self.loss_scale, **on_device)
+        )
 
     @property
     def loss_scale(self) -> float:
+        """The loss scale of the next step. Waits for the device."""
         return float(self._zero.loss_scale)
 
     # -- state, by parameter name
@@ -204,7 +210,9 @@ class StudentEngine:
         for fragment in self.fragments():
             state = self._adam.state[fragment.buffer]
             if not state:
-                state["step"] = torch.tensor(float(adam_step), dtype=torch.float32)
+                # torch's AdamW keeps its step on the CPU, its fused one next to the parameter
+                device = fragment.buffer.device if self._adam.defaults.get("fused") else torch.device("cpu")
+                state["step"] = torch.full((), float(adam_step), dtype=torch.float32, device=device)
                 for name in MOMENTS:
                     state[name] = torch.zeros_like(fragment.buffer, requires_grad=False)
             fragment.view(fragment.buffer).copy_(read("weight", fragment.name, fragment.start, fragment.numel))
@@ -212,7 +220,9 @@ class StudentEngine:
                 fragment.view(state[name]).copy_(read(name, fragment.name, fragment.start, fragment.numel))
         for name, value in scaler.items():
             if name in _SCALER_NUMBERS and hasattr(self._zero.loss_scaler, name):
-                setattr(self._zero.loss_scaler, name, type(getattr(self._zero.loss_scaler, name))(value))
+                now = getattr(self._zero.loss_scaler, name)
+                loaded = torch.full_like(now, value) if isinstance(now, torch.Tensor) else type(now)(value)
+                setattr(self._zero.loss_scaler, name, loaded)
         self._refresh_low_precision()
 
     @torch.no_grad()
@@ -250,6 +260,7 @@ def partition_teacher(teacher: torch.nn.Module, precision: str) -> Callable:
             "stage3_max_live_parameters": 0,
             "stage3_max_reuse_distance": 0,
             "stage3_prefetch_bucket_size": 0,
+            "memory_efficient_linear": False,  # it would replace F.linear in the complete process
         },
         "fp16": {"enabled": precision == "fp16"},
         "bf16": {"enabled": precision == "bf16"},

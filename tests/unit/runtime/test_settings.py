@@ -33,6 +33,37 @@ def test_shipped_configs_resolve_without_auto(path: Path) -> None:
     assert precision_of(config) == ("bf16" if "bf16" in path.stem else "fp16")
 
 
+@pytest.mark.parametrize(
+    ("given", "fused"),
+    [
+        ({}, True),
+        ({"fused": True}, True),
+        ({"fused": False}, False),
+        ({"fused": None}, None),
+        ({"foreach": True}, False),
+        ({"foreach": False}, True),
+    ],
+)
+def test_adamw_is_fused_unless_the_json_says_otherwise(given: dict, fused: bool | None, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"optimizer": {"params": given}}))
+    assert resolved(path, GPU)[0]["optimizer"]["params"]["fused"] is fused
+
+
+def test_no_timer_waits_for_the_gpu() -> None:
+    from deepspeed.utils.config import get_timers_config
+
+    config, _ = resolved(REPO / "ds_configs" / "zero2.json", GPU)
+    assert get_timers_config(config).enabled is False
+
+
+@pytest.mark.parametrize("name", ["zero3", "zero3_offload"])
+def test_zero3_keeps_torchs_linear(name: str) -> None:
+    """DeepSpeed's replaces `F.linear` in the complete process, the teacher included."""
+    config, _ = resolved(REPO / "ds_configs" / f"{name}.json", GPU)
+    assert config["zero_optimization"]["memory_efficient_linear"] is False
+
+
 @pytest.mark.parametrize(("can", "instead"), [(CPU, "fp32"), (FAST_CPU, "bf16")])
 def test_fp16_falls_back_with_one_warning(can: Precisions, instead: str) -> None:
     config, warnings = resolved(REPO / "ds_configs" / "zero2.json", can)
