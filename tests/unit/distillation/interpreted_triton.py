@@ -15,7 +15,7 @@ import torch
 from pipeline.distillation.relations import fused, relation_kl
 from pipeline.distillation.relations.selection import FAR, NEAR, gradient_error
 from pipeline.errors import UserError
-from tests.unit.distillation.test_relation_loss import errors, loss_and_gradient, make
+from tests.unit.distillation.test_relation_loss import Reads, errors, loss_and_gradient, make
 
 LIMITS = {torch.float32: 1e-6, torch.float16: 1e-3}
 LONG = {torch.float32: 48, torch.float16: 80}  # two tiles, the second one not full
@@ -82,11 +82,21 @@ def test_triton_twice_is_bit_for_bit_the_same_and_padding_changes_nothing(dtype)
     assert torch.count_nonzero(first[1].view(2, -1, 12)[0, 11:]) == 0
 
 
-def test_triton_gives_the_same_loss_without_a_gradient(dtype):
-    teacher, student = make(1, 40, 16, 12, dtype)
+def test_triton_reads_nothing(dtype):
+    """The interpreter computes outside torch, so this counts the host's part only."""
+    teacher, student = make(2, 20, 16, 12, dtype)
+    student.requires_grad_()
+    with Reads() as reads:
+        for layout in ({}, {"lengths_B": torch.tensor([20, 11])}, {"segments": [[12, 8], [7, 1]]}):
+            relation_kl(teacher, student, 2, backend="triton", **layout).backward()
+    assert reads.count == 0
+
+
+def test_triton_serves_training_after_inference_mode(dtype):
+    teacher, student = make(1, 21, 16, 12, dtype)
     with torch.inference_mode():
-        loss = relation_kl(teacher, student, 2, backend="triton").item()
-    assert loss == loss_and_gradient(relation_kl, teacher, [student], 2, backend="triton")[0]
+        first = relation_kl(teacher, student, 2, backend="triton").item()
+    assert loss_and_gradient(relation_kl, teacher, [student], 2, backend="triton")[0] == first
 
 
 def test_triton_does_not_hide_a_nan(dtype):
