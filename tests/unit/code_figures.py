@@ -75,7 +75,9 @@ def num_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def num_parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Without `self`, `cls`, `*args` and `**kwargs`."""
+    """Without `self`, `cls`, `*args` and `**kwargs`. 0 for a Triton kernel: it is given pointers and numbers, no dataclass."""
+    if any(ast.unparse(decorator) == "triton.jit" for decorator in function.decorator_list):
+        return 0
     given = function.args
     names = [argument.arg for argument in [*given.posonlyargs, *given.args, *given.kwonlyargs]]
     return len(names) - (names[:1] in (["self"], ["cls"]))

@@ -8,14 +8,17 @@ Shape suffixes: B rows of the batch, L positions of a row, D channels (each mode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+from pipeline.errors import UserError
 
-@dataclass(frozen=True)
-class Span:
+
+class Span(NamedTuple):
     """A stretch of real tokens in one row. Its queries see its own keys and no others."""
 
     row: int
@@ -32,7 +35,7 @@ class RelationInputs:
     student_BLD: torch.Tensor
     student_keys_BLD: torch.Tensor | None
     num_heads: int
-    spans: Sequence[Span]
+    spans: tuple[Span, ...]
 
 
 @dataclass
@@ -60,6 +63,33 @@ def relation_backend(name: str) -> Callable[[Backend], Backend]:
         return backend
 
     return register
+
+
+class NotUsableHereError(UserError):
+    """A backend cannot run on this machine or with these inputs; `reason` says why."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            f"the relation backend `{name}` cannot run here: {reason}. It is named in the recipe, or the run began with it; "
+            "set `relations.backend` to `flash` or `chunked`, or to `auto` in a new run"
+        )
+
+
+def cached_on_device(build: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Decorator for a function that makes a tensor on the host from hashable arguments, such as spans.
+
+    The decorated function has the device as an additional first argument. It keeps the tensors of the last few calls, so
+    that a layout which returns costs nothing, and the host does not wait for the copy of a new one.
+    """
+
+    @functools.lru_cache(maxsize=16)
+    @torch.inference_mode(False)  # a tensor made in inference mode could not be saved for a later backward
+    def on_device(device: torch.device, *arguments) -> torch.Tensor:
+        on_host = build(*arguments)
+        return on_host if device.type == "cpu" else on_host.pin_memory().to(device, non_blocking=True)
+
+    return on_device
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

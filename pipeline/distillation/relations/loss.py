@@ -11,13 +11,21 @@ relation heads, |x| the number of real tokens of a row.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from pipeline.distillation.relations.backends import BACKENDS, RelationInputs, RelationSums, Span, working_dtype
+from pipeline.distillation.relations.backends import (
+    BACKENDS,
+    RelationInputs,
+    RelationSums,
+    Span,
+    cached_on_device,
+    working_dtype,
+)
 from pipeline.errors import UserError
 
 DEFAULT_BACKEND = "chunked"  # of `backend="auto"`: correct on every device, without a measurement
@@ -38,7 +46,8 @@ def relation_kl(
         teacher_BLD: Q, K or V of the teacher, [B, L, D]; a pair (queries, keys) is the relation of two tensors (Q-K).
         student_BLD: the same of the student, with its own D and dtype.
         num_relation_heads: A; must divide both widths.
-        lengths_B: number of real tokens of each row; padding is at the end. None: all positions are real.
+        lengths_B: number of real tokens of each row, best on the host, which reads them; padding is at the end. None:
+            all positions are real.
         backend: a name in `BACKENDS`, or "auto" for `DEFAULT_BACKEND`.
         segments: per row the lengths of its stretches, in order. Tokens of one stretch see only each other; every token
             keeps the weight that it has without segments. What follows the last stretch is padding.
@@ -70,9 +79,9 @@ def relation_kl_by_row(
         raise ValueError(f"teacher {tuple(x_T.shape)} and student {tuple(x_S.shape)} differ in [B, L]")
     check_backend(backend)
     compute = BACKENDS[DEFAULT_BACKEND if backend == "auto" else backend]
-    spans, counts = _spans(x_S.shape[0], x_S.shape[1], lengths_B, segments)
-    weight_B = torch.tensor([1.0 / (num_relation_heads * n) for n in counts], dtype=torch.float64)
-    weight_B = weight_B.to(x_S.device, working_dtype(x_S.dtype))
+    stretches = _stretches(x_S.shape[0], x_S.shape[1], lengths_B, segments)
+    spans = _spans(stretches, x_S.shape[1])
+    weight_B = _weights(x_S.device, stretches, num_relation_heads, working_dtype(x_S.dtype))
 
     def sums(x_S: torch.Tensor, y_S: torch.Tensor | None, with_gradient: bool) -> RelationSums:
         teacher, student = (x_T.detach(), _detached(y_T)), (x_S.detach(), _detached(y_S))
@@ -107,26 +116,41 @@ def check_heads(width: int, num_relation_heads: int, role: str, other_width: int
         )
 
 
-def _spans(
+Stretches = tuple[tuple[int, ...], ...]  # per row the lengths of its stretches of tokens that see each other
+
+
+def _stretches(
     batch: int, length: int, lengths_B: torch.Tensor | None, segments: Sequence[Sequence[int]] | None
-) -> tuple[list[Span], list[int]]:
-    """Stretches of tokens that see each other, and the number |x| of real tokens per row."""
+) -> Stretches:
+    """The rows' stretches, from the arguments of `relation_kl`."""
     if segments is not None and lengths_B is not None:
         raise ValueError("give `lengths_B` or `segments`, not both: what follows a row's last segment is padding")
     if segments is None:
-        counts = [length] * batch if lengths_B is None else [int(n) for n in lengths_B.tolist()]
-        segments = [[n] for n in counts]
+        return ((length,),) * batch if lengths_B is None else tuple((int(n),) for n in lengths_B.tolist())
+    if len(segments) != batch:
+        raise ValueError(f"{len(segments)} rows of lengths for a batch of {batch}")
+    return tuple(map(tuple, segments))
+
+
+@functools.lru_cache(maxsize=16)
+def _spans(stretches: Stretches, length: int) -> tuple[Span, ...]:
+    """All stretches with their places."""
     spans: list[Span] = []
-    for row, parts in enumerate(segments):
+    for row, parts in enumerate(stretches):
         start = 0
         for size in parts:
             spans.append(Span(row, start, start + size))
             start += size
         if not 0 < start <= length or min(parts) < 1:
             raise ValueError(f"row {row}: stretches of {list(parts)} tokens do not fit a row of {length}")
-    if len(segments) != batch:
-        raise ValueError(f"{len(segments)} rows of lengths for a batch of {batch}")
-    return spans, [sum(parts) for parts in segments]
+    return tuple(spans)
+
+
+@cached_on_device
+def _weights(stretches: Stretches, num_heads: int, dtype: torch.dtype) -> torch.Tensor:
+    """1 / (A |x|) of each row."""
+    weights = [1.0 / (num_heads * sum(parts)) for parts in stretches]
+    return torch.tensor(weights, dtype=torch.float64).to(dtype)
 
 
 class _GradientInForward(torch.autograd.Function):

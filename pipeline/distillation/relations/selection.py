@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from pipeline.distillation.relations.backends import BACKENDS
+from pipeline.distillation.relations.backends import BACKENDS, NotUsableHereError
 from pipeline.distillation.relations.loss import DEFAULT_BACKEND, relation_kl
 from pipeline.distillation.relations.reference import relation_kl_reference
 from pipeline.errors import UserError
@@ -61,6 +61,8 @@ def choose_backend(
     for name in BACKENDS if timed else (DEFAULT_BACKEND,):
         try:
             found, is_correct = _check(name, teacher_BLD, student_BLD, num_heads)
+        except NotUsableHereError as problem:
+            found, is_correct = f"not usable here ({problem.reason})", False
         except RuntimeError as problem:  # this device or build lacks a kernel
             found, is_correct = f"not usable here ({str(problem).splitlines()[0]})", False
         if is_correct:
