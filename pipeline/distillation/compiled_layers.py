@@ -24,6 +24,8 @@ from pipeline.distillation.tap import TappedEncoder
 from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
+# Torch's message, as a RuntimeError, where its limit of graphs was reached in a layer of the same kind.
+NO_GRAPH = "fullgraph=True found no compiled frames"
 
 
 def compile_layers(encoder: TappedEncoder, key: str, deterministic: bool = True) -> None:
@@ -92,7 +94,7 @@ class CompiledForward:
         self._layer, self._key, self._options = layer, key, options
         self._plain = type(layer).forward.__get__(layer)
         self._compiled = torch.compile(self._plain, dynamic=False, fullgraph=True, options=options)
-        self._is_warm = False
+        self._first: dict[str, str] | None = None  # what the first call was, for messages
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         if not CompiledForward.enabled:
@@ -100,32 +102,53 @@ class CompiledForward:
         graphs = _num_graphs()
         try:
             result = self._compiled(*arguments, **keywords)
-        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-            return self._without_graph(error, *arguments, **keywords)
-        if _num_graphs() > graphs and self._is_warm:
+        except (FailOnRecompileLimitHit, RuntimeError) as error:
+            is_of_compiler = isinstance(error, FailOnRecompileLimitHit | TorchDynamoException)
+            if not is_of_compiler and NO_GRAPH not in str(error):
+                raise  # of the layer itself: out of memory, say
+            return self._without_graph(error, arguments, keywords)
+        if self._first is None:
+            self._first = self._describe(arguments, keywords)
+        elif _num_graphs() > graphs:
             logger.error(
-                f"`{self._key}`: a layer was compiled again after its first batch, because {_reason()}. Training waited for "
-                "it, and its results are right. All batches of a run have one shape, so something other than the recipe "
-                f"changed; if this repeats, resume with `--set {self._key}=false`"
+                f"`{self._key}`: a {type(self._layer).__name__} was compiled again after its first batch: "
+                f"{self._changes(arguments, keywords)}. Training waited for it, and its results are right. All batches of a run "
+                f"have one shape, so that this is a fault; if it repeats, resume with `--set {self._key}=false`"
             )
-        self._is_warm = True
         return result
 
-    def _without_graph(self, error: Exception, *arguments: Any, **keywords: Any) -> Any:
+    def _without_graph(self, error: Exception, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """Stop before the first step where a layer cannot be compiled; later, run this layer as written from now on."""
         name = type(self._layer).__name__
-        if not self._is_warm:
+        if self._first is None:
             raise UserError(
                 f"`{self._key}: true`, but torch.compile cannot compile a {name}: {_first_line(error)} "
                 f"Give `--set {self._key}=false`"
             ) from error
         logger.error(
-            f"`{self._key}`: a {name} could not be compiled again after its first batch: {_first_line(error)} From now on it "
-            "runs uncompiled: its results are right, and differ in last bits. Something other than the recipe changed between "
-            f"batches; resume with `--set {self._key}=false`"
+            f"`{self._key}`: a {name} could not be compiled again after its first batch: {_first_line(error)} What changed: "
+            f"{self._changes(arguments, keywords)}. From now on it runs uncompiled: its results are right, and differ in last "
+            f"bits. All batches of a run have one shape, so that this is a fault; resume with `--set {self._key}=false`"
         )
         self._compiled = self._plain
         return self._plain(*arguments, **keywords)
+
+    def _describe(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, str]:
+        """What decides whether a graph fits a call: its arguments, and torch's settings."""
+        settings = {
+            "training mode": self._layer.training,
+            "gradients are recorded": torch.is_grad_enabled(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "threads": torch.get_num_threads(),
+        }
+        given = {f"argument {number}": value for number, value in enumerate(arguments, start=1)}
+        return {name: _described(value) for name, value in {**given, **keywords, **settings}.items()}
+
+    def _changes(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> str:
+        """Differences from the first call. Torch's own words compare with the latest graph, which may be of another model."""
+        then, now = self._first or {}, self._describe(arguments, keywords)
+        changed = [f"{name}: {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name]]
+        return "; ".join(changed) or getattr(get_compilation_metrics()[-1], "recompile_reason", None) or "unknown"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledForward:
         """For the copied layer: without this a copy would compute with the weights of the original."""
@@ -137,10 +160,10 @@ def _num_graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-def _reason() -> str:
-    """Torch's own words for why the last graph was compiled, such as "tensor 'x' size mismatch at index 0"."""
-    metrics = get_compilation_metrics()
-    return getattr(metrics[-1], "recompile_reason", None) or "of a cause that torch does not name"
+def _described(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return ", ".join(map(_described, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _first_line(error: Exception) -> str:

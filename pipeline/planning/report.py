@@ -44,7 +44,7 @@ def text(report: PlanReport) -> str:
         f"# {planner.recipe_path} on {plan.nodes} x {plan.gpus_per_node} {device.name}: a prediction (method: docs/planning.md)",
         *(f"warning: {warning}" for warning in plan.warnings),
         f"ZeRO-{setting.stage}, {setting.precision}, teacher in {setting.teacher_precision}, "
-        f"loss by `{'flash' if setting.flash_loss else 'chunked'}`, micro-batch {micro} of {setting.seq_len} tokens",
+        f"loss by `{setting.backend}`, micro-batch {micro} of {setting.seq_len} tokens",
         "",
         f"## Memory per GPU, GiB (peak: {plan.memory.moment})",
         _table(["part", "GiB"], [*parts, ["all", f"{plan.memory.total / GIB:.2f} of {device.memory_gib:g}"]]),

@@ -158,8 +158,9 @@ def test_another_shape_after_the_first_batch_is_an_error_in_the_log(caplog: pyte
         train_step(compiled, random_rows(2, 20))
     assert len(errors(caplog)) == 2, "once each for teacher and student"
     for key, text in zip(("teacher_options.compile", "student.compile"), errors(caplog), strict=True):
-        assert f"`{key}`: a layer was compiled again" in text
-        assert "size mismatch at index 0. expected 3, actual 2" in text
+        assert f"`{key}`: a XLMRobertaLayer was compiled again" in text
+        width = 48 if key.startswith("teacher") else 24
+        assert f": argument 1: float32 [3, 20, {width}] -> float32 [2, 20, {width}]. Training waited" in text
         assert f"--set {key}=false" in text
         assert "\n" not in text
 
@@ -176,7 +177,8 @@ def test_too_many_graphs_end_in_uncompiled_layers(caplog: pytest.LogCaptureFixtu
 
 class Unsupported(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * x.sum().item()
+        torch._dynamo.graph_break()
+        return x
 
 
 def test_a_layer_that_cannot_be_compiled_ends_the_run_before_its_first_step() -> None:
