@@ -31,7 +31,10 @@ MAY_CHANGE = (
     "guard",
     "metrics",
 )
-ROUNDING = ("teacher_options.compile", "student.compile")  # a change is allowed, with a warning: last bits, dropout masks
+ROUNDING = (
+    "teacher_options.compile",
+    "student.compile",
+)  # a change is allowed, with a warning: last bits, dropout masks
 COMPARED_BY_CONTENT = ("teacher", "vocabulary")  # training/identity.py
 
 

@@ -19,7 +19,7 @@ from pipeline.planning.communication import Collective, collectives_of
 from pipeline.planning.devices import Hardware
 from pipeline.planning.memory import GIB, Memory, Setting, memory_of
 from pipeline.planning.meta_models import ADAM_BYTES, Encoders, build_encoders, read_config
-from pipeline.planning.timing import PLANNED_BACKENDS, StepTime, loss_s, pass_s, relation_s, step_time
+from pipeline.planning.timing import PLANNED_BACKENDS, StepTime, hooks_of_pass, loss_s, pass_s, relation_s, step_time
 from pipeline.planning.trace import PassCost, StudentCost, trace_student, trace_teacher
 from pipeline.runtime import ds_config
 from pipeline.runtime.ds_config import Precisions, split_batch
@@ -206,7 +206,8 @@ class Planner:
         languages = len(self.recipe.languages or []) or NUM_CC100_LANGUAGES
         batches = -(-self.recipe.heldout_rows * languages // (setting.micro_batch * setting.world_size))
         one = pass_s(teacher, setting.teacher_precision, self.hardware)
-        one += pass_s(student.forward, setting.precision, self.hardware)
+        hooks = hooks_of_pass(self.encoders, setting, is_backward=False)
+        one += pass_s(student.forward, setting.precision, self.hardware, hooks)
         return batches * (one + loss_s(self.encoders, setting, self.hardware))
 
     # -- does it fit

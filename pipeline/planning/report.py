@@ -54,6 +54,8 @@ def text(report: PlanReport) -> str:
         _table(["part", "ms", "share"], [*share, ["all", f"{step.total * 1e3:.1f}", "100%"]]),
         f"{step.flops / 1e12:.1f} TFLOP per GPU, {mfu:.0%} of the peak; "
         f"{planner.recipe.global_batch * setting.seq_len / step.total / 1e3:.0f} thousand tokens/s",
+        f"in {step.host_wait_s * 1e3:.1f} ms of it the GPU waits for the host, which needs "
+        f"{planner.hardware.assumptions.launch_s * 1e6:g} us to start a kernel (--launch-us)",
         "",
         "## The run",
         *_run_lines(planner, plan, report.preparation),

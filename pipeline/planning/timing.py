@@ -7,7 +7,7 @@ that of its memory traffic, and at least the time in which the host starts its k
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.distillation.relations.chunked import TILE_ENTRIES_GPU
 from pipeline.planning.communication import Collective, collective_s, small_reduces_s
@@ -43,6 +43,7 @@ class StepTime:
 
     parts: dict[str, float]
     flops: float
+    host_wait_s: float  # of the parts together: the GPU is idle while the host starts kernels
 
     @property
     def total(self) -> float:
@@ -58,15 +59,30 @@ def step_time(
     hardware: Hardware,
 ) -> StepTime:
     """One optimizer step: `accumulation` micro-batches, then communication and update."""
+    infinitely_fast = replace(hardware, assumptions=replace(hardware.assumptions, launch_s=0.0))
+    parts, busy = (_parts_s(encoders, teacher, student, collectives, setting, on) for on in (hardware, infinitely_fast))
+    micro_flops = teacher.flops + student.forward.flops + student.backward.flops + loss_flops(encoders, setting)
+    return StepTime(parts, setting.accumulation * micro_flops, sum(parts.values()) - sum(busy.values()))
+
+
+def _parts_s(
+    encoders: Encoders,
+    teacher: PassCost,
+    student: StudentCost,
+    collectives: list[Collective],
+    setting: Setting,
+    hardware: Hardware,
+) -> dict[str, float]:
+    """Seconds of each part of a step."""
     repeats = setting.accumulation
     forward_s, backward_s = (
         pass_s(cost, setting.precision, hardware, hooks_of_pass(encoders, setting, is_backward))
-        for is_backward, cost in enumerate((student.forward, student.backward))
+        for is_backward, cost in ((False, student.forward), (True, student.backward))
     )
     communication = sum(collective_s(collective, setting, hardware) for collective in collectives)
     if setting.overlap and setting.stage > 1:
         communication = max(0.0, communication - repeats * backward_s)
-    parts = {
+    return {
         "teacher": repeats * pass_s(teacher, setting.teacher_precision, hardware),
         "student": repeats * (forward_s + backward_s),
         "loss": repeats * loss_s(encoders, setting, hardware),
@@ -74,8 +90,6 @@ def step_time(
         "optimizer": _optimizer_s(encoders, setting, hardware),
         "data": repeats * setting.micro_batch * setting.seq_len * 8 / hardware.host_copy_bytes_per_s,
     }
-    micro_flops = teacher.flops + student.forward.flops + student.backward.flops + loss_flops(encoders, setting)
-    return StepTime(parts, repeats * micro_flops)
 
 
 def pass_s(cost: PassCost, precision: str, hardware: Hardware, num_hooks: int = 0) -> float:

@@ -114,11 +114,12 @@ class Inputs:
 
     def check_compiler(self) -> Found:
         """Layers that are to be compiled can be."""
-        asked = {"teacher_options.compile": self.recipe.teacher_options, "student.compile": self.recipe.student}
-        for key in (key for key, section in asked.items() if section.compile):
-            check_compiler(key, self.device)
-            return Found("torch.compile works")
-        return Found("")
+        recipe = self.recipe
+        asked = {"teacher_options.compile": recipe.teacher_options.compile, "student.compile": recipe.student.compile}
+        keys = [key for key, compiled in asked.items() if compiled]
+        if keys:
+            check_compiler(keys[0], self.device)
+        return Found("torch.compile works" if keys else "")
 
     def check_teacher(self) -> Found:
         config = self.teacher_model.config

@@ -172,7 +172,9 @@ def test_too_many_graphs_end_in_uncompiled_layers(caplog: pytest.LogCaptureFixtu
         for length in range(4, 16):
             loss, _ = train_step(compiled, random_rows(2, length))
             assert loss == pytest.approx(train_step(written, random_rows(2, length))[0], rel=1e-5)
-    assert sum("From now on it runs uncompiled" in text for text in errors(caplog)) == 3 + 1, "three layers of the teacher and one of the student"
+    assert sum("From now on it runs uncompiled" in text for text in errors(caplog)) == 3 + 1, (
+        "three layers of the teacher and one of the student"
+    )
 
 
 class Unsupported(nn.Module):
@@ -184,7 +186,7 @@ class Unsupported(nn.Module):
 def test_a_layer_that_cannot_be_compiled_ends_the_run_before_its_first_step() -> None:
     layer = Unsupported()
     compile_layers(SimpleNamespace(complete_layers=[layer]), "student.compile")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="cannot compile a Unsupported: .*--set student.compile=false") as caught:
+    with pytest.raises(UserError, match=r"cannot compile a Unsupported: .*--set student\.compile=false") as caught:
         layer(torch.ones(2))
     assert "\n" not in str(caught.value)
 

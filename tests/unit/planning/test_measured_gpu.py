@@ -21,7 +21,9 @@ H200 = Hardware(DEVICES["h200"])
 MIB = 2**20
 
 
-def planner_of(directory: Path, stage: int, rows: int, *overrides: str, gpu: str = "h200", fused: bool = False) -> Planner:
+def planner_of(
+    directory: Path, stage: int, rows: int, *overrides: str, gpu: str = "h200", fused: bool = False
+) -> Planner:
     """The recipe on one GPU in one micro-batch, with the optimizer that was measured (torch's AdamW, not fused)."""
     ds = json.loads((REPO / "ds_configs" / f"zero{stage}.json").read_text())
     ds["optimizer"]["params"] |= {"fused": fused, "foreach": not fused}
@@ -51,6 +53,11 @@ def test_parts_of_a_step(plan: Plan, part: str, measured_ms: float, factor: floa
 
 def test_the_step(plan: Plan) -> None:
     assert plan.step.total * 1e3 == pytest.approx((82.2 + 84.7) / 2, rel=0.1)
+
+
+def test_waiting_for_the_host(plan: Plan) -> None:
+    """The GPU was busy for 50 ms of the step."""
+    assert (plan.step.total - plan.step.host_wait_s) * 1e3 == pytest.approx(50, rel=0.1)
 
 
 def test_the_students_forward(measured: Planner, plan: Plan) -> None:
@@ -109,9 +116,7 @@ def relation(plan: Plan, shape: tuple[int, ...], backend: str) -> tuple[Encoders
 
 
 @pytest.mark.parametrize(("shape", "backend", "measured_ms", "measured_mib"), CASES)
-def test_a_relation(
-    plan: Plan, shape: tuple[int, ...], backend: str, measured_ms: float, measured_mib: float
-) -> None:
+def test_a_relation(plan: Plan, shape: tuple[int, ...], backend: str, measured_ms: float, measured_mib: float) -> None:
     encoders, setting = relation(plan, shape, backend)
     factor = 2.1 if shape[1] == 128 else 1.65  # short rows wait for the host, whose time varies most
     assert 1 / factor < relation_s(encoders, setting, backend, H200) * 1e3 / measured_ms < factor
