@@ -101,6 +101,27 @@ def test_generated_code_gives_the_same_losses_and_gradients(model_type: str, mas
         assert_same_step(model_type, mask, **changes)
 
 
+def test_recomputed_activations_have_the_forwards_dropout_masks() -> None:
+    """The gradient is that of the loss with this seed's masks: the loss changes along it as the gradient says."""
+    module, _ = make("xlm-roberta", compiled=True, layers=3, dropout=0.3, checkpointing=True)
+    rows, step = random_rows(3, 20), 1e-3
+
+    def loss_at(distance: float) -> float:
+        """With the weights moved along the gradient; the same masks each time."""
+        torch.manual_seed(5)
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                parameter.add_(gradients.get(name, torch.zeros_like(parameter)), alpha=distance)
+        return module(rows)[0].item()
+
+    torch.manual_seed(5)
+    _, gradients = train_step(module, rows)
+    length = torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item()
+    gradients = {name: gradient / length for name, gradient in gradients.items()}
+    ahead, behind = loss_at(step), loss_at(-2 * step)
+    assert (ahead - behind) / (2 * step) == pytest.approx(length, rel=0.02)
+
+
 def test_held_out_batches_of_any_shape_compile_nothing(caplog: pytest.LogCaptureFixture) -> None:
     """They run as written, before and after training: equal bit for bit to those of a run without compiled layers."""
     (written, _), (compiled, _) = (make("xlm-roberta", compiled=c) for c in (False, True))
