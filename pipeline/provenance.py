@@ -31,6 +31,10 @@ MAY_CHANGE = (
     "guard",
     "metrics",
 )
+ROUNDING = (
+    "teacher_options.compile",
+    "student.compile",
+)  # a change is allowed, with a warning: last bits, dropout masks
 COMPARED_BY_CONTENT = ("teacher", "vocabulary")  # training/identity.py
 
 
@@ -45,18 +49,30 @@ def resume_critical_config(recipe: Recipe) -> dict[str, Any]:
 
 
 def changed_keys(begun: Mapping[str, Any], recipe: Recipe, by_path: bool) -> list[str]:
-    """The changes of a run's resume-critical config, as `key: before -> now`.
+    """The changes of a run's resume-critical config that a resume rejects, as `key: before -> now`.
 
     Args:
-        begun: the config with which the run began. A key that it lacks (of a newer version) has its default.
+        begun: the config with which the run began
         recipe: of this attempt
         by_path: compare teacher and vocabulary by path. False: another path is not a change; their content is compared
             elsewhere.
     """
+    return [
+        f"{key}: {then} -> {now}"
+        for key, (then, now) in _differences(begun, recipe).items()
+        if key not in ROUNDING and not (key in COMPARED_BY_CONTENT and not by_path and None not in (then, now))
+    ]
+
+
+def rounding_changes(begun: Mapping[str, Any], recipe: Recipe) -> list[str]:
+    """The changes of `ROUNDING` keys, as `key: before -> now`. `begun`: the config with which the run began."""
+    return [f"{key}: {then} -> {now}" for key, (then, now) in _differences(begun, recipe).items() if key in ROUNDING]
+
+
+def _differences(begun: Mapping[str, Any], recipe: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Key -> (before, now). A key that `begun` lacks, of a newer version, has its default."""
     now, then = resume_critical_config(recipe), {**resume_critical_config(Recipe()), **begun}
-    differing = [key for key in now if now[key] != then.get(key)]
-    is_elsewhere = {key for key in COMPARED_BY_CONTENT if not by_path and None not in (then.get(key), now[key])}
-    return [f"{key}: {then.get(key)} -> {now[key]}" for key in differing if key not in is_elsewhere]
+    return {key: (then.get(key), now[key]) for key in now if now[key] != then.get(key)}
 
 
 def code_fingerprint(repo: Path = REPO) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.distillation.compiled_layers import uncompiled
 from pipeline.distillation.config import LETTERS, RelationsConfig
 from pipeline.distillation.models.teacher import FrozenTeacher
 from pipeline.distillation.relations.backends import BACKENDS
@@ -146,7 +147,7 @@ class DistillModule(nn.Module):
     ) -> torch.Tensor:
         """Weighted relation loss of every row, [B], without gradient, dropout or tail term: for held-out text."""
         mask = SequenceMask(lengths_B, segments)
-        with without_dropout(self.student):
+        with without_dropout(self.student), uncompiled():
             teacher, student = self._run_both(input_ids_BL, mask)
         self._choose_backend(teacher.layers[0][0], student.layers[0][0])
         losses = self._relation_losses(relation_kl_by_row, teacher, student, mask)
@@ -167,7 +168,7 @@ class DistillModule(nn.Module):
         maps, num_heads = [], min(num_heads, self.config.heads)
         mask = SequenceMask(None, None if segments is None else segments[:1])
         allowed_11LL = mask.attention_mask(input_ids_BL[:1])
-        with without_dropout(self.student):
+        with without_dropout(self.student), uncompiled():
             outputs_of_both = self._run_both(input_ids_BL[:1], mask)
         for outputs in outputs_of_both:
             x_1LD, y_1LD = (

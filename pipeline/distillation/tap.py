@@ -95,11 +95,10 @@ class TappedEncoder(nn.Module):
                     f"{num_layers}{fix}"
                 )
         self.model = _cut(hf_model, architecture, set(self.layers), with_output, after_rotary)
-        self._taps = {
-            n: cast(TapLayer, self.model.get_submodule(f"{architecture.layers}.{n - 1}")) for n in self.layers
-        }
-        run = len(cast(nn.ModuleList, self.model.get_submodule(architecture.layers)))
-        self.num_attention_layers = run - sum(layer_tap.layer is None for layer_tap in self._taps.values())
+        layers = list(cast(nn.ModuleList, self.model.get_submodule(architecture.layers)))
+        self._taps = {n: cast(TapLayer, layers[n - 1]) for n in self.layers}
+        self.complete_layers = [layer for layer in layers if not isinstance(layer, TapLayer)]  # those that are not read
+        self.num_attention_layers = len(layers) - sum(layer_tap.layer is None for layer_tap in self._taps.values())
 
     def forward(self, input_ids_BL: torch.Tensor, attention_mask: torch.Tensor | None = None):
         """`attention_mask`: [B, L], 1 at real tokens; or block-diagonal [B, 1, L, L], for several documents in a row."""

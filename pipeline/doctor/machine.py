@@ -132,11 +132,11 @@ def no_gpu_findings() -> list[Finding]:
 
 
 def compiler_finding() -> Finding:
-    """A C++ compiler. Only `teacher_options.compile` requires one."""
+    """A C++ compiler. Only `teacher_options.compile` and `student.compile` require one."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler and shutil.which(compiler):
         return Finding("ok", "compiler", compiler)
-    fix = "required only for teacher_options.compile: install g++ or set CXX"
+    fix = "required only for teacher_options.compile and student.compile: install g++ or set CXX"
     return Finding("warn", "compiler", "no C++ compiler", fix)
 
 

@@ -41,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory-gib", type=float, help="usable memory of a GPU, instead of the table's")
     parser.add_argument("--network-gbit", type=float, help="network rate per GPU, instead of the table's")
     parser.add_argument("--efficiency", type=float, help="share of the peak that matrix products reach (default: 0.55)")
+    parser.add_argument(
+        "--launch-us", type=float, help="host time per kernel in microseconds (default: 12, a slow host)"
+    )
     parser.add_argument("--text-gb", type=float, default=CC100_TEXT_GB, help="text to prepare (default: all of CC-100)")
     parser.add_argument("--prepare-cores", type=int, default=64, help="cores that prepare the text (default: 64)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE")
@@ -78,7 +81,7 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         if not 1 <= getattr(arguments, name) <= most:
             option = name.replace("_", "-")
             raise UserError(f"--{option} is {getattr(arguments, name)}; it must be between 1 and {most}")
-    for name in ("memory_gib", "network_gbit", "efficiency", "text_gb"):
+    for name in ("memory_gib", "network_gbit", "efficiency", "launch_us", "text_gb"):
         value = getattr(arguments, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
@@ -95,4 +98,6 @@ def _hardware(arguments: argparse.Namespace) -> Hardware:
     device = dataclasses.replace(device, **{name: value for name, value in given.items() if value is not None})
     if arguments.efficiency is not None:
         assumptions = dataclasses.replace(assumptions, product_efficiency=arguments.efficiency)
+    if arguments.launch_us is not None:
+        assumptions = dataclasses.replace(assumptions, launch_s=arguments.launch_us * 1e-6)
     return Hardware(device, assumptions)

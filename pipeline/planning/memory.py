@@ -16,6 +16,10 @@ from pipeline.planning.trace import PassCost, StudentCost
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 GIB = 2**30
 PREFETCHED_ELEMENTS = 50_000_000  # that ZeRO-3 gathers ahead (DeepSpeed's default)
+# Measured on one H200: bytes of the fused kernels' prototype per head and position; and what `flash` held at four shapes in
+# terms of its concatenated inputs (1.27 to 1.35), because attention returns more tensors.
+TRITON_BYTES = 116
+FLASH_TEMPORARIES = 1.28
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,9 @@ class Setting:
     offload: bool
     teacher_partitioned: bool
     on_cpu: bool
-    flash_loss: bool
+    backend: str = "chunked"  # of the relation loss
+    num_mixed_relations: int = 0  # those of two different tensors, such as q-k
+    fused_adam: bool = False
 
     @property
     def nodes(self) -> int:
@@ -135,10 +141,13 @@ def loss_workspace(encoders: Encoders, setting: Setting) -> int:
     """Bytes that the relation loss holds in addition to its inputs and the gradient that it keeps."""
     length, heads = setting.seq_len, setting.relation_heads
     width_T, width_S = encoders.teacher.widths[0], encoders.student.widths[0]
-    if setting.flash_loss:
+    positions = setting.micro_batch * length
+    if setting.backend == "triton" and not setting.num_mixed_relations:
+        return TRITON_BYTES * heads * positions
+    if setting.backend in ("flash", "triton"):
         channels = flash_widths(width_T // heads, width_S // heads, setting.precision)[0]
         per_position = heads * 4 * channels * setting.bytes_each + 2 * 4 * (width_T + width_S)
-        return setting.micro_batch * length * per_position
+        return int(FLASH_TEMPORARIES * positions * per_position)
     budget = TILE_ENTRIES_CPU if setting.on_cpu else TILE_ENTRIES_GPU
     heads_per_tile = min(heads, max(1, budget // length**2))
     queries = min(length, max(1, budget // (heads_per_tile * length)))

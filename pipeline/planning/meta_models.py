@@ -110,6 +110,10 @@ class Encoders:
     def trained_parameters(self) -> int:
         return self.sizes.trained
 
+    @property
+    def trained_tensors(self) -> int:
+        return sum(parameter.requires_grad for parameter in self.student.parameters())
+
 
 def build_encoders(recipe: Recipe, config: PretrainedConfig | None = None) -> Encoders:
     """Cut and tap both models as training does. `config`: the teacher's, by default that of `read_config`."""

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Recipe
+from pipeline.distillation.relations.selection import NUM_TIMED_ROWS
 from pipeline.errors import UserError
 from pipeline.planning.communication import Collective, collectives_of
 from pipeline.planning.devices import Hardware
 from pipeline.planning.memory import GIB, Memory, Setting, memory_of
 from pipeline.planning.meta_models import ADAM_BYTES, Encoders, build_encoders, read_config
-from pipeline.planning.timing import StepTime, loss_s, pass_s, step_time
+from pipeline.planning.timing import PLANNED_BACKENDS, StepTime, hooks_of_pass, loss_s, pass_s, relation_s, step_time
 from pipeline.planning.trace import PassCost, StudentCost, trace_student, trace_teacher
 from pipeline.runtime import ds_config
 from pipeline.runtime.ds_config import Precisions, split_batch
@@ -118,16 +119,23 @@ class Planner:
             offload=zero.get("offload_optimizer", {}).get("device", "none") != "none",
             teacher_partitioned=recipe.teacher_options.placement == "zero3",
             on_cpu=on_cpu,
-            flash_loss=relations.backend == "flash",
+            backend="chunked" if relations.backend == "auto" else relations.backend,
+            num_mixed_relations=num_layers * sum(pair[0] != pair[-1] for pair in relations.pairs),
+            fused_adam=bool(config["optimizer"]["params"].get("fused")),
         )
-        return self._with_fastest_loss(setting) if relations.backend == "auto" else setting
+        return self._with_chosen_backend(setting) if relations.backend == "auto" else setting
 
-    def _with_fastest_loss(self, setting: Setting) -> Setting:
-        """The backend that a run chooses on its first batch on a GPU. On a CPU it is always `chunked`."""
+    def _with_chosen_backend(self, setting: Setting) -> Setting:
+        """The backend that a run chooses on its first batch on a GPU: the fastest for Q-Q of a few rows, as
+        relations/selection.py times it. On a CPU, and on GPUs without the kernels of the others, it is `chunked`."""
         if setting.on_cpu or not self.hardware.device.flash:
             return setting
-        flash = dataclasses.replace(setting, flash_loss=True)
-        return min(setting, flash, key=lambda candidate: loss_s(self.encoders, candidate, self.hardware))
+        rows = min(setting.micro_batch, NUM_TIMED_ROWS)
+
+        def timed_s(backend: str) -> float:
+            return relation_s(self.encoders, dataclasses.replace(setting, micro_batch=rows), backend, self.hardware)
+
+        return dataclasses.replace(setting, backend=min(PLANNED_BACKENDS, key=timed_s))
 
     # -- plans
 
@@ -198,7 +206,8 @@ class Planner:
         languages = len(self.recipe.languages or []) or NUM_CC100_LANGUAGES
         batches = -(-self.recipe.heldout_rows * languages // (setting.micro_batch * setting.world_size))
         one = pass_s(teacher, setting.teacher_precision, self.hardware)
-        one += pass_s(student.forward, setting.precision, self.hardware)
+        hooks = hooks_of_pass(self.encoders, setting, is_backward=False)
+        one += pass_s(student.forward, setting.precision, self.hardware, hooks)
         return batches * (one + loss_s(self.encoders, setting, self.hardware))
 
     # -- does it fit

@@ -44,7 +44,7 @@ def text(report: PlanReport) -> str:
         f"# {planner.recipe_path} on {plan.nodes} x {plan.gpus_per_node} {device.name}: a prediction (method: docs/planning.md)",
         *(f"warning: {warning}" for warning in plan.warnings),
         f"ZeRO-{setting.stage}, {setting.precision}, teacher in {setting.teacher_precision}, "
-        f"loss by `{'flash' if setting.flash_loss else 'chunked'}`, micro-batch {micro} of {setting.seq_len} tokens",
+        f"loss by `{setting.backend}`, micro-batch {micro} of {setting.seq_len} tokens",
         "",
         f"## Memory per GPU, GiB (peak: {plan.memory.moment})",
         _table(["part", "GiB"], [*parts, ["all", f"{plan.memory.total / GIB:.2f} of {device.memory_gib:g}"]]),
@@ -54,6 +54,8 @@ def text(report: PlanReport) -> str:
         _table(["part", "ms", "share"], [*share, ["all", f"{step.total * 1e3:.1f}", "100%"]]),
         f"{step.flops / 1e12:.1f} TFLOP per GPU, {mfu:.0%} of the peak; "
         f"{planner.recipe.global_batch * setting.seq_len / step.total / 1e3:.0f} thousand tokens/s",
+        f"in {step.host_wait_s * 1e3:.1f} ms of it the GPU waits for the host, which needs "
+        f"{planner.hardware.assumptions.launch_s * 1e6:g} us to start a kernel (--launch-us)",
         "",
         "## The run",
         *_run_lines(planner, plan, report.preparation),

@@ -26,11 +26,11 @@ COLOURS = {
     "data": "#bbbbbb",
 }
 REASONS = {
-    "teacher": "its kernels are too small to fill a GPU",
-    "student": "its kernels are too small to fill a GPU",
-    "loss": "its kernels are too small to fill a GPU",
+    "teacher": "its kernels are too small to fill a GPU, or to keep the host ahead of it",
+    "student": "the host starts as many kernels and hooks for few rows as for many",
+    "loss": "its kernels are too small to fill a GPU, or to keep the host ahead of it",
     "communication": "the same bytes are sent for few rows as for many",
-    "optimizer": "every GPU copies all gradients through its buckets",
+    "optimizer": "on every GPU the host starts as many kernels, and all gradients are copied through buckets",
     "data": "rows are copied",
 }
 

@@ -22,6 +22,7 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 import deepspeed  # noqa: E402  (the accelerator is chosen, and the log level set, before this import)
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 
+from pipeline.distillation.compiled_layers import is_compiled  # noqa: E402
 from pipeline.runtime.determinism import deterministic_kernels  # noqa: E402
 from pipeline.runtime.ds_config import Precisions  # noqa: E402
 from pipeline.runtime.optimizer import MOMENTS, OptimizerConfig, parameter_groups  # noqa: E402
@@ -74,6 +75,7 @@ class StudentEngine:
         self._names = {id(parameter): name for name, parameter in trained.items()}
         self.stage: int = config["zero_optimization"]["stage"]
         _forbid_compilation_at_start()
+        _gather_compiled_layers_at_once(module)
         self._engine, *_ = deepspeed.initialize(
             model=module,
             model_parameters=parameter_groups(trained, optimizer.weight_decay),
@@ -251,6 +253,7 @@ def partition_teacher(teacher: torch.nn.Module, precision: str) -> Callable:
     Each layer is gathered for its forward and released again, for teachers that do not fit on one device.
     """
     _forbid_compilation_at_start()
+    _gather_compiled_layers_at_once(teacher)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {
@@ -269,6 +272,12 @@ def partition_teacher(teacher: torch.nn.Module, precision: str) -> Callable:
     engine, *_ = deepspeed.initialize(model=teacher, config=config, dist_init_required=False)
     engine.eval()
     return engine
+
+
+def _gather_compiled_layers_at_once(module: torch.nn.Module) -> None:
+    """For ZeRO-3, which otherwise gathers each matrix by a hook: no hook may run inside a compiled layer."""
+    for layer in filter(is_compiled, module.modules()):
+        deepspeed.utils.set_z3_leaf_module(layer, True)
 
 
 _SCALER_NUMBERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

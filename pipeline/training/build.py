@@ -20,6 +20,7 @@ from data_prep.command_line import paragraph_of
 from data_prep.shards import DataError
 from pipeline.config import Recipe
 from pipeline.data.batches import BatchSource
+from pipeline.distillation.compiled_layers import compile_layers
 from pipeline.distillation.distiller import DistillModule, Hooks
 from pipeline.distillation.flops import training_flops
 from pipeline.distillation.models.projection import Calibration
@@ -116,6 +117,8 @@ def build(recipe: Recipe, recipe_path: Path, ds_path: Path, launch: Launch) -> P
     inputs = Inputs(recipe, recipe_path, ds_path, launch.world_size, launch.device, _load_complete_teacher)
     warnings = _check(inputs, launch)
     student = _build_same_student(inputs, launch)
+    if recipe.student.compile:
+        compile_layers(student.tapped, "student.compile", recipe.deterministic)
     teacher = load_teacher(
         inputs.teacher_model,
         recipe.relations.teacher_taps,
@@ -226,7 +229,7 @@ def student_of(
 def _place(teacher: FrozenTeacher, recipe: Recipe, precision: str, launch: Launch) -> Callable:
     """The teacher as the recipe places it: a copy on every rank, or its parameters partitioned over the ranks."""
     if recipe.teacher_options.compile:
-        teacher.compile()
+        compile_layers(teacher.tapped, "teacher_options.compile", recipe.deterministic)
     if recipe.teacher_options.placement == "zero3":
         return partition_teacher(teacher, precision)
     return teacher.to(launch.device)

@@ -21,6 +21,7 @@ from data_prep.shards import ShardSet
 from pipeline.config import Recipe
 from pipeline.data.batches import BatchOptions, BatchSource
 from pipeline.data.tokenizer_hash import compare_ids, tokenizer_sha256
+from pipeline.distillation.compiled_layers import check_compiler
 from pipeline.distillation.models.architectures import ARCHITECTURES, check_length
 from pipeline.distillation.models.teacher import check_vocabulary
 from pipeline.distillation.models.vocabulary import cut_embedding, read_vocabulary
@@ -111,6 +112,15 @@ class Inputs:
             f"run reads {epochs:.1f} times as many"
         )
 
+    def check_compiler(self) -> Found:
+        """Layers that are to be compiled can be."""
+        recipe = self.recipe
+        asked = {"teacher_options.compile": recipe.teacher_options.compile, "student.compile": recipe.student.compile}
+        keys = [key for key, compiled in asked.items() if compiled]
+        if keys:
+            check_compiler(keys[0], self.device)
+        return Found("torch.compile works" if keys else "")
+
     def check_teacher(self) -> Found:
         config = self.teacher_model.config
         layers = check_taps(self.recipe, self.teacher_model)
@@ -146,6 +156,7 @@ def start_up_checks(inputs: Inputs) -> list[Check]:
         Check("batch", inputs.check_batch, inputs.batch_facts),
         Check("shards", inputs.check_shards, lambda: {"data": inputs.source.fingerprint}),
         Check("recipe", lambda: Found("", recipe_warnings(inputs.recipe, inputs.source)), needs=opened),
+        Check("compiler of layers", inputs.check_compiler),
         Check("teacher", inputs.check_teacher, lambda: dict(inputs.identity)),
         Check("tokenizer", inputs.check_teacher_and_shards, needs=both),
         # Loading XLM-R's tokenizer takes 2 s where the manifest does not say that it was compared with this one.

@@ -15,7 +15,7 @@ from typing import Any
 from data_prep.shards import UnreadableError
 from pipeline.distillation.models.student import dropout_of
 from pipeline.errors import DivergedRunError, UserError
-from pipeline.provenance import changed_keys, fingerprint, library_versions, resume_critical_config
+from pipeline.provenance import changed_keys, fingerprint, library_versions, resume_critical_config, rounding_changes
 from pipeline.runtime import dist
 from pipeline.runtime.anomalies import GuardConfig, SpikeDetector
 from pipeline.runtime.checkpoint import CheckpointReader, newest_valid
@@ -151,6 +151,11 @@ def check_changes(saved: dict[str, Any], parts: Parts, run_dir: Path, allow_chan
         )
     if changed:
         warnings.append(f"--allow-change: this run continues with changes ({'; '.join(changed)})")
+    if rounded := rounding_changes(saved["recipe"], parts.recipe):
+        warnings.append(
+            f"layers are not compiled as before this checkpoint ({'; '.join(rounded)}): results change by rounding, and "
+            "dropout draws other masks"
+        )
     return warnings
 
 

@@ -119,6 +119,7 @@ def test_impossible_numbers(planned: Planned) -> None:
     assert "--gpus-per-node is -1" in planned("--gpus-per-node", "-1")[1]
     assert "--efficiency is 2.0" in planned("--efficiency", "2")[1]
     assert "--text-gb is 0.0" in planned("--text-gb", "0")[1]
+    assert "--launch-us is 0.0" in planned("--launch-us", "0")[1]
 
 
 def test_batch_that_does_not_divide(planned: Planned) -> None:
