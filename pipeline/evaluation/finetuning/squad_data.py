@@ -13,10 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from pipeline.errors import UserError
-from pipeline.evaluation.finetuning.xnli_data import FROM_LIBRARY, only_one
+from pipeline.evaluation.finetuning.split_data import FROM_LIBRARY, SplitData, only_one
 from pipeline.evaluation.library_data import library_errors, load_table
 
 GREATEST_SHARE_MOVED = 0.01  # of a file's answers; if more were moved, its offsets count something else than characters
@@ -37,25 +35,15 @@ class Question:
     )  # number of answers whose offset in the file is slightly wrong
 
 
-@dataclass
-class QaData:
-    """Training questions, and by language the development and test questions."""
+class QaData(SplitData[list[Question]]):
+    """Questions with answers."""
 
-    train: list[Question]
-    dev: dict[str, list[Question]]
-    test: dict[str, list[Question]]
+    unit = "test questions"
 
-    @property
-    def moved_answers(self) -> int:
-        """Number of answers whose offset in the file is wrong."""
-        return sum(question.moved for of in (self.train, *self.dev.values(), *self.test.values()) for question in of)
-
-    def fingerprint(self) -> str:
-        """Changes with any question, context, answer or language."""
-        digest = xxhash.xxh3_128()
-        for name, questions in [("", self.train), *self.dev.items(), *self.test.items()]:
-            digest.update(repr((name, questions)).encode())
-        return digest.hexdigest()
+    def about(self) -> dict[str, Any]:
+        """Numbers of training questions, and of answers whose offset in the file is wrong."""
+        parts = (self.train, *self.dev.values(), *self.test.values())
+        return {"train_questions": len(self.train), "moved_answers": sum(one.moved for part in parts for one in part)}
 
 
 def read_qa(
