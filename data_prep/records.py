@@ -21,7 +21,6 @@ RECORDS_PER_CHUNK = 256
 RECORDS_PROBED = 200  # fewer than a chunk: a wrong field is rejected before any text is passed on
 MAX_FIELDS_NAMED = 12
 LIBRARY_READERS = ("arrow", "csv", "json", "parquet", "text")  # of `datasets`: these run no script and unpickle nothing
-POLICIES = ("skip", "fail")
 MISSING, NOT_TEXT = "records_without_field", "records_not_text"
 JSON_TO_LINES = "python -c 'import json, sys; [print(json.dumps(one)) for one in json.load(sys.stdin)]'"
 
@@ -226,7 +225,7 @@ def _parquet_texts(column: Any) -> list[bytes | None]:
     return column.cast(pyarrow.large_binary()).to_pylist()
 
 
-def _check_safe_reader(specification: str, builder: Any) -> None:
+def check_safe_reader(specification: str, builder: Any) -> None:
     """Reject a script of the dataset itself, and readers of the library that unpickle (tar archives with tensors)."""
     *above, reader = type(builder).__module__.split(".")
     if above[:2] != ["datasets", "packaged_modules"] or reader not in LIBRARY_READERS:
@@ -247,7 +246,7 @@ def from_hub(specification: str, records: Records) -> Iterator[bytes]:
             found = loaded[split or "train"] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:
             builder = datasets.load_dataset_builder(name, config or None)
-            _check_safe_reader(specification, builder)
+            check_safe_reader(specification, builder)
             found = builder.as_streaming_dataset(split=split or "train")
     except (OSError, ValueError, KeyError, RuntimeError) as error:  # RuntimeError: the dataset is a script
         if isinstance(error, DataError):

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
+from data_prep.tokenizer_ids import POSITIONS_FROM_PADDING
 from pipeline.distillation.models import loading
 from pipeline.distillation.models.architectures import architecture_of, usable_positions
 from pipeline.distillation.models.vocabulary import MAP_FILE, read_vocabulary
@@ -122,7 +123,7 @@ def check_same_tokenizer(path: str, tokenizer: Any, config: PretrainedConfig) ->
     if len(tokenizer) > config.vocab_size:
         problem = f"the tokenizer has {len(tokenizer)} pieces, the model only {config.vocab_size} embeddings"
     pads = (tokenizer.pad_token_id, config.pad_token_id)
-    if architecture_of(config).positions_after_padding and None not in pads and pads[0] != pads[1]:
+    if config.model_type in POSITIONS_FROM_PADDING and None not in pads and pads[0] != pads[1]:
         problem = f"padding is id {pads[0]} of the tokenizer and id {pads[1]} of the model"
     kept = Path(path) / MAP_FILE
     if kept.is_file():
