@@ -97,15 +97,9 @@ def prepare(config: PrepareConfig) -> list[str]:
 
 def to_compare(config: PrepareConfig, sources: dict[str, list[Source]]) -> dict[str, list[Source]]:
     """The languages whose ids have not been compared with those of the reference tokenizer."""
-
-    def is_compared(journal: Journal) -> bool:
-        return journal.complete or (journal.last is not None and COMPARED in journal.last.counts)
-
-    return {
-        name: of_language
-        for name, of_language in sources.items()
-        if name in config.redo or not is_compared(Journal.read(config.output / name))
-    }
+    last = {name: Journal.read(config.output / name).last for name in sources}
+    compared = {name for name, entry in last.items() if entry and (entry.complete or COMPARED in entry.counts)}
+    return {name: sources[name] for name in sources if name in config.redo or name not in compared}
 
 
 def discard(config: PrepareConfig, everything: dict[str, list[Source]]) -> None:

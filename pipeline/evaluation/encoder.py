@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -147,8 +148,7 @@ def sentence_vectors(
         pooling -> unit vectors `[text, width]` in the order of `texts`; and the number of tokens in all texts
     """
     ids = encoder.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # similar lengths in one batch need little padding
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches = batches_by_length(ids, batch_size)
     vectors: dict[str, list[torch.Tensor]] = {pooling: [] for pooling in POOLINGS}
     last_inputs: list[torch.Tensor] = []
     tapped = tap(encoder.model, layer=encoder.values_layer, with_output=True)
@@ -159,10 +159,15 @@ def sentence_vectors(
             input_ids_BL, mask_BL = pad_rows([ids[i] for i in batch], encoder.tokenizer.pad_token_id, encoder.device)
             (_, _, values_BLD), output_BLD = tapped(input_ids_BL, mask_BL)
             for pooling, states_BLD in zip(POOLINGS, (output_BLD, last_inputs.pop(), values_BLD), strict=True):
-                vectors[pooling].append(_mean_over_tokens(states_BLD, mask_BL).cpu())
-    back = torch.empty(len(order), dtype=torch.long)
-    back[torch.tensor(order)] = torch.arange(len(order))
+                vectors[pooling].append(mean_over_tokens(states_BLD, mask_BL).cpu())
+    back = torch.argsort(torch.tensor([number for batch in batches for number in batch]))
     return {pooling: torch.cat(parts)[back] for pooling, parts in vectors.items()}, sum(map(len, ids))
+
+
+def batches_by_length(rows: Sequence[Sized], size: int) -> list[list[int]]:
+    """All row numbers in batches of similar length, which need little padding."""
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def pad_rows(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -173,7 +178,8 @@ def pad_rows(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[
     return input_ids, mask
 
 
-def _mean_over_tokens(states_BLD: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+def mean_over_tokens(states_BLD: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+    """The mean of the states of each row's tokens as a unit vector, `[B, D]`."""
     mask_BL1 = mask_BL.unsqueeze(-1)
     mean_BD = (states_BLD * mask_BL1).sum(dim=1) / mask_BL1.sum(dim=1)
     return torch.nn.functional.normalize(mean_BD, dim=-1)

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForQuestionAnswering
 
 from pipeline.errors import UserError
-from pipeline.evaluation.encoder import Encoder
+from pipeline.evaluation.encoder import Encoder, batches_by_length
 from pipeline.evaluation.finetuning.batches import known_segments
 from pipeline.evaluation.finetuning.grid import run_grids
 from pipeline.evaluation.finetuning.loop import FinetuneConfig, FinetuneTask, Scores, load_with_head
@@ -129,10 +129,9 @@ def words_of(text: str, language: str, rule: str) -> list[str]:
 
 def _span_logits(model: Any, windowed: WindowedQuestions, rows: list[int], pad_id: int, size: int) -> dict[int, tuple]:
     """Row -> logits of start and of end over its context tokens."""
-    order = sorted(rows, key=lambda row: len(windowed.rows.ids[row]))
     logits = {}
-    for begin in range(0, len(order), size):
-        chunk = order[begin : begin + size]
+    for batch in batches_by_length([windowed.rows.ids[row] for row in rows], size):
+        chunk = [rows[number] for number in batch]
         outputs = model(**windowed.rows.inputs(chunk, pad_id, model.device))
         starts_BL, ends_BL = (x.float().cpu().numpy() for x in (outputs.start_logits, outputs.end_logits))
         for place, row in enumerate(chunk):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from pipeline.evaluation.encoder import Encoder
+from pipeline.evaluation.encoder import Encoder, batches_by_length
 from pipeline.evaluation.finetuning.batches import TokenRows, tokenize_pairs
 from pipeline.evaluation.finetuning.grid import run_grids
 from pipeline.evaluation.finetuning.loop import FinetuneConfig, FinetuneTask, Scores, load_with_head
@@ -70,7 +70,7 @@ def classification_loss(outputs: Any, inputs: dict[str, torch.Tensor], targets_B
 def accuracy(model: Any, rows: TokenRows, pad_id: int, size: int, ranks: Launch) -> float:
     """Accuracy in per cent. Rank r of n computes every n-th batch, starting with batch r."""
     right = torch.zeros(1, dtype=torch.float64, device=model.device)
-    for chunk in rows.chunks_by_length(size)[ranks.rank :: ranks.world_size]:
+    for chunk in batches_by_length(rows.ids, size)[ranks.rank :: ranks.world_size]:
         guesses = model(**rows.inputs(chunk, pad_id, model.device)).logits.argmax(dim=-1)
         right += (guesses == rows.targets[chunk, 0].to(model.device)).sum()
     return 100.0 * float(ranks.sum(right)) / len(rows)
