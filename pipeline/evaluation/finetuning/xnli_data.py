@@ -7,6 +7,7 @@ In: a directory with `multinli.train.en.tsv` (XNLI-MT-1.0; columns premise, hypo
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,9 +99,7 @@ def _find(source: str, name: str) -> Path:
 
 def _read_train(path: Path, most: int | None) -> LabelledPairs:
     pairs = LabelledPairs()
-    for where, label, first, second in tsv_rows(path, TRAIN_COLUMNS):
-        if most is not None and len(pairs) >= most:
-            break
+    for where, label, first, second in itertools.islice(tsv_rows(path, TRAIN_COLUMNS), most):
         pairs.add(first, second, label, where)
     if not pairs:
         raise UserError(f"{path} has no pairs after its header line. Name another directory: --set xnli.data=DIR")
