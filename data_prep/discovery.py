@@ -119,8 +119,9 @@ def survey(inputs: list[str], rules: LanguageRules, options: ReadOptions) -> Sur
     not_taken: list[NotTaken] = []
     for given in inputs:
         if given.startswith("hf:"):
-            language = _language_of_dataset(given, rules)
-            found.setdefault(language, []).append(HubSource(language, Path(given), given, options))
+            if rules.language is None:
+                raise DataError(f"{given}: say which language it is with --language xx.")
+            found.setdefault(rules.language, []).append(HubSource(rules.language, Path(given), given, options))
             continue
         here, num_accepted = walk(given, rules.names, rules.language), 0
         for file in here.found:
@@ -143,12 +144,6 @@ def survey(inputs: list[str], rules: LanguageRules, options: ReadOptions) -> Sur
     for language, sources in found.items():
         _check_duplicate_inputs(language, sources)
     return Survey(dict(sorted(found.items())), not_taken, rules.unmatched())
-
-
-def _language_of_dataset(given: str, rules: LanguageRules) -> str:
-    if rules.language is None:
-        raise DataError(f"{given}: say which language it is with --language xx.")
-    return rules.language
 
 
 def _given_twice(path: Path, other: Path) -> str:

@@ -192,17 +192,14 @@ def from_parquet(path: Path, records: Records, on_progress: Any) -> Iterator[byt
             )
         kind = file.schema_arrow.field(text_field).type
         if not _holds_text(kind):
+            columns = ", ".join(f"{column.name} ({column.type})" for column in file.schema_arrow)
             raise WrongField(
-                f"column {text_field!r} is of type {kind}, not text; its columns are {_typed(file.schema_arrow)}. Name the "
+                f"column {text_field!r} is of type {kind}, not text; its columns are {columns}. Name the "
                 "column that holds the text with --text-field"
             )
         yield from _joined(documents(), records)
     except (pyarrow.ArrowException, OSError) as error:
         raise EOFError(f"not a complete Parquet file: {error}") from error
-
-
-def _typed(schema: Any) -> str:
-    return ", ".join(f"{column.name} ({column.type})" for column in schema)
 
 
 def _holds_text(kind: Any) -> bool:

@@ -8,6 +8,7 @@ byte of the file, or an error that names the file and its problem.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -184,12 +185,12 @@ class Source:
     def _stream(self, kind: str, packing: str) -> Iterator[bytes]:
         with open(self.path, "rb", buffering=0) as raw:
             counted = _Counted(raw, self)
-            pieces = _long_start(unpacked(counted, packing), START_BYTES)
+            pieces = long_start(unpacked(counted, packing), START_BYTES)
             start = next(pieces, b"")
             self._check_encoding(start, packing)
             if kind == ".jsonl":
                 to_lines = rewriting(self.path, JSON_TO_LINES, packing)
-                yield from from_json_lines(_after(start, pieces), self._records(), to_lines)
+                yield from from_json_lines(itertools.chain([start], pieces), self._records(), to_lines)
             else:
                 yield from self._text(start, pieces)
             self.digest = counted.hasher.hexdigest()
@@ -199,7 +200,7 @@ class Source:
             self.counts["files_empty"] += 1
         if _is_json_line(start.split(b"\n", 1)[0]):
             self.counts["files_of_json"] += 1
-        text = _after(start.removeprefix(BYTE_ORDER_MARK), pieces)
+        text: Iterator[bytes] = itertools.chain([start.removeprefix(BYTE_ORDER_MARK)], pieces)
         if ends_lines_with_cr(start, is_all=len(start) < START_BYTES):
             self.counts["files_with_cr_line_ends"] += 1
             text = with_line_feeds(text)
@@ -308,7 +309,7 @@ def _is_json_line(line: bytes) -> bool:
         return False
 
 
-def _long_start(pieces: Iterator[bytes], size: int) -> Iterator[bytes]:
+def long_start(pieces: Iterator[bytes], size: int) -> Iterator[bytes]:
     """The same pieces, the first of at least `size` bytes or of all bytes. Bytes before an error are delivered first."""
     held = bytearray()
     try:
@@ -322,10 +323,4 @@ def _long_start(pieces: Iterator[bytes], size: int) -> Iterator[bytes]:
         raise
     if held:
         yield bytes(held)
-    yield from pieces
-
-
-def _after(start: bytes, pieces: Iterator[bytes]) -> Iterator[bytes]:
-    if start:
-        yield start
     yield from pieces
