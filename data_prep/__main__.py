@@ -13,9 +13,11 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from data_prep.blocks import BLOCK_BYTES
 from data_prep.clean import CleanOptions
 from data_prep.command_line import (
     EXIT_INTERRUPTED,
@@ -27,6 +29,7 @@ from data_prep.command_line import (
 )
 from data_prep.outputs import output_path
 from data_prep.shards import DataError, ShardSet
+from data_prep.sources import ReadOptions
 
 RANGES: dict[str, tuple[float, float]] = {
     "workers": (1, 4096),
@@ -149,7 +152,7 @@ def add_prepare(verb: argparse.ArgumentParser) -> None:
         "--block-bytes", type=int, help="size of a unit of work; a shard ends at the end of one (default: 2**20)"
     )
     add_cleaning(verb.add_argument_group("cleaning (by default the text is not changed; every change is counted)"))
-    verb.set_defaults(run=run_prepare)
+    verb.set_defaults(run=run_prepare, block_bytes=BLOCK_BYTES, **asdict(ReadOptions()), **asdict(CleanOptions()))
 
 
 def add_reading(verb: argparse.ArgumentParser) -> None:
@@ -172,9 +175,7 @@ def add_cleaning(group: argparse._ArgumentGroup) -> None:
         help="largest share of a file's lines that may be invalid UTF-8; a file with more is rejected (default: 0.05)",
     )  # fmt: skip
     group.add_argument("--control-characters", choices=["keep", "remove"], help="default: keep")
-    group.add_argument(
-        "--script-check", action="store_true", default=None, help="drop lines in another script than the language's"
-    )
+    group.add_argument("--script-check", action="store_true", help="drop lines in another script than the language's")
     group.add_argument("--min-document-chars", type=int, metavar="N", help="drop shorter documents")
     group.add_argument("--max-document-chars", type=int, metavar="N", help="drop longer documents")
     group.add_argument("--dedup", choices=["none", "documents", "lines"], help="drop exact repetitions (default: none)")
@@ -240,34 +241,28 @@ def check_option_ranges(parsed: argparse.Namespace) -> None:
 
 
 def run_prepare(parsed: argparse.Namespace) -> int:
-    from data_prep.blocks import BLOCK_BYTES
     from data_prep.discovery import LanguageRules
     from data_prep.prepare import DEFAULT_SHARD_TOKENS, PrepareConfig, prepare
-    from data_prep.sources import MAX_BROKEN_LINES
 
     check_option_ranges(parsed)
-    if parsed.max_document_chars and parsed.max_document_chars < (parsed.min_document_chars or 0):
+    if parsed.max_document_chars and parsed.max_document_chars < parsed.min_document_chars:
         raise DataError(
             f"--max-document-chars {parsed.max_document_chars} is below --min-document-chars {parsed.min_document_chars}: "
             "no document would be kept."
         )
-    names = CleanOptions().as_dict()
-    cleaning = {name: getattr(parsed, name) for name in names if getattr(parsed, name) is not None}
     config = PrepareConfig(
         inputs=parsed.input,
         tokenizer=parsed.tokenizer,
         output=parsed.output,
         num_workers=parsed.workers,
         rules=LanguageRules.read(parsed.language_map, parsed.language),
-        text_field=parsed.text_field,
-        clean=CleanOptions(**cleaning),
+        reading=ReadOptions(parsed.text_field, parsed.bad_records, parsed.max_broken_lines),
+        clean=CleanOptions(**{option.name: getattr(parsed, option.name) for option in fields(CleanOptions)}),
         shard_tokens=parsed.shard_tokens or DEFAULT_SHARD_TOKENS,
-        block_bytes=parsed.block_bytes or BLOCK_BYTES,
+        block_bytes=parsed.block_bytes,
         redo=parsed.redo,
         may_add=parsed.add,
         strict_input=parsed.strict_input,
-        bad_records=parsed.bad_records,
-        max_broken_lines=MAX_BROKEN_LINES if parsed.max_broken_lines is None else parsed.max_broken_lines,
     )
     if missing := prepare(config):
         print(
@@ -324,7 +319,7 @@ def run_stats(parsed: argparse.Namespace) -> int:
 
 
 def run_trim_vocab(parsed: argparse.Namespace) -> int:
-    from data_prep.discovery import LanguageRules, ReadOptions, survey
+    from data_prep.discovery import LanguageRules, survey
     from data_prep.id_check import check_tokenizer
     from data_prep.intake import announce
     from data_prep.token_counts import token_counts_of_shards, token_counts_of_text

@@ -59,7 +59,7 @@ class BrokenLines:
                 if len(self._sample) == SAMPLE_LINES:
                     break
         share = self._broken / max(1, self._read)
-        limit = self._sources[index].max_broken_lines
+        limit = self._sources[index].options.max_broken_lines
         is_clear = self._read >= ENOUGH_LINES and share > max(limit, CLEARLY_BROKEN)
         if self._broken >= MIN_BROKEN and share > limit and (is_end or is_clear):
             raise OtherEncoding(self._too_many(share, limit), index)
@@ -82,7 +82,7 @@ class BrokenLines:
         broken, read = counts.get("lines_broken", 0), counts.get("lines_read", 0)
         if not broken:
             return None
-        share, limit = broken / max(1, read, broken), self._sources[0].max_broken_lines
+        share, limit = broken / max(1, read, broken), self._sources[0].options.max_broken_lines
         what = "left out" if self._policy == "skip" else "kept, with U+FFFD for the invalid bytes"
         where = (
             f", the first in line {self._first[1]} of {shown(self._sources[self._first[0]].path)}"

@@ -7,8 +7,7 @@ records. This runs in the worker processes. Dropping repetitions needs the text 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -31,9 +30,6 @@ class CleanOptions:
     max_document_chars: int = 0  # longer documents are left out; 0: no limit
     dedup: str = "none"  # none | documents | lines: leave out exact repetitions within a language
     dedup_memory_mb: int = 256  # per language; more memory remembers further back
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def split_documents(text: bytes) -> tuple[list[bytes], np.ndarray]:

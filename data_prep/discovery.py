@@ -12,7 +12,7 @@ from pathlib import Path
 from data_prep.languages import CC100
 from data_prep.names import shown
 from data_prep.shards import LANGUAGE_PATTERN, DataError
-from data_prep.sources import KNOWN_KINDS, MAX_BROKEN_LINES, HubSource, Source
+from data_prep.sources import KNOWN_KINDS, HubSource, ReadOptions, Source
 from data_prep.unpack import packing_of_name
 from data_prep.walk import LEFT_OUT, NotTaken, walk
 
@@ -99,15 +99,6 @@ def _check_name(language: str, where: str) -> None:
         )
 
 
-@dataclass(frozen=True)
-class ReadOptions:
-    """How sources are read."""
-
-    text_field: str = "text"
-    bad_records: str = "skip"
-    max_broken_lines: float = MAX_BROKEN_LINES
-
-
 @dataclass
 class Survey:
     """The input: sources by language, in an order that depends on their names only, and the files that are left out."""
@@ -115,11 +106,6 @@ class Survey:
     sources: dict[str, list[Source]]
     not_taken: list[NotTaken]
     unmatched: list[str] = field(default_factory=list)  # patterns of the language map that matched no file
-
-
-def discover(inputs: list[str], rules: LanguageRules, text_field: str = "text") -> dict[str, list[Source]]:
-    """The sources of the input by language."""
-    return survey(inputs, rules, ReadOptions(text_field)).sources
 
 
 def survey(inputs: list[str], rules: LanguageRules, options: ReadOptions) -> Survey:
@@ -131,11 +117,11 @@ def survey(inputs: list[str], rules: LanguageRules, options: ReadOptions) -> Sur
     found: dict[str, list[Source]] = {}
     files: dict[tuple[int, int], Path] = {}
     not_taken: list[NotTaken] = []
-    how = (options.text_field, options.bad_records, options.max_broken_lines)
     for given in inputs:
         if given.startswith("hf:"):
-            language = _language_of_dataset(given, rules)
-            found.setdefault(language, []).append(HubSource(language, Path(given), given, *how))
+            if rules.language is None:
+                raise DataError(f"{given}: say which language it is with --language xx.")
+            found.setdefault(rules.language, []).append(HubSource(rules.language, Path(given), given, options))
             continue
         here, num_accepted = walk(given, rules.names, rules.language), 0
         for file in here.found:
@@ -146,7 +132,7 @@ def survey(inputs: list[str], rules: LanguageRules, options: ReadOptions) -> Sur
             if (other := files.setdefault(file.identity, file.path)) is not file.path:
                 raise DataError(_given_twice(file.path, other))
             num_accepted += 1
-            found.setdefault(language, []).append(Source(language, file.path, file.name, *how))
+            found.setdefault(language, []).append(Source(language, file.path, file.name, options))
         not_taken += here.not_taken
         if not num_accepted and len(inputs) > 1 and Path(given).is_dir():
             raise DataError(f"No text in {shown(given)}. {_what_is_there(here.not_taken)}")
@@ -158,12 +144,6 @@ def survey(inputs: list[str], rules: LanguageRules, options: ReadOptions) -> Sur
     for language, sources in found.items():
         _check_duplicate_inputs(language, sources)
     return Survey(dict(sorted(found.items())), not_taken, rules.unmatched())
-
-
-def _language_of_dataset(given: str, rules: LanguageRules) -> str:
-    if rules.language is None:
-        raise DataError(f"{given}: say which language it is with --language xx.")
-    return rules.language
 
 
 def _given_twice(path: Path, other: Path) -> str:

@@ -6,13 +6,12 @@ In: the sources of a language. Out: bytes, estimated from the start of its large
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.clean import CleanOptions
 from data_prep.encode import encode_block
 from data_prep.shards import DataError
-from data_prep.sources import Source
+from data_prep.sources import Source, long_start
 from data_prep.tokenizer import Tokenizer
 
 PROBE_TEXT_BYTES = 1 << 20  # decompressed, for the ratio of text to file
@@ -26,22 +25,13 @@ def estimated_bytes(sources: list[Source], tokenizer: Tokenizer) -> int:
     largest = max(sources, key=lambda source: source.stamp()["bytes"])
     file_bytes = sum(source.stamp()["bytes"] for source in sources)
     try:
-        text = _start_of_text(largest.chunks())
+        text = next(long_start(largest.chunks(), PROBE_TEXT_BYTES), b"")
     except DataError:
         return 0  # the language's own job reports what is wrong with it
     read = max(1, min(largest.position, largest.stamp()["bytes"]))
     sample = text[:PROBE_TOKEN_BYTES]
     tokens = len(encode_block(tokenizer, sample, largest.language, CleanOptions()).tokens) / 4
     return int(file_bytes * len(text) / read * tokens / max(1, len(sample)) * BYTES_PER_TOKEN * SAFETY)
-
-
-def _start_of_text(chunks: Iterator[bytes]) -> bytes:
-    text = bytearray()
-    for chunk in chunks:
-        text += chunk
-        if len(text) >= PROBE_TEXT_BYTES:
-            break
-    return bytes(text)
 
 
 def check_free_space(output: Path, needed: int) -> int:

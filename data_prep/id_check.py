@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from data_prep.awkward import LINES, added_lines, composed, special_lines
 from data_prep.child import in_child
 from data_prep.line_sample import LineSample, sample_lines
@@ -31,15 +29,20 @@ from data_prep.reference import (
 )
 from data_prep.shards import BOS_ID, EOS_ID, UNK_ID, DataError
 from data_prep.sources import Source
-from data_prep.tokenizer import FastTokenizer, SentencePieceTokenizer, Tokenizer, open_tokenizer
-from data_prep.tokenizer_ids import SENTENCEPIECE_NAMES, TOKENIZER_CONFIG_NAME, named_architecture, save_command
+from data_prep.tokenizer import FastTokenizer, SentencePieceTokenizer, Tokenizer, ids_of, open_tokenizer
+from data_prep.tokenizer_ids import (
+    POSITIONS_FROM_PADDING,
+    SENTENCEPIECE_NAMES,
+    TOKENIZER_CONFIG_NAME,
+    named_architecture,
+    save_command,
+)
 
 RECORD = "ids_compared_with"  # in prepare.json and the manifest
 COMPARED, DIFFERING = "lines_compared", "lines_compared_differing"  # in the counts of a language
 # Share of a language's lines that may differ for no known reason. Real text has 0, and 0.02 to 0.05 % of near-ties.
 MAX_UNEXPLAINED_SHARE = 0.01
 MAX_UNEXPLAINED_FEW_LINES = 2  # lines, for a language with few of them
-POSITIONS_FROM_PADDING = ("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
 SHOWN_IDS = 8
 
 
@@ -140,8 +143,8 @@ class _TokenizerCheck:
         """Compare lines without the text of special tokens: the reference encodes it as the token, prepare as text."""
         lines = [text for line in lines if (text := _without(line, self._reference.special))]
         comparison = Comparison(num_lines=len(lines))
-        for line, ours, row in zip(lines, _ids(self._tokenizer, lines), self._reference.rows(lines), strict=True):
-            if ours != row.ids:
+        for line, ids, row in zip(lines, ids_of(self._tokenizer, lines), self._reference.rows(lines), strict=True):
+            if (ours := ids.tolist()) != row.ids:
                 comparison.differing.append((line, ours, row))
         return comparison
 
@@ -186,8 +189,8 @@ class _TokenizerCheck:
         """Text that spells a special token must be encoded as text: the model would read the token's id as the token."""
         lines = special_lines(self._reference.special)
         not_text = self._reference.special_ids - {self._tokenizer.special_ids.get("unk", UNK_ID)}
-        for line, ids in zip(lines, _ids(self._tokenizer, lines), strict=True):
-            if wrong := sorted(set(ids) & not_text):
+        for line, ids in zip(lines, ids_of(self._tokenizer, lines), strict=True):
+            if wrong := sorted(set(ids.tolist()) & not_text):
                 raise DataError(
                     f"{self._tokenizer.path} turns the text {line!r} into ids with {self._names(wrong)}, a special token of "
                     f"{self._given}. {self._fix()}"
@@ -240,12 +243,6 @@ class _TokenizerCheck:
             f"If AutoTokenizer is right, let it write a tokenizer.json that has its ids: {command} and run the same "
             "command again. If the directory names a wrong class or setting (such as do_lower_case), correct tokenizer_config.json."
         )
-
-
-def _ids(tokenizer: Tokenizer, lines: list[str]) -> list[list[int]]:
-    """Ids of every line without its end token."""
-    ids, lengths = tokenizer.encode_lines([line.encode("utf-8", "replace") for line in lines])
-    return [part[:-1].tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] if lines else []
 
 
 def _without(line: str, special: Iterable[str]) -> str:

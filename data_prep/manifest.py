@@ -10,6 +10,7 @@ import json
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def describe(
         "max_document_bytes": MAX_DOCUMENT_BYTES,
         "text_field": text_field,
         **tokenizer.library,
-        **clean.as_dict(),
+        **asdict(clean),
     }
     return {
         "format": FORMAT_NAME,
@@ -74,26 +75,23 @@ def changing(output: Path) -> Iterator[None]:
 
 def begin_output(output: Path, about: dict[str, Any], languages: list[str], may_add: bool) -> None:
     """Create the output, or check that it was begun with the same settings (`about`, from `describe`) and languages."""
-    if (
-        (output / RUN_NAME).is_file()
-        and not _holds_nothing_of(output, about)
-        and not _new_languages(output, about, languages, may_add)
-    ):
-        return
-    with changing(output):
-        _begin(output, about, languages, may_add)
+    if _new_languages(output, about, languages, may_add) != []:  # else nothing is written, and no lock is necessary
+        with changing(output):
+            _begin(output, about, languages, may_add)
 
 
 def _begin(output: Path, about: dict[str, Any], languages: list[str], may_add: bool) -> None:
-    if (output / RUN_NAME).is_file() and not _holds_nothing_of(output, about):
-        if new := _new_languages(output, about, languages, may_add):
-            (output / MANIFEST_NAME).unlink(missing_ok=True)
-            begun = read_run(output)
-            write_run(output, begun, sorted({*new, *begun["languages"]}))
-        return
-    if not (output / RUN_NAME).is_file() and {path.name for path in output.iterdir()} - {LOCK_NAME}:
-        raise DataError(f"{output} is not empty and not an output of prepare. Give --output a new or empty directory.")
-    write_run(output, about, languages)
+    new = _new_languages(output, about, languages, may_add)
+    if new is None:
+        if not (output / RUN_NAME).is_file() and {path.name for path in output.iterdir()} - {LOCK_NAME}:
+            raise DataError(
+                f"{output} is not empty and not an output of prepare. Give --output a new or empty directory."
+            )
+        write_run(output, about, languages)
+    elif new:
+        (output / MANIFEST_NAME).unlink(missing_ok=True)
+        begun = read_run(output)
+        write_run(output, begun, sorted({*new, *begun["languages"]}))
 
 
 def _holds_nothing_of(output: Path, about: dict[str, Any]) -> bool:
@@ -113,8 +111,13 @@ def _holds_nothing_of(output: Path, about: dict[str, Any]) -> bool:
     return True
 
 
-def _new_languages(output: Path, about: dict[str, Any], languages: list[str], may_add: bool) -> list[str]:
-    """Languages that the output was begun without. Raises `DataError` if they or the settings must not be mixed."""
+def _new_languages(output: Path, about: dict[str, Any], languages: list[str], may_add: bool) -> list[str] | None:
+    """Languages that the output was begun without; None if it has not been begun, or holds nothing and is begun again.
+
+    Raises `DataError` if the languages or the settings must not be mixed.
+    """
+    if not (output / RUN_NAME).is_file() or _holds_nothing_of(output, about):
+        return None
     begun = read_run(output)
     check_same_options(output, begun, about)
     new = sorted(set(languages) - set(begun["languages"]))
@@ -277,7 +280,7 @@ def import_languages(output: Path, other: Path) -> list[str]:
 
 def _import_under_lock(output: Path, other: Path, theirs: dict[str, Any]) -> list[str]:
     if not (output / RUN_NAME).is_file():
-        _begin(output, {key: value for key, value in theirs.items() if key != "languages"}, [], may_add=False)
+        _begin(output, theirs, [], may_add=False)
     ours = read_run(output)
     check_same_options(output, ours, theirs)
     finished = finished_languages(other, theirs)
@@ -297,11 +300,7 @@ def _import_under_lock(output: Path, other: Path, theirs: dict[str, Any]) -> lis
         return []
     sync(output)
     (output / MANIFEST_NAME).unlink(missing_ok=True)
-    write_run(
-        output,
-        {key: value for key, value in ours.items() if key != "languages"},
-        sorted({*ours["languages"], *finished}),
-    )
+    write_run(output, ours, sorted({*ours["languages"], *finished}))
     return new
 
 

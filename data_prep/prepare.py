@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data_prep.blocks import BLOCK_BYTES
 from data_prep.clean import CleanOptions
-from data_prep.discovery import LanguageRules, ReadOptions, survey
+from data_prep.discovery import LanguageRules, survey
 from data_prep.disk import check_free_space, estimated_bytes
 from data_prep.id_check import COMPARED, RECORD, check_languages
 from data_prep.intake import announce, check_field, check_left_out, same_texts, write_list
@@ -33,7 +33,7 @@ from data_prep.manifest import begin_output, describe, finish
 from data_prep.reference import assumption, describe_reference
 from data_prep.shard_layout import Identity
 from data_prep.shards import MANIFEST_NAME, DataError
-from data_prep.sources import MAX_BROKEN_LINES, Source
+from data_prep.sources import ReadOptions, Source
 from data_prep.tokenizer import Tokenizer, open_tokenizer
 from data_prep.workers import WorkerDied, WorkerPool
 
@@ -50,7 +50,7 @@ class PrepareConfig:
     output: Path
     num_workers: int = field(default_factory=lambda: os.cpu_count() or 1)
     rules: LanguageRules = field(default_factory=LanguageRules)
-    text_field: str = "text"
+    reading: ReadOptions = field(default_factory=ReadOptions)
     clean: CleanOptions = field(default_factory=CleanOptions)
     shard_tokens: int = DEFAULT_SHARD_TOKENS
     block_bytes: int = BLOCK_BYTES
@@ -58,23 +58,11 @@ class PrepareConfig:
     may_add: bool = False
     quiet: bool = False
     strict_input: bool = False
-    bad_records: str = "skip"  # records without text: skip | fail
-    max_broken_lines: float = MAX_BROKEN_LINES
-
-
-@dataclass(frozen=True)
-class Checked:
-    """The results of the checks before the first shard."""
-
-    identity: Identity
-    compared: Mapping[str, Counter[str]]  # by language: counts of the lines whose ids were compared now
 
 
 def prepare(config: PrepareConfig) -> list[str]:
     """Prepare the input. Returns the languages that are still to be prepared; if none, the manifest has been written."""
-    surveyed = survey(
-        config.inputs, config.rules, ReadOptions(config.text_field, config.bad_records, config.max_broken_lines)
-    )
+    surveyed = survey(config.inputs, config.rules, config.reading)
     everything = surveyed.sources
     chosen = {config.rules.language: everything[config.rules.language]} if config.rules.language else everything
     if not config.quiet:
@@ -82,7 +70,7 @@ def prepare(config: PrepareConfig) -> list[str]:
     if config.strict_input:
         check_left_out(surveyed)
     tokenizer = open_tokenizer(config.tokenizer)
-    about = describe(tokenizer, config.clean, config.shard_tokens, config.block_bytes, config.text_field)
+    about = describe(tokenizer, config.clean, config.shard_tokens, config.block_bytes, config.reading.text_field)
     check_field(config.output, chosen)
     if not config.quiet and (note := assumption(config.tokenizer, tokenizer.path)):
         print(note, file=sys.stderr)
@@ -93,7 +81,7 @@ def prepare(config: PrepareConfig) -> list[str]:
     discard(config, everything)
     identity = Identity(tokenizer.sha256, tokenizer.vocab_size, about["options_xxh3_128"])
     try:
-        failures = run_language_jobs(config, chosen, tokenizer, Checked(identity, compared))
+        failures = run_language_jobs(config, chosen, tokenizer, identity, compared)
     except OSError as error:
         reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
         raise DataError(
@@ -109,15 +97,9 @@ def prepare(config: PrepareConfig) -> list[str]:
 
 def to_compare(config: PrepareConfig, sources: dict[str, list[Source]]) -> dict[str, list[Source]]:
     """The languages whose ids have not been compared with those of the reference tokenizer."""
-
-    def is_compared(journal: Journal) -> bool:
-        return journal.complete or (journal.last is not None and COMPARED in journal.last.counts)
-
-    return {
-        name: of_language
-        for name, of_language in sources.items()
-        if name in config.redo or not is_compared(Journal.read(config.output / name))
-    }
+    last = {name: Journal.read(config.output / name).last for name in sources}
+    compared = {name for name, entry in last.items() if entry and (entry.complete or COMPARED in entry.counts)}
+    return {name: sources[name] for name in sources if name in config.redo or name not in compared}
 
 
 def discard(config: PrepareConfig, everything: dict[str, list[Source]]) -> None:
@@ -133,9 +115,16 @@ def discard(config: PrepareConfig, everything: dict[str, list[Source]]) -> None:
 
 
 def run_language_jobs(
-    config: PrepareConfig, sources: dict[str, list[Source]], tokenizer: Tokenizer, checked: Checked
+    config: PrepareConfig,
+    sources: dict[str, list[Source]],
+    tokenizer: Tokenizer,
+    identity: Identity,
+    compared: Mapping[str, Counter[str]],
 ) -> list[str]:
     """Run the jobs of all unfinished languages, the largest first, a few at a time, each in a thread.
+
+    Args:
+        compared: by language, counts of the lines whose ids were compared before the first shard
 
     Returns:
         One sentence for each language that could not be finished.
@@ -151,13 +140,13 @@ def run_language_jobs(
         with closing(Progress(sum(map(size_of, todo.values())), needed, free, config.quiet)) as progress:
             settings = LanguageJobSettings(
                 output=config.output,
-                identity=checked.identity,
+                identity=identity,
                 clean=config.clean,
                 shard_tokens=config.shard_tokens,
                 block_bytes=config.block_bytes,
                 window=2 * config.num_workers + 2,
                 on_progress=progress.update,
-                compared=checked.compared,
+                compared=compared,
             )
             num_threads = min(len(todo), 1 + config.num_workers // WORKERS_PER_JOB)
             with ThreadPoolExecutor(num_threads, thread_name_prefix="language") as threads:

@@ -21,7 +21,6 @@ RECORDS_PER_CHUNK = 256
 RECORDS_PROBED = 200  # fewer than a chunk: a wrong field is rejected before any text is passed on
 MAX_FIELDS_NAMED = 12
 LIBRARY_READERS = ("arrow", "csv", "json", "parquet", "text")  # of `datasets`: these run no script and unpickle nothing
-POLICIES = ("skip", "fail")
 MISSING, NOT_TEXT = "records_without_field", "records_not_text"
 JSON_TO_LINES = "python -c 'import json, sys; [print(json.dumps(one)) for one in json.load(sys.stdin)]'"
 
@@ -193,17 +192,14 @@ def from_parquet(path: Path, records: Records, on_progress: Any) -> Iterator[byt
             )
         kind = file.schema_arrow.field(text_field).type
         if not _holds_text(kind):
+            columns = ", ".join(f"{column.name} ({column.type})" for column in file.schema_arrow)
             raise WrongField(
-                f"column {text_field!r} is of type {kind}, not text; its columns are {_typed(file.schema_arrow)}. Name the "
+                f"column {text_field!r} is of type {kind}, not text; its columns are {columns}. Name the "
                 "column that holds the text with --text-field"
             )
         yield from _joined(documents(), records)
     except (pyarrow.ArrowException, OSError) as error:
         raise EOFError(f"not a complete Parquet file: {error}") from error
-
-
-def _typed(schema: Any) -> str:
-    return ", ".join(f"{column.name} ({column.type})" for column in schema)
 
 
 def _holds_text(kind: Any) -> bool:
@@ -226,7 +222,7 @@ def _parquet_texts(column: Any) -> list[bytes | None]:
     return column.cast(pyarrow.large_binary()).to_pylist()
 
 
-def _check_safe_reader(specification: str, builder: Any) -> None:
+def check_safe_reader(specification: str, builder: Any) -> None:
     """Reject a script of the dataset itself, and readers of the library that unpickle (tar archives with tensors)."""
     *above, reader = type(builder).__module__.split(".")
     if above[:2] != ["datasets", "packaged_modules"] or reader not in LIBRARY_READERS:
@@ -247,7 +243,7 @@ def from_hub(specification: str, records: Records) -> Iterator[bytes]:
             found = loaded[split or "train"] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:
             builder = datasets.load_dataset_builder(name, config or None)
-            _check_safe_reader(specification, builder)
+            check_safe_reader(specification, builder)
             found = builder.as_streaming_dataset(split=split or "train")
     except (OSError, ValueError, KeyError, RuntimeError) as error:  # RuntimeError: the dataset is a script
         if isinstance(error, DataError):

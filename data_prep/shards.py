@@ -11,7 +11,7 @@ import json
 import mmap
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -358,25 +358,28 @@ class ShardSet:
 
     def _document_starts(self, language: str, start: int, end: int) -> np.ndarray:
         """Positions in [start, end) of a language's stream at which a document starts."""
-        pieces, offset = [np.empty(0, np.int64)], 0
-        for shard in self.shards(language):
-            if offset < end and offset + shard.num_tokens > start:
-                shard.check_not_truncated()
-                starts = shard.document_offsets[:-1]
-                first, last = np.searchsorted(starts, [max(0, start - offset), end - offset])
-                pieces.append(starts[first:last].astype(np.int64) + offset)
-            offset += shard.num_tokens
+        pieces = [np.empty(0, np.int64)]
+        for shard, offset in self._shards_of_part(language, start, end):
+            starts = shard.document_offsets[:-1]
+            first, last = np.searchsorted(starts, [max(0, start - offset), end - offset])
+            pieces.append(starts[first:last].astype(np.int64) + offset)
         return np.concatenate(pieces)
 
     def stream(self, language: str, start: int, end: int) -> np.ndarray:
         """Tokens [start, end) of a language's stream, across shards: uint32."""
-        pieces, offset = [], 0
+        parts = self._shards_of_part(language, start, end)
+        return np.concatenate(
+            [np.empty(0, TOKEN_DTYPE), *(shard.tokens[max(0, start - at) : end - at] for shard, at in parts)]
+        )
+
+    def _shards_of_part(self, language: str, start: int, end: int) -> Iterator[tuple[Shard, int]]:
+        """The shards with tokens of [start, end) of a language's stream, and the position of each one's first token."""
+        position = 0
         for shard in self.shards(language):
-            if offset < end and offset + shard.num_tokens > start:
+            if position < end and position + shard.num_tokens > start:
                 shard.check_not_truncated()
-                pieces.append(shard.tokens[max(0, start - offset) : end - offset])
-            offset += shard.num_tokens
-        return np.concatenate(pieces) if pieces else np.empty(0, TOKEN_DTYPE)
+                yield shard, position
+            position += shard.num_tokens
 
 
 def padded(rows: Sequence[np.ndarray]) -> np.ndarray:

@@ -8,6 +8,7 @@ byte of the file, or an error that names the file and its problem.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -37,10 +38,9 @@ from data_prep.unpack import (
 )
 
 START_BYTES = 1 << 18  # of the content of a file: its encoding is checked on them before any text is used
-TEXT_KINDS, JSON_KINDS = (".txt",), (".jsonl", ".ndjson")
+JSON_KINDS = (".jsonl", ".ndjson")
 KNOWN_KINDS = f"*.txt, *.jsonl, *.ndjson (each plain or {', '.join(PACKINGS[1:])}), *.json packed so, *.parquet"
 _CONTROL_BYTES = bytes(set(range(32)) - set(b"\t\n\v\f\r\x1b"))
-MAX_BROKEN_LINES = 0.05  # share of a file's lines that may be invalid UTF-8
 MIN_BROKEN_AT_START = 10  # broken lines at the start: if they are more than half of its lines, the file is rejected
 
 
@@ -76,6 +76,15 @@ def kind_of(name: str, by_name: bool = False) -> tuple[str, str] | None:
     return None
 
 
+@dataclass(frozen=True)
+class ReadOptions:
+    """How sources are read."""
+
+    text_field: str = "text"
+    bad_records: str = "skip"  # records without text: skip | fail
+    max_broken_lines: float = 0.05  # share of a file's lines that may be invalid UTF-8
+
+
 @dataclass
 class Source:
     """One input file of one language."""
@@ -83,9 +92,7 @@ class Source:
     language: str
     path: Path
     name: str  # path below the input directory, as journal and manifest record it
-    text_field: str = "text"
-    bad_records: str = "skip"  # records without text: skip | fail
-    max_broken_lines: float = MAX_BROKEN_LINES
+    options: ReadOptions = ReadOptions()
     position: int = field(default=0, compare=False)  # bytes read of the (packed) file, for progress and errors
     digest: str = field(default="", compare=False)  # XXH3-128 of the file, after it was read to its end
     counts: Counter[str] = field(default_factory=Counter, compare=False)  # records left out and unusual files, by kind
@@ -178,12 +185,12 @@ class Source:
     def _stream(self, kind: str, packing: str) -> Iterator[bytes]:
         with open(self.path, "rb", buffering=0) as raw:
             counted = _Counted(raw, self)
-            pieces = _long_start(unpacked(counted, packing), START_BYTES)
+            pieces = long_start(unpacked(counted, packing), START_BYTES)
             start = next(pieces, b"")
             self._check_encoding(start, packing)
             if kind == ".jsonl":
-                records = Records(self.text_field, self.bad_records, self.counts)
-                yield from from_json_lines(_after(start, pieces), records, rewriting(self.path, JSON_TO_LINES, packing))
+                to_lines = rewriting(self.path, JSON_TO_LINES, packing)
+                yield from from_json_lines(itertools.chain([start], pieces), self._records(), to_lines)
             else:
                 yield from self._text(start, pieces)
             self.digest = counted.hasher.hexdigest()
@@ -193,7 +200,7 @@ class Source:
             self.counts["files_empty"] += 1
         if _is_json_line(start.split(b"\n", 1)[0]):
             self.counts["files_of_json"] += 1
-        text = _after(start.removeprefix(BYTE_ORDER_MARK), pieces)
+        text: Iterator[bytes] = itertools.chain([start.removeprefix(BYTE_ORDER_MARK)], pieces)
         if ends_lines_with_cr(start, is_all=len(start) < START_BYTES):
             self.counts["files_with_cr_line_ends"] += 1
             text = with_line_feeds(text)
@@ -211,7 +218,7 @@ class Source:
                 + (_looks_packed(found) if found else "")
                 + "If it is text in another encoding, convert it (iconv -f ENCODING -t UTF-8); else leave it out of the input."
             )
-        broken = list(broken_lines(start)) if self.max_broken_lines < 0.5 else []
+        broken = list(broken_lines(start)) if self.options.max_broken_lines < 0.5 else []
         if len(broken) < MIN_BROKEN_AT_START:
             return
         num_lines = sum(map(bool, map(bytes.strip, start.split(b"\n"))))
@@ -240,8 +247,11 @@ class Source:
         def on_progress(share: float) -> None:
             self.position = int(share * size)
 
-        yield from from_parquet(self.path, Records(self.text_field, self.bad_records, self.counts), on_progress)
+        yield from from_parquet(self.path, self._records(), on_progress)
         self.digest = xxh3_128_of_file(self.path)
+
+    def _records(self) -> Records:
+        return Records(self.options.text_field, self.options.bad_records, self.counts)
 
 
 @dataclass
@@ -257,7 +267,7 @@ class HubSource(Source):
     def chunks(self) -> Iterator[bytes]:
         self.counts.clear()
         try:
-            yield from from_hub(self.name.removeprefix("hf:"), Records(self.text_field, self.bad_records, self.counts))
+            yield from from_hub(self.name.removeprefix("hf:"), self._records())
         except WrongField as error:
             raise WrongTextField(f"{shown(self.name)}: {error}.") from error
         except BrokenRecord as error:
@@ -299,7 +309,7 @@ def _is_json_line(line: bytes) -> bool:
         return False
 
 
-def _long_start(pieces: Iterator[bytes], size: int) -> Iterator[bytes]:
+def long_start(pieces: Iterator[bytes], size: int) -> Iterator[bytes]:
     """The same pieces, the first of at least `size` bytes or of all bytes. Bytes before an error are delivered first."""
     held = bytearray()
     try:
@@ -313,10 +323,4 @@ def _long_start(pieces: Iterator[bytes], size: int) -> Iterator[bytes]:
         raise
     if held:
         yield bytes(held)
-    yield from pieces
-
-
-def _after(start: bytes, pieces: Iterator[bytes]) -> Iterator[bytes]:
-    if start:
-        yield start
     yield from pieces

@@ -78,32 +78,24 @@ def table(rows: list[LanguageStats], alpha: float) -> str:
 
 def draw(rows: list[LanguageStats], alpha: float, path: Path) -> None:
     """Write a PNG with each language's share before and after sampling, and below it the epochs of a planned run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     ordered = sorted(rows, key=lambda row: -row.tokens)
     names, places = [row.language for row in ordered], np.arange(len(ordered))
     with_epochs = any(row.epochs is not None for row in ordered)
-    figure, axes = pyplot.subplots(
-        2 if with_epochs else 1, 1, figsize=(max(6.0, 0.32 * len(rows)), 6 if with_epochs else 3.5), squeeze=False
-    )
-    top = axes[0][0]
+    figure = Figure(figsize=(max(6.0, 0.32 * len(rows)), 6 if with_epochs else 3.5), layout="tight")
+    top, *below = figure.subplots(2 if with_epochs else 1, 1, squeeze=False)[:, 0]
     top.bar(places - 0.2, [100 * row.raw_share for row in ordered], 0.4, label="share of the text")
     top.bar(places + 0.2, [100 * row.share for row in ordered], 0.4, label=f"alpha {alpha:g}")
     top.set_ylabel("share of tokens, %")
     top.legend()
-    if with_epochs:
-        axes[1][0].bar(places, [row.epochs or 0 for row in ordered], 0.6, color="tab:green")
-        axes[1][0].set_yscale("log")
-        axes[1][0].set_ylabel("epochs in the planned run")
-    for axis in axes[:, 0]:
+    for axis in below:
+        axis.bar(places, [row.epochs or 0 for row in ordered], 0.6, color="tab:green")
+        axis.set_yscale("log")
+        axis.set_ylabel("epochs in the planned run")
+    for axis in figure.axes:
         axis.set_xticks(places, names, rotation=90)
-    figure.tight_layout()
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
         raise DataError(f"Cannot write the plot {path}: {error}.") from error
-    finally:
-        pyplot.close(figure)

@@ -67,13 +67,10 @@ def _parts(shards: ShardSet, language: str) -> Iterator[np.ndarray]:
 def token_counts_of_text(texts: dict[str, list[Source]], tokenizer: Tokenizer, num_workers: int) -> TokenCounts:
     """The counts of text, encoded as `prepare` encodes it. Nothing is written."""
     counts = TokenCounts(tokenizer.vocab_size)
-    pool = WorkerPool(tokenizer, CleanOptions(), num_workers)
-    try:
+    with WorkerPool(tokenizer, CleanOptions(), num_workers) as pool:
         for language, sources in tqdm(texts.items(), desc="counting", unit="language", disable=None):
             blocks = _encoded(sources, language, pool, num_workers)
             counts.add(language, (np.frombuffer(block.tokens, TOKEN_DTYPE) for block in blocks))
-    finally:
-        pool.close()
     return counts
 
 

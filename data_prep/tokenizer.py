@@ -46,6 +46,12 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     return FastTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer(file)
 
 
+def ids_of(tokenizer: Tokenizer, lines: list[str]) -> list[np.ndarray]:
+    """The ids of each line without its end token: uint32."""
+    ids, lengths = tokenizer.encode_lines([line.encode("utf-8", "replace") for line in lines])
+    return [part[:-1] for part in np.split(ids, np.cumsum(lengths)[:-1])] if lines else []
+
+
 class SentencePieceTokenizer:
     """A SentencePiece model in XLM-R's layout."""
 

@@ -24,6 +24,8 @@ SPM_CONTROL_PIECES = (
     3  # <unk>, <s>, </s> are the first pieces of the model; the id of every later piece is its index + 1
 )
 XLMR_SPECIAL_IDS = {"<s>": BOS_ID, "<pad>": PAD_ID, "</s>": EOS_ID, "<unk>": UNK_ID}
+# Model types that count positions from the padding id on. Their tables have that many more rows than a text may have tokens.
+POSITIONS_FROM_PADDING = ("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
 GIVE_TOKENIZER = (
     "Give a SentencePiece .model file, a tokenizer.json, or a directory with one (XLM-R ships sentencepiece.bpe.model). From "
     "the Hub: hf download FacebookAI/xlm-roberta-large sentencepiece.bpe.model --local-dir DIR."

@@ -19,12 +19,11 @@ from typing import Any
 import numpy as np
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
-from data_prep.file_hashes import sha256_of_file
 from data_prep.json_files import read_json_object
 from data_prep.outputs import check_output_place, replaced_directory
 from data_prep.shards import EOS_ID, UNK_ID, DataError, UnreadableError
 from data_prep.token_counts import TokenCounts
-from data_prep.tokenizer import SPM_UNK, SentencePieceTokenizer
+from data_prep.tokenizer import SentencePieceTokenizer, ids_of
 from data_prep.tokenizer_ids import FAST_TOKENIZER_NAME, SENTENCEPIECE_NAMES, SPM_CONTROL_PIECES, TOKENIZER_CONFIG_NAME
 
 protobuf: Any = sentencepiece_model_pb2  # generated code without types
@@ -77,17 +76,18 @@ def trim_vocabulary(
     check_output_place(output, "--output", {"the tokenizer": tokenizer.path})
     with replaced_directory(output, PRODUCTS) as temporary:
         write_tokenizer(tokenizer.path, model, pieces, kept, temporary)
+        smaller = SentencePieceTokenizer(temporary / MODEL_FILE)
         about = {
             "format": FORMAT_NAME,
             "version": FORMAT_VERSION,
             "source_sha256": tokenizer.sha256,
             "source_vocab_size": len(pieces),
-            "tokenizer_sha256": sha256_of_file(temporary / MODEL_FILE),
+            "tokenizer_sha256": smaller.sha256,
             "vocab_size": len(kept),
             "languages": list(options.languages),
             "min_count": options.min_count,
             "coverage": options.coverage,
-            "loss": losses(tokenizer.processor, temporary / MODEL_FILE, counts, kept),
+            "loss": losses(tokenizer, smaller, counts, kept),
         }
         (temporary / MAP_FILE).write_text(json.dumps({**about, "old_ids": kept.tolist()}) + "\n", encoding="utf-8")
     return about
@@ -170,7 +170,7 @@ def cut_fast_tokenizer(tree: dict[str, Any], pieces: list[str], kept: np.ndarray
 
 
 def losses(
-    old: SentencePieceProcessor, new_model: Path, counts: TokenCounts, kept: np.ndarray
+    old: SentencePieceTokenizer, new: SentencePieceTokenizer, counts: TokenCounts, kept: np.ndarray
 ) -> dict[str, dict[str, float | int]]:
     """The effect of the smaller vocabulary on a sample of the lines of each language.
 
@@ -181,19 +181,16 @@ def losses(
     Raises:
         DataError: a line whose pieces are all kept is split differently than before.
     """
-    new = SentencePieceProcessor(model_file=str(new_model))
     new_id = np.full(counts.vocab_size, -1, dtype=np.int64)
     new_id[kept] = np.arange(len(kept))
     found = {}
     for language, total in counts.counts.items():
-        texts = _lines(old, counts.samples[language])
+        texts = _lines(old.processor, counts.samples[language])
         before, after, unknown, equal = 0, 0, 0, 0
-        for text, old_ids, new_ids in zip(texts, _ids(old, texts), _ids(new, texts), strict=True):
-            before, after, unknown = (
-                before + len(old_ids),
-                after + len(new_ids),
-                unknown + int((new_ids == UNK_ID).sum()),
-            )
+        for text, old_ids, new_ids in zip(texts, ids_of(old, texts), ids_of(new, texts), strict=True):
+            before += len(old_ids)
+            after += len(new_ids)
+            unknown += int((new_ids == UNK_ID).sum())
             if (new_id[old_ids] >= 0).all():
                 if not np.array_equal(new_id[old_ids], new_ids):
                     raise DataError(
@@ -215,12 +212,6 @@ def _lines(processor: SentencePieceProcessor, sample: np.ndarray) -> list[str]:
     known = (line for line in np.split(sample, np.flatnonzero(sample == EOS_ID) + 1) if UNK_ID not in line)
     lines = [line[line >= NUM_LEADING_SPECIALS] - 1 for line in known]
     return [text for text in processor.decode([line.tolist() for line in lines if len(line)]) if text]
-
-
-def _ids(processor: SentencePieceProcessor, texts: list[str]) -> list[np.ndarray]:
-    """XLM-R ids of every text, without `<s>` and `</s>`."""
-    arrays = (np.array(ids, dtype=np.int64) for ids in processor.encode(texts))
-    return [np.where(ids == SPM_UNK, UNK_ID, ids + 1) for ids in arrays]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +17,7 @@ import torch
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
+from data_prep.tokenizer_ids import POSITIONS_FROM_PADDING
 from pipeline.distillation.models import loading
 from pipeline.distillation.models.architectures import architecture_of, usable_positions
 from pipeline.distillation.models.vocabulary import MAP_FILE, read_vocabulary
@@ -123,7 +125,7 @@ def check_same_tokenizer(path: str, tokenizer: Any, config: PretrainedConfig) ->
     if len(tokenizer) > config.vocab_size:
         problem = f"the tokenizer has {len(tokenizer)} pieces, the model only {config.vocab_size} embeddings"
     pads = (tokenizer.pad_token_id, config.pad_token_id)
-    if architecture_of(config).positions_after_padding and None not in pads and pads[0] != pads[1]:
+    if config.model_type in POSITIONS_FROM_PADDING and None not in pads and pads[0] != pads[1]:
         problem = f"padding is id {pads[0]} of the tokenizer and id {pads[1]} of the model"
     kept = Path(path) / MAP_FILE
     if kept.is_file():
@@ -147,8 +149,7 @@ def sentence_vectors(
         pooling -> unit vectors `[text, width]` in the order of `texts`; and the number of tokens in all texts
     """
     ids = encoder.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # similar lengths in one batch need little padding
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches = batches_by_length(ids, batch_size)
     vectors: dict[str, list[torch.Tensor]] = {pooling: [] for pooling in POOLINGS}
     last_inputs: list[torch.Tensor] = []
     tapped = tap(encoder.model, layer=encoder.values_layer, with_output=True)
@@ -159,10 +160,15 @@ def sentence_vectors(
             input_ids_BL, mask_BL = pad_rows([ids[i] for i in batch], encoder.tokenizer.pad_token_id, encoder.device)
             (_, _, values_BLD), output_BLD = tapped(input_ids_BL, mask_BL)
             for pooling, states_BLD in zip(POOLINGS, (output_BLD, last_inputs.pop(), values_BLD), strict=True):
-                vectors[pooling].append(_mean_over_tokens(states_BLD, mask_BL).cpu())
-    back = torch.empty(len(order), dtype=torch.long)
-    back[torch.tensor(order)] = torch.arange(len(order))
+                vectors[pooling].append(mean_over_tokens(states_BLD, mask_BL).cpu())
+    back = torch.argsort(torch.tensor([number for batch in batches for number in batch]))
     return {pooling: torch.cat(parts)[back] for pooling, parts in vectors.items()}, sum(map(len, ids))
+
+
+def batches_by_length(rows: Sequence[Sized], size: int) -> list[list[int]]:
+    """All row numbers in batches of similar length, which need little padding."""
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def pad_rows(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -173,7 +179,8 @@ def pad_rows(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[
     return input_ids, mask
 
 
-def _mean_over_tokens(states_BLD: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+def mean_over_tokens(states_BLD: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+    """The mean of the states of each row's tokens as a unit vector, `[B, D]`."""
     mask_BL1 = mask_BL.unsqueeze(-1)
     mean_BD = (states_BLD * mask_BL1).sum(dim=1) / mask_BL1.sum(dim=1)
     return torch.nn.functional.normalize(mean_BD, dim=-1)

@@ -1,7 +1,7 @@
 """Loads tables through the `datasets` library without running a script and without unpickling.
 
 Versions of the library before 4 ask about a data set's script or run it, and its tar reader unpickles tensors. So only
-the readers in `READERS` are accepted.
+the readers that `prepare` accepts too are used.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from data_prep.records import check_safe_reader
+from data_prep.shards import Explained
 from pipeline.errors import UserError
-
-READERS = ("arrow", "csv", "json", "parquet", "text")
 
 
 @contextlib.contextmanager
@@ -20,7 +20,7 @@ def library_errors(name: str, otherwise: str) -> Iterator[None]:
     """Turn the library's own errors into a `UserError`. `otherwise`: what to do without the library."""
     try:
         yield
-    except UserError:
+    except Explained:
         raise
     except (OSError, ValueError) as error:
         raise UserError(
@@ -33,7 +33,7 @@ def load_table(name: str, config: str | None, split: str) -> Any:
     """Load one split.
 
     Raises:
-        UserError: the data set has a script or needs another reader
+        UserError, DataError: the data set has a script or needs another reader
         OSError, ValueError: the library's own errors (`library_errors`)
     """
     import datasets  # slow to import, and only needed here
@@ -44,11 +44,6 @@ def load_table(name: str, config: str | None, split: str) -> Any:
         raise UserError(
             f"{name} cannot be read by the datasets library ({error}). Name a data set that consists of data files"
         ) from None
-    reader = type(builder).__module__.split(".")[-1]
-    if not type(builder).__module__.startswith("datasets.packaged_modules.") or reader not in READERS:
-        raise UserError(
-            f"{name} is read by `{reader}` of the datasets library; only {', '.join(READERS)} are accepted, because they run no "
-            "code and unpickle nothing. Save it in one of these formats"
-        )
+    check_safe_reader(name, builder)
     builder.download_and_prepare()
     return builder.as_dataset(split=split)

@@ -43,37 +43,30 @@ class RetrievalConfig:
 
 def read_pairs(config: RetrievalConfig) -> dict[str, Pairs]:
     """Read the pairs of all chosen languages: language -> (English, other) sentences."""
-    directory = Path(config.pairs)
-    tables, line_files = _files(directory), tatoeba_files(directory)
-    known = known_languages(config)
-    languages = config.languages or known
-    if line_files:
-        languages = [SHORT_CODES.get(language, language) for language in languages]
-    missing = [language for language in languages if language not in known]
-    if missing:
+    files = pair_files(config)
+    languages = [x if x in files else SHORT_CODES.get(x, x) for x in config.languages or files]
+    if missing := [language for language in languages if language not in files]:
         raise UserError(
-            f"{directory} has no pairs for {', '.join(missing)}; it has {', '.join(known)}. "
+            f"{config.pairs} has no pairs for {', '.join(missing)}; it has {', '.join(files)}. "
             "Choose among these with --set retrieval.languages=[...]"
         )
-    return {
-        language: read_pairs_file(tables[language], config.max_pairs)
-        if language in tables
-        else _enough(read_line_pairs(*line_files[language], config.max_pairs), line_files[language][1])
-        for language in languages
-    }
+    return {language: _pairs_in(files[language], config.max_pairs) for language in languages}
 
 
-def known_languages(config: RetrievalConfig) -> list[str]:
-    """All languages of which the directory has pairs."""
+def pair_files(config: RetrievalConfig) -> dict[str, tuple[Path, ...]]:
+    """Language -> its `en-XX.tsv`, or else its two Tatoeba files. Sorted by language."""
     directory = Path(config.pairs)
-    found = {*_files(directory), *tatoeba_files(directory)}
-    if not found:
-        raise UserError(_nothing_in(directory))
-    return sorted(found)
+    tables = {path.stem.removeprefix("en-"): (path,) for path in directory.glob("en-*.tsv")}
+    if found := {**tatoeba_files(directory), **tables}:
+        return dict(sorted(found.items()))
+    raise UserError(_nothing_in(directory))
 
 
-def _files(directory: Path) -> dict[str, Path]:
-    return {path.stem.removeprefix("en-"): path for path in sorted(directory.glob("en-*.tsv"))}
+def _pairs_in(files: tuple[Path, ...], max_pairs: int) -> Pairs:
+    if len(files) == 1:
+        return read_pairs_file(*files, max_pairs)
+    english, other = files
+    return _enough(read_line_pairs(english, other, max_pairs), other)
 
 
 def _nothing_in(directory: Path) -> str:
@@ -128,7 +121,7 @@ def evaluate_retrieval(encoder: Encoder, config: RetrievalConfig) -> dict[str, A
         `per_pair`: language -> pooling -> `to_english`, `from_english` and their `mean`, as shares of 1; `mean`: pooling
         -> mean over the languages; and what was measured how
     """
-    known = known_languages(config)
+    known = list(pair_files(config))
     left_out = _chosen(known, list(config.languages or known), [encoder]).left_out
     encoder.check_max_length(config.max_length, "retrieval.max_length")
     started = time.perf_counter()
@@ -157,7 +150,7 @@ def evaluate_retrieval(encoder: Encoder, config: RetrievalConfig) -> dict[str, A
 
 def evaluate_each(encoders: list[Encoder], config: RetrievalConfig) -> dict[str, dict[str, Any]]:
     """`evaluate_retrieval` of every model, by name, in the languages that all students were trained on."""
-    languages = _chosen(known_languages(config), config.languages, encoders)
+    languages = _chosen(list(pair_files(config)), config.languages, encoders)
     config = replace(config, languages=languages.chosen)
     return {
         encoder.name: {**evaluate_retrieval(encoder, config), "left_out": languages.left_out} for encoder in encoders

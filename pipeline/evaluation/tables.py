@@ -41,6 +41,17 @@ def pooling_rows(results: Mapping[str, Any], per: str, figure: Callable[[Any], f
     ]
 
 
+def heldout_rows(points: Iterable[Mapping[str, Any]], digits: int) -> list[list[str]]:
+    """Header and rows of the first and the last held-out loss of every language in the points of a run; empty without any."""
+    evaluations = [point for point in points if "heldout/mean" in point]
+    if not evaluations:
+        return []
+    first, last = evaluations[0], evaluations[-1]
+    tags = [tag for tag in last if tag.startswith("heldout/") and tag in first]
+    rows = [[tag.removeprefix("heldout/"), *(f"{point[tag]:.{digits}f}" for point in (first, last))] for tag in tags]
+    return [["language", f"step {first['step']}", f"step {last['step']}"], *rows]
+
+
 def sentence(text: str) -> str:
     """The text with a capital first letter and a full stop; empty text stays empty."""
     return f"{text[0].upper()}{text[1:]}." if text else ""

@@ -35,24 +35,23 @@ def training_metadata(model: str | Path) -> dict[str, Any]:
 
     Returns:
         the keys of `DEFAULTS` with the values of the model's recipe; `student_layer`, `steps`, `identity` (the teacher by
-        content) and `longest` (`longest_of`)
+        content) and `longest`, the number of tokens beyond which position embeddings are untrained (None: all come from
+        the teacher)
     """
     with _lineage_of(model) as lineage:
-        recipe = lineage.get("recipe")
-        relations = dict(recipe.get("relations", {})) if recipe else {}
+        if not (recipe := lineage.get("recipe")):  # a trimmed model that was not trained here
+            return {}
+        relations, student = recipe.get("relations", {}), recipe.get("student") or {}
         # of several matched pairs, the highest in the student: it is nearest to the output that users read
         one = {side: relations.get(f"{side}_layer") for side in ("teacher", "student")}
         matched = max(relations.get("layers") or [one], key=lambda pair: pair["student"] or 0)
-        layers = {f"{side}_layer": matched[side] for side in ("teacher", "student")}
-    if not recipe:  # a trimmed model that was not trained here
-        return {}
-    found = {key: recipe.get(key, relations.get(key, default)) for key, default in DEFAULTS.items()}
-    about = {
-        "steps": lineage.get("steps"),
-        "identity": lineage.get("identity") or {},
-        "longest": longest_of(recipe),
-    }
-    return {**found, **layers, **about}
+        return {
+            **{key: recipe.get(key, relations.get(key, default)) for key, default in DEFAULTS.items()},
+            **{f"{side}_layer": matched[side] for side in ("teacher", "student")},
+            "steps": lineage.get("steps"),
+            "identity": lineage.get("identity") or {},
+            "longest": recipe["seq_len"] if student.get("init") == "random" else None,
+        }
 
 
 def languages_of(model: str | Path) -> list[str] | None:
@@ -75,11 +74,3 @@ def _lineage_of(model: str | Path) -> Iterator[dict[str, Any]]:
         raise
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"{path} is corrupt ({type(error).__name__}: {error}). {EXPORT_AGAIN}.") from None
-
-
-def longest_of(recipe: dict[str, Any]) -> int | None:
-    """The number of tokens beyond which a student's position embeddings are untrained.
-
-    With random initialization no row reached the positions after `seq_len`. None: they were copied from the teacher.
-    """
-    return recipe["seq_len"] if (recipe.get("student") or {}).get("init") == "random" else None

@@ -22,7 +22,8 @@ from pipeline.distillation.models.architectures import usable_positions
 from pipeline.distillation.models.loading import load_config
 from pipeline.distillation.models.model_files import read_model
 from pipeline.errors import UserError
-from pipeline.evaluation.training_metadata import longest_of
+from pipeline.evaluation.tables import markdown_table
+from pipeline.evaluation.training_metadata import training_metadata
 from pipeline.export.card_tables import measured_sections
 from pipeline.runtime.json_files import read_json
 
@@ -220,11 +221,11 @@ def _untrained_tail(student_layer: Any, num_layers: int) -> str:
 
 def length_note(directory: Path) -> str:
     """A sentence about inputs longer than the training rows; empty where the rows had every position."""
-    recipe = read_json(directory / LINEAGE_FILE).get("recipe") or {}
-    positions, trained = usable_positions(load_config(directory, "student")), recipe.get("seq_len")
+    about = training_metadata(directory)
+    positions, trained = usable_positions(load_config(directory, "student")), about.get("seq_len")
     if trained is None or trained >= positions:
         return ""
-    if longest_of(recipe) is None:
+    if about["longest"] is None:
         return (
             f"It was trained on rows of {trained} tokens and accepts {positions}; the position embeddings after {trained} are "
             "those of the teacher."
@@ -260,15 +261,12 @@ def _loading(directory: Path, half: bool) -> str:
 
 def _vocabulary(about: dict[str, Any]) -> str:
     """Which pieces a smaller vocabulary keeps, and what each language loses."""
-    rows = [
-        f"| {language} | {loss['kept']:.4f} | {loss['unknown']:.4f} |"
-        for language, loss in sorted(about["loss"].items(), key=lambda item: -item[1]["kept"])
-    ]
+    losses = sorted(about["loss"].items(), key=lambda item: -item[1]["kept"])
+    rows = [[language, f"{loss['kept']:.4f}", f"{loss['unknown']:.4f}"] for language, loss in losses]
     return (
         f"## Vocabulary\n\n{about['vocab_size']:,} of {about['source_vocab_size']:,} pieces, chosen for "
         f"{', '.join(about['languages'])}. `{VOCABULARY_FILE}` holds the old id of every new one. Text made of kept pieces "
-        "is split as before.\n\n| language | share of tokens kept | share unknown |\n|---|---:|---:|\n"
-        + "\n".join(rows)
+        f"is split as before.\n\n{markdown_table(['language', 'share of tokens kept', 'share unknown'], rows)}"
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import POOLINGS
 from pipeline.evaluation.languages import left_out_line
-from pipeline.evaluation.tables import markdown_table, sentence
+from pipeline.evaluation.tables import heldout_rows, markdown_table, sentence
 from pipeline.evaluation.task import tasks
 from pipeline.export.onnx import checked_on, int8_warning
 from pipeline.runtime.json_files import read_json, read_points
@@ -80,16 +80,11 @@ def _evaluation(report: dict[str, Any]) -> list[str]:
 
 def _heldout_of_run(path: Path) -> list[str]:
     """First and last held-out relation loss of every language."""
-    points = read_points(path, needed=("step",))
-    evaluations = [point for point in points if "heldout/mean" in point]
-    if not evaluations:
+    if not (rows := heldout_rows(read_points(path, needed=("step",)), 3)):
         return []
-    first, last = evaluations[0], evaluations[-1]
-    tags = [tag for tag in last if tag.startswith("heldout/") and tag in first]
-    rows = [[tag.removeprefix("heldout/"), f"{first[tag]:.3f}", f"{last[tag]:.3f}"] for tag in tags]
     return [
         "### Held-out relation loss\n\nOn rows that training never saw, against the teacher (the run's `metrics.jsonl`).",
-        markdown_table(["language", f"step {first['step']}", f"step {last['step']}"], rows),
+        markdown_table(rows[0], rows[1:]),
     ]
 
 

@@ -21,7 +21,6 @@ from pathlib import Path
 import transformers
 
 from data_prep.outputs import output_path
-from pipeline.distillation.models.loading import load_config
 from pipeline.distillation.models.vocabulary import read_vocabulary
 from pipeline.evaluation.retrieval import RetrievalConfig, read_pairs
 from pipeline.export.card import length_note
@@ -63,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
     transformers.logging.disable_progress_bar()
     extras: list[Extra] = []
     if arguments.sentence_transformers:
-        extras.append(_add_sentence_transformers)
+        extras.append(add_sentence_transformers)
     if arguments.onnx:
         # read before the export, so that a wrong path fails immediately
         further = further_lines(arguments.check_pairs, arguments.check_text)
@@ -95,10 +94,6 @@ def _export(arguments: argparse.Namespace, extras: Sequence[Extra]) -> Path:
         untrimmed = export_run(arguments.run_dir, Path(temporary) / "untrimmed", (), dtype)
         print(trimming_lines(trim(untrimmed, vocabulary, arguments.output, extras, arguments.run_dir)))
     return arguments.output
-
-
-def _add_sentence_transformers(directory: Path) -> None:
-    add_sentence_transformers(directory, load_config(directory, "student").hidden_size, longest_input(directory))
 
 
 def further_lines(pairs: str, text: Path | None) -> dict[str, list[str]]:

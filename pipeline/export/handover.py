@@ -17,7 +17,7 @@ from pipeline.distillation.models.architectures import architecture_of, usable_p
 from pipeline.distillation.models.loading import load_config
 from pipeline.distillation.models.student import dropout_of
 from pipeline.errors import UserError
-from pipeline.evaluation.training_metadata import longest_of
+from pipeline.evaluation.training_metadata import training_metadata
 from pipeline.runtime.json_files import read_json
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -63,17 +63,12 @@ def _dropout_of_teacher(config: PretrainedConfig, teacher: str, used: dict[str, 
 def longest_input(directory: Path) -> int:
     """Length in tokens up to which an export can be used: its positions, or the training rows if positions began at random."""
     positions = usable_positions(load_config(directory, "student"))
-    return min(positions, _longest_trained(directory) or positions)
-
-
-def _longest_trained(directory: Path) -> int | None:
-    recipe = read_json(directory / "lineage.json").get("recipe")
-    return longest_of(recipe) if recipe else None
+    return min(positions, training_metadata(directory).get("longest") or positions)
 
 
 def limit_tokenizer(directory: Path) -> None:
     """Set `model_max_length` of an export's tokenizer where the positions after the training rows are random."""
-    path, longest = directory / TOKENIZER_CONFIG, _longest_trained(directory)
+    path, longest = directory / TOKENIZER_CONFIG, training_metadata(directory).get("longest")
     if longest is None or not path.is_file():
         return
     settings = read_json(path)

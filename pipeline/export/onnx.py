@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from pipeline.errors import UserError
-from pipeline.evaluation.encoder import Encoder, load_encoder, pad_rows
+from pipeline.evaluation.encoder import Encoder, load_encoder, mean_over_tokens, pad_rows
 from pipeline.evaluation.retrieval import RetrievalConfig, both_directions, read_pairs
 
 GREATEST_DIFFERENCE = 1e-4  # of any hidden state of a real token; seen: 2e-6
@@ -67,20 +67,21 @@ def add_onnx(
     encoder = load_encoder(str(directory))
     encoder.model.to("cpu")
     (directory / "onnx").mkdir(exist_ok=True)
-    fp32, int8 = (directory / "onnx" / name for name in FILES.values())
+    paths = {precision: directory / "onnx" / name for precision, name in FILES.items()}
+    fp32, int8 = map(str, paths.values())
     with _quiet():
-        _export(encoder, fp32)
-        onnx.checker.check_model(str(fp32))
+        _export(encoder, paths["fp32"])
+        onnx.checker.check_model(fp32)
         # Retrieval accuracy that the quickstart student loses: 0.024 with one scale per matrix, 0.003 with one per channel,
         # 0.001 with one per channel and 7-bit weights (reduce_range), whose products cannot saturate on CPUs without
         # 8-bit dot products.
-        quantize_dynamic(str(fp32), str(int8), weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
+        quantize_dynamic(fp32, int8, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
     runs: dict[str, HiddenStates] = {"torch": _torch_run(encoder)}
-    for precision, path in (("fp32", fp32), ("int8", int8)):
+    for precision, path in paths.items():
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         runs[precision] = _onnx_run(session)
     check = compare_runs(encoder, runs, config, further)
-    check["megabytes"] = {name: round(path.stat().st_size / 1e6, 1) for name, path in (("fp32", fp32), ("int8", int8))}
+    check["megabytes"] = {name: round(path.stat().st_size / 1e6, 1) for name, path in paths.items()}
     check_difference(check["fp32"]["greatest_difference"])
     (directory / "onnx" / "check.json").write_text(json.dumps(check, indent=2) + "\n", encoding="utf-8")
     return check
@@ -190,8 +191,7 @@ def compare_runs(
             states_BLD = run(input_ids_BL, mask_BL) * mask_BL.unsqueeze(-1)
             first = states_BLD if first is None else first
             differences[name] = max(differences[name], (states_BLD - first).abs().max().item())
-            mean_BD = states_BLD.sum(dim=1) / mask_BL.sum(dim=1, keepdim=True)
-            vectors[name].append(torch.nn.functional.normalize(mean_BD, dim=-1))
+            vectors[name].append(mean_over_tokens(states_BLD, mask_BL))
     report: dict[str, Any] = {"languages": list(pairs_of), "further_languages": list(further), "sentences": len(texts)}
     for name in runs:
         matrix = torch.cat(vectors[name])

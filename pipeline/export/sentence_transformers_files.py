@@ -9,16 +9,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from pipeline.distillation.models.loading import load_config
+from pipeline.export.handover import longest_input
+
 MODULES = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
 
 
-def add_sentence_transformers(directory: Path, width: int, max_length: int) -> None:
-    """Write the files.
-
-    Args:
-        width: width of the sentence vectors
-        max_length: inputs are cut at this number of tokens
-    """
+def add_sentence_transformers(directory: Path) -> None:
+    """Write the files. Inputs are cut at the longest length that the export can be used with."""
+    width, max_length = load_config(directory, "student").hidden_size, longest_input(directory)
     modules = [
         {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for number, (path, kind) in enumerate(MODULES)

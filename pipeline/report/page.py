@@ -29,6 +29,7 @@ from pipeline.config import Recipe, as_tree, build_section
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import POOLINGS
 from pipeline.evaluation.languages import left_out_line
+from pipeline.evaluation.tables import heldout_rows
 from pipeline.recipe.text import read_yaml
 from pipeline.report import plots
 from pipeline.report import timeline as times
@@ -159,14 +160,9 @@ def facts(run_dir: Path, metrics: times.Points, retrieval: dict[str, dict[str, A
 
 def heldout_table(metrics: times.Points) -> str:
     """A folded table: first and last held-out loss of every language."""
-    evaluations = [point for point in metrics if "heldout/mean" in point]
-    if not evaluations:
+    if not (rows := heldout_rows(metrics, 4)):
         return ""
-    first, last = evaluations[0], evaluations[-1]
-    names = [tag for tag in last if tag.startswith("heldout/")]
-    rows = [[tag.removeprefix("heldout/"), f"{first[tag]:.4f}", f"{last[tag]:.4f}"] for tag in names if tag in first]
-    content = table(["language", f"step {first['step']}", f"step {last['step']}"], rows)
-    return f"<details><summary>all {len(rows) - 1} languages</summary>{content}</details>"
+    return f"<details><summary>all {len(rows) - 2} languages</summary>{table(rows[0], rows[1:])}</details>"
 
 
 def retrieval_section(results: dict[str, dict[str, Any]]) -> str:

@@ -83,12 +83,10 @@ def events_of(run_dir: Path, metrics: Points, committed_steps: Sequence[int]) ->
     ends = [start["time_s"] for start in starts[1:]] + [float("inf")]
     attempts = []
     for start, end in zip(starts, ends, strict=True):
-        mine = [point for point in metrics if start["time_s"] <= point["time_s"] < end]
-        progress = [(point["time_s"], point["step"]) for point in mine]
-        hours = [((time_s - origin) / SECONDS_PER_HOUR, step) for time_s, step in progress]
-        attempts.append(
-            Attempt([((start["time_s"] - origin) / SECONDS_PER_HOUR, start["first_step"]), *hours], start["world_size"])
-        )
+        times = [(point["time_s"], point["step"]) for point in metrics if start["time_s"] <= point["time_s"] < end]
+        times.insert(0, (start["time_s"], start["first_step"]))
+        progress = [((time_s - origin) / SECONDS_PER_HOUR, step) for time_s, step in times]
+        attempts.append(Attempt(progress, start["world_size"]))
     saved = sorted({step for start in starts for step in start.get("saved_steps", [])} | set(committed_steps))
     return Events(attempts, saved, [start["first_step"] for start in starts[1:]])
 

@@ -26,7 +26,7 @@ def read_json(path: Path, kind: type = dict, advice: str = RESTORE) -> Any:
         UserError: the file cannot be read or parsed, or its content is not a `kind`
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a byte order mark
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}). {advice}.") from None
     except RecursionError:

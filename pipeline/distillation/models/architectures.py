@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
+from data_prep.tokenizer_ids import POSITIONS_FROM_PADDING
 from pipeline.errors import UserError
 
 
@@ -37,13 +38,11 @@ class ArchitectureSpec:
     heads: tuple[str, ...] = ("pooler", "lm_head", "classifier", "qa_outputs")
     positions_key: str | None = None  # a config key; where it is false, the model has no position embeddings
     learned_positions: bool = True  # one vector per position: `position_embedding_type` must be absolute
-    # Positions are counted from the padding id on, so the table has that many more rows than a text may have tokens.
-    positions_after_padding: bool = False
 
 
 # Buffers in files of older releases: position_ids, the token types of an unsegmented text, rotary frequencies.
 BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids", "rotary_emb.inv_freq")
-_ROBERTA = ArchitectureSpec(positions_after_padding=True)
+_ROBERTA = ArchitectureSpec()
 
 ARCHITECTURES: dict[str, ArchitectureSpec] = {
     "bert": ArchitectureSpec(prefix="bert", heads=("pooler", "cls", "classifier", "qa_outputs")),
@@ -51,7 +50,7 @@ ARCHITECTURES: dict[str, ArchitectureSpec] = {
     "xlm-roberta": _ROBERTA,
     "camembert": _ROBERTA,
     "xlm-roberta-xl": ArchitectureSpec(
-        norm_before="attention.self_attn_layer_norm", after_layers=("encoder.LayerNorm",), positions_after_padding=True
+        norm_before="attention.self_attn_layer_norm", after_layers=("encoder.LayerNorm",)
     ),
     "electra": ArchitectureSpec(
         has_pooler=False,
@@ -68,7 +67,6 @@ ARCHITECTURES: dict[str, ArchitectureSpec] = {
         accepts_block_mask=False,
         prefix="mpnet",
         learned_positions=False,
-        positions_after_padding=True,
     ),
     "distilbert": ArchitectureSpec(
         layers="transformer.layer",
@@ -117,8 +115,7 @@ ARCHITECTURES: dict[str, ArchitectureSpec] = {
 def usable_positions(config: PretrainedConfig) -> int:
     """Number of tokens in the longest row that a model accepts (XLM-R: a table of 514 positions, 512 tokens)."""
     positions = int(config.max_position_embeddings)
-    spec = ARCHITECTURES.get(config.model_type)
-    return positions - (config.pad_token_id + 1) if spec and spec.positions_after_padding else positions
+    return positions - (config.pad_token_id + 1) if config.model_type in POSITIONS_FROM_PADDING else positions
 
 
 def check_length(config: PretrainedConfig, seq_len: int, teacher: str) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from data_prep.tokenizer_ids import POSITIONS_FROM_PADDING
 from pipeline.distillation.config import RelationsConfig
 from pipeline.distillation.models.architectures import ARCHITECTURES, architecture_of, usable_positions
 from pipeline.distillation.models.loading import blank_model
@@ -227,7 +228,7 @@ def _other_architecture(teacher: PretrainedConfig, config: StudentConfig, model_
         )
     shared = {key: getattr(teacher, key) for key in TOKENIZER_KEYS if getattr(teacher, key, None) is not None}
     positions = usable_positions(teacher)
-    if ARCHITECTURES[model_type].positions_after_padding:
+    if model_type in POSITIONS_FROM_PADDING:
         positions += shared["pad_token_id"] + 1
     widths = {"hidden_size": config.hidden, "num_attention_heads": config.heads, "num_hidden_layers": config.layers}
     return AutoConfig.for_model(model_type, max_position_embeddings=positions, **shared, **widths)

@@ -36,11 +36,6 @@ class TokenRows:
             inputs["token_type_ids"], _ = pad_rows([self.segments[n].tolist() for n in numbers], 0, device)
         return inputs
 
-    def chunks_by_length(self, size: int) -> list[list[int]]:
-        """All row numbers in groups of similar length, which need little padding."""
-        order = sorted(range(len(self)), key=lambda n: len(self.ids[n]))
-        return [order[start : start + size] for start in range(0, len(order), size)]
-
 
 def known_segments(segments: list[np.ndarray], model_config: Any) -> list[np.ndarray]:
     """The tokenizer's segment ids if the model has an embedding for each; else an empty list, and the model uses 0 for all.

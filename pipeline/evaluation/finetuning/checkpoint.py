@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.runtime.checkpoint import CheckpointConfig, newest_valid, prune
 from pipeline.runtime.checkpoint_files import UNTRAINED_FILE, checkpoint_path, commit, fsync_and_hash, untrained_file
 from pipeline.runtime.dist import Launch
+from pipeline.runtime.json_files import read_json
 from pipeline.runtime.optimizer import MOMENTS
 from pipeline.runtime.tensor_files import save_tensors
 
@@ -72,7 +73,7 @@ def resume(
     path = Path(chosen) if (chosen := ranks.from_main(_newest(directory) if ranks.is_main else None)) else None
     if path is None:
         return None
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    state = read_json(path / "state.json")
     tensors = {kind: load_file(path / f"{kind}-00000-of-00001.safetensors") for kind in ("weight", *MOMENTS)}
     put_weights(model, {name: tensors["weight"][f"{name}:0"].view(p.shape) for name, p in model.named_parameters()})
     for name, parameter in model.named_parameters():

@@ -23,6 +23,9 @@ from data_prep.file_hashes import xxh3_128_of_file
 from pipeline.evaluation.encoder import VOCABULARY_FILES, Encoder
 from pipeline.evaluation.finetuning.loop import FinetuneConfig, FinetuneTask, GridPoint, Scores, finetune, mean_of
 from pipeline.evaluation.finetuning.precision import forward_precision
+from pipeline.evaluation.finetuning.split_data import SplitData
+from pipeline.evaluation.languages import choose_languages
+from pipeline.evaluation.task import Results
 from pipeline.provenance import fingerprint
 from pipeline.runtime.dist import Launch
 from pipeline.runtime.json_files import read_json
@@ -34,25 +37,34 @@ RESULT_FILE, OLD_RESULT_FILE = "grid_point.json", "cell.json"  # the second one 
 
 def run_grids(
     encoders: list[Encoder],
-    make_task: Callable[[Encoder], FinetuneTask],
-    data_fingerprint: str,
+    data: SplitData,
+    make_task: Callable[[Encoder, Any, Any, Launch], FinetuneTask],
     config: FinetuneConfig,
     directory: Path,
     ranks: Launch,
-) -> dict[str, dict[str, Any]]:
-    """Run one grid per encoder. Returns the results by the encoder's name.
+) -> Results:
+    """Run one grid per encoder, in the languages that all encoders were trained on or that the settings name.
+
+    Args:
+        make_task: called with encoder, data, settings and ranks
+
+    Returns:
+        the results by the encoder's name
 
     Raises:
-        UserError: `max_length` is too long for one of the encoders
+        UserError: no language is left, or `max_length` is too long for one of the encoders
     """
+    setting = f"{config.name}.languages"
+    languages = choose_languages(list(data.dev), config.languages, encoders, setting, data.unit)
+    data = data.only(languages.chosen)
     for encoder in encoders:
         encoder.check_max_length(config.max_length, f"{config.name}.max_length")
-    return {
-        encoder.name: run_grid(
-            functools.partial(make_task, encoder), encoder, data_fingerprint, config, directory, ranks
-        )
-        for encoder in encoders
-    }
+    results = {}
+    for encoder in encoders:
+        make = functools.partial(make_task, encoder, data, config, ranks)
+        grid = run_grid(make, encoder, data.fingerprint(), config, directory, ranks)
+        results[encoder.name] = {**grid, **data.about(), "left_out": languages.left_out}
+    return results
 
 
 def run_grid(

@@ -24,7 +24,7 @@ from pipeline.evaluation.encoder import Encoder
 from pipeline.evaluation.finetuning import checkpoint
 from pipeline.evaluation.finetuning.batches import TokenRows, global_batches
 from pipeline.evaluation.finetuning.precision import LOWEST_SCALE, ForwardPrecision, forward_precision
-from pipeline.recipe.ranges import LARGEST_BATCH, LONGEST_ROW, check_ranges
+from pipeline.recipe.ranges import LARGEST_BATCH, LARGEST_INT, LONGEST_ROW, check_ranges
 from pipeline.runtime.dist import Launch
 from pipeline.runtime.optimizer import OptimizerConfig, learning_rate, parameter_groups
 
@@ -44,6 +44,9 @@ class FinetuneConfig:
     warmup_share: float = 0.1  # of all steps; then the rate falls linearly to 0
     weight_decay: float = 0.01
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16; fp16 on GPUs without it; fp32 on CPUs
+    languages: list[str] | None = None  # None: those of the data that the students were trained on
+    max_train: int | None = None  # at most this many examples, from the start of the file; None: all
+    max_evaluation: int | None = None  # at most this many examples of each language; None: all
 
     @property
     def name(self) -> str:
@@ -60,7 +63,8 @@ class FinetuneConfig:
             raise UserError(f"{name}.warmup_share must be in [0, 1), and {name}.weight_decay must not be negative")
         limits = {"learning_rates": (0, 1e3), "seeds": (0, 2**32 - 1), "epochs": (1, 10**6), "weight_decay": (0, 1e3)}
         batches = dict.fromkeys(("batch", "micro_batch"), (1, LARGEST_BATCH))
-        check_ranges(self, name, {**limits, **batches, "max_length": (8, LONGEST_ROW)})
+        most = dict.fromkeys(("max_train", "max_evaluation"), (1, LARGEST_INT))
+        check_ranges(self, name, {**limits, **batches, **most, "max_length": (8, LONGEST_ROW)})
 
 
 @dataclass(frozen=True)

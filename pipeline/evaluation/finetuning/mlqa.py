@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForQuestionAnswering
 
 from pipeline.errors import UserError
-from pipeline.evaluation.encoder import Encoder
+from pipeline.evaluation.encoder import Encoder, batches_by_length
 from pipeline.evaluation.finetuning.batches import known_segments
 from pipeline.evaluation.finetuning.grid import run_grids
 from pipeline.evaluation.finetuning.loop import FinetuneConfig, FinetuneTask, Scores, load_with_head
@@ -22,10 +22,10 @@ from pipeline.evaluation.finetuning.scores import score_card, score_panel, score
 from pipeline.evaluation.finetuning.squad_data import QaData, read_qa
 from pipeline.evaluation.finetuning.squad_metrics import MLQA_LANGUAGES, exact_match, f1, mlqa_words, squad_words
 from pipeline.evaluation.finetuning.squad_windows import WindowedQuestions, best_answers, cut_windows
-from pipeline.evaluation.languages import choose_languages, left_out_line
+from pipeline.evaluation.languages import left_out_line
 from pipeline.evaluation.tables import sentence
 from pipeline.evaluation.task import Results, Task
-from pipeline.recipe.ranges import LARGEST_INT, LONGEST_ROW, check_ranges
+from pipeline.recipe.ranges import LONGEST_ROW, check_ranges
 from pipeline.runtime.dist import Launch
 
 
@@ -40,17 +40,13 @@ class MlqaConfig(FinetuneConfig):
     stride: int = 128  # tokens between the starts of two windows
     train: str = ""  # SQuAD v1.1's train-v1.1.json, or datasets:rajpurkar/squad
     data: str = ""  # directory with MLQA's dev and test files
-    languages: list[str] | None = None  # None: those of the seven of MLQA that the students were trained on
     rule: Literal["mlqa", "squad"] = "mlqa"  # how answers are compared; squad: as in SQuAD v1.1 and XQuAD
-    max_train: int | None = None  # at most this many questions, from the start of the file; None: all
-    max_evaluation: int | None = None  # at most this many questions of each language; None: all
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.languages == []:
             raise UserError("mlqa.languages must name at least one language")
-        limits = dict.fromkeys(("max_train", "max_evaluation"), (1, LARGEST_INT))
-        check_ranges(self, "mlqa", {**limits, "stride": (1, LONGEST_ROW)})
+        check_ranges(self, "mlqa", {"stride": (1, LONGEST_ROW)})
 
 
 def read(config: MlqaConfig) -> QaData:
@@ -61,14 +57,7 @@ def read(config: MlqaConfig) -> QaData:
 
 def evaluate_mlqa(encoders: list[Encoder], config: MlqaConfig, ranks: Launch, directory: Path) -> Results:
     """Per model, F1 and exact match of the chosen learning rate in per cent. All ranks call it together."""
-    data = read(config)
-    languages = choose_languages(list(data.dev), config.languages, encoders, "mlqa.languages", "test questions")
-    data = QaData(data.train, *({x: of[x] for x in languages.chosen} for of in (data.dev, data.test)))
-    grids = run_grids(
-        encoders, lambda encoder: make_task(encoder, data, config, ranks), data.fingerprint(), config, directory, ranks
-    )
-    about = {"train_questions": len(data.train), "moved_answers": data.moved_answers, "left_out": languages.left_out}
-    return {name: {**grid, **about} for name, grid in grids.items()}
+    return run_grids(encoders, read(config), make_task, config, directory, ranks)
 
 
 def make_task(encoder: Encoder, data: QaData, config: MlqaConfig, ranks: Launch) -> FinetuneTask:
@@ -79,18 +68,14 @@ def make_task(encoder: Encoder, data: QaData, config: MlqaConfig, ranks: Launch)
         windowed.rows.segments = known_segments(windowed.rows.segments, encoder.model.config)
         return windowed
 
-    windowed = {
-        split: {language: windows_of(questions) for language, questions in of_split.items()}
-        for split, of_split in (("dev", data.dev), ("test", data.test))
-    }
-    pad_id = encoder.tokenizer.pad_token_id
+    windowed, pad_id = data.convert(windows_of), encoder.tokenizer.pad_token_id
 
     def score(model: Any, split: str) -> Scores:
-        return {x: answer_scores(model, of, x, pad_id, config, ranks) for x, of in windowed[split].items()}
+        return {x: answer_scores(model, of, x, pad_id, config, ranks) for x, of in getattr(windowed, split).items()}
 
     return FinetuneTask(
         load=lambda: load_with_head(AutoModelForQuestionAnswering, encoder),
-        rows=windows_of(data.train).rows,
+        rows=windowed.train.rows,
         loss=span_loss,
         score=score,
         pad_id=pad_id,
@@ -144,10 +129,9 @@ def words_of(text: str, language: str, rule: str) -> list[str]:
 
 def _span_logits(model: Any, windowed: WindowedQuestions, rows: list[int], pad_id: int, size: int) -> dict[int, tuple]:
     """Row -> logits of start and of end over its context tokens."""
-    order = sorted(rows, key=lambda row: len(windowed.rows.ids[row]))
     logits = {}
-    for begin in range(0, len(order), size):
-        chunk = order[begin : begin + size]
+    for batch in batches_by_length([windowed.rows.ids[row] for row in rows], size):
+        chunk = [rows[number] for number in batch]
         outputs = model(**windowed.rows.inputs(chunk, pad_id, model.device))
         starts_BL, ends_BL = (x.float().cpu().numpy() for x in (outputs.start_logits, outputs.end_logits))
         for place, row in enumerate(chunk):

@@ -7,19 +7,18 @@ In: a SQuAD file to train on (or `datasets:rajpurkar/squad`), and MLQA's `test/t
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from pipeline.errors import UserError
-from pipeline.evaluation.finetuning.xnli_data import FROM_LIBRARY, only_one
+from pipeline.evaluation.finetuning.split_data import FROM_LIBRARY, SplitData, only_one
 from pipeline.evaluation.library_data import library_errors, load_table
+from pipeline.runtime.json_files import read_json
 
 GREATEST_SHARE_MOVED = 0.01  # of a file's answers; if more were moved, its offsets count something else than characters
+LAYOUT = "Correct the file; SQuAD v1.1's own file shows the layout"
 BLANKS_NEARBY = 5  # characters by which an offset may differ even if all characters before it have one byte
 
 
@@ -37,25 +36,15 @@ class Question:
     )  # number of answers whose offset in the file is slightly wrong
 
 
-@dataclass
-class QaData:
-    """Training questions, and by language the development and test questions."""
+class QaData(SplitData[list[Question]]):
+    """Questions with answers."""
 
-    train: list[Question]
-    dev: dict[str, list[Question]]
-    test: dict[str, list[Question]]
+    unit = "test questions"
 
-    @property
-    def moved_answers(self) -> int:
-        """Number of answers whose offset in the file is wrong."""
-        return sum(question.moved for of in (self.train, *self.dev.values(), *self.test.values()) for question in of)
-
-    def fingerprint(self) -> str:
-        """Changes with any question, context, answer or language."""
-        digest = xxhash.xxh3_128()
-        for name, questions in [("", self.train), *self.dev.items(), *self.test.items()]:
-            digest.update(repr((name, questions)).encode())
-        return digest.hexdigest()
+    def about(self) -> dict[str, Any]:
+        """Numbers of training questions, and of answers whose offset in the file is wrong."""
+        parts = (self.train, *self.dev.values(), *self.test.values())
+        return {"train_questions": len(self.train), "moved_answers": sum(one.moved for part in parts for one in part)}
 
 
 def read_qa(
@@ -104,10 +93,7 @@ def _find(directory: str, split: str, language: str, languages: list[str]) -> Pa
 
 def read_squad(path: Path, most: int | None = None) -> list[Question]:
     """Read the first `most` questions of one file. An error names the place in the file."""
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
-        raise UserError(f"{path} is not readable JSON: {error}") from None
+    tree = read_json(path, advice=LAYOUT)
     questions = _unique(itertools.islice(_walk(tree, path), most), path)
     if not questions:
         raise UserError(f"{path} has no questions. Name a file with `data[].paragraphs[].qas[]`, as in SQuAD v1.1")
@@ -149,9 +135,7 @@ def _walk(tree: Any, path: Path) -> Iterator[Question]:
                     yield _checked(entry["id"], entry["question"], paragraph["context"], answers, path)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         wrong = f"lacks {error}" if isinstance(error, KeyError) else "does not have the layout of SQuAD v1.1"
-        raise UserError(
-            f"{path}, {place}: {wrong}. Correct the file; SQuAD v1.1's own file shows the layout."
-        ) from None
+        raise UserError(f"{path}, {place}: {wrong}. {LAYOUT}.") from None
 
 
 def _checked(identifier: str, question: str, context: str, answers: list[tuple[str, int]], where: object) -> Question:

@@ -13,15 +13,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from pipeline.evaluation.encoder import Encoder
+from pipeline.evaluation.encoder import Encoder, batches_by_length
 from pipeline.evaluation.finetuning.batches import TokenRows, tokenize_pairs
 from pipeline.evaluation.finetuning.grid import run_grids
 from pipeline.evaluation.finetuning.loop import FinetuneConfig, FinetuneTask, Scores, load_with_head
 from pipeline.evaluation.finetuning.scores import score_card, score_panel, score_table
 from pipeline.evaluation.finetuning.xnli_data import LABELS, LabelledPairs, XnliData, read_xnli
-from pipeline.evaluation.languages import choose_languages, left_out_line
+from pipeline.evaluation.languages import left_out_line
 from pipeline.evaluation.task import Results, Task
-from pipeline.recipe.ranges import LARGEST_INT, check_ranges
 from pipeline.runtime.dist import Launch
 
 
@@ -31,13 +30,6 @@ class XnliConfig(FinetuneConfig):
 
     data: str = ""  # directory with the official files, or datasets:facebook/xnli
     train_language: str = "en"  # language of the training pairs
-    languages: list[str] | None = None  # None: every language of xnli.dev.tsv that the students were trained on
-    max_train: int | None = None  # at most this many pairs, from the start of the file; None: all
-    max_evaluation: int | None = None  # at most this many pairs of each language; None: all
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_ranges(self, "xnli", dict.fromkeys(("max_train", "max_evaluation"), (1, LARGEST_INT)))
 
 
 def read(config: XnliConfig) -> XnliData:
@@ -47,14 +39,7 @@ def read(config: XnliConfig) -> XnliData:
 
 def evaluate_xnli(encoders: list[Encoder], config: XnliConfig, ranks: Launch, directory: Path) -> Results:
     """Per model, the test accuracy of the chosen learning rate in per cent. All ranks call it together."""
-    data = read(config)
-    languages = choose_languages(list(data.dev), config.languages, encoders, "xnli.languages", "test pairs")
-    data = XnliData(data.train, *({x: of[x] for x in languages.chosen} for of in (data.dev, data.test)))
-    grids = run_grids(
-        encoders, lambda encoder: make_task(encoder, data, config, ranks), data.fingerprint(), config, directory, ranks
-    )
-    about = {"train_language": config.train_language, "train_pairs": len(data.train), "left_out": languages.left_out}
-    return {name: {**grid, **about} for name, grid in grids.items()}
+    return run_grids(encoders, read(config), make_task, config, directory, ranks)
 
 
 def make_task(encoder: Encoder, data: XnliData, config: XnliConfig, ranks: Launch) -> FinetuneTask:
@@ -63,19 +48,15 @@ def make_task(encoder: Encoder, data: XnliData, config: XnliConfig, ranks: Launc
     def rows_of(pairs: LabelledPairs) -> TokenRows:
         return tokenize_pairs(encoder, pairs.first, pairs.second, pairs.labels, config.max_length)
 
-    rows = {
-        split: {language: rows_of(pairs) for language, pairs in of_split.items()}
-        for split, of_split in (("dev", data.dev), ("test", data.test))
-    }
-    pad_id = encoder.tokenizer.pad_token_id
+    rows, pad_id = data.convert(rows_of), encoder.tokenizer.pad_token_id
 
     def score(model: Any, split: str) -> Scores:
         size = config.micro_batch
-        return {x: {"accuracy": accuracy(model, of, pad_id, size, ranks)} for x, of in rows[split].items()}
+        return {x: {"accuracy": accuracy(model, of, pad_id, size, ranks)} for x, of in getattr(rows, split).items()}
 
     return FinetuneTask(
         load=lambda: load_with_head(AutoModelForSequenceClassification, encoder, num_labels=len(LABELS)),
-        rows=rows_of(data.train),
+        rows=rows.train,
         loss=classification_loss,
         score=score,
         pad_id=pad_id,
@@ -89,7 +70,7 @@ def classification_loss(outputs: Any, inputs: dict[str, torch.Tensor], targets_B
 def accuracy(model: Any, rows: TokenRows, pad_id: int, size: int, ranks: Launch) -> float:
     """Accuracy in per cent. Rank r of n computes every n-th batch, starting with batch r."""
     right = torch.zeros(1, dtype=torch.float64, device=model.device)
-    for chunk in rows.chunks_by_length(size)[ranks.rank :: ranks.world_size]:
+    for chunk in batches_by_length(rows.ids, size)[ranks.rank :: ranks.world_size]:
         guesses = model(**rows.inputs(chunk, pad_id, model.device)).logits.argmax(dim=-1)
         right += (guesses == rows.targets[chunk, 0].to(model.device)).sum()
     return 100.0 * float(ranks.sum(right)) / len(rows)

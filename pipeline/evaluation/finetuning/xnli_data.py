@@ -7,20 +7,18 @@ In: a directory with `multinli.train.en.tsv` (XNLI-MT-1.0; columns premise, hypo
 
 from __future__ import annotations
 
-import filecmp
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from pipeline.errors import UserError, did_you_mean
+from pipeline.evaluation.finetuning.split_data import FROM_LIBRARY, SplitData, only_one
 from pipeline.evaluation.library_data import library_errors, load_table
 
 LABELS = ("entailment", "neutral", "contradiction")
 ALSO_CALLED = {"contradictory": "contradiction"}  # the word of XNLI-MT
-FROM_LIBRARY = "datasets:"
 TRAIN_COLUMNS = ("label", "premise", "hypo")
 EVALUATION_COLUMNS = ("gold_label", "sentence1", "sentence2", "language")
 
@@ -51,19 +49,17 @@ class LabelledPairs:
 
 
 @dataclass
-class XnliData:
-    """Training pairs of one language, development and test pairs of all."""
+class XnliData(SplitData[LabelledPairs]):
+    """Labelled sentence pairs."""
 
-    train: LabelledPairs
-    dev: dict[str, LabelledPairs]
-    test: dict[str, LabelledPairs]
+    train_language: str
+    unit = "test pairs"
 
-    def fingerprint(self) -> str:
-        """Changes with any sentence, label or language."""
-        digest = xxhash.xxh3_128()
-        for name, pairs in [("", self.train), *self.dev.items(), *self.test.items()]:
-            digest.update(repr((name, pairs.first, pairs.second, pairs.labels)).encode())
-        return digest.hexdigest()
+    def about(self) -> dict[str, Any]:
+        return {"train_language": self.train_language, "train_pairs": len(self.train)}
+
+    def content_of(self, examples: LabelledPairs) -> tuple[list[Any], ...]:
+        return examples.first, examples.second, examples.labels
 
 
 def read_xnli(
@@ -87,7 +83,7 @@ def read_xnli(
             f"xnli.dev.tsv has the languages {', '.join(dev)}, xnli.test.tsv has {', '.join(test)}. Choose those of both: --set "
             f"'xnli.languages=[{', '.join(x for x in dev if x in test)}]'"
         )
-    return XnliData(train, dev, test)
+    return XnliData(train, dev, test, train_language)
 
 
 def _find(source: str, name: str) -> Path:
@@ -101,21 +97,9 @@ def _find(source: str, name: str) -> Path:
     return only_one(found)
 
 
-def only_one(found: list[Path]) -> Path:
-    """The file that was found; several are accepted only if they have the same content."""
-    for other in found[1:]:
-        if not filecmp.cmp(found[0], other, shallow=False):
-            raise UserError(
-                f"{found[0]} and {other} differ, and only one can be read. Name a directory that has one of them."
-            )
-    return found[0]
-
-
 def _read_train(path: Path, most: int | None) -> LabelledPairs:
     pairs = LabelledPairs()
-    for where, label, first, second in tsv_rows(path, TRAIN_COLUMNS):
-        if most is not None and len(pairs) >= most:
-            break
+    for where, label, first, second in itertools.islice(tsv_rows(path, TRAIN_COLUMNS), most):
         pairs.add(first, second, label, where)
     if not pairs:
         raise UserError(f"{path} has no pairs after its header line. Name another directory: --set xnli.data=DIR")
@@ -203,7 +187,7 @@ def _from_library(
 
         chosen = languages or known
         dev, test = ({x: read(x, split, max_evaluation) for x in chosen} for split in ("validation", "test"))
-        return XnliData(read(train_language, "train", max_train), dev, test)
+        return XnliData(read(train_language, "train", max_train), dev, test, train_language)
 
 
 def _from_table(table: Any, where: str) -> LabelledPairs:

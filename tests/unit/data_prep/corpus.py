@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.__main__ import main
-from data_prep.discovery import LanguageRules
+from data_prep.discovery import LanguageRules, survey
 from data_prep.prepare import PrepareConfig, prepare
+from data_prep.sources import ReadOptions, Source
 from tests.conftest import SAMPLES
 
 SHARD_TOKENS = 6000
@@ -37,6 +38,11 @@ def run_command(given: Path, tokenizer: Path, output: Path, *more: str) -> int:
     """Run `python -m data_prep prepare` with one worker in this process. Returns its exit code."""
     words = ["--input", given, "--tokenizer", tokenizer, "--output", output, "--workers", "1"]
     return main(["prepare", *map(str, words), *more])
+
+
+def discover(inputs: list[str], rules: LanguageRules, text_field: str = "text") -> dict[str, list[Source]]:
+    """The sources of the input by language."""
+    return survey(inputs, rules, ReadOptions(text_field)).sources
 
 
 def content(directory: Path) -> dict[str, bytes]:

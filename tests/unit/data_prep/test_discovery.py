@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from data_prep.__main__ import main
-from data_prep.discovery import LanguageRules, ReadOptions, Survey, discover, survey
+from data_prep.discovery import LanguageRules, Survey, survey
 from data_prep.shards import DataError, ShardSet
-from tests.unit.data_prep.corpus import run_command
+from data_prep.sources import ReadOptions
+from tests.unit.data_prep.corpus import discover, run_command
 
 
 def surveyed(*inputs: Path, language_map: Path | None = None) -> Survey:

@@ -17,6 +17,7 @@ from data_prep.durable_files import unique_name
 from data_prep.journal import JOURNAL_NAME, Journal
 from data_prep.manifest import import_languages, write_manifest
 from data_prep.shards import DataError, ShardSet
+from data_prep.sources import ReadOptions
 from data_prep.verify import verify
 from tests.unit.data_prep.corpus import content, run, write_corpus
 
@@ -160,7 +161,7 @@ def test_files_added_to_or_removed_from_a_language_are_rejected(
     [
         ({"shard_tokens": 7000}, "another option: shard_tokens is 6000 there and 7000 here"),
         ({"clean": CleanOptions(dedup="lines")}, "another option: dedup is 'none' there and 'lines' here"),
-        ({"text_field": "body"}, "another option: text_field is 'text' there and 'body' here"),
+        ({"reading": ReadOptions("body")}, "another option: text_field is 'text' there and 'body' here"),
     ],
 )
 def test_other_options_are_never_mixed(

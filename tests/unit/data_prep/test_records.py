@@ -15,12 +15,11 @@ import pyarrow.parquet
 import pytest
 
 from data_prep.__main__ import main
-from data_prep.discovery import LanguageRules, discover
-from data_prep.shards import DataError, ShardSet
-from data_prep.sources import CorruptSource, Source, WrongTextField
-from pipeline.errors import UserError
+from data_prep.discovery import LanguageRules
+from data_prep.shards import DataError, Explained, ShardSet
+from data_prep.sources import CorruptSource, ReadOptions, Source, WrongTextField
 from pipeline.evaluation.library_data import load_table
-from tests.unit.data_prep.corpus import run_command
+from tests.unit.data_prep.corpus import discover, run_command
 
 GOOD = [{"text": f"Mening nummer {number}.", "id": number} for number in range(300)]
 WITHOUT_TEXT: list[dict[str, Any]] = [
@@ -41,7 +40,7 @@ def write(path: Path, records: Sequence[Any]) -> Path:
 
 
 def read(path: Path, **options: Any) -> bytes:
-    return b"".join(Source("sv", path, path.name, **options).chunks())
+    return b"".join(Source("sv", path, path.name, ReadOptions(**options)).chunks())
 
 
 def prepare(tokenizer: Path, root: Path, *more: str) -> int:
@@ -213,6 +212,6 @@ def test_a_dataset_runs_no_script_and_no_reader_that_unpickles(tmp_path: Path) -
         source = discover([f"hf:{directory}"], LanguageRules(language="sv"))["sv"][0]
         with pytest.raises(DataError, match=message):
             list(source.chunks())
-        with pytest.raises(UserError, match="datasets library"):
+        with pytest.raises(Explained, match="datasets library"):
             load_table(str(directory), None, "train")
     assert not (tmp_path / "ran").exists()

@@ -14,9 +14,10 @@ import pytest
 
 from data_prep.blocks import cut_blocks
 from data_prep.clean import CleanOptions, clean, split_documents
-from data_prep.discovery import LanguageRules, discover
+from data_prep.discovery import LanguageRules
 from data_prep.shards import DataError
-from data_prep.sources import CorruptSource, Source
+from data_prep.sources import CorruptSource, ReadOptions, Source
+from tests.unit.data_prep.corpus import discover
 
 TEXT = "Erste Zeile\nzweite Zeile\n\nNächstes Dokument\n\n" * 3000
 RECORDS = [document for document in TEXT.split("\n\n") if document]
@@ -27,7 +28,7 @@ def zstd(data: bytes) -> bytes:
 
 
 def read(path: Path, text_field: str = "text") -> bytes:
-    return b"".join(Source("de", path, path.name, text_field).chunks())
+    return b"".join(Source("de", path, path.name, ReadOptions(text_field)).chunks())
 
 
 PACKERS = {"": bytes, ".xz": partial(lzma.compress, preset=0), ".gz": gzip.compress, ".zst": zstd}

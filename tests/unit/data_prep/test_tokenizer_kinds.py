@@ -7,15 +7,18 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
 
-from data_prep.id_check import POSITIONS_FROM_PADDING
 from data_prep.shards import ShardSet
-from pipeline.distillation.models.architectures import ARCHITECTURES
+from data_prep.tokenizer_ids import POSITIONS_FROM_PADDING
+from pipeline.distillation.models.architectures import usable_positions
+from tests.tiny_encoders import CONFIGS, tiny_encoder
 from tests.unit.data_prep.corpus import run
 from tests.unit.data_prep.id_checks import TEXT, XLMR, assert_ids_are_the_models, changed, error_of, paste, write
 from tests.unit.data_prep.tiny_tokenizers import byte_bpe, word_piece
@@ -230,10 +233,18 @@ def test_a_model_type_without_its_vocabulary_gets_another_fix(
     assert_ids_are_the_models(text, directory, tmp_path / "shards")
 
 
-def test_the_models_that_count_positions_from_padding_are_the_same_in_pipeline() -> None:
-    """data_prep imports nothing of pipeline, so it has a list of its own."""
-    for name, architecture in ARCHITECTURES.items():
-        assert (name in POSITIONS_FROM_PADDING) == architecture.positions_after_padding, name
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_models_that_count_positions_from_padding_are_known(name: str) -> None:
+    """These models, and no others, have fewer positions for a text than `max_position_embeddings`: 2 with padding id 1."""
+    model, row = tiny_encoder(name), torch.full((1, 80), 10)
+    counts_from_padding = name in POSITIONS_FROM_PADDING
+    assert usable_positions(model.config) == (78 if counts_from_padding else 80)
+    with (
+        torch.inference_mode(),
+        pytest.raises((IndexError, RuntimeError), match="out of") if counts_from_padding else nullcontext(),
+    ):
+        model(row)
+    model(row[:, : usable_positions(model.config)])
 
 
 def test_a_padding_id_that_moves_positions_is_rejected(

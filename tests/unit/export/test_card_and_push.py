@@ -35,7 +35,7 @@ def student(tiny_teacher: Path, tmp_path: Path) -> Path:
 
 def exported(tiny_teacher: Path, output: Path, dtype: torch.dtype = torch.float32) -> Path:
     model = load_encoder(tiny_teacher)
-    extras = [lambda directory: add_sentence_transformers(directory, 48, 64)]
+    extras = [add_sentence_transformers]
     return export_student(Export(model.state_dict(), model.config, str(tiny_teacher), LINEAGE, extras, dtype), output)
 
 

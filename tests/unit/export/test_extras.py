@@ -40,7 +40,7 @@ def exported(tiny_teacher: Path, pairs: RetrievalConfig, tmp_path_factory: pytes
     return export(
         tiny_teacher,
         tmp_path_factory.mktemp("exports") / "student",
-        lambda directory: add_sentence_transformers(directory, 48, 64),
+        add_sentence_transformers,
         lambda directory: onnx.add_onnx(directory, pairs),
     )
 
