@@ -1,0 +1,46 @@
+"""The XLM-R-large-shaped job as a user starts it, by DeepSpeed's launcher: tokens per second and losses from its metrics."""
+
+from __future__ import annotations
+
+import statistics
+
+from benchmarks.gpu_check.figures import Figures, Row
+from benchmarks.gpu_check.processes import Process, last_lines
+from benchmarks.gpu_check.setting import RECIPE, Setting, words_of
+from demo.__main__ import launcher
+from pipeline.runtime.json_files import read_points
+from pipeline.runtime.run_paths import RunPaths
+
+TABLE = "By the launcher"
+LIMIT_S = 65
+INTERVALS = 6  # log intervals of the run; the first has the warm-up
+SPEED, LOSS = "speed/tokens_per_second", "loss/total"
+
+
+def measure(setting: Setting, figures: Figures) -> None:
+    figures.attempt(TABLE, {"recipe": RECIPE.name, "ZeRO": 2}, lambda: _train(setting))
+
+
+def _train(setting: Setting) -> Row:
+    paths, log, steps = (
+        RunPaths(setting.work / "runs" / "launcher"),
+        setting.log("launcher-run"),
+        setting.scale.launcher_steps,
+    )
+    changes = {
+        "steps": steps,
+        "metrics.log_every": max(1, steps // INTERVALS),
+        "save_every": steps,
+        "eval_every": steps,
+    }
+    command = [*launcher(), "pipeline/train.py", "--deepspeed", "ds_configs/zero2.json", "--recipe", str(RECIPE)]
+    command += ["--run-dir", str(paths.directory), *words_of(setting.overrides(changes))]
+    ended = Process(command, log).wait(LIMIT_S * setting.scale.patience)
+    if not paths.done.is_file():
+        raise RuntimeError(f"the run ended with {ended.code}, without DONE: {last_lines(log, 4)}")
+    points = read_points(paths.metrics)
+    speeds = [point[SPEED] for point in points if SPEED in point]
+    losses = [point[LOSS] for point in points if LOSS in point]
+    shares = {tag: value for tag, value in points[-1].items() if tag.endswith("_share")}
+    row: Row = {"steps": steps, "seconds": ended.seconds, "tokens/s": round(statistics.median(speeds[1:] or speeds))}
+    return row | {"first loss": losses[0], "last loss": losses[-1], **shares}
