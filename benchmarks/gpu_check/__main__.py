@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu_check.parts import PARTS, with_needed
+from benchmarks.gpu_check.processes import end_all_on_term
 from benchmarks.gpu_check.report import Report
 from benchmarks.gpu_check.runner import run_parts
 from benchmarks.gpu_check.setting import Setting
@@ -50,6 +51,7 @@ def main() -> int:
             raise UserError(f"--parts names {name!r}; {did_you_mean(name, NAMES)}")
     if not options.tiny:
         check_gpu()
+    end_all_on_term()
     output = options.output or (TINY_RESULTS if options.tiny else RESULTS)
     output.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:

@@ -30,11 +30,11 @@ def _nan(setting: Setting, stage: int, precision: str) -> Row:
     with job_of(setting, setting.ds_json(stage, precision)) as job:
         for _ in range(GOOD_STEPS):
             job.step()
-        weights, scale = _weights(job), job.engine.loss_scale
+        weights, scale = _weights(job), float(job.engine.loss_scale)
         _, result = job.step(times_loss=float("nan"))
         unchanged = all(torch.equal(a, b) for a, b in zip(weights, _weights(job), strict=True))
         row: Row = {"precision": job.parts.precision, "skipped": bool(result.skipped), "weights unchanged": unchanged}
-        row |= {"loss scale before": scale, "after": job.engine.loss_scale}
+        row |= {"loss scale before": scale, "after": float(job.engine.loss_scale)}
         job.step()
         loss, result = job.step()
         changed = not all(torch.equal(a, b) for a, b in zip(weights, _weights(job), strict=True))
@@ -56,5 +56,5 @@ def _overflow(setting: Setting) -> Row:
             raise NotHere(f"this device computes in {job.parts.precision}, which has no loss scale")
         results = [job.step() for _ in range(setting.scale.overflow_steps)]
         skipped = [bool(result.skipped) for _, result in results]
-        row: Row = {"steps": len(results), "skipped": sum(skipped), "loss scale after": job.engine.loss_scale}
+        row: Row = {"steps": len(results), "skipped": sum(skipped), "loss scale after": float(job.engine.loss_scale)}
         return row | {"last step skipped": skipped[-1], "last loss": float(results[-1][0])}

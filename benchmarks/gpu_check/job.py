@@ -138,8 +138,7 @@ class Job:
         student = student_of(recipe, model, self.parts.source, self.launch.device)
         dtype = DTYPES[self.parts.teacher_precision]
         teacher = load_teacher(model, relations.teacher_taps, dtype, self.launch.device, **relations.tap_options)
-        kernels = partial(deterministic_kernels, recipe.deterministic)
-        module = DistillModule(teacher, student.tapped, relations, around_student=kernels)
+        module = DistillModule(teacher, student.tapped, relations)
         module.keep_backend(self.parts.distiller.backend)
         self._watch_phases(module)
         self.engine = StockEngine(module, parameter_groups(student.trained, recipe.optimizer.weight_decay), self)
@@ -174,10 +173,13 @@ class Job:
 
 
 class StockEngine:
-    """DeepSpeed's engine as its documentation uses it, with the calls of `StudentEngine`."""
+    """DeepSpeed's engine as its documentation uses it, with the calls and the deterministic kernels of `StudentEngine`."""
 
-    def __init__(self, module: torch.nn.Module, groups: list[dict[str, Any]], job: Job) -> None:
+    def __init__(self, module: DistillModule, groups: list[dict[str, Any]], job: Job) -> None:
         self._kernels = partial(deterministic_kernels, job.recipe.deterministic)
+        forward = contextlib.ExitStack()  # of the student: the teacher keeps the fastest kernels
+        module.student.register_forward_pre_hook(lambda *_: forward.enter_context(self._kernels()) and None)
+        module.student.register_forward_hook(lambda *_: forward.close())
         self._engine, *_ = deepspeed.initialize(
             model=module, model_parameters=groups, config=job.parts.ds_config, dist_init_required=False
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from benchmarks.gpu_check.figures import Figures, Row
-from benchmarks.gpu_check.processes import Process, last_lines
+from benchmarks.gpu_check.processes import Process, reason_in
 from benchmarks.gpu_check.setting import RECIPE, Setting, words_of
 from demo.__main__ import launcher
 from pipeline.runtime.json_files import read_points
@@ -37,7 +37,7 @@ def _train(setting: Setting) -> Row:
     command += ["--run-dir", str(paths.directory), *words_of(setting.overrides(changes))]
     ended = Process(command, log).wait(LIMIT_S * setting.scale.patience)
     if not paths.done.is_file():
-        raise RuntimeError(f"the run ended with {ended.code}, without DONE: {last_lines(log, 4)}")
+        raise RuntimeError(f"the run ended with {ended.code}, without DONE: {reason_in(log)}")
     points = read_points(paths.metrics)
     speeds = [point[SPEED] for point in points if SPEED in point]
     losses = [point[LOSS] for point in points if LOSS in point]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmarks.gpu_check.figures import Figures, reason_of
 from benchmarks.gpu_check.parts import BY_NAME
+from benchmarks.gpu_check.processes import end_all_on_term
 from benchmarks.gpu_check.setting import Setting
 
 
@@ -23,6 +24,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    end_all_on_term()
     part, setting = BY_NAME[options.name], Setting(options.work, options.tiny)
     figures = Figures(setting.figures(part.name))
     try:

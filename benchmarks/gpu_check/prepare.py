@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer, XLMRobertaConfig, XLMRobertaModel
 
 from benchmarks.gpu_check.figures import Figures
-from benchmarks.gpu_check.processes import Process, last_lines
+from benchmarks.gpu_check.processes import Process, reason_in
 from benchmarks.gpu_check.setting import LANGUAGES, Setting
 from benchmarks.gpu_check.timing import device
 from benchmarks.measure import REPO
@@ -45,7 +45,7 @@ def _make_shards(setting: Setting) -> None:
     command += ["--tokenizer", str(setting.tokenizer), "--output", str(setting.shards)]
     ended = Process(command, setting.log("prepare-shards")).wait(PREPARE_LIMIT_S * setting.scale.patience)
     if ended.code != 0:
-        raise RuntimeError(f"data_prep ended with {ended.code}: {last_lines(setting.log('prepare-shards'))}")
+        raise RuntimeError(f"data_prep ended with {ended.code}: {reason_in(setting.log('prepare-shards'))}")
 
 
 def _make_teacher(setting: Setting) -> None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.gpu_check.figures import Figures, NotHere, Row
-from benchmarks.gpu_check.processes import Process, last_lines
+from benchmarks.gpu_check.processes import Process, reason_in
 from benchmarks.gpu_check.setting import Setting, words_of
 from benchmarks.measure import REPO
 from demo.settings import QUICKSTART
@@ -43,7 +43,7 @@ def _demo(setting: Setting) -> Row:
     command = [sys.executable, "-m", "demo", "--recipe", str(QUICKSTART), "--run-dir", str(run_dir)]
     ended = Process([*command, *words_of(overrides)], log).wait(LIMIT_S * setting.scale.patience)
     if ended.code != 0:
-        raise RuntimeError(f"python -m demo ended with {ended.code}: {last_lines(log, 4)}")
+        raise RuntimeError(f"python -m demo ended with {ended.code}: {reason_in(log)}")
     return read_json(run_dir / "demo.json")
 
 
@@ -70,6 +70,7 @@ def _tiny_overrides(setting: Setting) -> list[str]:
         "student.layers": 2,
         "student.hidden": setting.scale.teacher["hidden_size"],
         "student.heads": setting.scale.teacher["num_attention_heads"],
+        "student.ffn": setting.scale.teacher["intermediate_size"],
         "retrieval.languages": "[de]",
         "retrieval.max_pairs": 8,
         "retrieval.max_length": 60,
