@@ -9,6 +9,7 @@ Exit code: 0 if every part is complete, 1 if one failed or ran out of time, 2 wi
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shlex
 import sys
@@ -27,6 +28,7 @@ from benchmarks.measure import REPO, commit, machine
 from data_prep.command_line import CommandLine
 from data_prep.outputs import output_path
 from pipeline.errors import UserError, did_you_mean, exit_code_of
+from pipeline.runtime.allotment import why_unseen
 
 NAMES = [part.name for part in PARTS]
 BUDGET_S, TINY_BUDGET_S = 570.0, 1200.0
@@ -50,6 +52,7 @@ def main() -> int:
         if name not in NAMES:
             raise UserError(f"--parts names {name!r}; {did_you_mean(name, NAMES)}")
     if not options.tiny:
+        use_one_gpu()
         check_gpu()
     end_all_on_term()
     output = options.output or (TINY_RESULTS if options.tiny else RESULTS)
@@ -66,13 +69,18 @@ def main() -> int:
     return 0 if all(result.is_good for result in results) else EXIT_INCOMPLETE
 
 
+def use_one_gpu() -> None:
+    """Show torch and all parts the first GPU alone: DeepSpeed's launcher would start a rank on each."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = "0" if visible is None else visible.split(",")[0]
+
+
 def check_gpu() -> None:
     """Raise a `UserError` unless torch can compute on a GPU."""
     advice = "`python -m benchmarks.gpu_check --tiny` runs the same code on a CPU, on small shapes and without figures"
     if not torch.cuda.is_available():
         raise UserError(
-            f"this check measures an NVIDIA GPU, and torch {torch.__version__} finds none here (`nvidia-smi` shows what the "
-            f"driver sees; torch must be a build for CUDA). {advice}"
+            f"this check measures an NVIDIA GPU, and torch {torch.__version__} sees none here: {why_unseen()}. {advice}"
         )
     try:
         torch.ones(1, device="cuda").sum().item()

@@ -160,11 +160,12 @@ class Job:
         row: Row = {f"{name} ms": ms for name, ms in self.clock.medians().items()}
         self.clock = PhaseClock()  # without the marks of what follows
         row["tokens/s"] = round(1e3 * self.recipe.global_batch * self.recipe.seq_len / row["step ms"])
-        row["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30 if on_gpu() else None
+        is_own_engine = self.engine is self.parts.engine  # else the memory of both engines would be counted
+        row["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30 if on_gpu() and is_own_engine else None
         row |= {"first step s": first_step_s, "build s": self.build_s}
         complete, optimizer = profiled(self.step), self._optimizer_counts()
         row |= complete | {"optimizer kernels": optimizer["kernels"], "optimizer reads": optimizer["host reads"]}
-        if self.engine is self.parts.engine:
+        if is_own_engine:
             row["trainer's step ms"] = median_ms(self._trainer_step, scale.steps, scale.warm_up)
         return row
 

@@ -28,7 +28,7 @@ PARTS = (
     Part("faults", "Not-a-number gradients and the loss scale", "faults", 50),
     Part("zero", "ZeRO stages, precisions, larger micro-batches", "zero", 90),
     Part("launcher", "The job by DeepSpeed's launcher", "launcher", 70),
-    Part("quickstart", "The quickstart, with retrieval before and after", "quickstart", 100),
+    Part("quickstart", "The quickstart, with retrieval before and after", "quickstart", 130),
 )
 BY_NAME = {part.name: part for part in PARTS}
 

@@ -17,7 +17,7 @@ from pipeline.config import load_recipe
 from pipeline.runtime.json_files import read_json
 
 RETRIEVAL, TRAINING = "Retrieval, mean over the languages", "Training of the quickstart"
-LIMIT_S = 95
+LIMIT_S = 125
 POOLINGS = {"output": "", "values": "_values", "last layer's input": "_last_input"}
 
 

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 Action = Callable[[], Any]
 HOST_READ = "aten::_local_scalar_dense"  # behind item(), float(tensor), bool(tensor)
-SYNCHRONISATIONS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize")  # of a blocking copy, of an event
 
 
 def device() -> torch.device:
@@ -88,15 +88,16 @@ def added_peak_mib(action: Action) -> float | None:
 
 
 def profiled(action: Action) -> dict[str, float | int | None]:
-    """Kernels, busy milliseconds, host reads and synchronisations of one call. The GPU's are None on a CPU."""
+    """Kernels and copies on the device, its busy milliseconds, host reads and waits of one call. The GPU's are None on a CPU."""
     synchronize()
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu() else [])
     with profile(activities=activities) as profiler:
         action()
         synchronize()
     events = profiler.events() or []
-    kernels = [event for event in events if event.device_type == DeviceType.CUDA]
-    waits = sum(event.name in SYNCHRONISATIONS for event in events) - 1  # the one above
+    on_device = [event for event in events if event.device_type == DeviceType.CUDA]
+    kernels = [event for event in on_device if not getattr(event, "is_user_annotation", False)]  # else names of ranges
+    waits = sum(event.name in WAITS for event in events)
     return {
         "kernels": len(kernels) if on_gpu() else None,
         "busy ms": sum(event.time_range.elapsed_us() for event in kernels) / 1e3 if on_gpu() else None,

@@ -150,10 +150,25 @@ def test_medians_and_counts_are_those_of_the_action() -> None:
     assert profiled(lambda: numbers + 1)["host reads"] == 0
 
 
+def test_the_triton_kernel_computes_exponentials() -> None:
+    """In Triton's interpreter, which has to be chosen before the kernel is imported."""
+    pytest.importorskip("triton")
+    program = (
+        "import torch; from benchmarks.gpu_check.exponentials import exponentials\n"
+        "out = torch.empty(64); exponentials[(4,)](out, ROUNDS=3, BLOCK=16)\n"
+        "x = (torch.arange(64) % 7) * -0.1\n"
+        "for _ in range(3): x = torch.exp2(-x)\n"
+        "torch.testing.assert_close(out, x)"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize(
     ("words", "says"),
-    [([], "finds none here"), (["--tiny", "--parts", "stepp"], "did you mean `step`?")],
+    [([], "sees none here"), (["--tiny", "--parts", "stepp"], "did you mean `step`?")],
     ids=["no GPU", "no such part"],
 )
 def test_what_cannot_be_measured_ends_in_one_paragraph(words: list[str], says: str, tmp_path: Path) -> None:
