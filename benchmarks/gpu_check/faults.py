@@ -12,7 +12,6 @@ import torch
 from benchmarks.gpu_check.figures import Figures, NotHere, Row
 from benchmarks.gpu_check.job import Job, job_of
 from benchmarks.gpu_check.setting import Setting
-from benchmarks.gpu_check.timing import free_memory
 
 NAN, OVERFLOW = "NaN in the loss of one step", "A loss scale that begins at 2^32"
 GOOD_STEPS = 3
@@ -22,7 +21,6 @@ def measure(setting: Setting, figures: Figures) -> None:
     for stage, precision in ((1, "fp16"), (2, "fp16"), (3, "fp16"), (2, "bf16")):
         names = {"ZeRO": stage, "asked": precision}
         figures.attempt(NAN, names, lambda stage=stage, precision=precision: _nan(setting, stage, precision))
-        free_memory()
     figures.attempt(OVERFLOW, {"ZeRO": 2, "asked": "fp16"}, lambda: _overflow(setting))
 
 

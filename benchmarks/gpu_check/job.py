@@ -179,7 +179,7 @@ class StockEngine:
     def __init__(self, module: DistillModule, groups: list[dict[str, Any]], job: Job) -> None:
         self._kernels = partial(deterministic_kernels, job.recipe.deterministic)
         forward = contextlib.ExitStack()  # of the student: the teacher keeps the fastest kernels
-        module.student.register_forward_pre_hook(lambda *_: forward.enter_context(self._kernels()) and None)
+        module.student.register_forward_pre_hook(lambda *_: forward.enter_context(self._kernels()))
         module.student.register_forward_hook(lambda *_: forward.close())
         self._engine, *_ = deepspeed.initialize(
             model=module, model_parameters=groups, config=job.parts.ds_config, dist_init_required=False
@@ -200,11 +200,10 @@ class StockEngine:
 
 @contextmanager
 def job_of(setting: Setting, ds_json: Path, changes: dict[str, Any] | None = None) -> Iterator[Job]:
-    """A job whose memory is returned afterwards."""
+    """A job, after the memory of earlier ones was returned: engines refer to themselves."""
+    free_memory()
     job = Job(setting, ds_json, changes)
     try:
         yield job
     finally:
         job.close()
-        del job
-        free_memory()

@@ -39,10 +39,10 @@ def measure(setting: Setting, figures: Figures) -> None:
     for name, predicted, measured in rows:
         figures.add(TABLE, _row(name, predicted, measured))
     if step["peak GiB"] is not None:
-        figures.add(TABLE, _row("peak memory, GiB", plan.memory.total / GIB, step["peak GiB"]))
+        figures.add(TABLE, _row("peak memory, GiB (measured: of tensors)", plan.memory.total / GIB, step["peak GiB"]))
     peak = _device().flops_per_s(plan.setting.precision)
     shares = (plan.step.flops / seconds / peak for seconds in (plan.step.total, 1e-3 * step["step ms"]))
-    figures.add(TABLE, _row("share of the peak operations", *shares))
+    figures.add(TABLE, _row("share of the peak TFLOP/s (MFU)", *shares))
 
 
 def _row(name: str, predicted: float, measured: float) -> Row:

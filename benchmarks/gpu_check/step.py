@@ -41,7 +41,6 @@ def measure(setting: Setting, figures: Figures) -> None:
             return {"of as it is": found["step ms"] / first_ms if first_ms else None, **found}
 
         figures.attempt(TABLE, {"variant": name}, row)
-        free_memory()  # what the traceback of a failed row kept
 
     add("DeepSpeed's own engine", lambda: row_of(setting, same, prepare=Job.use_stock_engine))
     for backend in BACKENDS:
@@ -67,7 +66,7 @@ def row_of(
     ds_json: Path | None = None,
     prepare: Callable[[Job], None] = lambda job: None,
 ) -> Row:
-    """Build the job with these changes, measure its step, return its memory."""
+    """The step of the job with these changes; `prepare` may change the job before it is measured."""
     with job_of(setting, ds_json or setting.ds_json(STAGE), changes) as job:
         prepare(job)
         row = job.measure()
@@ -86,6 +85,7 @@ def _compiled_student() -> dict[str, Any]:
 
 def _naive(setting: Setting) -> Row:
     """The same step as most code has it: hooks on complete models, all maps, autocast, AdamW on everything."""
+    free_memory()  # of the engines before it
     recipe, dtype = load_recipe(RECIPE, setting.overrides()), half_precision()
     teacher = AutoModel.from_pretrained(setting.teacher, dtype=dtype, trust_remote_code=False, add_pooling_layer=False)
     config = AutoConfig.from_pretrained(setting.teacher, trust_remote_code=False)

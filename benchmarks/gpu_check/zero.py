@@ -5,7 +5,6 @@ from __future__ import annotations
 from benchmarks.gpu_check.figures import Figures
 from benchmarks.gpu_check.setting import Setting
 from benchmarks.gpu_check.step import row_of
-from benchmarks.gpu_check.timing import free_memory
 
 TABLE = "Stages and precisions"
 MORE_ROWS = 4  # times the rows of the other variants
@@ -28,4 +27,3 @@ def measure(setting: Setting, figures: Figures) -> None:
             {"variant": name, "asked": precision},
             lambda ds_json=ds_json, changes=changes: row_of(setting, changes, ds_json),
         )
-        free_memory()
