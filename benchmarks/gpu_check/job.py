@@ -120,7 +120,7 @@ class Job:
         return loss.detach(), result
 
     def _trainer_step(self) -> None:
-        """The step as the trainer takes it, with what it reads back."""
+        """The step as the trainer launches it."""
         self.stepper.train_step(self.step_number, self._stream)
         self.step_number += 1
 

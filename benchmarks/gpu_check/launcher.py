@@ -15,6 +15,7 @@ TABLE = "By the launcher"
 LIMIT_S = 65
 INTERVALS = 6  # log intervals of the run; the first has the warm-up
 SPEED, LOSS = "speed/tokens_per_second", "loss/total"
+SHOWN = ("_share", "/mfu", "_gib")  # endings of further tags, of the last interval
 
 
 def measure(setting: Setting, figures: Figures) -> None:
@@ -38,9 +39,8 @@ def _train(setting: Setting) -> Row:
     ended = Process(command, log).wait(LIMIT_S * setting.scale.patience)
     if not paths.done.is_file():
         raise RuntimeError(f"the run ended with {ended.code}, without DONE: {reason_in(log)}")
-    points = read_points(paths.metrics)
-    speeds = [point[SPEED] for point in points if SPEED in point]
-    losses = [point[LOSS] for point in points if LOSS in point]
-    shares = {tag: value for tag, value in points[-1].items() if tag.endswith("_share")}
+    points = [point for point in read_points(paths.metrics) if SPEED in point]
+    speeds, losses = [point[SPEED] for point in points], [point[LOSS] for point in points]
+    shares = {tag: value for tag, value in points[-1].items() if tag.endswith(SHOWN)}
     row: Row = {"steps": steps, "seconds": ended.seconds, "tokens/s": round(statistics.median(speeds[1:] or speeds))}
     return row | {"first loss": losses[0], "last loss": losses[-1], **shares}
