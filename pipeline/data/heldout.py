@@ -1,7 +1,7 @@
 """Relation loss per language on held-out rows, which training never reads.
 
 In: the distiller's loss of each row, a `BatchSource`. Out: the mean loss per language. All ranks call it together and
-divide the rows among them. The result is the same on every rank and, up to summation order, for any number of ranks.
+divide the rows among them. The result is the same on every rank and, given the loss of each row, for any number of ranks.
 """
 
 from __future__ import annotations
@@ -46,19 +46,17 @@ def heldout_losses(
         progress: is called after every forward.
     """
     input_ids_BL, segments_BS = source.heldout_batch(source.languages)
-    counts = torch.tensor(source.heldout_counts)
-    owner = torch.repeat_interleave(torch.arange(len(counts)), counts).to(rank.device)
-    chunks = [(start, min(start + micro_batch, len(owner))) for start in range(0, len(owner), micro_batch)]
-    totals = torch.zeros(2, len(source.languages), dtype=torch.float64, device=rank.device)
+    num_rows = len(input_ids_BL)
+    chunks = [(start, min(start + micro_batch, num_rows)) for start in range(0, num_rows, micro_batch)]
+    losses_B = torch.zeros(num_rows, dtype=torch.float64, device=rank.device)
     for turn in range(-(-len(chunks) // rank.world_size)):
         number = turn * rank.world_size + rank.rank
         start, stop = chunks[number] if number < len(chunks) else chunks[0]
         segments = None if segments_BS is None else segments_BS[start:stop]
-        losses = row_losses(input_ids_BL[start:stop].to(rank.device), segments=segments).double()
+        losses = row_losses(input_ids_BL[start:stop].to(rank.device), segments=segments)
         progress()
         if number < len(chunks):
-            totals[0].index_add_(0, owner[start:stop], losses)
-            totals[1].index_add_(0, owner[start:stop], torch.ones_like(losses))
-    rank.sum(totals)
-    means = (totals[0] / totals[1]).tolist()
-    return dict(zip(source.languages, means, strict=True))
+            losses_B[start:stop] = losses
+    rank.sum(losses_B)  # each row was computed on one rank
+    of_languages = losses_B.cpu().split(source.heldout_counts)  # the same order of summation on every device
+    return {name: losses.mean().item() for name, losses in zip(source.languages, of_languages, strict=True)}

@@ -28,6 +28,7 @@ from pipeline.distillation.tap import Projections, TappedEncoder, without_dropou
 from pipeline.errors import UserError
 
 OUTPUT = "output"  # name of the tail term among the parts
+TEACHER, STUDENT, LOSS = "teacher", "student", "loss"  # what `Hooks.mark` is told
 logger = logging.getLogger(__name__)
 
 
@@ -74,6 +75,15 @@ class SequenceMask:
         return [[length for length in row if length] for row in self.segments.tolist()]
 
 
+@dataclass(frozen=True)
+class Hooks:
+    """What surrounds a `DistillModule` in a training run."""
+
+    gather: Gather = alone  # exchanges the ranks' results when the backend is chosen
+    around_student: Callable[[], AbstractContextManager] = nullcontext  # makes a context for the student's forward
+    mark: Callable[[str], object] = str  # is called when TEACHER, STUDENT and LOSS have been launched
+
+
 class DistillModule(nn.Module):
     """Teacher and student as one module: `(input_ids_BL, lengths_B=None, segments=None) -> (loss, parts)`.
 
@@ -84,9 +94,8 @@ class DistillModule(nn.Module):
             (`teacher_taps`, `student_taps`, `tap_options`).
         student_tapped: the student; its parameters are those of this module.
         config: the relations and their weights.
-        gather: exchanges the ranks' results when the backend is chosen on the first batch.
         basis_Dd: the components on which a narrower student's output is expressed (`Student.basis_Dd`).
-        around_student: makes a context for the student's forward, such as one that selects its kernels.
+        hooks: what surrounds the module in a training run.
     """
 
     def __init__(
@@ -94,13 +103,11 @@ class DistillModule(nn.Module):
         teacher: Callable,
         student_tapped: TappedEncoder,
         config: RelationsConfig,
-        gather: Gather = alone,
         basis_Dd: torch.Tensor | None = None,
-        around_student: Callable[[], AbstractContextManager] = nullcontext,
+        hooks: Hooks = Hooks(),
     ) -> None:
         super().__init__()
-        self._gather = gather
-        self._around_student = around_student
+        self._hooks = hooks
         self.basis_Dd = basis_Dd  # not a buffer: an engine in half precision would round it
         self.student = student_tapped
         self.config = config
@@ -130,6 +137,7 @@ class DistillModule(nn.Module):
         if self.config.tail != "none":
             losses.append(self._tail_loss(teacher.output_BLD, student.output_BLD, mask))
         loss = torch.stack([w * part for w, part in zip(self.part_weights.values(), losses, strict=True)]).sum()
+        self._hooks.mark(LOSS)
         return loss, torch.stack(losses).detach()
 
     @torch.no_grad()
@@ -140,6 +148,7 @@ class DistillModule(nn.Module):
         mask = SequenceMask(lengths_B, segments)
         with without_dropout(self.student):
             teacher, student = self._run_both(input_ids_BL, mask)
+        self._choose_backend(teacher.layers[0][0], student.layers[0][0])
         losses = self._relation_losses(relation_kl_by_row, teacher, student, mask)
         return torch.stack([w * part for w, part in zip(self.part_weights.values(), losses, strict=False)]).sum(0)
 
@@ -185,8 +194,10 @@ class DistillModule(nn.Module):
         attention_mask = mask.attention_mask(input_ids_BL)
         with torch.inference_mode():
             teacher = self._teacher[0](input_ids_BL, attention_mask)
-        with self._around_student():
+        self._hooks.mark(TEACHER)
+        with self._hooks.around_student():
             student = self.student(input_ids_BL, attention_mask)
+        self._hooks.mark(STUDENT)
         return self._unpack(teacher), self._unpack(student)
 
     def _unpack(self, result: Any) -> TapOutputs:
@@ -241,7 +252,7 @@ class DistillModule(nn.Module):
         """On the first batch, when shapes, precision and device are known."""
         if self.backend == "auto":
             self.backend, self.backend_report = choose_backend(
-                teacher_BLD, student_BLD, self.config.heads, self._gather
+                teacher_BLD, student_BLD, self.config.heads, self._hooks.gather
             )
             for line in self.backend_report:
                 logger.info(line)

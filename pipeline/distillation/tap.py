@@ -98,6 +98,8 @@ class TappedEncoder(nn.Module):
         self._taps = {
             n: cast(TapLayer, self.model.get_submodule(f"{architecture.layers}.{n - 1}")) for n in self.layers
         }
+        run = len(cast(nn.ModuleList, self.model.get_submodule(architecture.layers)))
+        self.num_attention_layers = run - sum(layer_tap.layer is None for layer_tap in self._taps.values())
 
     def forward(self, input_ids_BL: torch.Tensor, attention_mask: torch.Tensor | None = None):
         """`attention_mask`: [B, L], 1 at real tokens; or block-diagonal [B, 1, L, L], for several documents in a row."""

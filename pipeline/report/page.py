@@ -80,6 +80,8 @@ def render(run_dir: Path) -> str:
         (compared, "Share of sentences whose nearest neighbour in the other language is their "
          "translation, both directions.", retrieval_section(retrieval)),
         ("Throughput", f"Tokens per second. {MARKS}", plots.throughput(metrics, events)),
+        ("Where the time goes", "Shares of the training time on one device, saves and evaluations left out.",
+         plots.time_shares(metrics)),
         ("Learning rate and health", MARKS, plots.health(metrics, events)),
         ("Time line", "Finished steps against time. Green dots are checkpoints, red dashes are restarts.", plots.time_line(events)),
         ("Relation maps", "One row of text, one column per relation head: teacher above, student below. "

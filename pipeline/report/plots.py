@@ -62,6 +62,14 @@ HEALTH = {
     "speed/data_wait_share": "share of the time spent waiting for data",
 }
 
+TIME_SHARES = {
+    "speed/teacher_share": "teacher",
+    "speed/student_share": "student",
+    "speed/loss_share": "relation loss",
+    "speed/optimizer_share": "optimizer",
+    "speed/data_wait_share": "waiting for data",
+}
+
 
 def loss_curves(metrics: Points) -> str:
     """Total loss and its parts against the step."""
@@ -111,6 +119,24 @@ def throughput(metrics: Points, events: Events) -> str:
     axes.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
     _mark(axes, events)
     axes.set_xlabel("step")
+    return _svg(figure)
+
+
+def time_shares(metrics: Points) -> str:
+    """The parts of a step as shares of the training time, one above the other. What they leave is time between steps."""
+    points = [point for point in metrics if TIME_SHARES.keys() <= point.keys()]
+    if not points:
+        return ""
+    figure, (axes,) = _figure(1, 2.2)
+    shares = [[point[tag] for point in points] for tag in TIME_SHARES]
+    steps = [point["step"] for point in points]
+    if len(points) == 1:  # an area needs two
+        steps, shares = [0, *steps], [share * 2 for share in shares]
+    axes.stackplot(steps, shares, labels=list(TIME_SHARES.values()), colors=COLORS, alpha=0.8)
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, symbol=" %"))
+    axes.set_xlabel("step")
+    axes.legend(ncols=5, loc="lower left", bbox_to_anchor=(0, 1), labelcolor=INK, handlelength=1.0, handleheight=0.9)
     return _svg(figure)
 
 

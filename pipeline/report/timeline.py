@@ -6,6 +6,7 @@ In: the points of `metrics.jsonl`, the file with the restarts if there is one, a
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,13 @@ from pipeline.runtime.restarts import restarts_file
 
 GAP_IN_INTERVALS = 10  # a pause of this many usual intervals between two lines counts as a restart
 SECONDS_PER_HOUR = 3600.0
+
+# tag -> label and format of its median
+DEVICE_FIGURES = {
+    "speed/model_tflops_per_device": ("TFLOP/s that the models need, per device", ",.3g"),
+    "speed/mfu": ("share of the devices' peak TFLOP/s (MFU)", ".1%"),
+    "speed/peak_memory_gib": ("memory of a device at its peak, GiB", ".2f"),
+}
 
 Points = list[dict[str, Any]]
 
@@ -109,12 +117,17 @@ def cost(metrics: Points, events: Events, about: dict[str, Any], tokens_per_row:
         f"{device} hours": f"{sum(attempt.hours * attempt.ranks for attempt in events.attempts):,.3g}",
         "rows that the student saw": f"{rows:,}",
     }
+    if isinstance(names := about.get("device_names"), list):
+        shown["devices"] = ", ".join(f"{count} x {name}" for name, count in Counter(map(str, names)).items())
     if tokens_per_row:
         shown["tokens that the student saw"] = f"{rows * tokens_per_row:,}"
     if saving_s:
         shown["training waited for checkpoints"] = f"{saving_s:.1f} s"
     if waits:
         shown["training waited for data"] = f"{sum(waits) / len(waits):.2%} of the time"
+    for tag, (label, unit) in DEVICE_FIGURES.items():
+        if values := sorted(value for _, value in series(metrics, tag)):
+            shown[label] = format(values[len(values) // 2], unit)
     skipped = series(metrics, "optimizer/skipped_steps")
     if skipped:
         shown["optimizer steps skipped"] = f"{skipped[-1][1]:.0f}"

@@ -50,26 +50,33 @@ class SpikeDetector:
             maxlen=config.spike_window
         )  # saved in checkpoints: it decides which steps skip
 
-    def is_to_skip(self, loss: float) -> bool:
-        """Whether a step with this loss must change no parameter. `loss` is the same number on all ranks."""
-        return self._skips and self._score(loss) is not None
+    @property
+    def skip_above(self) -> float | None:
+        """The loss above which a step must change no parameter, the same number on all ranks. None: no step is skipped."""
+        return self._limit() if self._skips else None
 
     def z_score(self, loss: float) -> float | None:
         """The z-score of a spike; None for an ordinary loss. Spikes and non-finite losses are not added to the window."""
-        score = self._score(loss)
-        if score is None and math.isfinite(loss):
-            self.losses.append(loss)
-        return score
-
-    def _score(self, loss: float) -> float | None:
-        window = self.losses
-        if math.isfinite(loss) and len(window) >= max(2, (window.maxlen or 0) // 10):
-            # at least one percent of the mean: on a flat curve every small change would be a spike
-            deviation = max(statistics.pstdev(window), 0.01 * abs(statistics.fmean(window)))
-            score = (loss - statistics.fmean(window)) / deviation
-            if score > self._sigmas:
-                return score
+        limit = self._limit()
+        if not math.isfinite(loss):
+            return None
+        if limit is not None and loss > limit:
+            mean, deviation = self._mean_and_deviation()
+            return (loss - mean) / deviation
+        self.losses.append(loss)
         return None
+
+    def _limit(self) -> float | None:
+        """The highest ordinary loss; None until the window has a tenth of its losses."""
+        if len(self.losses) < max(2, (self.losses.maxlen or 0) // 10):
+            return None
+        mean, deviation = self._mean_and_deviation()
+        return mean + self._sigmas * deviation
+
+    def _mean_and_deviation(self) -> tuple[float, float]:
+        mean = statistics.fmean(self.losses)
+        # at least one percent of the mean: on a flat curve every small change would be a spike
+        return mean, max(statistics.pstdev(self.losses), 0.01 * abs(mean))
 
 
 def record_spike(file: Path, step: int, loss: float, score: float, skipped: bool, rows: list[dict[str, Any]]) -> None:

@@ -88,7 +88,7 @@ class CheckpointWriter:
         self._keeping = keeping or CheckpointConfig()
         self._world_size = torch.distributed.get_world_size()
         # One name for all ranks of this attempt; no other attempt writes under it.
-        self._token: str = dist.broadcast_json(secrets.token_hex(4), engine.device)
+        self._token: str = dist.broadcast_json(secrets.token_hex(4))
         self._pending: _Pending | None = None
         self._failures = 0  # in a row
 
@@ -103,7 +103,7 @@ class CheckpointWriter:
         self._check_finite(state["step"])
         began_s, partial = time.monotonic(), self._partial(state["step"])
         problem = _attempt(lambda: _make_empty(partial)) if self._rank == 0 else None
-        problem = dist.broadcast_json(problem, self._engine.device)
+        problem = dist.broadcast_json(problem)
         self._pending = pending = _Pending(state["step"], began_s, threading.Thread(), problem, {})
         if problem is None:
             pending.problem = "the writing thread did not finish"  # replaced when it does
@@ -126,7 +126,7 @@ class CheckpointWriter:
 
     def poll(self) -> SaveOutcome | None:
         """The outcome, if a save was in progress and every rank has written its files."""
-        if self._pending is None or dist.any_rank(self._pending.thread.is_alive(), self._engine.device):
+        if self._pending is None or dist.any_rank(self._pending.thread.is_alive()):
             return None
         return self._finish(self._pending, time.monotonic())
 
@@ -140,7 +140,7 @@ class CheckpointWriter:
         return self._finish(self._pending, stopped_from_s)
 
     def _check_finite(self, step: int) -> None:
-        names = dist.gather_json(self._engine.not_finite(), self._engine.device)
+        names = dist.gather_json(self._engine.not_finite())
         if name := next(filter(None, names), None):
             raise DivergedRunError(
                 f"after step {step} the weights of {name} are not finite (NaN or infinite): no checkpoint of them is written, "
@@ -190,13 +190,13 @@ class CheckpointWriter:
         """All ranks report; rank 0 commits if none failed."""
         self._pending = None
         partial = self._partial(pending.step)
-        reports = dist.gather_json([pending.problem, pending.files], self._engine.device)
+        reports = dist.gather_json([pending.problem, pending.files])
         problems = [f"rank {rank}: {problem}" for rank, (problem, _) in enumerate(reports) if problem]
         if not problems and self._rank == 0:
             files = {name: entry for _, entries in reports for name, entry in entries.items()}
             problem = _attempt(lambda: commit(partial, checkpoint_path(self._directory, pending.step), files))
             problems = [f"rank 0: {problem}"] if problem else []
-        problems = dist.broadcast_json(problems, self._engine.device)
+        problems = dist.broadcast_json(problems)
         if problems and self._rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         self._failures = self._failures + 1 if problems else 0

@@ -43,7 +43,7 @@ class Launch:
 
     def from_main(self, value: Any) -> Any:
         """Rank 0's JSON value on every rank."""
-        return broadcast_json(value, self.device) if self.world_size > 1 else value
+        return broadcast_json(value) if self.world_size > 1 else value
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -148,14 +148,19 @@ def _scontrol(kind: str, name: str) -> str:
 
 
 def init_process_group(launch: Launch, timeout_s: float) -> None:
-    """Join the other ranks: NCCL with GPUs, gloo otherwise. `timeout_s` limits every later collective."""
+    """Join the other ranks: NCCL for tensors on GPUs, gloo for those in host memory.
+
+    Flags and JSON travel through gloo, so that no rank waits for its GPU to exchange them. `timeout_s` limits every later
+    collective.
+    """
     if torch_dist.is_initialized():
         return
-    backend = "nccl" if launch.device.type == "cuda" else "gloo"
+    has_gpu = launch.device.type == "cuda"
+    backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
     # For one process the kernel chooses the port and keeps it, so no other program can take it.
     own_store = torch_dist.TCPStore("127.0.0.1", 0, 1, is_master=True) if launch.world_size == 1 else None
     timeout = timedelta(seconds=timeout_s)
-    gpu = launch.device if backend == "nccl" else None  # else NCCL guesses at the first barrier, and warns
+    gpu = launch.device if has_gpu else None  # else NCCL guesses at the first barrier, and warns
     rank, size = launch.rank, launch.world_size
     try:
         torch_dist.init_process_group(
@@ -183,35 +188,35 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
+def any_rank(flag: bool) -> bool:
     """True on every rank when `flag` is true on one of them."""
-    tensor = torch.tensor([float(flag)], dtype=torch.float64, device=device)
+    tensor = torch.tensor([flag], dtype=torch.uint8)
     torch_dist.all_reduce(tensor, op=torch_dist.ReduceOp.MAX)
-    return tensor.item() > 0
+    return bool(tensor.numpy().any())
 
 
 def barrier() -> None:
     torch_dist.barrier()
 
 
-def gather_json(value: Any, device: torch.device) -> list[Any]:
+def gather_json(value: Any) -> list[Any]:
     """Every rank's JSON value, in rank order, on every rank."""
-    payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+    payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     world_size = torch_dist.get_world_size()
-    size = torch.tensor([payload.numel()], dtype=torch.int64, device=device)
+    size = torch.tensor([payload.numel()])
     sizes = [torch.zeros_like(size) for _ in range(world_size)]
     torch_dist.all_gather(sizes, size)
     lengths = [int(s.item()) for s in sizes]
-    padded = torch.zeros(max(lengths), dtype=torch.uint8, device=device)
+    padded = torch.zeros(max(lengths), dtype=torch.uint8)
     padded[: payload.numel()] = payload
     parts = [torch.zeros_like(padded) for _ in range(world_size)]
     torch_dist.all_gather(parts, padded)
-    return [json.loads(bytes(p[:n].cpu().numpy())) for p, n in zip(parts, lengths, strict=True)]
+    return [json.loads(bytes(p[:n].numpy())) for p, n in zip(parts, lengths, strict=True)]
 
 
-def broadcast_json(value: Any, device: torch.device) -> Any:
+def broadcast_json(value: Any) -> Any:
     """Rank 0's JSON value on every rank."""
-    return gather_json(value if torch_dist.get_rank() == 0 else None, device)[0]
+    return gather_json(value if torch_dist.get_rank() == 0 else None)[0]
 
 
 def take_from_main(tensors: Iterable[torch.Tensor], device: torch.device) -> None:

@@ -47,11 +47,14 @@ class Fragment:
 
 @dataclass(frozen=True)
 class StepResult:
-    """The result of one optimizer step. `skipped`: a gradient was not finite, so no rank changed a parameter."""
+    """The result of one optimizer step, as 0-d tensors on the engine's device: reading one makes the host wait for it.
 
-    gradient_norm: float
-    skipped: bool
-    loss_scale: float
+    `skipped`: a gradient was not finite, so no rank changed a parameter, and `gradient_norm` is NaN.
+    """
+
+    gradient_norm: torch.Tensor
+    skipped: torch.Tensor
+    loss_scale: torch.Tensor
 
 
 def device_precisions(device: torch.device) -> Precisions:
@@ -129,7 +132,7 @@ class StudentEngine:
             return None
         skipped = bool(self._zero.overflow)
         norm = float("nan") if skipped else float(self._engine.get_global_grad_norm())
-        return StepResult(norm, skipped, self.loss_scale)
+        return StepResult(*(torch.tensor(figure, device=self.device) for figure in (norm, skipped, self.loss_scale)))
 
     @property
     def loss_scale(self) -> float:

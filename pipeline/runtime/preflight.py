@@ -105,9 +105,7 @@ def problem_on_disk(
 
 def check_shared(run_dir: Path, launch: dist.Launch) -> None:
     """Check that `run_dir` is the same directory on all ranks: each must find the file that rank 0 writes into it."""
-    name = dist.broadcast_json(
-        f".shared-{secrets.token_hex(8)}", launch.device
-    )  # a new name: no node has cached it as missing
+    name = dist.broadcast_json(f".shared-{secrets.token_hex(8)}")  # a new name: no node has cached it as missing
     token = run_dir / name
     if launch.is_main:
         with contextlib.suppress(OSError):  # then rank 0 does not find it either
@@ -116,7 +114,7 @@ def check_shared(run_dir: Path, launch: dist.Launch) -> None:
     deadline = time.monotonic() + SHARED_PATIENCE_S
     while not (found := token.exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    ranks = dist.gather_json([socket.gethostname(), found], launch.device)
+    ranks = dist.gather_json([socket.gethostname(), found])
     if launch.is_main:
         with contextlib.suppress(OSError):
             token.unlink()
@@ -143,12 +141,12 @@ def remove_markers(run_dir: Path) -> None:
             marker.unlink(missing_ok=True)
 
 
-def agree(facts: dict[str, Any], launch: dist.Launch) -> None:
+def agree(facts: dict[str, Any]) -> None:
     """Raise a `UserError` on every rank where the facts differ. The facts themselves are sent only if their hashes differ."""
     text = json.dumps(facts, sort_keys=True)
-    if len(set(dist.gather_json(hashlib.sha256(text.encode()).hexdigest(), launch.device))) > 1:
-        hosts = dist.gather_json(socket.gethostname(), launch.device)
-        check_agreement(dist.gather_json(facts, launch.device), hosts)
+    if len(set(dist.gather_json(hashlib.sha256(text.encode()).hexdigest()))) > 1:
+        hosts = dist.gather_json(socket.gethostname())
+        check_agreement(dist.gather_json(facts), hosts)
 
 
 def check_agreement(facts_by_rank: Sequence[dict[str, Any]], hosts: Sequence[str] = ()) -> None:
@@ -185,7 +183,7 @@ def my_share(shards: Sequence[Shard], launch: dist.Launch) -> Sequence[Shard]:
     Ranks on one host that see the same files divide them. Each other copy is read completely: valid files on one node's disk
     do not show that those on another node's are valid.
     """
-    copies = dist.gather_json(_copy_identity(shards), launch.device)
+    copies = dist.gather_json(_copy_identity(shards))
     sharers = [rank for rank, copy in enumerate(copies) if copy == copies[launch.rank]]
     return shards[sharers.index(launch.rank) :: len(sharers)]
 

@@ -23,7 +23,10 @@ LAYOUT = {
     },
     "Is it fast?": {
         "tokens per second": ["Multiline", [f"{FAST}/tokens_per_second"]],
-        "share of waiting for data": ["Multiline", [f"{FAST}/data_wait_share"]],
+        "shares of the time": ["Multiline", [f"{FAST}/(teacher|student|loss|optimizer|data_wait)_share"]],
+        "TFLOP/s that the models need, per device": ["Multiline", [f"{FAST}/model_tflops_per_device"]],
+        "share of the device's peak TFLOP/s (MFU)": ["Multiline", [f"{FAST}/mfu"]],
+        "memory at the peak, GiB": ["Multiline", [f"{FAST}/peak_memory_gib"]],
         "seconds held up by a save": ["Multiline", [f"{FAST}/save_stall_seconds"]],
     },
     "Is it healthy?": {

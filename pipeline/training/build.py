@@ -20,7 +20,8 @@ from data_prep.command_line import paragraph_of
 from data_prep.shards import DataError
 from pipeline.config import Recipe
 from pipeline.data.batches import BatchSource
-from pipeline.distillation.distiller import DistillModule
+from pipeline.distillation.distiller import DistillModule, Hooks
+from pipeline.distillation.flops import training_flops
 from pipeline.distillation.models.projection import Calibration
 from pipeline.distillation.models.student import Student, build_student
 from pipeline.distillation.models.teacher import FrozenTeacher, load_encoder, load_teacher
@@ -32,6 +33,7 @@ from pipeline.runtime.ds_config import BatchShape
 from pipeline.runtime.engine import StudentEngine, partition_teacher
 from pipeline.runtime.restarts import Restarts
 from pipeline.runtime.run_paths import RunPaths
+from pipeline.runtime.step_clock import StepClock
 from pipeline.runtime.stop import StopRequests
 from pipeline.runtime.watchdog import Watchdog
 from pipeline.training.agreement import shape_facts
@@ -52,7 +54,9 @@ class Parts:
     student: Student
     distiller: DistillModule
     engine: StudentEngine
+    clock: StepClock
     batch: BatchShape
+    flops_per_row: int  # that both models need
     ds_config: dict[str, Any]
     precision: str
     teacher_precision: str
@@ -117,6 +121,8 @@ def build(recipe: Recipe, recipe_path: Path, ds_path: Path, launch: Launch) -> P
         "cpu",
         **recipe.relations.tap_options,
     )
+    flops = training_flops(teacher.tapped, student.tapped, recipe.seq_len)
+    clock = StepClock(launch.device)
     batch, config, precision = inputs.batch, inputs.ds_config, inputs.precision
     teacher_precision, source, identity = inputs.teacher_precision, inputs.source, inputs.identity
     del inputs  # and with it the teacher's layers above the distilled one
@@ -124,9 +130,8 @@ def build(recipe: Recipe, recipe_path: Path, ds_path: Path, launch: Launch) -> P
         _place(teacher, recipe, teacher_precision, launch),
         student.tapped,
         recipe.relations,
-        partial(dist.gather_json, device=launch.device),
         student.basis_Dd,
-        partial(deterministic_kernels, recipe.deterministic),
+        Hooks(dist.gather_json, partial(deterministic_kernels, recipe.deterministic), clock.mark),
     )
     engine = StudentEngine(distiller, student.trained, recipe.optimizer, config, recipe.deterministic)
     return Parts(
@@ -136,7 +141,9 @@ def build(recipe: Recipe, recipe_path: Path, ds_path: Path, launch: Launch) -> P
         student,
         distiller,
         engine,
+        clock,
         batch,
+        flops,
         config,
         precision,
         teacher_precision,
@@ -155,7 +162,7 @@ def _check(inputs: Inputs, launch: Launch) -> list[str]:
             return check.facts(), () if is_skipped else check.look().warnings
 
         facts, found = _on_all_ranks(look, launch)
-        preflight.agree(facts, launch)
+        preflight.agree(facts)
         warnings += found
     return warnings
 
@@ -176,7 +183,7 @@ def _on_all_ranks(make: Callable[[], T], launch: Launch) -> T:
         problem = str(error)
     except (MemoryError, RecursionError) as error:
         problem = paragraph_of(error)
-    problems = dist.gather_json(problem, launch.device)
+    problems = dist.gather_json(problem)
     for rank, found in enumerate(problems):
         if found is not None:
             raise UserError(found if None not in problems else f"rank {rank}: {found}")
@@ -189,7 +196,7 @@ def _build_same_student(inputs: Inputs, launch: Launch) -> Student:
     # A teacher whose parameters are to be partitioned may not fit on one device.
     is_partitioned = recipe.teacher_options.placement == "zero3"
     student = student_of(recipe, inputs.teacher_model, inputs.source, "cpu" if is_partitioned else launch.device)
-    preflight.agree(shape_facts(student.model.state_dict()), launch)
+    preflight.agree(shape_facts(student.model.state_dict()))
     if recipe.student.init == "project":
         dist.take_from_main([*student.model.parameters(), *student.untrained.values()], launch.device)
     return student

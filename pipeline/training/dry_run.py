@@ -7,15 +7,13 @@ is as before: a later run begins or resumes as if there had been no dry run.
 from __future__ import annotations
 
 import contextlib
-import resource
 import shutil
 import time
 from collections.abc import Iterator
 
-import torch
-
 from pipeline.errors import DivergedRunError
 from pipeline.runtime import dist
+from pipeline.runtime.device_facts import peak_memory_bytes
 from pipeline.runtime.preflight import check_run_dir, nearest_directory, without_trace
 from pipeline.runtime.run_paths import RunPaths
 from pipeline.training.build import Parts, Run
@@ -34,7 +32,7 @@ def dry_run(run: Run, state: TrainState, start_s: float) -> None:
         run.say(f"{run_dir} already has its {run.recipe.steps} steps: a run would do nothing")
         return
     skipped, seconds, report = _first_taken_step(run, state)
-    peaks = dist.gather_json(peak_memory_bytes(launch.device), launch.device)
+    peaks = dist.gather_json(peak_memory_bytes(launch.device))
     where = f"a new run in {run_dir}" if first == 0 else f"{run_dir} would resume after step {first}"
     for line in [*(f"warning: {text}" for text in run.parts.warnings), *run.parts.distiller.backend_report]:
         run.say(line)
@@ -65,7 +63,7 @@ def _first_taken_step(run: Run, state: TrainState) -> tuple[int, float, StepRepo
         stream = iter(batches)
         for skipped, step in enumerate(range(state.first_step, run.recipe.steps)):
             began = time.monotonic()
-            report = stepper.train_step(step, stream)
+            report = stepper.train_step(step, stream).read()
             run.watchdog.feed()
             if not report.skipped:
                 return skipped, time.monotonic() - began, report
@@ -104,10 +102,3 @@ def describe_loss(parts: Parts, report: StepReport, skipped: int) -> str:
 def describe_disk(run: Run) -> str:
     free = shutil.disk_usage(nearest_directory(run.paths.directory)).free
     return f"a checkpoint takes {run.parts.checkpoint_bytes / 2**30:.2f} GiB, {free / 2**30:.1f} GiB are free"
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The peak of this process so far: reserved on its GPU, or resident in host memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

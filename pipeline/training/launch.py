@@ -106,8 +106,8 @@ def _join(recipe: Recipe, stop: StopRequests, launch: Launch) -> None:
 
 def _agree_with_other_ranks(stop: StopRequests, watchdog: Watchdog, launch: Launch) -> None:
     """On the deadline, and on which processes of this host are ranks of this run."""
-    marks = dist.gather_json(process_identity(os.getpid()), launch.device)
-    left_s, warnings = clocks.agree(dist.gather_json(clocks.my_clock(), launch.device))
+    marks = dist.gather_json(process_identity(os.getpid()))
+    left_s, warnings = clocks.agree(dist.gather_json(clocks.my_clock()))
     stop.agree_on_deadline(left_s)
     for warning in warnings if launch.is_main else ():
         print(f"warning: {warning}", flush=True)

@@ -25,7 +25,7 @@ def check_ready(run: Run) -> None:
             found["shards"] = preflight.corrupt_shards(mine, run.watchdog.feed_before_slow_work)
         except UnreadableError as error:
             found["problem"] = str(error)  # on every rank, or the others would wait for this one
-    preflight.check_problems(dist.gather_json(found, run.launch.device), run.recipe.data)
+    preflight.check_problems(dist.gather_json(found), run.recipe.data)
     preflight.check_shared(run.paths.directory, run.launch)
 
 

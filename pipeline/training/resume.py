@@ -81,9 +81,9 @@ def resume(run: Run, allow_change: bool, counts_as_start: bool = True) -> TrainS
         UserError: no checkpoint is valid, or it belongs to another run
         DivergedRunError: the last starts all ended in a crash
     """
-    parts, device = run.parts, run.launch.device
-    run.stop.saw_earlier_saves(dist.broadcast_json(run.restarts.slowest_save_s, device))
-    decision = dist.broadcast_json(_choose(run) if run.launch.is_main else None, device)
+    parts = run.parts
+    run.stop.saw_earlier_saves(dist.broadcast_json(run.restarts.slowest_save_s))
+    decision = dist.broadcast_json(_choose(run) if run.launch.is_main else None)
     if decision["crash_loop"]:
         raise DivergedRunError(decision["crash_loop"])
     if decision["error"]:

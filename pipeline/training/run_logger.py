@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import socket
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,11 @@ from pipeline.distillation.models.student import dropout_of
 from pipeline.provenance import describe_run, resume_critical_config
 from pipeline.runtime import dist
 from pipeline.runtime.anomalies import record_spike
+from pipeline.runtime.device_facts import device_name, peak_memory_bytes
 from pipeline.runtime.metrics import Metrics
 from pipeline.runtime.noncritical_files import write_file_or_warn
 from pipeline.runtime.run_paths import RunPaths
+from pipeline.runtime.step_clock import PARTS
 from pipeline.training.build import Parts
 
 
@@ -38,6 +41,7 @@ class StepReport:
     skipped: bool
     loss_scale: float
     learning_rate: float
+    seconds: dict[str, float]  # of each part of the step, on this rank's device
 
 
 class RunLogger:
@@ -49,6 +53,8 @@ class RunLogger:
         self._recipe, self._is_main = parts.recipe, parts.launch.is_main
         self._metrics = Metrics(paths.directory, self._is_main, first_step, parts.recipe.steps)
         self._interval = _Interval()
+        self._speed: dict[str, float] = {}  # of the last interval
+        self._flops_per_row_and_device = parts.flops_per_row / parts.launch.world_size
         self._facts: dict[str, Any] = {}  # in run.json
         self._files: dict[Path, str] = {}  # the other files that describe the run
 
@@ -74,11 +80,13 @@ class RunLogger:
     def describe(self) -> None:
         """Write what this run is, before its first step. All ranks call it."""
         parts, student = self._parts, self._parts.student
-        hosts = dist.gather_json(socket.gethostname(), parts.launch.device)  # in the order of the ranks
+        hosts = dist.gather_json(socket.gethostname())  # in the order of the ranks
         self._facts = {
             "world_size": parts.launch.world_size,
             "hosts": hosts,
             "device": str(parts.launch.device.type),
+            "device_names": dist.gather_json(device_name(parts.launch.device)),
+            "flops_per_row": parts.flops_per_row,
             "precision": parts.precision,
             "teacher_precision": parts.teacher_precision,
             "teacher": self._recipe.teacher,
@@ -115,13 +123,14 @@ class RunLogger:
     def _write_facts(self) -> None:
         write_file_or_warn(self._paths.description, json.dumps(describe_run(self._recipe, **self._facts), indent=1))
 
-    def restore_description(self) -> None:
-        """Write again what somebody deleted during the run: without it no student could be exported. For rank 0."""
+    def complete_description(self) -> None:
+        """Add the speed of the last interval, and write again what somebody deleted during the run: without it no student
+        could be exported. For rank 0."""
         for path, text in self._files.items():
             if not path.is_file():
                 write_file_or_warn(path, text)
-        if not self._paths.description.is_file():
-            self._write_facts()
+        self._facts["speed"] = self._speed
+        self._write_facts()
 
     def _report_backend(self) -> None:
         for line in self._parts.distiller.backend_report:
@@ -139,23 +148,36 @@ class RunLogger:
         """Time of a save or an evaluation, which is not training time."""
         self._interval.pause(seconds)
 
-    def step(self, done: int, report: StepReport, skipped_steps: int, wait_s: float) -> None:
-        """Count a step, and report at the end of an interval.
+    def advance(self, done: int) -> None:
+        """Count a launched step. `done`: launched steps, with this one."""
+        self._metrics.advance()
+        if done == self._first_step + 1:
+            self._report_backend()
+
+    def observe(self, report: StepReport) -> None:
+        """Take note of a finished step."""
+        self._interval.add_step(report)
+
+    def step(self, done: int, skipped_steps: int, wait_s: float) -> None:
+        """Report the interval that ends with the step observed last.
 
         Args:
             done: finished steps, with this one
             skipped_steps: number since the start of the run
             wait_s: seconds that all steps of this attempt have waited for data
         """
-        self._metrics.advance()
-        if done == self._first_step + 1:
-            self._report_backend()
-        self._interval.add_step()
-        if done % self._recipe.metrics.log_every and done != self._recipe.steps:
-            return
-        steps = self._interval.steps
-        seconds, wait_share = self._interval.close(wait_s)
-        tokens_per_second = steps * self._recipe.global_batch * self._recipe.seq_len / seconds
+        report, steps, recipe = self._interval.last, self._interval.steps, self._recipe
+        assert report is not None
+        seconds, shares = self._interval.shares(wait_s)
+        self._interval = _Interval(wait_s)
+        rows_per_second = steps * recipe.global_batch / seconds
+        tokens_per_second = rows_per_second * recipe.seq_len
+        self._speed = {
+            "speed/tokens_per_second": tokens_per_second,
+            **{f"speed/{name}_share": share for name, share in shares.items()},
+            "speed/model_tflops_per_device": rows_per_second * self._flops_per_row_and_device / 1e12,
+            "speed/peak_memory_gib": peak_memory_bytes(self._parts.launch.device) / 2**30,
+        }
         values = {
             "loss/total": report.loss,
             **{f"loss/{name}": v for name, v in zip(self._parts.distiller.part_names, report.parts, strict=True)},
@@ -163,13 +185,12 @@ class RunLogger:
             "optimizer/gradient_norm": report.gradient_norm,
             "optimizer/loss_scale": report.loss_scale,
             "optimizer/skipped_steps": skipped_steps,
-            "speed/tokens_per_second": tokens_per_second,
-            "speed/data_wait_share": wait_share,
+            **self._speed,
         }
         self._write(done, values)
         self.say(
             f"step {done}/{self._recipe.steps}  loss {report.loss:.4f}  lr {report.learning_rate:.2e}  "
-            f"grad {report.gradient_norm:.2f}  {tokens_per_second:,.0f} tokens/s  data wait {wait_share:.1%}  "
+            f"grad {report.gradient_norm:.2f}  {tokens_per_second:,.0f} tokens/s  data wait {shares['data_wait']:.1%}  "
             f"{(self._recipe.steps - done) * seconds / steps / 60:.1f} min left"
         )
 
@@ -201,21 +222,27 @@ class RunLogger:
 
 
 class _Interval:
-    """Wall time and data waiting between two console lines, without saves and evaluations."""
+    """Time, its shares and data waiting between two console lines, without saves and evaluations."""
 
-    def __init__(self) -> None:
-        self.steps, self._began, self._paused, self._wait_before = 0, time.monotonic(), 0.0, 0.0
+    def __init__(self, wait_s: float = 0.0) -> None:
+        """`wait_s`: seconds that this attempt has waited for data before."""
+        self.last: StepReport | None = None
+        self.steps, self._began, self._paused, self._wait_before = 0, time.monotonic(), 0.0, wait_s
+        self._seconds: Counter[str] = Counter()
 
-    def add_step(self) -> None:
+    def add_step(self, report: StepReport) -> None:
+        self.last = report
         self.steps += 1
+        self._seconds.update(report.seconds)
 
     def pause(self, seconds: float) -> None:
         self._paused += seconds
 
-    def close(self, wait_s: float) -> tuple[float, float]:
-        """End this interval and begin the next. Returns seconds of training and the share spent waiting for data."""
-        now = time.monotonic()
-        seconds = max(now - self._began - self._paused, 1e-9)
-        share = (wait_s - self._wait_before) / seconds
-        self.steps, self._began, self._paused, self._wait_before = 0, now, 0.0, wait_s
-        return seconds, share
+    def shares(self, wait_s: float) -> tuple[float, dict[str, float]]:
+        """Seconds of training, and what share of them each part of a step and waiting for data took.
+
+        What the parts of a step leave is time between steps: waiting for data, and for the host.
+        """
+        seconds = max(time.monotonic() - self._began - self._paused, 1e-9)
+        parts = {**{part: self._seconds[part] for part in PARTS}, "data_wait": wait_s - self._wait_before}
+        return seconds, {part: of_part / seconds for part, of_part in parts.items()}

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,45 +22,79 @@ import torch
 
 from pipeline.data.batches import Batch, Prefetcher
 from pipeline.data.heldout import heldout_losses
+from pipeline.distillation.distiller import STUDENT
 from pipeline.runtime import dist, preflight
 from pipeline.runtime.anomalies import NonFiniteStepCounter
+from pipeline.runtime.deferred_numbers import DeferredNumbers
 from pipeline.runtime.ds_config import loss_scale_floor
 from pipeline.runtime.noncritical_files import write_file_or_warn
 from pipeline.runtime.optimizer import learning_rate
+from pipeline.runtime.step_clock import OPTIMIZER, OTHER
 from pipeline.training.build import Parts, Run
 from pipeline.training.resume import TrainState
 from pipeline.training.run_logger import RunLogger, StepReport
 from pipeline.training.saving import Saver
 
 
-class Stepper:
-    """Takes optimizer steps, each on the rows that follow from its number. It writes nothing."""
+@dataclass(frozen=True)
+class UnreadStep:
+    """A step that has been launched. Its figures are on the device."""
 
-    def __init__(self, parts: Parts, state: TrainState):
-        self.parts, self.state = parts, state
+    step: int
+    learning_rate: float
+    figures: DeferredNumbers
+    seconds: Callable[[], dict[str, float]]
+
+    def read(self) -> StepReport:
+        """Wait until the device has finished the step."""
+        loss, *parts, gradient_norm, skipped, loss_scale = self.figures.read()
+        return StepReport(loss, parts, gradient_norm, bool(skipped), loss_scale, self.learning_rate, self.seconds())
+
+
+class Stepper:
+    """Takes optimizer steps, each on the rows that follow from its number. It writes nothing.
+
+    Between a batch's arrival and the end of its step nothing is read from the device, so that the host can launch the work of
+    the next step meanwhile. The figures of a step are read by `UnreadStep.read`.
+    """
+
+    def __init__(self, parts: Parts, state: TrainState, meanwhile: Callable[[], object] = str):
+        """`meanwhile` is called in each step when all its forwards have been launched: the time to read the step before."""
+        self.parts, self.state, self.meanwhile = parts, state, meanwhile
         self.recipe, self.launch, self.engine = parts.recipe, parts.launch, parts.engine
 
-    def train_step(self, step: int, batches: Iterator[Batch]) -> StepReport:
-        """One optimizer step over one global batch: `accumulation` micro-batches on every rank."""
+    def train_step(self, step: int, batches: Iterator[Batch]) -> UnreadStep:
+        """Launch one optimizer step over one global batch: `accumulation` micro-batches on every rank."""
         torch.manual_seed(dropout_seed(self.recipe.seed, step, self.launch.rank))
+        clock = self.parts.clock
+        clock.begin_step()
         rate = learning_rate(self.recipe.optimizer, step, self.recipe.steps)
         accumulation, totals, result = self.parts.batch.accumulation, None, None
         for micro in range(accumulation):
             input_ids_BL, segments_BS = next(batches)
             input_ids_BL = input_ids_BL.to(self.launch.device, non_blocking=True)
+            clock.mark(OTHER)
             loss, parts_P = self.engine(input_ids_BL, segments=segments_BS)
             losses = torch.cat([loss.detach().float().reshape(1), parts_P.float()])
             totals = losses if totals is None else totals + losses
             if micro == accumulation - 1:
                 dist.sum_over_ranks(totals).div_(accumulation * self.launch.world_size)
-                if self.state.spikes.is_to_skip(totals[0].item()):
-                    loss = loss * float("nan")  # every rank skips a step whose gradient is not finite on one of them
+                self.meanwhile()
+                loss = self._not_a_number_if_spike(loss, totals[0])
             self.engine.backward(loss)
+            clock.mark(STUDENT)
             result = self.engine.step(rate)
+            clock.mark(OPTIMIZER)
         assert totals is not None
         assert result is not None, "the last micro-batch must close the optimizer step"
-        total, *relations = totals.tolist()
-        return StepReport(total, relations, result.gradient_norm, result.skipped, result.loss_scale, rate)
+        of_step = [result.gradient_norm, result.skipped, result.loss_scale]
+        figures = DeferredNumbers(torch.cat([totals, *(figure.float().reshape(1) for figure in of_step)]))
+        return UnreadStep(step, rate, figures, clock.end_step())
+
+    def _not_a_number_if_spike(self, loss: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        """With `guard.spikes: skip` the loss of a spike becomes NaN: every rank skips a step without a finite gradient."""
+        limit = self.state.spikes.skip_above
+        return loss if limit is None else loss * torch.ones_like(loss).masked_fill(total.double() > limit, float("nan"))
 
     def batches(self, first_step: int) -> Prefetcher:
         """This rank's micro-batches from `first_step` to the end of the run; a context manager."""
@@ -88,7 +123,8 @@ class Trainer:
 
     def __init__(self, run: Run, state: TrainState):
         self.run, self.state, self.recipe, self.first_step = run, state, run.recipe, state.first_step
-        self.stepper = Stepper(run.parts, state)
+        self.stepper = Stepper(run.parts, state, self._read_step)
+        self.unread: UnreadStep | None = None
         self.logger = RunLogger(run.parts, run.paths, state.first_step)
         self.saver = Saver(run, state, self.logger)
         floor = loss_scale_floor(run.parts.ds_config)
@@ -106,30 +142,41 @@ class Trainer:
 
     def _loop(self, batches: Prefetcher) -> None:
         stream = iter(batches)
+        periods = (self.recipe.metrics.log_every, self.recipe.eval_every, self.recipe.save_every)
         self.run.watchdog.feed_before_slow_work()
         self.logger.begin_interval()
         for step in range(self.first_step, self.recipe.steps):
-            report = self.stepper.train_step(step, stream)
+            self.unread = self.stepper.train_step(step, stream)
             self.run.watchdog.feed()
-            self._observe(step, report)
             done = step + 1
-            self.logger.step(done, report, self.state.skipped_steps, batches.wait_s)
+            self.logger.advance(done)
             self.saver.poll()
-            reason = self._stop_reason()
-            last = done == self.recipe.steps
+            reason, is_last = self._stop_reason(), done == self.recipe.steps
+            logs, evaluates, saves = (is_last or done % every == 0 for every in periods)
+            if reason or logs or evaluates or saves:
+                self._read_step()
+            if logs:
+                self.logger.step(done, self.state.skipped_steps, batches.wait_s)
             if reason:  # save first: time is short
                 self.saver.save(done, required=True)
-            if last or (done % self.recipe.eval_every == 0 and not reason):  # after a stop the next attempt evaluates
+            if is_last or (evaluates and not reason):  # after a stop the next attempt evaluates
                 self._evaluate(done)
-            if last or done % self.recipe.save_every == 0:
-                self.saver.save(done, required=last)
-            if reason and not last:
+            if saves:
+                self.saver.save(done, required=is_last)
+            if reason and not is_last:
                 self._finish(self.run.paths.preempted, f"stopped on request ({reason}) after step {done}")
                 return
         self._finish(self.run.paths.done, f"done: {self.recipe.steps} steps")
 
-    def _observe(self, step: int, report: StepReport) -> None:
-        """Report a spike; raise `DivergedRunError` after too many non-finite steps in a row."""
+    def _read_step(self) -> None:
+        """Take note of the last launched step, unless that is done: report a spike, count a step without a finite gradient.
+
+        Raises `DivergedRunError` after too many of these in a row.
+        """
+        if self.unread is None:
+            return
+        step, report, self.unread = self.unread.step, self.unread.read(), None
+        self.logger.observe(report)
         z_score = self.state.observe(report.loss, report.skipped)
         if z_score is not None:
             self.logger.spike(step, report, z_score, self.stepper.rows_of(step))
@@ -167,21 +214,21 @@ class Trainer:
             preflight.ensure_run_dir(self.run.paths.directory)
             preflight.remove_markers(self.run.paths.directory)
             self.run.stop.forget_leftover()
-        is_evaluated = dist.broadcast_json(self.logger.first_step_is_evaluated, self.run.launch.device)
+        is_evaluated = dist.broadcast_json(self.logger.first_step_is_evaluated)
         if self.first_step % self.recipe.eval_every == 0 and not is_evaluated:
             self._evaluate(self.first_step)
 
     def _stop_reason(self) -> str | None:
         """A reason on any rank is a reason on all of them."""
-        stop, device = self.run.stop, self.run.launch.device
-        if not dist.any_rank(stop.reason is not None, device):
+        stop = self.run.stop
+        if not dist.any_rank(stop.reason is not None):
             return None
-        return next(reason for reason in dist.gather_json(stop.reason, device) if reason)
+        return next(reason for reason in dist.gather_json(stop.reason) if reason)
 
     def _finish(self, marker: Path, line: str) -> None:
         if self.run.launch.is_main:
             self.run.restarts.end(marker.name)
-            self.logger.restore_description()
+            self.logger.complete_description()
             write_file_or_warn(marker, line + "\n")
         self.logger.say(f"{line}. Checkpoints: {self.run.paths.checkpoints}")
 
@@ -189,7 +236,7 @@ class Trainer:
         """The run has all its steps: write what is missing because it was deleted, or because of a kill after the last save."""
         paths, steps = self.run.paths, self.recipe.steps
         self.logger.say(f"{paths.directory} already has its {steps} steps; nothing to do")
-        if dist.broadcast_json(self.logger.lacks_description, self.run.launch.device):
+        if dist.broadcast_json(self.logger.lacks_description):
             self.logger.describe()
         if self.run.launch.is_main and not paths.done.exists():
             write_file_or_warn(paths.done, f"done: {steps} steps\n")

@@ -13,6 +13,7 @@ The harness wraps public functions and methods of `pipeline.training` and `Check
     pause      every step takes `seconds` longer
     witness    no fault: every micro-batch of the student is appended to `file`
     kernels    no fault: whether torch's strict mode was on in the student's forward and in backward goes to `file`
+    host reads  no fault: at the start of each step, how often a tensor's numbers were read so far is appended to `file`
     resave     no fault: what was loaded is saved again to the directory `to`
     no memory  a save finds no memory for a snapshot
     stop file  STOP is made while the run starts, after it has begun to listen for it
@@ -36,9 +37,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 InjectedFault = dict[str, Any]
-IN_STEPS = ("signal", "nan", "spike", "broken weights", "pause", "witness", "kernels")
+IN_STEPS = ("signal", "nan", "spike", "broken weights", "pause", "witness", "kernels", "host reads")
 IN_SAVES = ("at call", "file size")
 
 
@@ -93,7 +95,7 @@ def _followed_by(function: Callable, after: Callable) -> Callable:
 
 def _around_steps(faults: list[InjectedFault]) -> None:
     from pipeline.training import launch
-    from pipeline.training.trainer import Stepper
+    from pipeline.training.trainer import Stepper, Trainer
 
     build, train_step, now = launch.build, Stepper.train_step, {"step": -1, "micro": -1}
 
@@ -103,6 +105,10 @@ def _around_steps(faults: list[InjectedFault]) -> None:
 
     def faulty_step(self: Any, step: int, batches: Any) -> Any:
         now.update(step=step, micro=0)
+        for fault in faults:
+            if fault["kind"] == "host reads":
+                with open(fault["file"], "a") as file:
+                    file.write(f"{reads.count}\n")
         time.sleep(sum(fault["seconds"] for fault in faults if fault["kind"] == "pause"))
         report = train_step(self, step, batches)
         if any(fault["kind"] == "broken weights" and fault["step"] == step for fault in faults):
@@ -110,8 +116,29 @@ def _around_steps(faults: list[InjectedFault]) -> None:
             fragment.view(fragment.buffer)[0] = float("nan")
         return report
 
+    def train_and_count(self: Any) -> None:
+        with reads:
+            train(self)
+
+    reads, train = HostReads(), Trainer.train
+    if any(fault["kind"] == "host reads" for fault in faults):
+        Trainer.train = train_and_count  # type: ignore[method-assign]
     launch.build = build_with_faulty_engine
     Stepper.train_step = faulty_step  # type: ignore[method-assign]
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operations whose result the host must know before it can continue: on a GPU it waits for each of them."""
+
+    READS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ in self.READS
+        return func(*args, **(kwargs or {}))
 
 
 class FaultyEngine:

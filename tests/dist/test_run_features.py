@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -283,3 +284,18 @@ def test_the_exported_student_has_its_teachers_dropout(lab: Lab, tmp_path: Path)
     weights, _ = read_model_weights(run_dir)
     model = AutoModel.from_pretrained(student, add_pooling_layer=False)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("documents", ["joined", "separate"])
+def test_nothing_is_read_from_the_device_between_two_reports(stage: int, documents: str, lab: Lab) -> None:
+    """A GPU would be idle while the host waits for such a number and then launches the next kernels."""
+    notes, every = lab.fresh("notes"), 4
+    settings = {"steps": 9, "metrics.log_every": every, "eval_every": 100, "save_every": 100, "guard.spikes": "skip"}
+    settings |= {"guard.spike_window": 20, "documents": documents}
+    assert lab.run(lab.fresh("run"), 1, settings, stage, [{"kind": "host reads", "file": str(notes)}]) == 0
+    counts = [int(line) for line in notes.read_text().split()]
+    per_step = [after - before for before, after in itertools.pairwise(counts)]
+    silent = [reads for step, reads in enumerate(per_step, start=1) if step > 1 and step % every]
+    assert len(silent) == 6
+    assert set(silent) == {0}, per_step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -118,6 +119,14 @@ def test_run_directory_is_complete(plain_run: Path) -> None:
     assert all(path.is_file() for path in paths.needed_by_export)
     run = json.loads(paths.description.read_text())
     assert run["precision"] == "fp32"
+    assert run["device_names"] == [f"CPU ({platform.machine()})"]
+    logged = [row for row in metrics(plain_run) if "speed/tokens_per_second" in row]
+    assert run["speed"] == {tag: logged[-1][tag] for tag in run["speed"]}
+    assert run["flops_per_row"] > 0
+    for row in logged:
+        shares = [value for tag, value in row.items() if tag.endswith("_share")]
+        assert all(share >= 0 for share in shares)
+        assert 0.5 < sum(shares) < 1.05, "the parts of a step are nearly all of its time"
     assert run["packages"]["deepspeed"] == "0.19.8"
     assert json.loads((plain_run / "deepspeed.json").read_text())["train_batch_size"] == 8
     assert not list(plain_run.rglob("latest")), "a run writes no `latest` file of DeepSpeed"
@@ -137,7 +146,9 @@ def test_tensorboard_and_jsonl_tell_the_same(plain_run: Path) -> None:
     tags = set(board.Tags()["scalars"])
     learning = {"loss/total", "loss/q-q", "loss/k-k", "loss/v-v", "heldout/mean", "heldout/hi", "heldout/tr"}
     health = {"optimizer/learning_rate", "optimizer/gradient_norm", "optimizer/loss_scale", "optimizer/skipped_steps"}
-    expected = learning | health | {"speed/tokens_per_second", "speed/data_wait_share"}
+    shares = {f"speed/{part}_share" for part in ("teacher", "student", "loss", "optimizer", "data_wait")}
+    speed = shares | {"speed/tokens_per_second", "speed/model_tflops_per_device", "speed/peak_memory_gib"}
+    expected = learning | health | speed
     written = {tag for row in metrics(plain_run) for tag in row if "/" in tag}
     assert expected <= written
     assert {tensorboard_tag(tag) for tag in written} == tags

@@ -169,7 +169,7 @@ class PlainEngine:
         (loss / ACCUMULATION).backward()
 
     def step(self, learning_rate: float) -> Any:
-        return SimpleNamespace(gradient_norm=1.0, skipped=False, loss_scale=1.0)
+        return SimpleNamespace(gradient_norm=torch.ones(()), skipped=torch.tensor(False), loss_scale=torch.ones(()))
 
 
 def stepper_of(rank: int, world_size: int = 1, **recipe: Any) -> Any:

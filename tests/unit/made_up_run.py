@@ -29,6 +29,13 @@ def points(num_steps: int) -> list[dict[str, float]]:
                 "optimizer/skipped_steps": 0,
                 "speed/tokens_per_second": 1000.0,
                 "speed/data_wait_share": 0.01,
+                "speed/teacher_share": 0.3,
+                "speed/student_share": 0.4,
+                "speed/loss_share": 0.15,
+                "speed/optimizer_share": 0.1,
+                "speed/model_tflops_per_device": 121.0,
+                "speed/mfu": 0.122,
+                "speed/peak_memory_gib": 5.4,
             }
         )
     lines.append({**lines[0], "step": num_steps, "samples": num_steps * 16, "time_s": 99.0, "heldout/mean": 0.625})
@@ -47,7 +54,8 @@ def make_run(directory: Path) -> Path:
     (directory / "recipe.yaml").write_text(
         "teacher: <script>alert(1)</script>\nseq_len: 128\nstudent: {layers: 6, hidden: 384}\n"
     )
-    (directory / "run.json").write_text(json.dumps({"world_size": 2, "device": "cuda", "languages": ["de", "th"]}))
+    about = {"world_size": 2, "device": "cuda", "device_names": ["NVIDIA H200"] * 2, "languages": ["de", "th"]}
+    (directory / "run.json").write_text(json.dumps(about))
     attempt = {"world_size": 2, "host": "n1", "ended": None}
     restarts = [
         {**attempt, "first_step": 0, "saved_steps": [4], "time_s": 999.0},

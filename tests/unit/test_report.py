@@ -19,7 +19,14 @@ from tests.unit.made_up_run import make_run, points
 
 VOID_TAGS = {"meta", "br", "img", "link"}
 SECTIONS = (
-    *("Loss", "Held-out loss per language", "Retrieval before and after", "Throughput", "Learning rate and health"),
+    *(
+        "Loss",
+        "Held-out loss per language",
+        "Retrieval before and after",
+        "Throughput",
+        "Where the time goes",
+        "Learning rate and health",
+    ),
     *("Time line", "Relation maps", "Cost", "Recipe"),
 )
 
@@ -73,10 +80,13 @@ def test_the_page_has_the_figures_of_the_run(run_dir: Path) -> None:
         "<td>th</td>",
         "16,384",
         "2 start(s)",
+        "2 x NVIDIA H200",
+        "12.2%",
+        "relation loss",
     ):
         assert text in page, text
     assert re.findall("<h2>(.*?)</h2>", page) == list(SECTIONS)
-    assert page.count("<svg") == 6
+    assert page.count("<svg") == 7
     assert "#01000" not in page, "a placeholder colour was not replaced"
 
 
@@ -186,6 +196,7 @@ def test_nothing_of_a_run_directory_becomes_markup(run_dir: Path) -> None:
     about = {
         "world_size": hostile,
         "device": hostile,
+        "device_names": [hostile],
         "precision": hostile,
         "git_commit": hostile,
         "languages": [hostile],

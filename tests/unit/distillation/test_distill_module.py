@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.distillation.config import LayerPair, RelationsConfig
-from pipeline.distillation.distiller import DistillModule, SequenceMask
+from pipeline.distillation.distiller import DistillModule, Hooks, SequenceMask
 from pipeline.distillation.models.student import StudentConfig, build_student
 from pipeline.distillation.models.teacher import load_teacher
 from pipeline.distillation.relations.reference import relation_kl_reference
@@ -181,20 +181,20 @@ def test_only_the_student_runs_in_the_given_context():
 
     relations = RelationsConfig(heads=12)
     _, teacher_model, student = make(relations)
-    module = DistillModule(tap(teacher_model, 4), student.tapped, relations, around_student=around)
+    module = DistillModule(tap(teacher_model, 4), student.tapped, relations, hooks=Hooks(around_student=around))
     for name, model in (("teacher", teacher_model), ("student", student.model)):
         model.register_forward_hook(lambda *_, name=name: seen.append((name, len(open_contexts))))
     module(random_rows(2, 10))
     assert seen == [("teacher", 0), ("student", 1)]
 
 
-def test_the_backend_is_chosen_on_the_first_batch_and_reported():
+@pytest.mark.parametrize("first", ["forward", "losses_by_row"])
+def test_the_backend_is_chosen_on_the_first_batch_and_reported(first: str):
+    """Also where the first batch is one of an evaluation: the curve begins with the backend that it continues with."""
     module, _, _ = make()
     assert module.backend == "auto"
-    module.losses_by_row(random_rows(2, 20))
-    assert module.backend == "auto"
     with torch.no_grad():
-        module(random_rows(2, 20))
+        getattr(module, first)(random_rows(2, 20))
     assert module.backend == "chunked"
     assert module.backend_report[-1] == "relation backend chosen: chunked"
 

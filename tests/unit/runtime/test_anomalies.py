@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,16 @@ def test_only_one_rank_writes_the_report(tmp_path: Path) -> None:
     with pytest.raises(DivergedRunError, match=str(report)):
         NonFiniteStepCounter(GuardConfig(max_bad_steps=1), report, writes=False).observe(0, NAN, True, 1.0, lambda: [])
     assert not report.exists(), "written by a rank that should not"
+
+
+def test_a_step_is_skipped_above_the_loss_from_which_it_is_reported() -> None:
+    """The device compares with the limit, and the host computes the z-score later: both must decide alike."""
+    spikes = SpikeDetector(GuardConfig(spike_window=20, spike_sigmas=6, spikes="skip"))
+    assert spikes.skip_above is None
+    for number in range(20):
+        assert spikes.z_score(1.0 + 0.01 * (number % 3)) is None
+    limit = spikes.skip_above
+    assert limit is not None
+    assert spikes.z_score(math.nextafter(limit, math.inf)) is not None
+    assert spikes.z_score(limit) is None
+    assert SpikeDetector(GuardConfig()).skip_above is None
