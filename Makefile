@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
 
-.PHONY: help venv demo doctor test lint format coverage mutants fuzz faults clean
+.PHONY: help venv demo doctor gpu test lint format coverage mutants fuzz faults clean
 help: ## list the targets
 	@sed -n 's/^\([a-z%-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "make %-9s %s\n", $$1, $$2 }'
 
@@ -19,6 +19,9 @@ demo: venv ## distil a student of a real teacher on sample text, and print a tab
 
 doctor: venv ## check this machine, and with RECIPE=recipes/NAME.yaml that run's shards, teacher, memory and disk
 	$(BIN)/python -m pipeline doctor $(addprefix --recipe ,$(RECIPE))
+
+gpu: venv ## measure one NVIDIA GPU in at most ten minutes; tables go to benchmarks/results/ (OPTIONS="--parts step,plan")
+	$(BIN)/python -m benchmarks.gpu_check $(OPTIONS)
 
 test: venv lint ## lint, and run all tests that this machine can run
 	$(BIN)/python -m pytest -n 2 --dist loadfile
