@@ -21,9 +21,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tests.conftest import REPO, first_on_python_path
 from tests.dist.ports import free_port
 
-REPO = Path(__file__).resolve().parent.parent.parent
 SECONDS_TO_FOLLOW = 5.0  # after one rank has died the others have this time, then they are killed, as by a launcher
 TRAIN = "pipeline/train.py"
 Request = dict[str, Any]
@@ -54,7 +54,12 @@ class ForkServer:
     """A client of `main` below, which runs in its own process. Use it as a context manager."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1"}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": first_on_python_path(REPO),
+            "HF_HUB_OFFLINE": "1",
+        }
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.dist.fork_server"],
             cwd=REPO,
