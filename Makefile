@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
 
-.PHONY: help venv demo doctor gpu test lint format coverage mutants fuzz faults clean
+.PHONY: help venv demo doctor gpu test test-versions lint format coverage mutants fuzz faults clean
 help: ## list the targets
 	@sed -n 's/^\([a-z%-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "make %-9s %s\n", $$1, $$2 }'
 
@@ -28,6 +28,9 @@ test: venv lint ## lint, and run all tests that this machine can run
 
 test-%: venv ## run the tests of one directory: make test-unit, test-dist, test-faults, test-slurm, test-golden, test-e2e
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/$*
+
+test-versions: venv ## run unit, golden, dist and e2e tests in the environments of tests/versions/rows.toml (ROWS="oldest newest": only these)
+	$(BIN)/python -m tests.versions $(addprefix --row ,$(ROWS))
 
 lint: venv ## check format, types, shell scripts and spelling
 	ruff check .

@@ -112,6 +112,17 @@ def module_command(*words: object) -> str:
     return shlex.join(["python" if is_this else str(python), "-m", *map(str, words)])
 
 
+def installed_program(name: str) -> str:
+    """Path of a program that a Python package installed: next to this Python, or else on PATH (`pip install --target`)."""
+    beside = Path(sys.executable).with_name(name)
+    if path := str(beside) if beside.is_file() else shutil.which(name):
+        return path
+    raise FileNotFoundError(
+        f"The program `{name}` is neither in {beside.parent} nor on PATH. Install requirements.txt with this Python; "
+        "after `pip install --target DIR`, add DIR/bin to PATH."
+    )
+
+
 class CommandLine(argparse.ArgumentParser):
     """A parser that accepts options by their full names only, and prints the error before the usage."""
 

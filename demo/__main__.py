@@ -19,7 +19,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from data_prep.command_line import CommandLine
+from data_prep.command_line import CommandLine, installed_program
 from data_prep.durable_files import replace_file
 from demo.compare import compare
 from demo.settings import QUICKSTART, retrieval_settings, training_overrides
@@ -109,8 +109,8 @@ def train(recipe_path: Path, overrides: list[str], recipe: Recipe, run_dir: Path
 
 
 def launcher() -> list[str]:
-    """DeepSpeed's launcher in the directory of this Python, which need not be on PATH, with a free port."""
-    command = [str(Path(sys.executable).with_name("deepspeed"))]
+    """DeepSpeed's launcher, with a free port."""
+    command = [installed_program("deepspeed")]
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", DEFAULT_PORT)) != 0:
             return command

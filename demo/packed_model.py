@@ -79,7 +79,7 @@ class PackedModel:
         self.shape = Shape(*[*sizes, float(f"{eps:.6g}")])
         self.pieces, self.scores = _read_pieces(cursor)
         _, map_bytes = cursor.fields("iI")
-        cursor.array("u1", map_bytes)  # the engine's normalization map; SentencePiece has the same one
+        cursor.array("u1", map_bytes)  # the engine's normalization map; SentencePiece's has sequences too
         self._entries = _read_directory(cursor)
 
     def tensor(self, name: str, *shape: int) -> np.ndarray:

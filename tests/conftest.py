@@ -23,6 +23,11 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER
 TINY_VOCAB = TINY_PIECES + 2  # fairseq ids: every piece moves up by one, <mask> comes last
 
 
+def first_on_python_path(root: Path) -> str:
+    """PYTHONPATH for a subprocess: `root`, then the inherited entries (packages that `pip install --target` put there)."""
+    return os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+
+
 @pytest.fixture(autouse=True)
 def leaves_no_launcher() -> Iterator[None]:
     """`read_launch` completes the environment, and every rank and Slurm job that a later test starts inherits it."""

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pipeline.doctor.machine import Finding, machine_findings
 from pipeline.doctor.recipe import recipe_findings
+from pipeline.doctor.versions import version_findings
 from pipeline.errors import UserError
 
 
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     name = arguments.recipe.stem if arguments.recipe else "."
     run_dir = arguments.run_dir or Path("runs") / name
-    findings = machine_findings(run_dir)
+    findings = [*version_findings(), *machine_findings(run_dir)]
     if arguments.recipe:
         ranks = arguments.ranks
         findings += recipe_findings(

@@ -1,4 +1,4 @@
-"""Check the machine: versions, devices, compiler, locks, run directory, ports, TensorBoard, Slurm.
+"""Check the machine: devices, compiler, locks, run directory, ports, TensorBoard, Slurm.
 
 In: the run directory. Out: a list of `Finding`.
 """
@@ -10,13 +10,11 @@ import shlex
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -30,8 +28,6 @@ from pipeline.runtime.gpus import Gpu
 from pipeline.runtime.rank_devices import kinds_warning
 
 REPO = Path(__file__).resolve().parent.parent.parent
-OPTIONAL = {"datasets": "for `hf:` inputs alone"}  # package -> when it is required; all others are always required
-OLDEST_PYTHON = (3, 11)
 LAUNCHER_PORT = 29500  # default master port of `deepspeed` and `torchrun`
 FEW_FREE_BYTES = 5 * 2**30
 COMMAND_TIMEOUT_S = 20
@@ -50,7 +46,6 @@ class Finding:
 def machine_findings(run_dir: Path) -> list[Finding]:
     """All checks that need no recipe, in the order in which problems are fixed."""
     return [
-        *version_findings(REPO / "requirements.txt"),
         *device_findings(),
         compiler_finding(),
         *lock_findings(),
@@ -67,31 +62,6 @@ def guarded(subject: str, look: Callable[[], Finding]) -> Finding:
         return look()
     except (UserError, DataError) as error:
         return Finding("fail", subject, str(error))
-
-
-def version_findings(requirements: Path) -> list[Finding]:
-    """Python and every pinned package. The tests ran with the pinned versions."""
-    found = []
-    if sys.version_info[:2] < OLDEST_PYTHON:
-        oldest = ".".join(map(str, OLDEST_PYTHON))
-        found.append(Finding("fail", "python", sys.version.split()[0], f"make venv PYTHON=python{oldest}"))
-    pins = dict(
-        line.split("#")[0].strip().split("==") for line in requirements.read_text().splitlines() if "==" in line
-    )
-    for name, pinned in pins.items():
-        try:
-            installed = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            what, fix = f"{name} is not installed", f"pip install {name}=={pinned}"
-            if name in OPTIONAL:
-                found.append(Finding("warn", "versions", f"{what}; it is required {OPTIONAL[name]}", fix))
-            else:
-                found.append(Finding("fail", "versions", what, fix))
-            continue
-        if installed.split("+")[0] != pinned:
-            what = f"{name} is {installed}; the tests ran with {pinned}"
-            found.append(Finding("warn", "versions", what, f"pip install {name}=={pinned}"))
-    return found or [Finding("ok", "versions", f"python {sys.version.split()[0]}, {len(pins)} packages as pinned")]
 
 
 def device_findings() -> list[Finding]:

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,9 +55,15 @@ def device_precisions(device: torch.device) -> Precisions:
     if device.type == "cuda":
         bf16 = gpus.has_bf16(device)
         return Precisions(bool(accelerator.is_fp16_supported()), bf16, bf16, gpus.describe(device).name)
-    has = torch.cpu.get_capabilities()
-    fast = bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+    fast = not {"avx512_bf16", "amx_bf16"}.isdisjoint(_cpu_features())
     return Precisions(bool(accelerator.is_fp16_supported()), True, fast, "this CPU")
+
+
+def _cpu_features() -> set[str]:
+    """Names of the instruction sets of this CPU."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return {name for name, has in torch.cpu.get_capabilities().items() if has is True}
+    return set(Path("/proc/cpuinfo").read_text().split())  # torch 2.8
 
 
 class StudentEngine:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import REPO
+from tests.conftest import REPO, first_on_python_path
 from tests.dist.ports import free_port
 
 
@@ -35,7 +35,7 @@ def run_ranks_to_any_end(
     for rank in range(world_size):
         environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        environment["PYTHONPATH"] = str(REPO)
+        environment["PYTHONPATH"] = first_on_python_path(REPO)
         log = open(directory / f"rank{rank}.log", "w")
         command = [sys.executable, str(script), str(directory / "options.json"), str(directory / f"report{rank}.json")]
         processes.append(

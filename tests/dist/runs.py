@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from data_prep.command_line import installed_program
 from tests.conftest import REPO
 from tests.dist.ports import free_port
 
@@ -22,10 +23,10 @@ def launcher(kind: str, num_ranks: int = 1) -> list[str]:
     script = "pipeline/train.py"
     if kind == "deepspeed":
         ranks = ["--num_gpus", str(num_ranks)] if num_ranks > 1 else []
-        return [str(BIN / "deepspeed"), "--master_port", str(free_port()), *ranks, script]
+        return [installed_program("deepspeed"), "--master_port", str(free_port()), *ranks, script]
     if kind == "torchrun":
         port = ["--master_port", str(free_port())]
-        return [str(BIN / "torchrun"), "--nproc_per_node", str(num_ranks), *port, script]
+        return [installed_program("torchrun"), "--nproc_per_node", str(num_ranks), *port, script]
     return [sys.executable, script]
 
 

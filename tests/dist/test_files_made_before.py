@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from data_prep.shards import ShardSet
 from pipeline.runtime.checkpoint import read_model_weights
-from tests.conftest import REPO
+from tests.conftest import REPO, first_on_python_path
 from tests.dist.runs import curve
 
 ARCHIVE = REPO / "tests/fixtures/made_before_renames.tar.xz"
@@ -34,7 +34,7 @@ def before(tmp_path: Path) -> Path:
 
 
 def command(directory: Path, *words: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": first_on_python_path(REPO), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *words], cwd=directory, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr

@@ -14,9 +14,8 @@ import subprocess
 import sys
 import traceback
 from dataclasses import dataclass
-from pathlib import Path
 
-REPO = Path(__file__).resolve().parent.parent.parent
+from tests.conftest import REPO, first_on_python_path
 
 
 @dataclass
@@ -32,7 +31,7 @@ class TrainingProcess:
     """The process, seen from the test; a context manager."""
 
     def __enter__(self) -> TrainingProcess:
-        environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": first_on_python_path(REPO), "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             cwd=REPO,

@@ -18,7 +18,7 @@ import pytest
 from pipeline.distillation.models.architectures import ARCHITECTURES, ArchitectureSpec
 from pipeline.distillation.relations.backends import BACKENDS
 from tests import tiny_encoders
-from tests.conftest import REPO
+from tests.conftest import REPO, first_on_python_path
 from tests.golden import test_tap_architectures as golden
 from tests.unit.distillation import test_student_building as building
 
@@ -58,7 +58,7 @@ def touched(root: Path) -> set[str]:
 
 def run_tests(root: Path, keyword: str, *files: str) -> int:
     """Run the copy's tests that match `keyword`; the number that passed. All of them must."""
-    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {**os.environ, "PYTHONPATH": first_on_python_path(root), "PYTHONDONTWRITEBYTECODE": "1"}
     words = ["-q", "-p", "no:cacheprovider", "-o", "addopts=", "-k", keyword, *files]
     command = [sys.executable, "-m", "pytest", *words]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)

@@ -16,7 +16,6 @@ import torch
 from data_prep.__main__ import main as prepare_main
 from pipeline.__main__ import main
 from pipeline.config import load_recipe
-from pipeline.doctor import machine as doctor_machine
 from pipeline.doctor.machine import (
     REPO,
     Finding,
@@ -25,7 +24,6 @@ from pipeline.doctor.machine import (
     port_finding,
     run_dir_finding,
     slurm_finding,
-    version_findings,
 )
 from pipeline.doctor.recipe import disk_finding, recipe_findings
 from pipeline.errors import EXIT_USER, exit_code_of
@@ -225,21 +223,6 @@ def test_port_in_use() -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         assert "--master_port" in port_finding(other.getsockname()[1]).fix
-
-
-def test_versions_other_than_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [finding.status for finding in version_findings(REPO / "requirements.txt")] == ["ok"]
-    pins = tmp_path / "requirements.txt"
-    pins.write_text("# why\nnumpy==1.0.0  # arrays\nno-such-package==3.2\n")
-    old, missing = version_findings(pins)
-    assert (old.status, old.fix) == ("warn", "pip install numpy==1.0.0")
-    assert (missing.status, missing.fix) == ("fail", "pip install no-such-package==3.2")
-    monkeypatch.setitem(doctor_machine.OPTIONAL, "no-such-package", "for one kind of input")
-    missing = version_findings(pins)[1]
-    assert (missing.status, missing.what) == (
-        "warn",
-        "no-such-package is not installed; it is required for one kind of input",
-    )
 
 
 def test_slurm_that_answers_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

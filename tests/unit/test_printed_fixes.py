@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.command_line import module_command
+from data_prep.command_line import installed_program, module_command
 from data_prep.shards import DataError, ShardSet
 from pipeline.config import Recipe, load_recipe
 from pipeline.distillation.models.architectures import check_length
@@ -93,9 +93,7 @@ def test_a_tokenizer_of_the_hub_is_downloaded_first() -> None:
     fetch, prepare = how_to_prepare("some/model", "my shards").removeprefix("Make them: ").split(" && ")
     words = shlex.split(prepare)
     assert shlex.split(fetch)[-1] == words[words.index("--tokenizer") + 1]
-    known = subprocess.run(
-        [str(Path(sys.executable).parent / "hf"), "download", "--help"], capture_output=True, text=True
-    )
+    known = subprocess.run([installed_program("hf"), "download", "--help"], capture_output=True, text=True)
     for option in (word for word in shlex.split(fetch) if word.startswith("--")):
         assert option in known.stdout
 

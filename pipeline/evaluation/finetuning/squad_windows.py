@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ MAX_QUESTION_TOKENS = 64
 MAX_ANSWER_TOKENS = 30
 NUM_CANDIDATES = 20  # the best starts and ends of a window, which are combined
 QUESTIONS_PER_CALL = 256
+COMPLETE_WINDOWS_SINCE = "0.23.3"  # of tokenizers: 0.23.1 and 0.23.2 drop windows without an error
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,9 @@ def cut_windows(tokenizer: Any, questions: Sequence[Question], max_length: int, 
     Args:
         max_length: tokens per window, question and special tokens included
         stride: context tokens between the starts of two windows
+
+    Raises:
+        UserError: slow tokenizer, no space for a context, or a tokenizer library that drops windows
     """
     if not tokenizer.is_fast:
         raise UserError("this tokenizer does not give the characters of a token; MLQA needs a fast tokenizer")
@@ -70,18 +75,40 @@ def cut_windows(tokenizer: Any, questions: Sequence[Question], max_length: int, 
     for space, numbers in by_space.items():
         for start in range(0, len(numbers), QUESTIONS_PER_CALL):
             some = numbers[start : start + QUESTIONS_PER_CALL]
+            contexts = [questions[n].context for n in some]
+            uncut = tokenizer(contexts, add_special_tokens=False, verbose=False)["input_ids"]
+            num_tokens = dict(zip(some, map(len, uncut), strict=True))
             encoded = tokenizer(
                 [texts[n] for n in some],
-                [questions[n].context for n in some],
+                contexts,
                 truncation="only_second",
                 max_length=max_length,
                 stride=max(0, space - stride),
                 return_overflowing_tokens=True,
                 return_offsets_mapping=True,
             )
+            step = min(stride, space)
             for number, windows in _by_question(encoded, some).items():
-                found[number] = _with_most_context(windows, min(stride, space))
+                check_last_window([len(offsets) for *_, offsets in windows], step, num_tokens[number])
+                found[number] = _with_most_context(windows, step)
     return _assemble(questions, found)
+
+
+def check_last_window(lengths: Sequence[int], step: int, num_tokens: int) -> None:
+    """Raise a UserError if the last window does not end at the context's end: an answer there would never be found.
+
+    Args:
+        lengths: context tokens of each window
+        step: context tokens between the starts of two windows
+        num_tokens: tokens of the complete context
+    """
+    end = (len(lengths) - 1) * step + lengths[-1]
+    if end != num_tokens:
+        raise UserError(
+            f"tokenizers {metadata.version('tokenizers')} cut a context of {num_tokens} tokens into {len(lengths)} windows "
+            f"that end at token {end}: it drops windows, and the scores of MLQA would be too low. "
+            f"Install a version that returns all of them: pip install 'tokenizers~={COMPLETE_WINDOWS_SINCE}'"
+        )
 
 
 def _shortened(tokenizer: Any, text: str) -> str:

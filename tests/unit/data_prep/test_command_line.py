@@ -22,6 +22,22 @@ from tests.conftest import REPO, SAMPLES
 from tests.unit.data_prep.corpus import content, run_command
 
 
+def test_programs_of_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Next to this Python first, so that another environment's on PATH is not started; `pip install --target` has them on PATH."""
+    python, elsewhere = tmp_path / "env" / "python", tmp_path / "target" / "bin"
+    for program in (python, python.with_name("torchrun"), elsewhere / "torchrun", elsewhere / "deepspeed"):
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.write_text("#!/bin/sh\n")
+        program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setenv("PATH", str(elsewhere))
+    assert command_line.installed_program("torchrun") == str(python.with_name("torchrun"))
+    assert command_line.installed_program("deepspeed") == str(elsewhere / "deepspeed")
+    with pytest.raises(FileNotFoundError, match=r"`hf` is neither in .*env nor on PATH") as missing:
+        command_line.installed_program("hf")
+    assert command_line.paragraph_of(missing.value) == str(missing.value)
+
+
 def tokens(output: Path, language: str) -> np.ndarray:
     shards = ShardSet(output)
     return shards.stream(language, 0, shards.num_tokens(language))

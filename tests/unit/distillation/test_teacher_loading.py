@@ -17,7 +17,7 @@ from pipeline.distillation.models.model_files import read_model
 from pipeline.distillation.models.teacher import check_vocabulary, load_encoder, load_teacher
 from pipeline.errors import UserError
 from pipeline.training.identity import weights_hash
-from tests.conftest import REPO
+from tests.conftest import REPO, first_on_python_path
 from tests.tiny_encoders import CONFIGS, VOCABULARY, random_rows, tiny_encoder
 
 
@@ -65,7 +65,7 @@ def test_a_sharded_teacher_is_not_held_twice(dtype, most, tmp_path):
         "from benchmarks.naive_baseline import added_peak_mb; from pipeline.distillation.models.teacher import load_encoder\n"
         "load_encoder('small'); print('peak', added_peak_mb(lambda: load_encoder('big')))"
     )
-    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    environment = {**os.environ, "PYTHONPATH": first_on_python_path(REPO)}
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     peak_mb = float(done.stdout.split("peak ")[1])
