@@ -64,6 +64,28 @@ _DEVICES = (
     ),
 )
 DEVICES = {device.name: device for device in _DEVICES}
+# Names that the driver gives to GPUs with the rates of a row. Others, such as the H100 on a PCIe card, have lower rates.
+_DRIVER_NAMES = {
+    "NVIDIA A100-SXM4-40GB": "a100-40",
+    "NVIDIA A100-SXM4-80GB": "a100-80",
+    "NVIDIA H100 80GB HBM3": "h100-80",
+    "NVIDIA H200": "h200",
+    "Tesla V100-SXM2-16GB": "v100-16",
+    "Tesla V100-SXM2-32GB": "v100-32",
+    "Tesla T4": "t4",
+    "NVIDIA L4": "l4",
+    "NVIDIA L40S": "l40s",
+    "NVIDIA A10": "a10",
+    "NVIDIA A40": "a40",
+    "NVIDIA GeForce RTX 3090": "rtx3090",
+    "NVIDIA GeForce RTX 4090": "rtx4090",
+}
+
+
+def peak_flops_per_s(driver_name: str, precision: str) -> float | None:
+    """The published peak of a GPU, by the name that the driver gives it. None: the table does not have it."""
+    row = _DRIVER_NAMES.get(driver_name)
+    return None if row is None else DEVICES[row].flops_per_s(precision)
 
 
 def device_of(name: str) -> Device:

@@ -20,6 +20,7 @@ import torch
 
 from pipeline.config import recipe_to_yaml
 from pipeline.distillation.models.student import dropout_of
+from pipeline.planning.devices import peak_flops_per_s
 from pipeline.provenance import describe_run, resume_critical_config
 from pipeline.runtime import dist
 from pipeline.runtime.anomalies import record_spike
@@ -55,6 +56,7 @@ class RunLogger:
         self._interval = _Interval()
         self._speed: dict[str, float] = {}  # of the last interval
         self._flops_per_row_and_device = parts.flops_per_row / parts.launch.world_size
+        self._peak_flops_per_s = peak_flops_per_s(device_name(parts.launch.device), parts.precision)
         self._facts: dict[str, Any] = {}  # in run.json
         self._files: dict[Path, str] = {}  # the other files that describe the run
 
@@ -172,10 +174,12 @@ class RunLogger:
         self._interval = _Interval(wait_s)
         rows_per_second = steps * recipe.global_batch / seconds
         tokens_per_second = rows_per_second * recipe.seq_len
+        flops_per_s = rows_per_second * self._flops_per_row_and_device
         self._speed = {
             "speed/tokens_per_second": tokens_per_second,
             **{f"speed/{name}_share": share for name, share in shares.items()},
-            "speed/model_tflops_per_device": rows_per_second * self._flops_per_row_and_device / 1e12,
+            "speed/model_tflops_per_device": flops_per_s / 1e12,
+            **({"speed/mfu": flops_per_s / self._peak_flops_per_s} if self._peak_flops_per_s else {}),
             "speed/peak_memory_gib": peak_memory_bytes(self._parts.launch.device) / 2**30,
         }
         values = {
