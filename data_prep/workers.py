@@ -72,6 +72,9 @@ class WorkerPool:
         return self
 
     def __exit__(self, *unused: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         """Cancel pending blocks and end the workers."""
         if self._threads is not None:
             self._threads.shutdown(wait=True, cancel_futures=True)

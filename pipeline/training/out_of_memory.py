@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from data_prep.command_line import place_of
 from pipeline.config import Recipe
 from pipeline.data.heldout import heldout_losses
 from pipeline.distillation.distiller import DistillModule
@@ -61,13 +62,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def part_of(error: BaseException) -> str:
-    """The part of a run in which an exception was raised."""
+    """The part of a run in which an exception was raised; empty where it is none of a step's."""
     callers = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
     part = next((name for function, name in _PARTS if function.__code__ in callers), "")
-    if not part:
-        last = traceback.extract_tb(error.__traceback__, limit=-1)[0]
-        return f"{last.name} ({last.filename}:{last.lineno})"
-    return part + (" of the held-out evaluation" if heldout_losses.__code__ in callers else "")
+    return f"{part} of the held-out evaluation" if part and heldout_losses.__code__ in callers else part
 
 
 def explanation(error: BaseException, recipe: Recipe, launch: Launch) -> str:
@@ -92,7 +90,7 @@ def explanation(error: BaseException, recipe: Recipe, launch: Launch) -> str:
     rows = f", with {micro_batch} rows in a micro-batch" if depends_on_rows else ""
     reason = " ".join(str(error).partition(" If reserved but")[0].split())[:LONGEST_REASON].rstrip(".")
     return (
-        f"{memory} ran out in {part}{rows}, on rank {launch.rank} ({socket.gethostname()}): {reason or 'no reason given'}. What "
+        f"{memory} ran out {f'in {part}' if part else place_of(error)}{rows}, on rank {launch.rank} ({socket.gethostname()}): {reason or 'no reason given'}. What "
         f"needs less: {'; or '.join(remedies)}. `python -m pipeline plan` predicts what fits. Saved checkpoints are complete: the command "
         "with this change resumes from the newest"
     )

@@ -81,6 +81,18 @@ def test_one_row_and_recomputed_activations_already() -> None:
     assert "less: a GPU with more memory, or several." in str(raised.value)
 
 
+def test_outside_of_a_step_the_place_is_named() -> None:
+    def place_teacher() -> None:
+        raise torch.OutOfMemoryError(CUDA)
+
+    with pytest.raises(
+        OutOfMemoryError, match=r"ran out in place_teacher, test_out_of_memory\.py:\d+, on rank 3"
+    ) as raised:
+        with explained(RECIPE, on("cuda")):
+            place_teacher()
+    assert "micro_batch_per_gpu" not in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("global_batch", "micro_batch", "world_size", "expected"),
     [(256, 32, 8, (32, 16)), (256, 32, 16, (16, 8)), (96, 12, 8, (12, 6)), (30, 15, 2, (15, 5)), (8, 1, 8, (1, None))],
