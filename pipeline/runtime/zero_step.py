@@ -16,7 +16,7 @@ import torch
 from pipeline.runtime.loss_scale import DeviceLossScaler
 
 TESTED_WITH = "0.19.8"  # the DeepSpeed whose step this replaces
-CHUNK = 2**20  # elements; a CPU converts a tensor to fp64 for its norm, and a chunk of it stays in the cache
+CHUNK = 2**18  # elements that a CPU converts to fp64 at a time: they stay in its cache
 
 
 @dataclass(frozen=True)
@@ -185,12 +185,24 @@ class _Pieces:
 
 def _sum_of_squares(gradients: list[torch.Tensor]) -> torch.Tensor:
     """fp32 []; summed in fp64, as DeepSpeed does. In fp32 the norm of an embedding gradient is wrong by a percent."""
-    parts = gradients
-    if gradients[0].device.type == "cpu":
-        large = [gradient for gradient in gradients if gradient.numel() > CHUNK]
-        small = [gradient for gradient in gradients if gradient.numel() <= CHUNK]
-        parts = [*small, *(chunk for gradient in large for chunk in gradient.reshape(-1).split(CHUNK))]
-    return torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float64)).pow(2.0).sum().float()
+    large = [g for g in gradients if g.device.type == "cpu" and g.numel() > CHUNK]
+    others = [g for g in gradients if not (g.device.type == "cpu" and g.numel() > CHUNK)]
+    total = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
+    if others:
+        total = torch.stack(torch._foreach_norm(others, 2, dtype=torch.float64)).pow(2.0).sum()
+    for gradient in large:
+        total += _sum_of_squares_on_cpu(gradient)
+    return total.float()
+
+
+def _sum_of_squares_on_cpu(gradient: torch.Tensor) -> torch.Tensor:
+    """fp64 []. A CPU's norm in fp64 would first convert the complete tensor, which is slow and takes twice its memory."""
+    buffer = torch.empty(CHUNK, dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64)
+    for chunk in gradient.reshape(-1).split(CHUNK):
+        in_fp64 = buffer[: len(chunk)].copy_(chunk)
+        total += torch.dot(in_fp64, in_fp64)
+    return total
 
 
 def _leave_gradients_to_autograd(zero: Any) -> None:

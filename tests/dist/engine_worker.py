@@ -21,14 +21,14 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.utils import is_invalid_grad_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.runtime import checkpoint, dist
+from pipeline.runtime import checkpoint, dist, zero_step
 from pipeline.runtime.checkpoint_writer import CheckpointWriter
 from pipeline.runtime.engine import StudentEngine
 from pipeline.runtime.optimizer import MOMENTS, OptimizerConfig
-from pipeline.runtime.zero_step import ZeroStep
 
 OPTIMIZER = OptimizerConfig(lr=1e-2, warmup_steps=0, weight_decay=0.1)
 ROWS = 8
+zero_step.CHUNK = 100  # elements: so the gradient of `inner.weight` is summed in chunks, as that of word embeddings is
 
 
 class Regressor(torch.nn.Module):
@@ -142,7 +142,7 @@ class HostReads(TorchDispatchMode):
 def verdict_of_deepspeed(engine: StudentEngine) -> tuple[bool, float] | None:
     """ZeRO-1 and -2: whether DeepSpeed itself would skip the coming step, and its gradient norm (NaN if it would)."""
     zero = engine.deepspeed_engine.optimizer
-    if engine.stage == 3 or not isinstance(getattr(zero.step, "__self__", None), ZeroStep):
+    if engine.stage == 3 or not isinstance(getattr(zero.step, "__self__", None), zero_step.ZeroStep):
         return None
     before = dict(zero.averaged_gradients)
     zero.averaged_gradients.update(enumerate(zero.step.__self__.gradients()))
