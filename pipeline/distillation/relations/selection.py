@@ -3,8 +3,11 @@
 Each backend is compared with the float64 reference in the run's own head sizes, precision and device, on one row of the
 run's length (1024 tokens of it at most) and two heads. It is compared twice: for a student far from its teacher, as at
 the beginning of a run, and for one close to it, as at the end, where rounding weighs most. Backends that agree are timed
-on all heads. On a CPU nothing is timed: `chunked` was fastest there in every measurement. The ranks exchange their
-results and make one choice. A backend named in `relations.backend` is used without this check.
+on all heads: forward and backward of one relation of a tensor with itself (Q-Q), up to four full rows, the fastest of
+five. Not measured: memory, relations of two tensors, separate documents. `chunked` needs the least memory; on a GPU it is
+the slowest, chosen only where no other is correct. On a CPU nothing is timed: `chunked` was fastest there in every
+measurement. The ranks exchange their results and make one choice. A backend named in `relations.backend` is used without
+this check.
 """
 
 from __future__ import annotations

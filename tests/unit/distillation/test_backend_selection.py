@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from pipeline.distillation.relations.backends import BACKENDS
+from pipeline.distillation.relations.backends import BACKENDS, NotUsableHereError
 from pipeline.distillation.relations.chunked import chunked_relation
 from pipeline.distillation.relations.reference import relation_kl_reference
 from pipeline.distillation.relations.selection import (
@@ -85,9 +85,10 @@ def test_a_backend_that_rounds_too_coarsely_near_the_optimum_is_rejected(monkeyp
         choose_backend(*tensors(), 4)
 
 
-def test_a_backend_without_a_kernel_is_skipped(monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError("no kernel here"), NotUsableHereError("chunked", "no kernel here")])
+def test_a_backend_without_a_kernel_is_skipped(monkeypatch, error):
     def missing(*arguments):
-        raise RuntimeError("no kernel here")
+        raise error
 
     monkeypatch.setitem(BACKENDS, "chunked", missing)
     with pytest.raises(UserError, match=r"chunked: not usable here \(no kernel here\)"):

@@ -246,6 +246,35 @@ def test_tokens_of_a_segment_see_only_that_segment(backend):
     assert loss == pytest.approx(by_hand, rel=1e-9)
 
 
+class AttentionPairs(TorchDispatchMode):
+    """Counts the pairs of tokens for which `flash` computes attention, per head."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket is aten._scaled_dot_product_flash_attention_for_cpu:
+            self.count += args[0].shape[0] * args[0].shape[2] ** 2
+        return func(*args, **(kwargs or {}))
+
+
+def test_separate_documents_cost_little_more_than_their_pairs():
+    """Lengths as in a batch of 512 tokens; padded to the longest the pairs would be 2.9 times those that are needed."""
+    segments = [[512], [300, 212], [40, 90, 120, 262], [500, 12], [256, 256], [129, 383], [64, 448], [30, 200, 282]]
+    lengths = [length for parts in segments for length in parts]
+    needed = 4 * sum(length**2 for length in lengths)
+    assert 4 * len(lengths) * 512**2 > 2.9 * needed
+    teacher, student = make(len(segments), 512, 8, 8)
+    with AttentionPairs() as pairs:
+        relation_kl(teacher, student.requires_grad_(), 1, backend="flash", segments=segments)
+    assert needed < pairs.count < 1.35 * needed
+    full = AttentionPairs()
+    with full:
+        relation_kl(teacher, student, 1, backend="flash")
+    assert full.count == 4 * len(segments) * 512**2
+
+
 def test_the_size_of_tiles_changes_nothing(monkeypatch):
     """Many small tiles, with heads and queries split unevenly, give the result of one tile."""
     teacher, student = make(2, 50, 35, 25)
