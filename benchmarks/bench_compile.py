@@ -29,7 +29,7 @@ from pipeline.distillation.compiled_layers import compile_layers
 from pipeline.distillation.tap import TappedEncoder, tap
 
 ROWS, TOKENS, REPEATS = 4, 128, 5
-WRITTEN, LAYERS, WHOLE = "as written", "layer by layer", "complete encoder"
+WRITTEN, LAYERS, COMPLETE = "as written", "layer by layer", "complete encoder"
 HEADER = ["model", "form", "graphs", "CPU s to compile", "CPU ms per batch", "speed", "largest difference"]
 
 
@@ -71,7 +71,7 @@ def compiled_form(form: str, layers: int, is_trained: bool) -> tuple[TappedEncod
     model = encoder(layers, is_trained)
     if form == LAYERS:
         compile_layers(model, "compile")
-    elif form == WHOLE:
+    elif form == COMPLETE:
         model.compile(dynamic=False)
     graphs, began = counters["stats"]["unique_graphs"], cpu_s()
     batch(model, is_trained)
@@ -80,7 +80,7 @@ def compiled_form(form: str, layers: int, is_trained: bool) -> tuple[TappedEncod
 
 def measure(name: str, layers: int, is_trained: bool) -> list[list[Any]]:
     """The three forms of one model."""
-    made = {form: compiled_form(form, layers, is_trained) for form in (WRITTEN, LAYERS, WHOLE)}
+    made = {form: compiled_form(form, layers, is_trained) for form in (WRITTEN, LAYERS, COMPLETE)}
     seconds = dict.fromkeys(made, float("inf"))
     for _ in range(REPEATS):
         for form, (model, _, _) in made.items():
