@@ -31,10 +31,8 @@ MAY_CHANGE = (
     "guard",
     "metrics",
 )
-ROUNDING = (
-    "teacher_options.compile",
-    "student.compile",
-)  # a change is allowed, with a warning: last bits, dropout masks
+# A change of these is a warning: it changes last bits and perhaps dropout masks, not what is computed.
+ROUNDING = ("teacher_options.compile", "student.compile")
 COMPARED_BY_CONTENT = ("teacher", "vocabulary")  # training/identity.py
 
 

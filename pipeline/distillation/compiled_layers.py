@@ -44,7 +44,7 @@ def _options(deterministic: bool) -> dict[str, Any]:
     """Options of inductor. By default it times variants of its GPU kernels, and the fastest may differ between starts."""
     if not deterministic:
         return {}
-    has_key = hasattr(inductor_config, "deterministic")  # torch 2.10 and later
+    has_key = hasattr(inductor_config, "deterministic")  # newer versions of torch
     return {"deterministic": True} if has_key else {"triton.autotune_pointwise": False}
 
 

@@ -82,7 +82,7 @@ class StudentEngine:
         self._names = {id(parameter): name for name, parameter in trained.items()}
         self.stage: int = config["zero_optimization"]["stage"]
         _forbid_compilation_at_start()
-        _gather_compiled_layers_at_once(module)
+        _gather_compiled_layers_together(module)
         self._engine, *_ = deepspeed.initialize(
             model=module,
             model_parameters=parameter_groups(trained, optimizer.weight_decay),
@@ -260,7 +260,7 @@ def partition_teacher(teacher: torch.nn.Module, precision: str) -> Callable:
     Each layer is gathered for its forward and released again, for teachers that do not fit on one device.
     """
     _forbid_compilation_at_start()
-    _gather_compiled_layers_at_once(teacher)
+    _gather_compiled_layers_together(teacher)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {
@@ -281,7 +281,7 @@ def partition_teacher(teacher: torch.nn.Module, precision: str) -> Callable:
     return engine
 
 
-def _gather_compiled_layers_at_once(module: torch.nn.Module) -> None:
+def _gather_compiled_layers_together(module: torch.nn.Module) -> None:
     """For ZeRO-3, which otherwise gathers each matrix by a hook: no hook may run inside a compiled layer."""
     for layer in filter(is_compiled, module.modules()):
         deepspeed.utils.set_z3_leaf_module(layer, True)

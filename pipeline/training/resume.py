@@ -154,7 +154,7 @@ def check_changes(saved: dict[str, Any], parts: Parts, run_dir: Path, allow_chan
     if rounded := rounding_changes(saved["recipe"], parts.recipe):
         warnings.append(
             f"layers are not compiled as before this checkpoint ({'; '.join(rounded)}): results change by rounding, and "
-            "dropout draws other masks"
+            "dropout may draw other masks"
         )
     return warnings
 

@@ -67,3 +67,12 @@ def test_a_copy_of_the_teacher_is_accepted_and_another_teacher_is_not(
 @pytest.mark.parametrize("now", ["steps=24", "save_every=1", "micro_batch_per_gpu=2"])
 def test_length_of_the_run_and_micro_batch_may_change(tiny_recipe: Path, now: str) -> None:
     assert check(tiny_recipe, [], [now]) == []
+
+
+@pytest.mark.parametrize("key", ["student.compile", "teacher_options.compile"])
+def test_compilation_may_change_with_a_warning(tiny_recipe: Path, key: str) -> None:
+    """It changes last bits. A run must be able to continue where a compiler no longer works."""
+    for before, now, change in (("true", "false", "True -> False"), ("false", "true", "False -> True")):
+        (warning,) = check(tiny_recipe, [f"{key}={before}"], [f"{key}={now}"])
+        assert f"layers are not compiled as before this checkpoint ({key}: {change})" in warning
+        assert check(tiny_recipe, [f"{key}={now}"], [f"{key}={now}"]) == []

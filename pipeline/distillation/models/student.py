@@ -45,7 +45,7 @@ class StudentConfig:
     freeze: list[str] = field(default_factory=list)  # "embeddings": the word embedding matrix gets no gradient
     dropout: float | None = None  # None: the teacher's
     checkpointing: bool = False  # recompute activations in backward: less memory, a third more work
-    compile: bool = False  # torch.compile of each layer, as for the teacher; dropout draws other masks
+    compile: bool = False  # torch.compile of each layer, as for the teacher; dropout may draw other masks
 
     def __post_init__(self) -> None:
         check_ranges(

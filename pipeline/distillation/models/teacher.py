@@ -28,9 +28,7 @@ class TeacherConfig:
 
     placement: Literal["replicated", "zero3"] = "replicated"  # zero3: its parameters are partitioned over the ranks
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: half precision where the device computes in it
-    compile: bool = (
-        False  # torch.compile of each layer: fewer kernels; requires a compiler, and up to a minute at each start
-    )
+    compile: bool = False  # torch.compile of each layer: fewer kernels, a slower start; requires a compiler
 
 
 def load_teacher(

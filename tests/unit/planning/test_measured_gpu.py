@@ -103,7 +103,7 @@ CASES = [(shape, backend, *found) for shape, table in RELATIONS.items() for back
 
 @dataclasses.dataclass
 class Widths:
-    """Stands for an encoder of which only the width is read."""
+    """In place of an encoder of which only the width is read."""
 
     widths: list[int]
 
