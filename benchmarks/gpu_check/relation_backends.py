@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,18 +88,16 @@ def measure(setting: Setting, figures: Figures) -> None:
     shapes = TINY_SHAPES if setting.is_tiny else FULL_SHAPES
     for shape in shapes:
         for backend in BACKENDS:
-            figures.attempt(
-                ERRORS, _names(shape, backend), lambda shape=shape, backend=backend: _errors(shape, backend)
-            )
+            figures.attempt(ERRORS, _names(shape, backend), partial(_errors, shape, backend))
     for shape in shapes[:3]:
-        figures.attempt(CHOICE, {"shape": shape.text}, lambda shape=shape: _choice(shape))
+        figures.attempt(CHOICE, {"shape": shape.text}, partial(_choice, shape))
     joined = [shape for shape in shapes if not shape.separate]  # the naive method knows no others
     cases = [(shape, backend, _loss_of(backend)) for shape in shapes for backend in BACKENDS]
     cases += [(shape, "naive", naive_relation) for shape in joined]
     compiled = torch.compile(naive_relation, dynamic=False)
     cases += [(shape, "naive, compiled", compiled) for shape in (joined[:1] if setting.is_tiny else joined)]
     for shape, name, loss in cases:
-        figures.attempt(TIMES, _names(shape, name), lambda shape=shape, loss=loss: _time(shape, loss))
+        figures.attempt(TIMES, _names(shape, name), partial(_time, shape, loss))
         free_memory()
 
 
