@@ -28,6 +28,7 @@ from pipeline.distillation.relations.selection import (
     choose_backend,
     gradient_error,
 )
+from pipeline.errors import UserError
 
 ERRORS, TIMES, CHOICE = "Error of the gradient", "Time and memory of one relation", "Choice at the start of a run"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -125,7 +126,7 @@ def _errors(shape: Shape, backend: str) -> Row:
             error_of = _error_of_documents if shape.separate else _error_of_rows
             far, near = (error_of(shape, backend, dtype, where) for where in (FAR, NEAR))
             row |= {f"{name} far": far, f"{name} near": near}
-        except RuntimeError as error:
+        except (RuntimeError, UserError) as error:
             if on_gpu() and not _lacks_kernel(error):
                 raise
             row |= {f"{name} far": "not usable here", f"{name} near": str(error).splitlines()[0]}
@@ -153,7 +154,7 @@ def _error_of_documents(shape: Shape, backend: str, dtype: torch.dtype, where: s
     return float((student.grad.double() - exact.grad).norm() / exact.grad.norm())
 
 
-def _lacks_kernel(error: RuntimeError) -> bool:
+def _lacks_kernel(error: Exception) -> bool:
     """Whether the device or build has no such kernel, as opposed to a kernel that crashed."""
     return "CUDA error" not in str(error) and type(error).__name__ != "OutOfMemoryError"
 
@@ -177,7 +178,7 @@ def _time(shape: Shape, loss: Loss) -> Row:
 
     try:
         row: Row = {"ms": median_ms(once, 8, 2), "peak MiB": added_peak_mib(once)}
-    except RuntimeError as error:
+    except (RuntimeError, UserError) as error:
         if on_gpu() and not _lacks_kernel(error):
             raise
         raise NotHere(f"not usable here ({str(error).splitlines()[0]})") from error
