@@ -6,6 +6,7 @@ In: engines at ZeRO 1, 2 and 3. Out: whether the step with NaN changed a weight,
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 
@@ -18,10 +19,11 @@ GOOD_STEPS = 3
 
 
 def measure(setting: Setting, figures: Figures) -> None:
+    """One engine per row."""
     for stage, precision in ((1, "fp16"), (2, "fp16"), (3, "fp16"), (2, "bf16")):
         names = {"ZeRO": stage, "asked": precision}
-        figures.attempt(NAN, names, lambda stage=stage, precision=precision: _nan(setting, stage, precision))
-    figures.attempt(OVERFLOW, {"ZeRO": 2, "asked": "fp16"}, lambda: _overflow(setting))
+        figures.attempt(NAN, names, partial(_nan, setting, stage, precision))
+    figures.attempt(OVERFLOW, {"ZeRO": 2, "asked": "fp16"}, partial(_overflow, setting))
 
 
 def _nan(setting: Setting, stage: int, precision: str) -> Row:

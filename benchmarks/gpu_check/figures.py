@@ -49,7 +49,7 @@ class Figures:
 def reason_of(error: Exception) -> tuple[str, bool]:
     """Why a row is missing, in one line, and whether that is a failure."""
     text = " ".join(str(error).split())[:LONGEST_NOTE]
-    if isinstance(error, NotHere):
+    if isinstance(error, NotHere) or type(error).__name__ == "NotUsableHereError":  # a backend's own word for it
         return text, False
     if isinstance(error, ImportError):
         return f"not measured: the package {error.name or text} is not installed", False

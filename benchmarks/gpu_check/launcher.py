@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from functools import partial
 
 from benchmarks.gpu_check.figures import Figures, Row
 from benchmarks.gpu_check.processes import Process, reason_in
@@ -19,7 +20,7 @@ SHOWN = ("_share", "/mfu", "_gib")  # endings of further tags, of the last inter
 
 
 def measure(setting: Setting, figures: Figures) -> None:
-    figures.attempt(TABLE, {"recipe": RECIPE.name, "ZeRO": 2}, lambda: _train(setting))
+    figures.attempt(TABLE, {"recipe": RECIPE.name, "ZeRO": 2}, partial(_train, setting))
 
 
 def _train(setting: Setting) -> Row:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -19,7 +20,7 @@ from benchmarks.gpu_check.setting import Setting
 from benchmarks.gpu_check.timing import device, half_precision, median_ms, on_gpu, synchronize
 from benchmarks.measure import machine
 from pipeline.provenance import library_versions
-from pipeline.runtime.determinism import deterministic_kernels
+from pipeline.runtime.determinism import deterministic_kernels, fix_workspace
 
 FACTS, LIMITS, ATTENTION = "Facts", "Limits", "Attention of the encoders"
 SMI_FIELDS = "driver_version,clocks.max.sm,clocks.max.mem,power.limit,memory.total"
@@ -40,12 +41,14 @@ EXPONENTIAL_PROGRAMS = 132 * 64
 
 
 def measure(setting: Setting, figures: Figures) -> None:
+    """Facts, the encoders' attention, limits."""
+    fix_workspace()  # before CUDA starts: deterministic kernels may need it
     figures.attempt(FACTS, {"fact": "machine"}, lambda: {"value": machine()})
     figures.attempt(FACTS, {"fact": "device"}, _device)
     figures.attempt(FACTS, {"fact": "driver, clocks, power, memory"}, _driver)
     figures.attempt(FACTS, {"fact": "versions"}, _versions)
     for name, shape in _attention_shapes(setting).items():
-        figures.attempt(ATTENTION, {"of": name}, lambda shape=shape: _attention(*shape))
+        figures.attempt(ATTENTION, {"of": name}, partial(_attention, *shape))
     for name, measure_limit in _limits(setting).items():
         figures.attempt(LIMITS, {"operation": name}, measure_limit)
     figures.attempt(FACTS, {"fact": "doctor"}, _doctor)
@@ -98,7 +101,8 @@ def _attention(rows: int, heads: int, tokens: int, channels: int, is_trained: bo
 
     def once() -> list[torch.Tensor]:
         torch.manual_seed(0)
-        out = scaled_dot_product_attention(*tensors, dropout_p=0.1 if is_trained else 0.0)
+        q, k, v = tensors
+        out = scaled_dot_product_attention(q, k, v, dropout_p=0.1 if is_trained else 0.0)
         return list(torch.autograd.grad(out.float().square().sum(), tensors)) if is_trained else [out]
 
     row: Row = {}
@@ -125,18 +129,18 @@ def _kernel_of(action: Callable[[], object]) -> str:
 def _limits(setting: Setting) -> dict[str, Callable[[], Row]]:
     """Name -> what measures it. Sizes are small in a tiny check."""
     shrink = 64 if setting.is_tiny else 1
-    limits: dict[str, Callable[[], Row]] = {"copy on the device": lambda: _copy(2**30 // shrink**2)}
+    limits: dict[str, Callable[[], Row]] = {"copy on the device": partial(_copy, 2**30 // shrink**2)}
     for dtype in (torch.float16, torch.bfloat16):
         for name, shape in PRODUCTS.items():
             key = f"{name} {' x '.join(map(str, shape))}, {str(dtype).removeprefix('torch.')}"
-            limits[key] = lambda shape=shape, dtype=dtype: _product([max(16, n // shrink) for n in shape], dtype)
-    limits["square 4096, float32"] = lambda: _product([4096 // shrink] * 3, torch.float32)
+            limits[key] = partial(_product, [max(16, n // shrink) for n in shape], dtype)
+    limits["square 4096, float32"] = partial(_product, [4096 // shrink] * 3, torch.float32)
     limits["exponentials"] = _exponentials
     limits["a launch"] = _launch
     limits["a read of one number"] = _read
-    limits["pinned memory to the device"] = lambda: _transfer(2**28 // shrink**2, pinned=True)
-    limits["device to pinned memory"] = lambda: _transfer(2**28 // shrink**2, pinned=True, back=True)
-    limits["device to pageable memory"] = lambda: _transfer(2**28 // shrink**2, pinned=False, back=True)
+    limits["pinned memory to the device"] = partial(_transfer, 2**28 // shrink**2, pinned=True)
+    limits["device to pinned memory"] = partial(_transfer, 2**28 // shrink**2, pinned=True, back=True)
+    limits["device to pageable memory"] = partial(_transfer, 2**28 // shrink**2, pinned=False, back=True)
     return limits
 
 

@@ -23,7 +23,7 @@ PARTS = (
     Part("relations", "The relation loss", "relation_backends", 90, needs=()),
     Part("step", "One training step, with each change on and off", "step", 150),
     Part("any-order", "The same step without deterministic kernels", "step", 40, "measure_any_order"),
-    Part("plan", "The plan beside the measured step", "prediction", 20, needs=("prepare", "step")),
+    Part("plan", "The plan and the measured step", "prediction", 20, needs=("prepare", "step")),
     Part("reproducibility", "The same run twice, and resumed", "reproducibility", 110),
     Part("faults", "Not-a-number gradients and the loss scale", "faults", 50),
     Part("zero", "ZeRO stages, precisions, larger micro-batches", "zero", 90),

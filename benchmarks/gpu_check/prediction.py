@@ -1,4 +1,4 @@
-"""The plan of `python -m pipeline plan` beside the measured step: milliseconds by part, memory, and the share of the peak.
+"""The plan of `python -m pipeline plan` compared with the measured step: milliseconds by part, memory, and the share of the peak.
 
 In: the figures of the part `step`, and the row of this device in pipeline/planning/devices.py. Out: predicted, measured, ratio.
 """

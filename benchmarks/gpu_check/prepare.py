@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, XLMRobertaConfig, XLMRobertaModel
@@ -50,8 +51,9 @@ def _make_shards(setting: Setting) -> None:
 
 def _make_teacher(setting: Setting) -> None:
     """fp16 files: half as long to write and to read. Loading widens them to fp32."""
+    shape: dict[str, Any] = setting.scale.teacher
     config = XLMRobertaConfig(
-        **setting.scale.teacher,
+        **shape,
         type_vocab_size=1,
         layer_norm_eps=1e-5,
         initializer_range=0.02 if not setting.is_tiny else 0.2,  # wide enough for relations that differ from uniform

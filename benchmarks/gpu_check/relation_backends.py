@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from pipeline.distillation.relations.selection import (
     choose_backend,
     gradient_error,
 )
+from pipeline.errors import UserError
 
 ERRORS, TIMES, CHOICE = "Error of the gradient", "Time and memory of one relation", "Choice at the start of a run"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -87,18 +89,16 @@ def measure(setting: Setting, figures: Figures) -> None:
     shapes = TINY_SHAPES if setting.is_tiny else FULL_SHAPES
     for shape in shapes:
         for backend in BACKENDS:
-            figures.attempt(
-                ERRORS, _names(shape, backend), lambda shape=shape, backend=backend: _errors(shape, backend)
-            )
+            figures.attempt(ERRORS, _names(shape, backend), partial(_errors, shape, backend))
     for shape in shapes[:3]:
-        figures.attempt(CHOICE, {"shape": shape.text}, lambda shape=shape: _choice(shape))
+        figures.attempt(CHOICE, {"shape": shape.text}, partial(_choice, shape))
     joined = [shape for shape in shapes if not shape.separate]  # the naive method knows no others
     cases = [(shape, backend, _loss_of(backend)) for shape in shapes for backend in BACKENDS]
     cases += [(shape, "naive", naive_relation) for shape in joined]
     compiled = torch.compile(naive_relation, dynamic=False)
     cases += [(shape, "naive, compiled", compiled) for shape in (joined[:1] if setting.is_tiny else joined)]
     for shape, name, loss in cases:
-        figures.attempt(TIMES, _names(shape, name), lambda shape=shape, loss=loss: _time(shape, loss))
+        figures.attempt(TIMES, _names(shape, name), partial(_time, shape, loss))
         free_memory()
 
 
@@ -126,7 +126,7 @@ def _errors(shape: Shape, backend: str) -> Row:
             error_of = _error_of_documents if shape.separate else _error_of_rows
             far, near = (error_of(shape, backend, dtype, where) for where in (FAR, NEAR))
             row |= {f"{name} far": far, f"{name} near": near}
-        except RuntimeError as error:
+        except (RuntimeError, UserError) as error:
             if on_gpu() and not _lacks_kernel(error):
                 raise
             row |= {f"{name} far": "not usable here", f"{name} near": str(error).splitlines()[0]}
@@ -154,7 +154,7 @@ def _error_of_documents(shape: Shape, backend: str, dtype: torch.dtype, where: s
     return float((student.grad.double() - exact.grad).norm() / exact.grad.norm())
 
 
-def _lacks_kernel(error: RuntimeError) -> bool:
+def _lacks_kernel(error: Exception) -> bool:
     """Whether the device or build has no such kernel, as opposed to a kernel that crashed."""
     return "CUDA error" not in str(error) and type(error).__name__ != "OutOfMemoryError"
 
@@ -178,7 +178,7 @@ def _time(shape: Shape, loss: Loss) -> Row:
 
     try:
         row: Row = {"ms": median_ms(once, 8, 2), "peak MiB": added_peak_mib(once)}
-    except RuntimeError as error:
+    except (RuntimeError, UserError) as error:
         if on_gpu() and not _lacks_kernel(error):
             raise
         raise NotHere(f"not usable here ({str(error).splitlines()[0]})") from error

@@ -63,7 +63,7 @@ def measure(setting: Setting, figures: Figures) -> None:
         resumed = {case: _resumed(setting, case, runs[0]) for case, runs in twice.items()}
         for case, runs in twice.items():
             names = {"ZeRO": case.stage, "asked": case.precision, "deterministic": case.deterministic}
-            figures.attempt(TABLE, names, partial(_compare, *runs, resumed[case]))
+            figures.attempt(TABLE, names, partial(_compare, runs[0], runs[1], resumed[case]))
 
 
 def _cases_at_once() -> int:

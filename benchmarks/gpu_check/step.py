@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ FIRST_ID = 5  # below are special tokens
 
 def measure(setting: Setting, figures: Figures) -> None:
     """All rows but the one without deterministic kernels, which needs a process of its own."""
-    first = figures.attempt(TABLE, {"variant": "as it is"}, lambda: row_of(setting))
+    first = figures.attempt(TABLE, {"variant": "as it is"}, partial(row_of, setting))
     first_ms = first["step ms"] if first else None
     # All rows use the backend that the first one chose: a choice by measured times could differ.
     same = {"relations.backend": first["backend"]} if first else {}
@@ -44,15 +45,15 @@ def measure(setting: Setting, figures: Figures) -> None:
 
     add("DeepSpeed's own engine", lambda: row_of(setting, same, prepare=Job.use_stock_engine))
     for backend in BACKENDS:
-        add(f"relation backend {backend}", lambda backend=backend: row_of(setting, {"relations.backend": backend}))
+        add(f"relation backend {backend}", partial(row_of, setting, {"relations.backend": backend}))
     for fused in ("true", "false"):
-        add(f"AdamW fused: {fused}", lambda fused=fused: row_of(setting, same, _adam(setting, fused)))
+        add(f"AdamW fused: {fused}", partial(row_of, setting, same, _adam(setting, fused)))
     add("guard.spikes: skip", lambda: row_of(setting, same | {"guard.spikes": "skip"}))
     add("teacher compiled", lambda: row_of(setting, same | {"teacher_options.compile": "true"}))
     add("student compiled", lambda: row_of(setting, same | _compiled_student()))
     add("both compiled", lambda: row_of(setting, same | _compiled_student() | {"teacher_options.compile": "true"}))
-    add("as it is, again", lambda: row_of(setting, same))
-    add("the naive method", lambda: _naive(setting))
+    add("as it is, again", partial(row_of, setting, same))
+    add("the naive method", partial(_naive, setting))
 
 
 def measure_any_order(setting: Setting, figures: Figures) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 from benchmarks.gpu_check.figures import Figures
 from benchmarks.gpu_check.setting import Setting
 from benchmarks.gpu_check.step import row_of
@@ -14,16 +17,14 @@ def measure(setting: Setting, figures: Figures) -> None:
     """One engine per row."""
     rows = MORE_ROWS * setting.scale.rows
     many = {"global_batch": rows, "micro_batch_per_gpu": rows}
-    variants = {(f"ZeRO-{stage}", stage, precision): {} for precision in ("fp16", "bf16") for stage in (1, 2, 3)}
+    variants: dict[tuple[str, int, str], dict[str, Any]] = {
+        (f"ZeRO-{stage}", stage, precision): {} for precision in ("fp16", "bf16") for stage in (1, 2, 3)
+    }
     variants |= {
         (f"{rows} rows in one micro-batch", 2, "fp16"): many,
         ("documents: separate", 2, "fp16"): {"documents": "separate"},
         ("teacher partitioned", 3, "fp16"): {"teacher_options.placement": "zero3"},
     }
     for (name, stage, precision), changes in variants.items():
-        ds_json = setting.ds_json(stage, precision)
-        figures.attempt(
-            TABLE,
-            {"variant": name, "asked": precision},
-            lambda ds_json=ds_json, changes=changes: row_of(setting, changes, ds_json),
-        )
+        row = partial(row_of, setting, changes, setting.ds_json(stage, precision))
+        figures.attempt(TABLE, {"variant": name, "asked": precision}, row)
