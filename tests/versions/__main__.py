@@ -121,6 +121,7 @@ def main() -> int:
         for name in arguments.row or rows:
             print(f"{name}: environment in {rows[name].directory.relative_to(REPO)}", flush=True)
             ran.append(run_row(rows[name], arguments.part or PARTS, arguments.jobs))
+            results = {result["name"]: result for result in read_results()}  # another process may have stored a row
             results[name] = merged(results.get(name), ran[-1])
             ordered = [results[known] for known in rows if known in results]
             TESTED.write_text(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
