@@ -22,6 +22,8 @@ from pipeline.doctor.machine import REPO, Finding
 
 TESTED = Path(__file__).with_name("tested_versions.json")
 OPTIONAL = {"datasets": "for `hf:` inputs alone"}  # package -> when it is required; all others are always required
+PYTHON_OF_THE_PINS = "3.11"
+REQUIRED_PARTS = {"unit", "dist"}  # directories of tests without which an environment is not tested
 Tested = dict[str, set[str]]  # package, or `python` -> versions
 
 
@@ -32,13 +34,13 @@ def read_results(path: Path = TESTED) -> list[dict[str, Any]]:
 
 
 def passed(result: dict[str, Any]) -> bool:
-    """Whether parts of the tests ran in this environment, and no test failed."""
-    return bool(result["parts"]) and not any(part["exit_code"] for part in result["parts"].values())
+    """Whether the required parts of the tests ran in this environment, and no test of any part failed."""
+    return result["parts"].keys() >= REQUIRED_PARTS and not any(part["exit_code"] for part in result["parts"].values())
 
 
 def tested_versions(requirements: Path, results: Path) -> Tested:
     """The pins of `requirements.txt`, and the versions of every environment that passed, as `_key` has them."""
-    tested: Tested = defaultdict(set)
+    tested: Tested = defaultdict(set, python={PYTHON_OF_THE_PINS})
     for line in requirements.read_text(encoding="utf-8").splitlines():
         if "==" in line:
             name, pinned = line.split("#")[0].strip().split("==")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +15,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from pipeline.doctor.machine import REPO, Finding
-from pipeline.doctor.versions import passed, read_results, version_findings
+from pipeline.doctor.versions import read_results, version_findings
 from pipeline.runtime.engine import device_precisions
 from tests.versions.__main__ import counts, merged, table
 from tests.versions.environments import NotBuiltError, Row, build, find_python, name_of, pins_of, read_rows
@@ -45,25 +46,35 @@ def look(tmp_path: Path):
 
 
 def result(numpy: str, exit_code: int, python: str = "3.99.1") -> dict:
-    return {"name": "x", "python": python, "packages": {"numpy": numpy}, "parts": {"unit": {"exit_code": exit_code}}}
+    return {
+        "name": "x",
+        "python": python,
+        "packages": {"numpy": numpy},
+        "parts": {"unit": {"exit_code": 0}, "dist": {"exit_code": exit_code}},
+    }
 
 
 def test_tested_by_the_pins_or_by_a_row_that_passed(look) -> None:
-    assert look("numpy>=1", pins=f"# why\nnumpy=={NUMPY}  # arrays\n")[-1].what == f"tested: numpy {NUMPY}"
-    assert look("numpy>=1", results=[result(NUMPY, exit_code=0)])[-1].what == f"tested: numpy {NUMPY}"
-    assert look("numpy>=1", results=[result(f"{NUMPY}+cpu", exit_code=0)])[-1].what == f"tested: numpy {NUMPY}"
-    for not_passed in (result(NUMPY, exit_code=1), {**result(NUMPY, exit_code=0), "parts": {}, "not_run": "why"}):
-        (only,) = look("numpy>=1", results=[not_passed])
-        assert only.status == "ok"
-        assert f"supported, but not tested: python 3.11.7 (tested: none), numpy {NUMPY} (tested: none)" == only.what
+    of_pins = look("numpy>=1", pins=f"# why\nnumpy=={NUMPY}  # arrays\n")
+    of_row = look("numpy>=1", results=[result(NUMPY, exit_code=0)])
+    of_build = look("numpy>=1", results=[result(f"{NUMPY}+cpu", exit_code=0)])
+    for findings in (of_pins, of_row, of_build):
+        assert findings[-1].what.startswith("tested: ")
+        assert findings[-1].what.endswith(f"numpy {NUMPY}")
+    only_unit = {**result(NUMPY, exit_code=0), "parts": {"unit": {"exit_code": 0}}}
+    for not_passed in (result(NUMPY, exit_code=1), only_unit, {**only_unit, "parts": {}, "not_run": "why"}):
+        supported = look("numpy>=1", results=[not_passed])[0]
+        assert supported.status == "ok"
+        assert supported.what.startswith("supported, but not tested: ")
+        assert supported.what.endswith(f"numpy {NUMPY} (tested: none)")
 
 
 def test_supported_but_not_tested(look) -> None:
-    (only,) = look("numpy>=1", pins="numpy==1.0.0\n", results=[result("1.5.0+cpu", exit_code=0)])
+    only = look("numpy>=1", pins="numpy==1.0.0\n", results=[result("1.5.0+cpu", exit_code=0)])[0]
     assert (only.status, only.fix) == ("ok", "")
     assert f"numpy {NUMPY} (tested: 1.0.0, 1.5.0)" in only.what
-    assert "python" in only.what
-    assert "(tested: 3.99)" in only.what
+    same_python = [result("1.0", exit_code=0, python=platform.python_version())]
+    assert look(results=same_python)[-1].what == f"tested: python {platform.python_version()}"
 
 
 def test_not_supported_or_not_installed(look) -> None:
@@ -123,7 +134,6 @@ def test_results_are_of_the_rows_and_the_document_has_their_table() -> None:
         assert done["python"].startswith(rows[done["name"]].python)
         pins = {name_of(pin): pin.partition("==")[2] for pin in rows[done["name"]].pins}
         assert "not_run" in done or {n: Version(v).public for n, v in done["packages"].items()} == pins
-    assert any(map(passed, results))
     assert table(results) in (REPO / "docs" / "versions.md").read_text(encoding="utf-8"), (
         "python -m tests.versions --table"
     )
@@ -144,8 +154,8 @@ def test_results_of_parts_are_kept_while_the_versions_are_the_same() -> None:
         result("1.0", exit_code=0),
         {"name": "x", "python": "3.99", "packages": {}, "parts": {}, "not_run": "y"},
     )
-    other_part = {**stored, "parts": {"dist": {"exit_code": 0}}}
-    assert merged(stored, other_part)["parts"] == {"unit": {"exit_code": 0}, "dist": {"exit_code": 0}}
+    other_part = {**stored, "parts": {"dist": {"exit_code": 1}}}
+    assert merged(stored, other_part)["parts"] == {"unit": {"exit_code": 0}, "dist": {"exit_code": 1}}
     assert merged(result("2.0", exit_code=0), other_part) == other_part
     assert merged(stored, not_run) == stored, "a machine without this Python does not remove another's result"
     assert merged(None, not_run) == not_run

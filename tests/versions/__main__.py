@@ -90,15 +90,14 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     lines = [head, ["---"] * len(head)]
     for result in results:
         versions = [result["packages"].get(name, "") for name in COLUMNS]
-        parts = [cell(result, part) for part in PARTS]
+        not_run = [f"not run: {result['not_run']}", *[""] * (len(PARTS) - 1)] if "not_run" in result else None
+        parts = not_run or [cell(result["parts"].get(part)) for part in PARTS]
         lines.append([result["name"], result["python"], *versions, *parts])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def cell(result: dict[str, Any], part: str) -> str:
-    if reason := result.get("not_run"):
-        return f"not run: {reason}"
-    if (done := result["parts"].get(part)) is None:
+def cell(done: dict[str, Any] | None) -> str:
+    if done is None:
         return "not run"
     if "passed" not in done:
         return f"pytest ended with code {done['exit_code']}"
@@ -122,6 +121,7 @@ def main() -> int:
         for name in arguments.row or rows:
             print(f"{name}: environment in {rows[name].directory.relative_to(REPO)}", flush=True)
             ran.append(run_row(rows[name], arguments.part or PARTS, arguments.jobs))
+            results = {result["name"]: result for result in read_results()}  # another process may have stored a row
             results[name] = merged(results.get(name), ran[-1])
             ordered = [results[known] for known in rows if known in results]
             TESTED.write_text(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
