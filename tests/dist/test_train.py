@@ -224,7 +224,9 @@ def test_kill_and_resume_repeats_the_losses(
     reference = plain_run if num_ranks == 1 else two_rank_run
     assert curve(run_dir) == curve(reference)
     assert same_weights(run_dir, reference)
-    assert len(metrics(run_dir)) == len(metrics(reference)), "a step was logged twice"
+    # The kill may come after the commit of a checkpoint and before the line about it.
+    logged = [[row for row in metrics(run) if "speed/save_stall_seconds" not in row] for run in (run_dir, reference)]
+    assert len(logged[0]) == len(logged[1]), "a step was logged twice"
 
 
 def test_interrupt_saves_and_resumes(tmp_path: Path, plain_run: Path, arguments: list[str]) -> None:
