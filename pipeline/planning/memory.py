@@ -149,10 +149,11 @@ def loss_workspace(encoders: Encoders, setting: Setting) -> int:
         per_position = heads * 4 * channels * setting.bytes_each + 2 * 4 * (width_T + width_S)
         return int(FLASH_TEMPORARIES * positions * per_position)
     budget = TILE_ENTRIES_CPU if setting.on_cpu else TILE_ENTRIES_GPU
-    heads_per_tile = min(heads, max(1, budget // length**2))
+    rows = min(setting.micro_batch, max(1, budget // (heads * length**2)))
+    heads_per_tile = min(heads * rows, max(1, budget // length**2))
     queries = min(length, max(1, budget // (heads_per_tile * length)))
     maps = 2 * 4 * heads_per_tile * length * queries
-    return maps + 4 * length * (width_T + 3 * width_S)
+    return maps + 4 * rows * length * (width_T + 3 * width_S)
 
 
 def flash_widths(head_T: int, head_S: int, precision: str) -> list[int]:

@@ -165,7 +165,7 @@ def _chunked_s(setting: Setting, head_widths: tuple[int, int], hardware: Hardwar
     compute = flops / (hardware.device.flops_per_s("fp32") * hardware.assumptions.product_efficiency)
     if setting.on_cpu:  # a tile's maps stay in the cache, and nothing is launched
         return compute
-    tiles = setting.micro_batch * max(1.0, setting.relation_heads * setting.seq_len**2 / TILE_ENTRIES_GPU)
+    tiles = max(1.0, _entries(setting) / TILE_ENTRIES_GPU)
     traffic = 4 * CHUNKED_MAP_ACCESSES * _entries(setting)
     launches_s = CHUNKED_LAUNCHES * tiles * hardware.assumptions.launch_s
     return compute + traffic / hardware.memory_bytes_per_s + launches_s
