@@ -97,9 +97,13 @@ def prepare(config: PrepareConfig) -> list[str]:
 
 def to_compare(config: PrepareConfig, sources: dict[str, list[Source]]) -> dict[str, list[Source]]:
     """The languages whose ids have not been compared with those of the reference tokenizer."""
-    last = {name: Journal.read(config.output / name).last for name in sources}
-    compared = {name for name, entry in last.items() if entry and (entry.complete or COMPARED in entry.counts)}
-    return {name: sources[name] for name in sources if name in config.redo or name not in compared}
+
+    def is_compared(language: str) -> bool:
+        last = Journal.read(config.output / language).last
+        return last is not None and (last.complete or COMPARED in last.counts)
+
+    # a journal that `--redo` deletes may be corrupt, so it is not read
+    return {name: sources[name] for name in sources if name in config.redo or not is_compared(name)}
 
 
 def discard(config: PrepareConfig, everything: dict[str, list[Source]]) -> None:

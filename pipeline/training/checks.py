@@ -114,12 +114,15 @@ class Inputs:
 
     def check_compiler(self) -> Found:
         """Layers that are to be compiled can be."""
+        check_compiler(self.compile_keys[0], self.device)
+        return Found("torch.compile works")
+
+    @property
+    def compile_keys(self) -> list[str]:
+        """The recipe's keys that ask for compiled layers."""
         recipe = self.recipe
         asked = {"teacher_options.compile": recipe.teacher_options.compile, "student.compile": recipe.student.compile}
-        keys = [key for key, compiled in asked.items() if compiled]
-        if keys:
-            check_compiler(keys[0], self.device)
-        return Found("torch.compile works" if keys else "")
+        return [key for key, compiled in asked.items() if compiled]
 
     def check_teacher(self) -> Found:
         config = self.teacher_model.config
@@ -156,7 +159,7 @@ def start_up_checks(inputs: Inputs) -> list[Check]:
         Check("batch", inputs.check_batch, inputs.batch_facts),
         Check("shards", inputs.check_shards, lambda: {"data": inputs.source.fingerprint}),
         Check("recipe", lambda: Found("", recipe_warnings(inputs.recipe, inputs.source)), needs=opened),
-        Check("compiler of layers", inputs.check_compiler),
+        *([Check("compiler of layers", inputs.check_compiler)] if inputs.compile_keys else []),
         Check("teacher", inputs.check_teacher, lambda: dict(inputs.identity)),
         Check("tokenizer", inputs.check_teacher_and_shards, needs=both),
         # Loading XLM-R's tokenizer takes 2 s where the manifest does not say that it was compared with this one.

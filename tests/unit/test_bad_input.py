@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from pipeline.errors import EXIT_USER, exit_code_of
+from pipeline.runtime.dist import shut_down
 from pipeline.runtime.stop import STOP_SIGNALS
 from pipeline.train import main
 
@@ -35,6 +36,7 @@ def error_of(
         arguments = ["--deepspeed", str(ds), "--recipe", str(recipe), "--run-dir", str(run_dir), *sets]
         monkeypatch.setattr(sys, "argv", ["pipeline/train.py", *arguments])
         assert exit_code_of(main) == EXIT_USER
+        shut_down()  # after an error the process would end without it
         error = capsys.readouterr().err
         assert "Traceback" not in error
         paragraphs = [line for line in error.splitlines() if line.startswith("error: ")]

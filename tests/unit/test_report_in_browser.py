@@ -110,7 +110,7 @@ def test_everything_is_drawn(browser: str, page: Path) -> None:
     assert all(height > 60 for _, height in seen["sections"])
     assert [(complete, width) for complete, width, _ in seen["images"]] == [(True, 8)] * 2
     assert min(height for *_, height in seen["images"]) > 100
-    assert len(seen["plots"]) == 6
+    assert len(seen["plots"]) == 7
     assert min(seen["plots"]) > 100
     assert seen["texts"] > 50
     assert {"rgb(29, 33, 41)", "rgb(47, 95, 208)"} <= set(seen["strokes"]), "the plots have the colours of the page"
