@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help venv demo doctor gpu test test-versions lint format coverage mutants fuzz faults clean
 help: ## list the targets
-	@sed -n 's/^\([a-z%-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "make %-9s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z%-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "make %-13s %s\n", $$1, $$2 }'
 
 venv: .venv/.installed ## make .venv and install the packages that demo and tests need
 .venv/.installed: requirements.txt requirements-dev.txt
