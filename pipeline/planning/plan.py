@@ -19,7 +19,16 @@ from pipeline.planning.communication import Collective, collectives_of
 from pipeline.planning.devices import Hardware
 from pipeline.planning.memory import GIB, Memory, Setting, memory_of
 from pipeline.planning.meta_models import ADAM_BYTES, Encoders, build_encoders, read_config
-from pipeline.planning.timing import PLANNED_BACKENDS, StepTime, hooks_of_pass, loss_s, pass_s, relation_s, step_time
+from pipeline.planning.timing import (
+    PLANNED_BACKENDS,
+    Counted,
+    StepTime,
+    hooks_of_pass,
+    loss_s,
+    pass_s,
+    relation_s,
+    step_time,
+)
 from pipeline.planning.trace import PassCost, StudentCost, trace_student, trace_teacher
 from pipeline.runtime import ds_config
 from pipeline.runtime.ds_config import Precisions, split_batch
@@ -144,7 +153,7 @@ class Planner:
         setting = self.setting(nodes, gpus_per_node, stage, micro_batch)
         teacher, student = self.costs(setting)
         collectives = collectives_of(self.encoders, setting)
-        step = step_time(self.encoders, teacher, student, collectives, setting, self.hardware)
+        step = step_time(Counted(self.encoders, teacher, student, collectives), setting, self.hardware)
         stall_s, write_s = self._checkpoint_s(setting)
         evaluation_s = self._evaluation_s(setting, teacher, student)
         recipe = self.recipe

@@ -50,40 +50,37 @@ class StepTime:
         return sum(self.parts.values())
 
 
-def step_time(
-    encoders: Encoders,
-    teacher: PassCost,
-    student: StudentCost,
-    collectives: list[Collective],
-    setting: Setting,
-    hardware: Hardware,
-) -> StepTime:
+@dataclass(frozen=True)
+class Counted:
+    """What was counted of one micro-batch, and of the communication of one step."""
+
+    encoders: Encoders
+    teacher: PassCost
+    student: StudentCost
+    collectives: list[Collective]
+
+
+def step_time(counted: Counted, setting: Setting, hardware: Hardware) -> StepTime:
     """One optimizer step: `accumulation` micro-batches, then communication and update."""
     infinitely_fast = replace(hardware, assumptions=replace(hardware.assumptions, launch_s=0.0))
-    parts, busy = (_parts_s(encoders, teacher, student, collectives, setting, on) for on in (hardware, infinitely_fast))
-    micro_flops = teacher.flops + student.forward.flops + student.backward.flops + loss_flops(encoders, setting)
+    parts, busy = (_parts_s(counted, setting, on) for on in (hardware, infinitely_fast))
+    teacher, student = counted.teacher, counted.student
+    micro_flops = teacher.flops + student.forward.flops + student.backward.flops + loss_flops(counted.encoders, setting)
     return StepTime(parts, setting.accumulation * micro_flops, sum(parts.values()) - sum(busy.values()))
 
 
-def _parts_s(
-    encoders: Encoders,
-    teacher: PassCost,
-    student: StudentCost,
-    collectives: list[Collective],
-    setting: Setting,
-    hardware: Hardware,
-) -> dict[str, float]:
+def _parts_s(counted: Counted, setting: Setting, hardware: Hardware) -> dict[str, float]:
     """Seconds of each part of a step."""
-    repeats = setting.accumulation
+    encoders, student, repeats = counted.encoders, counted.student, setting.accumulation
     forward_s, backward_s = (
         pass_s(cost, setting.precision, hardware, hooks_of_pass(encoders, setting, is_backward))
         for is_backward, cost in ((False, student.forward), (True, student.backward))
     )
-    communication = sum(collective_s(collective, setting, hardware) for collective in collectives)
+    communication = sum(collective_s(collective, setting, hardware) for collective in counted.collectives)
     if setting.overlap and setting.stage > 1:
         communication = max(0.0, communication - repeats * backward_s)
     return {
-        "teacher": repeats * pass_s(teacher, setting.teacher_precision, hardware),
+        "teacher": repeats * pass_s(counted.teacher, setting.teacher_precision, hardware),
         "student": repeats * (forward_s + backward_s),
         "loss": repeats * loss_s(encoders, setting, hardware),
         "communication": communication + small_reduces_s(setting, hardware),

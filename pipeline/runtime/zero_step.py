@@ -1,4 +1,4 @@
-"""The optimizer step of ZeRO-1 and -2 in about a hundred operations, without a host read.
+"""The optimizer step of ZeRO-1 and -2 in 42 operations, without a host read.
 
 In: DeepSpeed's ZeRO optimizer after backward, with the reduced gradients of this rank's partition. Out: the step that
 DeepSpeed makes: norm, overflow check, clipping, loss scale, AdamW, all-gather. DeepSpeed 0.19.8 checks gradient by gradient

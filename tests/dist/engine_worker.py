@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.utils import is_invalid_grad_norm
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.runtime import checkpoint, dist, zero_step
 from pipeline.runtime.checkpoint_writer import CheckpointWriter
 from pipeline.runtime.engine import StudentEngine
 from pipeline.runtime.optimizer import MOMENTS, OptimizerConfig
+from tests.host_reads import HostReads
 
 OPTIMIZER = OptimizerConfig(lr=1e-2, warmup_steps=0, weight_decay=0.1)
 ROWS = 8
@@ -127,16 +127,6 @@ def execute(run: dict[str, Any], launch: dist.Launch) -> dict[str, Any]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     report["final"] = digest(engine)
     return report
-
-
-class HostReads(TorchDispatchMode):
-    """Counts the reads of a device's number inside the block: each makes the host wait."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
 
 
 def verdict_of_deepspeed(engine: StudentEngine) -> tuple[bool, float] | None:

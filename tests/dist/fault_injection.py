@@ -40,9 +40,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.errors import UserError
+from tests.host_reads import HostReads
 
 InjectedFault = dict[str, Any]
 IN_STEPS = (
@@ -137,20 +137,6 @@ def _around_steps(faults: list[InjectedFault]) -> None:
         Trainer.train = train_and_count  # type: ignore[method-assign]
     launch.build = build_with_faulty_engine
     Stepper.train_step = faulty_step  # type: ignore[method-assign]
-
-
-class HostReads(TorchDispatchMode):
-    """Counts the operations whose result the host must know before it can continue: on a GPU it waits for each of them."""
-
-    READS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "equal")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.overloadpacket.__name__ in self.READS
-        return func(*args, **(kwargs or {}))
 
 
 class FaultyEngine:

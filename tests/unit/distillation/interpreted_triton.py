@@ -15,7 +15,8 @@ import torch
 from pipeline.distillation.relations import fused, relation_kl
 from pipeline.distillation.relations.selection import FAR, NEAR, gradient_error
 from pipeline.errors import UserError
-from tests.unit.distillation.test_relation_loss import Reads, errors, loss_and_gradient, make
+from tests.host_reads import HostReads
+from tests.unit.distillation.relation_cases import errors, loss_and_gradient, make
 
 LIMITS = {torch.float32: 1e-6, torch.float16: 1e-3}
 LONG = {torch.float32: 48, torch.float16: 80}  # two tiles, the second one not full
@@ -86,7 +87,7 @@ def test_triton_reads_nothing(dtype):
     """The interpreter computes outside torch, so this counts the host's part only."""
     teacher, student = make(2, 20, 16, 12, dtype)
     student.requires_grad_()
-    with Reads() as reads:
+    with HostReads() as reads:
         for layout in ({}, {"lengths_B": torch.tensor([20, 11])}, {"segments": [[12, 8], [7, 1]]}):
             relation_kl(teacher, student, 2, backend="triton", **layout).backward()
     assert reads.count == 0

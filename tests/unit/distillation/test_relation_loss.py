@@ -11,43 +11,12 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.distillation.relations import chunked, relation_kl, relation_kl_by_row
-from pipeline.distillation.relations.backends import BACKENDS as ALL_BACKENDS
 from pipeline.distillation.relations.reference import relation_kl_reference, relation_log_probabilities
 from pipeline.errors import UserError
+from tests.host_reads import HostReads
+from tests.unit.distillation.relation_cases import BACKENDS, FAR, NEAR, errors, loss_and_gradient, make
 
 aten = torch.ops.aten
-BACKENDS = [name for name in ALL_BACKENDS if name != "triton"]  # a CPU only interprets it: test_triton_backend.py
-# Relative gradient error against float64 on the same rounded inputs.
-FAR = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # KL about 1
-NEAR = {torch.float32: 5e-6, torch.float16: 5e-3, torch.bfloat16: 2e-2}  # KL about 0.01
-
-
-def make(batch, length, width_T, width_S, dtype=torch.float32, scale=1.0, distance=None, seed=0):
-    """Teacher and student; with `distance` the student is the teacher plus that much noise."""
-    generator = torch.Generator().manual_seed(seed)
-    teacher = torch.randn(batch, length, width_T, generator=generator) * scale
-    if distance is None:
-        student = torch.randn(batch, length, width_S, generator=generator) * scale
-    else:
-        student = teacher + distance * torch.randn(batch, length, width_T, generator=generator)
-    return teacher.to(dtype), student.to(dtype)
-
-
-def loss_and_gradient(function, teacher, students, heads, lengths=None, **keywords):
-    """Loss and the gradients for the student's queries (and keys: then `teacher` is a pair as well)."""
-    leaves = [student.detach().clone().requires_grad_() for student in students]
-    loss = function(teacher, tuple(leaves) if len(leaves) == 2 else leaves[0], heads, lengths, **keywords)
-    loss.backward()
-    return loss.item(), torch.cat([leaf.grad.double().flatten() for leaf in leaves])
-
-
-def errors(teacher, students, heads, lengths=None, backend="chunked", **keywords):
-    """Relative error of loss and gradient, and the loss."""
-    exact_loss, exact = loss_and_gradient(
-        relation_kl_reference, teacher, [s.double() for s in students], heads, lengths, **keywords
-    )
-    loss, gradient = loss_and_gradient(relation_kl, teacher, students, heads, lengths, backend=backend, **keywords)
-    return abs(loss - exact_loss) / exact_loss, float((gradient - exact).norm() / exact.norm()), exact_loss
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -311,25 +280,13 @@ def test_mean_over_rows_of_any_micro_batch_split():
         assert alone.item() == pytest.approx(by_row[row].item(), rel=1e-5)
 
 
-class Reads(TorchDispatchMode):
-    """Counts what makes the host wait for a GPU: numbers that it reads, and shapes that depend on values."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.overloadpacket in (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("dtype", FAR, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_host_reads_nothing(backend, dtype):
     teacher, student = make(2, 50, 32, 24, dtype)
     student.requires_grad_()
     layouts = [{}, {"lengths_B": torch.tensor([50, 11])}, {"segments": [[20, 30], [7, 1, 25]]}]
-    with Reads() as reads:
+    with HostReads() as reads:
         for layout in layouts:
             relation_kl(teacher, student, 4, backend=backend, **layout).backward()
             relation_kl((teacher, teacher), (student, student), 4, backend=backend, **layout).backward()

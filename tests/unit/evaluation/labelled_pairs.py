@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from pathlib import Path
+
+import pytest
+
+from pipeline.evaluation.finetuning.loop import FinetuneTask, GridPoint, finetune
+from pipeline.evaluation.finetuning.xnli import XnliConfig
+from pipeline.evaluation.ranks import alone
 
 MARKERS = {"entailment": "world", "neutral": "network", "contradiction": "user"}
 FILLER = "the of and to in is file system you can with your for on that this".split()
@@ -40,3 +47,20 @@ def pair(draw: random.Random, number: int) -> tuple[str, str, str]:
     first, second = (draw.choices(FILLER, k=4) for _ in range(2))
     second.insert(draw.randrange(5), MARKERS[label])
     return " ".join(first), " ".join(second), label
+
+
+def interrupted_in_epoch_3(task: FinetuneTask, settings: XnliConfig, point: GridPoint, directory: Path) -> Path:
+    """Fine-tune until Ctrl-C in the scoring after the third epoch. Returns the state of the second."""
+    calls = 0
+
+    def score(model, split: str) -> dict:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return task.score(model, split)
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(dataclasses.replace(task, score=score), settings, point, directory, alone(), "tiny")
+    (left,) = directory.glob("step-*")
+    return left

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import json
 import random
+from importlib import metadata
 from pathlib import Path
 
+import pytest
+from packaging.version import Version
+
+from pipeline.evaluation.finetuning.squad_windows import COMPLETE_WINDOWS_SINCE
 from tests.unit.evaluation.labelled_pairs import FILLER
+
+TOKENIZERS = metadata.version("tokenizers")
+needs_all_windows = pytest.mark.skipif(
+    Version(TOKENIZERS) < Version(COMPLETE_WINDOWS_SINCE), reason=f"tokenizers {TOKENIZERS} drops windows"
+)
 
 ANSWER, WRONG = "network", "system"
 

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.__main__ import main
 from pipeline.config import load_recipe
+from pipeline.distillation.flops import forward_flops
 from pipeline.errors import EXIT_DONE, EXIT_USER, exit_code_of
 from pipeline.planning.devices import DEVICES, Hardware
 from pipeline.planning.memory import GIB
@@ -71,8 +72,10 @@ def test_operations_equal_the_formulas() -> None:
     tokens = rows * length
     teacher = tokens * (18 * (24 * 1024**2 + 4 * length * 1024) + 6 * 1024**2)
     assert trace_teacher(encoders.teacher, rows, length, "fp16").flops == teacher
+    assert rows * forward_flops(encoders.teacher, length) == teacher, "a run's TFLOP/s counts as the plan does"
     student = trace_student(encoders.student, rows, length, "fp16", 1, gradients_stay=False)
     products, attention, last = 24 * 384**2, 4 * length * 384, 6 * 384**2
+    assert rows * forward_flops(encoders.student, length) == student.forward.flops
     assert student.forward.flops == tokens * (11 * (products + attention) + last)
     assert student.backward.flops == tokens * (11 * (2 * products + 2.5 * attention) + 2 * last)
 
