@@ -178,9 +178,9 @@ def test_ctrl_c_ends_prepare_that_waits_for_its_input(tiny_tokenizer: Path, tmp_
     """The input never arrives, as from a network file system that hangs."""
     (tmp_path / "sw.txt").write_text("habari ya asubuhi\n" * 100)
     program = """
-import io, os, sys, threading, time
-from data_prep import sources
+import signal, sys, time
 from data_prep import language_job
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test in the background inherits that it is ignored
 def chunks(self):
     print("reading", flush=True)
     time.sleep(600)
