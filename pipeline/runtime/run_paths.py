@@ -1,6 +1,7 @@
 """The names of all files in a run directory, in one place.
 
-In: the run directory. Out: the path of each file. The files themselves are described in docs/reliability.md.
+In: the run directory, and of a run with several students the name of one. Out: the path of each file. What describes one
+student is in `students/NAME/`; ranks, checkpoints and markers belong to the run. docs/reliability.md describes the files.
 """
 
 from __future__ import annotations
@@ -9,24 +10,35 @@ from pathlib import Path
 
 from pipeline.runtime.restarts import restarts_file
 
+STUDENTS = "students"  # directory of a run with several students
+
 
 class RunPaths:
-    """The files of one run. `RunPaths(run_dir)` makes nothing; it only names."""
+    """The files of one run. `RunPaths(run_dir)` makes nothing; it only names.
 
-    def __init__(self, directory: Path):
-        self.directory = directory
+    Args:
+        directory: the run directory
+        student: a name in the recipe's `students`; empty for a run with one student, and for what all students share
+        group: the students of a directory that were begun together, from 1: those added to a finished run are the next group
+    """
+
+    def __init__(self, directory: Path, student: str = "", group: int = 1):
+        self.directory, self.student, self.group = directory, student, group
+        files = directory / STUDENTS / student if student else directory
         # What the run is, written before its first step; `export` reads these four.
-        self.description = directory / "run.json"  # versions, commit, ranks, data, teacher
-        self.recipe = directory / "recipe.yaml"  # with the overrides of --set
-        self.deepspeed = directory / "deepspeed.json"  # the effective config
-        self.student_config = directory / "student_config.json"  # in Hugging Face's format
+        self.description = files / "run.json"  # versions, commit, ranks, data, teacher
+        self.recipe = files / "recipe.yaml"  # with the overrides of --set
+        self.deepspeed = files / "deepspeed.json"  # the effective config
+        self.student_config = files / "student_config.json"  # in Hugging Face's format
         # What the run leaves.
-        self.checkpoints = directory / "checkpoints"  # step-N/, see runtime/checkpoint.py
-        self.metrics = directory / "metrics.jsonl"  # one JSON object per logged step
-        self.tensorboard = directory / "tensorboard"
+        self.checkpoints = directory / (
+            "checkpoints" if group == 1 else f"checkpoints-{group}"
+        )  # step-N/, see runtime/checkpoint.py
+        self.metrics = files / "metrics.jsonl"  # one JSON object per logged step
+        self.tensorboard = directory / "tensorboard" / student
         self.logs = directory / "logs"
-        self.spikes = directory / "spikes.jsonl"  # losses far above the ones before them, with their rows
-        self.bad_batch = directory / "bad_batch.json"  # rows of the non-finite step that ended the run
+        self.spikes = files / "spikes.jsonl"  # losses far above the ones before them, with their rows
+        self.bad_batch = files / "bad_batch.json"  # rows of the non-finite step that ended the run
         # Markers: STOP comes from the user, the others say how the last start ended. FAILED comes from slurm/.
         self.stop = directory / "STOP"
         self.done = directory / "DONE"
