@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline.errors import UserError
+from pipeline.recipe.text import parse, shown
 from pipeline.runtime.restarts import restarts_file
 
 STUDENTS = "students"  # directory of a run with several students
@@ -67,3 +69,32 @@ class RunPaths:
     def stacks(self, rank: int, is_dry_run: bool = False) -> Path:
         """The stacks of this rank's threads, where it hung. A dry run leaves those of earlier starts alone."""
         return self.logs / f"{'dry-run-' if is_dry_run else ''}stacks-rank{rank}.txt"
+
+
+def students_of(run_dir: Path) -> list[str]:
+    """The names of a run's students, in the order of its recipe; none where the run has one student without a name."""
+    directory = run_dir / STUDENTS
+    if not directory.is_dir():
+        return []
+    present = sorted(path.name for path in directory.iterdir() if path.is_dir())
+    try:
+        in_order = list(parse(RunPaths(run_dir).recipe.read_text(encoding="utf-8"))["students"])
+    except (OSError, ValueError, KeyError, TypeError):
+        in_order = []
+    return sorted(present, key=lambda name: (in_order.index(name) if name in in_order else len(in_order), name))
+
+
+def one_student(run_dir: Path, asked: str | None) -> str:
+    """The student that a command is about: the one of `--student`, or "" in a run with one student without a name.
+
+    Raises:
+        UserError: the run has several students and none is named, or it has not the one that is
+    """
+    names = students_of(run_dir)
+    if asked is None and not names:
+        return ""
+    if asked not in names:
+        has = f"has the students {', '.join(names)}" if names else "has one student, without a name"
+        fix = f"Add --student {names[0]}, or another of these" if names else "Leave --student out"
+        raise UserError(f"{run_dir} {has}{'' if asked is None else f', and none called {shown(asked)}'}. {fix}")
+    return asked

@@ -91,7 +91,7 @@ def test_an_override_reaches_one_student_of_a_family(tmp_path):
         ("[a, b]", "`students` must map at least one name"),
     ],
 )
-def test_a_family_that_cannot_be_is_refused_by_name(tmp_path, students, message):
+def test_a_family_that_cannot_be_is_rejected_by_name(tmp_path, students, message):
     with pytest.raises(UserError) as found:
         load(tmp_path, f"{FAMILY.partition('students:')[0]}\nstudents: {students}\n")
     assert message in " ".join(str(found.value).split())
