@@ -8,11 +8,13 @@ key and the nearest valid key.
 from __future__ import annotations
 
 import dataclasses
+import re
 import reprlib
 import shlex
 import sys
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,11 +29,15 @@ from pipeline.recipe.ranges import LARGEST_BATCH, LARGEST_INT, LARGEST_WEIGHT, L
 from pipeline.recipe.text import Plain, apply_override, parse, read_yaml, shown
 from pipeline.runtime.anomalies import GuardConfig
 from pipeline.runtime.checkpoint import CheckpointConfig
+from pipeline.runtime.evaluations import StopConfig
 from pipeline.runtime.metrics import MetricsConfig
 from pipeline.runtime.optimizer import OptimizerConfig
 
 # Sections that earlier recipes had and that only evaluation reads now. They stay valid, so no recipe has to be edited.
 EVALUATION_SECTIONS = ("retrieval",)
+# What may differ between the students of one run. Teacher, text, rows and number of steps are the same for all.
+PER_STUDENT = {"student": StudentConfig, "relations": RelationsConfig, "optimizer": OptimizerConfig}
+_STUDENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]{0,63}")
 _SHORT = reprlib.Repr()  # a message shows the start of a value; nested YAML aliases could expand to terabytes
 _SHORT.maxlevel = 2
 _TYPE_NAMES: dict[Any, str] = {str: "text", int: "int", float: "a finite number", bool: "true or false"}
@@ -63,8 +69,10 @@ class Recipe:
     relations: RelationsConfig = field(default_factory=RelationsConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    students: dict[str, dict] | None = None  # name: what differs in student, relations, optimizer; one teacher for all
     save_every: int = 1000  # steps between checkpoints; the last step is always saved
     eval_every: int = 1000  # steps between held-out evaluations; the last step is always evaluated
+    stop_when: StopConfig = field(default_factory=StopConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
@@ -100,12 +108,25 @@ class Recipe:
         """Directory or hub name of the tokenizer that the shards and the student use."""
         return self.vocabulary or self.teacher
 
+    def members(self) -> dict[str, Recipe]:
+        """Name -> the recipe with which that student would be trained alone. Without `students`: "" -> this recipe."""
+        if self.students is None:
+            return {"": self}
+        return {name: self._of_student(changes) for name, changes in self.students.items()}
+
+    def _of_student(self, changes: dict[str, dict[str, Any]]) -> Recipe:
+        sections = {
+            section: build_section(cls, {**as_tree(getattr(self, section)), **changes.get(section, {})}, section)
+            for section, cls in PER_STUDENT.items()
+        }
+        return dataclasses.replace(self, students=None, **sections)
+
 
 def load_recipe(path: Path, overrides: list[str]) -> Recipe:
     """Read a recipe and apply `--set key=value` overrides in order. Raises `UserError` with file and key."""
     tree = _recipe_tree(path, overrides)
     try:
-        recipe = build_section(Recipe, without_evaluation(tree), "")
+        recipe = build_recipe(tree)
     except UserError as error:
         where = f"{path}" + "".join(f" --set {shown(shlex.quote(override))}" for override in overrides)
         raise UserError(f"{where}: {error}") from None
@@ -140,9 +161,68 @@ def without_evaluation(tree: Any) -> Any:
 def tree_of_recipe(text: str, where: str) -> dict[str, Any]:
     """The plain tree of the `recipe.yaml` in a run directory, checked as a recipe is; `where` names the file in messages."""
     try:
-        return as_tree(build_section(Recipe, without_evaluation(parse(text)), ""))
+        return as_tree(build_recipe(parse(text)))
     except ValueError as error:
         raise UserError(f"{where} is not a recipe of this version: {error}") from None
+
+
+def build_recipe(tree: Any) -> Recipe:
+    """A recipe from what YAML gave for it. Raises `UserError`: unknown key, wrong type or impossible value."""
+    tree = without_evaluation(tree)
+    students = tree.pop("students", None) if isinstance(tree, dict) else None
+    recipe: Recipe = build_section(Recipe, tree, "")
+    if students is not None and not (isinstance(students, Plain) and students.value is None):
+        recipe.students = _differences_of_students(recipe, students)
+    return recipe
+
+
+def _differences_of_students(recipe: Recipe, students: Any) -> dict[str, dict[str, dict[str, Any]]]:
+    """Name -> section -> the keys that are given for this student, with the types of the section."""
+    if not isinstance(students, dict) or not students:
+        raise UserError(
+            "`students` must map at least one name to what differs, like `students: {small: {student: {layers: 3}}}`"
+        )
+    typed: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, changes in students.items():
+        _check_student_name(str(name), typed)
+        is_empty = changes is None or (isinstance(changes, Plain) and changes.value is None)
+        try:
+            typed[str(name)] = {} if is_empty else _typed_differences(recipe, changes)
+        except UserError as error:
+            raise UserError(f"students.{name}: {error}") from None
+    return typed
+
+
+def _typed_differences(recipe: Recipe, changes: Any) -> dict[str, dict[str, Any]]:
+    typed = {}
+    if not isinstance(changes, dict):
+        raise UserError(f"must be a section with keys, not {_SHORT.repr(changes)}")
+    for section, given in changes.items():
+        cls = PER_STUDENT.get(section)
+        if cls is None:
+            known = {f.name for f in dataclasses.fields(Recipe)}
+            problem = "cannot differ between the students of a run" if section in known else "is no key of a student"
+            raise UserError(f"`{_SHORT.repr(str(section))[1:-1]}` {problem}; what can differ: {', '.join(PER_STUDENT)}")
+        if not isinstance(given, dict):
+            raise UserError(f"`{section}` must be a section with keys, not {_SHORT.repr(given)}")
+        built = as_tree(build_section(cls, {**as_tree(getattr(recipe, section)), **given}, section))
+        typed[str(section)] = {str(key): built[key] for key in given}
+    if typed.get("relations", {}).get("after_rotary", recipe.relations.after_rotary) != recipe.relations.after_rotary:
+        raise UserError(
+            "`relations.after_rotary` cannot differ between the students of a run: the teacher is read once"
+        )
+    return typed
+
+
+def _check_student_name(name: str, earlier: Iterable[str]) -> None:
+    """Names are directories of the run, also where case makes no difference, and parts of the keys of --set."""
+    if not _STUDENT_NAME.fullmatch(name):
+        raise UserError(
+            f"`students` names {_SHORT.repr(name)}, which cannot name files: use letters, digits, _, + and -, at most 64, "
+            "with a letter or digit first"
+        )
+    if twin := next((other for other in earlier if other.lower() == name.lower()), None):
+        raise UserError(f"`students` names {twin} and {name}, which are one directory on some file systems; rename one")
 
 
 def build_section(cls: type, tree: Any, where: str) -> Any:

@@ -26,7 +26,9 @@ MAY_CHANGE = (
     "save_every",
     "eval_every",
     "micro_batch_per_gpu",
+    "students",  # each student of a run is compared on its own
     "deterministic",
+    "stop_when",
     "checkpoint",
     "guard",
     "metrics",

@@ -54,10 +54,17 @@ def recipe_table() -> str:
     rows = [["recipe", "teacher", "read at layer", "relation heads", "student", "starts from", "steps"]]
     for path in sorted((REPO / "recipes").glob("*.yaml")):
         recipe = load_recipe(path, [])
-        student = f"{recipe.student.layers} x {recipe.student.hidden}"
-        relations = recipe.relations
-        facts = [relations.teacher_taps or "last", relations.heads, student, recipe.student.init, f"{recipe.steps:,}"]
-        rows.append([f"[{path.stem}](../recipes/{path.name})", recipe.teacher, *map(str, facts)])
+        facts = [
+            (
+                r.relations.teacher_taps or "last",
+                r.relations.heads,
+                f"{r.student.layers} x {r.student.hidden}",
+                r.student.init,
+            )
+            for r in recipe.members().values()
+        ]
+        cells = [", ".join(dict.fromkeys(map(str, of_all))) for of_all in zip(*facts, strict=True)]
+        rows.append([f"[{path.stem}](../recipes/{path.name})", recipe.teacher, *cells, f"{recipe.steps:,}"])
     return markdown(rows)
 
 

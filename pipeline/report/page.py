@@ -25,7 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data_prep.durable_files import replace_file
 from data_prep.outputs import output_path
-from pipeline.config import Recipe, as_tree, build_section
+from pipeline.config import Recipe, as_tree, build_recipe
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import POOLINGS
 from pipeline.evaluation.languages import left_out_line
@@ -256,7 +256,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     known = {field.name for field in fields(Recipe)}
     given = {key: value for key, value in read_yaml(path).items() if key in known}
     try:
-        tree = as_tree(build_section(Recipe, given, ""))
+        tree = as_tree(build_recipe(given))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return {key: value for key, value in tree.items() if key in given}
