@@ -26,6 +26,7 @@ from pipeline.evaluation.tables import markdown_table
 from pipeline.evaluation.training_metadata import training_metadata
 from pipeline.export.card_tables import measured_sections
 from pipeline.runtime.json_files import read_json
+from pipeline.training.identity import START_WEIGHTS
 
 LINEAGE_FILE, VOCABULARY_FILE, CARD_FILE = "lineage.json", "vocabulary.json", "README.md"
 LOADING = """## How to load it
@@ -108,7 +109,8 @@ def lineage_of(run: dict[str, Any], state: dict[str, Any], recipe_text: str) -> 
         "relation_heads": relations["heads"],
         "relations": relations["pairs"],
         **({} if tail == "none" else {"tail": {tail: relations["tail_weight"]}}),
-        "student_start": student["init"],
+        "student_start": _start_of(student["init"], state.get("identity") or {}),
+        **({"trained_length": run["trained_length"]} if "trained_length" in run else {}),
         **({"dropout": run["dropout"]} if "dropout" in run else {}),
         "steps": state["step"],
         "samples": state["samples"],
@@ -123,6 +125,10 @@ def lineage_of(run: dict[str, Any], state: dict[str, Any], recipe_text: str) -> 
         **({"identity": state["identity"]} if state.get("identity") else {}),
         "recipe": recipe,
     }
+
+
+def _start_of(init: str, identity: dict[str, str]) -> str:
+    return f"{init} (weights {identity[START_WEIGHTS][:12]})" if START_WEIGHTS in identity else init
 
 
 def _matched_layers(run: dict[str, Any], relations: dict[str, Any]) -> dict[str, Any]:
@@ -225,14 +231,15 @@ def length_note(directory: Path) -> str:
     positions, trained = usable_positions(load_config(directory, "student")), about.get("seq_len")
     if trained is None or trained >= positions:
         return ""
-    if about["longest"] is None:
+    longest = about["longest"]
+    if longest is None or longest >= positions:
         return (
             f"It was trained on rows of {trained} tokens and accepts {positions}; the position embeddings after {trained} are "
-            "those of the teacher."
+            f"those of the {about['started_from']}."
         )
     return (
-        f"It was trained from random weights on rows of {trained} tokens and accepts {positions}, but positions after {trained} "
-        f"were never trained: cut inputs at {trained} tokens (the tokenizer and the sentence-transformers settings do)."
+        f"It was trained from random weights on rows of {longest} tokens and accepts {positions}, but positions after {longest} "
+        f"were never trained: cut inputs at {longest} tokens (the tokenizer and the sentence-transformers settings do)."
     )
 
 

@@ -33,8 +33,9 @@ from pipeline.runtime.ds_config import BatchShape, Precisions
 from pipeline.runtime.engine import device_precisions
 from pipeline.training.agreement import settings_facts
 from pipeline.training.how_to_prepare import how_to_prepare, text_of
-from pipeline.training.identity import Identity, identity_of
+from pipeline.training.identity import Identity, identity_of, start_identity
 from pipeline.training.recipe_warnings import recipe_warnings
+from pipeline.training.student_start import check_start, read_start, trained_length
 
 
 class Found(NamedTuple):
@@ -91,6 +92,16 @@ class Inputs:
         """Of teacher, tokenizer and vocabulary, by content: reads all weights."""
         return identity_of(self.recipe.teacher, self.recipe.vocabulary)
 
+    @cached_property
+    def trained_length(self) -> int | None:
+        return trained_length(self.recipe)
+
+    @cached_property
+    def start_hashes(self) -> Identity:
+        """Of the encoder that the student starts from, if it is not the teacher: reads all its weights."""
+        name = self.recipe.student.start_encoder
+        return {} if name is None else start_identity(read_start(name))
+
     # -- what the checks below look at
 
     def check_batch(self) -> Found:
@@ -130,6 +141,13 @@ class Inputs:
         shape = f"{config.num_hidden_layers} layers x {config.hidden_size}"
         return Found(f"{config.model_type}, {shape}, read at layer {layers}")
 
+    def start_facts(self) -> dict[str, Any]:
+        return {**self.start_hashes, "trained length of the encoder of `student.init`": self.trained_length}
+
+    def check_start(self) -> Found:
+        """The encoder that the student starts from has the student's shape and tokenizer."""
+        return Found(check_start(self.recipe, self.teacher_model.config))
+
     def check_teacher_and_shards(self) -> Found:
         check_fit(self.recipe, self.source.shards, self.teacher_model)
         return Found("tokenizer as the shards'")
@@ -161,6 +179,11 @@ def start_up_checks(inputs: Inputs) -> list[Check]:
         Check("recipe", lambda: Found("", recipe_warnings(inputs.recipe, inputs.source)), needs=opened),
         *([Check("compiler of layers", inputs.check_compiler)] if inputs.compile_keys else []),
         Check("teacher", inputs.check_teacher, lambda: dict(inputs.identity)),
+        *(
+            [Check("student", inputs.check_start, inputs.start_facts, needs=("teacher",))]
+            if inputs.recipe.student.start_encoder
+            else []
+        ),
         Check("tokenizer", inputs.check_teacher_and_shards, needs=both),
         # Loading XLM-R's tokenizer takes 2 s where the manifest does not say that it was compared with this one.
         Check("ids", inputs.check_ids, needs=(*both, "tokenizer"), is_for_rank_0=True, fix=new_shards),
