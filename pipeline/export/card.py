@@ -2,6 +2,8 @@
 
     python -m pipeline card STUDENT runs/quickstart runs/evaluation      writes STUDENT/README.md again
 
+Of a run with several students, the figures are those of the student that was exported, or of --student.
+
 In: an export and directories with figures (`card_tables.py`). Out: the content of the export's `lineage.json`, and the
 Markdown of its README.md.
 """
@@ -26,6 +28,7 @@ from pipeline.evaluation.tables import markdown_table
 from pipeline.evaluation.training_metadata import training_metadata
 from pipeline.export.card_tables import measured_sections
 from pipeline.runtime.json_files import read_json
+from pipeline.runtime.run_paths import RunPaths, one_student, students_of
 from pipeline.training.identity import START_WEIGHTS
 
 LINEAGE_FILE, VOCABULARY_FILE, CARD_FILE = "lineage.json", "vocabulary.json", "README.md"
@@ -50,6 +53,7 @@ FP16 = "The weights are stored in fp16; `dtype=torch.float32` computes in fp32, 
 USE = """The encoder is for fine-tuning, or for sentence vectors: the mean of `last_hidden_state` over real tokens.
 It has no pooler: `pooler_output`, where the class has it, is random."""
 LABELS = {
+    "student": "student of the run",
     "teacher": "teacher",
     "teacher_layer": "teacher layer (from 1)",
     "student_layer": "student layer (from 1)",
@@ -78,6 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "measured", type=Path, nargs="*", metavar="DIR", help="run directories and outputs of `pipeline evaluate`"
     )
+    parser.add_argument(
+        "--student",
+        dest="student_name",
+        metavar="NAME",
+        help="whose figures, of runs with several students (default: the student that was exported)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -88,15 +98,29 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"{arguments.student} has no {LINEAGE_FILE}: it is not an export. Make one: python -m pipeline export RUN_DIR --output STUDENT"
         )
-    write_card(arguments.student, arguments.measured)
+    write_card(arguments.student, _of_student(arguments.measured, arguments.student_name, arguments.student))
     print(f"model card: {arguments.student / CARD_FILE}")
+
+
+def _of_student(measured: Sequence[Path], asked: str | None, export: Path) -> list[Path]:
+    """The directories with figures; of a run with several students, the directory of the one that is asked for.
+
+    Without `asked` it is the one that `export` is of.
+    """
+    if asked is not None and not any(students_of(directory) for directory in measured):
+        one_student(measured[0] if measured else export, asked)  # raises: it has no students with names
+    name = asked or read_json(export / LINEAGE_FILE).get("student")
+    return [
+        RunPaths(directory, one_student(directory, name)).metrics.parent if students_of(directory) else directory
+        for directory in measured
+    ]
 
 
 def lineage_of(run: dict[str, Any], state: dict[str, Any], recipe_text: str) -> dict[str, Any]:
     """The lineage of a student, from what its run recorded.
 
     Args:
-        run: content of run.json
+        run: content of run.json, and `student`, the student's name in a run with several
         state: content of the checkpoint's state.json
         recipe_text: content of recipe.yaml
     """
@@ -104,6 +128,7 @@ def lineage_of(run: dict[str, Any], state: dict[str, Any], recipe_text: str) -> 
     relations, student = recipe["relations"], recipe["student"]
     tail = relations.get("tail", "none")
     return {
+        **({"student": run["student"]} if run.get("student") else {}),
         "teacher": run["teacher"],
         **_matched_layers(run, relations),
         "relation_heads": relations["heads"],

@@ -24,15 +24,14 @@ from pipeline.distillation.models.student_init import START_ENCODER, check_start
 from pipeline.distillation.models.vocabulary import read_vocabulary
 from pipeline.errors import UserError
 from pipeline.runtime.json_files import read_json_if_there
-from pipeline.runtime.run_paths import RunPaths, students_of
+from pipeline.runtime.run_paths import is_run_directory, students_of
 
 
 def read_start(name: str) -> ModelFiles:
     """Config and tensor table of the encoder. Raises `UserError`; that of a run directory names the command that exports it."""
     directory = find_directory(name, START_ENCODER)
-    names = students_of(directory)
-    if not (directory / CONFIG_FILE).exists() and (names or RunPaths(directory).description.is_file()):
-        output = str(directory / "student")
+    if not (directory / CONFIG_FILE).exists() and is_run_directory(directory):
+        names, output = students_of(directory), str(directory / "student")
         one = ["--student", names[0]] if names else []
         export = shlex.join(["python", "-m", "pipeline", "export", str(directory), *one, "--output", output])
         raise UserError(
