@@ -48,10 +48,9 @@ def recipe_findings(
     inputs = Inputs(recipe, recipe_path, ds_path, num_ranks, device, _blank_teacher)
     found: list[Finding] = []
     failed: set[str] = set()
-    models = {"teacher": recipe.teacher, "student": recipe.student.start_encoder}
     for check in start_up_checks(inputs):
-        if (model := models.get(check.subject)) is not None:
-            weights = model_finding(check.subject, model)
+        if check.model is not None:
+            weights = model_finding(check.subject, check.model)
             found.append(weights)
             failed |= {check.subject} if weights.status != "ok" else set()
         if failed.isdisjoint({check.subject, *check.needs}):

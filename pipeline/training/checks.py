@@ -1,6 +1,6 @@
 """The start-up checks of a run: one list for training, `--dry-run` and `python -m pipeline doctor`.
 
-In: an `Inputs` (recipe, DeepSpeed JSON, ranks, device). Out: `Found` per check, or a `UserError` or `DataError` that says
+In: an `Inputs` per student (recipe, DeepSpeed JSON, ranks, device). Out: `Found` per check, or a `UserError` or `DataError` that says
 what is wrong and how to fix it. Nothing is written. Training runs the list on every rank (build.py), and doctor in one
 process, with a teacher without weights (doctor/recipe.py). Checks that need all ranks: runtime/preflight.py.
 """
@@ -8,8 +8,8 @@ process, with a teacher without weights (doctor/recipe.py). Checks that need all
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from pipeline.distillation.models.teacher import check_vocabulary
 from pipeline.distillation.models.vocabulary import cut_embedding, read_vocabulary
 from pipeline.distillation.relations.loss import check_heads
 from pipeline.distillation.tap import tap
-from pipeline.errors import UserError
+from pipeline.errors import UserError, about_student
 from pipeline.runtime import ds_config
 from pipeline.runtime.ds_config import BatchShape, Precisions
 from pipeline.runtime.engine import device_precisions
@@ -55,6 +55,7 @@ class Inputs:
     num_ranks: int
     device: torch.device
     load_teacher: Callable[[Recipe], PreTrainedModel]  # all its layers, with the embeddings of the recipe's vocabulary
+    first: Inputs | None = None  # another student's of the same run, whose data and teacher these are too
 
     @cached_property
     def batch(self) -> BatchShape:
@@ -81,16 +82,16 @@ class Inputs:
 
     @cached_property
     def source(self) -> BatchSource:
-        return open_data(self.recipe)
+        return self.first.source if self.first else open_data(self.recipe)
 
     @cached_property
     def teacher_model(self) -> PreTrainedModel:
-        return self.load_teacher(self.recipe)
+        return self.first.teacher_model if self.first else self.load_teacher(self.recipe)
 
     @cached_property
     def identity(self) -> Identity:
         """Of teacher, tokenizer and vocabulary, by content: reads all weights."""
-        return identity_of(self.recipe.teacher, self.recipe.vocabulary)
+        return self.first.identity if self.first else identity_of(self.recipe.teacher, self.recipe.vocabulary)
 
     @cached_property
     def trained_length(self) -> int | None:
@@ -167,10 +168,54 @@ class Check:
     needs: tuple[str, ...] = ()  # subjects without which it cannot look
     is_for_rank_0: bool = False  # slow, and the same on every rank
     fix: str = ""  # what to do about a warning
+    student: str = ""  # that it is about, in a run with several
+    model: str | None = (
+        None  # directory or hub name, whose weights doctor looks at first: it builds models without them
+    )
+
+
+# Subjects of checks that depend on the student. The first is about rows and ranks as well.
+OF_EACH_STUDENT = ("batch", "recipe", "compiler of layers", "teacher", "student", "tokenizer")
+
+
+def inputs_of(recipe: Recipe, inputs: Inputs) -> dict[str, Inputs]:
+    """Name -> `inputs` for each student of a recipe, which all share teacher and data with the first."""
+    of_members: dict[str, Inputs] = {}
+    for name, member in recipe.members().items():
+        first = next(iter(of_members.values()), None)
+        of_members[name] = replace(inputs, recipe=member, first=first)
+    return of_members
+
+
+def checks_of_run(of_members: Mapping[str, Inputs]) -> list[Check]:
+    """The checks of all students of a run. What is about teacher and data alone is checked once, with the first student."""
+    checks = []
+    for name, inputs in of_members.items():
+        own = [c for c in start_up_checks(inputs) if inputs.first is None or c.subject in OF_EACH_STUDENT]
+        checks += [_of_student(name, check, inputs.first is None) if name else check for check in own]
+    return checks
+
+
+def _of_student(name: str, check: Check, is_first: bool) -> Check:
+    """A check whose subject, facts and errors name the student, where it is about one."""
+    if is_first and check.subject not in OF_EACH_STUDENT[1:]:
+        return check
+
+    def look() -> Found:
+        with about_student(name):
+            return check.look()
+
+    def facts() -> dict[str, Any]:
+        with about_student(name):
+            return {f"{key} (student {name})": fact for key, fact in check.facts().items()}
+
+    own_facts = facts if not is_first or check.subject == "student" else check.facts
+    subject = check.subject if is_first else f"{check.subject} of {name}"
+    return replace(check, subject=subject, look=look, facts=own_facts, student=name)
 
 
 def start_up_checks(inputs: Inputs) -> list[Check]:
-    """All checks, in the order in which a run meets them: the cheap ones first."""
+    """All checks of one student, in the order in which a run meets them: the cheap ones first."""
     opened, both = ("shards",), ("shards", "teacher")
     new_shards = "python -m data_prep prepare ... --output NEW_DIRECTORY"
     return [
@@ -178,16 +223,20 @@ def start_up_checks(inputs: Inputs) -> list[Check]:
         Check("shards", inputs.check_shards, lambda: {"data": inputs.source.fingerprint}),
         Check("recipe", lambda: Found("", recipe_warnings(inputs.recipe, inputs.source)), needs=opened),
         *([Check("compiler of layers", inputs.check_compiler)] if inputs.compile_keys else []),
-        Check("teacher", inputs.check_teacher, lambda: dict(inputs.identity)),
-        *(
-            [Check("student", inputs.check_start, inputs.start_facts, needs=("teacher",))]
-            if inputs.recipe.student.start_encoder
-            else []
+        Check(
+            *("teacher", inputs.check_teacher, lambda: dict(inputs.identity)),
+            model=None if inputs.first else inputs.recipe.teacher,
         ),
+        *([_start_check(inputs)] if inputs.recipe.student.start_encoder else []),
         Check("tokenizer", inputs.check_teacher_and_shards, needs=both),
         # Loading XLM-R's tokenizer takes 2 s where the manifest does not say that it was compared with this one.
         Check("ids", inputs.check_ids, needs=(*both, "tokenizer"), is_for_rank_0=True, fix=new_shards),
     ]
+
+
+def _start_check(inputs: Inputs) -> Check:
+    encoder = inputs.recipe.student.start_encoder
+    return Check("student", inputs.check_start, inputs.start_facts, needs=("teacher",), model=encoder)
 
 
 def open_data(recipe: Recipe) -> BatchSource:
