@@ -65,6 +65,7 @@ LABELS = {
     "dropout": "dropout in the distillation, in config.json",
     "steps": "steps",
     "samples": "samples (rows)",
+    "ended": "ended early",
     "seq_len": "tokens per row",
     "languages": "languages",
     "vocabulary": "vocabulary cut before training",
@@ -137,8 +138,7 @@ def lineage_of(run: dict[str, Any], state: dict[str, Any], recipe_text: str) -> 
         "student_start": _start_of(student["init"], state.get("identity") or {}),
         **({"trained_length": run["trained_length"]} if "trained_length" in run else {}),
         **({"dropout": run["dropout"]} if "dropout" in run else {}),
-        "steps": state["step"],
-        "samples": state["samples"],
+        **_steps_of(state, recipe),
         "seq_len": recipe["seq_len"],
         "languages": run["languages"],
         **({"vocabulary": run["vocabulary"]} if run.get("vocabulary") else {}),
@@ -149,6 +149,18 @@ def lineage_of(run: dict[str, Any], state: dict[str, Any], recipe_text: str) -> 
         "precision": state["precision"],
         **({"identity": state["identity"]} if state.get("identity") else {}),
         "recipe": recipe,
+    }
+
+
+def _steps_of(state: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
+    """Steps and samples; of a student that ended before the run, those that it learned from, and why it ended."""
+    ended = state.get("ended")
+    if not ended:
+        return {"steps": state["step"], "samples": state["samples"]}
+    return {
+        "steps": ended["step"],
+        "samples": ended["step"] * recipe["global_batch"],
+        "ended": ended["reason"],
     }
 
 

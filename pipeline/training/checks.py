@@ -217,16 +217,14 @@ def _of_student(name: str, check: Check, is_first: bool) -> Check:
 def start_up_checks(inputs: Inputs) -> list[Check]:
     """All checks of one student, in the order in which a run meets them: the cheap ones first."""
     opened, both = ("shards",), ("shards", "teacher")
+    teacher = None if inputs.first else inputs.recipe.teacher  # the same for all students of a run
     new_shards = "python -m data_prep prepare ... --output NEW_DIRECTORY"
     return [
         Check("batch", inputs.check_batch, inputs.batch_facts),
         Check("shards", inputs.check_shards, lambda: {"data": inputs.source.fingerprint}),
         Check("recipe", lambda: Found("", recipe_warnings(inputs.recipe, inputs.source)), needs=opened),
         *([Check("compiler of layers", inputs.check_compiler)] if inputs.compile_keys else []),
-        Check(
-            *("teacher", inputs.check_teacher, lambda: dict(inputs.identity)),
-            model=None if inputs.first else inputs.recipe.teacher,
-        ),
+        Check("teacher", inputs.check_teacher, lambda: dict(inputs.identity), model=teacher),
         *([_start_check(inputs)] if inputs.recipe.student.start_encoder else []),
         Check("tokenizer", inputs.check_teacher_and_shards, needs=both),
         # Loading XLM-R's tokenizer takes 2 s where the manifest does not say that it was compared with this one.

@@ -74,7 +74,8 @@ def check_start_shape(name: str, given: PretrainedConfig, expected: PretrainedCo
     if not differing:
         return
     what = "; ".join(f"{SHAPE[key]} {has[key]}, not {needs[key]} ({_decided_by(key)})" for key in differing)
-    settings = " ".join(f"--set {key}={has[key]}" for key in differing if key in OF_RECIPE)
+    too = {"student.ffn"} if "student.hidden" in differing else set()  # its default follows the width
+    settings = " ".join(f"--set {key}={has[key]}" for key in has if key in OF_RECIPE & {*differing, *too})
     fixes = [f"For a student of this shape: {settings}"] if settings else []
     if not OF_RECIPE.issuperset(differing):
         fixes.append(

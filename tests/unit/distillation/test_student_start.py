@@ -123,13 +123,15 @@ def test_another_shape_is_named_with_its_fix(of_encoder: dict, of_recipe: dict, 
 
 
 def test_the_printed_settings_give_the_encoders_shape(tmp_path: Path) -> None:
+    """Also where the FFN width, which by default follows the width, differs only after the width is set."""
     init = save(narrow("xlm-roberta"), tmp_path)
-    with pytest.raises(UserError) as caught:
-        build_student(tiny_encoder("xlm-roberta"), StudentConfig(init=init), 0)
-    settings = dict(word.split("=") for word in str(caught.value).split() if word.startswith("student."))
-    shape = {key.removeprefix("student."): int(value) for key, value in settings.items()}
-    assert shape == SHAPE
-    build_student(tiny_encoder("xlm-roberta"), StudentConfig(**shape, init=init), 0)
+    for before in ({}, {"hidden": 15, "heads": 5}):  # 4 x 15 is the encoder's FFN width
+        with pytest.raises(UserError) as caught:
+            build_student(tiny_encoder("xlm-roberta"), StudentConfig(**before, init=init), 0)
+        settings = dict(word.split("=") for word in str(caught.value).split() if word.startswith("student."))
+        shape = {key.removeprefix("student."): int(value) for key, value in settings.items()}
+        assert shape == SHAPE
+        build_student(tiny_encoder("xlm-roberta"), StudentConfig(**shape, init=init), 0)
 
 
 def test_weights_that_are_not_finite(tmp_path: Path) -> None:

@@ -116,6 +116,17 @@ def test_the_lineage_names_every_pair_of_several_layers() -> None:
     assert "last" not in json.dumps({key: value for key, value in found.items() if key != "recipe"})
 
 
+def test_the_lineage_of_a_student_that_ended_before_its_run() -> None:
+    """Its weights are those of an earlier step than the checkpoint's."""
+    ended = {"step": 5, "reason": "no lower held-out loss in 2 evaluations"}
+    found = lineage_of({**RUN, "student": "small"}, {**STATE, "ended": ended}, recipe_to_yaml(Recipe(global_batch=8)))
+    assert (found["student"], found["steps"], found["samples"], found["ended"]) == ("small", 5, 40, ended["reason"])
+    assert (
+        not {"student", "ended"}
+        & lineage_of({**RUN, "student": ""}, {**STATE, "ended": None}, recipe_to_yaml(Recipe())).keys()
+    )
+
+
 def test_the_built_student_knows_which_layer_null_means() -> None:
     teacher = tiny_encoder("bert")
     assert build_student(teacher, StudentConfig(**SHAPE), 0).matched == [(4, 2)]
