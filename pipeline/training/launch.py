@@ -60,6 +60,11 @@ def run_from_files(options: RunOptions) -> None:
     _print_first_lines(options, launch)
     recipe, paths = load_recipe(options.recipe_path, options.overrides), RunPaths(options.run_dir)
     reads = {"the teacher": Path(recipe.teacher), "the shards": Path(recipe.data)}
+    reads |= {
+        f"the encoder of `student.init`{f' of {name}' * bool(name)}": Path(encoder).expanduser()
+        for name, member in recipe.members().items()
+        if (encoder := member.student.start_encoder) is not None
+    }
     writes = {paths.recipe.name: options.recipe_path, paths.deepspeed.name: options.ds_path}
     check_run_directory(paths.directory, writes, reads)
     stop = StopRequests(paths.stop, recipe.guard.deadline_margin_s)
