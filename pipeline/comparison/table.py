@@ -86,4 +86,7 @@ def notes(students: Sequence[StudentRun]) -> list[str]:
 
 def not_comparable(keys: Sequence[str]) -> str:
     """Why held-out losses say nothing about which student is better."""
-    return f"The held-out losses measure different things, because {', '.join(keys)} differ: they do not tell which student is better."
+    return (
+        f"The held-out losses measure different things ({', '.join(keys)} not the same for all), so they do not tell which "
+        "student is better."
+    )

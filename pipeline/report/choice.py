@@ -101,7 +101,10 @@ def choose(students: Sequence[StudentRun], measures: Sequence[Measure], by: str 
     measure = named[by or HELDOUT]
     if by is None and measure.caveat:
         other = f"Choose by an evaluated figure: --by {', --by '.join(others)}." if others else evaluate_first(students)
-        return None, f"None is chosen by the held-out loss, because it does not compare. {other} Or insist: --by {HELDOUT}."
+        return (
+            None,
+            f"None is chosen by the held-out loss, because it does not compare. {other} Or insist: --by {HELDOUT}.",
+        )
     if not measure.values:
         if by is not None:
             raise UserError(f"--by {by}: no student has a finite figure yet. Wait for the first evaluation")

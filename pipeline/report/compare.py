@@ -49,24 +49,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     _check_write(arguments.write, arguments.overwrite)
     students = read_all(arguments.run_dirs)
-    evaluated = evaluated_measures(read_evaluations(students, arguments.evaluation))
-    measures = [heldout_measure(students), *evaluated]
+    measures = measures_of(students, arguments.evaluation)
     number, sentence = choose(students, measures, arguments.by)
-    columns = [(measure.name, [measure.text(i, each) for i, each in enumerate(students)]) for measure in evaluated]
-    print("\n".join([*difference_lines(students), *figure_lines(students, columns)]), end="\n\n")
+    print("\n".join(table_lines(students, measures[1:])), end="\n\n")
     print(sentence)
     page = arguments.output or arguments.run_dirs[0] / "compare.html"
-    replace_file(page, render_comparison(students, evaluated, sentence))
+    replace_file(page, render_comparison(students, measures[1:], sentence))
     print(f"curves: {page} ({page.stat().st_size / 1e6:.1f} MB)")
     if arguments.json:
-        replace_file(
-            arguments.json, json.dumps(as_json(students, measures, number), indent=1, ensure_ascii=False) + "\n"
-        )
+        figures = as_json(students, measures, number)
+        replace_file(arguments.json, json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     if arguments.write:
         if number is None:
             raise UserError(f"--write {arguments.write}: {sentence}")
         write_recipe(students[number], arguments.write, sentence)
         print(f"recipe: {arguments.write}")
+
+
+def measures_of(students: Sequence[StudentRun], directories: Sequence[Path] = ()) -> list[Measure]:
+    """The held-out loss of the runs, then the figures of `pipeline evaluate`."""
+    return [heldout_measure(students), *evaluated_measures(read_evaluations(students, directories))]
+
+
+def table_lines(students: Sequence[StudentRun], evaluated: Sequence[Measure]) -> list[str]:
+    """What is printed: what differs, and all figures."""
+    columns = [(measure.name, [measure.text(i, each) for i, each in enumerate(students)]) for measure in evaluated]
+    return [*difference_lines(students), *figure_lines(students, columns)]
 
 
 def _check_write(file: Path | None, may_overwrite: bool) -> None:

@@ -17,9 +17,10 @@ from pipeline.__main__ import main
 from pipeline.comparison.differences import differing_keys, heldout_differences
 from pipeline.comparison.students import paths_of, read_students
 from pipeline.comparison.table import comparison_lines
-from pipeline.config import load_recipe
+from pipeline.config import as_tree, load_recipe, recipe_to_yaml
 from pipeline.errors import UserError
-from pipeline.report.compare import read_all
+from pipeline.report.choice import choose
+from pipeline.report.compare import measures_of, read_all, table_lines
 from pipeline.runtime.run_paths import RunPaths
 from tests.unit.made_up_run import BERT, make_family, make_run
 
@@ -43,6 +44,13 @@ def compare(family: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., s
     return run
 
 
+def chosen(family: Path, by: str | None = None, *directories: Path) -> str:
+    """The table and the sentence that the command prints, with every space as one."""
+    students = read_students(family)
+    measures = measures_of(students, directories)
+    return " ".join("\n".join([*table_lines(students, measures[1:]), choose(students, measures, by)[1]]).split())
+
+
 def evaluate(directory: Path, values: dict[str, tuple[float, float]], **more: Any) -> None:
     """Write an evaluation: model -> mean accuracy pooled from output and from values."""
     means = {name: dict(zip(("output", "values"), both, strict=True)) for name, both in values.items()}
@@ -64,8 +72,6 @@ def write_metrics(paths: RunPaths, *points: dict[str, float]) -> None:
 def change_relations(family: Path, student: str, relations: str) -> None:
     recipe = RunPaths(family, student).recipe
     changed = load_recipe(recipe, [f"relations.{relations}"])
-    from pipeline.config import recipe_to_yaml
-
     recipe.write_text(recipe_to_yaml(changed))
 
 
@@ -232,68 +238,81 @@ def test_another_teacher_layer_is_not_chosen_by_the_held_out_loss(family: Path, 
     change_relations(family, "flat", "teacher_layer=2")
     about = RunPaths(family, "flat").description
     about.write_text(json.dumps({**json.loads(about.read_text()), "matched_layers": [[2, 2]]}))
-    printed = compare()
-    assert "because relations.teacher_layer differ: they do not tell which student is better" in printed
+    printed = chosen(family)
+    assert "(relations.teacher_layer not the same for all), so they do not tell which student is better" in printed
     assert "None is chosen by the held-out loss" in printed
     assert f"python -m pipeline evaluate {family}/students/deep/student" in printed
     file = family / "chosen.yaml"
     with pytest.raises(UserError, match="None is chosen"):
         compare("--write", file)
     assert not file.exists()
-    insisted = compare("--by", "heldout", "--write", file)
+    assert "None is chosen" in (family / "compare.html").read_text()
+    insisted = chosen(family, "heldout")
     assert "Chosen: deep" in insisted
     assert "Warning: The held-out losses measure different things" in insisted
-    assert file.exists()
     evaluate(family / "evaluation", {f"{family}/students/{x}/student": (0.8, 0.8) for x in ("deep", "flat")})
-    assert "Choose by an evaluated figure: --by retrieval, --by retrieval.values." in compare()
+    assert "Choose by an evaluated figure: --by retrieval, --by retrieval.values." in chosen(family)
 
 
-def test_a_student_is_chosen_by_what_it_can_do(family: Path, compare: Callable[..., str]) -> None:
+def test_a_student_is_chosen_by_what_it_can_do(family: Path) -> None:
     models = {"elsewhere/family/students/deep/student": (0.8, 0.7), f"{family}/students/flat/student": (0.75, 0.9)}
-    evaluate(family / "evaluation", {**models, "some/teacher": (0.99, 0.99), "family/students/late/student@3": (1.0, 1.0)})
-    by_output, by_values = compare("--by", "retrieval"), compare("--by", "retrieval.values")
+    others = {"some/teacher": (0.99, 0.99), "family/students/late/student@3": (1.0, 1.0)}
+    evaluate(family / "evaluation", {**models, **others})
+    by_output, by_values = chosen(family, "retrieval"), chosen(family, "retrieval.values")
     assert "Chosen: deep, which has the highest retrieval of step 8, 0.8000." in by_output
     assert "Without this figure, and so not considered: late." in by_output
     assert "Chosen: flat, which has the highest retrieval.values of step 8, 0.9000." in by_values
     assert "0.8000 0.7000 finished" in by_output
     assert "0.7500 (8) 0.9000 (8) ended at step 4" in by_output, "evaluated after another number of steps"
     with pytest.raises(UserError, match=r"--by retreival: no such figure of these students; did you mean `retrieval`"):
-        compare("--by", "retreival")
+        chosen(family, "retreival")
 
 
-def test_evaluations_of_each_student_and_in_given_directories(family: Path, compare: Callable[..., str]) -> None:
+def test_evaluations_of_each_student_and_in_given_directories(family: Path) -> None:
     evaluate(family / "students" / "deep" / "evaluation", {f"{family}/students/deep/student": (0.8, 0.7)})
     export = family.parent / "exports" / "late"
     export.mkdir(parents=True)
     recipe = load_recipe(family / "recipe.yaml", []).members()["late"]
-    from pipeline.config import as_tree
-
     (export / "lineage.json").write_text(json.dumps({"recipe": as_tree(recipe)}))
     evaluate(family.parent / "scores", {str(export): (0.9, 0.9)})
-    assert "Chosen: late" in compare("--by", "retrieval", "--evaluation", family.parent / "scores")
-    assert "Chosen: deep" in compare("--by", "retrieval")
+    assert "Chosen: late" in chosen(family, "retrieval", family.parent / "scores")
+    assert "Chosen: deep" in chosen(family, "retrieval")
     with pytest.raises(UserError, match=r"evaluation\.json not found"):
-        compare("--evaluation", family.parent)
+        chosen(family, None, family.parent)
 
 
 @pytest.mark.parametrize("other", [{"settings": {"max_pairs": 3}}, {"languages": ("de",)}])
-def test_figures_of_different_evaluations_are_not_compared(
-    family: Path, compare: Callable[..., str], other: dict[str, Any]
-) -> None:
+def test_figures_of_different_evaluations_are_not_compared(family: Path, other: dict[str, Any]) -> None:
     evaluate(family / "students" / "deep", {f"{family}/students/deep/student": (0.8, 0.7)})
     evaluate(family / "students" / "flat", {f"{family}/students/flat/student": (0.75, 0.7)}, **other)
-    assert "Warning: `retrieval` was measured with different settings or languages" in compare("--by", "retrieval")
+    assert "Warning: `retrieval` was measured with different settings or languages" in chosen(family, "retrieval")
 
 
-def test_a_diverged_student_is_not_chosen(family: Path, compare: Callable[..., str]) -> None:
+@pytest.mark.parametrize("content", ["[]", '{"tasks": {"retrieval": 3}}', '{"tasks": {"retrieval": {"x": {}}}}'])
+def test_a_file_that_is_no_evaluation_is_named(family: Path, content: str) -> None:
+    (family / "evaluation.json").write_text(content)
+    with pytest.raises(UserError, match=r"family/evaluation\.json"):
+        chosen(family)
+
+
+def test_a_diverged_student_is_not_chosen(family: Path) -> None:
     state = family / "checkpoints" / "step-00000008" / "deep" / "state.json"
-    state.write_text(json.dumps({"step": 8, "ended": {"step": 6, "reason": "diverged: 8 steps in a row were not finite"}}))
-    assert "Chosen: flat" in compare()
+    ended = {"step": 6, "reason": "diverged: 8 steps in a row were not finite"}
+    state.write_text(json.dumps({"step": 8, "ended": ended}))
+    assert "Chosen: flat" in chosen(family)
 
 
-def test_the_best_checkpoint_counts_only_where_it_is_kept(family: Path, compare: Callable[..., str]) -> None:
+def test_the_best_checkpoint_counts_only_where_it_is_kept(family: Path) -> None:
     write_metrics(RunPaths(family, "flat"), {"step": 4, "heldout/mean": 0.4}, {"step": 8, "heldout/mean": 0.7})
-    assert "Chosen: deep, which has the lowest heldout of step 8, 0.6250" in compare()
+    assert "Chosen: deep, which has the lowest heldout of step 8, 0.6250" in chosen(family)
+
+
+def test_before_the_first_evaluation_none_is_chosen(family: Path) -> None:
+    for name in ("deep", "flat", "late"):
+        write_metrics(RunPaths(family, name), {"step": 1, "loss/total": 1.0, "heldout/mean": math.nan})
+    assert "None is chosen: no student has a finite held-out loss yet." in chosen(family)
+    with pytest.raises(UserError, match="no student has a finite figure yet"):
+        chosen(family, "heldout")
 
 
 def test_several_runs_are_compared_by_their_names(family: Path, tmp_path: Path, compare: Callable[..., str]) -> None:
