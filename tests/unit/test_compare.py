@@ -264,8 +264,8 @@ def test_a_student_is_chosen_by_what_it_can_do(family: Path) -> None:
     assert "Chosen: flat, which has the highest retrieval.values of step 8, 0.9000." in by_values
     assert "0.8000 0.7000 finished" in by_output
     assert "0.7500 (8) 0.9000 (8) ended at step 4" in by_output, "evaluated after another number of steps"
-    with pytest.raises(UserError, match=r"--by retreival: no such figure of these students; did you mean `retrieval`"):
-        chosen(family, "retreival")
+    with pytest.raises(UserError, match=r"--by retrieve: no such figure of these students; did you mean `retrieval`"):
+        chosen(family, "retrieve")
 
 
 def test_evaluations_of_each_student_and_in_given_directories(family: Path) -> None:
