@@ -6,7 +6,6 @@ In: a run directory, finished or still in progress. Out: a `StudentRun` per stud
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -21,7 +20,8 @@ from pipeline.distillation.models.loading import blank_model, config_of, count_p
 from pipeline.distillation.tap import tap
 from pipeline.errors import UserError
 from pipeline.recipe.text import read_yaml
-from pipeline.runtime.checkpoint_files import STATE, checkpoint_path, committed_steps
+from pipeline.runtime.checkpoint_files import STATE, checkpoint_path, checkpoints_of, committed_steps, later_groups
+from pipeline.runtime.evaluations import best_evaluation
 from pipeline.runtime.json_files import read_json_if_there, read_points
 from pipeline.runtime.run_paths import RunPaths, students_of
 
@@ -83,8 +83,7 @@ class StudentRun:
     @property
     def best(self) -> tuple[int, float] | None:
         """Step and value of the lowest held-out loss; of equal ones the later. None without a finite one."""
-        finite = [(step, loss) for step, loss in self.heldout if math.isfinite(loss)]
-        return min(finite, key=lambda point: (point[1], -point[0]), default=None)
+        return best_evaluation(self.heldout)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -95,11 +94,7 @@ class StudentRun:
     @property
     def early_end(self) -> tuple[int, str] | None:
         """Step and reason, where this student ended before the other students or before the last step."""
-        ended = self.state.get("ended")
-        if not isinstance(ended, dict):
-            return None
-        step, reason = ended.get("step"), ended.get("reason")
-        return (step, reason) if type(step) is int and isinstance(reason, str) else None
+        return early_end(self.state)
 
     @property
     def diverged_at(self) -> int | None:
@@ -116,7 +111,8 @@ class StudentRun:
     def status(self) -> str:
         """Finished, ended early with the reason, diverged, or how far it is."""
         if self.early_end:
-            return "ended at step {}: {}".format(*self.early_end)
+            step, reason = self.early_end
+            return f"ended at step {step:,}: {reason.partition('. ')[0]}"
         if self.diverged_at is not None:
             return f"diverged at step {self.diverged_at}"
         if self.step >= self.recipe.steps:
@@ -163,26 +159,36 @@ def _read_student(run_dir: Path, name: str) -> StudentRun:
         raise UserError(
             f"{paths.recipe} is missing: {run_dir} is not a run directory, or its training has not started."
         )
+    state = newest_state(paths)
     return StudentRun(
         name or run_dir.resolve().name,
         paths,
         read_recipe(paths.recipe),
         read_json_if_there(paths.description),
-        read_points(paths.metrics) if paths.metrics.is_file() else [],
-        newest_state(paths),
+        points_until_end(read_points(paths.metrics), state) if paths.metrics.is_file() else [],
+        state,
     )
+
+
+def points_until_end(points: list[dict[str, Any]], state: dict[str, Any]) -> list[dict[str, Any]]:
+    """Points of metrics.jsonl without those after the early end of this student: they are about the run, such as saves."""
+    ended = early_end(state)
+    return points if ended is None else [point for point in points if point["step"] <= ended[0]]
+
+
+def early_end(state: dict[str, Any]) -> tuple[int, str] | None:
+    """Step and reason, where this student ended before the other students or before the last step; `state`: state.json."""
+    ended = state.get("ended")
+    if not isinstance(ended, dict):
+        return None
+    step, reason = ended.get("step"), ended.get("reason")
+    return (step, reason) if type(step) is int and isinstance(reason, str) else None
 
 
 def paths_of(run_dir: Path, student: str) -> RunPaths:
     """The files of one student, with the group that its checkpoints are in; the first where it has no checkpoint."""
-    groups = (int(path.name.rpartition("-")[2]) for path in run_dir.glob("checkpoints-[1-9]*") if path.is_dir())
-    for group in sorted(groups, reverse=True):
-        paths = RunPaths(run_dir, student, group)
-        if any(
-            (checkpoint_path(paths.checkpoints, step) / student).is_dir() for step in committed_steps(paths.checkpoints)
-        ):
-            return paths
-    return RunPaths(run_dir, student)
+    groups = (RunPaths(run_dir, student, group) for group in (1, *later_groups(run_dir)))
+    return next(paths for paths in groups if paths.checkpoints == checkpoints_of(run_dir, student))
 
 
 def newest_state(paths: RunPaths) -> dict[str, Any]:

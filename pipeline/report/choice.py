@@ -42,6 +42,8 @@ class Measure:
         if number not in self.values:
             return NONE
         steps = self.steps.get(number, student.step)
+        if student.early_end:  # later checkpoints of the run hold the same weights
+            steps = min(steps, student.step)
         return f"{self.values[number]:.4f}" + (f" ({steps:,})" if steps != student.step else "")
 
     def best(self) -> int:
@@ -51,7 +53,7 @@ class Measure:
 
 def heldout_measure(students: Sequence[StudentRun]) -> Measure:
     """The held-out loss: of the best checkpoint where every run keeps that one, else of the last evaluation."""
-    keeps_best = all(getattr(student.recipe.checkpoint, "keep_best", None) == "heldout" for student in students)
+    keeps_best = all(student.recipe.checkpoint.keep_best == "heldout" for student in students)
     measure = Measure(HELDOUT, lower_is_better=True)
     for number, student in enumerate(students):
         point = student.best if keeps_best else next(reversed(student.heldout), None)

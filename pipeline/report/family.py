@@ -108,16 +108,18 @@ def _overlaid(students: Sequence[StudentRun], titles: dict[str, str], is_log: bo
 
 def _shared_sections(run_dir: Path, students: Sequence[StudentRun]) -> list[Section]:
     """Time and cost of the run. Students that were added later were trained after the others, as a group."""
-    groups = {student.paths.group: student for student in students}
-    points = sorted(
-        (point for student in groups.values() for point in student.points), key=lambda point: point["time_s"]
-    )
-    saved = {step for student in groups.values() for step in committed_steps(student.paths.checkpoints)}
-    events = times.events_of(run_dir, points, sorted(saved))
+    longest = {student.paths.group: student for student in sorted(students, key=lambda student: student.step)}
+    groups = [longest[number] for number in sorted(longest)]  # the points of these are those of the run
+    points = sorted((point for student in groups for point in student.points), key=lambda point: point["time_s"])
+    saved = {step for student in groups for step in committed_steps(student.paths.checkpoints)}
+    finished = [
+        point for point in points if LOSS in point or HELDOUT in point
+    ]  # a save is reported when it is complete
+    events = times.events_of(run_dir, finished, sorted(saved))
     first = students[0]
     return [
         ("Where the time goes", "Shares of the training time on one device, all students together, saves and evaluations left out.",
-         "".join(plots.time_shares(student.points) for student in groups.values())),
+         "".join(plots.time_shares(student.points) for student in groups)),
         ("Time line", "Finished steps against time. Green dots are checkpoints, red dashes are restarts.", plots.time_line(events)),
         ("Cost", "", facts_table(times.cost(points, events, first.about, first.recipe.seq_len))),
     ]  # fmt: skip

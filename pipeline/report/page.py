@@ -10,7 +10,7 @@ import html
 from pathlib import Path
 from typing import Any
 
-from pipeline.comparison.students import paths_of, read_recipe, read_recipe_tree
+from pipeline.comparison.students import newest_state, paths_of, points_until_end, read_recipe, read_recipe_tree
 from pipeline.config import as_tree
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import POOLINGS
@@ -74,7 +74,7 @@ def read_metrics(paths: RunPaths) -> times.Points:
         raise UserError(
             f"{path} is missing: {paths.directory} is not a run directory, or its training has not started."
         )
-    if not (points := read_points(path)):
+    if not (points := points_until_end(read_points(path), newest_state(paths))):
         raise UserError(f"{path} is empty: the training has not reported anything yet. Try again in a minute.")
     return points
 

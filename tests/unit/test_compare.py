@@ -69,10 +69,9 @@ def write_metrics(paths: RunPaths, *points: dict[str, float]) -> None:
     paths.metrics.write_text("".join(line + "\n" for line in lines))
 
 
-def change_relations(family: Path, student: str, relations: str) -> None:
+def change_recipe(family: Path, student: str, change: str) -> None:
     recipe = RunPaths(family, student).recipe
-    changed = load_recipe(recipe, [f"relations.{relations}"])
-    recipe.write_text(recipe_to_yaml(changed))
+    recipe.write_text(recipe_to_yaml(load_recipe(recipe, [change])))
 
 
 # -- what a run directory says about its students
@@ -157,14 +156,14 @@ def test_only_keys_that_differ_are_named(family: Path) -> None:
     ],
 )
 def test_held_out_losses_compare_only_where_they_measure_the_same(family: Path, change: str, key: str | None) -> None:
-    change_relations(family, "flat", change)
+    change_recipe(family, "flat", f"relations.{change}")
     about = RunPaths(family, "flat").description
     about.write_text(json.dumps({**json.loads(about.read_text()), "matched_layers": None}))
     assert heldout_differences(read_students(family)) == ([key] if key else [])
 
 
 def test_the_last_layer_is_compared_by_its_number(family: Path) -> None:
-    change_relations(family, "flat", "teacher_layer=null")
+    change_recipe(family, "flat", "relations.teacher_layer=null")
     assert heldout_differences(read_students(family)) == []
 
 
@@ -235,7 +234,7 @@ def test_the_chosen_recipe_is_that_of_the_student_alone(family: Path, compare: C
 
 
 def test_another_teacher_layer_is_not_chosen_by_the_held_out_loss(family: Path, compare: Callable[..., str]) -> None:
-    change_relations(family, "flat", "teacher_layer=2")
+    change_recipe(family, "flat", "relations.teacher_layer=2")
     about = RunPaths(family, "flat").description
     about.write_text(json.dumps({**json.loads(about.read_text()), "matched_layers": [[2, 2]]}))
     printed = chosen(family)
@@ -263,7 +262,9 @@ def test_a_student_is_chosen_by_what_it_can_do(family: Path) -> None:
     assert "Without this figure, and so not considered: late." in by_output
     assert "Chosen: flat, which has the highest retrieval.values of step 8, 0.9000." in by_values
     assert "0.8000 0.7000 finished" in by_output
-    assert "0.7500 (8) 0.9000 (8) ended at step 4" in by_output, "evaluated after another number of steps"
+    assert "0.7500 0.9000 ended at step 4" in by_output, "the checkpoint of step 8 has the weights of step 4"
+    evaluate(family / "evaluation", models, steps=2)
+    assert "0.8000 (2) 0.7000 (2) finished" in chosen(family), "evaluated after another number of steps"
     with pytest.raises(UserError, match=r"--by retrieve: no such figure of these students; did you mean `retrieval`"):
         chosen(family, "retrieve")
 
@@ -303,8 +304,14 @@ def test_a_diverged_student_is_not_chosen(family: Path) -> None:
 
 
 def test_the_best_checkpoint_counts_only_where_it_is_kept(family: Path) -> None:
+    (family / "checkpoints" / "step-00000008" / "flat" / "state.json").write_text(
+        json.dumps({"step": 8, "ended": None})
+    )
     write_metrics(RunPaths(family, "flat"), {"step": 4, "heldout/mean": 0.4}, {"step": 8, "heldout/mean": 0.7})
     assert "Chosen: deep, which has the lowest heldout of step 8, 0.6250" in chosen(family)
+    for name in ("deep", "flat", "late"):
+        change_recipe(family, name, "checkpoint.keep_best=heldout")
+    assert "Chosen: flat, which has the lowest heldout of step 4, 0.4000" in chosen(family)
 
 
 def test_before_the_first_evaluation_none_is_chosen(family: Path) -> None:
