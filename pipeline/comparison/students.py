@@ -81,9 +81,14 @@ class StudentRun:
         return self.series(HELDOUT)
 
     @property
+    def trained(self) -> Series:
+        """`heldout` without the loss before the first step, which is no result of training."""
+        return [evaluation for evaluation in self.heldout if evaluation[0] > 0]
+
+    @property
     def best(self) -> tuple[int, float] | None:
-        """Step and value of the lowest held-out loss; of equal ones the later. None without a finite one."""
-        return best_evaluation(self.heldout)
+        """Step and value of the lowest held-out loss of `trained`; of equal ones the later. None without a finite one."""
+        return best_evaluation(self.trained)
 
     @property
     def tokens_per_second(self) -> float | None:

@@ -56,7 +56,7 @@ def heldout_measure(students: Sequence[StudentRun]) -> Measure:
     keeps_best = all(student.recipe.checkpoint.keep_best == "heldout" for student in students)
     measure = Measure(HELDOUT, lower_is_better=True)
     for number, student in enumerate(students):
-        point = student.best if keeps_best else next(reversed(student.heldout), None)
+        point = student.best if keeps_best else next(reversed(student.trained), None)
         if point is not None and math.isfinite(point[1]) and not student.is_diverged:
             measure.steps[number], measure.values[number] = point
     if keys := heldout_differences(students):

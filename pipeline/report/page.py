@@ -45,6 +45,8 @@ def render(run_dir: Path, student: str = "") -> str:
     metrics = read_metrics(paths)
     about, recipe = read_json_if_there(paths.description), _read_recipe(paths.recipe)
     events = times.events_of(run_dir, metrics, committed_steps(paths.checkpoints))
+    if student:
+        events = times.of_one_student(events)
     retrieval = read_retrieval(paths.metrics.parent, metrics[-1]["step"], recipe.get("teacher"))
     compared = "Retrieval before and after" if "before" in retrieval else "Retrieval"
     languages = "On rows that training never saw; the three lowest and the three highest languages are named."

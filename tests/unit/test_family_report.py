@@ -87,6 +87,8 @@ def test_one_student_of_a_family_has_a_page_like_a_run_with_one(family: Path, tm
     page = (family / "students" / "deep" / "report.html").read_text()
     check_markup(page)
     assert "fam &lt;b&gt;ily, deep" in page
+    assert "1 start(s)" in page, "the second start trained another student"
+    assert "1 start(s)" in render(family, "late")
     alone = re.findall("<h2>(.*?)</h2>", render(make_run(tmp_path / "alone")))
     assert re.findall("<h2>(.*?)</h2>", page) == [title for title in alone if not title.startswith("Retrieval")]
     for wrong, message in (
