@@ -6,6 +6,7 @@ tapped by the code that trains, so that every count is of the modules that will 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,15 @@ def build_encoders(recipe: Recipe, config: PretrainedConfig | None = None) -> En
     check_heads(student.widths[0], relations.heads, "student", teacher.widths[0])
     trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
     return Encoders(teacher.requires_grad_(False).eval(), student, Sizes(sizes[0], trained, sizes[1] - trained))
+
+
+def shared_teacher(recipe: Recipe, config: PretrainedConfig, teachers: Sequence[TappedEncoder]) -> TappedEncoder:
+    """The teacher of several students: cut above the highest layer that one of theirs is read at, complete for a tail term."""
+    _, model, _ = blank_models(recipe, config)
+    layers = sorted({layer for teacher in teachers for layer in teacher.layers})
+    with_output = any(teacher.with_output for teacher in teachers)
+    shared = tap(model, layers, with_output, recipe.relations.after_rotary, role="teacher")
+    return shared.requires_grad_(False).eval()
 
 
 def blank_models(
