@@ -29,6 +29,7 @@ from pipeline.recipe.ranges import LARGEST_BATCH, LARGEST_INT, LARGEST_WEIGHT, L
 from pipeline.recipe.text import Plain, apply_override, parse, read_yaml, shown
 from pipeline.runtime.anomalies import GuardConfig
 from pipeline.runtime.checkpoint import CheckpointConfig
+from pipeline.runtime.evaluations import StopConfig
 from pipeline.runtime.metrics import MetricsConfig
 from pipeline.runtime.optimizer import OptimizerConfig
 
@@ -71,6 +72,7 @@ class Recipe:
     students: dict[str, dict] | None = None  # name: what differs in student, relations, optimizer; one teacher for all
     save_every: int = 1000  # steps between checkpoints; the last step is always saved
     eval_every: int = 1000  # steps between held-out evaluations; the last step is always evaluated
+    stop_when: StopConfig = field(default_factory=StopConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)

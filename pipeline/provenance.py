@@ -28,6 +28,7 @@ MAY_CHANGE = (
     "micro_batch_per_gpu",
     "students",  # each student of a run is compared on its own
     "deterministic",
+    "stop_when",
     "checkpoint",
     "guard",
     "metrics",

@@ -31,7 +31,7 @@ from pipeline.runtime.ds_config import DTYPES
 from pipeline.runtime.optimizer import learning_rate, parameter_groups
 from pipeline.training.build import build, student_of
 from pipeline.training.resume import TrainState
-from pipeline.training.trainer import Stepper
+from pipeline.training.trainer import Learner, Stepper
 
 COLLECTIVE_TIMEOUT_S = 300
 PHASES = ("batch", "teacher", "student forward", "loss", "backward", "optimizer")
@@ -81,10 +81,10 @@ class Job:
         self.launch = dist.read_launch()
         recipe = load_recipe(RECIPE, setting.overrides(changes))
         dist.init_process_group(self.launch, COLLECTIVE_TIMEOUT_S)
-        self.parts = build(recipe, RECIPE, ds_json, self.launch)
+        (self.parts,) = build(recipe, RECIPE, ds_json, self.launch)
         self.engine: Any = self.parts.engine
         self.recipe, self.step_number, self.clock = recipe, 0, PhaseClock()
-        self.stepper = Stepper(self.parts, TrainState.restore({}, recipe.guard))
+        self.stepper = Stepper([Learner(self.parts, TrainState.restore({}, recipe.guard))])
         self._batches = contextlib.ExitStack()
         self._stream = iter(self._batches.enter_context(self.stepper.batches(0)))
         self._watch_phases(self.parts.distiller)

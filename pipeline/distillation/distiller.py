@@ -25,6 +25,7 @@ from pipeline.distillation.relations.backends import BACKENDS
 from pipeline.distillation.relations.loss import check_heads, relation_kl, relation_kl_by_row
 from pipeline.distillation.relations.reference import relation_log_probabilities
 from pipeline.distillation.relations.selection import Gather, alone, choose_backend
+from pipeline.distillation.shared_teacher import TeacherView
 from pipeline.distillation.tap import Projections, TappedEncoder, without_dropout
 from pipeline.errors import UserError
 
@@ -119,7 +120,7 @@ class DistillModule(nn.Module):
         self.part_names = list(self.part_weights)
         width = student_tapped.widths[0]
         # The width of another callable is not known before the first batch, which is checked as well.
-        teacher_width = teacher.widths[0] if isinstance(teacher, FrozenTeacher) else width
+        teacher_width = teacher.widths[0] if isinstance(teacher, FrozenTeacher | TeacherView) else width
         check_heads(width, config.heads, "student", teacher_width)
         check_heads(teacher_width, config.heads, "teacher", width)
 

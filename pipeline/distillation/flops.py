@@ -6,6 +6,8 @@ Matrix products of linear layers and of attention count. Embeddings, norms and a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from pipeline.distillation.tap import TappedEncoder
@@ -20,6 +22,7 @@ def forward_flops(encoder: TappedEncoder, seq_len: int) -> int:
     return 2 * seq_len * (linear + attention)
 
 
-def training_flops(teacher: TappedEncoder, student: TappedEncoder, seq_len: int) -> int:
-    """Operations that distilling one row needs: the teacher's forward, and the student's forward and backward."""
-    return forward_flops(teacher, seq_len) + (1 + BACKWARD_OVER_FORWARD) * forward_flops(student, seq_len)
+def training_flops(teacher: TappedEncoder, students: Sequence[TappedEncoder], seq_len: int) -> int:
+    """Operations that distilling one row needs: the teacher's forward, and each student's forward and backward."""
+    of_students = sum(forward_flops(student, seq_len) for student in students)
+    return forward_flops(teacher, seq_len) + (1 + BACKWARD_OVER_FORWARD) * of_students

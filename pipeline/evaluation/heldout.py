@@ -98,8 +98,8 @@ def evaluate_heldout(encoders: list[Encoder], config: HeldoutConfig, ranks: Laun
         bar = tqdm(
             total=-(-chunks // ranks.world_size), desc=f"held-out loss of {encoder.name}", unit="batch", disable=None
         )
-        losses = heldout_losses(
-            *(distiller.losses_by_row, source, config.batch_size, ranks),
+        (losses,) = heldout_losses(
+            *([distiller.losses_by_row], source, config.batch_size, ranks),
             progress=lambda bar=bar: bar.update(),  # type: ignore[misc]
         )
         bar.close()

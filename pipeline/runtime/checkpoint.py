@@ -2,7 +2,8 @@
 
 `checkpoints/step-00000100/` holds, from every rank, its fragments of the fp32 weights and of both Adam moments
 (safetensors, key `parameter:start`), the untrained weights, `state.json`, and `manifest.json` with the size and sha256 of
-each file. A checkpoint loads at any ZeRO stage and any number of ranks. Nothing is pickled, and DeepSpeed's own `latest` is
+each file. Where a run has several students, each has a directory `step-00000100/NAME/` with these files, and one manifest
+lists all of them. A checkpoint loads at any ZeRO stage and any number of ranks. Nothing is pickled, and DeepSpeed's own `latest` is
 not used. checkpoint_files.py knows the files, checkpoint_writer.py writes them. Format and promises: docs/reliability.md.
 """
 
@@ -14,7 +15,7 @@ import shutil
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -27,13 +28,15 @@ from pipeline.runtime.checkpoint_files import (
     MANIFEST,
     STATE,
     checkpoint_path,
+    checkpoints_of,
     committed_steps,
     corruption,
     discard,
+    names_by_student,
     read_text,
     untrained_name,
 )
-from pipeline.runtime.run_paths import RunPaths
+from pipeline.runtime.evaluations import best_evaluation
 from pipeline.runtime.tensor_files import not_finite, open_tensors
 
 MAX_READS = 100  # of a checkpoint that the run which writes it prunes while it is read
@@ -46,6 +49,7 @@ class CheckpointConfig:
 
     keep: int = 2  # the newest ones
     keep_every: int | None = None  # and every checkpoint whose step divides by this
+    keep_best: Literal["heldout"] | None = None  # and the one with the lowest held-out loss, mean over languages
     max_failed_saves: int = 8  # saves in a row that may fail before the run stops with an error
 
     def __post_init__(self) -> None:
@@ -57,7 +61,11 @@ class CheckpointConfig:
 
 
 def prune(
-    directory: Path, config: CheckpointConfig, newest: int | None = None, known: Container[int] | None = None
+    directory: Path,
+    config: CheckpointConfig,
+    newest: int | None = None,
+    known: Container[int] | None = None,
+    best: Container[int] = (),
 ) -> None:
     """Delete the checkpoints that `config` does not keep, and what interrupted saves left. Only rank 0 calls it, after a commit.
 
@@ -66,6 +74,7 @@ def prune(
             passed over when this attempt began, and as the "newest" ones they would displace the valid ones.
         known: the steps that this attempt found when it began or wrote; None for all. Other steps were written by someone
             else: they are neither counted nor deleted.
+        best: steps that are kept in addition
     """
     for leftover in directory.glob("*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -76,7 +85,7 @@ def prune(
         return
     kept = kept_steps([step for step in steps if newest is None or step <= newest], config)
     for step in reversed(steps):
-        if step not in kept:
+        if step not in kept and step not in best:
             try:
                 discard(checkpoint_path(directory, step))
             except OSError as error:  # another user's, immutable, or in use: this costs space and must not end the run
@@ -130,17 +139,22 @@ def newest_valid(directory: Path, skip: int = 0) -> tuple[Path | None, list[str]
 class CheckpointReader:
     """Reads the fragments of a verified checkpoint for any other partition of the parameters."""
 
-    def __init__(self, checkpoint: Path):
-        self.state: dict[str, Any] = json.loads(read_text(checkpoint / STATE))
-        self.path = checkpoint
+    def __init__(self, checkpoint: Path, student: str = ""):
+        """`student`: whose fragments, in a checkpoint of several students. Raises `UserError` if it has none of them."""
+        by_student = names_by_student(json.loads(read_text(checkpoint / MANIFEST))["files"])
+        if student not in by_student:
+            has = ", ".join(filter(None, by_student)) or "one without a name"
+            raise UserError(f"{checkpoint} has no student {student!r}; it has {has}")
+        self.path = directory = checkpoint / student
+        self.state: dict[str, Any] = json.loads(read_text(directory / STATE))
         self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
         self._files: list[Any] = []
-        names = json.loads(read_text(checkpoint / MANIFEST))["files"]
-        self._untrained = checkpoint / untrained_name(names)
+        names = by_student[student]
+        self._untrained = directory / untrained_name(names)
         for name in sorted(names):  # and no other file: what is not listed was not verified
             kind = name.partition("-")[0]
             if kind in KINDS:
-                self._index(kind, checkpoint / name)
+                self._index(kind, directory / name)
         for pieces in self._pieces.values():
             pieces.sort(key=lambda piece: piece[0])
 
@@ -212,8 +226,14 @@ def _shape(shape: Sequence[int] | None) -> str:
     return "absent" if shape is None else " x ".join(map(str, shape)) or "a number"
 
 
-def read_model_weights(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read the student of a run from its newest valid checkpoint, also while the run keeps saving and pruning.
+def read_model_weights(
+    run_dir: Path, student: str = "", step: int | Literal["best"] | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read a student of a run from a checkpoint, also while the run keeps saving and pruning.
+
+    Args:
+        student: its name in the recipe's `students`; empty where the run has one student
+        step: which checkpoint; "best": the one with the lowest held-out loss; None: the newest valid one
 
     Returns:
         all fp32 weights by Hugging Face name, trained and untrained, in their shapes; and the content of `state.json`
@@ -221,29 +241,53 @@ def read_model_weights(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict[str
         UserError: no checkpoint, no valid one, or weights that are not finite
     """
     for _ in range(MAX_READS):
-        before = committed_steps(RunPaths(run_dir).checkpoints)
+        directory = checkpoints_of(run_dir, student)
+        before = committed_steps(directory)
         try:
-            return _read_model_weights(run_dir)
+            return _read_model_weights(run_dir, directory, student, step)
         except (UserError, OSError, SafetensorError, RuntimeError, ValueError, KeyError):  # RuntimeError: safe_open
-            if set(before) <= set(committed_steps(RunPaths(run_dir).checkpoints)):
+            if set(before) <= set(committed_steps(directory)):
                 raise  # nothing was pruned during the read, so the error is about the files
     raise UserError(
         f"{run_dir} prunes its checkpoints faster than one can be read. Raise checkpoint.keep, or wait until the run has ended"
     )
 
 
-def _read_model_weights(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    checkpoint, _ = newest_valid(RunPaths(run_dir).checkpoints)
+def _read_model_weights(
+    run_dir: Path, directory: Path, student: str, step: int | Literal["best"] | None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    checkpoint, _ = newest_valid(directory)
     if checkpoint is None:
         raise UserError(
             f"{run_dir} has no checkpoint. Train first: deepspeed pipeline/train.py --deepspeed ds_configs/zero2.json "
             f"--run-dir {shlex.quote(str(run_dir))}   (--recipe FILE for another than recipes/quickstart.yaml)"
         )
-    reader = CheckpointReader(checkpoint)
+    if step is not None:
+        checkpoint = _checkpoint_of(step, checkpoint, student)
+    reader = CheckpointReader(checkpoint, student)
     weights = _weights_of(reader)
     if name := not_finite(weights):
-        raise UserError(_not_finite_text(run_dir, checkpoint, name))
+        raise UserError(_not_finite_text(run_dir, checkpoint, name, student))
     return weights, reader.state
+
+
+def _checkpoint_of(step: int | Literal["best"], newest: Path, student: str) -> Path:
+    """The valid checkpoint of a step. Raises `UserError` where there is none."""
+    directory, what = newest.parent, f"step {step}"
+    if step == "best":
+        best = best_evaluation(CheckpointReader(newest, student).state.get("evaluations", []))
+        if best is None:
+            raise UserError(f"{newest / student} knows no held-out evaluation, so no step is the best. Use --step last")
+        step, what = best[0], f"the best held-out loss, {best[1]:.4f} at step {best[0]},"
+    path, steps = checkpoint_path(directory, step), committed_steps(directory)
+    if step not in steps:
+        raise UserError(
+            f"the checkpoint of {what} was not kept in {directory}; it has the steps {', '.join(map(str, steps))}. Name one "
+            "of these with --step, or train with checkpoint.keep_best: heldout, which keeps the best"
+        )
+    if problem := corruption(path):
+        raise UserError(f"{path} is not valid: {problem}. Restore it from a backup, or name another --step")
+    return path
 
 
 def _weights_of(reader: CheckpointReader) -> dict[str, torch.Tensor]:
@@ -256,15 +300,15 @@ def _weights_of(reader: CheckpointReader) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _not_finite_text(run_dir: Path, newest: Path, name: str) -> str:
-    """The message for a newest checkpoint with NaN or infinity in tensor `name`; it names an earlier one that is finite."""
+def _not_finite_text(run_dir: Path, newest: Path, name: str, student: str) -> str:
+    """The message for a checkpoint with NaN or infinity in tensor `name`; it names an earlier one that is finite."""
     problem = f"{newest}: {name} is not finite (NaN or infinite), so the student cannot be used"
     moved = [newest]
     for step in reversed(committed_steps(newest.parent)):
         path = checkpoint_path(newest.parent, step)
         if path.name >= newest.name or corruption(path) is not None:
             continue
-        if not_finite(_weights_of(CheckpointReader(path))) is None:
+        if not_finite(_weights_of(CheckpointReader(path, student))) is None:
             names = " ".join(shlex.quote(str(other)) for other in moved)
             return f"{problem}. {path} is finite; to export it: mv {names} {shlex.quote(str(run_dir))} and the same command again"
         moved.append(path)

@@ -22,6 +22,7 @@ from data_prep.durable_files import sync, unique_name
 from data_prep.file_hashes import sha256_of_file
 from data_prep.shards import UnreadableError, read_again
 from pipeline.runtime.optimizer import MOMENTS
+from pipeline.runtime.run_paths import RunPaths
 from pipeline.runtime.tensor_files import has_duplicate_names, open_tensors
 
 FORMAT_VERSION = 1
@@ -30,10 +31,28 @@ MANIFEST, STATE = "manifest.json", "state.json"
 UNTRAINED_FILE = "untrained.safetensors"
 FORMER_UNTRAINED_FILE = "carried.safetensors"  # its name in older checkpoints, which stay valid
 _STEP_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")  # one name per step
+_LATER_GROUP = re.compile(r"checkpoints-([2-9]|[1-9][0-9]{1,5})")
 _FRAGMENT = re.compile(r"[^:]+:[0-9]+")
 _FILE_NAME = re.compile(
-    r"state\.json|(untrained|carried)\.safetensors|(weight|exp_avg|exp_avg_sq)-\d{5}-of-\d{5}\.safetensors"
+    r"([A-Za-z0-9][A-Za-z0-9_+-]{0,63}/)?"  # of a student, in a run with several
+    r"(state\.json|(untrained|carried)\.safetensors|(weight|exp_avg|exp_avg_sq)-\d{5}-of-\d{5}\.safetensors)"
 )
+
+
+def checkpoints_of(run_dir: Path, student: str = "") -> Path:
+    """The directory with the checkpoints of a student: those that were added to a finished run have one of their own."""
+    groups = [1, *later_groups(run_dir)]
+    for group in reversed(groups):
+        directory = RunPaths(run_dir, group=group).checkpoints
+        if any((checkpoint_path(directory, step) / student).is_dir() for step in committed_steps(directory)):
+            return directory
+    return RunPaths(run_dir).checkpoints
+
+
+def later_groups(run_dir: Path) -> list[int]:
+    """The numbers of the groups of students that were added to a finished run, ascending."""
+    found = (_LATER_GROUP.fullmatch(path.name) for path in run_dir.glob("checkpoints-*") if path.is_dir())
+    return sorted(int(match[1]) for match in found if match)
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -45,17 +64,26 @@ def fragment_file(kind: str, rank: int, world_size: int) -> str:
     return f"{kind}-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
+def names_by_student(files: Collection[str]) -> dict[str, list[str]]:
+    """Student -> names of its files in its directory of a checkpoint; "" where the files are those of one student."""
+    found: dict[str, list[str]] = {}
+    for name in files:
+        student, _, file = name.rpartition("/")
+        found.setdefault(student, []).append(file)
+    return found
+
+
 def untrained_name(names: Collection[str]) -> str:
     """The name of the file with the untrained weights among the file names of a checkpoint."""
     is_former = FORMER_UNTRAINED_FILE in names and UNTRAINED_FILE not in names
     return FORMER_UNTRAINED_FILE if is_former else UNTRAINED_FILE
 
 
-def untrained_file(checkpoint: Path) -> Path:
-    """The file with the untrained weights of a checkpoint, under its present or its former name."""
+def untrained_file(directory: Path) -> Path:
+    """The file with the untrained weights in a student's directory of a checkpoint, under its present or its former name."""
     # os.path.exists is False on any error, so that an unreadable older checkpoint cannot make a save fail
-    names = [name for name in (UNTRAINED_FILE, FORMER_UNTRAINED_FILE) if os.path.exists(checkpoint / name)]  # noqa: PTH110
-    return checkpoint / untrained_name(names)
+    names = [name for name in (UNTRAINED_FILE, FORMER_UNTRAINED_FILE) if os.path.exists(directory / name)]  # noqa: PTH110
+    return directory / untrained_name(names)
 
 
 def committed_steps(directory: Path) -> list[int]:
@@ -99,7 +127,8 @@ def commit(partial: Path, final: Path, files: Mapping[str, Any]) -> None:
     manifest = partial / MANIFEST
     manifest.write_text(manifest_text(files), encoding="utf-8")
     sync(manifest)
-    sync(partial)
+    for student in {*names_by_student(files), ""}:
+        sync(partial / student)
     if final.exists():  # the same step again, after the run resumed from an older checkpoint
         discard(final)
     partial.rename(final)
@@ -146,8 +175,8 @@ def _corruption(checkpoint: Path) -> str | None:
         return "manifest.json does not have its own sha256"
     if problem := _problem_of_names(files):
         return problem
-    listed = read_again(checkpoint, lambda: list(checkpoint.iterdir()))
-    if unlisted := sorted({path.name for path in listed if _FILE_NAME.fullmatch(path.name)} - set(files)):
+    listed = read_again(checkpoint, lambda: _names_below(checkpoint))
+    if unlisted := sorted({name for name in listed if _FILE_NAME.fullmatch(name)} - set(files)):
         return f"{unlisted[0]} is not in the manifest"
     problems = (file_corruption(checkpoint / name, entry) for name, entry in files.items())
     if problem := next(filter(None, problems), None):
@@ -155,12 +184,26 @@ def _corruption(checkpoint: Path) -> str | None:
     tensors = (checkpoint / name for name in files if name.endswith(".safetensors"))
     if problem := next(filter(None, map(_header_problem, tensors)), None):
         return problem
-    state = json.loads(read_text(checkpoint / STATE))
+    states = (checkpoint / student / STATE for student in names_by_student(files))
+    return next(filter(None, map(_problem_of_state_file, states)), None)
+
+
+def _names_below(checkpoint: Path) -> list[str]:
+    """Names of the files of a checkpoint, and of those in its directories of students."""
+    paths = list(checkpoint.iterdir())
+    paths += [path for directory in paths if directory.is_dir() for path in directory.iterdir()]
+    return [path.relative_to(checkpoint).as_posix() for path in paths]
+
+
+def _problem_of_state_file(path: Path) -> str | None:
+    state = json.loads(read_text(path))
+    checkpoint = path.parent if _STEP_NAME.fullmatch(path.parent.name) else path.parent.parent
     match = _STEP_NAME.fullmatch(checkpoint.name)
+    name = path.relative_to(checkpoint).as_posix()
     if match is None or state["step"] != int(match[1]):
-        return "state.json belongs to another step"
+        return f"{name} belongs to another step"
     if problem := _state_problem(state):
-        return f"state.json is not one of this code: {problem}"
+        return f"{name} is not one of this code: {problem}"
     return None
 
 
@@ -170,8 +213,15 @@ def read_text(path: Path) -> str:
 
 
 def _problem_of_names(files: Collection[str]) -> str | None:
-    """None when the names are complete: each kind from every rank, the untrained weights and the state."""
-    names = set(files)
+    """None when the names are complete for each student: every kind from every rank, the untrained weights and the state."""
+    by_student = names_by_student(files) or {"": []}
+    if "" in by_student and len(by_student) > 1:
+        return "the manifest lists files of a run with one student and of one with several"
+    return next(filter(None, map(_problem_of_students_names, by_student.values())), None)
+
+
+def _problem_of_students_names(listed: Collection[str]) -> str | None:
+    names = set(listed)
     world_size = max(1, sum(name.startswith(f"{KINDS[0]}-") for name in names))
     fragments = {fragment_file(kind, rank, world_size) for kind in KINDS for rank in range(world_size)}
     differing = sorted(names ^ (fragments | {untrained_name(names), STATE}))

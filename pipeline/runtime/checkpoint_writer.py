@@ -1,6 +1,7 @@
 """Writes checkpoints: a snapshot on the training thread, the files in the background, the commit when all ranks are done.
 
-Every rank writes into `step-N.TOKEN.tmp`, fsyncs and hashes its files. Rank 0 adds the manifest, renames the directory and
+Each student of a run has a directory in a checkpoint, and one manifest and one rename commit all of them. Where a run has one
+student, its files are in the checkpoint itself. Every rank writes into `step-N.TOKEN.tmp`, fsyncs and hashes its files. Rank 0 adds the manifest, renames the directory and
 fsyncs its parent. A failure on any rank (a full disk, for example) removes this checkpoint and leaves every older one as it
 was. All ranks make the same calls in the same order.
 """
@@ -13,7 +14,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 # A snapshot is taken where the memory of this many is free: several ranks of a host take theirs at the same moment.
 MEMORY_MARGIN = 4
 Copies = dict[str, torch.Tensor]  # "parameter:start" -> flat fp32 fragment on the CPU
+# Student ("" where a run has one) -> its engine, and the weights that training does not change.
+Saved = Mapping[str, "tuple[StudentEngine, Mapping[str, torch.Tensor]]"]
 
 
 @dataclass(frozen=True)
@@ -78,13 +81,12 @@ class CheckpointWriter:
     def __init__(
         self,
         directory: Path,
-        engine: StudentEngine,
-        untrained: Mapping[str, torch.Tensor],
+        students: Saved,
         rank: int,
         keeping: CheckpointConfig | None = None,
     ):
         """`keeping`: how many checkpoints the caller keeps when it prunes after each commit."""
-        self._directory, self._engine, self._untrained, self._rank = directory, engine, untrained, rank
+        self._directory, self._students, self._rank = directory, students, rank
         self._keeping = keeping or CheckpointConfig()
         self._world_size = torch.distributed.get_world_size()
         # One name for all ranks of this attempt; no other attempt writes under it.
@@ -92,34 +94,43 @@ class CheckpointWriter:
         self._pending: _Pending | None = None
         self._failures = 0  # in a row
 
-    def begin(self, state: Mapping[str, Any]) -> None:
-        """Take a snapshot of the engine and start writing the checkpoint of `state["step"]`. No save may be in progress.
+    def begin(self, states: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take a snapshot and start writing the checkpoint of `state["step"]`. No save may be in progress.
+
+        Args:
+            states: student -> the content of its `state.json`, all of the same step
 
         Raises:
             DivergedRunError: on all ranks, where a weight is NaN or infinite. Such a weight never recovers, and its
                 checkpoints would displace the finite ones.
         """
         assert self._pending is None, "wait for the previous save first"
-        self._check_finite(state["step"])
-        began_s, partial = time.monotonic(), self._partial(state["step"])
-        problem = _attempt(lambda: _make_empty(partial)) if self._rank == 0 else None
+        (step,) = {state["step"] for state in states.values()}
+        self._check_finite(step)
+        began_s, partial = time.monotonic(), self._partial(step)
+        problem = _attempt(lambda: _make_empty(partial, self._students)) if self._rank == 0 else None
         problem = dist.broadcast_json(problem)
-        self._pending = pending = _Pending(state["step"], began_s, threading.Thread(), problem, {})
+        self._pending = pending = _Pending(step, began_s, threading.Thread(), problem, {})
         if problem is None:
             pending.problem = "the writing thread did not finish"  # replaced when it does
-            if problem := _attempt(lambda: self._start_writing(pending, partial, state)):
+            if problem := _attempt(lambda: self._start_writing(pending, partial, states)):
                 pending.problem = problem
         pending.stopped_s = time.monotonic() - began_s
 
-    def _start_writing(self, pending: _Pending, partial: Path, state: Mapping[str, Any]) -> None:
+    def _start_writing(self, pending: _Pending, partial: Path, states: Mapping[str, Mapping[str, Any]]) -> None:
         """Write this rank's files: from a snapshot in a thread, or, where memory is short, now and one kind at a time."""
 
-        def write(of_kind: Callable[[str], Copies]) -> None:
-            pending.problem = _attempt(lambda: pending.files.update(self._write(partial, of_kind, state)))
+        def write(copies: Callable[[str, str], Copies]) -> None:
+            def write_all() -> None:
+                for student, state in states.items():
+                    pending.files.update(self._write(partial, student, copies, state))
+
+            pending.problem = _attempt(write_all)
 
         if available_memory_bytes() > MEMORY_MARGIN * self._snapshot_bytes():
-            snapshot = {kind: self._copies(kind) for kind in KINDS}
-            pending.thread = threading.Thread(target=write, args=[snapshot.__getitem__], name="checkpoint", daemon=True)
+            snapshot = {(student, kind): self._copies(student, kind) for student in self._students for kind in KINDS}
+            from_snapshot = [lambda student, kind: snapshot.pop((student, kind))]
+            pending.thread = threading.Thread(target=write, args=from_snapshot, name="checkpoint", daemon=True)
             pending.thread.start()
         else:
             write(self._copies)
@@ -140,8 +151,9 @@ class CheckpointWriter:
         return self._finish(self._pending, stopped_from_s)
 
     def _check_finite(self, step: int) -> None:
-        names = dist.gather_json(self._engine.not_finite())
-        if name := next(filter(None, names), None):
+        found = ((student, engine.not_finite()) for student, (engine, _) in self._students.items())
+        mine = next((f"{student}: {name}" if student else name for student, name in found if name), None)
+        if name := next(filter(None, dist.gather_json(mine)), None):
             raise DivergedRunError(
                 f"after step {step} the weights of {name} are not finite (NaN or infinite): no checkpoint of them is written, "
                 f"and those in {self._directory} stay. Lower optimizer.lr and start again, with --allow-change to continue "
@@ -161,11 +173,12 @@ class CheckpointWriter:
         return self._directory / f"{checkpoint_path(self._directory, step).name}.{self._token}.tmp"
 
     def _snapshot_bytes(self) -> int:
-        return sum(4 * len(KINDS) * fragment.numel for fragment in self._engine.fragments())
+        engines = [engine for engine, _ in self._students.values()]
+        return sum(4 * len(KINDS) * fragment.numel for engine in engines for fragment in engine.fragments())
 
-    def _copies(self, kind: str) -> Copies:
+    def _copies(self, student: str, kind: str) -> Copies:
         """This rank's fragments of one kind."""
-        engine = self._engine
+        engine, _ = self._students[student]
         return {
             f"{f.name}:{f.start}": (f.view(f.buffer) if kind == "weight" else engine.moment(f, kind)).to(
                 "cpu", copy=True
@@ -173,18 +186,21 @@ class CheckpointWriter:
             for f in engine.fragments()
         }
 
-    def _write(self, partial: Path, of_kind: Callable[[str], Copies], state: Mapping[str, Any]) -> dict[str, Any]:
-        """Write and fsync this rank's files; name -> manifest entry."""
-        entries = {}
+    def _write(
+        self, partial: Path, student: str, copies: Callable[[str, str], Copies], state: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Write and fsync this rank's files of one student; name in the checkpoint -> manifest entry."""
+        entries, directory = {}, partial / student
         for kind in KINDS:
             name = fragment_file(kind, self._rank, self._world_size)
-            save_tensors(of_kind(kind), partial / name)
-            entries[name] = fsync_and_hash(partial / name)
+            save_tensors(copies(student, kind), directory / name)
+            entries[name] = fsync_and_hash(directory / name)
         if self._rank == 0:
-            (partial / STATE).write_text(json.dumps(dict(state), indent=1), encoding="utf-8")
-            entries[STATE] = fsync_and_hash(partial / STATE)
-            entries[UNTRAINED_FILE] = write_untrained(partial, state["step"], self._untrained, self._keeping)
-        return entries
+            (directory / STATE).write_text(json.dumps(dict(state), indent=1), encoding="utf-8")
+            entries[STATE] = fsync_and_hash(directory / STATE)
+            _, untrained = self._students[student]
+            entries[UNTRAINED_FILE] = write_untrained(partial, state["step"], untrained, self._keeping, student)
+        return {f"{student}/{name}" if student else name: entry for name, entry in entries.items()}
 
     def _finish(self, pending: _Pending, stopped_from_s: float) -> SaveOutcome:
         """All ranks report; rank 0 commits if none failed."""
@@ -214,13 +230,14 @@ def _attempt(action: Callable[[], object]) -> str | None:
     return None
 
 
-def _make_empty(partial: Path) -> None:
+def _make_empty(partial: Path, students: Collection[str]) -> None:
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    for student in students:
+        (partial / student).mkdir(parents=True)
 
 
 def write_untrained(
-    partial: Path, step: int, untrained: Mapping[str, torch.Tensor], keeping: CheckpointConfig
+    partial: Path, step: int, untrained: Mapping[str, torch.Tensor], keeping: CheckpointConfig, student: str = ""
 ) -> dict[str, Any]:
     """Write the weights that training does not change, or link them from an earlier checkpoint; their manifest entry.
 
@@ -228,21 +245,20 @@ def write_untrained(
     take turns, so that the newest checkpoint and the one kept next to it never depend on the same bytes on disk.
     """
     earlier = [other for other in committed_steps(partial.parent) if other < step]
-    source = _source_of_link(partial.parent, earlier, step, keeping)
-    entry = _link(source, partial) if source else None
+    kept = [other for other in kept_steps([*earlier, step], keeping) if other < step]
+    source = _source_of_link(partial.parent, kept[-1], earlier, student) if kept else None
+    target = partial / student / UNTRAINED_FILE
+    entry = _link(source, target, student) if source else None
     if entry is not None:
         return entry
-    save_tensors(dict(untrained), partial / UNTRAINED_FILE)
-    return fsync_and_hash(partial / UNTRAINED_FILE)
+    save_tensors(dict(untrained), target)
+    return fsync_and_hash(target)
 
 
-def _source_of_link(directory: Path, earlier: list[int], step: int, keeping: CheckpointConfig) -> Path | None:
-    """The newest untrained weights that are not the same file as those of the checkpoint that will be kept next to `step`."""
-    kept = [other for other in kept_steps([*earlier, step], keeping) if other < step]
-    if not kept:
-        return None
-    copy = untrained_file(checkpoint_path(directory, kept[-1]))
-    others = (untrained_file(checkpoint_path(directory, other)) for other in reversed(earlier))
+def _source_of_link(directory: Path, kept: int, earlier: list[int], student: str) -> Path | None:
+    """The newest untrained weights that are not the same file as those of the checkpoint that will be `kept` next to this."""
+    copy = untrained_file(checkpoint_path(directory, kept) / student)
+    others = (untrained_file(checkpoint_path(directory, other) / student) for other in reversed(earlier))
     return next((other for other in others if not _is_same_file(other, copy)), None)
 
 
@@ -253,13 +269,15 @@ def _is_same_file(one: Path, other: Path) -> bool:
         return True
 
 
-def _link(source: Path, partial: Path) -> dict[str, Any] | None:
+def _link(source: Path, target: Path, student: str) -> dict[str, Any] | None:
     """Link the untrained weights `source` of a checkpoint, if they are valid and the file system has links; their entry."""
     try:
-        entry = json.loads((source.parent / MANIFEST).read_text(encoding="utf-8"))["files"][source.name]
+        checkpoint = source.parent.parent if student else source.parent
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        entry = manifest["files"][source.relative_to(checkpoint).as_posix()]
         if file_corruption(source, entry) is not None:
             return None
-        os.link(source, partial / UNTRAINED_FILE)
+        os.link(source, target)
     except (OSError, ValueError, KeyError, TypeError):  # UnreadableError too: a new copy is written instead
         return None
     return entry

@@ -39,14 +39,13 @@ class MetricsConfig:
 
 
 class Metrics:
-    """Writers of one run; with `active=False` every call is a no-op."""
+    """Writers of one student's run; with `active=False` every call is a no-op."""
 
-    def __init__(self, run_dir: Path, active: bool, first_step: int, steps: int):
+    def __init__(self, paths: RunPaths, active: bool, first_step: int, steps: int, shows_progress: bool = True):
         self.active = active
         self.known_of_first_step: set[str] = set()  # tags that an earlier attempt has written
         if not active:
             return
-        paths = RunPaths(run_dir)
         self._tensorboard_dir = paths.tensorboard
         # An earlier attempt may have written past the checkpoint that this one resumes from: those steps are dropped.
         purge_step = first_step + 1 if first_step else 0
@@ -55,9 +54,8 @@ class Metrics:
         self._has_warned = False
         self._path = paths.metrics
         self._lines: TextIO | None = None
-        self._bar = tqdm(
-            total=steps, initial=first_step, unit="step", desc="distil", disable=not sys.stderr.isatty(), leave=False
-        )
+        is_hidden = not (shows_progress and sys.stderr.isatty())
+        self._bar = tqdm(total=steps, initial=first_step, unit="step", desc="distil", disable=is_hidden, leave=False)
         self._attempt(lambda: make_way_for_directory(self._tensorboard_dir))
         self._on_tensorboard(lambda writer: None)  # opens it
         self._attempt(lambda: self.known_of_first_step.update(_truncate_after(self._path, first_step)))

@@ -125,10 +125,10 @@ def check_shared(run_dir: Path, launch: dist.Launch) -> None:
         )
 
 
-def ensure_run_dir(run_dir: Path) -> None:
+def ensure_run_dir(paths: RunPaths) -> None:
     """Make `checkpoints/`, and sync the directories above it so that their names survive a power failure."""
-    RunPaths(run_dir).checkpoints.mkdir(parents=True, exist_ok=True)
-    for directory in (run_dir, *run_dir.absolute().parents[:2]):
+    paths.checkpoints.mkdir(parents=True, exist_ok=True)
+    for directory in (paths.directory, *paths.directory.absolute().parents[:2]):
         with contextlib.suppress(OSError):  # a directory without read permission
             sync(directory)
 

@@ -1,12 +1,12 @@
 """From a recipe to the finished parts of a run, each checked against the others before anything is written or trained.
 
-In: a recipe, a DeepSpeed JSON and this process's `Launch`. Out: `Parts`, or on every rank the same `UserError`.
+In: a recipe, a DeepSpeed JSON and this process's `Launch`. Out: `Parts` per student, or on every rank the same `UserError`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,11 +21,13 @@ from data_prep.shards import DataError
 from pipeline.config import Recipe
 from pipeline.data.batches import BatchSource
 from pipeline.distillation.compiled_layers import compile_layers
+from pipeline.distillation.config import RelationsConfig
 from pipeline.distillation.distiller import DistillModule, Hooks
 from pipeline.distillation.flops import training_flops
 from pipeline.distillation.models.projection import Calibration
 from pipeline.distillation.models.student import Student, build_student
-from pipeline.distillation.models.teacher import FrozenTeacher, load_encoder, load_teacher
+from pipeline.distillation.models.teacher import load_encoder, load_teacher
+from pipeline.distillation.shared_teacher import SharedTeacher, layers_of_all
 from pipeline.errors import UserError
 from pipeline.runtime import dist, ds_config, preflight
 from pipeline.runtime.determinism import deterministic_kernels, fix_workspace
@@ -40,7 +42,7 @@ from pipeline.runtime.step_clock import StepClock
 from pipeline.runtime.stop import StopRequests
 from pipeline.runtime.watchdog import Watchdog
 from pipeline.training.agreement import shape_facts
-from pipeline.training.checks import Check, Inputs, cut_teacher, start_up_checks
+from pipeline.training.checks import Check, Inputs, about_student, checks_of_run, cut_teacher, inputs_of
 from pipeline.training.identity import Identity
 
 CALIBRATION_TOKENS = 8192  # on which `student.init: project` measures the teacher's states
@@ -49,9 +51,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything that takes part in a training step, and what it was made from."""
+    """Everything that takes part in a training step of one student, and what it was made from.
 
-    recipe: Recipe
+    In a run with several students `launch`, `source`, `clock`, `batch` and `shared_teacher` are the same objects in all.
+    """
+
+    recipe: Recipe  # with which this student would be trained alone
     launch: Launch
     source: BatchSource
     student: Student
@@ -59,12 +64,14 @@ class Parts:
     engine: StudentEngine
     clock: StepClock
     batch: BatchShape
-    flops_per_row: int  # that both models need
+    flops_per_row: int  # that the teacher and all students of the run need
     ds_config: dict[str, Any]
     precision: str
     teacher_precision: str
     warnings: list[str]
     identity: Identity  # of teacher, tokenizer and vocabulary, by content
+    name: str = ""  # of the student, in a run with several
+    shared_teacher: SharedTeacher | None = None  # of several students
 
     @property
     def num_trained(self) -> int:
@@ -86,19 +93,25 @@ class Parts:
 class Run:
     """One attempt of a run: its finished parts, the files of its directory, and what watches over it."""
 
-    parts: Parts
+    recipe: Recipe  # as given, with all students
+    members: Sequence[Parts]  # of the students that this attempt trains
     paths: RunPaths
     stop: StopRequests
     watchdog: Watchdog
     restarts: Restarts
 
     @property
-    def recipe(self) -> Recipe:
-        return self.parts.recipe
+    def shared(self) -> Parts:
+        """A student's parts, for what all students have in common: rows, batch, ranks, teacher."""
+        return self.members[0]
 
     @property
     def launch(self) -> Launch:
-        return self.parts.launch
+        return self.shared.launch
+
+    def paths_of(self, member: Parts) -> RunPaths:
+        """The files of one student."""
+        return RunPaths(self.paths.directory, member.name, self.paths.group)
 
     def say(self, line: str) -> None:
         """A line of rank 0, before there is a RunLogger."""
@@ -106,61 +119,96 @@ class Run:
             print(line, flush=True)
 
 
-def build(recipe: Recipe, recipe_path: Path, ds_path: Path, launch: Launch) -> Parts:
+def build(
+    recipe: Recipe, recipe_path: Path, ds_path: Path, launch: Launch, chosen: Container[str] | None = None
+) -> list[Parts]:
     """Build and cross-check all parts. All ranks call this together.
+
+    Args:
+        chosen: names of the recipe's students that are trained; None: all. The others are checked as well.
 
     Raises:
         UserError: a check failed on some rank, or two ranks have different inputs
     """
     if recipe.deterministic and launch.device.type == "cuda":
         fix_workspace()
-    inputs = Inputs(recipe, recipe_path, ds_path, launch.world_size, launch.device, _load_complete_teacher)
-    warnings = _check(inputs, launch)
-    student = _build_same_student(inputs, launch)
-    if recipe.student.compile:
-        compile_layers(student.tapped, "student.compile", recipe.deterministic)
-    teacher = load_teacher(
-        inputs.teacher_model,
-        recipe.relations.teacher_taps,
-        ds_config.DTYPES[inputs.teacher_precision],
-        "cpu",
-        **recipe.relations.tap_options,
-    )
-    flops = training_flops(teacher.tapped, student.tapped, recipe.seq_len)
-    clock = StepClock(launch.device)
-    batch, config, precision = inputs.batch, inputs.ds_config, inputs.precision
-    teacher_precision, source, identity = inputs.teacher_precision, inputs.source, inputs.identity
-    del inputs  # and with it the teacher's layers above the distilled one
-    distiller = DistillModule(
-        _place(teacher, recipe, teacher_precision, launch),
-        student.tapped,
-        recipe.relations,
-        student.basis_Dd,
-        Hooks(dist.gather_json, partial(deterministic_kernels, recipe.deterministic), clock.mark),
-    )
-    engine = StudentEngine(distiller, student.trained, recipe.optimizer, config, recipe.deterministic)
-    return Parts(
-        recipe,
-        launch,
-        source,
-        student,
-        distiller,
-        engine,
-        clock,
-        batch,
-        flops,
-        config,
-        precision,
-        teacher_precision,
-        [*warnings, *engine.warnings],
-        identity,
-    )
+    first = Inputs(recipe, recipe_path, ds_path, launch.world_size, launch.device, _load_complete_teacher)
+    of_members = inputs_of(recipe, first)
+    warnings = _check(of_members, launch)
+    of_members = {name: inputs for name, inputs in of_members.items() if chosen is None or name in chosen}
+    students = {}
+    for name, inputs in of_members.items():
+        with about_student(name):
+            students[name] = _build_same_student(inputs, launch)
+    for name, inputs in of_members.items():
+        if inputs.recipe.student.compile:
+            compile_layers(students[name].tapped, "student.compile", recipe.deterministic)
+    clock, made = StepClock(launch.device), []
+    teacher = _Teacher(of_members)
+    flops = training_flops(teacher.tapped, [student.tapped for student in students.values()], recipe.seq_len)
+    settings = [(inputs.recipe, inputs.ds_config, inputs.precision) for inputs in of_members.values()]
+    shared = next(iter(of_members.values()))
+    source, batch, identity, teacher_precision = shared.source, shared.batch, shared.identity, shared.teacher_precision
+    del first, of_members, inputs, shared  # and with them the teacher's layers above the highest distilled one
+    teacher.place(recipe, teacher_precision, launch)
+    hooks = Hooks(dist.gather_json, partial(deterministic_kernels, recipe.deterministic), clock.mark)
+    for (name, student), (of_student, config, precision) in zip(students.items(), settings, strict=True):
+        distiller = DistillModule(
+            teacher.of_student(of_student.relations), student.tapped, of_student.relations, student.basis_Dd, hooks
+        )
+        engine = StudentEngine(distiller, student.trained, of_student.optimizer, config, recipe.deterministic)
+        parts = Parts(
+            *(of_student, launch, source, student, distiller, engine, clock, batch, flops, config, precision),
+            *(teacher_precision, [*warnings, *engine.warnings], identity, name, teacher.shared),
+        )
+        made.append(parts)
+        warnings = []  # of the run: reported by its first student
+    return made
 
 
-def _check(inputs: Inputs, launch: Launch) -> list[str]:
+class _Teacher:
+    """The frozen teacher of a run, cut above the highest layer that a student reads."""
+
+    def __init__(self, of_members: Mapping[str, Inputs]) -> None:
+        shared = next(iter(of_members.values()))
+        relations = [inputs.recipe.relations for inputs in of_members.values()]
+        self.is_shared = len(relations) > 1
+        self.shared: SharedTeacher | None = None
+        taps = relations[0].teacher_taps
+        with_output = any(config.tail != "none" for config in relations)
+        if self.is_shared:
+            taps = layers_of_all(relations, shared.teacher_model.config.num_hidden_layers)
+        self._frozen = load_teacher(
+            shared.teacher_model,
+            taps,
+            ds_config.DTYPES[shared.teacher_precision],
+            "cpu",
+            with_output,
+            relations[0].after_rotary,
+        )
+        self.tapped, self._with_output = self._frozen.tapped, with_output
+        self._callable: Callable = self._frozen
+
+    def place(self, recipe: Recipe, precision: str, launch: Launch) -> None:
+        """As the recipe says: a copy on every rank, or its parameters partitioned over the ranks."""
+        if recipe.teacher_options.compile:
+            compile_layers(self.tapped, "teacher_options.compile", recipe.deterministic)
+        if recipe.teacher_options.placement == "zero3":
+            self._callable = partition_teacher(self._frozen, precision)
+        else:
+            self._callable = self._frozen.to(launch.device)
+        if self.is_shared:
+            self.shared = SharedTeacher(self._callable, self.tapped.layers, self.tapped.widths, self._with_output)
+
+    def of_student(self, relations: RelationsConfig) -> Callable:
+        """What a student with these relations reads."""
+        return self._callable if self.shared is None else self.shared.view(relations)
+
+
+def _check(of_members: Mapping[str, Inputs], launch: Launch) -> list[str]:
     """Run all start-up checks, and compare after each what the ranks must have in common. Returns the warnings."""
-    warnings: list[str] = []
-    for check in start_up_checks(inputs):
+    students_of: dict[str, list[str]] = {}  # of each warning
+    for check in checks_of_run(of_members):
 
         def look(check: Check = check) -> tuple[dict[str, Any], Sequence[str]]:
             is_skipped = check.is_for_rank_0 and not launch.is_main
@@ -168,7 +216,12 @@ def _check(inputs: Inputs, launch: Launch) -> list[str]:
 
         facts, found = _on_all_ranks(look, launch)
         preflight.agree(facts)
-        warnings += found
+        for warning in found:
+            students_of.setdefault(warning, []).append(check.student)
+    warnings = [
+        f"{', '.join(students)}: {warning}" if all(students) and len(students) < len(of_members) else warning
+        for warning, students in students_of.items()
+    ]
     of_devices = kinds_warning(dist.gather_json(device_name(launch.device)))
     return [of_devices, *warnings] if of_devices else warnings
 
@@ -224,12 +277,3 @@ def student_of(
         relations,
         calibration,
     )
-
-
-def _place(teacher: FrozenTeacher, recipe: Recipe, precision: str, launch: Launch) -> Callable:
-    """The teacher as the recipe places it: a copy on every rank, or its parameters partitioned over the ranks."""
-    if recipe.teacher_options.compile:
-        compile_layers(teacher.tapped, "teacher_options.compile", recipe.deterministic)
-    if recipe.teacher_options.placement == "zero3":
-        return partition_teacher(teacher, precision)
-    return teacher.to(launch.device)

@@ -1,15 +1,16 @@
 """The start-up checks of a run: one list for training, `--dry-run` and `python -m pipeline doctor`.
 
-In: an `Inputs` (recipe, DeepSpeed JSON, ranks, device). Out: `Found` per check, or a `UserError` or `DataError` that says
+In: an `Inputs` per student (recipe, DeepSpeed JSON, ranks, device). Out: `Found` per check, or a `UserError` or `DataError` that says
 what is wrong and how to fix it. Nothing is written. Training runs the list on every rank (build.py), and doctor in one
 process, with a teacher without weights (doctor/recipe.py). Checks that need all ranks: runtime/preflight.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +55,7 @@ class Inputs:
     num_ranks: int
     device: torch.device
     load_teacher: Callable[[Recipe], PreTrainedModel]  # all its layers, with the embeddings of the recipe's vocabulary
+    first: Inputs | None = None  # another student's of the same run, whose data and teacher these are too
 
     @cached_property
     def batch(self) -> BatchShape:
@@ -80,16 +82,16 @@ class Inputs:
 
     @cached_property
     def source(self) -> BatchSource:
-        return open_data(self.recipe)
+        return self.first.source if self.first else open_data(self.recipe)
 
     @cached_property
     def teacher_model(self) -> PreTrainedModel:
-        return self.load_teacher(self.recipe)
+        return self.first.teacher_model if self.first else self.load_teacher(self.recipe)
 
     @cached_property
     def identity(self) -> Identity:
         """Of teacher, tokenizer and vocabulary, by content: reads all weights."""
-        return identity_of(self.recipe.teacher, self.recipe.vocabulary)
+        return self.first.identity if self.first else identity_of(self.recipe.teacher, self.recipe.vocabulary)
 
     # -- what the checks below look at
 
@@ -149,10 +151,58 @@ class Check:
     needs: tuple[str, ...] = ()  # subjects without which it cannot look
     is_for_rank_0: bool = False  # slow, and the same on every rank
     fix: str = ""  # what to do about a warning
+    student: str = ""  # that it is about, in a run with several
+
+
+# Subjects of checks that depend on the student. The first is about rows and ranks as well.
+OF_EACH_STUDENT = ("batch", "recipe", "compiler of layers", "teacher", "tokenizer")
+
+
+def inputs_of(recipe: Recipe, inputs: Inputs) -> dict[str, Inputs]:
+    """Name -> `inputs` for each student of a recipe, which all share teacher and data with the first."""
+    of_members: dict[str, Inputs] = {}
+    for name, member in recipe.members().items():
+        first = next(iter(of_members.values()), None)
+        of_members[name] = replace(inputs, recipe=member, first=first)
+    return of_members
+
+
+def checks_of_run(of_members: Mapping[str, Inputs]) -> list[Check]:
+    """The checks of all students of a run. What is about teacher and data alone is checked once, with the first student."""
+    checks = []
+    for name, inputs in of_members.items():
+        own = [c for c in start_up_checks(inputs) if inputs.first is None or c.subject in OF_EACH_STUDENT]
+        checks += [_of_student(name, check, inputs.first is None) if name else check for check in own]
+    return checks
+
+
+@contextlib.contextmanager
+def about_student(name: str) -> Iterator[None]:
+    """A `UserError` of the block names the student, in a run with several."""
+    try:
+        yield
+    except UserError as error:
+        raise (UserError(f"students.{name}: {error}") if name else error) from None
+
+
+def _of_student(name: str, check: Check, is_first: bool) -> Check:
+    """A check whose subject, facts and errors name the student, where it is about one."""
+    if is_first and check.subject not in OF_EACH_STUDENT[1:]:
+        return check
+
+    def look() -> Found:
+        with about_student(name):
+            return check.look()
+
+    def facts() -> dict[str, Any]:
+        return {f"{key} (student {name})": fact for key, fact in check.facts().items()}
+
+    named = check if is_first else replace(check, subject=f"{check.subject} of {name}", facts=facts)
+    return replace(named, look=look, student=name)
 
 
 def start_up_checks(inputs: Inputs) -> list[Check]:
-    """All checks, in the order in which a run meets them: the cheap ones first."""
+    """All checks of one student, in the order in which a run meets them: the cheap ones first."""
     opened, both = ("shards",), ("shards", "teacher")
     new_shards = "python -m data_prep prepare ... --output NEW_DIRECTORY"
     return [

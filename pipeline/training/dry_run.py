@@ -1,6 +1,6 @@
 """`pipeline/train.py --dry-run`: everything that a run does up to its first optimizer step, and a summary of it.
 
-In: a `Run`, its `TrainState`, and the seconds that the start took. Out: the summary on rank 0's console. The run directory
+In: a `Run`, its `TrainState`s, and the seconds that the start took. Out: the summary on rank 0's console. The run directory
 is as before: a later run begins or resumes as if there had been no dry run.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from pipeline.errors import DivergedRunError
 from pipeline.runtime import dist
@@ -19,33 +19,34 @@ from pipeline.runtime.run_paths import RunPaths
 from pipeline.training.build import Parts, Run
 from pipeline.training.resume import TrainState
 from pipeline.training.run_logger import StepReport
-from pipeline.training.trainer import Stepper
+from pipeline.training.trainer import Learner, Stepper
 
 # Dynamic fp16 loss scaling overflows while it looks for its scale: from 2**16 down to 1 takes 16 steps.
 MAX_SKIPPED_STEPS = 20
 
 
-def dry_run(run: Run, state: TrainState, start_s: float) -> None:
+def dry_run(run: Run, states: Sequence[TrainState], start_s: float) -> None:
     """Take one step and print the summary. Raises `DivergedRunError` where no step has a finite gradient."""
-    run_dir, first, launch = run.paths.directory, state.first_step, run.launch
+    run_dir, first, launch = run.paths.directory, states[0].first_step, run.launch
     if first >= run.recipe.steps:
         run.say(f"{run_dir} already has its {run.recipe.steps} steps: a run would do nothing")
         return
-    skipped, seconds, report = _first_taken_step(run, state)
+    seconds, taken = _first_taken_steps(run, states)
     peaks = dist.gather_json(peak_memory_bytes(launch.device))
     where = f"a new run in {run_dir}" if first == 0 else f"{run_dir} would resume after step {first}"
-    for line in [*(f"warning: {text}" for text in run.parts.warnings), *run.parts.distiller.backend_report]:
-        run.say(line)
+    for member in run.members:
+        for line in [*(f"warning: {text}" for text in member.warnings), *member.distiller.backend_report]:
+            run.say(f"{member.name}: {line}" if member.name else line)
     run.say(f"dry run: one optimizer step taken, nothing written; {where}")
     memory = "reserved on its GPU" if launch.device.type == "cuda" else "resident"
     lines = {
-        **describe_parts(run.parts),
-        "loss": describe_loss(run.parts, report, skipped),
+        **_describe_members(run.members, taken),
         "time": f"start {start_s:.1f} s, step {seconds:.1f} s (a first step is slower than the later ones)",
         "memory": f"peak {max(peaks) / 2**30:.2f} GiB on a rank ({memory})",
         "disk": describe_disk(run),
     }
-    run.say("\n".join(f"  {name:<11} {text}" for name, text in lines.items()))
+    width = max(11, *map(len, lines))
+    run.say("\n".join(f"  {name:<{width}} {text}" for name, text in lines.items()))
 
 
 @contextlib.contextmanager
@@ -56,23 +57,41 @@ def writable_without_trace(paths: RunPaths) -> Iterator[None]:
         yield
 
 
-def _first_taken_step(run: Run, state: TrainState) -> tuple[int, float, StepReport]:
-    """How many steps were skipped before one was taken, the seconds of that one, and its report."""
-    stepper = Stepper(run.parts, state)
-    with stepper.batches(state.first_step) as batches:
+Taken = dict[str, tuple[int, StepReport]]  # student -> how many steps were skipped before it took one, and that step
+
+
+def _first_taken_steps(run: Run, states: Sequence[TrainState]) -> tuple[float, Taken]:
+    """The seconds of the last step, and the first step that each student has taken or, if it has ended, would not take."""
+    learners = [Learner(*of_one) for of_one in zip(run.members, states, strict=True)]
+    stepper, first, taken = Stepper(learners), states[0].first_step, Taken()
+    open_names = {learner.parts.name for learner in learners if learner.state.ended is None}
+    with stepper.batches(first) as batches:
         stream = iter(batches)
-        for skipped, step in enumerate(range(state.first_step, run.recipe.steps)):
+        for skipped, step in enumerate(range(first, min(run.recipe.steps, first + MAX_SKIPPED_STEPS))):
             began = time.monotonic()
-            report = stepper.train_step(step, stream).read()
+            launched = stepper.train_step(step, stream)
+            reports = {m.name: unread.read() for m, unread in zip(run.members, launched, strict=True) if unread}
             run.watchdog.feed()
-            if not report.skipped:
-                return skipped, time.monotonic() - began, report
-            if skipped + 1 == MAX_SKIPPED_STEPS:
-                break
+            taken |= {n: (skipped, r) for n, r in reports.items() if not r.skipped and n not in taken}
+            if taken.keys() == open_names:
+                return time.monotonic() - began, taken
+    name, report = next((name, report) for name, report in reports.items() if name not in taken)
     raise DivergedRunError(
-        f"{skipped + 1} steps in a row had a gradient that is not finite (loss {report.loss}, loss scale "
-        f"{report.loss_scale:g}). Try ds_configs/zero2_bf16.json, or look at the teacher and the text"
+        f"{f'student {name}: ' if name else ''}{skipped + 1} steps in a row had a gradient that is not finite (loss "
+        f"{report.loss}, loss scale {report.loss_scale:g}). Try ds_configs/zero2_bf16.json, or look at the teacher and the text"
     )
+
+
+def _describe_members(members: Sequence[Parts], taken: Taken) -> dict[str, str]:
+    """What all students have in common, and the lines of each that differ."""
+    lines: dict[str, str] = {}
+    for member in members:
+        for key, text in describe_parts(member).items():
+            own = f"{key} {member.name}" if member.name and key in ("student", "relations") else key
+            lines.setdefault(own, text)
+        loss = f"loss {member.name}" if member.name else "loss"
+        lines[loss] = describe_loss(member, *taken[member.name]) if member.name in taken else "has ended earlier"
+    return lines
 
 
 def describe_parts(parts: Parts) -> dict[str, str]:
@@ -93,7 +112,7 @@ def describe_parts(parts: Parts) -> dict[str, str]:
     }
 
 
-def describe_loss(parts: Parts, report: StepReport, skipped: int) -> str:
+def describe_loss(parts: Parts, skipped: int, report: StepReport) -> str:
     relations = ", ".join(f"{name} {v:.4f}" for name, v in zip(parts.distiller.part_names, report.parts, strict=True))
     note = f"; {skipped} step(s) before it were skipped while the loss scale was adjusted" if skipped else ""
     return f"{report.loss:.4f} ({relations}), gradient norm {report.gradient_norm:.3g}{note}"
@@ -101,4 +120,5 @@ def describe_loss(parts: Parts, report: StepReport, skipped: int) -> str:
 
 def describe_disk(run: Run) -> str:
     free = shutil.disk_usage(nearest_directory(run.paths.directory)).free
-    return f"a checkpoint takes {run.parts.checkpoint_bytes / 2**30:.2f} GiB, {free / 2**30:.1f} GiB are free"
+    checkpoint_bytes = sum(member.checkpoint_bytes for member in run.members)
+    return f"a checkpoint takes {checkpoint_bytes / 2**30:.2f} GiB, {free / 2**30:.1f} GiB are free"

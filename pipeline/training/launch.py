@@ -7,12 +7,17 @@ last is set up here: log file, stop requests, process group, watchdog.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from data_prep.shards import UnreadableError
 from pipeline.config import Recipe, load_recipe, unused_sections_warning
+from pipeline.errors import UserError
 from pipeline.runtime import clocks, dist
 from pipeline.runtime.allotment import unused_gpu_warning
 from pipeline.runtime.directory_lock import check_run_directory, owned_by_rank_0
@@ -26,6 +31,7 @@ from pipeline.runtime.watchdog import Watchdog, process_identity
 from pipeline.training import out_of_memory
 from pipeline.training.build import Run, build
 from pipeline.training.dry_run import dry_run, writable_without_trace
+from pipeline.training.groups import Group, choose_group
 from pipeline.training.out_of_memory import OutOfMemoryError
 from pipeline.training.ready import check_ready
 from pipeline.training.resume import TrainState, resume
@@ -70,16 +76,19 @@ def run_from_files(options: RunOptions) -> None:
                 out_of_memory.explained(recipe, launch),
             ):
                 _agree_with_other_ranks(stop, watchdog, launch)
-                parts = build(recipe, options.recipe_path, options.ds_path, launch)
+                group = _choose_group(recipe, paths.directory, options.allow_change, launch)
+                members = build(recipe, options.recipe_path, options.ds_path, launch, group.students)
+                paths = RunPaths(paths.directory, group=group.number)
                 if not options.is_dry_run:  # not before: a rejected run leaves no files
                     tee_output(paths.log(launch.rank))
-                run = Run(parts, paths, stop, watchdog, Restarts(paths.directory, writes=launch.is_main))
+                restarts = Restarts(paths.directory, writes=launch.is_main)
+                run = Run(recipe, members, paths, stop, watchdog, restarts)
                 check_ready(run)
-                state = resume(run, options.allow_change, counts_as_start=not options.is_dry_run)
+                states = resume(run, group, options.allow_change, counts_as_start=not options.is_dry_run)
                 if options.is_dry_run:
-                    dry_run(run, state, time.monotonic() - began)
+                    dry_run(run, states, time.monotonic() - began)
                 else:
-                    _train(run, state)
+                    _train(run, states)
             if options.is_dry_run:
                 dist.barrier()  # every rank has closed its files
             dist.shut_down()  # not after an error: leaving the others could take as long as they wait for this rank
@@ -89,13 +98,27 @@ def run_from_files(options: RunOptions) -> None:
             raise
 
 
-def _train(run: Run, state: TrainState) -> None:
+def _choose_group(recipe: Recipe, run_dir: Path, allow_change: bool, launch: Launch) -> Group:
+    """Rank 0's choice, or on every rank its error."""
+    found: dict[str, Any] = {"error": None, "group": None}
+    if launch.is_main:
+        try:
+            found["group"] = dataclasses.asdict(choose_group(run_dir, recipe, allow_change))
+        except (UserError, UnreadableError) as error:
+            found["error"] = str(error)
+    found = dist.broadcast_json(found)
+    if found["error"]:
+        raise UserError(found["error"])
+    return Group(**found["group"])
+
+
+def _train(run: Run, states: Sequence[TrainState]) -> None:
     """Train. An attempt that memory was too small for is not a crash: a smaller setting resumes from the newest checkpoint."""
     try:
         with out_of_memory.explained(run.recipe, run.launch):
-            Trainer(run, state).train()
+            Trainer(run, states).train()
     except OutOfMemoryError:
-        if run.launch.is_main and state.first_step < run.recipe.steps:
+        if run.launch.is_main and states[0].first_step < run.recipe.steps:
             run.restarts.end("OUT_OF_MEMORY")
         raise
 

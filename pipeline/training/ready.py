@@ -20,7 +20,7 @@ def check_ready(run: Run) -> None:
     if run.launch.is_main:
         found["problem"] = _problem_on_disk(run)
     if run.recipe.guard.verify_shards:
-        mine = preflight.my_share(run.parts.source.shards.all_shards(), run.launch)
+        mine = preflight.my_share(run.shared.source.shards.all_shards(), run.launch)
         try:
             found["shards"] = preflight.corrupt_shards(mine, run.watchdog.feed_before_slow_work)
         except UnreadableError as error:
@@ -36,5 +36,7 @@ def _problem_on_disk(run: Run) -> str | None:
         return str(error)
     every = keeping.keep_every or run.recipe.steps + 1
     milestones = run.recipe.steps // every - sum(step % every == 0 for step in present)
-    disk = (run.parts.checkpoint_bytes, keeping.keep, len(present), milestones)
+    checkpoint_bytes = sum(member.checkpoint_bytes for member in run.members)
+    kept = keeping.keep + (len(run.members) if keeping.keep_best else 0)
+    disk = (checkpoint_bytes, kept, len(present), milestones)
     return preflight.problem_on_disk(run.paths.directory, *disk)

@@ -1,14 +1,15 @@
 """Resume: choose a checkpoint, check that this is still the same run, load it; and what `state.json` holds.
 
-In: a `Run`. Out: a `TrainState`, and the engine filled with the checkpoint's weights and moments. Rank 0 chooses, and
+In: a `Run`. Out: a `TrainState` per student, and each engine filled with the checkpoint's weights and moments. Rank 0 chooses, and
 every rank follows its one decision. Where the directory has no checkpoint, the run begins at step 0.
 """
 
 from __future__ import annotations
 
+import json
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from pipeline.provenance import changed_keys, fingerprint, library_versions, res
 from pipeline.runtime import dist
 from pipeline.runtime.anomalies import GuardConfig, SpikeDetector
 from pipeline.runtime.checkpoint import CheckpointReader, newest_valid
+from pipeline.runtime.checkpoint_files import STATE, read_text
+from pipeline.runtime.evaluations import Evaluation, best_evaluation
 from pipeline.runtime.restarts import FALL_BACK_AFTER, GIVE_UP_AFTER
 from pipeline.training.agreement import environment_warnings
 from pipeline.training.build import Parts, Run
+from pipeline.training.groups import Group
 from pipeline.training.identity import changes
 
 
@@ -32,18 +36,36 @@ class TrainState:
     spikes: SpikeDetector
     first_step: int = 0  # steps that were done when this attempt began
     skipped_steps: int = 0
+    evaluations: list[Evaluation] = field(default_factory=list)
+    ended: dict[str, Any] | None = None  # "step" and "reason", where the student is trained no further than that step
 
     @classmethod
     def restore(cls, saved: Mapping[str, Any], guard: GuardConfig) -> TrainState:
         """From a checkpoint's `state.json`, or from nothing at the start of a run."""
         spikes = SpikeDetector(guard)
         spikes.losses.extend(saved.get("last_losses", []))
-        return cls(spikes, saved.get("step", 0), saved.get("skipped_steps", 0))
+        evaluations = [(step, loss) for step, loss in saved.get("evaluations", [])]
+        return cls(spikes, saved.get("step", 0), saved.get("skipped_steps", 0), evaluations, saved.get("ended"))
 
     def observe(self, loss: float, skipped: bool) -> float | None:
         """Count one optimizer step. Returns the z-score of a loss that is a spike, else None."""
         self.skipped_steps += skipped
         return self.spikes.z_score(loss)
+
+    def evaluated(self, step: int, loss: float) -> bool:
+        """Take note of the mean held-out loss after `step` steps. Returns whether it is the best so far.
+
+        The loss before the first step is none of training's results.
+        """
+        if step == 0:
+            return False
+        self.evaluations = [*(earlier for earlier in self.evaluations if earlier[0] < step), (step, loss)]
+        return best_evaluation(self.evaluations) == (step, loss)
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether the step with which this attempt begins has been evaluated."""
+        return any(step == self.first_step for step, _ in self.evaluations)
 
 
 def checkpoint_state(parts: Parts, state: TrainState, step: int) -> dict[str, Any]:
@@ -55,6 +77,8 @@ def checkpoint_state(parts: Parts, state: TrainState, step: int) -> dict[str, An
         "adam_step": parts.engine.adam_step(),
         "skipped_steps": state.skipped_steps,
         "last_losses": list(state.spikes.losses),
+        "evaluations": state.evaluations,
+        "ended": state.ended,
         "scaler": parts.engine.scaler_state(),
         "world_size": parts.launch.world_size,
         "zero_stage": parts.engine.stage,
@@ -70,18 +94,20 @@ def checkpoint_state(parts: Parts, state: TrainState, step: int) -> dict[str, An
     }
 
 
-def resume(run: Run, allow_change: bool, counts_as_start: bool = True) -> TrainState:
+def resume(run: Run, group: Group, allow_change: bool, counts_as_start: bool = True) -> list[TrainState]:
     """Load the newest valid checkpoint. All ranks call this together.
 
     Args:
         allow_change: warn instead of raising where recipe, teacher or data are no longer those of the checkpoint
         counts_as_start: whether the crash-loop counter sees this start; False for a dry run
 
+    Returns:
+        the state of each of the run's members
+
     Raises:
         UserError: no checkpoint is valid, or it belongs to another run
         DivergedRunError: the last starts all ended in a crash
     """
-    parts = run.parts
     run.stop.saw_earlier_saves(dist.broadcast_json(run.restarts.slowest_save_s))
     decision = dist.broadcast_json(_choose(run) if run.launch.is_main else None)
     if decision["crash_loop"]:
@@ -90,20 +116,37 @@ def resume(run: Run, allow_change: bool, counts_as_start: bool = True) -> TrainS
         raise UserError(decision["error"])
     for problem in decision["problems"]:
         run.say(f"warning: checkpoint passed over: {problem}")
-    reader = CheckpointReader(Path(decision["path"])) if decision["path"] else None
-    if reader is not None:
-        warnings = check_changes(reader.state, parts, run.paths.directory, allow_change)
-        dropout = max(dropout_of(parts.student.model.config).values(), default=0.0)
-        for line in [*warnings, *environment_warnings(reader.state, parts.ds_config, dropout)]:
-            run.say(f"warning: {line}")
-        reader.check_shapes(parts.engine.shapes, parts.student.untrained)
-    state = TrainState.restore(reader.state if reader else {}, run.recipe.guard)
-    if counts_as_start and run.launch.is_main and state.first_step < run.recipe.steps:
-        run.restarts.begin(state.first_step, run.launch.world_size)  # before the load, so that a crash in it counts
-    if reader is not None:
-        _load(parts, reader)
-        run.say(f"resumed from {decision['path']}")
-    return state
+    path = Path(decision["path"]) if decision["path"] else None
+    readers = [CheckpointReader(path, member.name) for member in run.members] if path else []
+    for line in _warnings_of_all(run, group, readers, allow_change):
+        run.say(f"warning: {line}")
+    guard = run.recipe.guard
+    states = [TrainState.restore(reader.state, guard) for reader in readers] or [
+        TrainState.restore({}, guard) for _ in run.members
+    ]
+    first_step = states[0].first_step
+    if counts_as_start and run.launch.is_main and first_step < run.recipe.steps:
+        run.restarts.begin(first_step, run.launch.world_size)  # before the load, so that a crash in it counts
+    for member, reader in zip(run.members, readers, strict=False):
+        _load(member, reader)
+    if path is not None:
+        run.say(f"resumed from {path}")
+    return states
+
+
+def _warnings_of_all(run: Run, group: Group, readers: Sequence[CheckpointReader], allow_change: bool) -> list[str]:
+    """What differs from the checkpoint, and from those of the students that are finished. Raises `UserError` where nothing may."""
+    warnings = [f"--allow-change: continues without {', '.join(group.removed)}"] if group.removed else []
+    recipes, directory = run.recipe.members(), run.paths.directory
+    for name, state_dir in group.finished.items():
+        state = json.loads(read_text(Path(state_dir) / STATE))
+        warnings += check_changes(state, replace(run.shared, recipe=recipes[name], name=name), directory, allow_change)
+    for member, reader in zip(run.members, readers, strict=False):
+        warnings += check_changes(reader.state, member, directory, allow_change)
+        dropout = max(dropout_of(member.student.model.config).values(), default=0.0)
+        warnings += environment_warnings(reader.state, member.ds_config, dropout)
+        reader.check_shapes(member.engine.shapes, member.student.untrained)
+    return list(dict.fromkeys(warnings))
 
 
 def _choose(run: Run) -> dict[str, Any]:
@@ -134,6 +177,7 @@ def check_changes(saved: dict[str, Any], parts: Parts, run_dir: Path, allow_chan
         UserError: recipe, teacher or data differ, and `allow_change` is False
     """
     warnings, known = [], saved.get("identity")
+    where = f"{run_dir}, student {parts.name}," if parts.name else f"{run_dir}"
     changed = changed_keys(saved["recipe"], parts.recipe, by_path=known is None)
     if saved["data_fingerprint"] != parts.source.fingerprint:
         changed.append(f"data: {saved['data_fingerprint']} -> {parts.source.fingerprint}")
@@ -146,11 +190,12 @@ def check_changes(saved: dict[str, Any], parts: Parts, run_dir: Path, allow_chan
         changed += changes(known, parts.identity)
     if changed and not allow_change:
         raise UserError(
-            f"{run_dir} was begun with another recipe, teacher or data ({'; '.join(changed)}). Set it back, choose "
+            f"{where} was begun with another recipe, teacher or data ({'; '.join(changed)}). Set it back, choose "
             "another --run-dir, or add --allow-change to continue from this checkpoint with the changes"
         )
     if changed:
-        warnings.append(f"--allow-change: this run continues with changes ({'; '.join(changed)})")
+        what = f"student {parts.name}" if parts.name else "this run"
+        warnings.append(f"--allow-change: {what} continues with changes ({'; '.join(changed)})")
     if rounded := rounding_changes(saved["recipe"], parts.recipe):
         warnings.append(
             f"layers are not compiled as before this checkpoint ({'; '.join(rounded)}): results change by rounding, and "

@@ -6,6 +6,7 @@ In: the parts of a run and a `StepReport` per optimizer step. Out: console, Tens
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import time
@@ -46,13 +47,20 @@ class StepReport:
 
 
 class RunLogger:
-    """Reports one attempt of a run. Ranks other than 0 write and print nothing."""
+    """Reports one attempt of one student's run. Ranks other than 0 write and print nothing."""
 
-    def __init__(self, parts: Parts, paths: RunPaths, first_step: int):
-        """`first_step`: steps that are done already; what an earlier attempt logged after them is dropped."""
+    def __init__(self, parts: Parts, paths: RunPaths, first_step: int, leads: bool = True):
+        """
+        Args:
+            first_step: steps that are done already; what an earlier attempt logged after them is dropped
+            leads: shows the progress of the run, in which other students may take part
+        """
         self._parts, self._paths, self._first_step = parts, paths, first_step
         self._recipe, self._is_main = parts.recipe, parts.launch.is_main
-        self._metrics = Metrics(paths.directory, self._is_main, first_step, parts.recipe.steps)
+        if self._is_main:
+            with contextlib.suppress(OSError):  # a full disk: each file that is not written gives a warning
+                paths.description.parent.mkdir(parents=True, exist_ok=True)
+        self._metrics = Metrics(paths, self._is_main, first_step, parts.recipe.steps, shows_progress=leads)
         self._interval = _Interval()
         self._speed: dict[str, float] = {}  # of the last interval
         self._flops_per_row_and_device = parts.flops_per_row / parts.launch.world_size
@@ -64,7 +72,11 @@ class RunLogger:
         self._metrics.close()
 
     def say(self, line: str) -> None:
-        """One line on rank 0's console."""
+        """One line on rank 0's console about this student."""
+        self._metrics.say(f"{self._parts.name}: {line}" if self._parts.name else line)
+
+    def say_of_run(self, line: str) -> None:
+        """One line on rank 0's console about the run."""
         self._metrics.say(line)
 
     @property
@@ -92,6 +104,7 @@ class RunLogger:
             "precision": parts.precision,
             "teacher_precision": parts.teacher_precision,
             "teacher": self._recipe.teacher,
+            **({"student": parts.name} if parts.name else {}),
             "vocabulary": self._recipe.vocabulary,
             "identity": parts.identity,
             "data_fingerprint": parts.source.fingerprint,
@@ -114,7 +127,7 @@ class RunLogger:
             self._write_facts()
         self._metrics.describe(recipe_yaml, ds_json, resume_critical_config(self._recipe))
         for warning in parts.warnings:
-            self.say(f"warning: {warning}")
+            self.say_of_run(f"warning: {warning}")
         self.say(
             f"student in {parts.precision}: {parts.num_trained / 1e6:.1f} M parameters trained, "
             f"{parts.num_untrained / 1e6:.1f} M frozen, start: {student.start}; teacher in {parts.teacher_precision}; "
@@ -209,12 +222,13 @@ class RunLogger:
         """How long training waited for the checkpoint of `step`: snapshot, commit, and waiting for either."""
         self._write(step, {"speed/save_stall_seconds": stopped_s})
 
-    def heldout(self, step: int, losses: Mapping[str, float]) -> None:
-        """Held-out relation loss per language."""
+    def heldout(self, step: int, losses: Mapping[str, float]) -> float:
+        """Held-out relation loss per language. Returns the mean."""
         mean = float(np.mean(list(losses.values())))
         self._write(step, {"heldout/mean": mean, **{f"heldout/{language}": loss for language, loss in losses.items()}})
         worst = max(losses, key=losses.__getitem__)
         self.say(f"step {step}  held-out loss {mean:.4f}, highest {worst} {losses[worst]:.4f}")
+        return mean
 
     def relation_maps(self, step: int, name: str, maps_2HLL: torch.Tensor) -> None:
         """Teacher above student, one column per relation head. Square roots make small probabilities visible."""

@@ -7,10 +7,12 @@ failed. How a checkpoint is written: runtime/checkpoint_writer.py. All ranks mak
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from pipeline.errors import UserError
 from pipeline.runtime.checkpoint import committed_steps, prune
 from pipeline.runtime.checkpoint_writer import CheckpointWriter, SaveOutcome
+from pipeline.runtime.evaluations import best_evaluation
 from pipeline.training.build import Run
 from pipeline.training.resume import TrainState, checkpoint_state
 from pipeline.training.run_logger import RunLogger
@@ -19,13 +21,13 @@ from pipeline.training.run_logger import RunLogger
 class Saver:
     """One save at a time, written in the background."""
 
-    def __init__(self, run: Run, state: TrainState, logger: RunLogger):
-        self._run, self._state, self._logger = run, state, logger
-        parts, checkpoints = run.parts, run.paths.checkpoints
-        self._writer = CheckpointWriter(
-            checkpoints, parts.engine, parts.student.untrained, run.launch.rank, run.recipe.checkpoint
-        )
-        self._saved_step = state.first_step if state.first_step else -1
+    def __init__(self, run: Run, states: Sequence[TrainState], loggers: Sequence[RunLogger]):
+        """`states` and `loggers` of the run's members."""
+        self._run, self._states, self._loggers = run, states, loggers
+        checkpoints, first_step = run.paths.checkpoints, states[0].first_step
+        students = {member.name: (member.engine, member.student.untrained) for member in run.members}
+        self._writer = CheckpointWriter(checkpoints, students, run.launch.rank, run.recipe.checkpoint)
+        self._saved_step = first_step if first_step else -1
         self._known_steps = set(committed_steps(checkpoints))  # other programs' checkpoints are never pruned
 
     def save(self, step: int, required: bool) -> None:
@@ -42,7 +44,8 @@ class Saver:
         self._run.watchdog.feed_before_slow_work()
         began = time.monotonic()
         self._after_save(self._writer.wait())
-        self._writer.begin(checkpoint_state(self._run.parts, self._state, step))
+        pairs = zip(self._run.members, self._states, strict=True)
+        self._writer.begin({member.name: checkpoint_state(member, state, step) for member, state in pairs})
         if required:
             outcome = self._writer.wait()
             self._after_save(outcome)
@@ -50,7 +53,8 @@ class Saver:
                 raise UserError(
                     f"the checkpoint of step {step} could not be written: {outcome.problem}. Free space and start again"
                 )
-        self._logger.pause(time.monotonic() - began)
+        for logger in self._loggers:
+            logger.pause(time.monotonic() - began)
         self._run.watchdog.feed()
 
     def poll(self) -> None:
@@ -62,9 +66,10 @@ class Saver:
         if outcome is None:
             return
         self._run.stop.saw_save(outcome.seconds)
-        self._logger.saved(outcome.step, outcome.stopped_s)
+        for logger in self._loggers:
+            logger.saved(outcome.step, outcome.stopped_s)
         if outcome.problem:
-            self._logger.say(
+            self._loggers[0].say_of_run(
                 f"warning: checkpoint of step {outcome.step} not written, the run continues: {outcome.problem}"
             )
             self._writer.check_failed_saves(outcome)
@@ -73,4 +78,12 @@ class Saver:
         if self._run.launch.is_main:
             self._run.restarts.saved(outcome.step, outcome.seconds)
             self._known_steps.add(outcome.step)
-            prune(self._run.paths.checkpoints, self._run.recipe.checkpoint, outcome.step, self._known_steps)
+            keeping = self._run.recipe.checkpoint
+            prune(self._run.paths.checkpoints, keeping, outcome.step, self._known_steps, self._best_steps())
+
+    def _best_steps(self) -> set[int]:
+        """The steps at which a student was best, where `checkpoint.keep_best` asks for them."""
+        if self._run.recipe.checkpoint.keep_best is None:
+            return set()
+        best = (best_evaluation(state.evaluations) for state in self._states)
+        return {evaluation[0] for evaluation in best if evaluation is not None}

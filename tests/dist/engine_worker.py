@@ -153,8 +153,8 @@ def batch(step: int, launch: dist.Launch) -> tuple[torch.Tensor, torch.Tensor]:
 def save(engine: StudentEngine, directory: Path, step: int, launch: dist.Launch) -> str | None:
     state = {"step": step, "adam_step": engine.adam_step(), "scaler": engine.scaler_state()}
     state["parameters"] = engine.shapes
-    writer = CheckpointWriter(directory, engine, {"tail.weight": torch.arange(3.0)}, launch.rank)
-    writer.begin(state)
+    writer = CheckpointWriter(directory, {"": (engine, {"tail.weight": torch.arange(3.0)})}, launch.rank)
+    writer.begin({"": state})
     outcome = writer.wait()
     assert outcome is not None
     return outcome.problem

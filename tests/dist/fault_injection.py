@@ -1,6 +1,6 @@
 """Faults inside a real rank, at places that a signal from outside would hit only by chance.
 
-A fault is a dictionary: `kind`, `rank` (absent: every rank), and when. Steps count from 0, calls of an operation from 1.
+A fault is a dictionary: `kind`, `rank` (absent: every rank), `student` (of faults in a forward; absent: every one), and when. Steps count from 0, calls of an operation from 1.
 The harness wraps public functions and methods of `pipeline.training` and `CheckpointWriter`, before the rank's program starts.
 
     signal     sends `signal` to the rank itself in step `step`, before its micro-batch `micro`
@@ -13,6 +13,7 @@ The harness wraps public functions and methods of `pipeline.training` and `Check
     pause      every step takes `seconds` longer
     error      step `step` raises `error`: UserError or AssertionError
     out of memory  in step `step`, in `part` (teacher, student, loss, backward, optimizer), a petabyte is asked for
+    fp16       no fault: the CPU is said to have fp16, in which torch computes slowly
     no farewell    no fault of a step: to leave the process group takes ten minutes, as with NCCL when another rank waits
     witness    no fault: every micro-batch of the student is appended to `file`
     kernels    no fault: whether torch's strict mode was on in the student's forward and in backward goes to `file`
@@ -69,6 +70,10 @@ def arrange(faults: list[InjectedFault], rank: int) -> None:
         _around_steps(in_steps)
     if in_saves := [fault for kind in IN_SAVES for fault in kinds.get(kind, [])]:
         _around_saves(in_saves)
+    if "fp16" in kinds:
+        from deepspeed.accelerator import get_accelerator
+
+        get_accelerator().is_fp16_supported = lambda: True
     if "no farewell" in kinds:
         torch.distributed.destroy_process_group = lambda *unused: time.sleep(600)
     if "no memory" in kinds:
@@ -106,17 +111,18 @@ def _around_steps(faults: list[InjectedFault]) -> None:
     from pipeline.training import launch
     from pipeline.training.trainer import Stepper, Trainer
 
-    build, train_step, now = launch.build, Stepper.train_step, {"step": -1, "micro": -1}
+    build, train_step, now = launch.build, Stepper.train_step, {"step": -1}
 
     def build_with_faulty_engine(*arguments: Any) -> Any:
-        parts = build(*arguments)
-        for fault in faults:
-            if fault["kind"] == "out of memory":
-                _ask_for_a_petabyte(parts, fault, now)
-        return dataclasses.replace(parts, engine=FaultyEngine(parts.engine, faults, now))
+        members = build(*arguments)
+        for parts in members:
+            for fault in faults:
+                if fault["kind"] == "out of memory":
+                    _ask_for_a_petabyte(parts, fault, now)
+        return [dataclasses.replace(m, engine=FaultyEngine(m.engine, _of(m.name, faults), now)) for m in members]
 
     def faulty_step(self: Any, step: int, batches: Any) -> Any:
-        now.update(step=step, micro=0)
+        now.update(step=step)
         for fault in faults:
             if fault["kind"] == "host reads":
                 with open(fault["file"], "a") as file:
@@ -124,7 +130,7 @@ def _around_steps(faults: list[InjectedFault]) -> None:
         time.sleep(sum(fault["seconds"] for fault in faults if fault["kind"] == "pause"))
         report = train_step(self, step, batches)
         if any(fault["kind"] == "broken weights" and fault["step"] == step for fault in faults):
-            fragment = next(self.engine.fragments())
+            fragment = next(self.learners[0].parts.engine.fragments())
             fragment.view(fragment.buffer)[0] = float("nan")
         return report
 
@@ -139,17 +145,24 @@ def _around_steps(faults: list[InjectedFault]) -> None:
     Stepper.train_step = faulty_step  # type: ignore[method-assign]
 
 
+def _of(student: str, faults: list[InjectedFault]) -> list[InjectedFault]:
+    """The faults of one student of a run: those that name it or none."""
+    return [fault for fault in faults if fault.get("student", student) == student]
+
+
 class FaultyEngine:
     """An engine in whose forward the faults of the present step and micro-batch happen."""
 
-    def __init__(self, engine: Any, faults: list[InjectedFault], now: dict[str, int]):
-        self._engine, self._faults, self._now = engine, faults, now
+    def __init__(self, engine: Any, faults: list[InjectedFault], step: dict[str, int]):
+        self._engine, self._faults, self._step = engine, faults, step
+        self._now = {"step": -1, "micro": -1}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         now = self._now
+        now.update(step=self._step["step"], micro=now["micro"] + 1 if now["step"] == self._step["step"] else 0)
         for fault in self._faults:
             if fault["kind"] == "signal" and (fault["step"], fault.get("micro", 0)) == (now["step"], now["micro"]):
                 os.kill(os.getpid(), signal.Signals[fault["signal"]])
@@ -159,7 +172,6 @@ class FaultyEngine:
                 line = {**now, "rank": torch.distributed.get_rank(), "rows": arguments[0].tolist()}
                 with open(fault["file"], "a") as file:
                     file.write(json.dumps(line) + "\n")
-        now["micro"] += 1
         files = [fault["file"] for fault in self._faults if fault["kind"] == "kernels"]
         hook = self._engine.module.student.register_forward_hook(lambda *unused: _note_mode(files, "forward"))
         loss, parts = self._engine(*arguments, **keywords)
@@ -210,14 +222,17 @@ def _resumed_and_saved(resume: Callable, directory: Path) -> Callable:
     from pipeline.training.resume import checkpoint_state
 
     def resume_and_save(run: Any, *arguments: Any, **keywords: Any) -> Any:
-        state = resume(run, *arguments, **keywords)
-        if state.first_step:
-            copy = CheckpointWriter(directory, run.parts.engine, run.parts.student.untrained, run.launch.rank)
-            copy.begin(checkpoint_state(run.parts, state, state.first_step))
+        states = resume(run, *arguments, **keywords)
+        if states[0].first_step:
+            pairs = list(zip(run.members, states, strict=True))
+            copy = CheckpointWriter(
+                directory, {m.name: (m.engine, m.student.untrained) for m, _ in pairs}, run.launch.rank
+            )
+            copy.begin({m.name: checkpoint_state(m, state, state.first_step) for m, state in pairs})
             outcome = copy.wait()
             assert outcome is not None
             assert outcome.problem is None
-        return state
+        return states
 
     return resume_and_save
 
@@ -228,11 +243,12 @@ def _around_saves(faults: list[InjectedFault]) -> None:
     begin = CheckpointWriter.begin
     armed: list[Callable[[], None]] = []
 
-    def begin_armed(self: Any, state: Any) -> None:
+    def begin_armed(self: Any, states: Any) -> None:
+        (step,) = {state["step"] for state in states.values()}
         for fault in faults:
-            if fault["save"] == state["step"]:
+            if fault["save"] == step:
                 armed.append(_limit(fault["bytes"]) if fault["kind"] == "file size" else _trap(fault))
-        begin(self, state)
+        begin(self, states)
 
     def disarmed_after(method: Callable) -> Any:
         def call(self: Any) -> Any:

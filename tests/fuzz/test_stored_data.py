@@ -28,6 +28,7 @@ from pipeline.runtime.checkpoint_files import corruption, fsync_and_hash
 from pipeline.runtime.json_files import read_points
 from pipeline.runtime.metrics import Metrics
 from pipeline.runtime.restarts import Restarts
+from pipeline.runtime.run_paths import RunPaths
 from tests.fuzz.mutations import mutated_bytes, mutated_json, mutated_tree
 from tests.fuzz.trials import fuzz, rejected_or_done
 from tests.unit.made_up_run import make_run
@@ -162,7 +163,7 @@ def resume(run_dir: Path) -> None:
     restarts.saved(5, 1.0)
     restarts.end("DONE")
     shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
-    metrics = Metrics(run_dir, True, 4, 8)
+    metrics = Metrics(RunPaths(run_dir), True, 4, 8)
     metrics.close()
     if not (run_dir / "metrics.jsonl").is_file():
         raise UserError("metrics.jsonl does not exist")

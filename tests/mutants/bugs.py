@@ -116,8 +116,8 @@ BUGS = (
     Bug(
         "last micro-batch overweighted",
         "pipeline/training/trainer.py",
-        "self.engine.backward(loss)",
-        "self.engine.backward(loss * (1.5 if 0 < micro == accumulation - 1 else 1.0))",
+        "parts.engine.backward(loss)",
+        "parts.engine.backward(loss * (1.5 if self._left == 0 < parts.batch.accumulation - 1 else 1.0))",
         "tests/dist/test_train.py::test_two_ranks_give_the_losses_of_one",
         "direction_of_a_step",
     ),
@@ -140,8 +140,8 @@ BUGS = (
     Bug(
         "same dropout on every rank",
         "pipeline/training/trainer.py",
-        "torch.manual_seed(dropout_seed(self.recipe.seed, step, self.launch.rank))",
-        "torch.manual_seed(dropout_seed(self.recipe.seed, step, 0))",
+        "torch.manual_seed(dropout_seed(parts.recipe.seed, self._step, launch.rank))",
+        "torch.manual_seed(dropout_seed(parts.recipe.seed, self._step, 0))",
         "tests/unit/test_train_step.py::test_dropout_differs_by_rank_step_and_seed",
         "random_numbers_by_rank",
     ),

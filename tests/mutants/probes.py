@@ -179,7 +179,7 @@ def stepper_of(rank: int, world_size: int = 1, **recipe: Any) -> Any:
     from pipeline.runtime.anomalies import GuardConfig, SpikeDetector
     from pipeline.runtime.ds_config import BatchShape
     from pipeline.training.resume import TrainState
-    from pipeline.training.trainer import Stepper
+    from pipeline.training.trainer import Learner, Stepper
 
     dist.init_process_group(dist.Launch(0, 1, 0, torch.device("cpu")), 60)
     parts = MagicMock(
@@ -187,8 +187,9 @@ def stepper_of(rank: int, world_size: int = 1, **recipe: Any) -> Any:
         launch=dist.Launch(rank, world_size, rank, torch.device("cpu")),
         batch=BatchShape(2, ACCUMULATION),
         engine=PlainEngine(),
+        shared_teacher=None,
     )
-    return Stepper(parts, TrainState(SpikeDetector(GuardConfig())))
+    return Stepper([Learner(parts, TrainState(SpikeDetector(GuardConfig())))])
 
 
 def batches() -> Iterator[tuple[torch.Tensor, None]]:
@@ -200,7 +201,7 @@ def direction_of_a_step() -> Figures:
     """The gradient of one step over three micro-batches, of length 1: what Adam and clipping see of it."""
     stepper = stepper_of(rank=0)
     stepper.train_step(0, batches())
-    gradient = stepper.engine.layer.weight.grad
+    gradient = stepper.parts.engine.layer.weight.grad
     return (gradient / gradient.norm()).flatten().tolist()
 
 
@@ -210,7 +211,7 @@ def random_numbers_by_rank() -> Figures:
     for rank in range(2):
         stepper = stepper_of(rank, world_size=2)
         stepper.train_step(4, batches())
-        figures.append(stepper.engine.random)
+        figures.append(stepper.parts.engine.random)
     return figures
 
 
@@ -226,5 +227,5 @@ def samples_in_a_checkpoint() -> Figures:
 
     stepper = stepper_of(0)
     stepper.parts.engine = MagicMock()
-    state = checkpoint_state(stepper.parts, stepper.state, 7)
+    state = checkpoint_state(stepper.parts, stepper.learners[0].state, 7)
     return [state["step"], state["samples"]]

@@ -21,7 +21,7 @@ def drawn(seed: int, step: int, rank: int) -> list[float]:
     """The random numbers of a step's three micro-batches, from which dropout makes its masks."""
     stepper = stepper_of(rank, world_size=2, seed=seed)
     stepper.train_step(step, batches())
-    return stepper.engine.random
+    return stepper.parts.engine.random
 
 
 def test_dropout_differs_by_rank_step_and_seed() -> None:
@@ -37,8 +37,8 @@ def test_micro_batches_have_equal_weights() -> None:
     """The gradient of a step is the mean of its micro-batches' gradients."""
     stepper = stepper_of(rank=0)
     stepper.train_step(0, batches())
-    layer = stepper.engine.layer
+    layer = stepper.parts.engine.layer
     of_step, layer.weight.grad = layer.weight.grad, None
     for input_ids_BL, _ in batches():
-        stepper.engine.backward(stepper.engine(input_ids_BL)[0])
+        stepper.parts.engine.backward(stepper.parts.engine(input_ids_BL)[0])
     assert torch.allclose(of_step, layer.weight.grad, atol=1e-7)

@@ -53,9 +53,9 @@ def main(layers: int, vocabulary: int, directory: Path, report: Path) -> None:
     engine.backward(engine(torch.randint(4, vocabulary, (1, 16))))
     engine.step(1e-4)
     state = {"step": 1, "adam_step": 1, "scaler": {}, "parameters": engine.shapes}
-    writer = CheckpointWriter(directory, engine, {"tail": torch.zeros(1)}, launch.rank)
+    writer = CheckpointWriter(directory, {"": (engine, {"tail": torch.zeros(1)})}, launch.rank)
     began = time.monotonic()
-    writer.begin(state)
+    writer.begin({"": state})
     stopped_s = time.monotonic() - began
     while (outcome := writer.poll()) is None:
         time.sleep(0.1)

@@ -40,11 +40,12 @@ def use_stock_checkpoints(options: dict[str, Any]) -> None:
     from pipeline.training.resume import TrainState
 
     class StockWriter:
-        def __init__(self, directory: Path, engine: Any, *unused: Any):
-            self._directory, self._engine = directory, engine
+        def __init__(self, directory: Path, students: Any, *unused: Any):
+            self._directory, (self._engine, _) = directory, students[""]
             self._outcome: SaveOutcome | None = None
 
-        def begin(self, state: Any) -> None:
+        def begin(self, states: Any) -> None:
+            state = states[""]
             began = time.monotonic()
             if state["step"] == options.get("kill_in"):
                 _kill_in_this_save(options, self._directory)
@@ -58,11 +59,11 @@ def use_stock_checkpoints(options: dict[str, Any]) -> None:
 
         poll = wait
 
-    def resume(run: Any, *unused: Any, **keywords: Any) -> TrainState:
+    def resume(run: Any, *unused: Any, **keywords: Any) -> list[TrainState]:
         report = Path(f"{options['report']}-{run.launch.rank}.json")
         report.write_text(json.dumps({"problem": "ended while loading"}))
         try:
-            path, _ = run.parts.engine.deepspeed_engine.load_checkpoint(str(run.paths.checkpoints))
+            path, _ = run.shared.engine.deepspeed_engine.load_checkpoint(str(run.paths.checkpoints))
         except BaseException as error:
             report.write_text(json.dumps({"problem": f"{type(error).__name__}: {str(error)[:200]}"}))
             raise
@@ -70,7 +71,7 @@ def use_stock_checkpoints(options: dict[str, Any]) -> None:
         report.write_text(json.dumps({"problem": None, "step": first}))
         if run.launch.is_main:
             run.restarts.begin(first, run.launch.world_size)
-        return TrainState(SpikeDetector(run.recipe.guard), first_step=first)
+        return [TrainState(SpikeDetector(run.recipe.guard), first_step=first)]
 
     saving.CheckpointWriter = StockWriter  # type: ignore[misc, assignment]
     saving.prune = lambda directory, *config: None

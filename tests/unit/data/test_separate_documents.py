@@ -96,7 +96,7 @@ def test_losses_are_those_of_each_document_alone(source: BatchSource, models) ->
 
 def test_heldout_losses_keep_documents_apart(source: BatchSource, models) -> None:
     _, _, module = models
-    losses = heldout_losses(module.losses_by_row, source, 5, Launch(0, 1, 0, torch.device("cpu")), lambda: None)
+    (losses,) = heldout_losses([module.losses_by_row], source, 5, Launch(0, 1, 0, torch.device("cpu")), lambda: None)
     for language in source.languages:
         rows, segments = source.heldout_batch([language])
         assert losses[language] == pytest.approx(module.losses_by_row(rows, segments=segments).mean().item(), rel=1e-5)

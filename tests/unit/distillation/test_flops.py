@@ -42,4 +42,4 @@ def test_relative_positions_of_deberta_are_left_out() -> None:
 def test_a_training_row_is_one_pass_of_the_teacher_and_three_of_the_student() -> None:
     teacher, student = tap(tiny_encoder("bert"), 3), tap(tiny_encoder("bert", seed=1), 2)
     of_student = forward_flops(student, LENGTH)
-    assert training_flops(teacher, student, LENGTH) == forward_flops(teacher, LENGTH) + 3 * of_student
+    assert training_flops(teacher, [student], LENGTH) == forward_flops(teacher, LENGTH) + 3 * of_student

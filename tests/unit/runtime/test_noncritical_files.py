@@ -14,6 +14,7 @@ from pipeline.runtime.metrics import Metrics
 from pipeline.runtime.noncritical_files import read_json_or_warn, set_aside, write_file_or_warn
 from pipeline.runtime.rank_log import tee_output
 from pipeline.runtime.restarts import Restarts
+from pipeline.runtime.run_paths import RunPaths
 from pipeline.runtime.watchdog import Watchdog
 
 
@@ -55,7 +56,7 @@ def test_nothing_in_the_place_of_a_noncritical_file_ends_a_run(tmp_path: Path, k
         put(kind, tmp_path / name)
     restarts = Restarts(tmp_path)
     restarts.begin(0, 1)
-    metrics = Metrics(tmp_path, active=True, first_step=0, steps=5)
+    metrics = Metrics(RunPaths(tmp_path), active=True, first_step=0, steps=5)
     metrics.write(1, 8, {"loss/total": 1.0})
     metrics.close()
     record_spike(tmp_path / "spikes.jsonl", 1, 2.0, 9.0, skipped=False, rows=[])
@@ -74,7 +75,7 @@ def test_good_points_of_a_curve_survive_bad_lines(tmp_path: Path, capsys: pytest
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"\n".join([*good[:2], *bad, good[2], b'{"step": 4, "sam']))
     before = path.read_bytes()
-    metrics = Metrics(tmp_path, active=True, first_step=2, steps=5)
+    metrics = Metrics(RunPaths(tmp_path), active=True, first_step=2, steps=5)
     metrics.close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
     assert (tmp_path / "metrics.jsonl.corrupt-1").read_bytes() == before
@@ -84,7 +85,7 @@ def test_good_points_of_a_curve_survive_bad_lines(tmp_path: Path, capsys: pytest
 
 def test_a_line_that_a_kill_cut_short_is_no_corruption(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "samples": 8}\n{"step": 2, "sa')
-    Metrics(tmp_path, active=True, first_step=1, steps=5).close()
+    Metrics(RunPaths(tmp_path), active=True, first_step=1, steps=5).close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "samples": 8}\n'
     assert not list(tmp_path.glob("*.corrupt-*"))
 
@@ -92,7 +93,7 @@ def test_a_line_that_a_kill_cut_short_is_no_corruption(tmp_path: Path) -> None:
 def test_tensorboard_and_logs_that_are_files_are_replaced(tmp_path: Path) -> None:
     for name in ("tensorboard", "logs"):
         (tmp_path / name).write_text("")
-    metrics = Metrics(tmp_path, active=True, first_step=0, steps=5)
+    metrics = Metrics(RunPaths(tmp_path), active=True, first_step=0, steps=5)
     metrics.write(1, 8, {"loss/total": 1.0})
     metrics.close()
     with Watchdog(GuardConfig(), tmp_path / "logs" / "stacks-rank0.txt"):
@@ -107,7 +108,7 @@ def test_a_directory_that_cannot_be_written_to_costs_the_logs_and_nothing_else(
     nowhere = Path("/proc/self")
     with Watchdog(GuardConfig(), nowhere / "logs" / "stacks-rank0.txt"):
         tee_output(nowhere / "logs" / "rank0.log")
-        metrics = Metrics(nowhere, active=True, first_step=0, steps=5)
+        metrics = Metrics(RunPaths(nowhere), active=True, first_step=0, steps=5)
         metrics.write(1, 8, {"loss/total": 1.0})
         metrics.close()
         write_file_or_warn(nowhere / "run.json", "{}")

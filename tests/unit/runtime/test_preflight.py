@@ -12,6 +12,7 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.provenance import CODE, code_fingerprint
 from pipeline.runtime import preflight
+from pipeline.runtime.run_paths import RunPaths
 from tests.conftest import REPO
 
 
@@ -69,6 +70,6 @@ def test_the_run_directory_survives_a_power_failure(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(os, "fsync", record)
     run_dir = tmp_path / "runs" / "new"
-    preflight.ensure_run_dir(run_dir)
+    preflight.ensure_run_dir(RunPaths(run_dir))
     assert (run_dir / "checkpoints").is_dir()
     assert {str(run_dir), str(run_dir.parent), str(tmp_path)} <= set(synced)

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from pipeline.runtime.metrics import Metrics
+from pipeline.runtime.run_paths import RunPaths
 from pipeline.runtime.tensorboard_tags import LAYOUT, tensorboard_tag
 
 VALUES = {
@@ -48,7 +49,7 @@ def get(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Get]:
     """Query TensorBoard's server about a log directory that `Metrics` wrote."""
     run_dir = tmp_path_factory.mktemp("runs") / "quick"
     run_dir.mkdir()
-    metrics = Metrics(run_dir, active=True, first_step=0, steps=2)
+    metrics = Metrics(RunPaths(run_dir), active=True, first_step=0, steps=2)
     metrics.describe("steps: 2", "{}", {"steps": 2})
     for step in (1, 2):
         metrics.write(step, step * 16, {tag: value * step for tag, value in VALUES.items()})

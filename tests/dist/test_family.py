@@ -1,0 +1,274 @@
+"""Students trained together end as they do alone, bit for bit: weights, moments, losses, loss scales, held-out losses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.errors import EXIT_DIVERGED, EXIT_USER
+from pipeline.runtime.checkpoint import CheckpointReader, newest_valid, read_model_weights
+from pipeline.runtime.checkpoint_files import KINDS, checkpoint_path, committed_steps
+from pipeline.runtime.run_paths import RunPaths, students_of
+from tests.conftest import REPO
+from tests.dist.runs import metrics
+from tests.faults.sweeps.lab import Lab
+
+# Other depth, width, heads, dropout, layers, tail, relations, rate, warm-up and clipping; one of them is frozen in part.
+DEEP = {
+    "student": {"layers": 3, "hidden": 24, "heads": 4, "dropout": 0.1},
+    "relations": {"teacher_layer": 2},
+    "optimizer": {"lr": 1e-3, "warmup_steps": 5, "gradient_clipping": 0.1},
+}
+WIDE = {
+    "student": {
+        "layers": 2,
+        "hidden": 48,
+        "heads": 4,
+        "ffn": 96,
+        "init": "layers",
+        "freeze": ["embeddings"],
+        "dropout": 0.2,
+    },
+    "relations": {"tail": "mse", "pairs": {"q-k": 1.0, "v-v": 2.0}, "heads": 4},
+}
+PAIRS = {
+    "student": {"layers": 2, "hidden": 12, "heads": 2},
+    "relations": {
+        "teacher_layer": None,
+        "layers": [{"teacher": 1, "student": 1}, {"teacher": 4, "student": 2, "weight": 2.0}],
+    },
+    "optimizer": {"weight_decay": 0.0, "betas": [0.8, 0.95]},
+}
+STUDENTS = {"deep": DEEP, "wide": WIDE, "pairs": PAIRS}
+SETTINGS: dict[str, Any] = {"steps": 6, "save_every": 3, "eval_every": 3, "relations.backend": "chunked"}
+COMBINATIONS = [(1, "fp32", 1), (2, "bf16", 2), (3, "fp16", 1), (2, "fp16", 2), (3, "fp32", 2), (1, "bf16", 1)]
+
+
+class Family(Lab):
+    """Runs with several students, and of each student alone, in any precision."""
+
+    precision = "fp32"
+
+    def arguments(self, stage: int, settings: Mapping[str, Any]) -> list[str]:
+        config = json.loads((REPO / "ds_configs" / f"zero{stage}.json").read_text())
+        del config["fp16"]
+        if self.precision == "fp16":  # a scale that overflows in the first steps, and rises again
+            config["fp16"] = {"enabled": True, "initial_scale_power": 18, "loss_scale_window": 2, "hysteresis": 1}
+        elif self.precision == "bf16":
+            config["bf16"] = {"enabled": True}
+        path = self.directory / f"zero{stage}.json"
+        path.write_text(json.dumps(config))
+        return super().arguments(stage, settings)
+
+    def alone(
+        self, name: str, ranks: int, settings: Mapping[str, Any], stage: int = 2, faults: Iterable[Any] = ()
+    ) -> Path:
+        changes = {f"{section}.{key}": value for section, keys in STUDENTS[name].items() for key, value in keys.items()}
+        return self.untouched(ranks, {**settings, **changes}, stage, faults)
+
+    def together(self, ranks: int, settings: Mapping[str, Any], stage: int = 2, faults: Iterable[Any] = ()) -> Path:
+        return self.untouched(ranks, {"students": STUDENTS, **settings}, stage, faults)
+
+
+@pytest.fixture
+def family(lab: Lab) -> Family:
+    return Family(lab.directory, lab.server, lab.recipe)
+
+
+def state_of(run_dir: Path, student: str = "", group: int = 1) -> dict[Any, Any]:
+    """Weights, moments, and what decides later steps."""
+    checkpoint, problems = newest_valid(RunPaths(run_dir, group=group).checkpoints)
+    assert checkpoint is not None
+    assert not problems
+    reader = CheckpointReader(checkpoint, student)
+    tensors = {
+        (kind, name): reader.read(kind, name, 0, int(torch.Size(shape).numel())).tolist()
+        for kind in KINDS
+        for name, shape in reader.state["parameters"].items()
+    }
+    keys = ("step", "adam_step", "skipped_steps", "scaler", "last_losses", "evaluations", "ended")
+    return {**tensors, **{key: reader.state[key] for key in keys}}
+
+
+def curves_of(directory: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl without times and speeds."""
+    rows = [{k: v for k, v in row.items() if k != "time_s" and "speed/" not in k} for row in metrics(directory)]
+    return [row for row in rows if len(row) > 2]
+
+
+def check_equal_to_alone(family: Family, run_dir: Path, name: str, alone: Path, group: int = 1) -> None:
+    assert state_of(run_dir, name, group) == state_of(alone), name
+    assert curves_of(RunPaths(run_dir, name).description.parent) == curves_of(alone), name
+
+
+@pytest.mark.parametrize(("stage", "precision", "ranks"), COMBINATIONS)
+def test_a_family_is_trained_as_each_student_alone(stage: int, precision: str, ranks: int, family: Family) -> None:
+    """With dropout and two micro-batches per step and rank."""
+    family.precision = precision
+    settings = {**SETTINGS, "micro_batch_per_gpu": 4 // ranks}
+    device = [{"kind": "fp16"}] if precision == "fp16" else []
+    run_dir = family.together(ranks, settings, stage, device)
+    assert students_of(run_dir) == list(STUDENTS)
+    for name in STUDENTS:
+        check_equal_to_alone(family, run_dir, name, family.alone(name, ranks, settings, stage, device))
+    if precision == "fp16":
+        assert 0 < state_of(run_dir, "deep")["skipped_steps"] < SETTINGS["steps"]
+    assert not (run_dir / "metrics.jsonl").exists()
+    assert {path.name for path in run_dir.iterdir()} <= {path.name for path in named_paths(run_dir)}
+
+
+def named_paths(run_dir: Path) -> list[Path]:
+    paths = RunPaths(run_dir)
+    return [*(path for path in vars(paths).values() if isinstance(path, Path)), paths.restarts, run_dir / "students"]
+
+
+def test_a_nan_in_one_student_of_a_family_skips_no_step_of_the_others(family: Family) -> None:
+    fault = {"kind": "nan", "steps": [2, 3], "rank": 1, "student": "deep"}
+    run_dir = family.together(2, SETTINGS, 2, [fault])
+    alone = family.alone("deep", 2, SETTINGS, 2, [{**fault, "student": ""}])
+    check_equal_to_alone(family, run_dir, "deep", alone)
+    assert state_of(run_dir, "deep")["skipped_steps"] == 2
+    for name in ("wide", "pairs"):
+        check_equal_to_alone(family, run_dir, name, family.alone(name, 2, SETTINGS))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_family_that_is_stopped_and_killed_ends_as_each_student_alone(stage: int, family: Family) -> None:
+    run_dir = family.fresh("interrupted")
+    settings = {"students": STUDENTS, **SETTINGS}
+    stop = {"kind": "signal", "signal": "SIGUSR1", "step": 1, "student": "wide"}
+    kill = {"kind": "signal", "signal": "SIGKILL", "step": 4, "student": "pairs", "micro": 1}
+    assert family.run(run_dir, 1, settings, stage, [stop]) == 0
+    assert committed_steps(run_dir / "checkpoints") == [2]
+    assert (run_dir / "PREEMPTED").exists()
+    assert family.run(run_dir, 1, settings, stage, [kill]) != 0
+    assert committed_steps(run_dir / "checkpoints") == [2, 3]
+    assert family.run(run_dir, 1, settings, stage) == 0
+    for name in STUDENTS:
+        check_equal_to_alone(family, run_dir, name, family.alone(name, 1, SETTINGS, stage))
+
+
+def test_a_student_is_added_to_and_removed_from_a_finished_family(family: Family) -> None:
+    two = {name: STUDENTS[name] for name in ("deep", "wide")}
+    run_dir = family.fresh("added")
+    assert family.run(run_dir, 1, {"students": two, **SETTINGS}) == 0
+    before = {name: state_of(run_dir, name) for name in two}
+    stop = {"kind": "signal", "signal": "SIGUSR1", "step": 3}
+    assert family.run(run_dir, 1, {"students": STUDENTS, **SETTINGS}, 2, [stop]) == 0
+    assert committed_steps(run_dir / "checkpoints-2") == [3, 4]
+    assert family.run(run_dir, 1, {"students": STUDENTS, **SETTINGS}) == 0
+    assert "already has its 6 steps" not in run_dir.with_suffix(".log").read_text()
+    check_equal_to_alone(family, run_dir, "pairs", family.alone("pairs", 1, SETTINGS), group=2)
+    for name in two:
+        assert state_of(run_dir, name) == before[name]
+        check_equal_to_alone(family, run_dir, name, family.alone(name, 1, SETTINGS))
+    assert students_of(run_dir) == list(STUDENTS)
+    removed = {"students": {"pairs": PAIRS}, **SETTINGS}
+    assert family.run(run_dir, 1, removed) == 0
+    assert "already has its 6 steps" in run_dir.with_suffix(".log").read_text()
+    assert {name: read_model_weights(run_dir, name)[1]["step"] for name in STUDENTS} == dict.fromkeys(STUDENTS, 6)
+    changed = {"students": {**STUDENTS, "deep": {**DEEP, "optimizer": {"lr": 2e-3}}, "new": {}}, **SETTINGS}
+    assert family.run(run_dir, 1, changed) == EXIT_USER  # a finished student with another rate
+    assert "student deep, was begun with another recipe" in run_dir.with_suffix(".log").read_text()
+
+
+def test_a_family_in_progress_rejects_more_students_and_loses_one_only_on_request(family: Family) -> None:
+    run_dir = family.fresh("progress")
+    stop = {"kind": "signal", "signal": "SIGUSR1", "step": 2}
+    assert family.run(run_dir, 1, {"students": STUDENTS, **SETTINGS}, 2, [stop]) == 0
+    log = run_dir.with_suffix(".log")
+    assert family.run(run_dir, 1, {"students": {**STUDENTS, "late": {}}, **SETTINGS}) == EXIT_USER
+    assert "late would begin as many steps late" in log.read_text()
+    assert family.run(run_dir, 1, SETTINGS) == EXIT_USER
+    assert "begun with the students deep, wide, pairs, and this recipe has no `students`" in log.read_text()
+    two = {"students": {name: STUDENTS[name] for name in ("deep", "pairs")}, **SETTINGS}
+    assert family.run(run_dir, 1, two) == EXIT_USER
+    assert "trains wide too, which the recipe no longer has" in log.read_text()
+    words = [*family.arguments(2, two), "--run-dir", str(run_dir), "--allow-change"]
+    assert family.server.start(1, words, log).wait(240) == 0
+    for name in ("deep", "pairs"):
+        check_equal_to_alone(family, run_dir, name, family.alone(name, 1, SETTINGS))
+
+
+def test_a_family_and_a_run_with_one_student_do_not_share_a_directory(family: Family) -> None:
+    run_dir = shutil.copytree(family.alone("deep", 1, SETTINGS), family.fresh("single"))
+    assert family.run(run_dir, 1, {"students": STUDENTS, **SETTINGS}) == EXIT_USER
+    assert "begun with one student, without a name" in run_dir.with_suffix(".log").read_text()
+
+
+def test_one_checkpoint_of_a_family_is_committed_or_none(family: Family) -> None:
+    """A kill while the second student's files are written leaves no checkpoint of that step for any student."""
+    run_dir = family.fresh("killed")
+    settings = {"students": STUDENTS, **SETTINGS, "checkpoint.keep": 3}
+    kill = {"kind": "at call", "save": 6, "operation": "fsync", "call": 7}
+    assert family.run(run_dir, 1, settings, 2, [kill]) != 0
+    assert committed_steps(run_dir / "checkpoints") == [3]
+    assert family.run(run_dir, 1, settings) == 0
+    for name in STUDENTS:
+        check_equal_to_alone(family, run_dir, name, family.alone(name, 1, {**SETTINGS, "checkpoint.keep": 3}))
+    assert not list((run_dir / "checkpoints").glob("*.tmp"))
+
+
+def test_a_family_trains_on_when_one_student_diverges(family: Family) -> None:
+    """The diverged student ends, which is written down and survives a resume. Where no other is left the run ends."""
+    nan = {"kind": "nan", "steps": list(range(6)), "student": "deep"}
+    settings = {**SETTINGS, "guard.max_bad_steps": 2}
+    run_dir = family.together(1, settings, 2, [nan])
+    ended = state_of(run_dir, "deep")["ended"]
+    assert ended["step"] == 2
+    assert "2 steps in a row were not finite" in ended["reason"]
+    assert "deep after step 2: diverged" in (run_dir / "DONE").read_text()
+    start = family.fresh("start")
+    stop = {"kind": "signal", "signal": "SIGUSR1", "step": 0, "student": "deep"}
+    assert family.run(start, 1, {"students": STUDENTS, **settings, "steps": 6}, 2, [stop]) == 0
+    for name in ("wide", "pairs"):
+        check_equal_to_alone(family, run_dir, name, family.alone(name, 1, settings))
+    only = family.fresh("only")
+    everyone = {**nan, "student": "deep"}
+    assert family.run(only, 1, {"students": {"deep": DEEP}, **settings}, 2, [everyone]) == EXIT_DIVERGED
+
+
+def test_the_best_checkpoint_of_a_family_is_kept_and_exported_by_name(family: Family) -> None:
+    """A rate so high that the held-out loss rises again; the other student is best at the end."""
+    students = {"wild": {**DEEP, "optimizer": {"lr": 0.3, "warmup_steps": 0, "decay": "constant"}}, "calm": PAIRS}
+    settings = {"students": students, "steps": 12, "eval_every": 2, "save_every": 12, "checkpoint.keep": 1}
+    run_dir = family.fresh("best")
+    assert family.run(run_dir, 1, {**settings, "checkpoint.keep_best": "heldout"}) == 0
+    best = {name: min((loss, -step) for step, loss in state_of(run_dir, name)["evaluations"]) for name in students}
+    steps = {name: -step for name, (_, step) in best.items()}
+    assert steps["wild"] < 12
+    assert set(committed_steps(run_dir / "checkpoints")) == {*steps.values(), 12}
+    for name in students:
+        assert read_model_weights(run_dir, name, "best")[1]["step"] == steps[name]
+    assert checkpoint_path(run_dir / "checkpoints", 12).is_dir()
+
+
+def test_a_family_stops_each_student_that_no_longer_gets_better(family: Family) -> None:
+    """Early stopping ends a student as it does alone; the others are trained to the end."""
+    wild = {**DEEP, "optimizer": {"lr": 0.3, "warmup_steps": 0, "decay": "constant"}}
+    settings = {
+        "steps": 12,
+        "eval_every": 1,
+        "save_every": 4,
+        "stop_when.no_better_for": 3,
+        "relations.backend": "chunked",
+    }
+    run_dir = family.fresh("early")
+    assert family.run(run_dir, 1, {"students": {"wild": wild, "calm": PAIRS}, **settings}) == 0
+    changes = {f"{section}.{key}": value for section, keys in wild.items() for key, value in keys.items()}
+    alone = family.untouched(1, {**settings, **changes})
+    ours, theirs = state_of(run_dir, "wild"), state_of(alone)
+    assert ours.pop("step") == 12
+    assert theirs.pop("step") == theirs["ended"]["step"] < 12
+    assert ours == theirs
+    assert "no lower held-out loss in 3 evaluations" in (alone / "DONE").read_text()
+    assert state_of(run_dir, "calm")["ended"] is None
+    assert curves_of(run_dir / "students" / "wild") == curves_of(alone)
+    assert family.run(alone, 1, {**settings, **changes}) == 0  # and nothing more is trained
+    assert state_of(alone) == {**theirs, "step": theirs["ended"]["step"]}
