@@ -17,7 +17,7 @@ from pipeline.distillation.models.loading import count_parameters
 from pipeline.distillation.tap import TappedEncoder
 from pipeline.errors import UserError
 from pipeline.planning.memory import Setting, Trained, memory_of
-from pipeline.planning.meta_models import Encoders, read_config, shared_teacher
+from pipeline.planning.meta_models import Encoders, read_config, teacher_of_all
 from pipeline.planning.plan import Plan, Planner
 from pipeline.planning.timing import StepTime
 from pipeline.planning.trace import PassCost, StudentCost
@@ -34,9 +34,8 @@ class FamilyPlanner(Planner):
     @cached_property
     def teacher(self) -> TappedEncoder:
         """The one that all students read."""
-        one = next(iter(self.alone.values())).recipe
-        config = read_config(one.teacher, self.teacher_config)
-        return shared_teacher(one, config, [encoders.teacher for encoders in self._encoders_alone.values()])
+        config = read_config(self.recipe.teacher, self.teacher_config)
+        return teacher_of_all(list(self.recipe.members().values()), config)
 
     @cached_property
     def _encoders_alone(self) -> dict[str, Encoders]:

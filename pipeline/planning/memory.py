@@ -90,7 +90,7 @@ def memory_of(teacher: PassCost, students: dict[str, Trained], assumptions: Assu
 
     Args:
         teacher: its only forward
-        students: by name, in the order in which they take their turns; a run with one student names it ""
+        students: by name; a run with one student names it ""
     """
     moments: dict[str, tuple[Counter[str], Counter[str]]] = {}
     for name, student in students.items():
@@ -98,8 +98,8 @@ def memory_of(teacher: PassCost, students: dict[str, Trained], assumptions: Assu
         for other, resting in students.items():
             if other != name:
                 lasting.update(resting_parts(resting.encoders, resting.setting))
-        is_last = name == list(students)[-1]
-        for moment, temporary in _moments(teacher, student, 0 if is_last else teacher.kept_bytes):
+        needed_later = teacher.kept_bytes if len(students) > 1 else 0
+        for moment, temporary in _moments(teacher, student, needed_later):
             moments[f"{moment} of {name}" if name and moment != TEACHERS_MOMENT else moment] = (lasting, temporary)
     moment, (lasting, temporary) = max(moments.items(), key=lambda item: sum((item[1][0] + item[1][1]).values()))
     parts = lasting + temporary
@@ -109,7 +109,10 @@ def memory_of(teacher: PassCost, students: dict[str, Trained], assumptions: Assu
 
 
 def _moments(teacher: PassCost, student: Trained, needed_later: int) -> Iterator[tuple[str, Counter[str]]]:
-    """The moments of one student's turn with their temporary bytes by part. `needed_later`: what other students still read."""
+    """The moments of one student's turn with their temporary bytes by part.
+
+    `needed_later`: bytes of the teacher's results, which several students share until the end of the last one's turn.
+    """
     encoders, cost, setting = student.encoders, student.cost, student.setting
     gradients = _gradients_between_micro_steps(encoders, setting)
     yield TEACHERS_MOMENT, Counter({"activations": teacher.peak_bytes, "gradients": gradients})

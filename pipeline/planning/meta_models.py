@@ -21,6 +21,7 @@ from pipeline.distillation.models.student import recompute_activations, student_
 from pipeline.distillation.models.student_init import copied_layers
 from pipeline.distillation.models.vocabulary import read_vocabulary
 from pipeline.distillation.relations.loss import check_heads
+from pipeline.distillation.shared_teacher import layers_of_all
 from pipeline.distillation.tap import TappedEncoder, tap
 from pipeline.errors import UserError, did_you_mean
 from pipeline.planning.trace import ATTENTION
@@ -135,13 +136,14 @@ def build_encoders(recipe: Recipe, config: PretrainedConfig | None = None) -> En
     return Encoders(teacher.requires_grad_(False).eval(), student, Sizes(sizes[0], trained, sizes[1] - trained))
 
 
-def shared_teacher(recipe: Recipe, config: PretrainedConfig, teachers: Sequence[TappedEncoder]) -> TappedEncoder:
-    """The teacher of several students: cut above the highest layer that one of theirs is read at, complete for a tail term."""
-    _, model, _ = blank_models(recipe, config)
-    layers = sorted({layer for teacher in teachers for layer in teacher.layers})
-    with_output = any(teacher.with_output for teacher in teachers)
-    shared = tap(model, layers, with_output, recipe.relations.after_rotary, role="teacher")
-    return shared.requires_grad_(False).eval()
+def teacher_of_all(recipes: Sequence[Recipe], config: PretrainedConfig) -> TappedEncoder:
+    """The teacher of several students: cut above the highest layer that one of them reads, complete for a tail term."""
+    _, model, _ = blank_models(recipes[0], config)
+    relations = [recipe.relations for recipe in recipes]
+    with_output = any(config.tail != "none" for config in relations)
+    layers = layers_of_all(relations, model.config.num_hidden_layers)
+    teacher = tap(model, layers, with_output, relations[0].after_rotary, role="teacher")
+    return teacher.requires_grad_(False).eval()
 
 
 def blank_models(
