@@ -49,7 +49,7 @@ class SharedTeacher:
         return self._result
 
     def release(self) -> None:
-        """Forget the last batch. Without it the results would stay in memory while the last student's optimizer steps."""
+        """Forget the last batch, when the last student has read it: its backward needs the memory."""
         self._batch_BL = self._result = None
 
 

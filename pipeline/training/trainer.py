@@ -90,9 +90,9 @@ class Stepper:
             input_ids_BL = input_ids_BL.to(self.launch.device, non_blocking=True)
             clock.mark(OTHER)
             for of_student in steps:
-                of_student.micro_batch(input_ids_BL, segments_BS)
-            if teacher is not None:
-                teacher.release()
+                is_last = of_student is steps[-1]
+                after_forward = teacher.release if teacher is not None and is_last else str
+                of_student.micro_batch(input_ids_BL, segments_BS, after_forward)
         seconds = clock.end_step()
         launched = {id(of_student.learner): of_student.unread(seconds) for of_student in steps}
         return [launched.get(id(learner)) for learner in self.learners]
@@ -131,7 +131,9 @@ class _StudentStep:
         self._result: StepResult | None = None
         self._random: RandomState | None = None
 
-    def micro_batch(self, input_ids_BL: torch.Tensor, segments_BS: torch.Tensor | None) -> None:
+    def micro_batch(
+        self, input_ids_BL: torch.Tensor, segments_BS: torch.Tensor | None, after_forward: Callable[[], object]
+    ) -> None:
         """Forward, backward, and after the last micro-batch the optimizer step."""
         parts, launch, clock = self._parts, self._parts.launch, self._parts.clock
         if self._totals is None:
@@ -139,6 +141,7 @@ class _StudentStep:
         elif self._random is not None:  # other students have drawn numbers since
             self._random.restore()
         loss, parts_P = parts.engine(input_ids_BL, segments=segments_BS)
+        after_forward()
         losses = torch.cat([loss.detach().float().reshape(1), parts_P.float()])
         self._totals = losses if self._totals is None else self._totals + losses
         self._left -= 1
