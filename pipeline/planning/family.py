@@ -7,15 +7,13 @@ runs once, in the first member's plan, and the students take turns.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
 from pipeline.distillation.models.loading import count_parameters
 from pipeline.distillation.tap import TappedEncoder
-from pipeline.errors import UserError
+from pipeline.errors import about_student
 from pipeline.planning.memory import Setting, Trained, memory_of
 from pipeline.planning.meta_models import Encoders, read_config, teacher_of_all
 from pipeline.planning.plan import Plan, Planner
@@ -41,7 +39,7 @@ class FamilyPlanner(Planner):
     def _encoders_alone(self) -> dict[str, Encoders]:
         found = {}
         for name, planner in self.alone.items():
-            with _named(name):
+            with about_student(name):
                 found[name] = planner.encoders
         return found
 
@@ -115,12 +113,3 @@ class _Member(Planner):
 def _sum(plans: list[Plan], figure: str) -> Any:
     """The sum of one figure (a dotted name) over the plans."""
     return sum(map(attrgetter(figure), plans))
-
-
-@contextmanager
-def _named(student: str) -> Iterator[None]:
-    """Put the student's name in front of a `UserError` about its shape or layers."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"students.{student}: {error}") from None

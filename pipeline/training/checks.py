@@ -7,9 +7,8 @@ process, with a teacher without weights (doctor/recipe.py). Checks that need all
 
 from __future__ import annotations
 
-import contextlib
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +27,7 @@ from pipeline.distillation.models.teacher import check_vocabulary
 from pipeline.distillation.models.vocabulary import cut_embedding, read_vocabulary
 from pipeline.distillation.relations.loss import check_heads
 from pipeline.distillation.tap import tap
-from pipeline.errors import UserError
+from pipeline.errors import UserError, about_student
 from pipeline.runtime import ds_config
 from pipeline.runtime.ds_config import BatchShape, Precisions
 from pipeline.runtime.engine import device_precisions
@@ -174,15 +173,6 @@ def checks_of_run(of_members: Mapping[str, Inputs]) -> list[Check]:
         own = [c for c in start_up_checks(inputs) if inputs.first is None or c.subject in OF_EACH_STUDENT]
         checks += [_of_student(name, check, inputs.first is None) if name else check for check in own]
     return checks
-
-
-@contextlib.contextmanager
-def about_student(name: str) -> Iterator[None]:
-    """A `UserError` of the block names the student, in a run with several."""
-    try:
-        yield
-    except UserError as error:
-        raise (UserError(f"students.{name}: {error}") if name else error) from None
 
 
 def _of_student(name: str, check: Check, is_first: bool) -> Check:
