@@ -136,6 +136,7 @@ def test_an_encoder_that_the_student_starts_from(look: Look, tiny_teacher: Path,
     assert "layers 4, not 3" in only_failure(look(*overrides, "student.layers=3")).what
     cached = look("student.init=no-such-owner/no-such-model")
     assert [(finding.status, finding.subject) for finding in cached if finding.status != "ok"] == [("warn", "student")]
+    assert "~no-such-user/x is not a directory" in only_failure(look("student.init=~no-such-user/x")).what
     (start / "model.safetensors").unlink()
     assert "encoder of `student.init`" in only_failure(look(*overrides)).what
 
