@@ -51,7 +51,7 @@ def recipe_findings(
     for check in checks_of_run(inputs_of(recipe, inputs)):
         if check.model is not None:
             weights = model_finding(check.subject, check.model)
-            found.append(weights)
+            found += _not_said_before([weights], found)
             failed |= {check.subject} if weights.status != "ok" else set()
         if failed.isdisjoint({check.subject, *check.needs}):
             results = check_findings(check)

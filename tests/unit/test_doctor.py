@@ -179,6 +179,22 @@ def test_an_encoder_that_the_student_starts_from(look: Look, tiny_teacher: Path,
     assert "encoder of `student.init`" in only_failure(look(*overrides)).what
 
 
+def test_the_encoder_that_one_student_of_a_family_starts_from(look: Look, tiny_teacher: Path, tmp_path: Path) -> None:
+    start = shutil.copytree(tiny_teacher, tmp_path / "start")
+    right = f"{{student: {{layers: 4, hidden: 48, heads: 4, ffn: 96, init: {start}}}}}"
+    found = look(f"students={{first: {right}, second: {{student: {{init: {start}}}}}, third: {{}}}}")
+    failure = only_failure(found)
+    assert failure.subject == "student of second"
+    assert failure.what.startswith(
+        f"students.second: the encoder of `student.init` '{start}' is not of the student's shape"
+    )
+    assert failure.what.endswith(
+        ": --set students.second.student.layers=4 --set students.second.student.hidden=48 --set students.second.student.ffn=96"
+    )
+    said = [finding.what for finding in found if finding.status == "ok" and finding.subject.startswith("student")]
+    assert [what.split(str(start))[0] for what in said] == ["", "starts from "], "its files are named once"
+
+
 def test_teacher_with_truncated_weights(look: Look, tiny_teacher: Path, tmp_path: Path) -> None:
     other = shutil.copytree(tiny_teacher, tmp_path / "teacher")
     weights = other / "model.safetensors"
