@@ -241,7 +241,9 @@ def test_another_teacher_layer_is_not_chosen_by_the_held_out_loss(family: Path, 
     printed = chosen(family)
     assert "(relations.teacher_layer not the same for all), so they do not tell which student is better" in printed
     assert "None is chosen by the held-out loss" in printed
-    assert f"python -m pipeline evaluate {family}/students/deep/student" in printed
+    students = "--student=deep --student=flat --student=late"
+    command = f"python -m pipeline evaluate {family} {students} --tasks retrieval --output {family}/evaluation, then"
+    assert command in printed
     file = family / "chosen.yaml"
     with pytest.raises(UserError, match="None is chosen"):
         compare("--write", file)
