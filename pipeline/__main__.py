@@ -14,7 +14,7 @@ from pipeline.errors import run_to_exit
 
 VERBS = {  # each module has a docstring, `add_arguments` and `run`
     "export": "pipeline.export.command",
-    "evaluate": "pipeline.evaluation.command",
+    "evaluate": "pipeline.export.evaluate",
     "report": "pipeline.report.command",
     "compare": "pipeline.report.compare",
     "trim": "pipeline.export.trim",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from data_prep.command_line import EXIT_USER, code_without_traceback, print_bytes_as_they_come
@@ -24,6 +25,16 @@ class UserError(Explained):
 
 class DivergedRunError(RuntimeError):
     """The run cannot continue (non-finite loss, crash loop): an unchanged restart will not help."""
+
+
+@contextlib.contextmanager
+def about_student(name: str) -> Iterator[None]:
+    """A `UserError` of the block names the student, in a run with several, and so do the `--set` options of its fix."""
+    try:
+        yield
+    except UserError as error:
+        text = re.sub(r"(?<=--set )('?)(?=(student|relations|optimizer)\.)", rf"\1students.{name}.", str(error))
+        raise (UserError(f"students.{name}: {text}") if name else error) from None
 
 
 def did_you_mean(key: str, known: Sequence[str]) -> str:

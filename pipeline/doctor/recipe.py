@@ -23,12 +23,14 @@ from data_prep.shards import DataError, ShardSet
 from pipeline.config import Recipe, load_recipe
 from pipeline.distillation.models.loading import check_weights, load_config
 from pipeline.distillation.models.model_files import looks_like_path, read_model
+from pipeline.distillation.models.student_init import START_ENCODER
 from pipeline.doctor.machine import Finding, guarded
-from pipeline.errors import UserError
+from pipeline.errors import UserError, about_student
 from pipeline.planning.meta_models import ADAM_BYTES, Sizes, blank_models, build_encoders
 from pipeline.runtime import gpus, preflight
 from pipeline.runtime.host_memory import available_memory_bytes
-from pipeline.training.checks import Check, Inputs, start_up_checks
+from pipeline.training.checks import Check, Inputs, checks_of_run, inputs_of
+from pipeline.training.student_start import read_start
 
 FILES_OPEN_ANYWAY = 256  # by Python, torch and TensorBoard
 
@@ -46,18 +48,26 @@ def recipe_findings(
     inputs = Inputs(recipe, recipe_path, ds_path, num_ranks, device, _blank_teacher)
     found: list[Finding] = []
     failed: set[str] = set()
-    for check in start_up_checks(inputs):
-        if check.subject == "teacher":
-            weights = teacher_finding(recipe)
+    for check in checks_of_run(inputs_of(recipe, inputs)):
+        if check.model is not None:
+            weights = model_finding(check.subject, check.model)
             found.append(weights)
-            failed |= {"teacher"} if weights.status != "ok" else set()
+            failed |= {check.subject} if weights.status != "ok" else set()
         if failed.isdisjoint({check.subject, *check.needs}):
             results = check_findings(check)
-            found += results
+            found += _not_said_before(results, found)
             failed |= {finding.subject for finding in results if finding.status == "fail"}
             if check.subject == "shards" and "shards" not in failed:
                 found += shard_file_findings(recipe, check_hashes)
-    return found + (size_findings(recipe, num_ranks, run_dir) if failed.isdisjoint({"teacher", "tokenizer"}) else [])
+    models = {"teacher", "tokenizer"}
+    are_built = models.isdisjoint(subject.partition(" of ")[0] for subject in failed)
+    return found + (size_findings(recipe, num_ranks, run_dir) if are_built else [])
+
+
+def _not_said_before(results: list[Finding], found: list[Finding]) -> list[Finding]:
+    """Without what an earlier finding says: students of a run often differ in little."""
+    said = {(finding.status, finding.what) for finding in found}
+    return [finding for finding in results if (finding.status, finding.what) not in said]
 
 
 def _blank_teacher(recipe: Recipe) -> PreTrainedModel:
@@ -70,7 +80,8 @@ def check_findings(check: Check) -> list[Finding]:
         found = check.look()
     except (UserError, DataError) as error:
         return [Finding("fail", check.subject, str(error))]
-    if check.subject == "batch":  # its warnings name what the DeepSpeed JSON falls back to on this device
+    # The warnings of this check name what the DeepSpeed JSON falls back to on this device.
+    if check.subject.partition(" of ")[0] == "batch":
         return [Finding("ok", check.subject, "; ".join([found.what, *found.warnings]))]
     ok = [Finding("ok", check.subject, found.what)] if found.what else []
     return [*ok, *(Finding("warn", check.subject, warning, check.fix) for warning in found.warnings)]
@@ -93,13 +104,13 @@ def shard_file_findings(recipe: Recipe, check_hashes: bool) -> Iterator[Finding]
             yield Finding("ok", "shards", "every hash as in the manifest")
 
 
-def teacher_finding(recipe: Recipe) -> Finding:
-    """The teacher's weights are on this machine, complete, and not a pickle."""
-    path = Path(recipe.teacher).expanduser()
-    if not path.is_dir() and not looks_like_path(recipe.teacher) and not is_cached(recipe.teacher):
-        fix = f"on a node with network: hf download {recipe.teacher} (compute nodes then read the cache, HF_HOME)"
-        return Finding("warn", "teacher", f"{recipe.teacher} is a hub name and not in the cache yet", fix)
-    return guarded("teacher", lambda: weights_finding(recipe.teacher))
+def model_finding(subject: str, name: str) -> Finding:
+    """The weights of the teacher, or of the encoder that the student starts from, are on this machine, complete, and not a
+    pickle."""
+    if not Path(name).expanduser().is_dir() and not looks_like_path(name) and not is_cached(name):
+        fix = f"on a node with network: hf download {name} (compute nodes then read the cache, HF_HOME)"
+        return Finding("warn", subject, f"{name} is a hub name and not in the cache yet", fix)
+    return guarded(subject, lambda: weights_finding(subject, name))
 
 
 def is_cached(name: str) -> bool:
@@ -115,29 +126,40 @@ def is_cached(name: str) -> bool:
     return False
 
 
-def weights_finding(name: str) -> Finding:
+def weights_finding(subject: str, name: str) -> Finding:
     """The headers of the weight files can be read, and name every tensor of the config's model."""
-    files = read_model(name)
-    check_weights(files, load_config(name))
+    role = "teacher" if subject == "teacher" else START_ENCODER
+    files = read_model(name, role) if subject == "teacher" else read_start(name)
+    check_weights(files, load_config(name, role))
     size = sum(file.stat().st_size for file in {tensor.file for tensor in files.tensors.values()})
-    return Finding("ok", "teacher", f"{name}: {len(files.tensors)} tensors, {size / 2**30:.2f} GiB of safetensors")
+    return Finding("ok", subject, f"{name}: {len(files.tensors)} tensors, {size / 2**30:.2f} GiB of safetensors")
 
 
 def size_findings(recipe: Recipe, num_ranks: int, run_dir: Path) -> list[Finding]:
-    """Memory and disk for the sizes of teacher and student."""
+    """Memory and disk for the sizes of teacher and students."""
     try:
-        sizes = build_encoders(recipe, load_config(recipe.teacher)).sizes
+        sizes = _sizes_of_run(recipe)
     except UserError as error:  # for example a student without such a layer
         return [Finding("fail", "student", str(error))]
-    return [memory_finding(sizes, num_ranks), guarded("disk", lambda: disk_finding(recipe, sizes, run_dir))]
+    students = "student" if recipe.students is None else f"{len(recipe.students)} students"
+    return [memory_finding(sizes, num_ranks, students), guarded("disk", lambda: disk_finding(recipe, sizes, run_dir))]
 
 
-def memory_finding(sizes: Sizes, num_ranks: int) -> Finding:
+def _sizes_of_run(recipe: Recipe) -> Sizes:
+    """One teacher, and all students together."""
+    sizes = []
+    for name, member in recipe.members().items():
+        with about_student(name):
+            sizes.append(build_encoders(member, load_config(member.teacher)).sizes)
+    return Sizes(sizes[0].teacher, sum(each.trained for each in sizes), sum(each.untrained for each in sizes))
+
+
+def memory_finding(sizes: Sizes, num_ranks: int, students: str) -> Finding:
     """Host memory at the start, when every rank of a node loads the complete teacher in fp32 and then cuts it."""
     needed = 4 * sizes.teacher + 16 * sizes.trained + 4 * sizes.untrained
     available = available_memory_bytes()
     what = (
-        f"teacher {sizes.teacher / 1e6:.0f} M parameters; student {sizes.trained / 1e6:.1f} M trained, "
+        f"teacher {sizes.teacher / 1e6:.0f} M parameters; {students} {sizes.trained / 1e6:.1f} M trained, "
         f"{sizes.untrained / 1e6:.1f} M untrained: a rank needs {needed / 2**30:.1f} GiB of host memory when it starts"
     )
     if needed * num_ranks > available:
@@ -149,14 +171,15 @@ def memory_finding(sizes: Sizes, num_ranks: int) -> Finding:
 def disk_finding(recipe: Recipe, sizes: Sizes, run_dir: Path) -> Finding:
     """Space for the newest checkpoints, and for the milestones of the complete run."""
     keeping, where = recipe.checkpoint, preflight.nearest_directory(run_dir)
-    preflight.check_disk(where, sizes.checkpoint_bytes, keeping.keep, 0)
-    what = f"{keeping.keep} checkpoints of {sizes.checkpoint_bytes / 2**30:.2f} GiB"
+    kept = keeping.keep + (len(recipe.members()) if keeping.keep_best else 0)
+    preflight.check_disk(where, sizes.checkpoint_bytes, kept, 0)
+    what = f"{kept} checkpoints of {sizes.checkpoint_bytes / 2**30:.2f} GiB"
     num_milestones = recipe.steps // keeping.keep_every if keeping.keep_every else 0
     if num_milestones == 0:
         return Finding("ok", "disk", f"{what} fit")
     # Where files can be linked, a milestone shares the untrained weights of the newest one (checkpoint_writer.py).
     milestone_bytes = ADAM_BYTES * sizes.trained if files_can_be_linked(where) else sizes.checkpoint_bytes
-    needed = sizes.checkpoint_bytes * (keeping.keep + 1) + milestone_bytes * num_milestones
+    needed = sizes.checkpoint_bytes * (kept + 1) + milestone_bytes * num_milestones
     what += f" and {num_milestones} milestones (checkpoint.keep_every) of {milestone_bytes / 2**30:.2f} GiB"
     free = shutil.disk_usage(where).free
     if free < needed:

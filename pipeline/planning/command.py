@@ -4,8 +4,8 @@ python -m pipeline plan --recipe recipes/xlmr_large_l12_h384.yaml --deepspeed ds
     --gpu a100-80 --nodes 1 --gpus-per-node 8 [--json FILE] [--plot FILE.png]
 
 The report gives memory per GPU and step time by part, days, GPU-hours, tokens, checkpoints, preparation and disk. It compares
-ZeRO stages and node counts. Method and sources: docs/planning.md. A run that does not fit is an error that names the changes
-with which it fits (exit code 2).
+ZeRO stages and node counts, and the run of several students with one run for each of them. Method and sources:
+docs/planning.md. A run that does not fit is an error that names the changes with which it fits (exit code 2).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pipeline.errors import UserError
 from pipeline.planning import report
 from pipeline.planning.assumptions import Assumptions
 from pipeline.planning.devices import DEVICES, Hardware, device_of
+from pipeline.planning.family import FamilyPlanner
 from pipeline.planning.plan import Planner
 from pipeline.planning.preparation import CC100_TEXT_GB, preparation_of
 from pipeline.planning.scaling import STAGES, compare_stages, draw, scale
@@ -55,7 +56,8 @@ def run(arguments: argparse.Namespace) -> None:
     _check_numbers(arguments)
     recipe = load_recipe(arguments.recipe, arguments.set)
     hardware = _hardware(arguments)
-    planner = Planner(recipe, arguments.recipe, arguments.deepspeed, hardware, arguments.teacher_config)
+    kind = FamilyPlanner if recipe.students else Planner
+    planner = kind(recipe, arguments.recipe, arguments.deepspeed, hardware, arguments.teacher_config)
     plan = planner.plan(arguments.nodes, arguments.gpus_per_node)
     planner.check_fits(plan)
     found = report.PlanReport(
@@ -65,6 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
         preparation=preparation_of(recipe, arguments.text_gb, arguments.prepare_cores, hardware.assumptions),
         stages=compare_stages(planner, arguments.nodes, arguments.gpus_per_node),
         points_of={stage: scale(planner, arguments.gpus_per_node, stage) for stage in STAGES},
+        alone=planner.plans_alone(arguments.nodes, arguments.gpus_per_node),
     )
     print(report.text(found), flush=True)
     if arguments.json:

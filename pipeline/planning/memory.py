@@ -1,11 +1,14 @@
 """Bytes on one GPU, by part, at the moment of an optimizer step when most are allocated.
 
-In: the encoders, their traced costs and a `Setting`. Out: `Memory`. The rules follow what DeepSpeed 0.19 allocates
-(docs/planning.md gives each); benchmarks/bench_plan.py compares them with a profiler's count of a real step.
+In: the encoders, their traced costs and a `Setting`, for each student of the run. Out: `Memory`. The rules follow what
+DeepSpeed 0.19 allocates (docs/planning.md gives each); benchmarks/bench_plan.py compares them with a profiler's count of a
+real step.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline.distillation.relations.chunked import TILE_ENTRIES_CPU, TILE_ENTRIES_GPU
@@ -20,6 +23,8 @@ PREFETCHED_ELEMENTS = 50_000_000  # that ZeRO-3 gathers ahead (DeepSpeed's defau
 # terms of its concatenated inputs (1.27 to 1.35), because attention returns more tensors.
 TRITON_BYTES = 116
 FLASH_TEMPORARIES = 1.28
+PARTS = ("teacher", "student", "gradients", "optimizer", "activations", "loss tiles", "buffers")
+TEACHERS_MOMENT = "teacher's forward"
 
 
 @dataclass(frozen=True)
@@ -71,28 +76,52 @@ class Memory:
         return sum(self.parts.values())
 
 
-def memory_of(
-    encoders: Encoders, teacher: PassCost, student: StudentCost, setting: Setting, assumptions: Assumptions
-) -> Memory:
-    """The largest of four moments: teacher's forward, loss, backward, optimizer."""
-    kept_gradients = _gradients_between_micro_steps(encoders, setting)
-    moments = {
-        "teacher's forward": {"activations": teacher.peak_bytes, "gradients": kept_gradients},
-        "loss": {
-            "activations": teacher.kept_bytes + student.forward.peak_bytes,
-            "loss tiles": loss_workspace(encoders, setting),
-            "gradients": kept_gradients,
-        },
-        "backward": _in_backward(encoders, student.backward, setting),
-        "optimizer": _in_optimizer(encoders, setting),
-    }
-    moment, temporary = max(moments.items(), key=lambda item: sum(item[1].values()))
-    parts = {**lasting_parts(encoders, setting), **temporary}
-    buffers = parts.pop("buffers", 0)
-    if not setting.on_cpu:
-        buffers += int(assumptions.fixed_gib * GIB + assumptions.fragmentation * sum(temporary.values()))
-    order = ("teacher", "student", "gradients", "optimizer", "activations", "loss tiles")
-    return Memory({**{name: parts.get(name, 0) for name in order}, "buffers": buffers}, moment)
+@dataclass(frozen=True)
+class Trained:
+    """One student of a run: its encoders with the run's teacher, its traced passes, and its setting."""
+
+    encoders: Encoders
+    cost: StudentCost
+    setting: Setting
+
+
+def memory_of(teacher: PassCost, students: dict[str, Trained], assumptions: Assumptions) -> Memory:
+    """The largest of four moments: teacher's forward, and loss, backward and optimizer of one of the students.
+
+    Args:
+        teacher: its only forward
+        students: by name; a run with one student names it ""
+    """
+    moments: dict[str, tuple[Counter[str], Counter[str]]] = {}
+    for name, student in students.items():
+        lasting = Counter(lasting_parts(student.encoders, student.setting))
+        for other, resting in students.items():
+            if other != name:
+                lasting.update(resting_parts(resting.encoders, resting.setting))
+        needed_later = teacher.kept_bytes if len(students) > 1 else 0
+        for moment, temporary in _moments(teacher, student, needed_later):
+            moments[f"{moment} of {name}" if name and moment != TEACHERS_MOMENT else moment] = (lasting, temporary)
+    moment, (lasting, temporary) = max(moments.items(), key=lambda item: sum((item[1][0] + item[1][1]).values()))
+    parts = lasting + temporary
+    if not next(iter(students.values())).setting.on_cpu:
+        parts["buffers"] += int(assumptions.fixed_gib * GIB + assumptions.fragmentation * temporary.total())
+    return Memory({part: parts[part] for part in PARTS}, moment)
+
+
+def _moments(teacher: PassCost, student: Trained, needed_later: int) -> Iterator[tuple[str, Counter[str]]]:
+    """The moments of one student's turn with their temporary bytes by part.
+
+    `needed_later`: bytes of the teacher's results, which several students share until the end of the last one's turn.
+    """
+    encoders, cost, setting = student.encoders, student.cost, student.setting
+    gradients = _gradients_between_micro_steps(encoders, setting)
+    yield TEACHERS_MOMENT, Counter({"activations": teacher.peak_bytes, "gradients": gradients})
+    activations = teacher.kept_bytes + cost.forward.peak_bytes
+    tiles = loss_workspace(encoders, setting)
+    yield "loss", Counter({"activations": activations, "loss tiles": tiles, "gradients": gradients})
+    later = Counter({"activations": needed_later})
+    yield "backward", later + Counter(_in_backward(encoders, cost.backward, setting))
+    yield "optimizer", later + Counter(_in_optimizer(encoders, setting))
 
 
 def lasting_parts(encoders: Encoders, setting: Setting) -> dict[str, int]:
@@ -111,6 +140,23 @@ def lasting_parts(encoders: Encoders, setting: Setting) -> dict[str, int]:
     return {"teacher": teacher, "student": student, "optimizer": optimizer}
 
 
+def resting_parts(encoders: Encoders, setting: Setting) -> dict[str, int]:
+    """Bytes that a student holds while another student of the run has its turn. The teacher is counted once, with that one."""
+    ranks, each = setting.world_size, setting.bytes_each
+    parts = {"optimizer": lasting_parts(encoders, setting)["optimizer"]}
+    if setting.stage != 3:
+        gradients = _gradients_between_micro_steps(encoders, setting)
+        return {**parts, "student": encoders.student_parameters * each, "gradients": gradients}
+    # ZeRO-3 releases gathered parameters after backward. Its gradient partition and its bucket stay.
+    partition = encoders.trained_parameters * each // ranks
+    return {
+        **parts,
+        "student": encoders.student_parameters * each // ranks,
+        "gradients": partition,
+        "buffers": _bucket(encoders, setting),
+    }
+
+
 def _gradients_between_micro_steps(encoders: Encoders, setting: Setting) -> int:
     if setting.accumulation == 1:
         return 0
@@ -122,10 +168,13 @@ def _in_backward(encoders: Encoders, backward: PassCost, setting: Setting) -> di
     """The largest moment of backward: its beginning, or its end, when the embedding's dense gradient is computed."""
     trained, each = encoders.trained_parameters, setting.bytes_each
     owned = trained * each // setting.world_size * (2 if setting.accumulation > 1 and setting.stage > 1 else 1)
-    bucket = setting.reduce_bucket * each * (2 if setting.overlap else 1)
-    if setting.stage == 3:
-        bucket = min(bucket, trained * each)
-    return {"activations": backward.peak_bytes, "gradients": owned, "buffers": bucket}
+    return {"activations": backward.peak_bytes, "gradients": owned, "buffers": _bucket(encoders, setting)}
+
+
+def _bucket(encoders: Encoders, setting: Setting) -> int:
+    """Where gradients are collected until they are reduced."""
+    bucket = setting.reduce_bucket * setting.bytes_each * (2 if setting.overlap else 1)
+    return min(bucket, encoders.trained_parameters * setting.bytes_each) if setting.stage == 3 else bucket
 
 
 def _in_optimizer(encoders: Encoders, setting: Setting) -> dict[str, int]:

@@ -6,6 +6,7 @@ tapped by the code that trains, so that every count is of the modules that will 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from pipeline.distillation.models.student import recompute_activations, student_
 from pipeline.distillation.models.student_init import copied_layers
 from pipeline.distillation.models.vocabulary import read_vocabulary
 from pipeline.distillation.relations.loss import check_heads
+from pipeline.distillation.shared_teacher import layers_of_all
 from pipeline.distillation.tap import TappedEncoder, tap
 from pipeline.errors import UserError, did_you_mean
 from pipeline.planning.trace import ATTENTION
@@ -132,6 +134,16 @@ def build_encoders(recipe: Recipe, config: PretrainedConfig | None = None) -> En
     check_heads(student.widths[0], relations.heads, "student", teacher.widths[0])
     trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
     return Encoders(teacher.requires_grad_(False).eval(), student, Sizes(sizes[0], trained, sizes[1] - trained))
+
+
+def teacher_of_all(recipes: Sequence[Recipe], config: PretrainedConfig) -> TappedEncoder:
+    """The teacher of several students: cut above the highest layer that one of them reads, complete for a tail term."""
+    _, model, _ = blank_models(recipes[0], config)
+    relations = [recipe.relations for recipe in recipes]
+    with_output = any(config.tail != "none" for config in relations)
+    layers = layers_of_all(relations, model.config.num_hidden_layers)
+    teacher = tap(model, layers, with_output, relations[0].after_rotary, role="teacher")
+    return teacher.requires_grad_(False).eval()
 
 
 def blank_models(

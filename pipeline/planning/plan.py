@@ -10,14 +10,14 @@ import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.config import Recipe
 from pipeline.distillation.relations.selection import NUM_TIMED_ROWS
 from pipeline.errors import UserError
 from pipeline.planning.communication import Collective, collectives_of
 from pipeline.planning.devices import Hardware
-from pipeline.planning.memory import GIB, Memory, Setting, memory_of
+from pipeline.planning.memory import GIB, Memory, Setting, Trained, memory_of
 from pipeline.planning.meta_models import ADAM_BYTES, Encoders, build_encoders, read_config
 from pipeline.planning.timing import (
     PLANNED_BACKENDS,
@@ -35,6 +35,7 @@ from pipeline.runtime.ds_config import Precisions, split_batch
 
 NUM_CC100_LANGUAGES = 116
 SECONDS_PER_DAY = 86_400
+P = TypeVar("P", bound="Planner")
 
 
 @dataclass
@@ -83,11 +84,25 @@ class Planner:
     def encoders(self) -> Encoders:
         return build_encoders(self.recipe, read_config(self.recipe.teacher, self.teacher_config))
 
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Of the models as they run in training, and of the student's trained and untrained part."""
+        encoders = self.encoders
+        return {
+            "teacher": encoders.teacher_parameters,
+            "student": encoders.student_parameters,
+            "trained": encoders.trained_parameters,
+            "untrained": encoders.sizes.untrained,
+        }
+
     def with_changes(self, **changes: Any) -> Planner:
-        """A planner for a recipe whose student or teacher placement differs. It reuses the traces of the teacher."""
-        recipe = dataclasses.replace(self.recipe, **changes)
-        other = Planner(recipe, self.recipe_path, self.ds_path, self.hardware, self.teacher_config)
-        other._teacher_costs = self._teacher_costs
+        """A planner for a recipe whose student or teacher placement differs."""
+        return self.like(type(self), dataclasses.replace(self.recipe, **changes))
+
+    def like(self, kind: type[P], recipe: Recipe) -> P:
+        """A planner for another recipe with the same teacher, JSON and device. It shares the traces."""
+        other = kind(recipe, self.recipe_path, self.ds_path, self.hardware, self.teacher_config)
+        other._teacher_costs, other._student_costs = self._teacher_costs, self._student_costs
         return other
 
     # -- settings
@@ -156,46 +171,52 @@ class Planner:
         step = step_time(Counted(self.encoders, teacher, student, collectives), setting, self.hardware)
         stall_s, write_s = self._checkpoint_s(setting)
         evaluation_s = self._evaluation_s(setting, teacher, student)
-        recipe = self.recipe
-        run_s = (
-            recipe.steps * step.total
-            + recipe.steps / recipe.save_every * stall_s
-            + (recipe.steps / recipe.eval_every + 1) * evaluation_s
-        )
         return Plan(
             setting=setting,
             nodes=nodes,
             gpus_per_node=gpus_per_node,
-            memory=memory_of(self.encoders, teacher, student, setting, self.hardware.assumptions),
+            memory=memory_of(teacher, {"": Trained(self.encoders, student, setting)}, self.hardware.assumptions),
             step=step,
             collectives=collectives,
             checkpoint_bytes=self.encoders.sizes.checkpoint_bytes,
             checkpoint_stall_s=stall_s,
             checkpoint_write_s=write_s,
             evaluation_s=evaluation_s,
-            run_s=run_s,
+            run_s=self.run_s(step.total, stall_s, evaluation_s),
             warnings=self.warnings,
         )
 
+    def run_s(self, step_s: float, stall_s: float, evaluation_s: float) -> float:
+        """Seconds of the run: steps, the stalls of its checkpoints, and evaluations, of which one is before the first step."""
+        recipe = self.recipe
+        return (
+            recipe.steps * step_s
+            + recipe.steps / recipe.save_every * stall_s
+            + (recipe.steps / recipe.eval_every + 1) * evaluation_s
+        )
+
+    def plans_alone(self, nodes: int, gpus_per_node: int) -> dict[str, Plan]:
+        """Name -> the plan of that student's own run. A run with one student has nothing to compare."""
+        return {}
+
     def costs(self, setting: Setting) -> tuple[PassCost, StudentCost]:
-        """The traced micro-batch of teacher and student. Each is traced once."""
-        rows, gradients_stay = setting.micro_batch, setting.stage == 1
-        teacher_key = (rows, setting.teacher_precision)
+        """The traced micro-batch of teacher and student. Equal ones are traced once."""
+        teacher, student = self.encoders.teacher, self.encoders.student
+        rows, length, gradients_stay = setting.micro_batch, setting.seq_len, setting.stage == 1
+        teacher_key = (*teacher.layers, teacher.with_output, rows, setting.teacher_precision)
         if teacher_key not in self._teacher_costs:
-            self._teacher_costs[teacher_key] = trace_teacher(
-                self.encoders.teacher, rows, setting.seq_len, setting.teacher_precision
-            )
-        key = (rows, setting.precision, gradients_stay)
+            self._teacher_costs[teacher_key] = trace_teacher(teacher, rows, length, setting.teacher_precision)
+        uses = self._gradients_per_tap()
+        key = (self._student_key, uses, rows, setting.precision, gradients_stay)
         if key not in self._student_costs:
-            self._student_costs[key] = trace_student(
-                self.encoders.student,
-                rows,
-                setting.seq_len,
-                setting.precision,
-                self._gradients_per_tap(),
-                gradients_stay,
-            )
+            self._student_costs[key] = trace_student(student, rows, length, setting.precision, uses, gradients_stay)
         return self._teacher_costs[teacher_key], self._student_costs[key]
+
+    @cached_property
+    def _student_key(self) -> tuple:
+        """What decides the operations of the student's passes: students of a sweep are often equal in it."""
+        student = self.encoders.student
+        return (student.model.config.to_json_string(), repr(self.recipe.student), *student.layers, student.with_output)
 
     def _gradients_per_tap(self) -> int:
         """Gradients that the loss keeps for each of Q, K and V. A relation of two different tensors keeps two."""

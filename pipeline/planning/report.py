@@ -26,10 +26,16 @@ class PlanReport:
     preparation: Preparation
     stages: dict[int, Plan | None]
     points_of: dict[int, list[Point]]  # ZeRO stage -> numbers of GPUs
+    alone: dict[str, Plan]  # of a run with several students: each one's own run
 
     @property
     def points(self) -> list[Point]:
         return self.points_of[self.plan.setting.stage]
+
+    @property
+    def separate_s(self) -> float:
+        """Seconds of the students' own runs, one after the other."""
+        return sum(plan.run_s for plan in self.alone.values())
 
 
 def text(report: PlanReport) -> str:
@@ -40,11 +46,12 @@ def text(report: PlanReport) -> str:
     micro = f"{setting.micro_batch} rows x {setting.accumulation} x {plan.num_gpus} GPUs"
     share = [[name, f"{seconds * 1e3:.1f}", f"{seconds / step.total:.0%}"] for name, seconds in step.parts.items()]
     parts = [[name, f"{size / GIB:.2f}"] for name, size in plan.memory.parts.items()]
+    backends = ", ".join(dict.fromkeys(f"`{each.setting.backend}`" for each in report.alone.values() or [plan]))
     sections = [
         f"# {planner.recipe_path} on {plan.nodes} x {plan.gpus_per_node} {device.name}: a prediction (method: docs/planning.md)",
         *(f"warning: {warning}" for warning in plan.warnings),
         f"ZeRO-{setting.stage}, {setting.precision}, teacher in {setting.teacher_precision}, "
-        f"loss by `{setting.backend}`, micro-batch {micro} of {setting.seq_len} tokens",
+        f"loss by {backends}, micro-batch {micro} of {setting.seq_len} tokens",
         "",
         f"## Memory per GPU, GiB (peak: {plan.memory.moment})",
         _table(["part", "GiB"], [*parts, ["all", f"{plan.memory.total / GIB:.2f} of {device.memory_gib:g}"]]),
@@ -60,6 +67,7 @@ def text(report: PlanReport) -> str:
         "## The run",
         *_run_lines(planner, plan, report.preparation),
         "",
+        *(_lines_of_students(report) if report.alone else ()),
         "## ZeRO stages on the same GPUs",
         _stages_table(planner, report.stages),
         "",
@@ -73,6 +81,7 @@ def text(report: PlanReport) -> str:
 def _run_lines(planner: Planner, plan: Plan, preparation: Preparation) -> list[str]:
     recipe, keeping = planner.recipe, planner.recipe.checkpoint
     kept = keeping.keep + (recipe.steps // keeping.keep_every if keeping.keep_every else 0)
+    kept += len(recipe.members()) if keeping.keep_best else 0
     size_gb = plan.checkpoint_bytes / 1e9
     return [
         f"{plan.run_s / SECONDS_PER_DAY:.2f} days, {plan.gpu_hours:.0f} GPU-hours for {recipe.steps} steps "
@@ -83,6 +92,28 @@ def _run_lines(planner: Planner, plan: Plan, preparation: Preparation) -> list[s
         f"shards: {preparation.tokens / 1e9:.2f} G tokens, {preparation.shard_gb:.1f} GB",
         f"preparation: {'none, the shards exist' if preparation.done else _hours_of_preparation(preparation)}",
     ]
+
+
+def _lines_of_students(report: PlanReport) -> list[str]:
+    """The run of all students next to one run for each of them."""
+    rows = [[f"{name} alone", *_cost(plan)] for name, plan in report.alone.items()]
+    gpu_hours = sum(plan.gpu_hours for plan in report.alone.values())
+    rows.append(["sum of these", "", "", "", f"{report.separate_s / SECONDS_PER_DAY:.2f}", f"{gpu_hours:.0f}", ""])
+    rows.append(["this run", *_cost(report.plan)])
+    header = ["run", "GiB per GPU", "step ms", "teacher ms", "days", "GPU-hours", "checkpoint GB"]
+    return [
+        f"## {len(report.alone)} students: one run for each, and this run",
+        _table(header, rows),
+        f"this run takes {report.plan.run_s / report.separate_s:.2f} of the time of the {len(report.alone)} runs together: "
+        "the teacher runs once for all students",
+        "",
+    ]
+
+
+def _cost(plan: Plan) -> list[str]:
+    times = [plan.step.total * 1e3, plan.step.parts["teacher"] * 1e3]
+    run = [f"{plan.run_s / SECONDS_PER_DAY:.2f}", f"{plan.gpu_hours:.0f}", f"{plan.checkpoint_bytes / 1e9:.2f}"]
+    return [f"{plan.memory.total / GIB:.2f}", *(f"{milliseconds:.1f}" for milliseconds in times), *run]
 
 
 def _hours_of_preparation(preparation: Preparation) -> str:
@@ -130,24 +161,26 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def figures(report: PlanReport) -> dict[str, Any]:
     """Everything in the report, in bytes and seconds."""
-    planner, encoders = report.planner, report.planner.encoders
+    planner = report.planner
     return {
         "recipe": str(planner.recipe_path),
         "deepspeed": str(planner.ds_path),
         "device": dataclasses.asdict(planner.hardware.device),
         "assumptions": dataclasses.asdict(planner.hardware.assumptions),
-        "parameters": {
-            "teacher": encoders.teacher_parameters,
-            "student": encoders.student_parameters,
-            "trained": encoders.trained_parameters,
-            "untrained": encoders.sizes.untrained,
-        },
+        "parameters": planner.parameters,
         "plan": plan_figures(report.plan),
         "largest_micro_batch": report.largest_micro_batch,
         "preparation": dataclasses.asdict(report.preparation),
         "stages": {stage: None if other is None else plan_figures(other) for stage, other in report.stages.items()},
         "scaling": {stage: list(map(_point_figures, points)) for stage, points in report.points_of.items()},
+        **(_figures_of_students(report) if report.alone else {}),
     }
+
+
+def _figures_of_students(report: PlanReport) -> dict[str, Any]:
+    """`students`: the plan of each one's own run. `ratio`: seconds of this run by those of the separate ones."""
+    alone = {name: plan_figures(plan) for name, plan in report.alone.items()}
+    return {"students": alone, "separate_s": report.separate_s, "ratio": report.plan.run_s / report.separate_s}
 
 
 def _point_figures(point: Point) -> dict[str, Any]:

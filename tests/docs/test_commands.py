@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import data_prep.__main__ as data_prep_command
+import pipeline.__main__ as pipeline_command
 from data_prep.command_line import CommandLine
 from pipeline.__main__ import VERBS, run_verb
 from pipeline.config import load_recipe
@@ -207,6 +208,25 @@ def test_readme_commands_prepare_text(tiny_tokenizer: Path, tmp_path: Path, monk
         assert data_prep_command.main(command.words[3:]) == 0
         verbs.append(command.words[3])
     assert verbs == ["prepare", "verify", "stats"]
+
+
+def test_the_plan_of_a_family_in_the_documents_is_what_its_command_prints(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Words exactly, figures within 2 %: versions of torch differ in a few operations."""
+    document = REPO / "docs" / "planning.md"
+    (command,) = (each for each in commands_of(document) if each.complete and "family" in each.text)
+    text = document.read_text(encoding="utf-8").partition(command.text)[2]
+    shown = FENCE.findall(text.partition("```")[2])[0][2].splitlines()
+    monkeypatch.chdir(REPO)
+    pipeline_command.main(command.words[3:])
+    printed = capsys.readouterr().out.splitlines()
+    number = re.compile(r"\d+(?:\.\d+)?")
+    for line in shown:
+        alike = [other for other in printed if number.sub("#", other).split() == number.sub("#", line).split()]
+        figures = [float(figure) for figure in number.findall(line)]
+        close = pytest.approx(figures, rel=0.02, abs=0.011)
+        assert any([float(figure) for figure in number.findall(other)] == close for other in alike), line
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=relative)

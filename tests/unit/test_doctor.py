@@ -106,6 +106,44 @@ def test_every_start_up_check_of_a_run_is_reported(look: Look, tiny_recipe: Path
     assert [subject for subject in found if subject in expected] == expected
 
 
+FAMILY = [
+    "students.small.student.layers=1",
+    "students.tail.relations.tail=relation",
+    "students.lower.relations.teacher_layer=2",
+    "students.lower.optimizer.warmup_steps=40",
+]
+
+
+def test_each_student_of_a_family_is_checked_and_nothing_is_said_twice(look: Look, tmp_path: Path) -> None:
+    found = look(*FAMILY)
+    assert all(finding.status != "fail" for finding in found), found
+    said = [finding.what for finding in found]
+    assert len(said) == len(set(said))
+    teachers = {finding.subject: finding.what for finding in found if finding.subject.startswith("teacher")}
+    assert "read at layer [2]" in teachers["teacher of lower"]
+    (rate,) = [finding for finding in found if "optimizer.warmup_steps is 40" in finding.what]
+    assert (rate.status, rate.subject) == ("warn", "recipe of lower")
+    (memory,) = [finding.what for finding in found if finding.subject == "memory"]
+    assert "; 3 students " in memory
+    kept = {"checkpoints": look(*FAMILY, "checkpoint.keep_best=heldout"), "alone": look()}
+    disks = {name: next(f.what for f in findings if f.subject == "disk") for name, findings in kept.items()}
+    assert disks["checkpoints"].startswith("5 checkpoints of"), "two newest, and the best of each student"
+    assert disks["alone"].startswith("2 checkpoints of")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("students.lower.relations.teacher_layer=9", "students.lower: there is no layer 9 in the teacher"),
+        ("students.small.relations.heads=5", "students.small: "),
+        ("students.tail.student.layers=0", "students.tail"),
+        ("students.tail.relations.student_layer=7", "students.tail: there is no layer 7 in the student"),
+    ],
+)
+def test_a_problem_of_one_student_names_it(look: Look, change: str, message: str) -> None:
+    assert message in only_failure(look(*FAMILY, change)).what
+
+
 def test_corrupt_shards_name_the_file(look: Look, tiny_shards: Path, tmp_path: Path) -> None:
     shards = shutil.copytree(tiny_shards, tmp_path / "shards")
     victim = next((shards / "tr").glob("*.tok"))
@@ -123,6 +161,21 @@ def test_teacher_that_is_a_pickle(look: Look, tiny_teacher: Path, tmp_path: Path
     what = only_failure(look(f"teacher={tmp_path}")).what
     assert "holds no model.safetensors" in what
     assert "save_pretrained" in what
+
+
+def test_an_encoder_that_the_student_starts_from(look: Look, tiny_teacher: Path, tmp_path: Path) -> None:
+    start = shutil.copytree(tiny_teacher, tmp_path / "start")
+    overrides = ("student={layers: 4, hidden: 48, heads: 4, ffn: 96}", f"student.init={start}")
+    found = look(*overrides)
+    assert not [finding for finding in found if finding.status == "fail"]
+    said = [finding.what for finding in found if finding.subject == "student"]
+    assert said[0].startswith(f"{start}: ")
+    assert said[1:] == [f"starts from {start}: 4 layers x 48, tokenizer as the teacher's"]
+    assert "layers 4, not 3" in only_failure(look(*overrides, "student.layers=3")).what
+    cached = look("student.init=no-such-owner/no-such-model")
+    assert [(finding.status, finding.subject) for finding in cached if finding.status != "ok"] == [("warn", "student")]
+    (start / "model.safetensors").unlink()
+    assert "encoder of `student.init`" in only_failure(look(*overrides)).what
 
 
 def test_teacher_with_truncated_weights(look: Look, tiny_teacher: Path, tmp_path: Path) -> None:
