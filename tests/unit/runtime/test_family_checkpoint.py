@@ -1,4 +1,4 @@
-"""A checkpoint of a family is valid for all students or for none, and each student is read from its own directory."""
+"""A checkpoint of a family is valid with all its students or not at all, and each student is read from its own directory."""
 
 from __future__ import annotations
 
