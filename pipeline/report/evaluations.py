@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,8 +121,6 @@ def _students_of(model: str, students: Sequence[StudentRun]) -> list[int]:
 
     `MODEL@LAYER` reads other values than those that were distilled and belongs to none.
     """
-    if re.search(r"@\d+$", model):
-        return []
     parts = Path(model).parts
     for number, student in enumerate(students):
         run_name, name = student.paths.directory.resolve().name, student.paths.student
