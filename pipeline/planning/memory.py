@@ -182,7 +182,8 @@ def _in_optimizer(encoders: Encoders, setting: Setting) -> dict[str, int]:
     if setting.offload:
         return {"gradients": encoders.trained_parameters * setting.bytes_each // setting.world_size}
     owned = encoders.trained_parameters // setting.world_size
-    temporaries = 8 if setting.on_cpu else 4  # torch's single-tensor AdamW (CPU) holds two, the foreach one (GPU) one
+    # torch's single-tensor AdamW (CPU) holds two temporaries, the foreach one (GPU) one, the fused one none
+    temporaries = 0 if setting.fused_adam else 8 if setting.on_cpu else 4
     return {"gradients": owned * (setting.bytes_each + 4), "buffers": owned * temporaries}
 
 
