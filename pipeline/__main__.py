@@ -14,8 +14,9 @@ from pipeline.errors import run_to_exit
 
 VERBS = {  # each module has a docstring, `add_arguments` and `run`
     "export": "pipeline.export.command",
-    "evaluate": "pipeline.evaluation.command",
-    "report": "pipeline.report.page",
+    "evaluate": "pipeline.export.evaluate",
+    "report": "pipeline.report.command",
+    "compare": "pipeline.report.compare",
     "trim": "pipeline.export.trim",
     "card": "pipeline.export.card",
     "doctor": "pipeline.doctor.command",

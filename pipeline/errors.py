@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
@@ -28,11 +29,12 @@ class DivergedRunError(RuntimeError):
 
 @contextlib.contextmanager
 def about_student(name: str) -> Iterator[None]:
-    """A `UserError` of the block names the student, in a run with several."""
+    """A `UserError` of the block names the student, in a run with several, and so do the `--set` options of its fix."""
     try:
         yield
     except UserError as error:
-        raise (UserError(f"students.{name}: {error}") if name else error) from None
+        text = re.sub(r"(?<=--set )('?)(?=(student|relations|optimizer)\.)", rf"\1students.{name}.", str(error))
+        raise (UserError(f"students.{name}: {text}") if name else error) from None
 
 
 def did_you_mean(key: str, known: Sequence[str]) -> str:

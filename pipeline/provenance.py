@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Recipe, as_tree
+from pipeline.distillation.models.student import STARTS
 
 REPO = Path(__file__).resolve().parent.parent
 CODE = ("pipeline", "data_prep")
@@ -35,7 +36,12 @@ MAY_CHANGE = (
 )
 # A change of these is a warning: it changes last bits and perhaps dropout masks, not what is computed.
 ROUNDING = ("teacher_options.compile", "student.compile")
-COMPARED_BY_CONTENT = ("teacher", "vocabulary")  # training/identity.py
+# Keys that name files, and their values that do not. training/identity.py compares the content.
+COMPARED_BY_CONTENT: dict[str, tuple[str | None, ...]] = {
+    "teacher": (None,),
+    "vocabulary": (None,),
+    "student.init": STARTS,
+}
 
 
 def resume_critical_config(recipe: Recipe) -> dict[str, Any]:
@@ -54,14 +60,19 @@ def changed_keys(begun: Mapping[str, Any], recipe: Recipe, by_path: bool) -> lis
     Args:
         begun: the config with which the run began
         recipe: of this attempt
-        by_path: compare teacher and vocabulary by path. False: another path is not a change; their content is compared
-            elsewhere.
+        by_path: compare teacher, vocabulary and the encoder that a student starts from by path. False: another path is
+            not a change; their content is compared elsewhere.
     """
     return [
         f"{key}: {then} -> {now}"
         for key, (then, now) in _differences(begun, recipe).items()
-        if key not in ROUNDING and not (key in COMPARED_BY_CONTENT and not by_path and None not in (then, now))
+        if key not in ROUNDING and (by_path or not _is_another_path(key, then, now))
     ]
+
+
+def _is_another_path(key: str, then: Any, now: Any) -> bool:
+    no_path = COMPARED_BY_CONTENT.get(key)
+    return no_path is not None and then not in no_path and now not in no_path
 
 
 def rounding_changes(begun: Mapping[str, Any], recipe: Recipe) -> list[str]:

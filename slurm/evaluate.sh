@@ -3,10 +3,11 @@
 #
 #   sbatch slurm/evaluate.sh RUN_DIR [arguments of `python -m pipeline evaluate`: --tasks, --set; default: --tasks retrieval]
 #
-# Writes RUN_DIR/student (Hugging Face directory), RUN_DIR/evaluation/evaluation.json and .png, and the report page. A student
-# that was exported there after the end of the run is reused. Jobs on one run directory wait for each other's export. With
-# `sbatch --gpus-per-node=8 ...` one process per GPU shares the tasks that fine-tune (xnli, mlqa). An interrupted job resumes:
-# finished grid points and epochs of these tasks are kept.
+# Writes RUN_DIR/student (Hugging Face directory), RUN_DIR/evaluation/evaluation.json and .png, and the report page. Of a run
+# with several students, these are in RUN_DIR/students/NAME for each. A student that was exported there after the end of the
+# run is reused. Jobs on one run directory wait for each other's export. With `sbatch --gpus-per-node=8 ...` one process per
+# GPU shares the tasks that fine-tune (xnli, mlqa). An interrupted job resumes: finished grid points and epochs of these
+# tasks are kept.
 #SBATCH --job-name=evaluate
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
@@ -32,35 +33,51 @@ need_path RUN_DIR "$run_dir/DONE" "The run is not finished: submit slurm/distill
 
 # The teacher is evaluated at the distilled layer (of several, the one matched to the highest student layer). The student's
 # own layer is recorded in its export.
-teacher=$(on_node -c '
+teacher_of() {
+  on_node -c '
 import sys, yaml
 recipe = yaml.safe_load(open(sys.argv[1], encoding="utf-8"))
 relations = recipe.get("relations", {})
 matched = relations.get("layers") or [{"teacher": relations.get("teacher_layer"), "student": None}]
 layer = max(matched, key=lambda pair: pair["student"] or 0)["teacher"]
-print(recipe["teacher"] + (f"@{layer}" if layer else ""))' "$run_dir/recipe.yaml")
+print(recipe["teacher"] + (f"@{layer}" if layer else ""))' "$1/recipe.yaml"
+}
 
 # Two exports into one directory would corrupt each other's files, and a later one the files that another job reads.
 export_once() {
-  exec 9>>"$run_dir/student.lock"
+  local directory=$1 name=$2
+  exec 9>>"$directory/student.lock"
   if command -v flock >/dev/null && ! flock 9; then
-    note "$run_dir has no file locks: do not start another evaluation of this run until the export is finished"
+    note "$directory has no file locks: do not start another evaluation of this run until the export is finished"
   fi
-  if [[ $run_dir/student/lineage.json -nt $run_dir/DONE ]]; then
-    note "$run_dir/student exists already"
+  if [[ $directory/student/lineage.json -nt $run_dir/DONE ]]; then
+    note "$directory/student exists already"
   else
-    on_node -m pipeline export "$run_dir" --output "$run_dir/student" 9>&-
+    on_node -m pipeline export "$run_dir" --output "$directory/student" ${name:+--student "$name"} 9>&-
   fi
   exec 9>&-
 }
 
-note "job $SLURM_JOB_ID on $(hostname): $run_dir against $teacher"
-export_once
 evaluate=(-m pipeline evaluate)
 gpus=${SLURM_GPUS_ON_NODE:-1}
 if ((gpus > 1)); then
   evaluate=(-m torch.distributed.run --standalone --nproc-per-node="$gpus" "${evaluate[@]}")
 fi
-on_node "${evaluate[@]}" "$teacher" "$run_dir/student" --output "$run_dir/evaluation" "$@"
+
+# The files of one student are in the run directory, those of several in students/NAME.
+students=("")
+if [[ -d $run_dir/students ]]; then
+  students=()
+  for path in "$run_dir"/students/*/; do
+    students+=("$(basename "$path")")
+  done
+fi
+for name in "${students[@]}"; do
+  directory=$run_dir${name:+/students/$name}
+  teacher=$(teacher_of "$directory")
+  note "job $SLURM_JOB_ID on $(hostname): $directory against $teacher"
+  export_once "$directory" "$name"
+  on_node "${evaluate[@]}" "$teacher" "$directory/student" --output "$directory/evaluation" "$@"
+done
 on_node -m pipeline report "$run_dir"
-note "finished: $run_dir/student"
+note "finished: $directory/student"

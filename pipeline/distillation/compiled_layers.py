@@ -24,8 +24,6 @@ from pipeline.distillation.tap import TappedEncoder
 from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
-# Torch's message, as a RuntimeError, where its limit of graphs was reached in a layer of the same kind.
-NO_GRAPH = "fullgraph=True found no compiled frames"
 
 
 def compile_layers(encoder: TappedEncoder, key: str, deterministic: bool = True) -> None:
@@ -102,10 +100,7 @@ class CompiledForward:
         graphs = _num_graphs()
         try:
             result = self._compiled(*arguments, **keywords)
-        except (FailOnRecompileLimitHit, RuntimeError) as error:
-            is_of_compiler = isinstance(error, FailOnRecompileLimitHit | TorchDynamoException)
-            if not is_of_compiler and NO_GRAPH not in str(error):
-                raise  # of the layer itself: out of memory, say
+        except (FailOnRecompileLimitHit, TorchDynamoException) as error:
             return self._without_graph(error, arguments, keywords)
         if self._first is None:
             self._first = self._describe(arguments, keywords)

@@ -23,12 +23,14 @@ from data_prep.shards import DataError, ShardSet
 from pipeline.config import Recipe, load_recipe
 from pipeline.distillation.models.loading import check_weights, load_config
 from pipeline.distillation.models.model_files import looks_like_path, read_model
+from pipeline.distillation.models.student_init import START_ENCODER
 from pipeline.doctor.machine import Finding, guarded
 from pipeline.errors import UserError, about_student
 from pipeline.planning.meta_models import ADAM_BYTES, Sizes, blank_models, build_encoders
 from pipeline.runtime import gpus, preflight
 from pipeline.runtime.host_memory import available_memory_bytes
 from pipeline.training.checks import Check, Inputs, checks_of_run, inputs_of
+from pipeline.training.student_start import read_start
 
 FILES_OPEN_ANYWAY = 256  # by Python, torch and TensorBoard
 
@@ -47,10 +49,10 @@ def recipe_findings(
     found: list[Finding] = []
     failed: set[str] = set()
     for check in checks_of_run(inputs_of(recipe, inputs)):
-        if check.subject == "teacher":
-            weights = teacher_finding(recipe)
+        if check.model is not None:
+            weights = model_finding(check.subject, check.model)
             found.append(weights)
-            failed |= {"teacher"} if weights.status != "ok" else set()
+            failed |= {check.subject} if weights.status != "ok" else set()
         if failed.isdisjoint({check.subject, *check.needs}):
             results = check_findings(check)
             found += _not_said_before(results, found)
@@ -102,13 +104,13 @@ def shard_file_findings(recipe: Recipe, check_hashes: bool) -> Iterator[Finding]
             yield Finding("ok", "shards", "every hash as in the manifest")
 
 
-def teacher_finding(recipe: Recipe) -> Finding:
-    """The teacher's weights are on this machine, complete, and not a pickle."""
-    path = Path(recipe.teacher).expanduser()
-    if not path.is_dir() and not looks_like_path(recipe.teacher) and not is_cached(recipe.teacher):
-        fix = f"on a node with network: hf download {recipe.teacher} (compute nodes then read the cache, HF_HOME)"
-        return Finding("warn", "teacher", f"{recipe.teacher} is a hub name and not in the cache yet", fix)
-    return guarded("teacher", lambda: weights_finding(recipe.teacher))
+def model_finding(subject: str, name: str) -> Finding:
+    """The weights of the teacher, or of the encoder that the student starts from, are on this machine, complete, and not a
+    pickle."""
+    if not Path(name).expanduser().is_dir() and not looks_like_path(name) and not is_cached(name):
+        fix = f"on a node with network: hf download {name} (compute nodes then read the cache, HF_HOME)"
+        return Finding("warn", subject, f"{name} is a hub name and not in the cache yet", fix)
+    return guarded(subject, lambda: weights_finding(subject, name))
 
 
 def is_cached(name: str) -> bool:
@@ -124,12 +126,13 @@ def is_cached(name: str) -> bool:
     return False
 
 
-def weights_finding(name: str) -> Finding:
+def weights_finding(subject: str, name: str) -> Finding:
     """The headers of the weight files can be read, and name every tensor of the config's model."""
-    files = read_model(name)
-    check_weights(files, load_config(name))
+    role = "teacher" if subject == "teacher" else START_ENCODER
+    files = read_model(name, role) if subject == "teacher" else read_start(name)
+    check_weights(files, load_config(name, role))
     size = sum(file.stat().st_size for file in {tensor.file for tensor in files.tensors.values()})
-    return Finding("ok", "teacher", f"{name}: {len(files.tensors)} tensors, {size / 2**30:.2f} GiB of safetensors")
+    return Finding("ok", subject, f"{name}: {len(files.tensors)} tensors, {size / 2**30:.2f} GiB of safetensors")
 
 
 def size_findings(recipe: Recipe, num_ranks: int, run_dir: Path) -> list[Finding]:

@@ -1,11 +1,6 @@
-"""Evaluate encoders side by side: tables on the console, `evaluation.json` and `.png` in the output directory.
+"""The options of `pipeline evaluate`, and the run of every task on every model. The command itself: export/evaluate.py.
 
-    python -m pipeline evaluate artifacts/teacher runs/quickstart/student --tasks retrieval,speed --output runs/evaluation
-    torchrun --nproc_per_node 8 -m pipeline evaluate ...          deepspeed --module pipeline evaluate ...
-
-A model is a Hugging Face directory or hub name; `MODEL@19` reads the values of layer 19 instead of the distilled layer.
-Settings of a task are overridden like those of a recipe: `--set retrieval.pairs=DIR`. Several ranks share the tasks that
-read shards or fine-tune; rank 0 runs the others.
+In: names of models and tasks, settings of the tasks. Out: tables on the console, `evaluation.json` and `evaluation.png`.
 """
 
 from __future__ import annotations
@@ -17,8 +12,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import transformers
-
 from data_prep.outputs import output_path
 from data_prep.ownership import own, sibling_lock
 from pipeline.config import apply_override, build_section
@@ -26,7 +19,6 @@ from pipeline.errors import UserError
 from pipeline.evaluation import plots, results
 from pipeline.evaluation.encoder import Encoder, load_encoder
 from pipeline.evaluation.finetuning.grid import encoder_fingerprint
-from pipeline.evaluation.ranks import joined
 from pipeline.evaluation.task import tasks
 from pipeline.evaluation.training_metadata import training_metadata
 from pipeline.provenance import fingerprint
@@ -35,7 +27,9 @@ from pipeline.runtime.dist import Launch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="HF directory or hub name, optionally @LAYER")
+    parser.add_argument(
+        "models", nargs="+", metavar="MODEL", help="HF directory, hub name or run directory, optionally @LAYER"
+    )
     parser.add_argument("--tasks", default="retrieval", help=f"comma-separated, of: {', '.join(tasks())}")
     parser.add_argument(
         "--output", type=output_path, required=True, help="directory for evaluation.json and evaluation.png"
@@ -49,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> None:
+def checked(arguments: argparse.Namespace) -> tuple[list[str], Any]:
+    """Names of the tasks and their settings, checked before a model is loaded. Raises `UserError`."""
     known = tasks()
     names = [name for name in arguments.tasks.split(",") if name]
     unknown = [name for name in names if name not in known]
@@ -65,9 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
     for name in names:
         known[name].check(getattr(config, name))
     results.read(arguments.output / results.FILE)  # fail before the evaluation if the new figures cannot be added to it
-    transformers.logging.disable_progress_bar()
-    with joined() as ranks:
-        evaluate(arguments.models, names, config, arguments.output, ranks)
+    return names, config
 
 
 def evaluate(models: list[str], names: list[str], config: Any, output: Path, ranks: Launch) -> None:

@@ -26,11 +26,12 @@ from pipeline.distillation.tap import tap
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder, load_encoder, split_name
 from pipeline.evaluation.languages import choose_languages, left_out_line
-from pipeline.evaluation.tables import markdown_table, text_table
+from pipeline.evaluation.tables import markdown_table
 from pipeline.evaluation.task import Panel, Results, Task
 from pipeline.evaluation.training_metadata import DEFAULTS, training_metadata
 from pipeline.recipe.ranges import LARGEST_BATCH, LARGEST_WEIGHT, LONGEST_ROW, check_ranges
 from pipeline.runtime.dist import Launch
+from pipeline.runtime.text_tables import text_table
 from pipeline.training.identity import WEIGHTS, weights_hash
 
 

@@ -18,9 +18,10 @@ from tqdm import tqdm
 from pipeline.distillation.models.loading import count_parameters
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder
-from pipeline.evaluation.tables import markdown_table, text_table
+from pipeline.evaluation.tables import markdown_table
 from pipeline.evaluation.task import NAME_LENGTH, Panel, Results, Task
 from pipeline.recipe.ranges import LARGEST_BATCH, LONGEST_ROW, check_ranges
+from pipeline.runtime.text_tables import text_table
 
 
 @dataclass

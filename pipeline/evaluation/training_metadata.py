@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.distillation.config import RelationsConfig
+from pipeline.distillation.models.student import STARTS
 from pipeline.errors import UserError
 from pipeline.runtime.json_files import read_json
+from pipeline.training.student_start import trained_length_of
 
 EXPORT_AGAIN = "Export the model again"
 _RELATIONS = RelationsConfig()
@@ -35,13 +37,12 @@ def training_metadata(model: str | Path) -> dict[str, Any]:
 
     Returns:
         the keys of `DEFAULTS` with the values of the model's recipe; `student_layer`, `steps`, `identity` (the teacher by
-        content) and `longest`, the number of tokens beyond which position embeddings are untrained (None: all come from
-        the teacher)
+        content) and `longest`, the number of tokens beyond which position embeddings are untrained (None: none of them is)
     """
     with _lineage_of(model) as lineage:
         if not (recipe := lineage.get("recipe")):  # a trimmed model that was not trained here
             return {}
-        relations, student = recipe.get("relations", {}), recipe.get("student") or {}
+        relations = recipe.get("relations", {})
         # of several matched pairs, the highest in the student: it is nearest to the output that users read
         one = {side: relations.get(f"{side}_layer") for side in ("teacher", "student")}
         matched = max(relations.get("layers") or [one], key=lambda pair: pair["student"] or 0)
@@ -50,7 +51,10 @@ def training_metadata(model: str | Path) -> dict[str, Any]:
             **{f"{side}_layer": matched[side] for side in ("teacher", "student")},
             "steps": lineage.get("steps"),
             "identity": lineage.get("identity") or {},
-            "longest": recipe["seq_len"] if student.get("init") == "random" else None,
+            "longest": trained_length_of(lineage),
+            "started_from": "teacher"
+            if (recipe.get("student") or {}).get("init") in STARTS
+            else "encoder that it began from",
         }
 
 

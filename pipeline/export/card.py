@@ -2,6 +2,8 @@
 
     python -m pipeline card STUDENT runs/quickstart runs/evaluation      writes STUDENT/README.md again
 
+Of a run with several students, the figures are those of the student that was exported, or of --student.
+
 In: an export and directories with figures (`card_tables.py`). Out: the content of the export's `lineage.json`, and the
 Markdown of its README.md.
 """
@@ -26,6 +28,8 @@ from pipeline.evaluation.tables import markdown_table
 from pipeline.evaluation.training_metadata import training_metadata
 from pipeline.export.card_tables import measured_sections
 from pipeline.runtime.json_files import read_json
+from pipeline.runtime.run_paths import RunPaths, one_student, students_of
+from pipeline.training.identity import START_WEIGHTS
 
 LINEAGE_FILE, VOCABULARY_FILE, CARD_FILE = "lineage.json", "vocabulary.json", "README.md"
 LOADING = """## How to load it
@@ -49,6 +53,7 @@ FP16 = "The weights are stored in fp16; `dtype=torch.float32` computes in fp32, 
 USE = """The encoder is for fine-tuning, or for sentence vectors: the mean of `last_hidden_state` over real tokens.
 It has no pooler: `pooler_output`, where the class has it, is random."""
 LABELS = {
+    "student": "student of the run",
     "teacher": "teacher",
     "teacher_layer": "teacher layer (from 1)",
     "student_layer": "student layer (from 1)",
@@ -60,6 +65,7 @@ LABELS = {
     "dropout": "dropout in the distillation, in config.json",
     "steps": "steps",
     "samples": "samples (rows)",
+    "ended": "ended early",
     "seq_len": "tokens per row",
     "languages": "languages",
     "vocabulary": "vocabulary cut before training",
@@ -77,6 +83,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "measured", type=Path, nargs="*", metavar="DIR", help="run directories and outputs of `pipeline evaluate`"
     )
+    parser.add_argument(
+        "--student",
+        dest="student_name",
+        metavar="NAME",
+        help="whose figures, of runs with several students (default: the student that was exported)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -87,15 +99,29 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"{arguments.student} has no {LINEAGE_FILE}: it is not an export. Make one: python -m pipeline export RUN_DIR --output STUDENT"
         )
-    write_card(arguments.student, arguments.measured)
+    write_card(arguments.student, _of_student(arguments.measured, arguments.student_name, arguments.student))
     print(f"model card: {arguments.student / CARD_FILE}")
+
+
+def _of_student(measured: Sequence[Path], asked: str | None, export: Path) -> list[Path]:
+    """The directories with figures; of a run with several students, the directory of the one that is asked for.
+
+    Without `asked` it is the one that `export` is of.
+    """
+    if asked is not None and not any(students_of(directory) for directory in measured):
+        one_student(measured[0] if measured else export, asked)  # raises: it has no students with names
+    name = asked or read_json(export / LINEAGE_FILE).get("student")
+    return [
+        RunPaths(directory, one_student(directory, name)).metrics.parent if students_of(directory) else directory
+        for directory in measured
+    ]
 
 
 def lineage_of(run: dict[str, Any], state: dict[str, Any], recipe_text: str) -> dict[str, Any]:
     """The lineage of a student, from what its run recorded.
 
     Args:
-        run: content of run.json
+        run: content of run.json, and `student`, the student's name in a run with several
         state: content of the checkpoint's state.json
         recipe_text: content of recipe.yaml
     """
@@ -103,15 +129,16 @@ def lineage_of(run: dict[str, Any], state: dict[str, Any], recipe_text: str) -> 
     relations, student = recipe["relations"], recipe["student"]
     tail = relations.get("tail", "none")
     return {
+        **({"student": run["student"]} if run.get("student") else {}),
         "teacher": run["teacher"],
         **_matched_layers(run, relations),
         "relation_heads": relations["heads"],
         "relations": relations["pairs"],
         **({} if tail == "none" else {"tail": {tail: relations["tail_weight"]}}),
-        "student_start": student["init"],
+        "student_start": _start_of(student["init"], state.get("identity") or {}),
+        **({"trained_length": run["trained_length"]} if "trained_length" in run else {}),
         **({"dropout": run["dropout"]} if "dropout" in run else {}),
-        "steps": state["step"],
-        "samples": state["samples"],
+        **_steps_of(state, recipe),
         "seq_len": recipe["seq_len"],
         "languages": run["languages"],
         **({"vocabulary": run["vocabulary"]} if run.get("vocabulary") else {}),
@@ -123,6 +150,22 @@ def lineage_of(run: dict[str, Any], state: dict[str, Any], recipe_text: str) -> 
         **({"identity": state["identity"]} if state.get("identity") else {}),
         "recipe": recipe,
     }
+
+
+def _steps_of(state: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
+    """Steps and samples; of a student that ended before the run, those that it learned from, and why it ended."""
+    ended = state.get("ended")
+    if not ended:
+        return {"steps": state["step"], "samples": state["samples"]}
+    return {
+        "steps": ended["step"],
+        "samples": ended["step"] * recipe["global_batch"],
+        "ended": ended["reason"],
+    }
+
+
+def _start_of(init: str, identity: dict[str, str]) -> str:
+    return f"{init} (weights {identity[START_WEIGHTS][:12]})" if START_WEIGHTS in identity else init
 
 
 def _matched_layers(run: dict[str, Any], relations: dict[str, Any]) -> dict[str, Any]:
@@ -225,14 +268,15 @@ def length_note(directory: Path) -> str:
     positions, trained = usable_positions(load_config(directory, "student")), about.get("seq_len")
     if trained is None or trained >= positions:
         return ""
-    if about["longest"] is None:
+    longest = about["longest"]
+    if longest is None or longest >= positions:
         return (
             f"It was trained on rows of {trained} tokens and accepts {positions}; the position embeddings after {trained} are "
-            "those of the teacher."
+            f"those of the {about['started_from']}."
         )
     return (
-        f"It was trained from random weights on rows of {trained} tokens and accepts {positions}, but positions after {trained} "
-        f"were never trained: cut inputs at {trained} tokens (the tokenizer and the sentence-transformers settings do)."
+        f"It was trained from random weights on rows of {longest} tokens and accepts {positions}, but positions after {longest} "
+        f"were never trained: cut inputs at {longest} tokens (the tokenizer and the sentence-transformers settings do)."
     )
 
 

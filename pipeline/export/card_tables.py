@@ -28,7 +28,8 @@ def measured_sections(directories: Iterable[Path], steps: int | None) -> str:
     """All figures in the directories, as Markdown.
 
     Args:
-        steps: training steps of the student; a `demo.json` of another number of steps is left out
+        steps: training steps of the student; a `demo.json` of another number of steps is left out, and held-out losses of
+            later steps
     """
     parts: list[str] = []
     for directory in dict.fromkeys(directories):
@@ -43,7 +44,7 @@ def measured_sections(directories: Iterable[Path], steps: int | None) -> str:
                     continue  # the run continued after the demo: these are figures of an earlier student
                 parts += section(found)
         if (metrics := RunPaths(directory).metrics).is_file():
-            parts += _heldout_of_run(metrics)
+            parts += _heldout_of_run(metrics, steps)
     return "\n\n".join(parts)
 
 
@@ -78,9 +79,10 @@ def _evaluation(report: dict[str, Any]) -> list[str]:
     return parts
 
 
-def _heldout_of_run(path: Path) -> list[str]:
-    """First and last held-out relation loss of every language."""
-    if not (rows := heldout_rows(read_points(path, needed=("step",)), 3)):
+def _heldout_of_run(path: Path, steps: int | None) -> list[str]:
+    """First and last held-out relation loss of every language, up to the exported step."""
+    points = [point for point in read_points(path, needed=("step",)) if steps is None or point["step"] <= steps]
+    if not (rows := heldout_rows(points, 3)):
         return []
     return [
         "### Held-out relation loss\n\nOn rows that training never saw, against the teacher (the run's `metrics.jsonl`).",

@@ -2,7 +2,10 @@
 
     python -m pipeline export runs/quickstart --output runs/quickstart/student
     python -m pipeline export runs/quickstart --output student --dtype fp16 --sentence-transformers --onnx
+    python -m pipeline export runs/family --student small --step best --output small
 
+`--student NAME` chooses one student of a run that trains several. `--step N` exports that checkpoint, and `--step best`
+the one with the lowest held-out loss, which a run keeps that was trained with `checkpoint.keep_best: heldout`.
 `--vocabulary DIR` cuts the vocabulary to the pieces that `python -m data_prep trim-vocab` kept.
 `--sentence-transformers` adds the files with which SentenceTransformer(DIR) loads it. `--onnx` adds onnx/model.onnx and
 onnx/model_int8.onnx, checked against torch on the sentences of --check-pairs and on lines of --check-text in languages
@@ -17,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import transformers
 
@@ -35,7 +39,9 @@ from pipeline.runtime.json_files import read_json
 
 CHECK_PAIRS = 30  # of each language
 CHECK_LINES = 30  # of each language without pairs
+MOST_DIGITS = 18  # of a step
 SAMPLE_TEXT = Path("samples/cc100")
+Step = int | Literal["best"] | None  # of a checkpoint; None: the newest valid one
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=output_path, required=True, help="directory to write; an earlier export is replaced"
     )
+    add_choice_of_student(parser)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="precision of the stored weights")
     parser.add_argument("--vocabulary", type=Path, metavar="DIR", help="output of `python -m data_prep trim-vocab`")
     parser.add_argument(
@@ -56,6 +63,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"directory of LANG.txt(.xz) for the ONNX check; default: {SAMPLE_TEXT} if it exists",
     )
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload the export to this repository, private if new")
+
+
+def add_choice_of_student(parser: argparse.ArgumentParser, action: str = "store") -> None:
+    """The options `--student` and `--step`. `action`: "append" where several students can be named."""
+    parser.add_argument("--student", action=action, metavar="NAME", help="which one, of a run with several students")
+    parser.add_argument(
+        "--step", type=step_of, metavar="N|best|last", help="which checkpoint (default: last, the newest valid one)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -86,14 +101,26 @@ def run(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace, extras: Sequence[Extra]) -> Path:
     """Export the student of the run. For a smaller vocabulary, export it to a temporary directory and trim it."""
     dtype = DTYPES[arguments.dtype]
+    which = (dtype, arguments.student or "", arguments.step)
     if arguments.vocabulary is None:
-        return export_run(arguments.run_dir, arguments.output, extras, dtype)
+        return export_run(arguments.run_dir, arguments.output, extras, *which)
     vocabulary = read_vocabulary(arguments.vocabulary)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.output.parent) as temporary:
-        untrimmed = export_run(arguments.run_dir, Path(temporary) / "untrimmed", (), dtype)
+        untrimmed = export_run(arguments.run_dir, Path(temporary) / "untrimmed", (), *which)
         print(trimming_lines(trim(untrimmed, vocabulary, arguments.output, extras, arguments.run_dir)))
     return arguments.output
+
+
+def step_of(text: str) -> Step:
+    """The `type` of `--step`; None: the newest valid checkpoint."""
+    if text == "last":
+        return None
+    if text == "best":
+        return "best"
+    if text.isdecimal() and len(text) <= MOST_DIGITS:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a number of steps, best or last")
 
 
 def further_lines(pairs: str, text: Path | None) -> dict[str, list[str]]:

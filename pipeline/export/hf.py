@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PretrainedConfig
@@ -25,7 +25,7 @@ from pipeline.export.handover import hand_over, limit_tokenizer
 from pipeline.runtime import ds_config
 from pipeline.runtime.checkpoint import read_model_weights
 from pipeline.runtime.json_files import read_json
-from pipeline.runtime.run_paths import RunPaths
+from pipeline.runtime.run_paths import STUDENTS, RunPaths, one_student
 from pipeline.runtime.tensor_files import not_finite, save_tensors
 from pipeline.training.identity import check_same_tokenizer_files, warn_of_other_teacher
 
@@ -58,11 +58,20 @@ PRODUCTS = (  # the files of an export
 DTYPES = {name: ds_config.DTYPES[name] for name in ("fp32", "fp16")}
 
 
-def export_run(run_dir: Path, output: Path, extras: Sequence[Extra] = (), dtype: torch.dtype = torch.float32) -> Path:
-    """Write the newest valid checkpoint of a run directory as a Hugging Face directory, with the figures in the run directory.
+def export_run(
+    run_dir: Path,
+    output: Path,
+    extras: Sequence[Extra] = (),
+    dtype: torch.dtype = torch.float32,
+    student: str = "",
+    step: int | Literal["best"] | None = None,
+) -> Path:
+    """Write a checkpoint of a run directory as a Hugging Face directory, with the figures in the run directory.
 
     Args:
         extras, dtype: as in `Export`
+        student: its name in the recipe's `students`; empty where the run has one student
+        step: of the checkpoint; "best": the one with the lowest held-out loss; None: the newest valid one
 
     Returns:
         `output`
@@ -73,17 +82,24 @@ def export_run(run_dir: Path, output: Path, extras: Sequence[Extra] = (), dtype:
     if not run_dir.is_dir():
         raise UserError(f"run directory {run_dir} not found. Name the --run-dir of a training.")
     check_output_place(output, "--output", {"the run directory": run_dir})
-    weights, state = read_model_weights(run_dir)
-    paths = RunPaths(run_dir)
+    student = one_student(run_dir, student or None)
+    if student and output.resolve().parent == (run_dir / STUDENTS).resolve():
+        raise UserError(
+            f"--output {output}: every directory in {run_dir / STUDENTS} is a student of the run. For example: "
+            f"--output {run_dir / STUDENTS / student / 'student'}"
+        )
+    weights, state = read_model_weights(run_dir, student, step)
+    paths = RunPaths(run_dir, student)
+    files = paths.description.parent
     run = read_json(_existing(paths.description))
-    config = config_of(_existing(paths.student_config), str(run_dir), "student")
+    config = config_of(_existing(paths.student_config), str(files), "student")
     recipe_text = _existing(paths.recipe).read_text(encoding="utf-8")
     tokenizer = run.get("vocabulary") or run["teacher"]
     check_output_place(output, "--output", {"the teacher": Path(run["teacher"]), "the tokenizer": Path(tokenizer)})
-    check_same_tokenizer_files(state.get("identity", {}), tokenizer, run_dir)
+    check_same_tokenizer_files(state.get("identity", {}), tokenizer, files)
     warn_of_other_teacher(state.get("identity", {}), run["teacher"])
-    lineage = lineage_of({**run, "dropout": hand_over(config, run)}, state, recipe_text)
-    return export_student(Export(weights, config, tokenizer, lineage, extras, dtype, measured=[run_dir]), output)
+    lineage = lineage_of({**run, "dropout": hand_over(config, run), "student": student}, state, recipe_text)
+    return export_student(Export(weights, config, tokenizer, lineage, extras, dtype, measured=[files]), output)
 
 
 @dataclass(frozen=True)

@@ -84,8 +84,14 @@ _DRIVER_NAMES = {
 
 def peak_flops_per_s(driver_name: str, precision: str) -> float | None:
     """The published peak of a GPU, by the name that the driver gives it. None: the table does not have it."""
+    device = device_of_driver(driver_name)
+    return None if device is None else device.flops_per_s(precision)
+
+
+def device_of_driver(driver_name: str) -> Device | None:
+    """The row of a GPU, by the name that the driver gives it. None: the table does not have it."""
     row = _DRIVER_NAMES.get(driver_name)
-    return None if row is None else DEVICES[row].flops_per_s(precision)
+    return None if row is None else DEVICES[row]
 
 
 def device_of(name: str) -> Device:

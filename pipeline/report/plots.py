@@ -53,6 +53,7 @@ matplotlib.rcParams.update(
         "lines.solid_capstyle": "round",
     }
 )
+DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))  # of the students after as many as there are colours
 WIDTH_INCHES = 9.0
 SHORT_RUN_HOURS = 2.0
 NAMED_LANGUAGES = 3  # with the lowest and with the highest held-out losses
@@ -105,6 +106,34 @@ def heldout_curves(metrics: Points) -> str:
     _plain_log(axes)
     axes.set_xlabel("step")
     axes.legend(ncols=7, loc="lower left", bbox_to_anchor=(0, 1), labelcolor=INK, handlelength=1.0, columnspacing=1.2)
+    return _svg(figure)
+
+
+def overlaid(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], is_log: bool = False) -> str:
+    """One panel per measure, one curve per student; a student has one colour and dash in every panel.
+
+    Args:
+        panels: title -> name of the student -> its points; all panels have the same names
+    """
+    panels = {title: curves for title, curves in panels.items() if any(curves.values())}
+    if not panels:
+        return ""
+    figure, rows = _figure(len(panels), (3.1 if len(panels) == 1 else 2.0) * len(panels) + 0.3)
+    for axes, (title, curves) in zip(rows, panels.items(), strict=True):
+        for number, (name, points) in enumerate(curves.items()):
+            dash = DASHES[number // len(COLORS) % len(DASHES)]
+            _line(axes, points, COLORS[number % len(COLORS)], 1.6, name)
+            axes.lines[-1].set_linestyle(dash)
+        if is_log:
+            _plain_log(axes)
+        else:
+            axes.set_ylim(bottom=0)
+        if len(panels) > 1:
+            axes.set_title(title)
+    rows[-1].set_xlabel("step")
+    figure.legend(
+        *rows[0].get_legend_handles_labels(), loc="outside upper left", ncols=6, labelcolor=INK, handlelength=1.8
+    )
     return _svg(figure)
 
 

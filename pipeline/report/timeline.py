@@ -91,6 +91,13 @@ def events_of(run_dir: Path, metrics: Points, committed_steps: Sequence[int]) ->
     return Events(attempts, saved, [start["first_step"] for start in starts[1:]])
 
 
+def of_one_student(events: Events) -> Events:
+    """Without the attempts that reported nothing about this student: they trained the other students of the run."""
+    attempts = [attempt for attempt in events.attempts if len(attempt.progress) > 1]
+    restarts = [attempt.progress[0][1] for attempt in attempts[1:]]
+    return Events(attempts, events.saved_steps, restarts) if attempts else events
+
+
 def pauses(metrics: Points) -> list[int]:
     """Steps after which nothing was reported for much longer than usual."""
     lines = [point for point in metrics if "loss/total" in point]

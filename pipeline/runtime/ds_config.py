@@ -8,6 +8,7 @@ values. This module does not import DeepSpeed; engine.py passes the result on.
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,7 @@ def resolve(
     config["timers"] = {"throughput": {"enabled": False}}  # DeepSpeed's would wait for the GPU twice in each step
     warnings = _resolve_precision(config, path, can)
     _check_stage(config, path)
+    _check_gradients(config, path)
     return config, warnings
 
 
@@ -143,6 +145,8 @@ def _resolve_precision(config: dict[str, Any], path: Path, can: Precisions) -> l
         config["fp16"] = {"enabled": False}
         config["bf16"] = {"enabled": can.bf16_fast}
         instead = "bf16" if can.bf16_fast else "fp32"
+        if config.get("data_types", {}).get("grad_accum_dtype") == "fp16":  # that of the student, as asked
+            config["data_types"]["grad_accum_dtype"] = instead
         return [f"{path} asks for fp16, which {can.device} does not have: this run computes in {instead} instead"]
     if bf16.get("enabled") and not can.bf16:
         raise UserError(f"{path} asks for bf16, which {can.device} does not have; use ds_configs/zero2.json (fp16)")
@@ -165,6 +169,29 @@ def _check_stage(config: dict[str, Any], path: Path) -> None:
     offload = zero.get("offload_optimizer", {}).get("device", "none")
     if offload != "none":
         config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW runs on the offloaded partition, uncompiled
+
+
+def _check_gradients(config: dict[str, Any], path: Path) -> None:
+    """Reject sums and averages of gradients that end in a traceback in DeepSpeed 0.19 or need its other optimizer."""
+    zero, precision = config["zero_optimization"], precision_of(config)
+    accumulation = config.get("data_types", {}).get("grad_accum_dtype") or precision
+    if accumulation not in ("fp32", precision):
+        raise UserError(
+            f"{path}: `data_types.grad_accum_dtype` is {accumulation}, but the student computes in {precision}: write "
+            f'"fp32", or remove it to add up micro-batches in {precision}'
+        )
+    is_offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    if (zero["stage"], precision, accumulation) == (1, "bf16", "fp32") and not is_offloaded:
+        raise UserError(
+            f"{path}: for `data_types.grad_accum_dtype` fp32 with bf16 at stage 1 DeepSpeed has another optimizer, which this "
+            "pipeline cannot save: set zero_optimization.stage to 2, which adds up in fp32 as well, or remove the key"
+        )
+    for key, default in (("prescale_gradients", False), ("gradient_predivide_factor", 1)):
+        if config.get(key, default) != default and zero["stage"] != 1 and zero.get("reduce_scatter", True):
+            raise UserError(
+                f"{path}: `{key}` is {json.dumps(config[key])}, which DeepSpeed does not have at stage {zero['stage']} with "
+                "`reduce_scatter`: remove it"
+            )
 
 
 def precision_of(config: dict[str, Any]) -> str:

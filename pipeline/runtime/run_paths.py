@@ -71,6 +71,11 @@ class RunPaths:
         return self.logs / f"{'dry-run-' if is_dry_run else ''}stacks-rank{rank}.txt"
 
 
+def is_run_directory(directory: Path) -> bool:
+    """Whether a run has begun in this directory."""
+    return RunPaths(directory).description.is_file() or bool(students_of(directory))
+
+
 def students_of(run_dir: Path) -> list[str]:
     """The names of a run's students, in the order of its recipe; none where the run has one student without a name."""
     directory = run_dir / STUDENTS

@@ -43,7 +43,7 @@ from pipeline.runtime.stop import StopRequests
 from pipeline.runtime.watchdog import Watchdog
 from pipeline.training.agreement import shape_facts
 from pipeline.training.checks import Check, Inputs, checks_of_run, cut_teacher, inputs_of
-from pipeline.training.identity import Identity
+from pipeline.training.identity import START_WEIGHTS, Identity
 
 CALIBRATION_TOKENS = 8192  # on which `student.init: project` measures the teacher's states
 T = TypeVar("T")
@@ -72,6 +72,11 @@ class Parts:
     identity: Identity  # of teacher, tokenizer and vocabulary, by content
     name: str = ""  # of the student, in a run with several
     shared_teacher: SharedTeacher | None = None  # of several students
+
+    @property
+    def student_identity(self) -> Identity:
+        """Hashes of everything that this student is made from."""
+        return {**self.identity, **self.student.start_hashes}
 
     @property
     def num_trained(self) -> int:
@@ -256,6 +261,10 @@ def _build_same_student(inputs: Inputs, launch: Launch) -> Student:
     is_partitioned = recipe.teacher_options.placement == "zero3"
     student = student_of(recipe, inputs.teacher_model, inputs.source, "cpu" if is_partitioned else launch.device)
     preflight.agree(shape_facts(student.model.state_dict()))
+    student.trained_length = inputs.trained_length
+    if inputs.start_hashes:
+        student.start_hashes = inputs.start_hashes
+        student.start += f" (weights {student.start_hashes[START_WEIGHTS][:12]})"
     if recipe.student.init == "project":
         dist.take_from_main([*student.model.parameters(), *student.untrained.values()], launch.device)
     return student

@@ -33,8 +33,9 @@ from pipeline.runtime.ds_config import BatchShape, Precisions
 from pipeline.runtime.engine import device_precisions
 from pipeline.training.agreement import settings_facts
 from pipeline.training.how_to_prepare import how_to_prepare, text_of
-from pipeline.training.identity import Identity, identity_of
+from pipeline.training.identity import Identity, identity_of, start_identity
 from pipeline.training.recipe_warnings import recipe_warnings
+from pipeline.training.student_start import check_start, read_start, trained_length
 
 
 class Found(NamedTuple):
@@ -92,6 +93,16 @@ class Inputs:
         """Of teacher, tokenizer and vocabulary, by content: reads all weights."""
         return self.first.identity if self.first else identity_of(self.recipe.teacher, self.recipe.vocabulary)
 
+    @cached_property
+    def trained_length(self) -> int | None:
+        return trained_length(self.recipe)
+
+    @cached_property
+    def start_hashes(self) -> Identity:
+        """Of the encoder that the student starts from, if it is not the teacher: reads all its weights."""
+        name = self.recipe.student.start_encoder
+        return {} if name is None else start_identity(read_start(name))
+
     # -- what the checks below look at
 
     def check_batch(self) -> Found:
@@ -131,6 +142,13 @@ class Inputs:
         shape = f"{config.num_hidden_layers} layers x {config.hidden_size}"
         return Found(f"{config.model_type}, {shape}, read at layer {layers}")
 
+    def start_facts(self) -> dict[str, Any]:
+        return {**self.start_hashes, "trained length of the encoder of `student.init`": self.trained_length}
+
+    def check_start(self) -> Found:
+        """The encoder that the student starts from has the student's shape and tokenizer."""
+        return Found(check_start(self.recipe, self.teacher_model.config))
+
     def check_teacher_and_shards(self) -> Found:
         check_fit(self.recipe, self.source.shards, self.teacher_model)
         return Found("tokenizer as the shards'")
@@ -151,10 +169,13 @@ class Check:
     is_for_rank_0: bool = False  # slow, and the same on every rank
     fix: str = ""  # what to do about a warning
     student: str = ""  # that it is about, in a run with several
+    model: str | None = (
+        None  # directory or hub name, whose weights doctor looks at first: it builds models without them
+    )
 
 
 # Subjects of checks that depend on the student. The first is about rows and ranks as well.
-OF_EACH_STUDENT = ("batch", "recipe", "compiler of layers", "teacher", "tokenizer")
+OF_EACH_STUDENT = ("batch", "recipe", "compiler of layers", "teacher", "student", "tokenizer")
 
 
 def inputs_of(recipe: Recipe, inputs: Inputs) -> dict[str, Inputs]:
@@ -185,26 +206,35 @@ def _of_student(name: str, check: Check, is_first: bool) -> Check:
             return check.look()
 
     def facts() -> dict[str, Any]:
-        return {f"{key} (student {name})": fact for key, fact in check.facts().items()}
+        with about_student(name):
+            return {f"{key} (student {name})": fact for key, fact in check.facts().items()}
 
-    named = check if is_first else replace(check, subject=f"{check.subject} of {name}", facts=facts)
-    return replace(named, look=look, student=name)
+    own_facts = facts if not is_first or check.subject == "student" else check.facts
+    subject = check.subject if is_first else f"{check.subject} of {name}"
+    return replace(check, subject=subject, look=look, facts=own_facts, student=name)
 
 
 def start_up_checks(inputs: Inputs) -> list[Check]:
     """All checks of one student, in the order in which a run meets them: the cheap ones first."""
     opened, both = ("shards",), ("shards", "teacher")
+    teacher = None if inputs.first else inputs.recipe.teacher  # the same for all students of a run
     new_shards = "python -m data_prep prepare ... --output NEW_DIRECTORY"
     return [
         Check("batch", inputs.check_batch, inputs.batch_facts),
         Check("shards", inputs.check_shards, lambda: {"data": inputs.source.fingerprint}),
         Check("recipe", lambda: Found("", recipe_warnings(inputs.recipe, inputs.source)), needs=opened),
         *([Check("compiler of layers", inputs.check_compiler)] if inputs.compile_keys else []),
-        Check("teacher", inputs.check_teacher, lambda: dict(inputs.identity)),
+        Check("teacher", inputs.check_teacher, lambda: dict(inputs.identity), model=teacher),
+        *([_start_check(inputs)] if inputs.recipe.student.start_encoder else []),
         Check("tokenizer", inputs.check_teacher_and_shards, needs=both),
         # Loading XLM-R's tokenizer takes 2 s where the manifest does not say that it was compared with this one.
         Check("ids", inputs.check_ids, needs=(*both, "tokenizer"), is_for_rank_0=True, fix=new_shards),
     ]
+
+
+def _start_check(inputs: Inputs) -> Check:
+    encoder = inputs.recipe.student.start_encoder
+    return Check("student", inputs.check_start, inputs.start_facts, needs=("teacher",), model=encoder)
 
 
 def open_data(recipe: Recipe) -> BatchSource:

@@ -25,6 +25,7 @@ from pipeline.errors import UserError
 
 Identity = dict[str, str]
 WEIGHTS, CONFIG, TOKENIZER, VOCABULARY = "teacher weights", "teacher config", "tokenizer", "vocabulary"
+START_WEIGHTS, START_CONFIG = "student.init weights", "student.init config"  # where it names an encoder
 IDS_IN = (*SENTENCEPIECE_NAMES, FAST_TOKENIZER_NAME, "vocab.txt", "vocab.json", "merges.txt", "added_tokens.json")
 BLOCK_BYTES = 4 << 20
 # Keys of a config.json about its origin, storage precision and head: they do not change what the encoder computes.
@@ -46,6 +47,11 @@ def identity_of(teacher: str, vocabulary: str | None = None) -> Identity:
     if vocabulary is not None:
         identity[VOCABULARY] = sha256_of_file(read_vocabulary(vocabulary).directory / MAP_FILE)
     return {**identity, **tokenizer_identity(vocabulary or teacher)}
+
+
+def start_identity(files: ModelFiles) -> Identity:
+    """Hashes of the encoder that a student starts from. Each student of a run has its own."""
+    return {START_WEIGHTS: weights_hash(files), START_CONFIG: config_hash(files.config)}
 
 
 def tokenizer_identity(name: str) -> Identity:

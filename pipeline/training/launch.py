@@ -60,6 +60,11 @@ def run_from_files(options: RunOptions) -> None:
     _print_first_lines(options, launch)
     recipe, paths = load_recipe(options.recipe_path, options.overrides), RunPaths(options.run_dir)
     reads = {"the teacher": Path(recipe.teacher), "the shards": Path(recipe.data)}
+    reads |= {
+        f"the encoder of `student.init`{f' of {name}' * bool(name)}": Path(encoder).expanduser()
+        for name, member in recipe.members().items()
+        if (encoder := member.student.start_encoder) is not None
+    }
     writes = {paths.recipe.name: options.recipe_path, paths.deepspeed.name: options.ds_path}
     check_run_directory(paths.directory, writes, reads)
     stop = StopRequests(paths.stop, recipe.guard.deadline_margin_s)
@@ -73,7 +78,7 @@ def run_from_files(options: RunOptions) -> None:
                 held.enter_context(owned_by_rank_0(paths.directory, launch))
             with (
                 Watchdog(recipe.guard, paths.stacks(launch.rank, options.is_dry_run)) as watchdog,
-                out_of_memory.explained(recipe, launch),
+                out_of_memory.explained(recipe, launch, options.ds_path),
             ):
                 _agree_with_other_ranks(stop, watchdog, launch)
                 group = _choose_group(recipe, paths.directory, options.allow_change, launch)
@@ -88,7 +93,7 @@ def run_from_files(options: RunOptions) -> None:
                 if options.is_dry_run:
                     dry_run(run, states, time.monotonic() - began)
                 else:
-                    _train(run, states)
+                    _train(run, states, options.ds_path)
             if options.is_dry_run:
                 dist.barrier()  # every rank has closed its files
             dist.shut_down()  # not after an error: leaving the others could take as long as they wait for this rank
@@ -112,10 +117,10 @@ def _choose_group(recipe: Recipe, run_dir: Path, allow_change: bool, launch: Lau
     return Group(**found["group"])
 
 
-def _train(run: Run, states: Sequence[TrainState]) -> None:
+def _train(run: Run, states: Sequence[TrainState], ds_path: Path) -> None:
     """Train. An attempt that memory was too small for is not a crash: a smaller setting resumes from the newest checkpoint."""
     try:
-        with out_of_memory.explained(run.recipe, run.launch):
+        with out_of_memory.explained(run.recipe, run.launch, ds_path):
             Trainer(run, states).train()
     except OutOfMemoryError:
         if run.launch.is_main and states[0].first_step < run.recipe.steps:

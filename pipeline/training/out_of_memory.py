@@ -10,6 +10,7 @@ import contextlib
 import socket
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
@@ -20,6 +21,9 @@ from pipeline.distillation.distiller import DistillModule
 from pipeline.distillation.models.teacher import FrozenTeacher
 from pipeline.distillation.tap import TappedEncoder
 from pipeline.errors import UserError
+from pipeline.planning.devices import Hardware, device_of_driver
+from pipeline.planning.plan import Planner
+from pipeline.runtime import gpus
 from pipeline.runtime.dist import Launch
 from pipeline.runtime.ds_config import split_batch
 from pipeline.runtime.engine import StudentEngine
@@ -46,14 +50,14 @@ class OutOfMemoryError(UserError):
 
 
 @contextlib.contextmanager
-def explained(recipe: Recipe, launch: Launch) -> Iterator[None]:
+def explained(recipe: Recipe, launch: Launch, ds_path: Path) -> Iterator[None]:
     """Replace an exception of the block that says that memory ran out. Raises `OutOfMemoryError`."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemoryError(explanation(error, recipe, launch)) from error
+        raise OutOfMemoryError(explanation(error, recipe, launch, ds_path)) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -68,14 +72,19 @@ def part_of(error: BaseException) -> str:
     return f"{part} of the held-out evaluation" if part and heldout_losses.__code__ in callers else part
 
 
-def explanation(error: BaseException, recipe: Recipe, launch: Launch) -> str:
+def explanation(error: BaseException, recipe: Recipe, launch: Launch, ds_path: Path) -> str:
     """One paragraph: where memory ran out, what torch says about it, and what to change."""
     part, is_gpu = part_of(error), launch.device.type == "cuda"
     micro_batch, smaller = smaller_micro_batch(recipe, launch.world_size)
     depends_on_rows = part.startswith((TEACHER, STUDENT, LOSS, BACKWARD))
     remedies = []
     if depends_on_rows and smaller:
-        remedies.append(f"--set micro_batch_per_gpu={smaller} (the global batch stays the same)")
+        planned = planned_micro_batch(recipe, launch, ds_path) if is_gpu else None
+        if planned and planned[0] < micro_batch:
+            smaller, source = planned[0], f"the largest that fits on {planned[1]} by the plan of this run; "
+        else:
+            source = ""
+        remedies.append(f"--set micro_batch_per_gpu={smaller} ({source}the global batch stays the same)")
     if depends_on_rows and not recipe.student.checkpointing:
         remedies.append("--set student.checkpointing=true (a third more work; add --allow-change if the run has begun)")
     if is_gpu and launch.world_size > 1:
@@ -94,6 +103,22 @@ def explanation(error: BaseException, recipe: Recipe, launch: Launch) -> str:
         f"needs less: {'; or '.join(remedies)}. `python -m pipeline plan` predicts what fits. Saved checkpoints are complete: the command "
         "with this change resumes from the newest"
     )
+
+
+def planned_micro_batch(recipe: Recipe, launch: Launch, ds_path: Path) -> tuple[int, str] | None:
+    """The largest micro-batch that the planner expects to fit, and the GPU's name there. None where it has no plan.
+
+    The planner knows runs of one student, on the GPUs of its table, of teachers whose shape it can read.
+    """
+    try:
+        device = device_of_driver(gpus.describe(launch.device).name)
+        if device is None or recipe.students is not None:
+            return None
+        planner = Planner(recipe, Path("the recipe"), ds_path, Hardware(device))
+        largest = planner.largest_micro_batch(nodes=1, gpus_per_node=launch.world_size)
+    except Exception:  # of any kind: the message that memory ran out must not be lost
+        return None
+    return (largest, device.name) if largest else None
 
 
 def smaller_micro_batch(recipe: Recipe, world_size: int) -> tuple[int, int | None]:

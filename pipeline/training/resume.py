@@ -87,7 +87,7 @@ def checkpoint_state(parts: Parts, state: TrainState, step: int) -> dict[str, An
         "recipe": critical,
         "recipe_fingerprint": fingerprint(critical),
         "data_fingerprint": parts.source.fingerprint,
-        "identity": parts.identity,
+        "identity": parts.student_identity,
         "versions": library_versions(),
         "deepspeed": parts.ds_config,
         "parameters": parts.engine.shapes,
@@ -187,7 +187,7 @@ def check_changes(saved: dict[str, Any], parts: Parts, run_dir: Path, allow_chan
             f"{parts.recipe.teacher} have changed since, nothing notices"
         )
     else:
-        changed += changes(known, parts.identity)
+        changed += changes(known, parts.student_identity)
     if changed and not allow_change:
         raise UserError(
             f"{where} was begun with another recipe, teacher or data ({'; '.join(changed)}). Set it back, choose "

@@ -66,6 +66,7 @@ def make_engine(run: dict[str, Any], world_size: int) -> StudentEngine:
             "hysteresis": 1,
         },
         "bf16": {"enabled": run["precision"] == "bf16"},
+        "data_types": {"grad_accum_dtype": run.get("grad_accum_dtype")},
         "steps_per_print": 2**62,
     }
     return StudentEngine(module, dict(module.named_parameters()), OPTIMIZER, config)

@@ -13,7 +13,7 @@ from pipeline.__main__ import main
 from tests.dist.ports import free_port
 from tests.dist.runs import end_group, finish, launcher, start
 from tests.unit.evaluation.labelled_pairs import write_xnli
-from tests.unit.evaluation.questions import ANSWER, write_mlqa
+from tests.unit.evaluation.questions import ANSWER, needs_all_windows, write_mlqa
 
 PATIENCE_S = 120
 
@@ -61,6 +61,7 @@ def test_two_killed_ranks_finish_with_the_figures_of_one_rank(
     assert two["per_language"] == pytest.approx(one["per_language"], rel=1e-6)
 
 
+@needs_all_windows
 def test_questions_under_the_real_launcher(tiny_teacher: Path, tmp_path: Path) -> None:
     """`deepspeed --module pipeline evaluate` on two ranks: the last batch and the last question have one rank only."""
     data = write_mlqa(tmp_path / "data", {"en": ANSWER, "zh": ANSWER}, train=21, evaluation=3)

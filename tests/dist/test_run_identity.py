@@ -290,6 +290,15 @@ def test_ranks_that_see_different_teachers_end_with_one_error(second: str, start
     assert expected in start_two()
 
 
+def test_ranks_that_start_from_different_encoders_end_with_one_error(start_two: Callable, tmp_path: Path) -> None:
+    for rank in range(2):
+        home = tmp_path / f"home{rank}"
+        shutil.copytree(home / "teacher", home / "start")
+    other_weights(tmp_path / "home1" / "start")
+    error = start_two(sets=("student={layers: 4, hidden: 48, heads: 4, ffn: 96, init: ~/start}",))
+    assert "rank 1 has another student.init weights than rank 0" in error
+
+
 def test_ranks_with_another_recipe_or_deepspeed_config_end_with_one_error(
     start_two: Callable, fp32_config: Path, tmp_path: Path
 ) -> None:

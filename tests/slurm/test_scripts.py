@@ -197,6 +197,30 @@ def test_two_evaluations_export_one_student(tmp_path: Path) -> None:
     assert calls.read_text().splitlines().count("begin export") == 2
 
 
+def test_each_student_of_a_family_is_evaluated(tmp_path: Path) -> None:
+    """At the teacher layer of its own recipe, with files in its own directory; the report is the run's."""
+    run_dir, calls = tmp_path / "my run", tmp_path / "calls"
+    for name, layer in (("6x384", 10), ("large", 12)):
+        directory = run_dir / "students" / name
+        directory.mkdir(parents=True)
+        (directory / "recipe.yaml").write_text(f"teacher: some/teacher\nrelations: {{teacher_layer: {layer}}}\n")
+    (run_dir / "DONE").write_text("done: 12 steps\n")
+    python = f"""
+            [[ $1 == -c ]] && exec {shlex.quote(sys.executable)} "$@"
+            printf '%s|' "${{@:3}}" >>{shlex.quote(str(calls))}; echo >>{shlex.quote(str(calls))}"""
+    environment = programs(tmp_path / "bin", python=python) | {"PYTHON": str(tmp_path / "bin" / "python")}
+    done = bash("evaluate.sh", str(run_dir), **environment)
+    assert done.returncode == 0, done.stderr
+    at = run_dir / "students"
+    assert calls.read_text().splitlines() == [
+        f"export|{run_dir}|--output|{at}/6x384/student|--student|6x384|",
+        f"evaluate|some/teacher@10|{at}/6x384/student|--output|{at}/6x384/evaluation|--tasks|retrieval|",
+        f"export|{run_dir}|--output|{at}/large/student|--student|large|",
+        f"evaluate|some/teacher@12|{at}/large/student|--output|{at}/large/evaluation|--tasks|retrieval|",
+        f"report|{run_dir}|",
+    ]
+
+
 def test_merge_names_a_language_that_was_prepared_again(tmp_path: Path) -> None:
     for place, text in ((tmp_path / "s.parts" / "sw" / "sw", "new"), (tmp_path / "s" / "sw", "old")):
         place.mkdir(parents=True)

@@ -20,8 +20,8 @@ REPO = Path(__file__).resolve().parents[2]
 PRODUCT = ("pipeline", "data_prep")
 # From the bottom to the top: a package imports from those on its left, and modules of its own.
 LAYERS = (
-    "errors", "recipe", "distillation", "data", "runtime", "config", "provenance", "recipe_reference", "planning", "training",
-    "evaluation", "export", "report", "doctor", "train", "__main__",
+    "errors", "recipe", "distillation", "data", "runtime", "config", "provenance", "comparison", "recipe_reference", "planning",
+    "training", "evaluation", "export", "report", "doctor", "train", "__main__",
 )  # fmt: skip
 WORDS = {
     "whole": r"\bwhole(s|d|ly)?\b",

@@ -1,4 +1,8 @@
-"""A made-up run directory with the files of training and demo: two attempts, three checkpoints, retrieval, relation maps."""
+"""Made-up run directories with the files of training: `make_run` has one student, `make_family` has three.
+
+One student: two attempts, three checkpoints, the retrieval results of a demo, relation maps. Three students: one finished,
+one that ended early, and one that was added to the finished run and is still in training.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,10 @@ from pathlib import Path
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
+
+from pipeline.config import load_recipe, recipe_to_yaml
+from pipeline.runtime.checkpoint_files import checkpoint_path
+from pipeline.runtime.run_paths import RunPaths
 
 POOLINGS = ("output", "last_input", "values")
 
@@ -72,3 +80,63 @@ def make_run(directory: Path) -> Path:
     board.close()
     (directory / "DONE").write_text("done\n")
     return directory
+
+
+FAMILY = """
+teacher: some/<b>teacher
+seq_len: 128
+steps: 8
+relations: {heads: 12, teacher_layer: 3}
+student: {layers: 4, hidden: 48, heads: 4}
+students:
+  deep: {optimizer: {lr: 1.0e-3}}
+  flat: {student: {layers: 2}}
+  late: {student: {layers: 1}, optimizer: {lr: 2.0e-3}}
+"""
+HELDOUT = {"deep": {0: 3.0, 4: 0.5, 8: 0.625}, "flat": {0: 3.0, 4: 2.0}, "late": {0: 3.5}}
+BERT = {"model_type": "bert", "vocab_size": 100, "num_attention_heads": 4, "hidden_size": 48, "intermediate_size": 192}
+EARLY = {"step": 4, "reason": "no better held-out loss for 1 evaluation"}
+
+
+def make_family(directory: Path) -> Path:
+    """`deep` and `flat` were trained together, `late` afterwards as the second group."""
+    directory.mkdir(parents=True)
+    (directory / "recipe.yaml").write_text(FAMILY)
+    members = load_recipe(directory / "recipe.yaml", []).members()
+    starts = [{"first_step": 0, "saved_steps": saved, "world_size": 1, "ended": "DONE"} for saved in ([4, 8], [])]
+    restarts = [{**start, "time_s": time_s} for start, time_s in zip(starts, (999.0, 2000.0), strict=True)]
+    (directory / "restarts.json").write_text(json.dumps(restarts))
+    for name, member in members.items():
+        paths = RunPaths(directory, name, group=2 if name == "late" else 1)
+        paths.metrics.parent.mkdir(parents=True)
+        paths.recipe.write_text(recipe_to_yaml(member))
+        paths.student_config.write_text(json.dumps({**BERT, "num_hidden_layers": member.student.layers}))
+        about = {"world_size": 1, "device": "cpu", "precision": "fp32", "languages": ["de", "th"]}
+        paths.description.write_text(json.dumps({**about, "matched_layers": [[3, member.student.layers]]}))
+        paths.metrics.write_text("".join(json.dumps(line) + "\n" for line in _family_points(name)))
+        board = SummaryWriter(str(paths.tensorboard))
+        board.add_image("relations/q-q", torch.rand(1, 8, 8), 0)
+        board.close()
+    for step in (4, 8):
+        for name in ("deep", "flat"):
+            _family_checkpoint(RunPaths(directory, name), step, EARLY if name == "flat" else None)
+    _family_checkpoint(RunPaths(directory, "late", group=2), 2, None)
+    return directory
+
+
+def _family_points(name: str) -> list[dict[str, float]]:
+    last = {"deep": 8, "flat": 4, "late": 3}[name]
+    start_s = 2000.0 if name == "late" else 1000.0
+    lines = [{**line, "time_s": line["time_s"] + start_s} for line in points(last)[1:-1]]
+    for step, loss in HELDOUT[name].items():
+        values = {"heldout/mean": loss, "heldout/de": loss - 0.25, "heldout/th": loss + 0.25}
+        lines.append({"step": step, "samples": step * 16, "time_s": start_s + 2.0 * step + 1, **values})
+    if name == "flat":  # the run saves its weights after its end too
+        lines.append({"step": 8, "samples": 128, "time_s": start_s + 18.0, "speed/save_stall_seconds": 0.1})
+    return sorted(lines, key=lambda line: line["time_s"])
+
+
+def _family_checkpoint(paths: RunPaths, step: int, ended: dict[str, object] | None) -> None:
+    directory = checkpoint_path(paths.checkpoints, step) / paths.student
+    directory.mkdir(parents=True)
+    (directory / "state.json").write_text(json.dumps({"step": step, "ended": ended}))

@@ -72,7 +72,7 @@ def test_the_method_imports_no_other_part() -> None:
 
 def test_nothing_imports_the_trainer_or_the_demo() -> None:
     assert importers("pipeline", r"demo(\..*)?") == set()
-    for package in ("distillation", "data", "runtime", "evaluation", "export", "planning", "report"):
+    for package in ("distillation", "data", "runtime", "comparison", "evaluation", "export", "planning", "report"):
         assert (
             importers(f"pipeline/{package}", r"pipeline\.(training\.(trainer|build|launch|resume)|train)(\..*)?")
             == set()
@@ -87,7 +87,7 @@ def test_a_recipe_holds_no_settings_of_other_programs() -> None:
 
 def test_plans_and_reports_start_nothing() -> None:
     """They read recipes and run directories: no engine, no process group."""
-    for package in ("planning", "report"):
+    for package in ("planning", "comparison", "report"):
         assert (
             importers(f"pipeline/{package}", r"pipeline\.runtime\.(engine|dist)(\..*)?|torch\.distributed.*") == set()
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from pipeline.errors import EXIT_USER, exit_code_of
 from pipeline.runtime.dist import shut_down
@@ -131,6 +132,48 @@ def test_invalid_relation_weights(error_of: Run, override: str) -> None:
 )
 def test_a_projected_student_is_rejected_before_the_teacher_runs(override: str, words: str, error_of: Run) -> None:
     assert words in error_of("student.init=project", override)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("init=layrs", "`student.init` is 'layrs'; it must be one of random, layers, project, or an encoder"),
+        ("init=./nowhere", "encoder of `student.init` not found: ./nowhere is not a directory"),
+        ("layers=3", r"layers 4, not 3 (`student.layers`). For a student of this shape: --set student.layers=4"),
+        ("init_layers=[1, 2, 3, 4]", "`student.init_layers` names layers of the teacher"),
+    ],
+)
+def test_an_encoder_to_start_from(change: str, words: str, error_of: Run, tiny_teacher: Path) -> None:
+    assert words in error_of(
+        f"student={{layers: 4, hidden: 48, heads: 4, ffn: 96, init: {tiny_teacher}}}", f"student.{change}"
+    )
+
+
+def test_an_encoder_to_start_from_with_other_content(error_of: Run, tmp_path: Path, tiny_teacher: Path) -> None:
+    start = shutil.copytree(tiny_teacher, tmp_path / "start")
+    overrides = ("student={layers: 4, hidden: 48, heads: 4, ffn: 96}", f"student.init={start}")
+    weights = start / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["encoder.layer.1.output.dense.weight"][0, 0] = float("inf")
+    save_file(tensors, weights, {"format": "pt"})
+    error = error_of(*overrides)
+    assert (
+        f"the encoder of `student.init` '{start}' cannot be loaded: it holds NaN or infinity in `encoder.layer.1"
+        in error
+    )
+    model = start / "sentencepiece.bpe.model"
+    model.write_bytes(model.read_bytes() + b"\x00")
+    error = error_of(*overrides)
+    assert f"the encoder of `student.init` '{start}' has another tokenizer (sha256 " in error
+    assert "than the teacher's (sha256 " in error
+    for file in (*start.glob("*.model"), *start.glob("tokenizer*")):
+        file.unlink()
+    assert f"copy the tokenizer files of the model that it was made from into {start}" in error_of(*overrides).lower()
+    (start / "config.json").rename(start / "run.json")
+    assert (
+        f"which is a run directory. Export the student and start from that: python -m pipeline export {start} "
+        in error_of(*overrides)
+    )
 
 
 def test_attention_heads_that_do_not_divide(error_of: Run) -> None:

@@ -163,6 +163,21 @@ def test_teacher_that_is_a_pickle(look: Look, tiny_teacher: Path, tmp_path: Path
     assert "save_pretrained" in what
 
 
+def test_an_encoder_that_the_student_starts_from(look: Look, tiny_teacher: Path, tmp_path: Path) -> None:
+    start = shutil.copytree(tiny_teacher, tmp_path / "start")
+    overrides = ("student={layers: 4, hidden: 48, heads: 4, ffn: 96}", f"student.init={start}")
+    found = look(*overrides)
+    assert not [finding for finding in found if finding.status == "fail"]
+    said = [finding.what for finding in found if finding.subject == "student"]
+    assert said[0].startswith(f"{start}: ")
+    assert said[1:] == [f"starts from {start}: 4 layers x 48, tokenizer as the teacher's"]
+    assert "layers 4, not 3" in only_failure(look(*overrides, "student.layers=3")).what
+    cached = look("student.init=no-such-owner/no-such-model")
+    assert [(finding.status, finding.subject) for finding in cached if finding.status != "ok"] == [("warn", "student")]
+    (start / "model.safetensors").unlink()
+    assert "encoder of `student.init`" in only_failure(look(*overrides)).what
+
+
 def test_teacher_with_truncated_weights(look: Look, tiny_teacher: Path, tmp_path: Path) -> None:
     other = shutil.copytree(tiny_teacher, tmp_path / "teacher")
     weights = other / "model.safetensors"

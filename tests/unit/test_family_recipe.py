@@ -103,6 +103,7 @@ def test_the_family_recipes_here_are_the_single_recipes():
         alone = load_recipe(RECIPES / f"{single}.yaml", [])
         assert family[name] == replace(alone, steps=1_000_000), name
     quickstart = load_recipe(RECIPES / "quickstart.yaml", [])
+    assert load_recipe(RECIPES / "quickstart_family.yaml", []).members()["6x384"] == quickstart
     rates = load_recipe(RECIPES / "sweep_rate.yaml", []).members()
     assert rates["lr-1e-3"] == quickstart
     layers = load_recipe(RECIPES / "sweep_teacher_layer.yaml", []).members()

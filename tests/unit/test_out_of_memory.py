@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from pipeline.config import Recipe
-from pipeline.errors import DivergedRunError
+from pipeline.config import Recipe, load_recipe
+from pipeline.errors import DivergedRunError, UserError
+from pipeline.planning.devices import DEVICES, Hardware
+from pipeline.planning.plan import Planner
+from pipeline.runtime import gpus
 from pipeline.runtime.dist import Launch
 from pipeline.runtime.ds_config import split_batch
 from pipeline.runtime.engine import StudentEngine
@@ -19,6 +24,7 @@ from pipeline.training.out_of_memory import (
     is_out_of_memory,
     smaller_micro_batch,
 )
+from tests.conftest import REPO
 
 # As torch 2.8 and later raise it.
 CUDA = (
@@ -28,6 +34,7 @@ CUDA = (
     "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True to avoid fragmentation.  See documentation for Memory Management  "
     "(https://pytorch.org/docs/stable/notes/cuda.html#environment-variables)"
 )
+ZERO_2 = REPO / "ds_configs" / "zero2.json"
 RECIPE = dataclasses.replace(Recipe(), global_batch=256, micro_batch_per_gpu=32)
 
 
@@ -50,7 +57,7 @@ class FullGpu:
 
 def test_out_of_gpu_memory_in_backward() -> None:
     engine = SimpleNamespace(_engine=FullGpu(), _deterministic=False)
-    with pytest.raises(OutOfMemoryError) as raised, explained(RECIPE, on("cuda")):
+    with pytest.raises(OutOfMemoryError) as raised, explained(RECIPE, on("cuda"), ZERO_2):
         StudentEngine.backward(engine, torch.zeros(()))
     message = str(raised.value)
     assert message.startswith("GPU memory ran out in backward, with 32 rows in a micro-batch, on rank 3 (")
@@ -62,9 +69,60 @@ def test_out_of_gpu_memory_in_backward() -> None:
     assert "\n" not in message
 
 
+def message_in_backward(recipe: Recipe, world_size: int) -> str:
+    engine = SimpleNamespace(_engine=FullGpu(), _deterministic=False)
+    with pytest.raises(OutOfMemoryError) as raised, explained(recipe, on("cuda", world_size), ZERO_2):
+        StudentEngine.backward(engine, torch.zeros(()))
+    return str(raised.value)
+
+
+@pytest.fixture
+def on_a_t4(monkeypatch: pytest.MonkeyPatch) -> Hardware:
+    t4 = gpus.Gpu("Tesla T4", (7, 5), "GPU-0", 15 * 2**30)
+    monkeypatch.setattr(gpus, "describe", lambda device: t4)
+    return Hardware(DEVICES["t4"])
+
+
+def large_recipe(*settings: str) -> Recipe:
+    return load_recipe(REPO / "recipes" / "xlmr_large_l12_h384.yaml", ["global_batch=4096", *settings])
+
+
+@pytest.mark.parametrize("world_size", [1, 8])
+def test_it_names_the_largest_micro_batch_that_fits_by_the_plan(on_a_t4: Hardware, world_size: int) -> None:
+    recipe = large_recipe("micro_batch_per_gpu=512")
+    message = message_in_backward(recipe, world_size)
+    (named,) = re.findall(
+        r"--set micro_batch_per_gpu=(\d+) \(the largest that fits on t4 by the plan of this run; the global batch",
+        message,
+    )
+    planner = Planner(recipe, Path("recipe"), ZERO_2, on_a_t4)
+    assert planner.fits(planner.plan(1, world_size, micro_batch=int(named)))
+    assert not planner.fits(planner.plan(1, world_size, micro_batch=2 * int(named)))
+    assert int(named) != 256, "half of 512 would be no evidence"
+
+
+def test_a_plan_that_this_run_has_disproved_is_not_repeated(on_a_t4: Hardware) -> None:
+    largest = Planner(large_recipe(), Path("recipe"), ZERO_2, on_a_t4).largest_micro_batch(1, 8)
+    message = message_in_backward(large_recipe(f"micro_batch_per_gpu={largest}"), 8)
+    assert f"--set micro_batch_per_gpu={largest // 2} (the global batch stays the same)" in message
+
+
+@pytest.mark.parametrize("error", [UserError("no such teacher"), MemoryError(), ZeroDivisionError()])
+def test_an_error_of_the_planner_is_not_in_the_way(
+    on_a_t4: Hardware, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: object, **keywords: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Planner, "largest_micro_batch", fails)
+    message = message_in_backward(large_recipe("micro_batch_per_gpu=512"), 8)
+    assert message.startswith("GPU memory ran out in backward, with 512 rows")
+    assert "--set micro_batch_per_gpu=256 (the global batch stays the same)" in message
+
+
 def test_the_optimizer_needs_no_smaller_micro_batch() -> None:
     engine = SimpleNamespace(_engine=FullGpu())
-    with pytest.raises(OutOfMemoryError) as raised, explained(RECIPE, on("cuda")):
+    with pytest.raises(OutOfMemoryError) as raised, explained(RECIPE, on("cuda"), ZERO_2):
         StudentEngine.step(engine, 1e-3)
     assert "ran out in the optimizer step, on rank 3" in str(raised.value)
     assert "micro_batch_per_gpu" not in str(raised.value)
@@ -75,7 +133,7 @@ def test_one_row_and_recomputed_activations_already() -> None:
     student = dataclasses.replace(RECIPE.student, checkpointing=True)
     recipe = dataclasses.replace(RECIPE, global_batch=1, micro_batch_per_gpu=1, student=student)
     engine = SimpleNamespace(_engine=FullGpu(), _deterministic=False)
-    with pytest.raises(OutOfMemoryError) as raised, explained(recipe, on("cuda", world_size=1)):
+    with pytest.raises(OutOfMemoryError) as raised, explained(recipe, on("cuda", world_size=1), ZERO_2):
         StudentEngine.backward(engine, torch.zeros(()))
     assert "--set" not in str(raised.value)
     assert "less: a GPU with more memory, or several." in str(raised.value)
@@ -88,7 +146,7 @@ def test_outside_of_a_step_the_place_is_named() -> None:
     with pytest.raises(
         OutOfMemoryError, match=r"ran out in place_teacher, test_out_of_memory\.py:\d+, on rank 3"
     ) as raised:
-        with explained(RECIPE, on("cuda")):
+        with explained(RECIPE, on("cuda"), ZERO_2):
             place_teacher()
     assert "micro_batch_per_gpu" not in str(raised.value)
 
@@ -120,5 +178,5 @@ def test_the_smaller_micro_batch_divides_a_ranks_rows(
 )
 def test_which_errors_say_that_memory_ran_out(error: BaseException, expected: bool) -> None:
     assert is_out_of_memory(error) == expected
-    with pytest.raises(OutOfMemoryError if expected else type(error)), explained(RECIPE, on("cpu")):
+    with pytest.raises(OutOfMemoryError if expected else type(error)), explained(RECIPE, on("cpu"), ZERO_2):
         raise error

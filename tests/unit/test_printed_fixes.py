@@ -24,6 +24,7 @@ from pipeline.planning.meta_models import blank_models
 from pipeline.runtime.ds_config import split_batch
 from pipeline.training.checks import check_fit, open_data
 from pipeline.training.how_to_prepare import how_to_prepare
+from pipeline.training.student_start import check_start
 from tests.conftest import REPO, SAMPLES
 
 ANOTHER_TOKENIZER = b"\xc0\x0c\x01"  # an unknown field: SentencePiece ignores it, and the bytes differ
@@ -73,6 +74,22 @@ def test_missing_shards_and_then_another_tokenizer(recipe_file: Path, monkeypatc
     paste(re.findall(r"Make them: (.*?)   \(then", message)[0])
     recipe = load_recipe(recipe_file, ["seq_len=16", setting_in(message, "data=")])
     check_fit(recipe, open_data(recipe).shards, blank_models(recipe)[1])
+
+
+def test_an_encoder_with_the_uncut_vocabulary(
+    recipe_file: Path, tmp_path: Path, vocabulary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The student starts from an encoder whose vocabulary was not cut as the recipe's is."""
+    monkeypatch.chdir(REPO)
+    start = shutil.copytree(tmp_path / "my teacher", tmp_path / "my start")
+    small = shutil.copytree(vocabulary, tmp_path / "my vocabulary")
+    sets = [f"vocabulary={small}", "student={layers: 4, hidden: 48, heads: 4, ffn: 96}", f"student.init={start}"]
+    recipe = load_recipe(recipe_file, sets)
+    with pytest.raises(UserError, match="another tokenizer") as error:
+        check_start(recipe, blank_models(recipe)[0])
+    paste(re.findall(r"Cut it to the same vocabulary: (.*?)   \(then", str(error.value))[0])
+    recipe = load_recipe(recipe_file, [*sets, setting_in(str(error.value), "student.init=")])
+    assert check_start(recipe, blank_models(recipe)[0]).startswith(f"starts from {start}-trimmed: 4 layers")
 
 
 def test_a_missing_teacher(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pipeline.__main__ import main
 from pipeline.errors import UserError
 from pipeline.report.page import read_metrics, render
 from pipeline.report.timeline import cost, duration, events_of, pauses
+from pipeline.runtime.run_paths import RunPaths
 from tests.unit.made_up_run import make_run, points
 
 VOID_TAGS = {"meta", "br", "img", "link"}
@@ -147,7 +148,7 @@ def test_a_long_gap_between_points_is_a_pause() -> None:
 
 
 def test_the_time_line_and_its_cost(run_dir: Path) -> None:
-    metrics = read_metrics(run_dir)
+    metrics = read_metrics(RunPaths(run_dir))
     events = events_of(run_dir, metrics, [8])
     assert (events.saved_steps, events.restarts) == ([4, 6, 8], [4])
     first, second = events.attempts
@@ -165,7 +166,7 @@ def test_the_time_line_and_its_cost(run_dir: Path) -> None:
 
 def test_a_run_without_a_file_of_restarts(run_dir: Path) -> None:
     (run_dir / "restarts.json").unlink()
-    events = events_of(run_dir, read_metrics(run_dir), [4, 8])
+    events = events_of(run_dir, read_metrics(RunPaths(run_dir)), [4, 8])
     assert (len(events.attempts), events.saved_steps, events.restarts) == (1, [4, 8], [4])
 
 
@@ -180,7 +181,7 @@ def test_nothing_to_report(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
     with pytest.raises(UserError, match=r"metrics\.jsonl"):
-        read_metrics(tmp_path)
+        read_metrics(RunPaths(tmp_path))
 
 
 def test_nothing_of_a_run_directory_becomes_markup(run_dir: Path) -> None:

@@ -19,9 +19,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.report.page import LOADS_NOTHING, render
-from tests.unit.made_up_run import make_run
-from tests.unit.test_report import SECTIONS
+from pipeline.report.family import render_family
+from pipeline.report.html_parts import LOADS_NOTHING
+from pipeline.report.page import render
+from tests.unit import test_family_report, test_report
+from tests.unit.made_up_run import make_family, make_run
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 OPTIONS = (
@@ -29,6 +31,7 @@ OPTIONS = (
     *("--disable-background-networking", "--disable-component-update", "--enable-logging=stderr"),
     "--host-resolver-rules=MAP * ~NOTFOUND",
 )
+FAMILY_PAGE = "family.html"
 # What only a script inside the page can find. The page itself has no script and its policy forbids scripts.
 PROBE = """<script>
 const problems = [];
@@ -68,10 +71,12 @@ def browser() -> str:
     return found
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("report") / "report.html"
-    path.write_text(render(make_run(path.parent / "run")))
+@pytest.fixture(scope="module", params=["one student", "three students"])
+def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("report")
+    is_one = request.param == "one student"
+    path = directory / ("report.html" if is_one else FAMILY_PAGE)
+    path.write_text(render(make_run(directory / "run")) if is_one else render_family(make_family(directory / "run")))
     return path
 
 
@@ -105,16 +110,18 @@ def test_nothing_is_loaded_and_no_error_is_reported(browser: str, page: Path) ->
 
 
 def test_everything_is_drawn(browser: str, page: Path) -> None:
-    seen = probed(browser, page)
-    assert [title for title, _ in seen["sections"]] == list(SECTIONS)
+    seen, is_family = probed(browser, page), page.name == FAMILY_PAGE
+    sections = test_family_report.SECTIONS if is_family else test_report.SECTIONS
+    assert [title for title, _ in seen["sections"]] == list(sections)
     assert all(height > 60 for _, height in seen["sections"])
-    assert [(complete, width) for complete, width, _ in seen["images"]] == [(True, 8)] * 2
-    assert min(height for *_, height in seen["images"]) > 100
-    assert len(seen["plots"]) == 7
+    assert [(complete, width) for complete, width, _ in seen["images"]] == [(True, 8)] * (3 if is_family else 2)
+    folded = [height for *_, height in seen["images"]]
+    assert is_family or min(folded) > 100
+    assert len(seen["plots"]) == (10 if is_family else 7)
     assert min(seen["plots"]) > 100
     assert seen["texts"] > 50
     assert {"rgb(29, 33, 41)", "rgb(47, 95, 208)"} <= set(seen["strokes"]), "the plots have the colours of the page"
-    assert seen["links"] == [True] * len(SECTIONS)
+    assert seen["links"] == [True] * len(sections)
     assert not seen["too_wide"]
 
 

@@ -2,14 +2,15 @@
 
 In: the complete teacher in fp32, a `StudentConfig`, the recipe's relations. Out: `Student`: the Hugging Face model, its
 tapped part (the same parameters), the trained parameters by name, and fp32 copies of all weights that training never
-changes. student_init.py and projection.py compute the first weights.
+changes. student_init.py and projection.py compute the first weights, or read them from another encoder.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -18,12 +19,22 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from data_prep.tokenizer_ids import POSITIONS_FROM_PADDING
 from pipeline.distillation.config import RelationsConfig
 from pipeline.distillation.models.architectures import ARCHITECTURES, architecture_of, usable_positions
-from pipeline.distillation.models.loading import blank_model
+from pipeline.distillation.models.loading import blank_model, load_encoder
 from pipeline.distillation.models.projection import Calibration, can_project_layers, project_layers
-from pipeline.distillation.models.student_init import check_width, copied_layers, copy_layers, project_embeddings
+from pipeline.distillation.models.student_init import (
+    START_ENCODER,
+    check_start_shape,
+    check_width,
+    copied_layers,
+    copy_layers,
+    project_embeddings,
+)
 from pipeline.distillation.tap import TappedEncoder, tap
-from pipeline.errors import UserError
+from pipeline.errors import UserError, did_you_mean
 from pipeline.recipe.ranges import check_ranges
+from pipeline.recipe.text import shown
+
+STARTS = ("random", "layers", "project")  # `student.init`; everything else that it can be names an encoder
 
 FREEZABLE = ("embeddings",)
 BASIS = "projection.basis"  # its name among the untrained weights; it is no weight of the model (runtime/checkpoint.py)
@@ -39,11 +50,11 @@ class StudentConfig:
     hidden: int = 384  # width
     heads: int = 12  # attention heads, not relation heads
     ffn: int | None = None  # None: 4 x hidden
-    family: str | None = None  # None: the teacher's; another model type needs `init: random`
-    init: Literal["random", "layers", "project"] = "random"  # layers: copied from the teacher; project: made narrower
+    family: str | None = None  # None: the teacher's; another model type needs `init: random` or an encoder of that type
+    init: str = "random"  # layers: copied from the teacher; project: made narrower; else an encoder: DIR or hub name
     init_layers: list[int] | None = None  # teacher layers to start from, from 1; None: evenly up to the distilled one
     freeze: list[str] = field(default_factory=list)  # "embeddings": the word embedding matrix gets no gradient
-    dropout: float | None = None  # None: the teacher's
+    dropout: float | None = None  # None: the teacher's; of a student that starts from another encoder: that encoder's
     checkpointing: bool = False  # recompute activations in backward: less memory, a third more work
     compile: bool = False  # torch.compile of each layer, as for the teacher; dropout may draw other masks
 
@@ -66,16 +77,44 @@ class StudentConfig:
                 f"{self.heads} attention heads do not divide the student's width of {self.hidden}; "
                 f"set `student.heads` to one of: {divisors}"
             )
+        self.init = _named_start(self.init)
+        if self.init_layers is not None and self.start_encoder is not None:
+            raise UserError(
+                f"`student.init_layers` names layers of the teacher, and `student.init` is {shown(self.init)}, whose layers "
+                "are all copied; set `student.init_layers: null`, or `student.init: layers`"
+            )
         for part in self.freeze:
             if part not in FREEZABLE:
                 raise UserError(f"`student.freeze` names {part!r}; it knows: {', '.join(FREEZABLE)}")
         if self.freeze and self.init == "random":
             raise UserError(
                 "`student.freeze: [embeddings]` with `student.init: random` would leave the embeddings random; "
-                "use `init: layers` or `init: project`, or freeze nothing"
+                "use `init: layers`, `init: project` or another encoder, or freeze nothing"
             )
         if self.family is not None and self.family not in ARCHITECTURES:
             raise UserError(f"`student.family` is {self.family!r}; known: {', '.join(ARCHITECTURES)}")
+
+    @property
+    def start_encoder(self) -> str | None:
+        """Directory or hub name of the encoder that the student starts from; None: it starts from the teacher or at random."""
+        return None if self.init in STARTS else self.init
+
+
+def _named_start(init: str) -> str:
+    """`student.init`, checked: one of `STARTS`, or a directory or hub name with a slash in it.
+
+    A directory without a slash gets one, because the recipe of a run is also read where that directory does not exist.
+    """
+    if init in STARTS or "/" in init:
+        return init
+    with contextlib.suppress(OSError, RuntimeError):  # too long a name; ~ of a user that does not exist
+        directory = Path(init).expanduser()
+        if init and directory.is_dir():
+            return str(directory) if "/" in str(directory) else f"./{directory}"
+    raise UserError(
+        f"`student.init` is {shown(repr(init))}; it must be one of {', '.join(STARTS)}, or an encoder: a directory that exists, "
+        f"or a hub name (OWNER/NAME). {did_you_mean(init, STARTS).capitalize()}"
+    )
 
 
 @dataclass
@@ -91,7 +130,11 @@ class Student:
     trained: dict[str, nn.Parameter]
     untrained: dict[str, torch.Tensor]
     start: str = ""  # description of the first weights, for logs
+    start_hashes: dict[str, str] = field(
+        default_factory=dict
+    )  # of the encoder that it starts from, if it is not the teacher
     matched: list[tuple[int, int]] = field(default_factory=list)  # (teacher's layer, student's layer), from 1
+    trained_length: int | None = None  # tokens after which its positions stay untrained; None: they began trained
     own_dropout: dict[str, float] = field(default_factory=dict)  # by config key, as without `student.dropout`
 
     @property
@@ -135,8 +178,17 @@ def build_student(
     teacher_taps = _as_list(relations.teacher_taps or num_teacher_layers)
     student_taps = config.layers if relations.student_taps is None else relations.student_taps
     chosen = copied_layers(num_teacher_layers, config.layers, config.init_layers, max(teacher_taps))
-    model = _with_random_start(student_hf_config(teacher.config, config, chosen), seed)
-    start, basis_Dd = _set_first_weights(teacher, model, config, chosen, set(_as_list(student_taps)), calibration)
+    own_config = student_hf_config(teacher.config, replace(config, dropout=None), chosen)
+    if config.start_encoder is None:
+        model = _with_random_start(_with_dropout(own_config, config.dropout), seed)
+        start, basis_Dd = _set_first_weights(teacher, model, config, chosen, set(_as_list(student_taps)), calibration)
+    else:
+        encoder = load_encoder(config.start_encoder, START_ENCODER)
+        check_start_shape(config.start_encoder, encoder.config, own_config)
+        own_config = encoder.config  # its activation and norm constants are not always the teacher's
+        model = _with_random_start(_with_dropout(own_config, config.dropout), seed)
+        model.load_state_dict(encoder.state_dict())
+        start, basis_Dd = f"the encoder {config.start_encoder}", None
     if "embeddings" in config.freeze:
         model.get_input_embeddings().weight.requires_grad_(False)
     if config.checkpointing:
@@ -144,7 +196,7 @@ def build_student(
     student = split_student(model, tap(model, student_taps, **relations.tap_options, role="student"))
     student.start = start
     student.matched = list(zip(teacher_taps, student.tapped.layers, strict=True))
-    student.own_dropout = dropout_of(student_hf_config(teacher.config, replace(config, dropout=None), chosen))
+    student.own_dropout = dropout_of(own_config)
     if basis_Dd is not None:
         student.untrained[BASIS] = basis_Dd
     return student
@@ -162,7 +214,8 @@ def _set_first_weights(
     student_taps: set[int],
     calibration: Calibration | None,
 ) -> tuple[str, torch.Tensor | None]:
-    """Set the student's weights as `student.init` says: a description, and the basis if layers were projected."""
+    """Set the student's weights from the teacher's as `student.init` says: a description, and the basis if layers were
+    projected."""
     architecture, layers = architecture_of(teacher.config), ", ".join(map(str, chosen))
     if config.init == "layers":
         copy_layers(teacher, model, architecture, chosen)
@@ -208,9 +261,14 @@ def student_hf_config(teacher: PretrainedConfig, config: StudentConfig, chosen: 
     changed.hidden_size = config.hidden
     setattr(changed, architecture.ffn_key, config.ffn or 4 * config.hidden)
     changed.dtype = torch.float32
-    if config.dropout is not None:
-        for key in architecture.dropout_keys:
-            setattr(changed, key, config.dropout)
+    return _with_dropout(changed, config.dropout)
+
+
+def _with_dropout(config: PretrainedConfig, dropout: float | None) -> PretrainedConfig:
+    """A copy with this dropout in the encoder; with its own where `dropout` is None."""
+    changed = copy.deepcopy(config)
+    for key in architecture_of(config).dropout_keys if dropout is not None else ():
+        setattr(changed, key, dropout)
     return changed
 
 
@@ -221,10 +279,10 @@ def dropout_of(config: PretrainedConfig) -> dict[str, float]:
 
 def _other_architecture(teacher: PretrainedConfig, config: StudentConfig, model_type: str) -> PretrainedConfig:
     """The config of another architecture: its defaults, with the teacher's tokenizer and number of positions."""
-    if config.init != "random":
+    if config.init not in ("random", config.start_encoder):
         raise UserError(
             f"a {model_type} student of a {teacher.model_type} teacher cannot start from its weights; "
-            "set `student.init: random`"
+            f"set `student.init: random`, or `student.init` to a {model_type} encoder"
         )
     shared = {key: getattr(teacher, key) for key in TOKENIZER_KEYS if getattr(teacher, key, None) is not None}
     positions = usable_positions(teacher)

@@ -1,4 +1,5 @@
-"""First weights of a student: copies of teacher layers, or the teacher's embeddings on their principal components.
+"""First weights of a student: copies of teacher layers, the teacher's embeddings on their principal components, or all
+weights of another encoder.
 
 In: the complete teacher and a blank student. Out: the student's weights, set in place. Weights that are not set keep the
 architecture's random start. projection.py projects complete layers.
@@ -12,11 +13,12 @@ from typing import cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from pipeline.distillation.models.architectures import ArchitectureSpec
+from pipeline.distillation.models.architectures import ArchitectureSpec, architecture_of, usable_positions
 from pipeline.errors import UserError
 
+START_ENCODER = "encoder of `student.init`"  # what messages call it
 GRAM_BLOCK_ROWS = 8192  # in float64 at a time: all 250 002 rows of XLM-R-large, twice, would be 4 GB
 
 
@@ -56,6 +58,58 @@ def copy_layers(
                 f"teacher and {tuple(tensor.shape)} in the student; use the teacher's hidden and ffn, or another init"
             )
     student.load_state_dict({name: source[name] for name in own})
+
+
+def check_start_shape(name: str, given: PretrainedConfig, expected: PretrainedConfig) -> None:
+    """Raise a `UserError` unless an encoder has the shape of the recipe's student, and the vocabulary and positions of its
+    teacher.
+
+    Args:
+        name: of the encoder, for the message
+        given: the encoder's config
+        expected: the config of a student of the recipe that starts from its teacher
+    """
+    has, needs = _shape(given), _shape(expected)
+    differing = [key for key in has if has[key] != needs[key]]
+    if not differing:
+        return
+    what = "; ".join(f"{SHAPE[key]} {has[key]}, not {needs[key]} ({_decided_by(key)})" for key in differing)
+    too = {"student.ffn"} if "student.hidden" in differing else set()  # its default follows the width
+    settings = " ".join(f"--set {key}={has[key]}" for key in has if key in OF_RECIPE & {*differing, *too})
+    fixes = [f"For a student of this shape: {settings}"] if settings else []
+    if not OF_RECIPE.issuperset(differing):
+        fixes.append(
+            "Start from an encoder with the vocabulary and positions of the teacher, or use another `student.init`"
+        )
+    raise UserError(f"the {START_ENCODER} {name!r} is not of the student's shape: {what}. {'. '.join(fixes)}")
+
+
+SHAPE = {  # what a message calls an entry of `_shape`
+    "student.family": "model type",
+    "student.layers": "layers",
+    "student.hidden": "width",
+    "student.heads": "attention heads",
+    "student.ffn": "FFN width",
+    "vocab_size": "rows of the word embedding",
+    "positions": "tokens in the longest row",
+}
+OF_RECIPE = frozenset(key for key in SHAPE if key.startswith("student."))
+
+
+def _decided_by(key: str) -> str:
+    return f"`{key}`" if key in OF_RECIPE else "as the teacher with the recipe's tokenizer"
+
+
+def _shape(config: PretrainedConfig) -> dict[str, int | str]:
+    return {
+        "student.family": config.model_type,
+        "student.layers": config.num_hidden_layers,
+        "student.hidden": config.hidden_size,
+        "student.heads": config.num_attention_heads,
+        "student.ffn": getattr(config, architecture_of(config).ffn_key),
+        "vocab_size": config.vocab_size,
+        "positions": usable_positions(config),
+    }
 
 
 def check_width(teacher: PreTrainedModel, student: PreTrainedModel) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from pipeline.evaluation.tables import markdown_table, text_table
+from pipeline.evaluation.tables import markdown_table
 from pipeline.evaluation.task import Panel, Results
+from pipeline.runtime.text_tables import text_table
 
 
 def score_table(

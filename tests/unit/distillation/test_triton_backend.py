@@ -11,11 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 
 from pipeline.distillation.relations import relation_kl
 from pipeline.errors import UserError
 from tests.conftest import REPO
 
+# Bytes of registers that Triton 3.4 (torch 2.8) stores in two of the 30 kernels; later ones compile them without.
+SPILLED_BY_TRITON_3_4 = {
+    ("gradient_kernel", 80, torch.float16, (64, 64)): 12,
+    ("sums_kernel", 90, torch.float32, (16, 6)): 8,
+}
 INTERPRETED = Path(__file__).with_name("interpreted_triton.py")
 ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 POINTERS = {"DIAGONALS": "fp32", "SHIFTS": "fp32", "FACTORS": "fp32", "KL": "fp32", "SPANS": "i32", "TILES": "i32"}
@@ -83,6 +89,8 @@ def test_triton_kernels_compile_without_spilling_registers(capability, dtype, he
         print(f"{kernel.__name__}: {registers} registers")
         # In fp32 ptxas may store one register of 40 or 96 to keep more programs on a multiprocessor: 4 bytes.
         allowed = 4 if dtype == torch.float32 else 0
+        if Version(triton.__version__) < Version("3.5"):
+            allowed = SPILLED_BY_TRITON_3_4.get((kernel.__name__, capability, dtype, head_dims), allowed)
         assert max(map(int, re.findall(r"(\d+) bytes spill", report))) <= allowed, f"{kernel.__name__}: {report}"
 
 

@@ -24,6 +24,7 @@ from pipeline.evaluation.ranks import alone
 from pipeline.evaluation.task import tasks
 from tests.tiny_encoders import CONFIGS, random_rows, tiny_encoder
 from tests.unit.evaluation.all_tasks import quick_settings
+from tests.unit.evaluation.questions import needs_all_windows
 
 TIMED = ("sentences_per_second", "times_first", "seconds", "tokens_per_second")
 
@@ -97,6 +98,7 @@ def test_the_walk_has_every_ordered_pair() -> None:
     assert {(a, b) for a in "abcd" for b in "abcd" if a != b} <= followed
 
 
+@needs_all_windows
 def test_no_task_depends_on_the_one_before_it(dropping_model: Path, config: Any, tmp_path: Path) -> None:
     alone_figures = {
         name: run_task(name, load_encoder(str(dropping_model)), config, tmp_path / f"alone-{name}") for name in tasks()

@@ -13,6 +13,7 @@ from pipeline.evaluation.encoder import Encoder
 from pipeline.evaluation.languages import choose_languages, covers, left_out_line
 from pipeline.export.card_tables import measured_sections
 from tests.unit.evaluation.all_tasks import evaluate_everything
+from tests.unit.evaluation.questions import needs_all_windows
 
 
 def encoder(directory: Path, languages: list[str] | None) -> Encoder:
@@ -91,6 +92,7 @@ def test_codes_of_one_language(trained: str, language: str, covered: bool) -> No
     assert covers([trained], language) == covered
 
 
+@needs_all_windows
 def test_every_table_and_the_card_name_the_languages_left_out(
     tiny_teacher: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.evaluation.plots import draw, picture_of
+from tests.unit.evaluation.questions import needs_all_windows
 
 
 def pair(to: float) -> dict[str, dict[str, float]]:
@@ -39,6 +40,7 @@ def test_bars_are_the_figures(tmp_path: Path) -> None:
     assert (tmp_path / "evaluation.png").read_bytes().startswith(b"\x89PNG")
 
 
+@needs_all_windows
 def test_a_real_evaluation_has_every_panel(evaluated: Path) -> None:
     tasks = json.loads((evaluated / "evaluation.json").read_text())["tasks"]
     figure = picture_of(tasks)

@@ -72,6 +72,7 @@ def encoder(tiny_teacher: Path) -> Encoder:
 def test_fp16_learns_and_says_that_it_is_fp16(
     encoder: Encoder, settings: XnliConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    settings = dataclasses.replace(settings, epochs=6)  # after 4, another tokenizer's pieces give 87.5 % in fp32 too
     result = evaluate_xnli([encoder], settings, alone(), tmp_path)[encoder.name]
     assert "fine-tuning computes in fp16 with a loss scale on CPU" in capsys.readouterr().out
     assert result["test"]["en"]["accuracy"] >= 90

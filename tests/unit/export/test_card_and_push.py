@@ -24,6 +24,7 @@ from pipeline.export.card import CARD_FILE
 from pipeline.export.hf import Export, export_student
 from pipeline.export.push import files_to_push
 from pipeline.export.sentence_transformers_files import add_sentence_transformers
+from tests.unit.evaluation.questions import needs_all_windows
 
 LINEAGE = {"teacher": "a/teacher", "steps": 12, "languages": ["de", "zh-Hans"], "recipe": {"steps": 12}}
 
@@ -106,6 +107,7 @@ def test_the_card_has_the_figures(student: Path, tmp_path: Path) -> None:
     assert "| de | 3.500 | 0.750 |" in (student / CARD_FILE).read_text()
 
 
+@needs_all_windows
 def test_every_task_of_an_evaluation_has_its_table(student: Path, evaluated: Path) -> None:
     main(["card", str(student), str(evaluated)])
     card = (student / CARD_FILE).read_text()

@@ -15,9 +15,10 @@ from pipeline.distillation.models.architectures import architecture_of
 from pipeline.distillation.models.student import StudentConfig, build_student, dropout_of
 from pipeline.distillation.models.teacher import load_encoder
 from pipeline.evaluation.encoder import load_encoder as load_for_evaluation
-from pipeline.export.card import lineage_of, model_card
-from pipeline.export.handover import hand_over
+from pipeline.export.card import length_note, lineage_of, model_card
+from pipeline.export.handover import hand_over, longest_input
 from pipeline.export.hf import Export, export_student
+from pipeline.training.student_start import trained_length
 from tests.tiny_encoders import CONFIGS, random_rows, tiny_encoder
 
 STATE = {"step": 7, "samples": 56, "data_fingerprint": "d", "recipe_fingerprint": "r", "precision": "fp32"}
@@ -115,6 +116,17 @@ def test_the_lineage_names_every_pair_of_several_layers() -> None:
     assert "last" not in json.dumps({key: value for key, value in found.items() if key != "recipe"})
 
 
+def test_the_lineage_of_a_student_that_ended_before_its_run() -> None:
+    """Its weights are those of an earlier step than the checkpoint's."""
+    ended = {"step": 5, "reason": "no lower held-out loss in 2 evaluations"}
+    found = lineage_of({**RUN, "student": "small"}, {**STATE, "ended": ended}, recipe_to_yaml(Recipe(global_batch=8)))
+    assert (found["student"], found["steps"], found["samples"], found["ended"]) == ("small", 5, 40, ended["reason"])
+    assert (
+        not {"student", "ended"}
+        & lineage_of({**RUN, "student": ""}, {**STATE, "ended": None}, recipe_to_yaml(Recipe())).keys()
+    )
+
+
 def test_the_built_student_knows_which_layer_null_means() -> None:
     teacher = tiny_encoder("bert")
     assert build_student(teacher, StudentConfig(**SHAPE), 0).matched == [(4, 2)]
@@ -148,6 +160,27 @@ def test_the_tokenizer_cuts_where_random_positions_begin(
     card = model_card(output).split("## Lineage")[0]
     assert ("cut inputs at 32 tokens" in card) == ((init, seq_len) == ("random", 32))
     assert ("those of the teacher" in card) == (init == "layers")
+
+
+@pytest.mark.parametrize(
+    ("before", "text", "trained"),
+    [
+        (None, "the position embeddings after 32 are those of the encoder that it began from", 64),
+        (16, "from random weights on rows of 32 tokens and accepts 64, but positions after 32 were never trained", 32),
+        (48, "from random weights on rows of 48 tokens and accepts 64, but positions after 48 were never trained", 48),
+        (64, "the position embeddings after 32 are those of the encoder that it began from", 64),
+    ],
+)
+def test_random_positions_of_the_encoder_that_a_student_began_from(
+    before: int | None, text: str, trained: int, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    """A second run on shorter or longer rows than the first, whose positions began at random."""
+    first = exported(tiny_teacher, tmp_path / "first", recipe_of("random" if before else "layers", before or 32))
+    recipe = recipe_of(str(first), 32)
+    second = exported(tiny_teacher, tmp_path / "second", recipe, trained_length=trained_length(recipe))
+    assert text in length_note(second)
+    assert longest_input(second) == trained
+    assert trained_length(recipe_of(str(second), 8)) == trained_length(recipe)
 
 
 def test_an_evaluation_of_longer_texts_warns(

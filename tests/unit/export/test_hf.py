@@ -144,7 +144,7 @@ def run_dir(tmp_path: Path, student, weights, tiny_teacher: Path, monkeypatch: p
     (directory / "recipe.yaml").write_text(recipe_to_yaml(Recipe(teacher=str(tiny_teacher))))
     run = {"teacher": str(tiny_teacher), "languages": ["de"], "git_commit": "abc123", "packages": {"torch": "2"}}
     (directory / "run.json").write_text(json.dumps(run))
-    monkeypatch.setattr(hf, "read_model_weights", lambda path: (weights, STATE))
+    monkeypatch.setattr(hf, "read_model_weights", lambda *which: (weights, STATE))
     return directory
 
 

@@ -1,12 +1,13 @@
-"""A checkpoint of a family is valid as a whole or not at all, and each student is read from its own directory."""
+"""A checkpoint of a family is valid with all its students or not at all, and each student is read from its own directory."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -32,7 +33,12 @@ from pipeline.runtime.evaluations import StopConfig, best_evaluation, reason_to_
 STUDENTS = {"small": 1.0, "large-2": 2.0}
 
 
-def write(directory: Path, step: int, students: dict[str, float] = STUDENTS, state: dict[str, object] = {}) -> Path:
+def write(
+    directory: Path,
+    step: int,
+    students: dict[str, float] = STUDENTS,
+    state: Mapping[str, object] = MappingProxyType({}),
+) -> Path:
     """A checkpoint of one parameter per student, committed by the product's own code."""
     partial = directory / f"step-{step:08d}.tmp"
     for student, value in students.items():
@@ -41,7 +47,7 @@ def write(directory: Path, step: int, students: dict[str, float] = STUDENTS, sta
             name = f"{kind}-00000-of-00001.safetensors"
             save_file({"weight:0": torch.full((6,), value + step)}, partial / student / name)
         save_file({"tail": torch.full((3,), value)}, partial / student / UNTRAINED_FILE)
-        content = {"step": step, "parameters": {"weight": [2, 3]}} | state
+        content = {"step": step, "parameters": {"weight": [2, 3]}, **state}
         (partial / student / "state.json").write_text(json.dumps(content))
     paths = [path for path in partial.rglob("*") if path.is_file()]
     commit(

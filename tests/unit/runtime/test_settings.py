@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,6 +84,57 @@ def test_auto_precision_is_never_silently_off(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"fp16": {"enabled": "auto"}, "zero_optimization": {"stage": 2}}))
     assert precision_of(resolved(path, GPU)[0]) == "fp16"
+
+
+def gradients_config(path: Path, precision: str, stage: int, **keys: Any) -> Path:
+    zero = {"stage": stage, **keys.pop("zero", {})}
+    path.write_text(json.dumps({precision: {"enabled": True}, "zero_optimization": zero, **keys}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage", "keys", "message"),
+    [
+        ("bf16", 1, {"data_types": {"grad_accum_dtype": "fp32"}}, "set zero_optimization.stage to 2"),
+        ("bf16", 2, {"data_types": {"grad_accum_dtype": "fp16"}}, "is fp16, but the student computes in bf16"),
+        ("fp16", 3, {"data_types": {"grad_accum_dtype": "bf16"}}, "is bf16, but the student computes in fp16"),
+        ("fp16", 2, {"prescale_gradients": True}, "`prescale_gradients` is true, .* at stage 2"),
+        ("bf16", 3, {"gradient_predivide_factor": 2.0}, "`gradient_predivide_factor` is 2.0, .* at stage 3"),
+    ],
+)
+def test_gradients_that_deepspeed_would_end_at(
+    precision: str, stage: int, keys: dict, message: str, tmp_path: Path
+) -> None:
+    """Each is a traceback in DeepSpeed 0.19.8, or in what reads its state."""
+    with pytest.raises(UserError, match=message) as caught:
+        resolved(gradients_config(tmp_path / "ds.json", precision, stage, **keys), GPU)
+    assert str(tmp_path / "ds.json") in str(caught.value)
+    assert "remove " in str(caught.value)
+    resolved(gradients_config(tmp_path / "ds.json", precision, stage), GPU)
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage", "keys"),
+    [
+        ("bf16", 1, {"data_types": {"grad_accum_dtype": "bf16"}}),
+        ("bf16", 2, {"data_types": {"grad_accum_dtype": "fp32"}}),
+        ("bf16", 3, {"data_types": {"grad_accum_dtype": None}}),
+        ("fp16", 1, {"data_types": {"grad_accum_dtype": "fp32"}}),
+        ("bf16", 1, {"data_types": {"grad_accum_dtype": "fp32"}, "zero": {"offload_optimizer": {"device": "cpu"}}}),
+        ("fp16", 1, {"gradient_predivide_factor": 2.0, "prescale_gradients": True}),
+        ("fp16", 2, {"prescale_gradients": True, "zero": {"reduce_scatter": False}}),
+    ],
+)
+def test_gradients_that_deepspeed_has(precision: str, stage: int, keys: dict, tmp_path: Path) -> None:
+    resolved(gradients_config(tmp_path / "ds.json", precision, stage, **keys), GPU)
+
+
+@pytest.mark.parametrize(("can", "instead"), [(CPU, "fp32"), (FAST_CPU, "bf16")])
+def test_micro_batches_add_up_in_the_precision_that_replaces_fp16(
+    can: Precisions, instead: str, tmp_path: Path
+) -> None:
+    path = gradients_config(tmp_path / "ds.json", "fp16", 1, data_types={"grad_accum_dtype": "fp16"})
+    assert resolved(path, can)[0]["data_types"]["grad_accum_dtype"] == instead
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""The students of one run or of several runs next to each other: what differs, and their figures."""

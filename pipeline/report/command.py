@@ -1,0 +1,39 @@
+"""Write one self-contained HTML page about a run.
+
+    python -m pipeline report runs/quickstart            writes runs/quickstart/report.html
+
+The page loads nothing over the network. The run may still be running. The page of a run with several students shows them
+side by side; `--student NAME` writes the page of one of them, next to its other files.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from data_prep.durable_files import replace_file
+from data_prep.outputs import output_path
+from pipeline.comparison.students import paths_of
+from pipeline.report.family import render_family
+from pipeline.report.page import render
+from pipeline.runtime.run_paths import one_student, students_of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="what --run-dir of the training named")
+    parser.add_argument("--student", metavar="NAME", help="of several students, the one that the page is about")
+    parser.add_argument(
+        "--output", type=output_path, help="default: report.html in the directory of the run or student"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    run_dir: Path = arguments.run_dir
+    if arguments.student is None and students_of(run_dir):
+        directory, page = run_dir, render_family(run_dir)
+    else:
+        student = one_student(run_dir, arguments.student)
+        directory, page = paths_of(run_dir, student).metrics.parent, render(run_dir, student)
+    output = arguments.output or directory / "report.html"
+    replace_file(output, page)
+    print(f"report: {output} ({output.stat().st_size / 1e6:.1f} MB)")

@@ -1,0 +1,344 @@
+"""`pipeline compare`: what differs between students, their figures, which one is chosen, and its recipe as a file."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+from pipeline.__main__ import main
+from pipeline.comparison.differences import differing_keys, heldout_differences
+from pipeline.comparison.students import paths_of, read_students
+from pipeline.comparison.table import comparison_lines
+from pipeline.config import as_tree, load_recipe, recipe_to_yaml
+from pipeline.errors import UserError
+from pipeline.report.choice import choose
+from pipeline.report.compare import measures_of, read_all, table_lines
+from pipeline.runtime.run_paths import RunPaths
+from tests.unit.made_up_run import BERT, make_family, make_run
+
+POOLED = {"output": {"mean": 0.5}, "values": {"mean": 0.5}}
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> Path:
+    return make_family(tmp_path / "family")
+
+
+@pytest.fixture
+def compare(family: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run the command on the family; return what it printed, with every space as one."""
+
+    def run(*options: str | Path) -> str:
+        capsys.readouterr()
+        main(["compare", str(family), *map(str, options)])
+        return " ".join(capsys.readouterr().out.split())
+
+    return run
+
+
+def chosen(family: Path, by: str | None = None, *directories: Path) -> str:
+    """The table and the sentence that the command prints, with every space as one."""
+    students = read_students(family)
+    measures = measures_of(students, directories)
+    return " ".join("\n".join([*table_lines(students, measures[1:]), choose(students, measures, by)[1]]).split())
+
+
+def evaluate(directory: Path, values: dict[str, tuple[float, float]], **more: Any) -> None:
+    """Write an evaluation: model -> mean accuracy pooled from output and from values."""
+    means = {name: dict(zip(("output", "values"), both, strict=True)) for name, both in values.items()}
+    per_pair = dict.fromkeys(more.get("languages", ("de", "th")), POOLED)
+    report = {
+        "models": {name: {"fingerprint": "x", "steps": more.get("steps", 8)} for name in values},
+        "tasks": {"retrieval": {name: {"mean": mean, "per_pair": per_pair} for name, mean in means.items()}},
+        "settings": {"retrieval": more.get("settings", {"max_pairs": 30})},
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "evaluation.json").write_text(json.dumps(report))
+
+
+def write_metrics(paths: RunPaths, *points: dict[str, float]) -> None:
+    lines = [json.dumps({"samples": 16, "time_s": 1.0, **point}) for point in points]
+    paths.metrics.write_text("".join(line + "\n" for line in lines))
+
+
+def change_recipe(family: Path, student: str, change: str) -> None:
+    recipe = RunPaths(family, student).recipe
+    recipe.write_text(recipe_to_yaml(load_recipe(recipe, [change])))
+
+
+# -- what a run directory says about its students
+
+
+def test_students_of_a_family_are_read_with_their_states(family: Path) -> None:
+    deep, flat, late = read_students(family)
+    assert [student.name for student in (deep, flat, late)] == ["deep", "flat", "late"]
+    assert deep.best == (4, 0.5)
+    assert deep.heldout == [(0, 3.0), (4, 0.5), (8, 0.625)]
+    assert [student.step for student in (deep, flat, late)] == [8, 4, 3]
+    assert deep.status == "finished"
+    assert flat.status == "ended at step 4: no better held-out loss for 1 evaluation"
+    assert late.status == "not finished, 3 of 8 steps"
+    assert late.paths.group == 2
+    assert late.state["step"] == 2
+    assert paths_of(family, "deep").group == 1
+    assert deep.recipe == load_recipe(family / "recipe.yaml", []).members()["deep"]
+
+
+def test_a_run_with_one_student_is_one_row(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "alone")
+    (student,) = read_students(run_dir)
+    assert (student.name, student.step, student.best) == ("alone", 8, (8, 0.625))
+    text = "\n".join(comparison_lines(run_dir))
+    assert "alone" in text
+    assert "differ" not in text
+
+
+def test_the_size_is_that_of_the_complete_student(family: Path) -> None:
+    deep, flat, _ = read_students(family)
+    model = BertModel(BertConfig(**{**BERT, "num_hidden_layers": 4}), add_pooling_layer=False)
+    assert deep.size is not None
+    assert flat.size is not None
+    assert deep.size.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert deep.size.megabytes == deep.size.parameters * 4 / 1e6
+    per_layer = 2 * 128 * (12 * 48 * 48 + 2 * 128 * 48)  # six products of matrices, and the two of attention
+    assert deep.size.forward_flops == 4 * per_layer
+    assert flat.size.forward_flops == 2 * per_layer
+    assert torch.zeros(1).device.type == "cpu"
+
+
+def test_of_equal_losses_the_later_is_best_and_a_nan_never(family: Path) -> None:
+    paths = RunPaths(family, "deep")
+    losses = {0: 2.0, 2: 1.5, 4: 1.5, 6: math.nan, 8: 1.75}
+    write_metrics(paths, *({"step": step, "heldout/mean": loss} for step, loss in losses.items()))
+    assert read_students(family)[0].best == (4, 1.5)
+
+
+def test_a_diverged_run_says_so_until_it_has_gone_further(family: Path) -> None:
+    paths = RunPaths(family, "late")
+    paths.bad_batch.write_text(json.dumps({"step": 5, "loss": "nan", "rows": []}))
+    assert read_students(family)[2].status == "diverged at step 5"
+    write_metrics(paths, {"step": 7, "loss/total": 1.0})
+    assert read_students(family)[2].status == "not finished, 7 of 8 steps"
+
+
+def test_markers_say_why_a_run_is_not_finished(family: Path) -> None:
+    for marker, status in (("PREEMPTED", "stopped on request"), ("FAILED", "failed")):
+        (family / marker).write_text("")
+        assert read_students(family)[2].status == f"{status}, 3 of 8 steps"
+        (family / marker).unlink()
+
+
+# -- what differs
+
+
+def test_only_keys_that_differ_are_named(family: Path) -> None:
+    students = read_students(family)
+    assert differing_keys(students) == {"student.layers": [4, 2, 1], "optimizer.lr": [1e-3, 6e-4, 2e-3]}
+    assert differing_keys(students[:1]) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ("teacher_layer=2", "relations.teacher_layer"),
+        ("heads=6", "relations.heads"),
+        ("pairs={q-q: 1, k-k: 2, v-v: 1}", "relations.pairs"),
+        ("tail=mse", None),  # the held-out loss has no tail
+        ("student_layer=1", None),  # the same layer of the teacher, learned by another layer
+    ],
+)
+def test_held_out_losses_compare_only_where_they_measure_the_same(family: Path, change: str, key: str | None) -> None:
+    change_recipe(family, "flat", f"relations.{change}")
+    about = RunPaths(family, "flat").description
+    about.write_text(json.dumps({**json.loads(about.read_text()), "matched_layers": None}))
+    assert heldout_differences(read_students(family)) == ([key] if key else [])
+
+
+def test_the_last_layer_is_compared_by_its_number(family: Path) -> None:
+    change_recipe(family, "flat", "relations.teacher_layer=null")
+    assert heldout_differences(read_students(family)) == []
+
+
+# -- the table at the end of training
+
+
+def test_the_table_has_loss_size_and_speed_of_every_student(family: Path) -> None:
+    lines = comparison_lines(family)
+    rows = {line.split()[0]: line.split() for line in lines if line}
+    assert rows["student.layers"] == ["student.layers", "4", "2", "1"]
+    assert rows["deep"][:6] == ["deep", "8", "0.3750", "0.6250", "0.5000", "(4)"]
+    assert rows["deep"][6:] == ["0.1", "1", "0.0409", "1,000", "finished"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metrics.jsonl", None),
+        ("metrics.jsonl", ""),
+        ("metrics.jsonl", "3}\n"),
+        ("run.json", "{"),
+        ("recipe.yaml", None),
+        ("student_config.json", "[]"),
+        ("student_config.json", None),
+        ("bad_batch.json", "{}"),
+    ],
+)
+def test_a_missing_or_corrupt_file_does_not_end_a_finished_run(family: Path, name: str, content: str | None) -> None:
+    path = family / "students" / "deep" / name
+    path.unlink(missing_ok=True)
+    if content is not None:
+        path.write_text(content)
+    lines = comparison_lines(family)
+    assert lines[0].startswith("what differs:") or "warning: the students cannot be compared" in lines[0]
+    if lines[0].startswith("warning"):
+        assert name in lines[0]
+
+
+# -- the command
+
+
+def test_the_command_chooses_the_lowest_held_out_loss(family: Path, compare: Callable[..., str]) -> None:
+    printed = compare("--json", family / "c.json")
+    assert "Chosen: deep, which has the lowest heldout of step 8, 0.6250. Without this figure" in printed
+    assert "not considered: late. Not at their last step: late." in printed
+    found = json.loads((family / "c.json").read_text())
+    assert found["chosen"] == "deep"
+    assert found["differs"]["student.layers"] == {"deep": 4, "flat": 2, "late": 1}
+    assert found["students"]["deep"]["best_heldout"] == 0.5
+    assert found["students"]["flat"]["loss"] == 0.75
+    page = (family / "compare.html").read_text()
+    assert "deep" in page
+    assert "late" in page
+
+
+def test_the_chosen_recipe_is_that_of_the_student_alone(family: Path, compare: Callable[..., str]) -> None:
+    file = family / "chosen.yaml"
+    compare("--write", file)
+    assert load_recipe(file, []) == load_recipe(family / "recipe.yaml", []).members()["deep"]
+    head = file.read_text().partition("\nteacher:")[0]
+    assert all(line.startswith("# ") for line in head.split("\n"))
+    assert f"The student deep of {family}" in head
+    file.write_text("mine")
+    with pytest.raises(UserError, match="exists and is not replaced"):
+        compare("--write", file)
+    assert file.read_text() == "mine"
+    compare("--write", file, "--overwrite")
+    assert load_recipe(file, []).student.layers == 4
+
+
+def test_another_teacher_layer_is_not_chosen_by_the_held_out_loss(family: Path, compare: Callable[..., str]) -> None:
+    change_recipe(family, "flat", "relations.teacher_layer=2")
+    about = RunPaths(family, "flat").description
+    about.write_text(json.dumps({**json.loads(about.read_text()), "matched_layers": [[2, 2]]}))
+    printed = chosen(family)
+    assert "(relations.teacher_layer not the same for all), so they do not tell which student is better" in printed
+    assert "None is chosen by the held-out loss" in printed
+    assert f"python -m pipeline evaluate {family}/students/deep/student" in printed
+    file = family / "chosen.yaml"
+    with pytest.raises(UserError, match="None is chosen"):
+        compare("--write", file)
+    assert not file.exists()
+    assert "None is chosen" in (family / "compare.html").read_text()
+    insisted = chosen(family, "heldout")
+    assert "Chosen: deep" in insisted
+    assert "Warning: The held-out losses measure different things" in insisted
+    evaluate(family / "evaluation", {f"{family}/students/{x}/student": (0.8, 0.8) for x in ("deep", "flat")})
+    assert "Choose by an evaluated figure: --by retrieval, --by retrieval.values." in chosen(family)
+
+
+def test_a_student_is_chosen_by_what_it_can_do(family: Path) -> None:
+    models = {"elsewhere/family/students/deep/student": (0.8, 0.7), f"{family}/students/flat/student": (0.75, 0.9)}
+    others = {"some/teacher": (0.99, 0.99), "family/students/late/student@3": (1.0, 1.0)}
+    evaluate(family / "evaluation", {**models, **others})
+    by_output, by_values = chosen(family, "retrieval"), chosen(family, "retrieval.values")
+    assert "Chosen: deep, which has the highest retrieval of step 8, 0.8000." in by_output
+    assert "Without this figure, and so not considered: late." in by_output
+    assert "Chosen: flat, which has the highest retrieval.values of step 8, 0.9000." in by_values
+    assert "0.8000 0.7000 finished" in by_output
+    assert "0.7500 0.9000 ended at step 4" in by_output, "the checkpoint of step 8 has the weights of step 4"
+    evaluate(family / "evaluation", models, steps=2)
+    assert "0.8000 (2) 0.7000 (2) finished" in chosen(family), "evaluated after another number of steps"
+    with pytest.raises(UserError, match=r"--by retrieve: no such figure of these students; did you mean `retrieval`"):
+        chosen(family, "retrieve")
+
+
+def test_evaluations_of_each_student_and_in_given_directories(family: Path) -> None:
+    evaluate(family / "students" / "deep" / "evaluation", {f"{family}/students/deep/student": (0.8, 0.7)})
+    export = family.parent / "exports" / "late"
+    export.mkdir(parents=True)
+    recipe = load_recipe(family / "recipe.yaml", []).members()["late"]
+    (export / "lineage.json").write_text(json.dumps({"recipe": as_tree(recipe)}))
+    evaluate(family.parent / "scores", {str(export): (0.9, 0.9)})
+    assert "Chosen: late" in chosen(family, "retrieval", family.parent / "scores")
+    assert "Chosen: deep" in chosen(family, "retrieval")
+    with pytest.raises(UserError, match=r"evaluation\.json not found"):
+        chosen(family, None, family.parent)
+
+
+@pytest.mark.parametrize("other", [{"settings": {"max_pairs": 3}}, {"languages": ("de",)}])
+def test_figures_of_different_evaluations_are_not_compared(family: Path, other: dict[str, Any]) -> None:
+    evaluate(family / "students" / "deep", {f"{family}/students/deep/student": (0.8, 0.7)})
+    evaluate(family / "students" / "flat", {f"{family}/students/flat/student": (0.75, 0.7)}, **other)
+    assert "Warning: `retrieval` was measured with different settings or languages" in chosen(family, "retrieval")
+
+
+@pytest.mark.parametrize("content", ["[]", '{"tasks": {"retrieval": 3}}', '{"tasks": {"retrieval": {"x": {}}}}'])
+def test_a_file_that_is_no_evaluation_is_named(family: Path, content: str) -> None:
+    (family / "evaluation.json").write_text(content)
+    with pytest.raises(UserError, match=r"family/evaluation\.json"):
+        chosen(family)
+
+
+def test_a_diverged_student_is_not_chosen(family: Path) -> None:
+    state = family / "checkpoints" / "step-00000008" / "deep" / "state.json"
+    ended = {"step": 6, "reason": "diverged: 8 steps in a row were not finite"}
+    state.write_text(json.dumps({"step": 8, "ended": ended}))
+    assert "Chosen: flat" in chosen(family)
+
+
+def test_the_best_checkpoint_counts_only_where_it_is_kept(family: Path) -> None:
+    (family / "checkpoints" / "step-00000008" / "flat" / "state.json").write_text(
+        json.dumps({"step": 8, "ended": None})
+    )
+    write_metrics(RunPaths(family, "flat"), {"step": 4, "heldout/mean": 0.4}, {"step": 8, "heldout/mean": 0.7})
+    assert "Chosen: deep, which has the lowest heldout of step 8, 0.6250" in chosen(family)
+    for name in ("deep", "flat", "late"):
+        change_recipe(family, name, "checkpoint.keep_best=heldout")
+    assert "Chosen: flat, which has the lowest heldout of step 4, 0.4000" in chosen(family)
+
+
+def test_before_the_first_evaluation_none_is_chosen(family: Path) -> None:
+    for name in ("deep", "flat", "late"):
+        write_metrics(RunPaths(family, name), {"step": 1, "loss/total": 1.0, "heldout/mean": math.nan})
+    assert "None is chosen: no student has a finite held-out loss yet." in chosen(family)
+    with pytest.raises(UserError, match="no student has a finite figure yet"):
+        chosen(family, "heldout")
+
+
+def test_several_runs_are_compared_by_their_names(family: Path, tmp_path: Path, compare: Callable[..., str]) -> None:
+    alone = make_run(tmp_path / "alone")
+    (alone / "recipe.yaml").write_text((family / "students" / "deep" / "recipe.yaml").read_text())
+    copied = tmp_path / "other" / "family"
+    shutil.copytree(family, copied)
+    printed = compare(alone, "--output", tmp_path / "page.html")
+    assert "family/deep family/flat family/late alone" in printed
+    assert (tmp_path / "page.html").is_file()
+    assert not (family / "compare.html").exists()
+    assert [student.name for student in read_all([family, copied])][::3] == [f"{family}/deep", f"{copied}/deep"]
+    with pytest.raises(UserError, match="a run is named twice"):
+        compare(family / "." / "")
+
+
+def test_nothing_to_compare(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not found"):
+        main(["compare", str(tmp_path / "nothing")])
+    with pytest.raises(UserError, match=r"recipe\.yaml is missing: .* is not a run directory"):
+        main(["compare", str(tmp_path)])
