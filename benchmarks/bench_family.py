@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -53,6 +53,7 @@ class Job:
 
     recipe: Path
     overrides: list[str]
+    deepspeed: Path = DS_CONFIG
 
     @property
     def students(self) -> list[str]:
@@ -68,7 +69,7 @@ class Job:
         recipe = load_recipe(self.recipe, self.overrides)
         first = json.dumps(next(iter((recipe.students or {}).values())))
         copies = ", ".join(f"s{copy}: {first}" for copy in range(number))
-        return Job(self.recipe, [*self.overrides, f"students={{{copies}}}"])
+        return replace(self, overrides=[*self.overrides, f"students={{{copies}}}"])
 
 
 def jobs(teacher: Path, quick: bool) -> dict[str, Job]:
@@ -116,7 +117,7 @@ class OneRun:
         if not torch.distributed.is_initialized():
             dist.init_process_group(launch, 600)
         recipe = job.load(name)
-        self.members = build(recipe, job.recipe, DS_CONFIG, launch)
+        self.members = build(recipe, job.recipe, job.deepspeed, launch)
         learners = [Learner(parts, TrainState.restore({}, recipe.guard)) for parts in self.members]
         self._stepper = Stepper(learners)
         self._batches = iter(stack.enter_context(self._stepper.batches(0)))
@@ -140,7 +141,8 @@ def measure_bytes(job: Job, name: str) -> dict[str, float]:
     """MB of tensors in the second step of a run, with those that its build has left.
 
     `before`: at its beginning. `peak`: at any moment. `loss`: the most while a relation loss is computed, above `before`.
-    `teacher`: its parameters. `planned`: the peak that `python -m pipeline plan` predicts.
+    `teacher`: its parameters. `planned`: the peak that `python -m pipeline plan` predicts, and the fp32 copy of the untrained
+    weights for checkpoints, which is in host memory.
     """
     with contextlib.ExitStack() as stack, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run = OneRun(job, name, stack)
@@ -160,24 +162,28 @@ def measure_bytes(job: Job, name: str) -> dict[str, float]:
         if any(start <= time_ns <= end for start, end in losses):
             in_loss = max(in_loss, alive - before)
     kind = FamilyPlanner if name == TOGETHER else Planner
-    planner = kind(job.load(name), job.recipe, DS_CONFIG, Hardware(DEVICES["cpu"]))
+    planner = kind(job.load(name), job.recipe, job.deepspeed, Hardware(DEVICES["cpu"]))
     planned = planner.plan(1, 1)
-    teacher = planned.memory.parts["teacher"]
-    found = {"before": before, "peak": peak, "loss": in_loss, "teacher": teacher, "planned": planned.memory.total}
+    of_plan = {
+        "teacher": planned.memory.parts["teacher"],
+        "planned": planned.memory.total + 4 * planner.parameters["untrained"],
+    }
+    found = {"before": before, "peak": peak, "loss": in_loss, **of_plan}
     return {what: size / 1e6 for what, size in found.items()}
 
 
 def in_a_new_process(measure: Callable, job: Job, what: str | int) -> dict[str, float]:
     """Call `measure(job, what)` there: an engine's memory is not free before its process has ended."""
-    words = [sys.executable, __file__, "--child", measure.__name__, str(job.recipe), str(what), *job.overrides]
-    done = subprocess.run(words, capture_output=True, text=True)
+    files = map(str, (job.recipe, job.deepspeed))
+    words = [sys.executable, __file__, "--child", measure.__name__, *files, str(what), *job.overrides]
+    done = subprocess.run(words, cwd=REPO, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(words)} ended with {done.returncode}\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def child(function: str, recipe: str, what: str, *overrides: str) -> dict[str, float]:
-    job = Job(Path(recipe), list(overrides))
+def child(function: str, recipe: str, deepspeed: str, what: str, *overrides: str) -> dict[str, float]:
+    job = Job(Path(recipe), list(overrides), Path(deepspeed))
     return times(job, int(what)) if function == times.__name__ else measure_bytes(job, what)
 
 

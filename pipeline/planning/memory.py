@@ -147,11 +147,13 @@ def resting_parts(encoders: Encoders, setting: Setting) -> dict[str, int]:
     if setting.stage != 3:
         gradients = _gradients_between_micro_steps(encoders, setting)
         return {**parts, "student": encoders.student_parameters * each, "gradients": gradients}
-    # ZeRO-3 releases gathered parameters after backward. Its gradient partition and its bucket stay.
+    # ZeRO-3 releases large gathered parameters after backward. Its gradient partition and its bucket stay.
     partition = encoders.trained_parameters * each // ranks
+    sizes = [parameter.numel() for parameter in encoders.student.parameters()]
+    small = sum(size for size in sizes if size <= setting.persistence_threshold)
     return {
         **parts,
-        "student": encoders.student_parameters * each // ranks,
+        "student": (encoders.student_parameters // ranks + small) * each,
         "gradients": partition,
         "buffers": _bucket(encoders, setting),
     }
