@@ -31,7 +31,7 @@ from pipeline.runtime.ds_config import DTYPES
 from pipeline.runtime.optimizer import learning_rate, parameter_groups
 from pipeline.training.build import build, student_of
 from pipeline.training.resume import TrainState
-from pipeline.training.trainer import Learner, Stepper
+from pipeline.training.stepper import Learner, Stepper
 
 COLLECTIVE_TIMEOUT_S = 300
 PHASES = ("batch", "teacher", "student forward", "loss", "backward", "optimizer")

@@ -19,7 +19,7 @@ from pipeline.runtime.run_paths import RunPaths
 from pipeline.training.build import Parts, Run
 from pipeline.training.resume import TrainState
 from pipeline.training.run_logger import StepReport
-from pipeline.training.trainer import Learner, Stepper
+from pipeline.training.stepper import Learner, Stepper
 
 # Dynamic fp16 loss scaling overflows while it looks for its scale: from 2**16 down to 1 takes 16 steps.
 MAX_SKIPPED_STEPS = 20

@@ -109,7 +109,8 @@ def _followed_by(function: Callable, after: Callable) -> Callable:
 
 def _around_steps(faults: list[InjectedFault]) -> None:
     from pipeline.training import launch
-    from pipeline.training.trainer import Stepper, Trainer
+    from pipeline.training.stepper import Stepper
+    from pipeline.training.trainer import Trainer
 
     build, train_step, now = launch.build, Stepper.train_step, {"step": -1}
 

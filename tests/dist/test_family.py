@@ -272,3 +272,16 @@ def test_a_family_stops_each_student_that_no_longer_gets_better(family: Family) 
     assert curves_of(run_dir / "students" / "wild") == curves_of(alone)
     assert family.run(alone, 1, {**settings, **changes}) == 0  # and nothing more is trained
     assert state_of(alone) == {**theirs, "step": theirs["ended"]["step"]}
+
+
+def test_a_dry_run_of_a_family_describes_each_student_and_leaves_nothing(family: Family) -> None:
+    run_dir = family.fresh("dry")
+    words = [*family.arguments(2, {"students": STUDENTS, **SETTINGS}), "--run-dir", str(run_dir), "--dry-run"]
+    log = run_dir.with_suffix(".log")
+    assert family.server.start(2, words, log).wait(240) == 0
+    lines = log.read_text().splitlines()
+    for name, layers in (("deep", "3 layers x 24"), ("wide", "2 layers x 48"), ("pairs", "2 layers x 12")):
+        assert any(line.strip().startswith(f"student {name} ") and layers in line for line in lines), name
+        assert any(line.strip().startswith(f"loss {name} ") and "gradient norm" in line for line in lines), name
+    assert sum(line.strip().startswith("batch ") for line in lines) == 1
+    assert not run_dir.exists()

@@ -67,7 +67,7 @@ BUGS = (
     ),
     Bug(
         "sampler reset at a resume",
-        "pipeline/training/trainer.py",
+        "pipeline/training/stepper.py",
         "start = step * self.recipe.global_batch + self.launch.rank * per_rank",
         "start = (step - first_step) * self.recipe.global_batch + self.launch.rank * per_rank",
         "tests/dist/test_train.py::test_kill_and_resume_repeats_the_losses[1]",
@@ -115,7 +115,7 @@ BUGS = (
     ),
     Bug(
         "last micro-batch overweighted",
-        "pipeline/training/trainer.py",
+        "pipeline/training/stepper.py",
         "parts.engine.backward(loss)",
         "parts.engine.backward(loss * (1.5 if self._left == 0 < parts.batch.accumulation - 1 else 1.0))",
         "tests/dist/test_train.py::test_two_ranks_give_the_losses_of_one",
@@ -139,7 +139,7 @@ BUGS = (
     ),
     Bug(
         "same dropout on every rank",
-        "pipeline/training/trainer.py",
+        "pipeline/training/stepper.py",
         "torch.manual_seed(dropout_seed(parts.recipe.seed, self._step, launch.rank))",
         "torch.manual_seed(dropout_seed(parts.recipe.seed, self._step, 0))",
         "tests/unit/test_train_step.py::test_dropout_differs_by_rank_step_and_seed",

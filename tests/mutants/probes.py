@@ -179,7 +179,7 @@ def stepper_of(rank: int, world_size: int = 1, **recipe: Any) -> Any:
     from pipeline.runtime.anomalies import GuardConfig, SpikeDetector
     from pipeline.runtime.ds_config import BatchShape
     from pipeline.training.resume import TrainState
-    from pipeline.training.trainer import Learner, Stepper
+    from pipeline.training.stepper import Learner, Stepper
 
     dist.init_process_group(dist.Launch(0, 1, 0, torch.device("cpu")), 60)
     parts = MagicMock(

@@ -19,9 +19,9 @@ PROBED = [bug for bug in BUGS if bug.probe]
 # A factor on every micro-batch: neither Adam nor clipping sees it.
 WITHOUT_EFFECT = Bug(
     "a factor on every micro-batch",
-    "pipeline/training/trainer.py",
-    "self.engine.backward(loss)",
-    "self.engine.backward(loss * 1.5)",
+    "pipeline/training/stepper.py",
+    "parts.engine.backward(loss)",
+    "parts.engine.backward(loss * 1.5)",
     "tests/dist/test_train.py::test_two_ranks_give_the_losses_of_one",
     "direction_of_a_step",
 )
