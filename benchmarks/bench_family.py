@@ -38,7 +38,7 @@ from pipeline.planning.plan import Planner
 from pipeline.runtime import dist
 from pipeline.training.build import build
 from pipeline.training.resume import TrainState
-from pipeline.training.trainer import Learner, Stepper
+from pipeline.training.stepper import Learner, Stepper
 
 DS_CONFIG = REPO / "ds_configs/zero2.json"
 DEMO_TEACHER, DEMO_SHARDS = REPO / "artifacts/teacher", REPO / "artifacts/shards"
