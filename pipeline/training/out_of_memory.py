@@ -22,6 +22,7 @@ from pipeline.distillation.models.teacher import FrozenTeacher
 from pipeline.distillation.tap import TappedEncoder
 from pipeline.errors import UserError
 from pipeline.planning.devices import Hardware, device_of_driver
+from pipeline.planning.family import FamilyPlanner
 from pipeline.planning.plan import Planner
 from pipeline.runtime import gpus
 from pipeline.runtime.dist import Launch
@@ -108,13 +109,14 @@ def explanation(error: BaseException, recipe: Recipe, launch: Launch, ds_path: P
 def planned_micro_batch(recipe: Recipe, launch: Launch, ds_path: Path) -> tuple[int, str] | None:
     """The largest micro-batch that the planner expects to fit, and the GPU's name there. None where it has no plan.
 
-    The planner knows runs of one student, on the GPUs of its table, of teachers whose shape it can read.
+    The planner knows the GPUs of its table, and teachers whose shape it can read.
     """
     try:
         device = device_of_driver(gpus.describe(launch.device).name)
-        if device is None or recipe.students is not None:
+        if device is None:
             return None
-        planner = Planner(recipe, Path("the recipe"), ds_path, Hardware(device))
+        kind = FamilyPlanner if recipe.students else Planner
+        planner = kind(recipe, Path("the recipe"), ds_path, Hardware(device))
         largest = planner.largest_micro_batch(nodes=1, gpus_per_node=launch.world_size)
     except Exception:  # of any kind: the message that memory ran out must not be lost
         return None

@@ -13,6 +13,7 @@ import torch
 from pipeline.config import Recipe, load_recipe
 from pipeline.errors import DivergedRunError, UserError
 from pipeline.planning.devices import DEVICES, Hardware
+from pipeline.planning.family import FamilyPlanner
 from pipeline.planning.plan import Planner
 from pipeline.runtime import gpus
 from pipeline.runtime.dist import Launch
@@ -99,6 +100,14 @@ def test_it_names_the_largest_micro_batch_that_fits_by_the_plan(on_a_t4: Hardwar
     assert planner.fits(planner.plan(1, world_size, micro_batch=int(named)))
     assert not planner.fits(planner.plan(1, world_size, micro_batch=2 * int(named)))
     assert int(named) != 256, "half of 512 would be no evidence"
+
+
+def test_several_students_are_planned_together(on_a_t4: Hardware) -> None:
+    alone = large_recipe("micro_batch_per_gpu=512")
+    family = dataclasses.replace(alone, students={f"s{number}": {} for number in range(12)})
+    named = [re.findall(r"micro_batch_per_gpu=(\d+) \(the largest", message_in_backward(r, 8)) for r in (alone, family)]
+    assert named[1] == [str(FamilyPlanner(family, Path("recipe"), ZERO_2, on_a_t4).largest_micro_batch(1, 8))]
+    assert int(named[1][0]) < int(named[0][0])
 
 
 def test_a_plan_that_this_run_has_disproved_is_not_repeated(on_a_t4: Hardware) -> None:
