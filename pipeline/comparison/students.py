@@ -130,7 +130,8 @@ class StudentRun:
     @property
     def teacher_layers(self) -> list[int | None]:
         """The teacher's layers that this student is matched with, from 1. None: the last, where run.json does not say which."""
-        if isinstance(matched := self.about.get("matched_layers"), list) and matched:
+        matched = self.about.get("matched_layers")
+        if isinstance(matched, list) and matched and all(isinstance(pair, list) and len(pair) == 2 for pair in matched):
             return [teacher for teacher, _ in matched]
         layers = self.recipe.relations.layers
         return [self.recipe.relations.teacher_layer] if layers is None else [pair.teacher for pair in layers]

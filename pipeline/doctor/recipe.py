@@ -51,7 +51,7 @@ def recipe_findings(
     for check in checks_of_run(inputs_of(recipe, inputs)):
         if check.model is not None:
             weights = model_finding(check.subject, check.model)
-            found.append(weights)
+            found += _not_said_before([weights], found)
             failed |= {check.subject} if weights.status != "ok" else set()
         if failed.isdisjoint({check.subject, *check.needs}):
             results = check_findings(check)
@@ -107,7 +107,7 @@ def shard_file_findings(recipe: Recipe, check_hashes: bool) -> Iterator[Finding]
 def model_finding(subject: str, name: str) -> Finding:
     """The weights of the teacher, or of the encoder that the student starts from, are on this machine, complete, and not a
     pickle."""
-    if not Path(name).expanduser().is_dir() and not looks_like_path(name) and not is_cached(name):
+    if not looks_like_path(name) and not Path(name).is_dir() and not is_cached(name):
         fix = f"on a node with network: hf download {name} (compute nodes then read the cache, HF_HOME)"
         return Finding("warn", subject, f"{name} is a hub name and not in the cache yet", fix)
     return guarded(subject, lambda: weights_finding(subject, name))

@@ -90,7 +90,7 @@ def memory_of(teacher: PassCost, students: dict[str, Trained], assumptions: Assu
 
     Args:
         teacher: its only forward
-        students: by name; a run with one student names it ""
+        students: by name, in the order of their turns; a run with one student names it ""
     """
     moments: dict[str, tuple[Counter[str], Counter[str]]] = {}
     for name, student in students.items():
@@ -98,7 +98,7 @@ def memory_of(teacher: PassCost, students: dict[str, Trained], assumptions: Assu
         for other, resting in students.items():
             if other != name:
                 lasting.update(resting_parts(resting.encoders, resting.setting))
-        needed_later = teacher.kept_bytes if len(students) > 1 else 0
+        needed_later = 0 if name == list(students)[-1] else teacher.kept_bytes
         for moment, temporary in _moments(teacher, student, needed_later):
             moments[f"{moment} of {name}" if name and moment != TEACHERS_MOMENT else moment] = (lasting, temporary)
     moment, (lasting, temporary) = max(moments.items(), key=lambda item: sum((item[1][0] + item[1][1]).values()))
@@ -111,7 +111,7 @@ def memory_of(teacher: PassCost, students: dict[str, Trained], assumptions: Assu
 def _moments(teacher: PassCost, student: Trained, needed_later: int) -> Iterator[tuple[str, Counter[str]]]:
     """The moments of one student's turn with their temporary bytes by part.
 
-    `needed_later`: bytes of the teacher's results, which several students share until the end of the last one's turn.
+    `needed_later`: bytes of the teacher's results that are kept for students whose turn is later.
     """
     encoders, cost, setting = student.encoders, student.cost, student.setting
     gradients = _gradients_between_micro_steps(encoders, setting)
@@ -147,11 +147,13 @@ def resting_parts(encoders: Encoders, setting: Setting) -> dict[str, int]:
     if setting.stage != 3:
         gradients = _gradients_between_micro_steps(encoders, setting)
         return {**parts, "student": encoders.student_parameters * each, "gradients": gradients}
-    # ZeRO-3 releases gathered parameters after backward. Its gradient partition and its bucket stay.
+    # ZeRO-3 releases large gathered parameters after backward. Its gradient partition and its bucket stay.
     partition = encoders.trained_parameters * each // ranks
+    sizes = [parameter.numel() for parameter in encoders.student.parameters()]
+    small = sum(size for size in sizes if size <= setting.persistence_threshold)
     return {
         **parts,
-        "student": encoders.student_parameters * each // ranks,
+        "student": (encoders.student_parameters // ranks + small) * each,
         "gradients": partition,
         "buffers": _bucket(encoders, setting),
     }
@@ -182,7 +184,8 @@ def _in_optimizer(encoders: Encoders, setting: Setting) -> dict[str, int]:
     if setting.offload:
         return {"gradients": encoders.trained_parameters * setting.bytes_each // setting.world_size}
     owned = encoders.trained_parameters // setting.world_size
-    temporaries = 8 if setting.on_cpu else 4  # torch's single-tensor AdamW (CPU) holds two, the foreach one (GPU) one
+    # torch's single-tensor AdamW (CPU) holds two temporaries, the foreach one (GPU) one, the fused one none
+    temporaries = 0 if setting.fused_adam else 8 if setting.on_cpu else 4
     return {"gradients": owned * (setting.bytes_each + 4), "buffers": owned * temporaries}
 
 

@@ -10,6 +10,7 @@ import math
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from pipeline.comparison.differences import heldout_differences
 from pipeline.comparison.students import StudentRun
@@ -132,9 +133,14 @@ def _sentence(students: Sequence[StudentRun], measure: Measure, number: int) -> 
 
 def evaluate_first(students: Sequence[StudentRun]) -> str:
     """How to get a figure by which they can be compared."""
-    exports = [shlex.quote(str(student.paths.metrics.parent / "student")) for student in students]
-    output = shlex.quote(str(students[0].paths.directory / "evaluation"))
-    return (
-        "Export them (docs/families.md), then compare what they can do: python -m pipeline evaluate "
-        f"{' '.join(exports)} --tasks retrieval --output {output}; then --by retrieval."
-    )
+    names: dict[Path, list[str]] = {}
+    for student in students:
+        names.setdefault(student.paths.directory, []).append(student.paths.student)
+    commands = [
+        shlex.join(
+            [*("python", "-m", "pipeline", "evaluate", str(run_dir)), *(f"--student={name}" for name in of_run if name)]
+            + ["--tasks", "retrieval", "--output", str(run_dir / "evaluation")]
+        )
+        for run_dir, of_run in names.items()
+    ]
+    return f"First measure what they can do: {' && '.join(commands)}, then --by retrieval."

@@ -121,7 +121,7 @@ def as_json(students: Sequence[StudentRun], measures: Sequence[Measure], chosen:
                 "parameters": student.size.parameters if student.size else None,
                 "megabytes_fp32": student.size.megabytes if student.size else None,
                 "forward_flops_per_row": student.size.forward_flops if student.size else None,
-                "training_tokens_per_second": student.tokens_per_second,
+                "training_tokens_per_second": _finite(student.tokens_per_second),
                 "measures": {measure.name: measure.values.get(number) for measure in measures},
             }
             for number, student in enumerate(students)

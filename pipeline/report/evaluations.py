@@ -1,13 +1,13 @@
 """The figures of `pipeline evaluate` about the students of runs.
 
-In: the students, and the `evaluation.json` files in their directories or in given ones. Out: one `Evaluated` per student
-and figure. Speed and size are left out, and so are models that belong to none of the students.
+In: the students, and the `evaluation.json` files in their directories or in given ones; of a demo its retrieval results.
+Out: one `Evaluated` per student and figure. Speed and size are left out, and so are models that belong to none of the students.
 """
 
 from __future__ import annotations
 
 import json
-import re
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from pipeline.config import as_tree
 from pipeline.errors import UserError
 from pipeline.evaluation import results
 from pipeline.evaluation.task import tasks
+from pipeline.report.retrieval import AFTER, read_retrieval
 from pipeline.runtime.json_files import read_json
 from pipeline.runtime.run_paths import STUDENTS
 
@@ -54,7 +55,7 @@ def read_evaluations(students: Sequence[StudentRun], directories: Iterable[Path]
     Raises:
         UserError: a given directory has no evaluation, or a file cannot be read
     """
-    found: list[Evaluated] = []
+    found = [figure for number, student in enumerate(students) for figure in _of_demo(number, student)]
     for path in _files(students, directories):
         report = results.read(path)
         try:
@@ -66,6 +67,14 @@ def read_evaluations(students: Sequence[StudentRun], directories: Iterable[Path]
                 f"{path} is not an evaluation ({type(error).__name__}: {error}). Evaluate again, or move it away."
             ) from None
     return found
+
+
+def _of_demo(number: int, student: StudentRun) -> Iterator[Evaluated]:
+    """What `python -m demo` measured after the last step of its run."""
+    directory = student.paths.metrics.parent
+    demo = read_retrieval(directory, student.step, student.recipe.teacher) if student.points else {}
+    if result := demo.get(AFTER):
+        yield from _of_student(number, "retrieval", result, student.step, result.get("num_pairs"))
 
 
 def _files(students: Sequence[StudentRun], directories: Iterable[Path]) -> list[Path]:
@@ -82,11 +91,20 @@ def _of_task(
 ) -> Iterator[Evaluated]:
     for model, result in result_of.items():
         steps = report["models"][model].get("steps")
-        languages = next((list(result[key]) for key in _PER if key in result), [])
-        condition = json.dumps([languages, report.get("settings", {}).get(task)], sort_keys=True)
+        settings = report.get("settings", {}).get(task)
         for number in _students_of(model, students):
-            for name, value in _means(task, result["mean"]):
-                yield Evaluated(number, task, name, float(value), steps, condition)
+            yield from _of_student(number, task, result, steps if type(steps) is int else None, settings)
+
+
+def _of_student(
+    number: int, task: str, result: dict[str, Any], steps: int | None, settings: Any
+) -> Iterator[Evaluated]:
+    languages = next((list(result[key]) for key in _PER if key in result), [])
+    condition = json.dumps([languages, settings], sort_keys=True)
+    for name, value in _means(task, result["mean"]):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}")
+        yield Evaluated(number, task, name, float(value), steps, condition)
 
 
 def _means(task: str, mean: Any) -> Iterator[tuple[str, Any]]:
@@ -103,8 +121,6 @@ def _students_of(model: str, students: Sequence[StudentRun]) -> list[int]:
 
     `MODEL@LAYER` reads other values than those that were distilled and belongs to none.
     """
-    if re.search(r"@\d+$", model):
-        return []
     parts = Path(model).parts
     for number, student in enumerate(students):
         run_name, name = student.paths.directory.resolve().name, student.paths.student

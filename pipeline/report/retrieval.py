@@ -14,7 +14,8 @@ from pipeline.errors import UserError
 from pipeline.evaluation.task import Results
 from pipeline.runtime.json_files import RESTORE, read_json_if_there
 
-STAGES = ("teacher", "before", "after")
+AFTER = "after"
+STAGES = ("teacher", "before", AFTER)
 
 
 def _result_of(path: Path) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def read_retrieval(run_dir: Path, last_step: int, teacher: str | None) -> Result
     if demo and steps == last_step:
         return demo
     evaluated = _evaluated(run_dir, last_step, teacher)
-    return evaluated or {f"after {steps:,} steps" if stage == "after" else stage: demo[stage] for stage in demo}
+    return evaluated or {f"after {steps:,} steps" if stage == AFTER else stage: demo[stage] for stage in demo}
 
 
 def _evaluated(run_dir: Path, last_step: int, teacher: str | None) -> Results:

@@ -61,7 +61,7 @@ def run_from_files(options: RunOptions) -> None:
     recipe, paths = load_recipe(options.recipe_path, options.overrides), RunPaths(options.run_dir)
     reads = {"the teacher": Path(recipe.teacher), "the shards": Path(recipe.data)}
     reads |= {
-        f"the encoder of `student.init`{f' of {name}' * bool(name)}": Path(encoder).expanduser()
+        f"the encoder of `student.init`{f' of {name}' * bool(name)}": Path(os.path.expanduser(encoder))  # noqa: PTH111 (Path's raises where ~USER does not exist)
         for name, member in recipe.members().items()
         if (encoder := member.student.start_encoder) is not None
     }

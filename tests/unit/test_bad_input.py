@@ -138,6 +138,7 @@ def test_a_projected_student_is_rejected_before_the_teacher_runs(override: str, 
     ("change", "words"),
     [
         ("init=layrs", "`student.init` is 'layrs'; it must be one of random, layers, project, or an encoder"),
+        ("init=~no-such-user/x", "encoder of `student.init` not found: ~no-such-user/x is not a directory"),
         ("init=./nowhere", "encoder of `student.init` not found: ./nowhere is not a directory"),
         ("layers=3", r"layers 4, not 3 (`student.layers`). For a student of this shape: --set student.layers=4"),
         ("init_layers=[1, 2, 3, 4]", "`student.init_layers` names layers of the teacher"),

@@ -26,7 +26,7 @@ def check(recipe_file: Path, before: list[str], now: list[str], allow_change: bo
         "identity": identity_of(begun.teacher, begun.vocabulary),
     }
     identity = identity_of(recipe.teacher, recipe.vocabulary)
-    parts = SimpleNamespace(recipe=recipe, source=open_data(recipe), identity=identity, name="")
+    parts = SimpleNamespace(recipe=recipe, source=open_data(recipe), student_identity=identity, name="")
     return check_changes(saved, parts, Path("runs/begun"), allow_change)  # type: ignore[arg-type]
 
 

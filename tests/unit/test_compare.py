@@ -241,7 +241,9 @@ def test_another_teacher_layer_is_not_chosen_by_the_held_out_loss(family: Path, 
     printed = chosen(family)
     assert "(relations.teacher_layer not the same for all), so they do not tell which student is better" in printed
     assert "None is chosen by the held-out loss" in printed
-    assert f"python -m pipeline evaluate {family}/students/deep/student" in printed
+    students = "--student=deep --student=flat --student=late"
+    command = f"python -m pipeline evaluate {family} {students} --tasks retrieval --output {family}/evaluation, then"
+    assert command in printed
     file = family / "chosen.yaml"
     with pytest.raises(UserError, match="None is chosen"):
         compare("--write", file)
@@ -290,11 +292,30 @@ def test_figures_of_different_evaluations_are_not_compared(family: Path, other: 
     assert "Warning: `retrieval` was measured with different settings or languages" in chosen(family, "retrieval")
 
 
-@pytest.mark.parametrize("content", ["[]", '{"tasks": {"retrieval": 3}}', '{"tasks": {"retrieval": {"x": {}}}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        '{"tasks": {"retrieval": 3}}',
+        '{"tasks": {"retrieval": {"x": {}}}}',
+        '{"models": {"family/students/deep/student": {}}, "tasks": {"sts": {"family/students/deep/student": {"mean": NaN}}}}',
+        '{"models": {"family/students/deep/student": {}}, "tasks": {"sts": {"family/students/deep/student": {"mean": "x"}}}}',
+    ],
+)
 def test_a_file_that_is_no_evaluation_is_named(family: Path, content: str) -> None:
     (family / "evaluation.json").write_text(content)
     with pytest.raises(UserError, match=r"family/evaluation\.json"):
         chosen(family)
+
+
+def test_runs_of_the_demo_are_compared_by_its_retrieval(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name) for name in ("one", "two")]
+    after = runs[0] / "retrieval" / "after.json"
+    after.write_text(after.read_text().replace("0.875", "0.885"))
+    students = read_all(runs)
+    assert choose(students, measures_of(students), "retrieval")[0] == 0
+    (runs[0] / "demo_training.json").write_text(json.dumps({"steps": 4}))
+    assert choose(students, measures_of(students), "retrieval")[0] == 1, "the first run continued after its demo"
 
 
 def test_a_diverged_student_is_not_chosen(family: Path) -> None:

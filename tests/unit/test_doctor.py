@@ -174,8 +174,25 @@ def test_an_encoder_that_the_student_starts_from(look: Look, tiny_teacher: Path,
     assert "layers 4, not 3" in only_failure(look(*overrides, "student.layers=3")).what
     cached = look("student.init=no-such-owner/no-such-model")
     assert [(finding.status, finding.subject) for finding in cached if finding.status != "ok"] == [("warn", "student")]
+    assert "~no-such-user/x is not a directory" in only_failure(look("student.init=~no-such-user/x")).what
     (start / "model.safetensors").unlink()
     assert "encoder of `student.init`" in only_failure(look(*overrides)).what
+
+
+def test_the_encoder_that_one_student_of_a_family_starts_from(look: Look, tiny_teacher: Path, tmp_path: Path) -> None:
+    start = shutil.copytree(tiny_teacher, tmp_path / "start")
+    right = f"{{student: {{layers: 4, hidden: 48, heads: 4, ffn: 96, init: {start}}}}}"
+    found = look(f"students={{first: {right}, second: {{student: {{init: {start}}}}}, third: {{}}}}")
+    failure = only_failure(found)
+    assert failure.subject == "student of second"
+    assert failure.what.startswith(
+        f"students.second: the encoder of `student.init` '{start}' is not of the student's shape"
+    )
+    assert failure.what.endswith(
+        ": --set students.second.student.layers=4 --set students.second.student.hidden=48 --set students.second.student.ffn=96"
+    )
+    said = [finding.what for finding in found if finding.status == "ok" and finding.subject.startswith("student")]
+    assert [what.split(str(start))[0] for what in said] == ["", "starts from "], "its files are named once"
 
 
 def test_teacher_with_truncated_weights(look: Look, tiny_teacher: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -138,7 +139,8 @@ def looks_like_path(name: str) -> bool:
 
 def find_directory(name_or_path: str | Path, role: str = "teacher", is_cached: bool = False) -> Path:
     """The model's directory, or one commit of it in the hub's cache, fetched if it is not there yet."""
-    path, model = Path(name_or_path).expanduser(), ModelName(str(name_or_path), role)
+    model = ModelName(str(name_or_path), role)
+    path = Path(os.path.expanduser(name_or_path))  # noqa: PTH111 (Path's raises where ~USER does not exist)
     if path.is_dir() and model.name:
         return path
     if path.exists() and model.name:

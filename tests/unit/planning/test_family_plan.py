@@ -94,7 +94,7 @@ def test_memory_is_at_most_that_of_the_students_and_one_teacher(stage: int, accu
 
 
 def test_activations_are_those_of_one_student_and_what_the_next_ones_read() -> None:
-    """Students take turns: with more of them only what each owns is added. Several share Q, K and V until the end of a step."""
+    """Students take turns: with more of them only what each owns is added. Q, K and V are freed before the last backward."""
     one = "{student: {layers: 3}}"
     planners = [family(f"students={{{', '.join(f'{n}: {one}' for n in 'abcdef'[:size])}}}") for size in (1, 2, 6)]
     plans = [planner.plan(1, 8) for planner in planners]
@@ -105,6 +105,16 @@ def test_activations_are_those_of_one_student_and_what_the_next_ones_read() -> N
     assert activations[0] == teacher.kept_bytes + student.forward.peak_bytes
     of_students = [plan.memory.parts["student"] + plan.memory.parts["optimizer"] for plan in plans]
     assert of_students == [of_students[0], 2 * of_students[0], 6 * of_students[0]]
+
+
+def test_students_of_different_sizes_are_counted_in_their_order() -> None:
+    """The large student's backward is larger by the teacher's Q, K and V where a small one still reads them."""
+    large, small = "large: {student: {layers: 6}}", "small: {student: {layers: 1}}"
+    first, last = (
+        family(f"students={{{order}}}").plan(1, 8).memory for order in (f"{large}, {small}", f"{small}, {large}")
+    )
+    assert (first.moment, last.moment) == ("backward of large", "loss of large")
+    assert first.total > last.total
 
 
 def test_a_partitioned_teacher_is_gathered_once() -> None:
