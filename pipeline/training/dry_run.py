@@ -85,8 +85,9 @@ def _first_taken_steps(run: Run, states: Sequence[TrainState]) -> tuple[float, T
 def _describe_members(members: Sequence[Parts], taken: Taken) -> dict[str, str]:
     """What all students have in common, and the lines of each that differ."""
     lines: dict[str, str] = {}
+    layers = ", ".join(map(str, sorted({layer for member in members for layer, _ in member.student.matched})))
     for member in members:
-        for key, text in describe_parts(member).items():
+        for key, text in describe_parts(member, layers).items():
             own = f"{key} {member.name}" if member.name and key in ("student", "relations") else key
             lines.setdefault(own, text)
         loss = f"loss {member.name}" if member.name else "loss"
@@ -94,14 +95,13 @@ def _describe_members(members: Sequence[Parts], taken: Taken) -> dict[str, str]:
     return lines
 
 
-def describe_parts(parts: Parts) -> dict[str, str]:
-    """Teacher, student, data, batch and relations of a run, one line each."""
+def describe_parts(parts: Parts, layers: str) -> dict[str, str]:
+    """Teacher, student, data, batch and relations of a run, one line each. `layers`: those of the teacher that are read."""
     recipe, batch = parts.recipe, parts.batch
     relations, student = recipe.relations, recipe.student
     tokens = recipe.global_batch * recipe.seq_len
-    matched = relations.teacher_taps or "last"
     return {
-        "teacher": f"{recipe.teacher}, read at layer {matched}, {parts.teacher_precision}, "
+        "teacher": f"{recipe.teacher}, read at layer {layers}, {parts.teacher_precision}, "
         f"{recipe.teacher_options.placement}",
         "student": f"{student.layers} layers x {student.hidden}, {parts.precision}: {parts.num_trained / 1e6:.1f} M "
         f"parameters trained, {parts.num_untrained / 1e6:.1f} M frozen; start: {parts.student.start}",

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from transformers import XLMRobertaTokenizer
 
+from pipeline.config import load_recipe
 from tests.conftest import REPO, TINY_VOCAB
 from tests.dist.training_process import TrainingProcess
 from tests.tiny_encoders import tiny_encoder
@@ -93,6 +94,9 @@ def reduced(recipe: dict, teacher_dir: Path, shards: Path) -> list[str]:
     }
     if "ffn" in recipe["student"]:
         changes["student.ffn"] = recipe["student"]["ffn"] // EIGHTH
+    for name, differs in recipe.get("students", {}).items():
+        if hidden := ((differs or {}).get("student") or {}).get("hidden"):
+            changes[f"students.{name}.student.hidden"] = hidden // EIGHTH
     return [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
 
 
@@ -100,19 +104,23 @@ def reduced(recipe: dict, teacher_dir: Path, shards: Path) -> list[str]:
 def test_dry_run(
     path: Path, training: TrainingProcess, made: dict[Teacher, Path], tiny_shards: Path, tmp_path: Path
 ) -> None:
-    recipe = yaml.safe_load(path.read_text())
+    recipe, members = yaml.safe_load(path.read_text()), load_recipe(path, []).members()
     teacher = TEACHERS[recipe["teacher"]]
     assert (recipe["relations"]["teacher_layer"], recipe["relations"]["heads"]) == (
         teacher.distilled_layer,
         teacher.relation_heads,
     )
+    layers = sorted({member.relations.teacher_layer for member in members.values()})
+    assert layers == [teacher.distilled_layer] or path.stem == "sweep_teacher_layer"
     words = ["--deepspeed", "ds_configs/zero2.json", "--recipe", path, "--run-dir", tmp_path / "run", "--dry-run"]
     tried = training.run(*words, *reduced(recipe, made[teacher], tiny_shards))
     assert tried.code == 0, tried.err
-    assert f"read at layer {teacher.distilled_layer}," in tried.out
-    assert f"student     {recipe['student']['layers']} layers x {recipe['student']['hidden'] // EIGHTH}," in tried.out
+    assert f"read at layer {', '.join(map(str, layers))}, " in tried.out
+    for name, member in members.items():
+        shape = f"{member.student.layers} layers x {member.student.hidden // EIGHTH},"
+        assert re.search(rf"^  student {name} +{shape}" if name else rf"^  student +{shape}", tried.out, re.MULTILINE)
     assert "micro-batch 1 x accumulation 2 x 1 rank(s)" in tried.out
-    assert re.search(r"^  loss +[0-9.]+ \(q-q", tried.out, re.MULTILINE), tried.out
+    assert len(re.findall(r"^  loss.* [0-9.]+ \(q-q", tried.out, re.MULTILINE)) == len(members), tried.out
     assert not list(tmp_path.iterdir())
 
 
