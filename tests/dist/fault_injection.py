@@ -66,6 +66,8 @@ def arrange(faults: list[InjectedFault], rank: int) -> None:
     from pipeline.runtime import checkpoint_writer
     from pipeline.training import build, launch, run_logger
 
+    if "signal" in kinds:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests under nohup inherit that it is ignored
     if in_steps := [fault for kind in IN_STEPS for fault in kinds.get(kind, [])]:
         _around_steps(in_steps)
     if in_saves := [fault for kind in IN_SAVES for fault in kinds.get(kind, [])]:
@@ -206,7 +208,8 @@ def _ask_for_a_petabyte(parts: Any, fault: InjectedFault, now: dict[str, int]) -
         next(parameter for parameter in parts.distiller.parameters() if parameter.requires_grad).register_hook(ask)
     else:
         assert part == "optimizer"
-        engine.deepspeed_engine.optimizer.optimizer.register_step_pre_hook(ask)
+        zero = engine.deepspeed_engine.optimizer
+        zero.step = _followed_by(zero.step, ask)
 
 
 def _note_mode(files: list[str], where: str) -> None:

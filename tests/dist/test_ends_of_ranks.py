@@ -36,14 +36,14 @@ def end_of(lab: Lab, run_dir: Path, faults: list[dict[str, Any]], **settings: An
 @pytest.mark.parametrize("error", ["UserError", "AssertionError"])
 def test_an_error_on_one_rank_ends_the_job(lab: Lab, error: str) -> None:
     run_dir = lab.fresh("run")
-    faults = [{"kind": "error", "rank": 1, "step": 3, "error": error}, NO_FAREWELL]
+    faults = [{"kind": "error", "rank": 1, "step": 5, "error": error}, NO_FAREWELL]
     code, seconds, _ = end_of(lab, run_dir, faults)
     assert code == (EXIT_USER if error == "UserError" else EXIT_BUG)
     assert seconds < SECONDS_TO_FOLLOW, "no rank had to be killed"
     own_log = (run_dir / "logs" / "rank1.log").read_text()
     assert "injected: only here" in own_log
     assert ("Traceback" in own_log) == (error == "AssertionError")
-    assert newest_step(run_dir) == 2
+    assert newest_step(run_dir) in (2, 4), "the save of step 4 began when that of step 2 had ended"
     assert not (run_dir / "DONE").exists()
     assert lab.run(run_dir, 2, STEPS) == 0, "the same command resumes"
     assert same_student(run_dir, lab.untouched(2, STEPS))
@@ -51,7 +51,7 @@ def test_an_error_on_one_rank_ends_the_job(lab: Lab, error: str) -> None:
 
 def test_memory_that_runs_out_on_one_rank_ends_the_job(lab: Lab) -> None:
     run_dir = lab.fresh("run")
-    faults = [{"kind": "out of memory", "rank": 1, "step": 3, "part": "student"}, NO_FAREWELL]
+    faults = [{"kind": "out of memory", "rank": 1, "step": 5, "part": "student"}, NO_FAREWELL]
     code, seconds, log = end_of(lab, run_dir, faults, micro_batch_per_gpu=4)
     assert code == EXIT_USER
     assert seconds < SECONDS_TO_FOLLOW
@@ -60,7 +60,7 @@ def test_memory_that_runs_out_on_one_rank_ends_the_job(lab: Lab) -> None:
     assert "you tried to allocate 1125899906842624 bytes" in message
     assert "--set micro_batch_per_gpu=2 " in message
     assert "--set student.checkpointing=true " in message
-    assert newest_step(run_dir) == 2
+    assert newest_step(run_dir) in (2, 4)
     fixes = {"micro_batch_per_gpu": 2, "student.checkpointing": True}
     words = [*lab.arguments(2, {**STEPS, **fixes}), "--run-dir", str(run_dir), "--allow-change"]
     assert lab.server.start(2, words, run_dir.with_suffix(".log")).wait() == 0, "both printed fixes, pasted"

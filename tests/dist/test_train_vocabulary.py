@@ -89,4 +89,4 @@ def test_a_smaller_vocabulary_trains_the_same(
     lineage = json.loads((tmp_path / "cut" / "lineage.json").read_text())
     assert lineage["trimmed"]["from"] == str(tmp_path / "full")
     assert lineage["steps"] == 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "small", "student", "full"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "full", "small", "student"]

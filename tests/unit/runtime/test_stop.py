@@ -15,6 +15,7 @@ from pipeline.runtime.stop import STOP_SIGNALS, StopRequests
 @pytest.fixture
 def handlers():
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests under nohup inherit that it is ignored
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
