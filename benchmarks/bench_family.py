@@ -4,9 +4,10 @@
 
 The step is that of a run: `build` and `Stepper`, ds_configs/zero2.json, the shards of `make demo`, a teacher in bf16. The
 pair: recipes/xlmr_large_family.yaml (12x384 and 6x384 of XLM-R-large, layer 19, 512 tokens) with a teacher of random weights.
-The sweep: recipes/sweep_teacher_layer.yaml (six students of the quickstart's teacher, layers 7 to 12). A student alone is its
-own recipe in the same `Stepper`. Runs take turns in one thread. Times are medians of CPU seconds. Memory: bytes of tensors
-that torch's profiler counts from the build of the run to the end of its second step, in a process of its own.
+The sweep: recipes/sweep_teacher_layer.yaml (six 6x384 students of the quickstart's teacher, layers 7 to 12), and the same with
+3x384 students. A student alone is its own recipe in the same `Stepper`. Runs take turns in one thread. Times are medians of
+CPU seconds. Memory: bytes of tensors that torch's profiler counts from the build of the run to the end of its second step, in
+a process of its own.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Job:
 
 
 def jobs(teacher: Path, quick: bool) -> dict[str, Job]:
-    """The pair with a random teacher, and the sweep with the quickstart's."""
+    """The pair with a random teacher, the sweep with the quickstart's, and the same sweep of smaller students."""
     shared = [f"data={DEMO_SHARDS}", "teacher_options.dtype=bf16", "steps=1000", "heldout_rows=1"]
     rows = 1 if quick else 8
     large = [f"teacher={teacher}", f"global_batch={rows}", f"micro_batch_per_gpu={rows}"]
@@ -82,9 +83,12 @@ def jobs(teacher: Path, quick: bool) -> dict[str, Job]:
         large += ["seq_len=32", "relations.teacher_layer=2", "relations.heads=16"]
         large += ["students.12x384.student.layers=2", "students.6x384.student.layers=1", "student.hidden=96"]
         small += ["seq_len=32", "global_batch=2", "micro_batch_per_gpu=2"]
+    sweep = Job(REPO / "recipes/sweep_teacher_layer.yaml", [*shared, *small])
+    three_layers = ["student.layers=3", "student.init_layers=[4, 8, 12]"]
     return {
         "pair": Job(REPO / "recipes/xlmr_large_family.yaml", [*shared, *large]),
-        "sweep": Job(REPO / "recipes/sweep_teacher_layer.yaml", [*shared, *small]),
+        "sweep": sweep,
+        "sweep_3x384": replace(sweep, overrides=[*sweep.overrides, *three_layers]),
     }
 
 
@@ -135,6 +139,12 @@ def times(job: Job, repeats: int) -> dict[str, float]:
     with contextlib.ExitStack() as stack:
         runs = {name: OneRun(job, name, stack) for name in (*job.students, TOGETHER)}
         return interleaved_cpu_seconds({name: run.step for name, run in runs.items()}, repeats)
+
+
+def operations_ratio(job: Job) -> float:
+    """Floating-point operations of a step of all students together, by those of all alone: what the time can reach."""
+    planner = FamilyPlanner(job.load(), job.recipe, job.deepspeed, Hardware(DEVICES["cpu"]))
+    return planner.plan(1, 1).step.flops / sum(plan.step.flops for plan in planner.plans_alone(1, 1).values())
 
 
 def measure_bytes(job: Job, name: str) -> dict[str, float]:
@@ -196,9 +206,10 @@ def time_rows(of_jobs: dict[str, Job], repeats: int) -> tuple[list[list], dict[s
     for name, job in of_jobs.items():
         seconds = in_a_new_process(times, job, repeats)
         alone = sum(seconds[student] for student in job.students)
-        ratios[f"{name}_ratio"] = seconds[TOGETHER] / alone
-        rows += [[name, f"{student} alone", seconds[student], ""] for student in job.students]
-        rows += [[name, "sum of these", alone, 1.0], [name, TOGETHER, seconds[TOGETHER], seconds[TOGETHER] / alone]]
+        ratios |= {f"{name}_ratio": seconds[TOGETHER] / alone, f"{name}_operations_ratio": operations_ratio(job)}
+        rows += [[name, f"{student} alone", seconds[student], "", ""] for student in job.students]
+        rows.append([name, "sum of these", alone, 1.0, 1.0])
+        rows.append([name, TOGETHER, seconds[TOGETHER], *list(ratios.values())[-2:]])
     return rows, ratios
 
 
@@ -238,10 +249,10 @@ def main() -> None:
         write_random_teacher(Path(temporary), options.quick)
         of_jobs = jobs(Path(temporary), options.quick)
         of_time, time_ratios = time_rows(of_jobs, 1 if options.quick else 5)
-        of_memory, memory_ratios = memory_rows(of_jobs)
+        of_memory, memory_ratios = memory_rows({name: of_jobs[name] for name in ("pair", "sweep")})
         of_loss, loss_figures = loss_rows(of_jobs["sweep"])
     tables = {"time": of_time, "memory": of_memory, "loss": of_loss}
-    header = ["students", "run", "CPU s a step", "of the sum"]
+    header = ["students", "run", "CPU s a step", "of the sum", "in operations"]
     figures = {**time_ratios, **memory_ratios, **loss_figures, **tables}
     publish("Several students of one teacher", header, of_time, figures, options.json)
     header = ["students", "run", "MB before a step", "MB at its peak", "MB of the loss", "MB planned", "planned / peak"]
