@@ -3,11 +3,12 @@
     OMP_NUM_THREADS=1 python benchmarks/bench_family.py [--quick] [--json FILE]
 
 The step is that of a run: `build` and `Stepper`, ds_configs/zero2.json, the shards of `make demo`, a teacher in bf16. The
-pair: recipes/xlmr_large_family.yaml (12x384 and 6x384 of XLM-R-large, layer 19, 512 tokens) with a teacher of random weights and
-without dropout, with which a CPU's attention would leave its fused kernel. The sweep: recipes/sweep_teacher_layer.yaml (six 6x384 students of the quickstart's teacher, layers 7 to 12), and the same with
-3x384 students. A student alone is its own recipe in the same `Stepper`. Runs take turns in one thread. Times are medians of
-CPU seconds. Memory: bytes of tensors that torch's profiler counts from the build of the run to the end of its second step, in
-a process of its own.
+pair: recipes/xlmr_large_family.yaml (12x384 and 6x384 of XLM-R-large, layer 19, 512 tokens) with a teacher of random
+weights and without dropout, with which a CPU's attention would leave its fused kernel. The sweep:
+recipes/sweep_teacher_layer.yaml (six 6x384 students of the quickstart's teacher, layers 7 to 12), and the same with 3x384
+students. A student alone is its own recipe in the same `Stepper`. Runs take turns in one thread. Times are medians of CPU
+seconds. Memory: bytes of tensors that torch's profiler counts from the build of the run to the end of its second step, in a
+process of its own.
 """
 
 from __future__ import annotations

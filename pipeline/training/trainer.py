@@ -110,6 +110,9 @@ class Trainer:
                 self._confirm_end()
                 return
             self._begin()
+            if not self.active:  # the evaluation that a stop request had left to this attempt has ended all students
+                self._finish(self.run.paths.done, self._end_line())
+                return
             with self.stepper.batches(self.first_step) as batches:
                 self._loop(batches)
 
@@ -142,16 +145,18 @@ class Trainer:
             if saves or is_over or (is_best and self.recipe.checkpoint.keep_best):
                 self.saver.save(done, required=is_over)
             if is_over:
-                self._finish(self.run.paths.done, f"done: {self.recipe.steps} steps{self._early_ends()}")
+                self._finish(self.run.paths.done, self._end_line())
                 return
             if reason:
                 self._finish(self.run.paths.preempted, f"stopped on request ({reason}) after step {done}")
                 return
 
-    def _early_ends(self) -> str:
-        """What to add to the end of a run about students that ended before its last step."""
+    def _end_line(self) -> str:
+        """The content of the marker DONE, with the students that ended before the last step."""
         ended = [(member.parts.name, member.state.ended) for member in self.members if member.state.ended]
-        return "".join(f"; {name or 'ended'} after step {e['step']}: {e['reason']}" for name, e in ended)
+        early = "".join(f"; {name or 'ended'} after step {e['step']}: {e['reason']}" for name, e in ended)
+        steps = self.recipe.steps if self.active else max(end["step"] for _, end in ended)
+        return f"done: {steps} steps{early}"
 
     def _evaluate(self, step: int) -> bool:
         """Held-out loss per language and pictures of the relations. All ranks take part: ZeRO-3 gathers parameters.
@@ -231,9 +236,9 @@ class Trainer:
 
     def _confirm_end(self) -> None:
         """The run has all its steps: write what is missing because it was deleted, or because of a kill after the last save."""
-        paths, line = self.run.paths, f"done: {self.recipe.steps} steps{self._early_ends()}"
+        paths = self.run.paths
         self.loggers[0].say_of_run(f"{paths.directory} already has its {self.recipe.steps} steps; nothing to do")
         if dist.broadcast_json(any(logger.lacks_description for logger in self.loggers)):
             self._describe()
         if self.run.launch.is_main and not paths.done.exists():
-            write_file_or_warn(paths.done, line + "\n")
+            write_file_or_warn(paths.done, self._end_line() + "\n")

@@ -267,7 +267,9 @@ def test_a_family_stops_each_student_that_no_longer_gets_better(family: Family) 
     assert ours.pop("step") == 12
     assert theirs.pop("step") == theirs["ended"]["step"] < 12
     assert ours == theirs
-    assert "no lower held-out loss in 3 evaluations" in (alone / "DONE").read_text()
+    done = (alone / "DONE").read_text()
+    assert done.startswith(f"done: {theirs['ended']['step']} steps; ended after step ")
+    assert "no lower held-out loss in 3 evaluations" in done
     assert state_of(run_dir, "calm")["ended"] is None
     assert curves_of(run_dir / "students" / "wild") == curves_of(alone)
     assert family.run(alone, 1, {**settings, **changes}) == 0  # and nothing more is trained
