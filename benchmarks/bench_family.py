@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
-from transformers import XLMRobertaConfig, XLMRobertaModel
 
+from benchmarks.bench_step import xlm_roberta
 from benchmarks.measure import REPO, arguments, markdown_table, publish
 from benchmarks.naive_baseline import interleaved_cpu_seconds
 from pipeline.config import Recipe, load_recipe
@@ -96,20 +96,8 @@ def jobs(teacher: Path, quick: bool) -> dict[str, Job]:
 def write_random_teacher(directory: Path, quick: bool) -> None:
     """XLM-R-large's shape with the tokenizer of the shards."""
     layers, hidden = (3, 128) if quick else (24, 1024)
-    tokenizer_config = json.loads((DEMO_TEACHER / "config.json").read_text())
-    config = XLMRobertaConfig(
-        vocab_size=tokenizer_config["vocab_size"],
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        intermediate_size=4 * hidden,
-        max_position_embeddings=514,
-        type_vocab_size=1,
-        layer_norm_eps=1e-5,
-        pad_token_id=1,
-    )
-    torch.manual_seed(0)
-    XLMRobertaModel(config, add_pooling_layer=False).save_pretrained(directory)
+    vocabulary = json.loads((DEMO_TEACHER / "config.json").read_text())["vocab_size"]
+    xlm_roberta(layers, hidden, vocabulary).save_pretrained(directory)
     for name in ("sentencepiece.bpe.model", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO_TEACHER / name, directory)
 
