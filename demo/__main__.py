@@ -56,6 +56,11 @@ def main() -> None:
     run_dir = arguments.run_dir or Path("runs") / arguments.recipe.stem
     overrides = training_overrides(arguments.set)
     recipe, retrieval = load_recipe(arguments.recipe, overrides), retrieval_settings(arguments.recipe, arguments.set)
+    if recipe.students is not None:
+        raise UserError(
+            f"the demo shows one student, and {arguments.recipe} has {len(recipe.students)}. Train them: deepspeed pipeline/train.py "
+            f"--deepspeed ds_configs/zero2.json --recipe {shlex.quote(str(arguments.recipe))}   (then `python -m pipeline compare`)"
+        )
     read_pairs(retrieval)  # a wrong path must fail before the training, not after it
     logging.disable_progress_bar()
 

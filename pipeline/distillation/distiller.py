@@ -168,9 +168,10 @@ class DistillModule(nn.Module):
         """
         maps, num_heads = [], min(num_heads, self.config.heads)
         mask = SequenceMask(None, None if segments is None else segments[:1])
-        allowed_11LL = mask.attention_mask(input_ids_BL[:1])
+        row_1L = input_ids_BL if len(input_ids_BL) == 1 else input_ids_BL[:1]
+        allowed_11LL = mask.attention_mask(row_1L)
         with without_dropout(self.student), uncompiled():
-            outputs_of_both = self._run_both(input_ids_BL[:1], mask)
+            outputs_of_both = self._run_both(row_1L, mask)
         for outputs in outputs_of_both:
             x_1LD, y_1LD = (
                 x_BLD[:1, :, : num_heads * x_BLD.shape[-1] // self.config.heads].float()
@@ -226,11 +227,7 @@ class DistillModule(nn.Module):
             self.basis_Dd = self.basis_Dd.to(target_BLD.device)
             target_BLD = target_BLD @ self.basis_Dd
         if target_BLD.shape != student_BLD.shape:
-            raise UserError(
-                f"`relations.tail: mse` needs equal widths, not {teacher_BLD.shape[-1]} (teacher) and "
-                f"{student_BLD.shape[-1]} (student), or a student whose layers are projected (`student.init: project`); "
-                "use `tail: relation`"
-            )
+            raise UserError(unequal_widths(teacher_BLD.shape[-1], student_BLD.shape[-1]))
         distance_BL = (student_BLD.float() - target_BLD).square().mean(-1)
         real_BL = mask.real_tokens(distance_BL)
         return distance_BL.mean() if real_BL is None else ((distance_BL * real_BL).sum(1) / real_BL.sum(1)).mean()
@@ -258,6 +255,14 @@ class DistillModule(nn.Module):
             )
             for line in self.backend_report:
                 logger.info(line)
+
+
+def unequal_widths(teacher: int, student: int) -> str:
+    """The message about a tail term whose outputs cannot be subtracted."""
+    return (
+        f"`relations.tail: mse` needs equal widths, not {teacher} (teacher) and {student} (student), or a student whose layers "
+        "are projected (`student.init: project`); use `tail: relation`"
+    )
 
 
 def _part_weights(config: RelationsConfig) -> dict[str, float]:

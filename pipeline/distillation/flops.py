@@ -24,5 +24,9 @@ def forward_flops(encoder: TappedEncoder, seq_len: int) -> int:
 
 def training_flops(teacher: TappedEncoder, students: Sequence[TappedEncoder], seq_len: int) -> int:
     """Operations that distilling one row needs: the teacher's forward, and each student's forward and backward."""
-    of_students = sum(forward_flops(student, seq_len) for student in students)
-    return forward_flops(teacher, seq_len) + (1 + BACKWARD_OVER_FORWARD) * of_students
+    return forward_flops(teacher, seq_len) + sum(student_flops(student, seq_len) for student in students)
+
+
+def student_flops(student: TappedEncoder, seq_len: int) -> int:
+    """Operations of one student's forward and backward over one row."""
+    return (1 + BACKWARD_OVER_FORWARD) * forward_flops(student, seq_len)

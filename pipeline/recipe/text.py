@@ -100,7 +100,9 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {shown(override)}: write it as --set key=value or --set section.key=value")
     *sections, last = key.split(".")
     for section in sections:
-        child = tree.setdefault(section, {})
+        child = tree.get(section)
+        if child is None or (isinstance(child, Plain) and child.value is None):  # absent, or a key without a value
+            child = tree[section] = {}
         if not isinstance(child, dict):
             raise UserError(f"--set {shown(override)}: `{section}` is a value, not a section")
         tree = child

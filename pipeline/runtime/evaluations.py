@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from pipeline.recipe.ranges import LARGEST_INT, check_ranges
 
+DIVERGED = "diverged"  # how the reason of an early end begins if the student's steps were not finite
 Evaluation = tuple[int, float]  # finished steps, mean held-out loss over languages
 
 

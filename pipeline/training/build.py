@@ -23,7 +23,7 @@ from pipeline.data.batches import BatchSource
 from pipeline.distillation.compiled_layers import compile_layers
 from pipeline.distillation.config import RelationsConfig
 from pipeline.distillation.distiller import DistillModule, Hooks
-from pipeline.distillation.flops import training_flops
+from pipeline.distillation.flops import student_flops, training_flops
 from pipeline.distillation.models.projection import Calibration
 from pipeline.distillation.models.student import Student, build_student
 from pipeline.distillation.models.teacher import load_encoder, load_teacher
@@ -50,6 +50,16 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class MadeFrom:
+    """What decides a student: its recipe, and hashes of data, teacher, tokenizer, vocabulary and the encoder of its start."""
+
+    recipe: Recipe  # with which this student would be trained alone
+    identity: Identity
+    data_fingerprint: str
+    name: str
+
+
+@dataclass(frozen=True)
 class Parts:
     """Everything that takes part in a training step of one student, and what it was made from.
 
@@ -65,6 +75,7 @@ class Parts:
     clock: StepClock
     batch: BatchShape
     flops_per_row: int  # that the teacher and all students of the run need
+    student_flops_per_row: int  # of these, this student's
     ds_config: dict[str, Any]
     precision: str
     teacher_precision: str
@@ -74,9 +85,10 @@ class Parts:
     shared_teacher: SharedTeacher | None = None  # of several students
 
     @property
-    def student_identity(self) -> Identity:
-        """Hashes of everything that this student is made from."""
-        return {**self.identity, **self.student.start_hashes}
+    def made_from(self) -> MadeFrom:
+        """Everything that must be the same in all attempts to train this student."""
+        identity = {**self.identity, **self.student.start_hashes}
+        return MadeFrom(self.recipe, identity, self.source.fingerprint, self.name)
 
     @property
     def num_trained(self) -> int:
@@ -139,13 +151,13 @@ def build(
         fix_workspace()
     first = Inputs(recipe, recipe_path, ds_path, launch.world_size, launch.device, _load_complete_teacher)
     of_members = inputs_of(recipe, first)
+    preflight.agree({"students of the recipe": list(of_members)})
     warnings = _check(of_members, launch)
     of_members = {name: inputs for name, inputs in of_members.items() if chosen is None or name in chosen}
     students = {}
     for name, inputs in of_members.items():
         with about_student(name):
             students[name] = _build_same_student(inputs, launch)
-    for name, inputs in of_members.items():
         if inputs.recipe.student.compile:
             compile_layers(students[name].tapped, "student.compile", recipe.deterministic)
     clock, made = StepClock(launch.device), []
@@ -163,8 +175,23 @@ def build(
         )
         engine = StudentEngine(distiller, student.trained, of_student.optimizer, config, recipe.deterministic)
         parts = Parts(
-            *(of_student, launch, source, student, distiller, engine, clock, batch, flops, config, precision),
-            *(teacher_precision, [*warnings, *engine.warnings], identity, name, teacher.shared),
+            recipe=of_student,
+            launch=launch,
+            source=source,
+            student=student,
+            distiller=distiller,
+            engine=engine,
+            clock=clock,
+            batch=batch,
+            flops_per_row=flops,
+            student_flops_per_row=student_flops(student.tapped, recipe.seq_len),
+            ds_config=config,
+            precision=precision,
+            teacher_precision=teacher_precision,
+            warnings=[*warnings, *engine.warnings],
+            identity=identity,
+            name=name,
+            shared_teacher=teacher.shared,
         )
         made.append(parts)
         warnings = []  # of the run: reported by its first student

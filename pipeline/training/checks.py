@@ -22,6 +22,7 @@ from pipeline.config import Recipe
 from pipeline.data.batches import BatchOptions, BatchSource
 from pipeline.data.tokenizer_hash import compare_ids, tokenizer_sha256
 from pipeline.distillation.compiled_layers import check_compiler
+from pipeline.distillation.distiller import unequal_widths
 from pipeline.distillation.models.architectures import ARCHITECTURES, check_length
 from pipeline.distillation.models.teacher import check_vocabulary
 from pipeline.distillation.models.vocabulary import cut_embedding, read_vocabulary
@@ -270,6 +271,9 @@ def cut_teacher(vocabulary: str, teacher: str, model: Any) -> None:
 def check_taps(recipe: Recipe, teacher_model: PreTrainedModel) -> list[int]:
     """The layers that are read exist, and the heads divide both widths. Returns the layers."""
     relations, width = recipe.relations, recipe.student.hidden
+    of_teacher = teacher_model.config.hidden_size
+    if relations.tail == "mse" and width != of_teacher and recipe.student.init != "project":
+        raise UserError(unequal_widths(of_teacher, width))
     taps = relations.teacher_taps or teacher_model.config.num_hidden_layers
     teacher = tap(teacher_model, taps, **relations.tap_options, role="teacher")
     check_heads(teacher.widths[0], relations.heads, "teacher", width)

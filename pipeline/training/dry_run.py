@@ -17,7 +17,7 @@ from pipeline.runtime.device_facts import peak_memory_bytes
 from pipeline.runtime.preflight import check_run_dir, nearest_directory, without_trace
 from pipeline.runtime.run_paths import RunPaths
 from pipeline.training.build import Parts, Run
-from pipeline.training.resume import TrainState
+from pipeline.training.resume import TrainState, is_over
 from pipeline.training.run_logger import StepReport
 from pipeline.training.stepper import Learner, Stepper
 
@@ -28,14 +28,21 @@ MAX_SKIPPED_STEPS = 20
 def dry_run(run: Run, states: Sequence[TrainState], start_s: float) -> None:
     """Take one step and print the summary. Raises `DivergedRunError` where no step has a finite gradient."""
     run_dir, first, launch = run.paths.directory, states[0].first_step, run.launch
-    if first >= run.recipe.steps:
-        run.say(f"{run_dir} already has its {run.recipe.steps} steps: a run would do nothing")
+    if is_over(states, run.recipe.steps):
+        what = (
+            f"already has its {run.recipe.steps} steps"
+            if first >= run.recipe.steps
+            else "has only students that ended early"
+        )
+        run.say(f"{run_dir} {what}: a run would do nothing")
         return
     seconds, taken = _first_taken_steps(run, states)
     peaks = dist.gather_json(peak_memory_bytes(launch.device))
     where = f"a new run in {run_dir}" if first == 0 else f"{run_dir} would resume after step {first}"
     for member in run.members:
-        for line in [*(f"warning: {text}" for text in member.warnings), *member.distiller.backend_report]:
+        for line in member.warnings:
+            run.say(f"warning: {line}")
+        for line in member.distiller.backend_report:
             run.say(f"{member.name}: {line}" if member.name else line)
     run.say(f"dry run: one optimizer step taken, nothing written; {where}")
     memory = "reserved on its GPU" if launch.device.type == "cuda" else "resident"

@@ -16,7 +16,15 @@ from typing import Any
 
 from pipeline.config import Recipe
 from pipeline.errors import UserError
-from pipeline.runtime.checkpoint_files import STATE, checkpoint_path, committed_steps, later_groups, read_text
+from pipeline.runtime.checkpoint_files import (
+    MANIFEST,
+    STATE,
+    checkpoint_path,
+    committed_steps,
+    later_groups,
+    names_by_student,
+    read_text,
+)
 from pipeline.runtime.run_paths import RunPaths, students_of
 
 
@@ -62,7 +70,9 @@ def choose_group(run_dir: Path, recipe: Recipe, allow_change: bool) -> Group:
     found = [group for number in (1, *later_groups(run_dir)) if (group := _newest(run_dir, number)) is not None]
     group_of = {name: group for group in found for name in group.students if name in names}
     new = [name for name in names if name not in group_of]
-    unfinished = [group for group in found if not group.is_finished(recipe.steps) and set(group.students) & set(names)]
+    unfinished = [group for group in found if not group.is_finished(recipe.steps)]
+    if not new:
+        unfinished = [group for group in unfinished if set(group.students) & set(names)]
     _check_groups(run_dir, recipe.steps, new, unfinished)
     finished = {name: str(g.directory / name) for name, g in group_of.items() if g.is_finished(recipe.steps)}
     if new:
@@ -113,9 +123,18 @@ def _newest(run_dir: Path, number: int) -> _Found | None:
     if not steps:
         return None
     checkpoint = checkpoint_path(directory, steps[-1])
-    students = sorted(path.name for path in checkpoint.iterdir() if path.is_dir())
+    students = _students_of(checkpoint)
     ended = bool(students) and all(_state(checkpoint / student).get("ended") for student in students)
     return _Found(number, checkpoint, steps[-1], students, ended)
+
+
+def _students_of(checkpoint: Path) -> list[str]:
+    """Names in the manifest; where that cannot be read, which the resume reports, of directories with tensors."""
+    try:
+        names = names_by_student(json.loads(read_text(checkpoint / MANIFEST))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        names = {path.parent.name: [] for path in checkpoint.glob("*/*.safetensors")}
+    return sorted(filter(None, names))
 
 
 def _state(directory: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.shards import UnreadableError
+from data_prep.shards import DataError
 from pipeline.config import Recipe, load_recipe, unused_sections_warning
 from pipeline.errors import UserError
 from pipeline.runtime import clocks, dist
@@ -34,7 +34,7 @@ from pipeline.training.dry_run import dry_run, writable_without_trace
 from pipeline.training.groups import Group, choose_group
 from pipeline.training.out_of_memory import OutOfMemoryError
 from pipeline.training.ready import check_ready
-from pipeline.training.resume import TrainState, resume
+from pipeline.training.resume import TrainState, is_over, resume
 from pipeline.training.trainer import Trainer
 
 COLLECTIVE_TIMEOUT_MARGIN = 1.5  # the watchdog ends a run first: it knows where every thread is
@@ -109,7 +109,7 @@ def _choose_group(recipe: Recipe, run_dir: Path, allow_change: bool, launch: Lau
     if launch.is_main:
         try:
             found["group"] = dataclasses.asdict(choose_group(run_dir, recipe, allow_change))
-        except (UserError, UnreadableError) as error:
+        except (UserError, DataError, OSError) as error:
             found["error"] = str(error)
     found = dist.broadcast_json(found)
     if found["error"]:
@@ -123,7 +123,7 @@ def _train(run: Run, states: Sequence[TrainState], ds_path: Path) -> None:
         with out_of_memory.explained(run.recipe, run.launch, ds_path):
             Trainer(run, states).train()
     except OutOfMemoryError:
-        if run.launch.is_main and states[0].first_step < run.recipe.steps:
+        if run.launch.is_main and not is_over(states, run.recipe.steps):
             run.restarts.end("OUT_OF_MEMORY")
         raise
 

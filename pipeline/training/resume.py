@@ -6,27 +6,26 @@ every rank follows its one decision. Where the directory has no checkpoint, the 
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.shards import UnreadableError
+from data_prep.shards import DataError
 from pipeline.distillation.models.student import dropout_of
 from pipeline.errors import DivergedRunError, UserError
 from pipeline.provenance import changed_keys, fingerprint, library_versions, resume_critical_config, rounding_changes
 from pipeline.runtime import dist
 from pipeline.runtime.anomalies import GuardConfig, SpikeDetector
 from pipeline.runtime.checkpoint import CheckpointReader, newest_valid
-from pipeline.runtime.checkpoint_files import STATE, read_text
-from pipeline.runtime.evaluations import Evaluation, best_evaluation
+from pipeline.runtime.evaluations import DIVERGED, Evaluation, best_evaluation, reason_to_stop
 from pipeline.runtime.restarts import FALL_BACK_AFTER, GIVE_UP_AFTER
 from pipeline.training.agreement import environment_warnings
-from pipeline.training.build import Parts, Run
+from pipeline.training.build import MadeFrom, Parts, Run
 from pipeline.training.groups import Group
-from pipeline.training.identity import changes
+from pipeline.training.identity import changes, start_identity
+from pipeline.training.student_start import read_start
 
 
 @dataclass
@@ -38,6 +37,11 @@ class TrainState:
     skipped_steps: int = 0
     evaluations: list[Evaluation] = field(default_factory=list)
     ended: dict[str, Any] | None = None  # "step" and "reason", where the student is trained no further than that step
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether the student has ended because its steps were not finite."""
+        return self.ended is not None and self.ended["reason"].startswith(DIVERGED)
 
     @classmethod
     def restore(cls, saved: Mapping[str, Any], guard: GuardConfig) -> TrainState:
@@ -68,6 +72,11 @@ class TrainState:
         return any(step == self.first_step for step, _ in self.evaluations)
 
 
+def is_over(states: Sequence[TrainState], steps: int) -> bool:
+    """Whether nothing is left to train: the last step is done, or every student has ended before it."""
+    return states[0].first_step >= steps or all(state.ended is not None for state in states)
+
+
 def checkpoint_state(parts: Parts, state: TrainState, step: int) -> dict[str, Any]:
     """The content of a checkpoint's `state.json`: everything besides tensors, after `step` finished steps."""
     critical = resume_critical_config(parts.recipe)
@@ -87,7 +96,7 @@ def checkpoint_state(parts: Parts, state: TrainState, step: int) -> dict[str, An
         "recipe": critical,
         "recipe_fingerprint": fingerprint(critical),
         "data_fingerprint": parts.source.fingerprint,
-        "identity": parts.student_identity,
+        "identity": parts.made_from.identity,
         "versions": library_versions(),
         "deepspeed": parts.ds_config,
         "parameters": parts.engine.shapes,
@@ -109,7 +118,7 @@ def resume(run: Run, group: Group, allow_change: bool, counts_as_start: bool = T
         DivergedRunError: the last starts all ended in a crash
     """
     run.stop.saw_earlier_saves(dist.broadcast_json(run.restarts.slowest_save_s))
-    decision = dist.broadcast_json(_choose(run) if run.launch.is_main else None)
+    decision = dist.broadcast_json(_choose(run, group, allow_change) if run.launch.is_main else None)
     if decision["crash_loop"]:
         raise DivergedRunError(decision["crash_loop"])
     if decision["error"]:
@@ -118,14 +127,16 @@ def resume(run: Run, group: Group, allow_change: bool, counts_as_start: bool = T
         run.say(f"warning: checkpoint passed over: {problem}")
     path = Path(decision["path"]) if decision["path"] else None
     readers = [CheckpointReader(path, member.name) for member in run.members] if path else []
-    for line in _warnings_of_all(run, group, readers, allow_change):
+    removed = [f"--allow-change: continues without {', '.join(group.removed)}"] if group.removed else []
+    warnings = [*removed, *decision["warnings"], *_warnings_of_members(run, readers, allow_change)]
+    saved = [reader.state for reader in readers] or [{} for _ in run.members]
+    states = [TrainState.restore(of_student, run.recipe.guard) for of_student in saved]
+    for member, state in zip(run.members, states, strict=True):
+        warnings += _reopened(member, state)
+    for line in dict.fromkeys(warnings):
         run.say(f"warning: {line}")
-    guard = run.recipe.guard
-    states = [TrainState.restore(reader.state, guard) for reader in readers] or [
-        TrainState.restore({}, guard) for _ in run.members
-    ]
     first_step = states[0].first_step
-    if counts_as_start and run.launch.is_main and first_step < run.recipe.steps:
+    if counts_as_start and run.launch.is_main and not is_over(states, run.recipe.steps):
         run.restarts.begin(first_step, run.launch.world_size)  # before the load, so that a crash in it counts
     for member, reader in zip(run.members, readers, strict=False):
         _load(member, reader)
@@ -134,25 +145,34 @@ def resume(run: Run, group: Group, allow_change: bool, counts_as_start: bool = T
     return states
 
 
-def _warnings_of_all(run: Run, group: Group, readers: Sequence[CheckpointReader], allow_change: bool) -> list[str]:
-    """What differs from the checkpoint, and from those of the students that are finished. Raises `UserError` where nothing may."""
-    warnings = [f"--allow-change: continues without {', '.join(group.removed)}"] if group.removed else []
-    recipes, directory = run.recipe.members(), run.paths.directory
-    for name, state_dir in group.finished.items():
-        state = json.loads(read_text(Path(state_dir) / STATE))
-        warnings += check_changes(state, replace(run.shared, recipe=recipes[name], name=name), directory, allow_change)
+def _warnings_of_members(run: Run, readers: Sequence[CheckpointReader], allow_change: bool) -> list[str]:
+    """What differs from the checkpoint. Raises `UserError` where nothing may."""
+    warnings = []
     for member, reader in zip(run.members, readers, strict=False):
-        warnings += check_changes(reader.state, member, directory, allow_change)
+        warnings += check_changes(reader.state, member.made_from, run.paths.directory, allow_change)
         dropout = max(dropout_of(member.student.model.config).values(), default=0.0)
         warnings += environment_warnings(reader.state, member.ds_config, dropout)
         reader.check_shapes(member.engine.shapes, member.student.untrained)
-    return list(dict.fromkeys(warnings))
+    return warnings
 
 
-def _choose(run: Run) -> dict[str, Any]:
-    """Rank 0's decision: which checkpoint, or why none."""
+def _reopened(member: Parts, state: TrainState) -> list[str]:
+    """Continue a student that stopped early where the recipe's `stop_when` no longer asks for it; else a warning."""
+    if state.ended is None or state.has_diverged or reason_to_stop(state.evaluations, member.recipe.stop_when):
+        return []
+    if state.ended["step"] == state.first_step:
+        state.ended = None
+        return []
+    return [
+        f"{member.name} ended after step {state.ended['step']} ({state.ended['reason']}). `stop_when` no longer asks for "
+        "that, but the others are further, so it stays as it is"
+    ]
+
+
+def _choose(run: Run, group: Group, allow_change: bool) -> dict[str, Any]:
+    """Rank 0's decision: which checkpoint, or why none; and what differs from the students that are finished."""
     crashes = run.restarts.crashes_in_a_row
-    decision: dict[str, Any] = {"error": None, "crash_loop": None, "path": None, "problems": []}
+    decision: dict[str, Any] = {"error": None, "crash_loop": None, "path": None, "problems": [], "warnings": []}
     if crashes >= GIVE_UP_AFTER:
         remove = shlex.join(["rm", str(run.paths.restarts)])
         return decision | {
@@ -160,15 +180,44 @@ def _choose(run: Run) -> dict[str, Any]:
             f"without a stop request. Read the end of their logs, fix the cause, and then: {remove}"
         }
     try:
+        warnings = _warnings_of_finished(run, group, allow_change)
         path, problems = newest_valid(run.paths.checkpoints, skip=int(crashes >= FALL_BACK_AFTER))
-    except (UserError, UnreadableError) as error:
+    except (UserError, DataError, OSError) as error:
         return decision | {"error": str(error)}
-    return decision | {"path": str(path) if path else None, "problems": problems}
+    return decision | {"path": str(path) if path else None, "problems": problems, "warnings": warnings}
 
 
-def check_changes(saved: dict[str, Any], parts: Parts, run_dir: Path, allow_change: bool) -> list[str]:
-    """Compare a checkpoint's `state.json` with this run. Teacher and vocabulary are compared by content where the
-    checkpoint knows it, else by path.
+def _warnings_of_finished(run: Run, group: Group, allow_change: bool) -> list[str]:
+    """As `_warnings_of_members`, for the recipe's students that are not trained because they have all their steps.
+
+    Raises `UserError` also where the last checkpoint of one is not valid.
+    """
+    recipes, shared, warnings = run.recipe.members(), run.shared.made_from, []
+    for name, place in group.finished.items():
+        checkpoint = Path(place).parent
+        found, problems = newest_valid(checkpoint.parent)
+        if found != checkpoint:
+            raise UserError(
+                f"student {name} is finished, but its last checkpoint is not valid ({'; '.join(problems)}). Restore it from a "
+                "backup, or choose another --run-dir"
+            )
+        encoder = recipes[name].student.start_encoder
+        start = {} if encoder is None else start_identity(read_start(encoder))
+        made_from = MadeFrom(recipes[name], run.shared.identity | start, shared.data_fingerprint, name)
+        warnings += check_changes(
+            CheckpointReader(found, name).state, made_from, run.paths.directory, allow_change, True
+        )
+    return warnings
+
+
+def check_changes(
+    saved: dict[str, Any], now: MadeFrom, run_dir: Path, allow_change: bool, is_finished: bool = False
+) -> list[str]:
+    """Compare a checkpoint's `state.json` with what this attempt would make the student from. Teacher, vocabulary and the
+    encoder of a start are compared by content where the checkpoint knows it, else by path.
+
+    Args:
+        is_finished: the student is trained no further
 
     Returns:
         warnings about what differs and may differ
@@ -177,26 +226,27 @@ def check_changes(saved: dict[str, Any], parts: Parts, run_dir: Path, allow_chan
         UserError: recipe, teacher or data differ, and `allow_change` is False
     """
     warnings, known = [], saved.get("identity")
-    where = f"{run_dir}, student {parts.name}," if parts.name else f"{run_dir}"
-    changed = changed_keys(saved["recipe"], parts.recipe, by_path=known is None)
-    if saved["data_fingerprint"] != parts.source.fingerprint:
-        changed.append(f"data: {saved['data_fingerprint']} -> {parts.source.fingerprint}")
+    where = f"{run_dir}, student {now.name}," if now.name else f"{run_dir}"
+    changed = changed_keys(saved["recipe"], now.recipe, by_path=known is None)
+    if saved["data_fingerprint"] != now.data_fingerprint:
+        changed.append(f"data: {saved['data_fingerprint']} -> {now.data_fingerprint}")
     if known is None:
         warnings.append(
             "this checkpoint was made before checkpoints held the hash of their teacher: if the weights at "
-            f"{parts.recipe.teacher} have changed since, nothing notices"
+            f"{now.recipe.teacher} have changed since, nothing notices"
         )
     else:
-        changed += changes(known, parts.student_identity)
+        changed += changes(known, now.identity)
     if changed and not allow_change:
         raise UserError(
             f"{where} was begun with another recipe, teacher or data ({'; '.join(changed)}). Set it back, choose "
             "another --run-dir, or add --allow-change to continue from this checkpoint with the changes"
         )
     if changed:
-        what = f"student {parts.name}" if parts.name else "this run"
-        warnings.append(f"--allow-change: {what} continues with changes ({'; '.join(changed)})")
-    if rounded := rounding_changes(saved["recipe"], parts.recipe):
+        what = f"student {now.name}" if now.name else "this run"
+        does = "is finished, and the recipe has changed since" if is_finished else "continues with changes"
+        warnings.append(f"--allow-change: {what} {does} ({'; '.join(changed)})")
+    if not is_finished and (rounded := rounding_changes(saved["recipe"], now.recipe)):
         warnings.append(
             f"layers are not compiled as before this checkpoint ({'; '.join(rounded)}): results change by rounding, and "
             "dropout may draw other masks"

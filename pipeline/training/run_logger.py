@@ -63,7 +63,6 @@ class RunLogger:
         self._metrics = Metrics(paths, self._is_main, first_step, parts.recipe.steps, shows_progress=leads)
         self._interval = _Interval()
         self._speed: dict[str, float] = {}  # of the last interval
-        self._flops_per_row_and_device = parts.flops_per_row / parts.launch.world_size
         self._peak_flops_per_s = peak_flops_per_s(device_name(parts.launch.device), parts.precision)
         self._facts: dict[str, Any] = {}  # in run.json
         self._files: dict[Path, str] = {}  # the other files that describe the run
@@ -106,7 +105,7 @@ class RunLogger:
             "teacher": self._recipe.teacher,
             **({"student": parts.name} if parts.name else {}),
             "vocabulary": self._recipe.vocabulary,
-            "identity": parts.student_identity,
+            "identity": parts.made_from.identity,
             "student_start": student.start,
             "trained_length": student.trained_length,
             "data_fingerprint": parts.source.fingerprint,
@@ -165,9 +164,12 @@ class RunLogger:
         """Time of a save or an evaluation, which is not training time."""
         self._interval.pause(seconds)
 
-    def advance(self, done: int) -> None:
-        """Count a launched step. `done`: launched steps, with this one."""
+    def advance(self) -> None:
+        """Show that one more step of the run has been launched."""
         self._metrics.advance()
+
+    def launched(self, done: int) -> None:
+        """Take note of a launched step of this student. `done`: launched steps, with this one."""
         if done == self._first_step + 1:
             self._report_backend()
 
@@ -175,13 +177,14 @@ class RunLogger:
         """Take note of a finished step."""
         self._interval.add_step(report)
 
-    def step(self, done: int, skipped_steps: int, wait_s: float) -> None:
+    def step(self, done: int, skipped_steps: int, wait_s: float, flops_per_row: int) -> None:
         """Report the interval that ends with the step observed last.
 
         Args:
             done: finished steps, with this one
             skipped_steps: number since the start of the run
             wait_s: seconds that all steps of this attempt have waited for data
+            flops_per_row: that the teacher and all students in training need
         """
         report, steps, recipe = self._interval.last, self._interval.steps, self._recipe
         assert report is not None
@@ -189,7 +192,7 @@ class RunLogger:
         self._interval = _Interval(wait_s)
         rows_per_second = steps * recipe.global_batch / seconds
         tokens_per_second = rows_per_second * recipe.seq_len
-        flops_per_s = rows_per_second * self._flops_per_row_and_device
+        flops_per_s = rows_per_second * flops_per_row / self._parts.launch.world_size
         self._speed = {
             "speed/tokens_per_second": tokens_per_second,
             **{f"speed/{name}_share": share for name, share in shares.items()},

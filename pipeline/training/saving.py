@@ -57,6 +57,11 @@ class Saver:
             logger.pause(time.monotonic() - began)
         self._run.watchdog.feed()
 
+    def changed(self, step: int) -> None:
+        """An evaluation has changed a student's state after `step` steps: a checkpoint of that step lacks it."""
+        if self._saved_step == step:
+            self._saved_step = -1
+
     def poll(self) -> None:
         """After every step: take note of a save that has ended in the background."""
         self._after_save(self._writer.poll())
@@ -85,5 +90,6 @@ class Saver:
         """The steps at which a student was best, where `checkpoint.keep_best` asks for them."""
         if self._run.recipe.checkpoint.keep_best is None:
             return set()
-        best = (best_evaluation(state.evaluations) for state in self._states)
-        return {evaluation[0] for evaluation in best if evaluation is not None}
+        # Of the steps that have a checkpoint: a better one that is still being written may never be committed.
+        saved = ([e for e in state.evaluations if e[0] in self._known_steps] for state in self._states)
+        return {best[0] for best in map(best_evaluation, saved) if best is not None}

@@ -42,7 +42,7 @@ class UnreadStep:
 
 @dataclass
 class Learner:
-    """One student in training, and what is to be done in each of its steps when all forwards have been launched."""
+    """One student in training, and what is to be done in each of its steps when its forwards have been launched."""
 
     parts: Parts
     state: TrainState

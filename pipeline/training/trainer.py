@@ -24,10 +24,10 @@ from pipeline.errors import DivergedRunError
 from pipeline.runtime import dist, preflight
 from pipeline.runtime.anomalies import NonFiniteStepCounter
 from pipeline.runtime.ds_config import loss_scale_floor
-from pipeline.runtime.evaluations import reason_to_stop
+from pipeline.runtime.evaluations import DIVERGED, reason_to_stop
 from pipeline.runtime.noncritical_files import write_file_or_warn
 from pipeline.training.build import Parts, Run
-from pipeline.training.resume import TrainState
+from pipeline.training.resume import TrainState, is_over
 from pipeline.training.run_logger import RunLogger
 from pipeline.training.saving import Saver
 from pipeline.training.stepper import Learner, Stepper, UnreadStep
@@ -49,7 +49,7 @@ class _Member(Learner):
         """Take note of a step that has been launched, or of the end of this student in it."""
         if unread is not None:
             self._unread = unread
-            self.logger.advance(unread.step + 1)
+            self.logger.launched(unread.step + 1)
 
     def read_step(self) -> None:
         """Take note of the last launched step, unless that is done: report a spike, count a step without a finite gradient.
@@ -69,7 +69,7 @@ class _Member(Learner):
         except DivergedRunError as error:
             if self._trainer.active == [self]:
                 raise
-            self.end(step + 1, f"diverged: {error}")
+            self.end(step + 1, f"{DIVERGED}: {error}")
 
     def evaluated(self, step: int, losses: Mapping[str, float]) -> bool:
         """Take note of the held-out losses after `step` steps. Returns whether they are the best so far."""
@@ -95,6 +95,7 @@ class Trainer:
         self.stepper = Stepper(self.members)
         self.loggers = [member.logger for member in self.members]
         self.saver = Saver(run, states, self.loggers)
+        self.began = self.active  # students that this attempt trains
 
     @property
     def active(self) -> list[_Member]:
@@ -106,11 +107,12 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             for logger in self.loggers:
                 stack.enter_context(contextlib.closing(logger))
-            if self.first_step >= self.recipe.steps or not self.active:
+            if is_over([member.state for member in self.members], self.recipe.steps):
                 self._confirm_end()
                 return
             self._begin()
             if not self.active:  # the evaluation that a stop request had left to this attempt has ended all students
+                self.saver.save(self.first_step, required=True)
                 self._finish(self.run.paths.done, self._end_line())
                 return
             with self.stepper.batches(self.first_step) as batches:
@@ -126,6 +128,7 @@ class Trainer:
             done = step + 1
             for member, unread in zip(self.members, self.stepper.train_step(step, stream), strict=True):
                 member.launched(unread)
+            self.loggers[0].advance()
             self.run.watchdog.feed()
             self.saver.poll()
             reason, is_last = self._stop_reason(), done == self.recipe.steps
@@ -135,7 +138,7 @@ class Trainer:
                     member.read_step()
             if logs:
                 for member in self.active:
-                    member.logger.step(done, member.state.skipped_steps, batches.wait_s)
+                    member.logger.step(done, member.state.skipped_steps, batches.wait_s, self._flops_per_row())
             if reason:  # save first: time is short
                 self.saver.save(done, required=True)
             is_best = (is_last or (evaluates and not reason)) and self._evaluate(
@@ -150,6 +153,11 @@ class Trainer:
             if reason:
                 self._finish(self.run.paths.preempted, f"stopped on request ({reason}) after step {done}")
                 return
+
+    def _flops_per_row(self) -> int:
+        """Operations that the teacher and the students that are still trained need."""
+        ended = (member.parts.student_flops_per_row for member in self.members if member.state.ended is not None)
+        return self.run.shared.flops_per_row - sum(ended)
 
     def _end_line(self) -> str:
         """The content of the marker DONE, with the students that ended before the last step."""
@@ -175,9 +183,10 @@ class Trainer:
             launch,
             self.run.watchdog.feed,
         )
-        for member in members if self.recipe.metrics.images else ():
-            self._show_relations(member, step)
+        if self.recipe.metrics.images:
+            self._show_relations(members, step)
         is_best = [member.evaluated(step, of_member) for member, of_member in zip(members, losses, strict=True)]
+        self.saver.changed(step)
         for member in members:
             member.parts.engine.train(True)
         if shared.shared_teacher is not None:
@@ -186,13 +195,15 @@ class Trainer:
             logger.pause(time.monotonic() - began)
         return any(is_best)
 
-    def _show_relations(self, member: _Member, step: int) -> None:
-        parts = member.parts
-        rows_BL, segments_BS = parts.source.heldout_batch(parts.source.languages[:1])
-        rows_BL = rows_BL.to(parts.launch.device)
-        for pair in parts.distiller.part_names[: len(parts.recipe.relations.pairs)]:
-            maps = parts.distiller.relation_maps(rows_BL, pair, segments=segments_BS)
-            member.logger.relation_maps(step, pair, maps)
+    def _show_relations(self, members: Sequence[_Member], step: int) -> None:
+        source = self.run.shared.source
+        rows_BL, segments_BS = source.heldout_batch(source.languages[:1])
+        row_1L = rows_BL[:1].to(self.run.launch.device)  # one tensor for all, which a shared teacher reads once
+        for member in members:
+            distiller = member.parts.distiller
+            for pair in distiller.part_names[: len(member.parts.recipe.relations.pairs)]:
+                maps = distiller.relation_maps(row_1L, pair, segments=segments_BS)
+                member.logger.relation_maps(step, pair, maps)
 
     # -- beginning and end
 
@@ -211,8 +222,8 @@ class Trainer:
             self._evaluate(self.first_step)
 
     def _describe(self) -> None:
-        for logger in self.loggers:
-            logger.describe()
+        for member in self.active or self.members:  # the description of one that has ended has its speed
+            member.logger.describe()
         if self.recipe.students is not None and self.run.launch.is_main:
             write_file_or_warn(self.run.paths.recipe, recipe_to_yaml(self.recipe))
 
@@ -226,8 +237,8 @@ class Trainer:
     def _finish(self, marker: Path, line: str) -> None:
         if self.run.launch.is_main:
             self.run.restarts.end(marker.name)
-            for logger in self.loggers:
-                logger.complete_description()
+            for member in self.began:
+                member.logger.complete_description()
             write_file_or_warn(marker, line + "\n")
         self.loggers[0].say_of_run(f"{line}. Checkpoints: {self.run.paths.checkpoints}")
         if self.recipe.students is not None and self.run.launch.is_main:
@@ -237,7 +248,8 @@ class Trainer:
     def _confirm_end(self) -> None:
         """The run has all its steps: write what is missing because it was deleted, or because of a kill after the last save."""
         paths = self.run.paths
-        self.loggers[0].say_of_run(f"{paths.directory} already has its {self.recipe.steps} steps; nothing to do")
+        what = f"already has its {self.recipe.steps} steps" if self.active else f"is {self._end_line()}"
+        self.loggers[0].say_of_run(f"{paths.directory} {what}; nothing to do")
         if dist.broadcast_json(any(logger.lacks_description for logger in self.loggers)):
             self._describe()
         if self.run.launch.is_main and not paths.done.exists():

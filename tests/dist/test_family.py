@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from pipeline.errors import EXIT_DIVERGED, EXIT_USER
 from pipeline.runtime.checkpoint import CheckpointReader, newest_valid, read_model_weights
-from pipeline.runtime.checkpoint_files import KINDS, checkpoint_path, committed_steps
+from pipeline.runtime.checkpoint_files import committed_steps
 from pipeline.runtime.run_paths import RunPaths, students_of
 from tests.conftest import REPO
-from tests.dist.runs import metrics
-from tests.faults.sweeps.lab import Lab
+from tests.faults.sweeps.lab import Lab, logged_values
+from tests.faults.sweeps.lab import state_of as lab_state_of
 
 # Other depth, width, heads, dropout, layers, tail, relations, rate, warm-up and clipping; one of them is frozen in part.
 DEEP = {
@@ -38,7 +37,7 @@ WIDE = {
     "relations": {"tail": "mse", "pairs": {"q-k": 1.0, "v-v": 2.0}, "heads": 4},
 }
 PAIRS = {
-    "student": {"layers": 2, "hidden": 12, "heads": 2},
+    "student": {"layers": 2, "hidden": 12, "heads": 2, "init": "project"},
     "relations": {
         "teacher_layer": None,
         "layers": [{"teacher": 1, "student": 1}, {"teacher": 4, "student": 2, "weight": 2.0}],
@@ -47,7 +46,11 @@ PAIRS = {
 }
 STUDENTS = {"deep": DEEP, "wide": WIDE, "pairs": PAIRS}
 SETTINGS: dict[str, Any] = {"steps": 6, "save_every": 3, "eval_every": 3, "relations.backend": "chunked"}
-COMBINATIONS = [(1, "fp32", 1), (2, "bf16", 2), (3, "fp16", 1), (2, "fp16", 2), (3, "fp32", 2), (1, "bf16", 1)]
+COMBINATIONS = [
+    (1, "fp32", 1), (2, "bf16", 2), (3, "fp16", 1), (2, "fp16", 2), (3, "fp32", 2), (1, "fp16", 2), (3, "bf16", 1),
+]  # fmt: skip
+DEVICE_WITH_FP16 = [{"kind": "fp16"}]
+WILD = {**DEEP, "optimizer": {"lr": 0.3, "warmup_steps": 0, "decay": "constant"}}  # the held-out loss rises again
 
 
 class Family(Lab):
@@ -69,11 +72,15 @@ class Family(Lab):
     def alone(
         self, name: str, ranks: int, settings: Mapping[str, Any], stage: int = 2, faults: Iterable[Any] = ()
     ) -> Path:
-        changes = {f"{section}.{key}": value for section, keys in STUDENTS[name].items() for key, value in keys.items()}
-        return self.untouched(ranks, {**settings, **changes}, stage, faults)
+        return self.untouched(ranks, {**settings, **overrides_of(STUDENTS[name])}, stage, faults)
 
     def together(self, ranks: int, settings: Mapping[str, Any], stage: int = 2, faults: Iterable[Any] = ()) -> Path:
         return self.untouched(ranks, {"students": STUDENTS, **settings}, stage, faults)
+
+
+def overrides_of(student: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The settings of a student as those of a run with this student alone."""
+    return {f"{section}.{key}": value for section, keys in student.items() for key, value in keys.items()}
 
 
 @pytest.fixture
@@ -82,29 +89,19 @@ def family(lab: Lab) -> Family:
 
 
 def state_of(run_dir: Path, student: str = "", group: int = 1) -> dict[Any, Any]:
-    """Weights, moments, and what decides later steps."""
+    """Weights, moments, weights that are not trained, and what decides later steps."""
     checkpoint, problems = newest_valid(RunPaths(run_dir, group=group).checkpoints)
     assert checkpoint is not None
     assert not problems
     reader = CheckpointReader(checkpoint, student)
-    tensors = {
-        (kind, name): reader.read(kind, name, 0, int(torch.Size(shape).numel())).tolist()
-        for kind in KINDS
-        for name, shape in reader.state["parameters"].items()
-    }
+    tensors = {**lab_state_of(checkpoint, student), **{("untrained", n): t for n, t in reader.untrained().items()}}
     keys = ("step", "adam_step", "skipped_steps", "scaler", "last_losses", "evaluations", "ended")
-    return {**tensors, **{key: reader.state[key] for key in keys}}
-
-
-def curves_of(directory: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl without times and speeds."""
-    rows = [{k: v for k, v in row.items() if k != "time_s" and "speed/" not in k} for row in metrics(directory)]
-    return [row for row in rows if len(row) > 2]
+    return {**{key: tensor.tolist() for key, tensor in tensors.items()}, **{key: reader.state[key] for key in keys}}
 
 
 def check_equal_to_alone(family: Family, run_dir: Path, name: str, alone: Path, group: int = 1) -> None:
     assert state_of(run_dir, name, group) == state_of(alone), name
-    assert curves_of(RunPaths(run_dir, name).description.parent) == curves_of(alone), name
+    assert logged_values(RunPaths(run_dir, name).description.parent) == logged_values(alone), name
 
 
 @pytest.mark.parametrize(("stage", "precision", "ranks"), COMBINATIONS)
@@ -112,7 +109,9 @@ def test_a_family_is_trained_as_each_student_alone(stage: int, precision: str, r
     """With dropout and two micro-batches per step and rank."""
     family.precision = precision
     settings = {**SETTINGS, "micro_batch_per_gpu": 4 // ranks}
-    device = [{"kind": "fp16"}] if precision == "fp16" else []
+    if (stage, precision) == (3, "bf16"):
+        settings |= {"teacher_options.placement": "zero3", "documents": "separate"}
+    device = DEVICE_WITH_FP16 if precision == "fp16" else []
     run_dir = family.together(ranks, settings, stage, device)
     assert students_of(run_dir) == list(STUDENTS)
     for name in STUDENTS:
@@ -138,20 +137,39 @@ def test_a_nan_in_one_student_of_a_family_skips_no_step_of_the_others(family: Fa
         check_equal_to_alone(family, run_dir, name, family.alone(name, 2, SETTINGS))
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_family_that_is_stopped_and_killed_ends_as_each_student_alone(stage: int, family: Family) -> None:
+def test_a_spike_in_one_student_of_a_family_is_skipped_by_this_student(family: Family) -> None:
+    """Its rows are in this student's file; the others know nothing of it."""
+    settings = {**SETTINGS, "guard.spikes": "skip", "guard.spike_window": 20, "guard.spike_sigmas": 10}
+    fault = {"kind": "spike", "steps": [4], "student": "wide"}
+    run_dir = family.together(1, settings, 2, [fault])
+    alone = family.alone("wide", 1, settings, 2, [{**fault, "student": ""}])
+    check_equal_to_alone(family, run_dir, "wide", alone)
+    assert state_of(run_dir, "wide")["skipped_steps"] == 1
+    (entry,) = [json.loads(line) for line in RunPaths(run_dir, "wide").spikes.read_text().splitlines()]
+    assert (entry["step"], entry["skipped"]) == (4, True)
+    for name in ("deep", "pairs"):
+        assert not RunPaths(run_dir, name).spikes.exists()
+        check_equal_to_alone(family, run_dir, name, family.alone(name, 1, settings))
+
+
+@pytest.mark.parametrize(("stage", "precision", "ranks"), [(2, "fp32", 1), (3, "fp16", 2)])
+def test_a_family_that_is_stopped_and_killed_ends_as_each_student_alone(
+    stage: int, precision: str, ranks: int, family: Family
+) -> None:
+    family.precision = precision
+    device = DEVICE_WITH_FP16 if precision == "fp16" else []
     run_dir = family.fresh("interrupted")
     settings = {"students": STUDENTS, **SETTINGS}
     stop = {"kind": "signal", "signal": "SIGUSR1", "step": 1, "student": "wide"}
     kill = {"kind": "signal", "signal": "SIGKILL", "step": 4, "student": "pairs", "micro": 1}
-    assert family.run(run_dir, 1, settings, stage, [stop]) == 0
+    assert family.run(run_dir, ranks, settings, stage, [*device, stop]) == 0
     assert committed_steps(run_dir / "checkpoints") == [2]
     assert (run_dir / "PREEMPTED").exists()
-    assert family.run(run_dir, 1, settings, stage, [kill]) != 0
+    assert family.run(run_dir, ranks, settings, stage, [*device, kill]) != 0
     assert committed_steps(run_dir / "checkpoints") == [2, 3]
-    assert family.run(run_dir, 1, settings, stage) == 0
+    assert family.run(run_dir, ranks, settings, stage, device) == 0
     for name in STUDENTS:
-        check_equal_to_alone(family, run_dir, name, family.alone(name, 1, SETTINGS, stage))
+        check_equal_to_alone(family, run_dir, name, family.alone(name, ranks, SETTINGS, stage, device))
 
 
 def test_a_student_is_added_to_and_removed_from_a_finished_family(family: Family) -> None:
@@ -216,7 +234,7 @@ def test_one_checkpoint_of_a_family_is_committed_or_none(family: Family) -> None
 
 
 def test_a_family_trains_on_when_one_student_diverges(family: Family) -> None:
-    """The diverged student ends, which is written down and survives a resume. Where no other is left the run ends."""
+    """The diverged student ends, which a resume knows: it is not trained again. Where it is the only one the run ends."""
     nan = {"kind": "nan", "steps": list(range(6)), "student": "deep"}
     settings = {**SETTINGS, "guard.max_bad_steps": 2}
     run_dir = family.together(1, settings, 2, [nan])
@@ -224,34 +242,55 @@ def test_a_family_trains_on_when_one_student_diverges(family: Family) -> None:
     assert ended["step"] == 2
     assert "2 steps in a row were not finite" in ended["reason"]
     assert "deep after step 2: diverged" in (run_dir / "DONE").read_text()
-    start = family.fresh("start")
-    stop = {"kind": "signal", "signal": "SIGUSR1", "step": 0, "student": "deep"}
-    assert family.run(start, 1, {"students": STUDENTS, **settings, "steps": 6}, 2, [stop]) == 0
+    resumed = family.fresh("resumed")
+    stop = {"kind": "signal", "signal": "SIGUSR1", "step": 3, "student": "wide"}
+    assert family.run(resumed, 1, {"students": STUDENTS, **settings}, 2, [nan, stop]) == 0
+    assert family.run(resumed, 1, {"students": STUDENTS, **settings}) == 0  # its steps would be finite now
+    ours, theirs = state_of(resumed, "deep"), state_of(run_dir, "deep")
+    assert ours.pop("ended")["step"] == theirs.pop("ended")["step"] == 2  # the reason names a file of each run
+    assert ours == theirs
     for name in ("wide", "pairs"):
-        check_equal_to_alone(family, run_dir, name, family.alone(name, 1, settings))
+        for directory in (run_dir, resumed):
+            check_equal_to_alone(family, directory, name, family.alone(name, 1, settings))
     only = family.fresh("only")
-    everyone = {**nan, "student": "deep"}
-    assert family.run(only, 1, {"students": {"deep": DEEP}, **settings}, 2, [everyone]) == EXIT_DIVERGED
+    assert family.run(only, 1, {"students": {"deep": DEEP}, **settings}, 2, [nan]) == EXIT_DIVERGED
+
+
+def test_weights_that_are_not_finite_end_the_run_of_the_family(family: Family) -> None:
+    """No gradient makes them so: a fault of the machine. The error names the student, and older checkpoints stay."""
+    broken = {"kind": "broken weights", "step": 4}
+    run_dir = family.fresh("broken")
+    assert family.run(run_dir, 1, {"students": STUDENTS, **SETTINGS}, 2, [broken]) == EXIT_DIVERGED
+    assert "the weights of deep: " in run_dir.with_suffix(".log").read_text()
+    assert committed_steps(run_dir / "checkpoints") == [3]
 
 
 def test_the_best_checkpoint_of_a_family_is_kept_and_exported_by_name(family: Family) -> None:
-    """A rate so high that the held-out loss rises again; the other student is best at the end."""
-    students = {"wild": {**DEEP, "optimizer": {"lr": 0.3, "warmup_steps": 0, "decay": "constant"}}, "calm": PAIRS}
-    settings = {"students": students, "steps": 12, "eval_every": 2, "save_every": 12, "checkpoint.keep": 1}
+    """One student is best early, the other at the end; alone the first keeps the same checkpoint."""
+    settings = {"steps": 12, "eval_every": 2, "save_every": 12, "checkpoint.keep": 1, "checkpoint.keep_best": "heldout"}
     run_dir = family.fresh("best")
-    assert family.run(run_dir, 1, {**settings, "checkpoint.keep_best": "heldout"}) == 0
-    best = {name: min((loss, -step) for step, loss in state_of(run_dir, name)["evaluations"]) for name in students}
-    steps = {name: -step for name, (_, step) in best.items()}
-    assert steps["wild"] < 12
-    assert set(committed_steps(run_dir / "checkpoints")) == {*steps.values(), 12}
-    for name in students:
-        assert read_model_weights(run_dir, name, "best")[1]["step"] == steps[name]
-    assert checkpoint_path(run_dir / "checkpoints", 12).is_dir()
+    assert family.run(run_dir, 1, {"students": {"wild": WILD, "calm": PAIRS}, **settings}) == 0
+    alone = family.untouched(1, {**settings, **overrides_of(WILD)})
+    best = {}
+    for directory, name in ((run_dir, "wild"), (run_dir, "calm"), (alone, "")):
+        step = -min((loss, -step) for step, loss in state_of(directory, name)["evaluations"])[1]
+        assert read_model_weights(directory, name, "best")[1]["step"] == step
+        best[directory, name] = step
+    assert best[run_dir, "wild"] == best[alone, ""] < 12
+    assert set(committed_steps(run_dir / "checkpoints")) == {best[run_dir, "wild"], best[run_dir, "calm"], 12}
+    assert committed_steps(alone / "checkpoints") == [best[alone, ""], 12]
+
+
+def test_the_last_evaluation_is_saved_also_where_a_stop_request_falls_in_the_last_step(family: Family) -> None:
+    run_dir = family.fresh("last")
+    stop = {"kind": "signal", "signal": "SIGUSR1", "step": 5}
+    assert family.run(run_dir, 1, {**SETTINGS, "checkpoint.keep_best": "heldout"}, 2, [stop]) == 0
+    assert (run_dir / "DONE").exists()
+    assert [step for step, _ in state_of(run_dir)["evaluations"]] == [3, 6]
 
 
 def test_a_family_stops_each_student_that_no_longer_gets_better(family: Family) -> None:
     """Early stopping ends a student as it does alone; the others are trained to the end."""
-    wild = {**DEEP, "optimizer": {"lr": 0.3, "warmup_steps": 0, "decay": "constant"}}
     settings = {
         "steps": 12,
         "eval_every": 1,
@@ -260,9 +299,8 @@ def test_a_family_stops_each_student_that_no_longer_gets_better(family: Family) 
         "relations.backend": "chunked",
     }
     run_dir = family.fresh("early")
-    assert family.run(run_dir, 1, {"students": {"wild": wild, "calm": PAIRS}, **settings}) == 0
-    changes = {f"{section}.{key}": value for section, keys in wild.items() for key, value in keys.items()}
-    alone = family.untouched(1, {**settings, **changes})
+    assert family.run(run_dir, 1, {"students": {"wild": WILD, "calm": PAIRS}, **settings}) == 0
+    alone = family.untouched(1, {**settings, **overrides_of(WILD)})
     ours, theirs = state_of(run_dir, "wild"), state_of(alone)
     assert ours.pop("step") == 12
     assert theirs.pop("step") == theirs["ended"]["step"] < 12
@@ -271,9 +309,40 @@ def test_a_family_stops_each_student_that_no_longer_gets_better(family: Family) 
     assert done.startswith(f"done: {theirs['ended']['step']} steps; ended after step ")
     assert "no lower held-out loss in 3 evaluations" in done
     assert state_of(run_dir, "calm")["ended"] is None
-    assert curves_of(run_dir / "students" / "wild") == curves_of(alone)
-    assert family.run(alone, 1, {**settings, **changes}) == 0  # and nothing more is trained
-    assert state_of(alone) == {**theirs, "step": theirs["ended"]["step"]}
+    assert logged_values(run_dir / "students" / "wild") == logged_values(alone)
+
+
+def test_a_run_that_has_stopped_early_stays_so_until_its_recipe_changes(family: Family) -> None:
+    """However often it is started, which is no crash. With more patience it continues, as if it had had that patience."""
+    settings = {"steps": 12, "eval_every": 1, "save_every": 4, "relations.backend": "chunked", **overrides_of(WILD)}
+    run_dir = family.fresh("stopped")
+    patient, impatient = {"stop_when.no_better_for": 6}, {"stop_when.no_better_for": 2}
+    assert family.run(run_dir, 1, {**settings, **impatient}) == 0
+    stopped = state_of(run_dir)
+    for _ in range(4):  # after three crashes in a row an older checkpoint would be taken
+        assert family.run(run_dir, 1, {**settings, **impatient}) == 0
+        assert f"is done: {stopped['step']} steps; ended after step" in run_dir.with_suffix(".log").read_text()
+    assert state_of(run_dir) == stopped
+    assert family.run(run_dir, 1, {**settings, **patient}) == 0
+    longer = family.untouched(1, {**settings, **patient})
+    assert state_of(longer)["step"] > stopped["step"]
+    assert state_of(run_dir) == state_of(longer)
+
+
+def test_an_early_stop_that_was_found_after_a_stop_request_is_saved(family: Family) -> None:
+    """The evaluation is left to the next start, which ends the student; more students may then be added."""
+    settings = {"steps": 12, "eval_every": 1, "save_every": 12, "relations.backend": "chunked"}
+    early = {**settings, "stop_when.no_better_for": 2}
+    at = state_of(family.untouched(1, {**early, **overrides_of(WILD)}))["ended"]["step"]
+    run_dir = family.fresh("left")
+    stop = {"kind": "signal", "signal": "SIGUSR1", "step": at - 1}
+    assert family.run(run_dir, 1, {"students": {"wild": WILD}, **early}, 2, [stop]) == 0
+    assert (run_dir / "PREEMPTED").exists()
+    assert family.run(run_dir, 1, {"students": {"wild": WILD}, **early}) == 0
+    assert (run_dir / "DONE").exists()
+    assert state_of(run_dir, "wild")["ended"]["step"] == at
+    assert family.run(run_dir, 1, {"students": {"wild": WILD, "late": PAIRS}, **early}) == 0
+    assert state_of(run_dir, "late", group=2)["step"] == 12
 
 
 def test_a_dry_run_of_a_family_describes_each_student_and_leaves_nothing(family: Family) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -12,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.config import load_recipe
 from pipeline.errors import UserError
 from pipeline.provenance import resume_critical_config
+from pipeline.training.build import MadeFrom
 from pipeline.training.checks import open_data
 from pipeline.training.identity import identity_of
 from pipeline.training.resume import check_changes
@@ -26,8 +26,8 @@ def check(recipe_file: Path, before: list[str], now: list[str], allow_change: bo
         "identity": identity_of(begun.teacher, begun.vocabulary),
     }
     identity = identity_of(recipe.teacher, recipe.vocabulary)
-    parts = SimpleNamespace(recipe=recipe, source=open_data(recipe), student_identity=identity, name="")
-    return check_changes(saved, parts, Path("runs/begun"), allow_change)  # type: ignore[arg-type]
+    made_from = MadeFrom(recipe, identity, open_data(recipe).fingerprint, "")
+    return check_changes(saved, made_from, Path("runs/begun"), allow_change)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ def add(run_dir: Path, directory: str, step: int, *names: str, **state: Any) -> 
         path = run_dir / directory / f"step-{step:08d}" / name
         path.mkdir(parents=True)
         (path / "state.json").write_text(json.dumps(state))
+        (path / "weight-00000-of-00001.safetensors").touch()
         (run_dir / "students" / name).mkdir(parents=True, exist_ok=True)
 
 
@@ -40,6 +41,12 @@ def test_a_family_continues_in_the_order_of_the_recipe(tmp_path: Path) -> None:
     assert choose_group(tmp_path, recipe("c", "a"), True) == Group(1, ["c", "a"], {}, ["b"])
     with pytest.raises(UserError, match=r"d, e would begin as many steps late.*without them first"):
         choose_group(tmp_path, recipe("a", "b", "c", "d", "e"), True)
+    with pytest.raises(
+        UserError, match=r"renamed would begin as many steps late"
+    ):  # and not train from step 0 beside them
+        choose_group(tmp_path, recipe("renamed"), True)
+    (tmp_path / "checkpoints" / "step-00000004" / ".ipynb_checkpoints").mkdir()
+    assert choose_group(tmp_path, recipe("c", "a", "b"), False).removed == []
     with pytest.raises(UserError, match=r"begun with the students a, b, c, and this recipe has no `students`"):
         choose_group(tmp_path, recipe(), True)
 

@@ -57,6 +57,10 @@ def test_an_override_reaches_one_student_of_a_family(tmp_path):
     assert [member.student.layers for member in family.members().values()] == [3, 2, 2, 1]
     assert family.members()["pairs"].relations.layers is None
     assert load(tmp_path, FAMILY, "students=null").students is None
+    same = load(tmp_path, FAMILY, "students.like-the-recipe.optimizer.lr=0.5").members()["like-the-recipe"]
+    assert same.optimizer.lr == 0.5
+    with pytest.raises(UserError, match=r"students\.like-the-recipe: `seq_len` cannot differ"):
+        load(tmp_path, FAMILY, "students.like-the-recipe.seq_len=8")
 
 
 @pytest.mark.parametrize(

@@ -109,9 +109,9 @@ class Lab:
         return run_dir
 
 
-def state_of(checkpoint: Path) -> State:
-    """Every weight and moment of a checkpoint, for any number of ranks that wrote it."""
-    reader = CheckpointReader(checkpoint)
+def state_of(checkpoint: Path, student: str = "") -> State:
+    """Every weight and moment of one student in a checkpoint, for any number of ranks that wrote it."""
+    reader = CheckpointReader(checkpoint, student)
     return {
         (kind, name): reader.read(kind, name, 0, int(torch.Size(shape).numel()))
         for kind in KINDS
@@ -138,7 +138,7 @@ def same_state(a: Path, b: Path) -> bool:
 
 def same_end(run_dir: Path, other: Path) -> bool:
     """Weights, moments and every logged loss and norm equal, bit for bit."""
-    return same_student(run_dir, other) and _values(run_dir) == _values(other)
+    return same_student(run_dir, other) and logged_values(run_dir) == logged_values(other)
 
 
 def same_student(run_dir: Path, other: Path) -> bool:
@@ -147,7 +147,7 @@ def same_student(run_dir: Path, other: Path) -> bool:
     return ours is not None and theirs is not None and ours.name == theirs.name and same_state(ours, theirs)
 
 
-def _values(run_dir: Path) -> list[dict[str, Any]]:
+def logged_values(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl without times and speeds."""
     rows = [{k: v for k, v in row.items() if k != "time_s" and "speed/" not in k} for row in metrics(run_dir)]
     return [row for row in rows if len(row) > 2]
