@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.config import load_recipe
 from pipeline.errors import EXIT_DIVERGED, EXIT_USER
 from pipeline.runtime.checkpoint import CheckpointReader, newest_valid, read_model_weights
 from pipeline.runtime.checkpoint_files import committed_steps
@@ -356,3 +357,53 @@ def test_a_dry_run_of_a_family_describes_each_student_and_leaves_nothing(family:
         assert any(line.strip().startswith(f"loss {name} ") and "gradient norm" in line for line in lines), name
     assert sum(line.strip().startswith("batch ") for line in lines) == 1
     assert not run_dir.exists()
+
+
+def test_a_student_is_added_beside_one_that_started_from_an_encoder(family: Family) -> None:
+    """The finished student's encoder is its own; and its checkpoint is verified before anything is trained beside it."""
+    teacher = load_recipe(family.recipe, []).teacher
+    copy = {"student": {"layers": 4, "hidden": 48, "heads": 4, "ffn": 96, "init": teacher}}
+    run_dir = family.fresh("encoder")
+    assert family.run(run_dir, 1, {"students": {"copy": copy, "deep": DEEP}, **SETTINGS}) == 0
+    three = {"copy": copy, "deep": DEEP, "pairs": PAIRS}
+    assert family.run(run_dir, 1, {"students": three, **SETTINGS}) == 0
+    check_equal_to_alone(family, run_dir, "pairs", family.alone("pairs", 1, SETTINGS), group=2)
+    assert family.run(run_dir, 1, {"students": three, **SETTINGS}) == 0
+    state = run_dir / "checkpoints" / "step-00000006" / "copy" / "state.json"
+    state.write_text(state.read_text()[:-1])
+    assert family.run(run_dir, 1, {"students": {**three, "late": {}}, **SETTINGS}) == EXIT_USER
+    log = run_dir.with_suffix(".log").read_text()
+    assert "student copy is finished, but its last checkpoint is not valid" in log
+    assert "Traceback" not in log
+    assert not (run_dir / "students" / "late").exists()
+
+
+def test_a_student_of_a_family_that_cannot_be_trained_is_named_before_anything_is_written(family: Family) -> None:
+    run_dir = family.fresh("rejected")
+    narrow = {"student": {"layers": 2, "hidden": 24, "heads": 4}, "relations": {"tail": "mse"}}
+    for student, message in (
+        (narrow, "`relations.tail: mse` needs equal widths, not 48 (teacher) and 24 (student)"),
+        ({"relations": {"teacher_layer": 9}}, "there is no layer 9 in the teacher"),
+        ({"relations": {"heads": 7}}, "7 relation heads"),
+    ):
+        assert family.run(run_dir, 1, {"students": {"deep": DEEP, "odd": student}, **SETTINGS}) == EXIT_USER
+        log = " ".join(run_dir.with_suffix(".log").read_text().split())
+        assert f"error: students.odd: {message}" in log
+        assert not run_dir.exists()
+
+
+def test_ranks_with_other_students_of_a_family_are_named(family: Family) -> None:
+    """One node has an older copy of the recipe."""
+    faults = []
+    for rank, names in enumerate((("deep", "pairs"), ("deep",))):
+        directory = family.directory / f"node{rank}"
+        directory.mkdir()
+        students = json.dumps({name: STUDENTS[name] for name in names})
+        (directory / "family.yaml").write_text(f"{family.recipe.read_text()}\nstudents: {students}\n")
+        faults.append({"kind": "elsewhere", "rank": rank, "directory": str(directory)})
+    run_dir = family.fresh("nodes")
+    words = [*family.arguments(2, SETTINGS), "--run-dir", str(run_dir)]
+    words[words.index("--recipe") + 1] = "family.yaml"
+    log = run_dir.with_suffix(".log")
+    assert family.server.start(2, words, log, faults=faults).wait(240) == EXIT_USER
+    assert "students of the recipe" in log.read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,3 +114,12 @@ def test_the_family_recipes_here_are_the_single_recipes():
     layers = load_recipe(RECIPES / "sweep_teacher_layer.yaml", []).members()
     assert layers["layer-12"] == replace(quickstart, student=layers["layer-12"].student)
     assert {member.relations.teacher_layer for member in layers.values()} == {7, 8, 9, 10, 11, 12}
+
+
+def test_the_demo_names_what_trains_a_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first stage, and not at the export after the training."""
+    demo = importlib.import_module("demo.__main__")
+    monkeypatch.setattr("sys.argv", ["demo", "--recipe", str(RECIPES / "quickstart_family.yaml")])
+    monkeypatch.setattr(demo, "say", lambda *unused: pytest.fail("a stage began"))
+    with pytest.raises(UserError, match=r"the demo shows one student, and .* has 3\. Train them: deepspeed "):
+        demo.main()
