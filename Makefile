@@ -24,10 +24,10 @@ gpu: venv ## measure one NVIDIA GPU in at most ten minutes; tables go to benchma
 	$(BIN)/python -m benchmarks.gpu_check $(OPTIONS)
 
 test: venv lint ## lint, and run all tests that this machine can run
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-%: venv ## run the tests of one directory: make test-unit, test-dist, test-faults, test-slurm, test-golden, test-e2e
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/$*
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/$*
 
 test-versions: venv ## run unit, golden, dist and e2e tests in the environments of tests/versions/rows.toml (ROWS="oldest newest": only these)
 	$(BIN)/python -m tests.versions $(addprefix --row ,$(ROWS))

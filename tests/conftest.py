@@ -28,6 +28,12 @@ def first_on_python_path(root: Path) -> str:
     return os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that prepare text run first: `prepare` forks, and a fork of a process in which other tests have left threads
+    (TensorBoard's servers, the compiler's pool) may hang. pytest-xdist keeps this order with --no-loadscope-reorder."""
+    items.sort(key=lambda item: REPO / "tests/unit/data_prep" not in item.path.parents)
+
+
 @pytest.fixture(autouse=True)
 def leaves_no_launcher() -> Iterator[None]:
     """`read_launch` completes the environment, and every rank and Slurm job that a later test starts inherits it."""

@@ -47,7 +47,16 @@ def run_part(row: Row, part: str, jobs: int) -> dict[str, Any]:
     """Run one directory of tests in the row's clone, and count the results."""
     report = row.directory / f"{part}.xml"
     report.unlink(missing_ok=True)
-    words = ["-q", "-n", str(jobs), "--dist", "loadfile", f"--junit-xml={report}", f"tests/{part}"]
+    words = [
+        "-q",
+        "-n",
+        str(jobs),
+        "--dist",
+        "loadfile",
+        "--no-loadscope-reorder",
+        f"--junit-xml={report}",
+        f"tests/{part}",
+    ]
     path = f"{row.interpreter.parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     started = time.perf_counter()
