@@ -171,10 +171,10 @@ def memory_finding(sizes: Sizes, num_ranks: int, students: str) -> Finding:
 def disk_finding(recipe: Recipe, sizes: Sizes, run_dir: Path) -> Finding:
     """Space for the newest checkpoints, and for the milestones of the complete run."""
     keeping, where = recipe.checkpoint, preflight.nearest_directory(run_dir)
-    kept = keeping.keep + (len(recipe.members()) if keeping.keep_best else 0)
+    kept = keeping.num_newest_and_best(len(recipe.members()))
     preflight.check_disk(where, sizes.checkpoint_bytes, kept, 0)
     what = f"{kept} checkpoints of {sizes.checkpoint_bytes / 2**30:.2f} GiB"
-    num_milestones = recipe.steps // keeping.keep_every if keeping.keep_every else 0
+    num_milestones = keeping.num_milestones(recipe.steps)
     if num_milestones == 0:
         return Finding("ok", "disk", f"{what} fit")
     # Where files can be linked, a milestone shares the untrained weights of the newest one (checkpoint_writer.py).

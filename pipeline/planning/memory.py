@@ -92,7 +92,7 @@ def memory_of(teacher: PassCost, students: dict[str, Trained], assumptions: Assu
         teacher: its only forward
         students: by name, in the order of their turns; a run with one student names it ""
     """
-    moments: dict[str, tuple[Counter[str], Counter[str]]] = {}
+    moments: dict[tuple[str, str], tuple[Counter[str], Counter[str]]] = {}
     for name, student in students.items():
         lasting = Counter(lasting_parts(student.encoders, student.setting))
         for other, resting in students.items():
@@ -100,12 +100,13 @@ def memory_of(teacher: PassCost, students: dict[str, Trained], assumptions: Assu
                 lasting.update(resting_parts(resting.encoders, resting.setting))
         needed_later = 0 if name == list(students)[-1] else teacher.kept_bytes
         for moment, temporary in _moments(teacher, student, needed_later):
-            moments[f"{moment} of {name}" if name and moment != TEACHERS_MOMENT else moment] = (lasting, temporary)
-    moment, (lasting, temporary) = max(moments.items(), key=lambda item: sum((item[1][0] + item[1][1]).values()))
+            moments[moment, name] = (lasting, temporary)
+    (moment, name), (lasting, temporary) = max(moments.items(), key=lambda item: (item[1][0] + item[1][1]).total())
     parts = lasting + temporary
     if not next(iter(students.values())).setting.on_cpu:
         parts["buffers"] += int(assumptions.fixed_gib * GIB + assumptions.fragmentation * temporary.total())
-    return Memory({part: parts[part] for part in PARTS}, moment)
+    of_student = f" of {name}" if name and moment != TEACHERS_MOMENT else ""
+    return Memory({part: parts[part] for part in PARTS}, moment + of_student)
 
 
 def _moments(teacher: PassCost, student: Trained, needed_later: int) -> Iterator[tuple[str, Counter[str]]]:

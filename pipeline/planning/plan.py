@@ -38,6 +38,23 @@ SECONDS_PER_DAY = 86_400
 P = TypeVar("P", bound="Planner")
 
 
+def with_recomputed_activations(recipe: Recipe) -> tuple[str, Recipe]:
+    """The options with which every student recomputes its activations, and the recipe with them. Empty where all do."""
+    differences = recipe.students or {"": {}}
+    keys = dict.fromkeys(
+        f"students.{name}.student" if "checkpointing" in differences[name].get("student", {}) else "student"
+        for name, member in recipe.members().items()
+        if not member.student.checkpointing
+    )
+    words = " ".join(f"--set {key}.checkpointing=true" for key in keys)
+    students = recipe.students and {
+        name: {**changes, "student": {**changes.get("student", {}), "checkpointing": True}}
+        for name, changes in recipe.students.items()
+    }
+    student = dataclasses.replace(recipe.student, checkpointing=True)
+    return words, dataclasses.replace(recipe, student=student, students=students)
+
+
 @dataclass
 class Plan:
     """One run on one cluster."""
@@ -278,9 +295,10 @@ class Planner:
         """Single changes, the cheapest first, and whether the run fits with each."""
         micro_batch = self.largest_micro_batch(*where)
         found = [(f"--set micro_batch_per_gpu={micro_batch}", micro_batch is not None)]
-        if not self.recipe.student.checkpointing:
-            other = self.with_changes(student=dataclasses.replace(self.recipe.student, checkpointing=True))
-            found.append(("--set student.checkpointing=true (a third more work)", other.fits(other.plan(*where))))
+        words, changed = with_recomputed_activations(self.recipe)
+        if words:
+            other = self.like(type(self), changed)
+            found.append((f"{words} (a third more work)", other.fits(other.plan(*where))))
         for stage in range(plan.setting.stage + 1, 4):
             found.append((f"ZeRO stage {stage}", self.fits(self.plan(*where, stage))))
         if not plan.setting.teacher_partitioned:

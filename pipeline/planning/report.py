@@ -80,8 +80,7 @@ def text(report: PlanReport) -> str:
 
 def _run_lines(planner: Planner, plan: Plan, preparation: Preparation) -> list[str]:
     recipe, keeping = planner.recipe, planner.recipe.checkpoint
-    kept = keeping.keep + (recipe.steps // keeping.keep_every if keeping.keep_every else 0)
-    kept += len(recipe.members()) if keeping.keep_best else 0
+    kept = keeping.num_newest_and_best(len(recipe.members())) + keeping.num_milestones(recipe.steps)
     size_gb = plan.checkpoint_bytes / 1e9
     return [
         f"{plan.run_s / SECONDS_PER_DAY:.2f} days, {plan.gpu_hours:.0f} GPU-hours for {recipe.steps} steps "

@@ -56,6 +56,14 @@ class CheckpointConfig:
         limits = {"keep": (1, 10**9), "keep_every": (1, LARGEST_INT), "max_failed_saves": (1, 10**9)}
         check_ranges(self, "checkpoint", limits)
 
+    def num_newest_and_best(self, num_students: int) -> int:
+        """The most checkpoints that are kept at one time besides milestones: the newest ones, and the best of each student."""
+        return self.keep + (num_students if self.keep_best else 0)
+
+    def num_milestones(self, steps: int) -> int:
+        """Checkpoints of a run of `steps` steps that `keep_every` keeps."""
+        return steps // self.keep_every if self.keep_every else 0
+
 
 # -- which checkpoints are kept
 

@@ -263,11 +263,31 @@ def _header_problem(path: Path) -> str | None:
 
 
 def _state_problem(state: Mapping[str, Any]) -> str | None:
-    """None when the parameter shapes in `state.json` can be used, else why not."""
+    """None when the parameter shapes, evaluations and early end in `state.json` can be used, else why not."""
     shapes = state.get("parameters", {})
     if not isinstance(shapes, dict):
         return "`parameters` is not an object"
     for name, shape in shapes.items():
         if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**31 for size in shape):
             return f"`parameters` has no shape for {name[:80]!r}"
+    evaluations, ended = (
+        state.get("evaluations", []),
+        state.get("ended"),
+    )  # checkpoints of earlier versions have neither
+    if not isinstance(evaluations, list) or not all(map(_is_evaluation, evaluations)):
+        return "`evaluations` is not a list of [step, loss]"
+    if ended is not None and not _is_end(ended):
+        return "`ended` is not a step and a reason"
     return None
+
+
+def _is_evaluation(found: Any) -> bool:
+    return isinstance(found, list) and len(found) == 2 and _is_step(found[0]) and isinstance(found[1], float)
+
+
+def _is_end(found: Any) -> bool:
+    return isinstance(found, dict) and _is_step(found.get("step")) and isinstance(found.get("reason"), str)
+
+
+def _is_step(found: Any) -> bool:
+    return type(found) is int and found >= 0

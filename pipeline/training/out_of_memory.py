@@ -23,7 +23,7 @@ from pipeline.distillation.tap import TappedEncoder
 from pipeline.errors import UserError
 from pipeline.planning.devices import Hardware, device_of_driver
 from pipeline.planning.family import FamilyPlanner
-from pipeline.planning.plan import Planner
+from pipeline.planning.plan import Planner, with_recomputed_activations
 from pipeline.runtime import gpus
 from pipeline.runtime.dist import Launch
 from pipeline.runtime.ds_config import split_batch
@@ -86,8 +86,9 @@ def explanation(error: BaseException, recipe: Recipe, launch: Launch, ds_path: P
         else:
             source = ""
         remedies.append(f"--set micro_batch_per_gpu={smaller} ({source}the global batch stays the same)")
-    if depends_on_rows and not recipe.student.checkpointing:
-        remedies.append("--set student.checkpointing=true (a third more work; add --allow-change if the run has begun)")
+    recomputing, _ = with_recomputed_activations(recipe)
+    if depends_on_rows and recomputing:
+        remedies.append(f"{recomputing} (a third more work; add --allow-change if the run has begun)")
     if is_gpu and launch.world_size > 1:
         remedies.append("--deepspeed ds_configs/zero3.json")
     if is_gpu and not depends_on_rows:

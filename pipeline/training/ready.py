@@ -37,6 +37,6 @@ def _problem_on_disk(run: Run) -> str | None:
     every = keeping.keep_every or run.recipe.steps + 1
     milestones = run.recipe.steps // every - sum(step % every == 0 for step in present)
     checkpoint_bytes = sum(member.checkpoint_bytes for member in run.members)
-    kept = keeping.keep + (len(run.members) if keeping.keep_best else 0)
+    kept = keeping.num_newest_and_best(len(run.members))
     disk = (checkpoint_bytes, kept, len(present), milestones)
     return preflight.problem_on_disk(run.paths.directory, *disk)

@@ -99,8 +99,12 @@ def trained_length(recipe: Recipe) -> int | None:
 
 
 def trained_length_of(lineage: Mapping[str, Any]) -> int | None:
-    """`trained_length` of a finished student, from the content of its lineage.json."""
+    """`trained_length` of a finished student, from the content of its lineage.json. Raises `TypeError`, `KeyError` and so on."""
     if "trained_length" in lineage:
-        return lineage["trained_length"]
-    recipe = lineage.get("recipe") or {}  # of an earlier version
-    return recipe["seq_len"] if (recipe.get("student") or {}).get("init") == "random" else None
+        length = lineage["trained_length"]
+    else:
+        recipe = lineage.get("recipe") or {}  # of an earlier version
+        length = recipe["seq_len"] if (recipe.get("student") or {}).get("init") == "random" else None
+    if length is not None and type(length) is not int:
+        raise TypeError(f"the trained length is {str(length)[:40]!r}, not a number of tokens")
+    return length

@@ -12,7 +12,8 @@ The harness wraps public functions and methods of `pipeline.training` and `Check
     broken weights  after step `step` one master weight of this rank is NaN
     pause      every step takes `seconds` longer
     error      step `step` raises `error`: UserError or AssertionError
-    out of memory  in step `step`, in `part` (teacher, student, loss, backward, optimizer), a petabyte is asked for
+    out of memory  in step `step`, in `part` (teacher, student, loss, backward, optimizer), a petabyte is asked for; in
+               optimizer after backward, before the update changes a weight
     fp16       no fault: the CPU is said to have fp16, in which torch computes slowly
     no farewell    no fault of a step: to leave the process group takes ten minutes, as with NCCL when another rank waits
     witness    no fault: every micro-batch of the student is appended to `file`
@@ -102,6 +103,14 @@ def _followed_by(function: Callable, after: Callable) -> Callable:
         result = function(*arguments, **keywords)
         after(*arguments)
         return result
+
+    return both
+
+
+def _preceded_by(function: Callable, before: Callable) -> Callable:
+    def both(*arguments: Any, **keywords: Any) -> Any:
+        before(*arguments)
+        return function(*arguments, **keywords)
 
     return both
 
@@ -209,7 +218,7 @@ def _ask_for_a_petabyte(parts: Any, fault: InjectedFault, now: dict[str, int]) -
     else:
         assert part == "optimizer"
         zero = engine.deepspeed_engine.optimizer
-        zero.step = _followed_by(zero.step, ask)
+        zero.step = _preceded_by(zero.step, ask)
 
 
 def _note_mode(files: list[str], where: str) -> None:

@@ -197,28 +197,84 @@ def test_two_evaluations_export_one_student(tmp_path: Path) -> None:
     assert calls.read_text().splitlines().count("begin export") == 2
 
 
-def test_each_student_of_a_family_is_evaluated(tmp_path: Path) -> None:
-    """At the teacher layer of its own recipe, with files in its own directory; the report is the run's."""
-    run_dir, calls = tmp_path / "my run", tmp_path / "calls"
-    for name, layer in (("6x384", 10), ("large", 12)):
+def family_run(run_dir: Path, layers: dict[str, int]) -> None:
+    """The files of a finished run with several students: name -> teacher layer."""
+    for name, layer in layers.items():
         directory = run_dir / "students" / name
         directory.mkdir(parents=True)
         (directory / "recipe.yaml").write_text(f"teacher: some/teacher\nrelations: {{teacher_layer: {layer}}}\n")
+        (run_dir / "checkpoints" / "step-00000012" / name).mkdir(parents=True)
     (run_dir / "DONE").write_text("done: 12 steps\n")
-    python = f"""
-            [[ $1 == -c ]] && exec {shlex.quote(sys.executable)} "$@"
-            printf '%s|' "${{@:3}}" >>{shlex.quote(str(calls))}; echo >>{shlex.quote(str(calls))}"""
-    environment = programs(tmp_path / "bin", python=python) | {"PYTHON": str(tmp_path / "bin" / "python")}
+
+
+def calls_of_evaluation(run_dir: Path, bin_directory: Path) -> tuple[list[str], list[str]]:
+    """What slurm/evaluate.sh calls of the pipeline, with `run` for the run directory, and what it prints."""
+    python = """
+            [[ $1 == -c ]] && exec {python} "$@"
+            printf '%s|' "${{@:3}}" >>{calls}; echo >>{calls}"""
+    calls = bin_directory.with_name("calls")
+    text = python.format(python=shlex.quote(sys.executable), calls=shlex.quote(str(calls)))
+    environment = programs(bin_directory, python=text) | {"PYTHON": str(bin_directory / "python")}
     done = bash("evaluate.sh", str(run_dir), **environment)
     assert done.returncode == 0, done.stderr
-    at = run_dir / "students"
-    assert calls.read_text().splitlines() == [
-        f"export|{run_dir}|--output|{at}/6x384/student|--student|6x384|",
-        f"evaluate|some/teacher@10|{at}/6x384/student|--output|{at}/6x384/evaluation|--tasks|retrieval|",
-        f"export|{run_dir}|--output|{at}/large/student|--student|large|",
-        f"evaluate|some/teacher@12|{at}/large/student|--output|{at}/large/evaluation|--tasks|retrieval|",
-        f"report|{run_dir}|",
+    return [text.replace(str(run_dir), "run").splitlines() for text in (calls.read_text(), done.stdout)]
+
+
+def test_students_of_one_teacher_layer_are_evaluated_in_one_call(tmp_path: Path) -> None:
+    family_run(tmp_path / "my run", {"6x384": 12, "large": 12})
+    calls, output = calls_of_evaluation(tmp_path / "my run", tmp_path / "bin")
+    assert calls == [
+        "export|run|--output|run/students/6x384/student|--student|6x384|",
+        "export|run|--output|run/students/large/student|--student|large|",
+        "evaluate|some/teacher@12|run/students/6x384/student|run/students/large/student|--output|run/evaluation|--tasks|retrieval|",
+        "report|run|",
     ]
+    assert output[-1].endswith("finished: run/students/6x384/student run/students/large/student")
+
+
+def test_each_teacher_layer_is_evaluated_with_its_students(tmp_path: Path) -> None:
+    family_run(tmp_path / "my run", {"a": 12, "b": 9, "c": 12})
+    calls, _ = calls_of_evaluation(tmp_path / "my run", tmp_path / "bin")
+    assert calls[3:] == [
+        "evaluate|some/teacher@9|run/students/b/student|--output|run/students/b/evaluation|--tasks|retrieval|",
+        "evaluate|some/teacher@12|run/students/a/student|run/students/c/student|--output|run/students/a/evaluation|--tasks|retrieval|",
+        "report|run|",
+    ]
+
+
+def test_students_without_a_checkpoint_are_left_out_of_an_evaluation(tmp_path: Path) -> None:
+    """One of the run's first steps, one that was removed later, one without any file, and one that was added later."""
+    run_dir = tmp_path / "my run"
+    family_run(run_dir, {"gone": 12, "kept": 12, "never": 9})
+    for step, names in ((9, ["gone", "kept"]), (12, ["kept"]), (100, ["gone.tmp"])):
+        for name in names:
+            (run_dir / "checkpoints" / f"step-{step:08d}" / name).mkdir(parents=True, exist_ok=True)
+    for name in ("gone", "never"):
+        (run_dir / "checkpoints" / "step-00000012" / name).rmdir()
+    (run_dir / "checkpoints" / "step-00000100").rename(run_dir / "checkpoints" / "step-00000100.tmp")
+    (run_dir / "students" / "empty").mkdir()
+    family_run(run_dir, {"late": 12})
+    (run_dir / "checkpoints-2").mkdir()
+    (run_dir / "checkpoints-2" / "step-00000012" / "late").mkdir(parents=True)
+    (run_dir / "checkpoints" / "step-00000012" / "late").rmdir()
+    calls, output = calls_of_evaluation(run_dir, tmp_path / "bin")
+    assert calls == [
+        "export|run|--output|run/students/kept/student|--student|kept|",
+        "export|run|--output|run/students/late/student|--student|late|",
+        "evaluate|some/teacher@12|run/students/kept/student|run/students/late/student|--output|run/evaluation|--tasks|retrieval|",
+        "report|run|",
+    ]
+    left_out = [line.partition("left out: ")[2] for line in output if "left out" in line]
+    assert left_out[0].startswith("run/students/empty has no recipe.yaml")
+    assert ["the student gone " in left_out[1], "the student never " in left_out[2]] == [True, True]
+
+
+def test_a_run_of_which_no_student_is_saved_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "students" / "empty").mkdir(parents=True)
+    (tmp_path / "DONE").touch()
+    done = bash("evaluate.sh", str(tmp_path), **programs(tmp_path / "bin"))
+    assert done.returncode == 2
+    assert f"no student of {tmp_path} is in its newest checkpoint" in done.stderr
 
 
 def test_merge_names_a_language_that_was_prepared_again(tmp_path: Path) -> None:

@@ -273,14 +273,18 @@ def test_a_student_is_chosen_by_what_it_can_do(family: Path) -> None:
 
 
 def test_evaluations_of_each_student_and_in_given_directories(family: Path) -> None:
-    evaluate(family / "students" / "deep" / "evaluation", {f"{family}/students/deep/student": (0.8, 0.7)})
+    """The directory of one student may have the figures of others too: those that read the same teacher layer."""
+    models = {f"{family}/students/{name}/student": (value, 0.7) for name, value in (("deep", 0.8), ("flat", 0.75))}
+    evaluate(family / "students" / "deep" / "evaluation", models)
     export = family.parent / "exports" / "late"
     export.mkdir(parents=True)
     recipe = load_recipe(family / "recipe.yaml", []).members()["late"]
     (export / "lineage.json").write_text(json.dumps({"recipe": as_tree(recipe)}))
     evaluate(family.parent / "scores", {str(export): (0.9, 0.9)})
     assert "Chosen: late" in chosen(family, "retrieval", family.parent / "scores")
-    assert "Chosen: deep" in chosen(family, "retrieval")
+    without = chosen(family, "retrieval")
+    assert "Chosen: deep" in without
+    assert "Without this figure, and so not considered: late." in without
     with pytest.raises(UserError, match=r"evaluation\.json not found"):
         chosen(family, None, family.parent)
 

@@ -148,6 +148,13 @@ def test_one_row_and_recomputed_activations_already() -> None:
     assert "less: a GPU with more memory, or several." in str(raised.value)
 
 
+def test_the_students_that_do_not_recompute_are_named() -> None:
+    recipe = large_recipe("student.checkpointing=true")
+    assert "checkpointing" not in message_in_backward(recipe, 8)
+    family = dataclasses.replace(recipe, students={"a": {}, "b": {"student": {"checkpointing": False}}})
+    assert "--set students.b.student.checkpointing=true (a third more work" in message_in_backward(family, 8)
+
+
 def test_outside_of_a_step_the_place_is_named() -> None:
     def place_teacher() -> None:
         raise torch.OutOfMemoryError(CUDA)

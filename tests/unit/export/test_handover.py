@@ -14,6 +14,7 @@ from pipeline.distillation.config import LayerPair, RelationsConfig
 from pipeline.distillation.models.architectures import architecture_of
 from pipeline.distillation.models.student import StudentConfig, build_student, dropout_of
 from pipeline.distillation.models.teacher import load_encoder
+from pipeline.errors import UserError
 from pipeline.evaluation.encoder import load_encoder as load_for_evaluation
 from pipeline.export.card import length_note, lineage_of, model_card
 from pipeline.export.handover import hand_over, longest_input
@@ -181,6 +182,17 @@ def test_random_positions_of_the_encoder_that_a_student_began_from(
     assert text in length_note(second)
     assert longest_input(second) == trained
     assert trained_length(recipe_of(str(second), 8)) == trained_length(recipe)
+
+
+@pytest.mark.parametrize("length", ["512", 512.0, True, [512]])
+def test_a_trained_length_that_is_no_number_of_tokens(length: object, tiny_teacher: Path, tmp_path: Path) -> None:
+    """One message for the run that starts from the student and for its evaluation."""
+    first = exported(tiny_teacher, tmp_path / "first", recipe_of("random", 32))
+    lineage = json.loads((first / "lineage.json").read_text())
+    (first / "lineage.json").write_text(json.dumps({**lineage, "trained_length": length}))
+    for read in (lambda: trained_length(recipe_of(str(first), 32)), lambda: longest_input(first)):
+        with pytest.raises(UserError, match=r"first/lineage\.json is corrupt .*the trained length is .*Export"):
+            read()
 
 
 def test_an_evaluation_of_longer_texts_warns(

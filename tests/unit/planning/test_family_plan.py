@@ -14,13 +14,15 @@ from pipeline.config import load_recipe
 from pipeline.errors import EXIT_USER, exit_code_of
 from pipeline.planning.devices import DEVICES, Hardware
 from pipeline.planning.family import FamilyPlanner
-from pipeline.planning.memory import GIB
-from pipeline.planning.plan import Plan, Planner
+from pipeline.planning.memory import GIB, Trained, memory_of
+from pipeline.planning.plan import Plan, Planner, with_recomputed_activations
+from pipeline.planning.trace import PassCost
 from tests.conftest import REPO
 
 RECIPE = REPO / "recipes" / "xlmr_large_family.yaml"
 SHALLOW = "relations.teacher_layer=4"  # cheaper to trace
 SMALL = [SHALLOW, "students.12x384.student.layers=3", "students.6x384.student.layers=2"]
+LARGER_LAST = ["students.12x384.student.layers=2", "students.6x384.student.layers=6"]
 
 
 def family(*overrides: str, stage: int = 2, gpu: str = "a100-80") -> FamilyPlanner:
@@ -122,6 +124,64 @@ def test_a_partitioned_teacher_is_gathered_once() -> None:
     gathers = [c for c in planner.plan(1, 8).collectives if c.what == "teacher parameters"]
     assert len(gathers) == 1
     assert gathers == [c for c in planner.alone["6x384"].plan(1, 8).collectives if c.what == "teacher parameters"]
+
+
+def test_a_partitioned_teacher_is_partitioned_for_every_student() -> None:
+    """Only the first student's plan has the teacher's traffic. Its memory is the same in every student's turn."""
+    planner = family("teacher_options.placement=zero3", *LARGER_LAST)
+    plan, alone = planner.plan(1, 8), list(planner.plans_alone(1, 8).values())
+    assert plan.memory.moment.endswith("6x384"), "the largest moment is in the turn of the second student"
+    assert [plan.memory.parts["teacher"]] * 2 == [one.memory.parts["teacher"] for one in alone]
+
+
+def test_the_teachers_forward_is_counted_with_the_largest_student() -> None:
+    """Under ZeRO-3 the student of the turn has its gathered parameters, whether it is the first or the last one."""
+    for changes in ([], LARGER_LAST):
+        planner = family(*changes, stage=3)
+        students = {}
+        for name, one in planner.alone.items():
+            setting = one.setting(1, 8)
+            students[name] = Trained(one.encoders, one.costs(setting)[1], setting)
+        teacher = PassCost(peak_bytes=2**45, kept_bytes=1)
+        turns = [students, dict(reversed(students.items()))]
+        first, last = (memory_of(teacher, each, planner.hardware.assumptions) for each in turns)
+        assert first.moment == last.moment == "teacher's forward"
+        assert first == last
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ([], "--set student.checkpointing=true"),
+        (["student.checkpointing=true"], ""),
+        (
+            ["student.checkpointing=true", "students.6x384.student.checkpointing=false"],
+            "--set students.6x384.student.checkpointing=true",
+        ),
+        (
+            ["students.6x384.student.checkpointing=false"],
+            "--set student.checkpointing=true --set students.6x384.student.checkpointing=true",
+        ),
+        (["students.6x384.student.checkpointing=true"], "--set student.checkpointing=true"),
+        (["students.12x384.student.checkpointing=true", "students.6x384.student.checkpointing=true"], ""),
+        (["students=null"], "--set student.checkpointing=true"),
+    ],
+)
+def test_options_with_which_every_student_recomputes(changes: list[str], expected: str) -> None:
+    options, changed = with_recomputed_activations(load_recipe(RECIPE, [*SMALL, *changes]))
+    assert options == expected
+    pasted = load_recipe(RECIPE, [*SMALL, *changes, *options.split()[1::2]])
+    assert pasted.members() == changed.members()
+    assert all(member.student.checkpointing for member in pasted.members().values())
+
+
+def test_recomputing_is_a_remedy_where_a_student_does_not(capsys: pytest.CaptureFixture) -> None:
+    words = ["micro_batch_per_gpu=512", "student.checkpointing=true", "students.12x384.student.checkpointing=false"]
+    sets = [word for change in words for word in ("--set", change)]
+    with_it = family(words[0], words[1], "global_batch=4096").plan(1, 8).memory.total / GIB
+    code, error = planned(capsys, *sets, "--set", "global_batch=4096", "--memory-gib", f"{with_it + 0.01:.3f}")
+    assert code == EXIT_USER
+    assert "--set students.12x384.student.checkpointing=true (a third more work)" in error
 
 
 def planned(capsys: pytest.CaptureFixture, *words: str, gpu: str = "a100-80") -> tuple[int, str]:

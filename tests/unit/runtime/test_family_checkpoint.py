@@ -14,7 +14,14 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.errors import UserError
-from pipeline.runtime.checkpoint import CheckpointConfig, CheckpointReader, newest_valid, prune, read_model_weights
+from pipeline.runtime.checkpoint import (
+    CheckpointConfig,
+    CheckpointReader,
+    kept_steps,
+    newest_valid,
+    prune,
+    read_model_weights,
+)
 from pipeline.runtime.checkpoint_files import (
     KINDS,
     MANIFEST,
@@ -168,6 +175,44 @@ def test_a_step_of_a_family_is_read_by_number_and_as_the_best(tmp_path: Path) ->
     write(tmp_path / "other" / "checkpoints", 1)
     with pytest.raises(UserError, match="knows no held-out evaluation"):
         read_model_weights(tmp_path / "other", "small", "best")
+
+
+@pytest.mark.parametrize(
+    ("state", "key"),
+    [
+        *(({"evaluations": found}, "evaluations") for found in (None, {}, 3, [1], [[1, "x"]], [[1]], [[1, 0.5, 2]])),
+        *(({"evaluations": [[step, 0.5]]}, "evaluations") for step in (-1, 1.0, True, None, "1")),
+        *(({"evaluations": [[2, loss]]}, "evaluations") for loss in (None, True, [], 10**400)),
+        *(({"ended": found}, "ended") for found in ({}, [], 0, "", "late", {"step": 3}, {"reason": "x"})),
+        *(({"ended": {"step": step, "reason": "x"}}, "ended") for step in (-1, 1.0, True, None)),
+        ({"ended": {"step": 3, "reason": None}}, "ended"),
+    ],
+)
+def test_evaluations_and_end_of_another_kind_are_corrupt(tmp_path: Path, state: dict[str, object], key: str) -> None:
+    """All hashes are right, as in a file that another program wrote."""
+    write(tmp_path, 3)
+    assert f"state.json is not one of this code: `{key}`" in str(corruption(write(tmp_path, 7, state=state)))
+    assert newest_valid(tmp_path)[0] == checkpoint_path(tmp_path, 3)
+
+
+def test_evaluations_and_end_of_this_code_are_valid(tmp_path: Path) -> None:
+    """Losses that are no numbers too; and `null` and nothing at all, as in checkpoints of earlier versions."""
+    evaluations = [[1, 0.5], [2, float("nan")], [3, float("inf")]]
+    states: list[dict[str, object]] = [{}, {"evaluations": [], "ended": None}]
+    states += [{"evaluations": evaluations, "ended": {"step": 3, "reason": "no lower loss"}}]
+    for step, state in enumerate(states):
+        assert corruption(write(tmp_path, step, state=state)) is None
+
+
+@pytest.mark.parametrize(("config", "others", "milestones"), [
+    (CheckpointConfig(keep=3), 3, 0), (CheckpointConfig(keep=2, keep_every=5), 2, 4),
+    (CheckpointConfig(keep=2, keep_every=5, keep_best="heldout"), 5, 4),
+])  # fmt: skip
+def test_the_number_of_kept_checkpoints(config: CheckpointConfig, others: int, milestones: int) -> None:
+    """Three students with different best steps, none of which is kept for another reason."""
+    kept = {*kept_steps(list(range(1, 25)), config), *([1, 2, 3] if config.keep_best else [])}
+    assert (config.num_newest_and_best(3), config.num_milestones(24)) == (others, milestones)
+    assert len(kept) == others + milestones
 
 
 def test_students_added_to_a_finished_family_have_checkpoints_of_their_own(tmp_path: Path) -> None:
