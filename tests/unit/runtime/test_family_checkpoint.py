@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.errors import UserError
+from pipeline.runtime import checkpoint
 from pipeline.runtime.checkpoint import CheckpointConfig, CheckpointReader, newest_valid, prune, read_model_weights
 from pipeline.runtime.checkpoint_files import (
     KINDS,
@@ -168,6 +169,24 @@ def test_a_step_of_a_family_is_read_by_number_and_as_the_best(tmp_path: Path) ->
     write(tmp_path / "other" / "checkpoints", 1)
     with pytest.raises(UserError, match="knows no held-out evaluation"):
         read_model_weights(tmp_path / "other", "small", "best")
+
+
+@pytest.mark.parametrize(
+    ("step", "verified"), [(None, [3]), (3, [3]), (2, [2]), ("best", [3, 2]), ("last is best", [3])]
+)
+def test_no_checkpoint_of_a_family_is_hashed_in_vain(
+    tmp_path: Path, step: int | str | None, verified: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best = {"last is best": 3}.get(str(step), 2)
+    for saved in (1, 2, 3):
+        write(
+            tmp_path / "checkpoints", saved, state={"evaluations": [[saved, abs(saved - best)] for saved in (1, 2, 3)]}
+        )
+    found: list[int] = []
+    monkeypatch.setattr(checkpoint, "corruption", lambda path: found.append(int(path.name[-8:])) or corruption(path))
+    which = "best" if isinstance(step, str) else step
+    assert checkpoint.read_model_weights(tmp_path, "small", which)[1]["step"] == verified[-1]
+    assert found == verified
 
 
 def test_students_added_to_a_finished_family_have_checkpoints_of_their_own(tmp_path: Path) -> None:
