@@ -36,6 +36,8 @@ MAY_CHANGE = (
 )
 # A change of these is a warning: it changes last bits and perhaps dropout masks, not what is computed.
 ROUNDING = ("teacher_options.compile", "student.compile")
+# Entries of a run's identity about the encoder that a student starts from: each student of a run has its own.
+START_WEIGHTS, START_CONFIG = "student.init weights", "student.init config"
 # Keys that name files, and their values that do not. training/identity.py compares the content.
 COMPARED_BY_CONTENT: dict[str, tuple[str | None, ...]] = {
     "teacher": (None,),

@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.comparison.students import StudentRun
 from pipeline.config import as_tree
+from pipeline.provenance import START_CONFIG, START_WEIGHTS
 
 # The held-out loss is the weighted sum of the relation losses on the held-out rows: what decides both.
 ROWS = ("seq_len", "documents", "languages", "heldout_rows")
@@ -46,12 +47,20 @@ def heldout_differences(students: Sequence[StudentRun]) -> list[str]:
     return [key for key in facts[0] if any(other[key] != facts[0][key] for other in facts)]
 
 
+def _teacher(student: StudentRun) -> Any:
+    """By content where run.json has it. The encoder that the student starts from is no part of it."""
+    identity = student.about.get("identity")
+    if not isinstance(identity, dict) or not identity:
+        return student.recipe.teacher
+    return {key: value for key, value in identity.items() if key not in (START_WEIGHTS, START_CONFIG)}
+
+
 def _measured(student: StudentRun) -> dict[str, Any]:
     """Key of the recipe -> what this student's held-out loss is measured against, or on which rows."""
     recipe, relations = student.recipe, student.recipe.relations
     weights = [1.0] if relations.layers is None else [pair.weight for pair in relations.layers]
     return {
-        "teacher": student.about.get("identity") or recipe.teacher,
+        "teacher": _teacher(student),
         "data": student.about.get("data_fingerprint") or recipe.data,
         "relations.teacher_layer": sorted(zip(map(str, student.teacher_layers), weights, strict=False)),
         **{f"relations.{name}": getattr(relations, name) for name in TARGET},

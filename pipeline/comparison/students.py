@@ -20,10 +20,10 @@ from pipeline.distillation.models.loading import blank_model, config_of, count_p
 from pipeline.distillation.tap import tap
 from pipeline.errors import UserError
 from pipeline.recipe.text import read_yaml
-from pipeline.runtime.checkpoint_files import STATE, checkpoint_path, checkpoints_of, committed_steps, later_groups
+from pipeline.runtime.checkpoint_files import STATE, checkpoint_path, committed_steps, later_groups
 from pipeline.runtime.evaluations import best_evaluation
 from pipeline.runtime.json_files import read_json_if_there, read_points
-from pipeline.runtime.run_paths import RunPaths, students_of
+from pipeline.runtime.run_paths import RunPaths, check_is_no_student, students_of
 
 HELDOUT, LOSS, SPEED = "heldout/mean", "loss/total", "speed/tokens_per_second"
 FP32_BYTES = 4
@@ -93,8 +93,7 @@ class StudentRun:
     @property
     def tokens_per_second(self) -> float | None:
         """Median speed of the training, of all students that were trained together."""
-        speeds = [value for _, value in self.series(SPEED)]
-        return statistics.median(speeds) if speeds else None
+        return median_speed(self.points)
 
     @property
     def early_end(self) -> tuple[int, str] | None:
@@ -103,9 +102,9 @@ class StudentRun:
 
     @property
     def diverged_at(self) -> int | None:
-        """The step whose loss was not finite, where the run ended because of it."""
-        step = read_json_if_there(self.paths.bad_batch).get("step")
-        return step if type(step) is int and step >= self.step and not self.paths.done.is_file() else None
+        """The step whose loss was not finite, from 1, where the run ended because of it."""
+        index = read_json_if_there(self.paths.bad_batch).get("step")
+        return index + 1 if type(index) is int and index >= self.step and not self.paths.done.is_file() else None
 
     @property
     def is_diverged(self) -> bool:
@@ -119,7 +118,7 @@ class StudentRun:
             step, reason = self.early_end
             return f"ended at step {step:,}: {reason.partition('. ')[0]}"
         if self.diverged_at is not None:
-            return f"diverged at step {self.diverged_at}"
+            return f"diverged at step {self.diverged_at:,}"
         if self.step >= self.recipe.steps:
             return "finished"
         left = f"{self.step:,} of {self.recipe.steps:,} steps"
@@ -143,7 +142,7 @@ class StudentRun:
         if not path.is_file():
             return None
         with torch.device("meta"):  # shapes only
-            model = blank_model(config_of(path, str(path.parent), "student"), str(path.parent), "student")
+            model = blank_model(config_of(path, str(self.paths.files), "student"), str(self.paths.files), "student")
         complete = tap(model, model.config.num_hidden_layers, with_output=True)
         return Size(count_parameters(model), forward_flops(complete, self.recipe.seq_len))
 
@@ -154,6 +153,7 @@ def read_students(run_dir: Path) -> list[StudentRun]:
     Raises:
         UserError: this is no run directory, or one of its files cannot be read
     """
+    check_is_no_student(run_dir)
     if not run_dir.is_dir():
         raise UserError(f"run directory {run_dir} not found. Name the --run-dir of a training.")
     return [_read_student(run_dir, name) for name in students_of(run_dir) or [""]]
@@ -182,6 +182,12 @@ def points_until_end(points: list[dict[str, Any]], state: dict[str, Any]) -> lis
     return points if ended is None else [point for point in points if point["step"] <= ended[0]]
 
 
+def median_speed(points: list[dict[str, Any]]) -> float | None:
+    """Median of the tokens per second."""
+    speeds = [point[SPEED] for point in points if SPEED in point]
+    return statistics.median(speeds) if speeds else None
+
+
 def early_end(state: dict[str, Any]) -> tuple[int, str] | None:
     """Step and reason, where this student ended before the other students or before the last step; `state`: state.json."""
     ended = state.get("ended")
@@ -192,9 +198,16 @@ def early_end(state: dict[str, Any]) -> tuple[int, str] | None:
 
 
 def paths_of(run_dir: Path, student: str) -> RunPaths:
-    """The files of one student, with the group that its checkpoints are in; the first where it has no checkpoint."""
-    groups = (RunPaths(run_dir, student, group) for group in (1, *later_groups(run_dir)))
-    return next(paths for paths in groups if paths.checkpoints == checkpoints_of(run_dir, student))
+    """The files of one student, with the group that its checkpoints are in: the next one before its first checkpoint."""
+    groups = [RunPaths(run_dir, student, group) for group in (1, *later_groups(run_dir))]
+    begun = [paths for paths in groups if committed_steps(paths.checkpoints)]
+    own = (paths for paths in reversed(begun) if _has_student(paths))
+    return next(own, RunPaths(run_dir, student, begun[-1].group + 1 if begun else 1))
+
+
+def _has_student(paths: RunPaths) -> bool:
+    steps = committed_steps(paths.checkpoints)
+    return any((checkpoint_path(paths.checkpoints, step) / paths.student).is_dir() for step in steps)
 
 
 def newest_state(paths: RunPaths) -> dict[str, Any]:

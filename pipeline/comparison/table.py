@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_prep.shards import DataError
 from pipeline.comparison.differences import differing_keys, heldout_differences, value_text
 from pipeline.comparison.students import HELDOUT, LOSS, StudentRun, read_students
 from pipeline.errors import UserError
@@ -25,7 +26,7 @@ def comparison_lines(run_dir: Path) -> list[str]:
     try:
         students = read_students(run_dir)
         return [*difference_lines(students), *figure_lines(students)]
-    except (UserError, OSError) as error:
+    except (UserError, DataError, OSError) as error:
         return [f"warning: the students cannot be compared: {error}"]
 
 

@@ -28,7 +28,7 @@ from pipeline.evaluation.tables import markdown_table
 from pipeline.evaluation.training_metadata import training_metadata
 from pipeline.export.card_tables import measured_sections
 from pipeline.runtime.json_files import read_json
-from pipeline.runtime.run_paths import RunPaths, one_student, students_of
+from pipeline.runtime.run_paths import RunPaths, check_is_no_student, one_student, students_of
 from pipeline.training.identity import START_WEIGHTS
 
 LINEAGE_FILE, VOCABULARY_FILE, CARD_FILE = "lineage.json", "vocabulary.json", "README.md"
@@ -111,8 +111,10 @@ def _of_student(measured: Sequence[Path], asked: str | None, export: Path) -> li
     if asked is not None and not any(students_of(directory) for directory in measured):
         one_student(measured[0] if measured else export, asked)  # raises: it has no students with names
     name = asked or read_json(export / LINEAGE_FILE).get("student")
+    for directory in measured:
+        check_is_no_student(directory)
     return [
-        RunPaths(directory, one_student(directory, name)).metrics.parent if students_of(directory) else directory
+        RunPaths(directory, one_student(directory, name)).files if students_of(directory) else directory
         for directory in measured
     ]
 

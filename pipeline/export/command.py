@@ -20,7 +20,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import transformers
 
@@ -35,13 +34,13 @@ from pipeline.export.onnx_check_text import read_check_lines
 from pipeline.export.push import check_login, push
 from pipeline.export.sentence_transformers_files import add_sentence_transformers
 from pipeline.export.trim import trim, trimming_lines
+from pipeline.runtime.checkpoint import Step
 from pipeline.runtime.json_files import read_json
 
 CHECK_PAIRS = 30  # of each language
 CHECK_LINES = 30  # of each language without pairs
 MOST_DIGITS = 18  # of a step
 SAMPLE_TEXT = Path("samples/cc100")
-Step = int | Literal["best"] | None  # of a checkpoint; None: the newest valid one
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

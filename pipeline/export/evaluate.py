@@ -23,8 +23,9 @@ from pipeline.errors import UserError
 from pipeline.evaluation import command
 from pipeline.evaluation.encoder import split_name
 from pipeline.evaluation.ranks import joined
-from pipeline.export.command import Step, add_choice_of_student
+from pipeline.export.command import add_choice_of_student
 from pipeline.export.hf import export_run
+from pipeline.runtime.checkpoint import Step
 from pipeline.runtime.dist import Launch
 from pipeline.runtime.run_paths import is_run_directory, one_student
 
@@ -86,5 +87,9 @@ def exported(
 
 def _export(run_dir: Path, student: str | None, step: Step, output: Path) -> Path:
     name = one_student(run_dir, student)
-    place = output / EXPORTED / "-".join(filter(None, [run_dir.resolve().name, name]))
-    return export_run(run_dir, place, student=name, step=step)
+    return export_run(run_dir, output / EXPORTED / export_name(run_dir, name), student=name, step=step)
+
+
+def export_name(run_dir: Path, student: str) -> str:
+    """The name of a student's export among those of an evaluation."""
+    return "-".join(filter(None, [run_dir.resolve().name, student]))

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
@@ -23,7 +23,7 @@ from pipeline.errors import UserError
 from pipeline.export.card import CARD_FILE, LINEAGE_FILE, VOCABULARY_FILE, lineage_of, write_card
 from pipeline.export.handover import hand_over, limit_tokenizer
 from pipeline.runtime import ds_config
-from pipeline.runtime.checkpoint import read_model_weights
+from pipeline.runtime.checkpoint import Step, read_model_weights
 from pipeline.runtime.json_files import read_json
 from pipeline.runtime.run_paths import STUDENTS, RunPaths, one_student
 from pipeline.runtime.tensor_files import not_finite, save_tensors
@@ -64,14 +64,14 @@ def export_run(
     extras: Sequence[Extra] = (),
     dtype: torch.dtype = torch.float32,
     student: str = "",
-    step: int | Literal["best"] | None = None,
+    step: Step = None,
 ) -> Path:
     """Write a checkpoint of a run directory as a Hugging Face directory, with the figures in the run directory.
 
     Args:
         extras, dtype: as in `Export`
         student: its name in the recipe's `students`; empty where the run has one student
-        step: of the checkpoint; "best": the one with the lowest held-out loss; None: the newest valid one
+        step: of the checkpoint
 
     Returns:
         `output`
@@ -90,16 +90,15 @@ def export_run(
         )
     weights, state = read_model_weights(run_dir, student, step)
     paths = RunPaths(run_dir, student)
-    files = paths.description.parent
     run = read_json(_existing(paths.description))
-    config = config_of(_existing(paths.student_config), str(files), "student")
+    config = config_of(_existing(paths.student_config), str(paths.files), "student")
     recipe_text = _existing(paths.recipe).read_text(encoding="utf-8")
     tokenizer = run.get("vocabulary") or run["teacher"]
     check_output_place(output, "--output", {"the teacher": Path(run["teacher"]), "the tokenizer": Path(tokenizer)})
-    check_same_tokenizer_files(state.get("identity", {}), tokenizer, files)
+    check_same_tokenizer_files(state.get("identity", {}), tokenizer, paths.files)
     warn_of_other_teacher(state.get("identity", {}), run["teacher"])
     lineage = lineage_of({**run, "dropout": hand_over(config, run), "student": student}, state, recipe_text)
-    return export_student(Export(weights, config, tokenizer, lineage, extras, dtype, measured=[files]), output)
+    return export_student(Export(weights, config, tokenizer, lineage, extras, dtype, measured=[paths.files]), output)
 
 
 @dataclass(frozen=True)

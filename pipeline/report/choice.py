@@ -16,10 +16,8 @@ from pipeline.comparison.differences import heldout_differences
 from pipeline.comparison.students import StudentRun
 from pipeline.comparison.table import NONE, not_comparable
 from pipeline.errors import UserError, did_you_mean
-from pipeline.report import evaluations
-from pipeline.report.evaluations import Evaluated
-
-HELDOUT = "heldout"
+from pipeline.report.evaluations import HELDOUT, Evaluated
+from pipeline.runtime.checkpoint_files import committed_steps
 
 
 @dataclass
@@ -47,9 +45,12 @@ class Measure:
             steps = min(steps, student.step)
         return f"{self.values[number]:.4f}" + (f" ({steps:,})" if steps != student.step else "")
 
-    def best(self) -> int:
-        """The student with the best figure; of equal ones the first."""
-        return min(self.values, key=lambda number: self.values[number] * (1 if self.lower_is_better else -1))
+    def best(self, students: Sequence[StudentRun]) -> int | None:
+        """The student with the best figure, of equal ones the first. A diverged one is not considered."""
+        considered = [number for number in self.values if not students[number].is_diverged]
+        return min(
+            considered, key=lambda number: self.values[number] * (1 if self.lower_is_better else -1), default=None
+        )
 
 
 def heldout_measure(students: Sequence[StudentRun]) -> Measure:
@@ -66,12 +67,13 @@ def heldout_measure(students: Sequence[StudentRun]) -> Measure:
 
 
 def evaluated_measures(found: Iterable[Evaluated]) -> list[Measure]:
-    """One measure for each figure. Of two evaluations of one student the later one counts."""
-    latest = {(figure.name, figure.student): figure for figure in found}
+    """One measure for each figure. Of two evaluations of one student that of more steps counts, of equal ones the newer."""
+    in_order = sorted(found, key=lambda figure: (-1 if figure.steps is None else figure.steps, figure.written_s))
+    latest = {(figure.name, figure.student): figure for figure in in_order}
     measures: dict[str, Measure] = {}
     conditions: dict[str, set[str]] = {}
     for figure in latest.values():
-        measure = measures.setdefault(figure.name, Measure(figure.name, figure.task == evaluations.HELDOUT))
+        measure = measures.setdefault(figure.name, Measure(figure.name, figure.task == HELDOUT))
         measure.values[figure.student] = figure.value
         if figure.steps is not None:
             measure.steps[figure.student] = figure.steps
@@ -108,11 +110,11 @@ def choose(students: Sequence[StudentRun], measures: Sequence[Measure], by: str 
             None,
             f"None is chosen by the held-out loss, because it does not compare. {other} Or insist: --by {HELDOUT}.",
         )
-    if not measure.values:
+    number = measure.best(students)
+    if number is None:
         if by is not None:
             raise UserError(f"--by {by}: no student has a finite figure yet. Wait for the first evaluation")
         return None, "None is chosen: no student has a finite held-out loss yet."
-    number = measure.best()
     return number, _sentence(students, measure, number)
 
 
@@ -122,8 +124,11 @@ def _sentence(students: Sequence[StudentRun], measure: Measure, number: int) -> 
     parts = [
         f"Chosen: {students[number].name}, which has the {kind} {measure.name}{step}, {measure.values[number]:.4f}."
     ]
-    if without := [student.name for other, student in enumerate(students) if other not in measure.values]:
-        parts.append(f"Without this figure, and so not considered: {', '.join(without)}.")
+    diverged = [student.name for other, student in enumerate(students) if student.is_diverged]
+    without = [each.name for other, each in enumerate(students) if not each.is_diverged and other not in measure.values]
+    for names, why in ((without, "Without this figure"), (diverged, "Diverged")):
+        if names:
+            parts.append(f"{why}, and so not considered: {', '.join(names)}.")
     if unfinished := [each.name for each in students if each.early_end is None and each.step < each.recipe.steps]:
         parts.append(f"Not at their last step: {', '.join(unfinished)}.")
     if measure.caveat:
@@ -132,9 +137,11 @@ def _sentence(students: Sequence[StudentRun], measure: Measure, number: int) -> 
 
 
 def evaluate_first(students: Sequence[StudentRun]) -> str:
-    """How to get a figure by which they can be compared."""
+    """How to get a figure by which they can be compared: of those that have a checkpoint and have not diverged."""
     names: dict[Path, list[str]] = {}
     for student in students:
+        if student.is_diverged or not committed_steps(student.paths.checkpoints):
+            continue
         names.setdefault(student.paths.directory, []).append(student.paths.student)
     commands = [
         shlex.join(
@@ -143,4 +150,6 @@ def evaluate_first(students: Sequence[StudentRun]) -> str:
         )
         for run_dir, of_run in names.items()
     ]
+    if not commands:
+        return "Wait for the first checkpoint, and then measure what they can do."
     return f"First measure what they can do: {' && '.join(commands)}, then --by retrieval."

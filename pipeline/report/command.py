@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
         directory, page = run_dir, render_family(run_dir)
     else:
         student = one_student(run_dir, arguments.student)
-        directory, page = paths_of(run_dir, student).metrics.parent, render(run_dir, student)
+        directory, page = paths_of(run_dir, student).files, render(run_dir, student)
     output = arguments.output or directory / "report.html"
     replace_file(output, page)
     print(f"report: {output} ({output.stat().st_size / 1e6:.1f} MB)")

@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.comparison.students import StudentRun
-from pipeline.config import as_tree
 from pipeline.errors import UserError
 from pipeline.evaluation import results
 from pipeline.evaluation.task import tasks
-from pipeline.report.retrieval import AFTER, read_retrieval
-from pipeline.runtime.json_files import read_json
-from pipeline.runtime.run_paths import STUDENTS
+from pipeline.report.owners import evaluations_of, owner
+from pipeline.report.retrieval import AFTER, demo_file, read_demo
+from pipeline.runtime.run_paths import RunPaths
 
 HELDOUT = "heldout"  # the task: relation loss against one teacher layer for all models
-EXPORT = "student"  # where an export of a student is, next to its other files
 _PER = ("per_pair", "per_file", "per_language", "test")  # where a task keeps its languages or files
 
 
@@ -35,6 +33,7 @@ class Evaluated:
         student: its number among the students
         name: the task, with the pooling or measure where it has several: `retrieval.values`
         steps: training steps of the evaluated student; None where the file does not say
+        written_s: when its file was written
         condition: settings and languages; equal for figures that can be compared
     """
 
@@ -43,25 +42,27 @@ class Evaluated:
     name: str
     value: float
     steps: int | None
+    written_s: float
     condition: str
 
 
 def read_evaluations(students: Sequence[StudentRun], directories: Iterable[Path]) -> list[Evaluated]:
-    """All figures about the students, those of the given directories last.
+    """All figures about the students.
 
     Args:
-        directories: outputs of `pipeline evaluate`, in addition to those in the run directories
+        directories: outputs of `pipeline evaluate`, in addition to those in the run directories, which may concern any student
 
     Raises:
         UserError: a given directory has no evaluation, or a file cannot be read
     """
     found = [figure for number, student in enumerate(students) for figure in _of_demo(number, student)]
-    for path in _files(students, directories):
+    for path, numbers in _files(students, directories):
         report = results.read(path)
+        candidates = {number: students[number].paths for number in numbers}
         try:
             for task, result_of in report["tasks"].items():
                 if task in tasks() and task != "speed":
-                    found += _of_task(report, task, result_of, students)
+                    found += _of_task(path, report, task, result_of, candidates)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{path} is not an evaluation ({type(error).__name__}: {error}). Evaluate again, or move it away."
@@ -71,40 +72,50 @@ def read_evaluations(students: Sequence[StudentRun], directories: Iterable[Path]
 
 def _of_demo(number: int, student: StudentRun) -> Iterator[Evaluated]:
     """What `python -m demo` measured after the last step of its run."""
-    directory = student.paths.metrics.parent
-    demo = read_retrieval(directory, student.step, student.recipe.teacher) if student.points else {}
-    if result := demo.get(AFTER):
-        yield from _of_student(number, "retrieval", result, student.step, result.get("num_pairs"))
+    demo, steps = read_demo(student.paths, student.step)
+    if student.points and steps == student.step and (result := demo.get(AFTER)):
+        written_s = demo_file(student.paths, AFTER).stat().st_mtime
+        yield from _of_student(number, "retrieval", result, (student.step, written_s), result.get("num_pairs"))
 
 
-def _files(students: Sequence[StudentRun], directories: Iterable[Path]) -> list[Path]:
+def _files(students: Sequence[StudentRun], directories: Iterable[Path]) -> Iterator[tuple[Path, list[int]]]:
+    """Each evaluation, and the numbers of the students that it may concern."""
     given = [directory / results.FILE for directory in directories]
     if missing := next((path for path in given if not path.is_file()), None):
         raise UserError(f"{missing} not found. Name the --output of a `pipeline evaluate`.")
-    own = [place for student in students for place in (student.paths.directory, student.paths.metrics.parent)]
-    inside = [place / name for place in dict.fromkeys(own) for name in (results.FILE, f"evaluation/{results.FILE}")]
-    return [*filter(Path.is_file, inside), *given]
+    of_run: dict[Path, list[int]] = {}
+    for number, student in enumerate(students):
+        of_run.setdefault(student.paths.directory, []).append(number)
+    for numbers in of_run.values():
+        for path in dict.fromkeys(path for number in numbers for path in evaluations_of(students[number].paths)):
+            yield path, numbers
+    for path in given:
+        yield path, list(range(len(students)))
 
 
 def _of_task(
-    report: dict[str, Any], task: str, result_of: dict[str, Any], students: Sequence[StudentRun]
+    path: Path, report: dict[str, Any], task: str, result_of: dict[str, Any], candidates: dict[int, RunPaths]
 ) -> Iterator[Evaluated]:
+    numbers, written_s = list(candidates), path.stat().st_mtime
     for model, result in result_of.items():
         steps = report["models"][model].get("steps")
         settings = report.get("settings", {}).get(task)
-        for number in _students_of(model, students):
-            yield from _of_student(number, task, result, steps if type(steps) is int else None, settings)
+        found = owner(model, path, list(candidates.values()))
+        if found is not None:
+            when = (steps if type(steps) is int else None, written_s)
+            yield from _of_student(numbers[found], task, result, when, settings)
 
 
 def _of_student(
-    number: int, task: str, result: dict[str, Any], steps: int | None, settings: Any
+    number: int, task: str, result: dict[str, Any], when: tuple[int | None, float], settings: Any
 ) -> Iterator[Evaluated]:
+    """`when`: number of steps, and when the file was written."""
     languages = next((list(result[key]) for key in _PER if key in result), [])
     condition = json.dumps([languages, settings], sort_keys=True)
     for name, value in _means(task, result["mean"]):
         if not math.isfinite(value):
             raise ValueError(f"{name} is {value}")
-        yield Evaluated(number, task, name, float(value), steps, condition)
+        yield Evaluated(number, task, name, float(value), *when, condition)
 
 
 def _means(task: str, mean: Any) -> Iterator[tuple[str, Any]]:
@@ -114,19 +125,3 @@ def _means(task: str, mean: Any) -> Iterator[tuple[str, Any]]:
         return
     for number, (part, value) in enumerate(mean.items()):
         yield (task if number == 0 else f"{task}.{part}"), value
-
-
-def _students_of(model: str, students: Sequence[StudentRun]) -> list[int]:
-    """The students that a model in an evaluation is an export of: it is in a student's directory, or its lineage has its recipe.
-
-    `MODEL@LAYER` reads other values than those that were distilled and belongs to none.
-    """
-    parts = Path(model).parts
-    for number, student in enumerate(students):
-        run_name, name = student.paths.directory.resolve().name, student.paths.student
-        place = (run_name, STUDENTS, name, EXPORT) if name else (run_name, EXPORT)
-        if parts[-len(place) :] == place:
-            return [number]
-    lineage = Path(model) / "lineage.json"
-    recipe = read_json(lineage).get("recipe") if lineage.is_file() else None
-    return [number for number, student in enumerate(students) if recipe == as_tree(student.recipe)]

@@ -24,7 +24,7 @@ from pipeline.report.retrieval import read_retrieval
 from pipeline.runtime.checkpoint_files import committed_steps
 from pipeline.runtime.run_paths import RunPaths
 
-HEALTH = {"optimizer/learning_rate": "learning rate", "optimizer/gradient_norm": "gradient norm before clipping"}
+HEALTH = {tag: title for tag, title in plots.HEALTH.items() if tag.startswith("optimizer/")}  # of each student
 OF_THE_RUN = ("state", "tokens per second")  # facts that are the same for all students of a run
 Section = tuple[str, str, str]  # title, note, content, all HTML
 
@@ -112,22 +112,20 @@ def _shared_sections(run_dir: Path, students: Sequence[StudentRun]) -> list[Sect
     groups = [longest[number] for number in sorted(longest)]  # the points of these are those of the run
     points = sorted((point for student in groups for point in student.points), key=lambda point: point["time_s"])
     saved = {step for student in groups for step in committed_steps(student.paths.checkpoints)}
-    finished = [
-        point for point in points if LOSS in point or HELDOUT in point
-    ]  # a save is reported when it is complete
+    finished = [point for point in points if LOSS in point or HELDOUT in point]  # a save is reported when complete
     events = times.events_of(run_dir, finished, sorted(saved))
-    first = students[0]
+    first, later = students[0], [student.points for student in groups[1:]]
     return [
         ("Where the time goes", "Shares of the training time on one device, all students together, saves and evaluations left out.",
          "".join(plots.time_shares(student.points) for student in groups)),
         ("Time line", "Finished steps against time. Green dots are checkpoints, red dashes are restarts.", plots.time_line(events)),
-        ("Cost", "", facts_table(times.cost(points, events, first.about, first.recipe.seq_len))),
+        ("Cost", "", facts_table(times.cost(groups[0].points, events, first.about, first.recipe.seq_len, later))),
     ]  # fmt: skip
 
 
 def _student_section(student: StudentRun) -> Section:
     """Figures, languages, relation maps and settings of one student."""
-    retrieval = read_retrieval(student.paths.metrics.parent, student.step, student.recipe.teacher)
+    retrieval = read_retrieval(student.paths, student.step, student.recipe.teacher)
     own = {
         label: text
         for label, text in facts(student.paths, student.points, retrieval).items()

@@ -10,7 +10,14 @@ import html
 from pathlib import Path
 from typing import Any
 
-from pipeline.comparison.students import newest_state, paths_of, points_until_end, read_recipe, read_recipe_tree
+from pipeline.comparison.students import (
+    median_speed,
+    newest_state,
+    paths_of,
+    points_until_end,
+    read_recipe,
+    read_recipe_tree,
+)
 from pipeline.config import as_tree
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import POOLINGS
@@ -44,10 +51,8 @@ def render(run_dir: Path, student: str = "") -> str:
     paths = paths_of(run_dir, student)
     metrics = read_metrics(paths)
     about, recipe = read_json_if_there(paths.description), _read_recipe(paths.recipe)
-    events = times.events_of(run_dir, metrics, committed_steps(paths.checkpoints))
-    if student:
-        events = times.of_one_student(events)
-    retrieval = read_retrieval(paths.metrics.parent, metrics[-1]["step"], recipe.get("teacher"))
+    events = times.events_of(run_dir, metrics, committed_steps(paths.checkpoints), student)
+    retrieval = read_retrieval(paths, metrics[-1]["step"], recipe.get("teacher"))
     compared = "Retrieval before and after" if "before" in retrieval else "Retrieval"
     languages = "On rows that training never saw; the three lowest and the three highest languages are named."
     sections = [
@@ -98,7 +103,7 @@ def facts(paths: RunPaths, metrics: times.Points, retrieval: dict[str, dict[str,
     """The figures at the top."""
     marker = next((path.name for path in paths.end_markers if path.is_file()), "no end marker")
     heldout = times.series(metrics, "heldout/mean")
-    speeds = sorted(value for _, value in times.series(metrics, "speed/tokens_per_second"))
+    speed = median_speed(metrics)
     shown = {"state": marker, "steps": f"{metrics[-1]['step']:,}", "rows seen": f"{metrics[-1]['samples']:,}"}
     if heldout:
         shown["held-out loss"] = f"{heldout[0][1]:.3f} → {heldout[-1][1]:.3f}"
@@ -107,8 +112,8 @@ def facts(paths: RunPaths, metrics: times.Points, retrieval: dict[str, dict[str,
         shown["retrieval"] = f"{before:.3f} → {after:.3f}"
     elif "student" in retrieval:
         shown["retrieval"] = f"{retrieval['student']['mean']['output']:.3f}"
-    if speeds:
-        shown["tokens per second"] = f"{speeds[len(speeds) // 2]:,.0f}"
+    if speed is not None:
+        shown["tokens per second"] = f"{speed:,.0f}"
     return shown
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.runtime.json_files import RESTORE, read_json_if_there
+from pipeline.runtime.json_files import RESTORE, read_json_if_there, read_points
 from pipeline.runtime.restarts import restarts_file
+from pipeline.runtime.run_paths import RunPaths, students_of
 
 GAP_IN_INTERVALS = 10  # a pause of this many usual intervals between two lines counts as a restart
 SECONDS_PER_HOUR = 3600.0
@@ -27,14 +28,21 @@ DEVICE_FIGURES = {
 }
 
 Points = list[dict[str, Any]]
+Interval = tuple[dict[str, Any], float]  # an entry of the file of restarts, and when the next start was
 
 
 @dataclass
 class Attempt:
-    """One attempt of the run: (hours since the first start, finished steps) in order, and its number of ranks."""
+    """One attempt of the run.
+
+    Attributes:
+        progress: (hours since the first start, finished steps) in order
+        saved_steps: those that it wrote, where the file of restarts has them
+    """
 
     progress: list[tuple[float, int]]
     ranks: int
+    saved_steps: list[int] = field(default_factory=list)
 
     @property
     def hours(self) -> float:
@@ -46,14 +54,25 @@ class Events:
     """What the time line shows."""
 
     attempts: list[Attempt] = field(default_factory=list)
-    saved_steps: list[int] = field(default_factory=list)
+    committed_steps: list[int] = field(default_factory=list)  # on disk
     restarts: list[int] = field(default_factory=list)  # steps from which a later attempt started
 
     @property
+    def saved_steps(self) -> list[int]:
+        """The steps of all checkpoints, ascending."""
+        return sorted({*self.committed_steps, *(step for attempt in self.attempts for step in attempt.saved_steps)})
+
+    @property
     def saved(self) -> list[tuple[float, int]]:
-        """(hours, step) of the checkpoints whose time is known."""
-        hours = {step: hour for attempt in self.attempts for hour, step in attempt.progress}
-        return [(hours[step], step) for step in self.saved_steps if step in hours]
+        """(hours, step) of the checkpoints whose time is known. Students of two groups may have one each at a step."""
+        recorded = {step for attempt in self.attempts for step in attempt.saved_steps}
+        unrecorded = set(self.committed_steps) - recorded
+        found: dict[tuple[int, int], float] = {}
+        for number, attempt in enumerate(self.attempts):
+            hours = {step: hour for hour, step in attempt.progress}
+            found |= {(step, number): hours[step] for step in attempt.saved_steps if step in hours}
+            found |= {(step, -1): hours[step] for step in unrecorded if step in hours}
+        return sorted((hour, step) for (step, _), hour in found.items())
 
 
 def series(metrics: Points, tag: str) -> list[tuple[int, float]]:
@@ -69,8 +88,12 @@ def _is_start(start: Any) -> bool:
     )
 
 
-def events_of(run_dir: Path, metrics: Points, committed_steps: Sequence[int]) -> Events:
-    """The events of a run. Without a file of restarts it counts as one attempt, and its pauses count as restarts."""
+def events_of(run_dir: Path, metrics: Points, committed_steps: Sequence[int], student: str = "") -> Events:
+    """The events of a run. Without a file of restarts it counts as one attempt, and its pauses count as restarts.
+
+    Args:
+        student: of several, the one that `metrics` are of; only the attempts that trained it count
+    """
     path = restarts_file(run_dir)
     starts = read_json_if_there(path, list)
     if not all(_is_start(start) for start in starts):
@@ -79,23 +102,39 @@ def events_of(run_dir: Path, metrics: Points, committed_steps: Sequence[int]) ->
         origin = metrics[0]["time_s"] if metrics else 0.0
         progress = [((point["time_s"] - origin) / SECONDS_PER_HOUR, point["step"]) for point in metrics]
         return Events([Attempt(progress, 1)], sorted(committed_steps), pauses(metrics))
-    origin = starts[0]["time_s"]
     ends = [start["time_s"] for start in starts[1:]] + [float("inf")]
+    intervals = list(zip(starts, ends, strict=True))
+    if student:
+        intervals = _of_student(intervals, run_dir, student, metrics) or intervals
+    origin = intervals[0][0]["time_s"]
     attempts = []
-    for start, end in zip(starts, ends, strict=True):
+    for start, end in intervals:
         times = [(point["time_s"], point["step"]) for point in metrics if start["time_s"] <= point["time_s"] < end]
         times.insert(0, (start["time_s"], start["first_step"]))
         progress = [((time_s - origin) / SECONDS_PER_HOUR, step) for time_s, step in times]
-        attempts.append(Attempt(progress, start["world_size"]))
-    saved = sorted({step for start in starts for step in start.get("saved_steps", [])} | set(committed_steps))
-    return Events(attempts, saved, [start["first_step"] for start in starts[1:]])
+        attempts.append(Attempt(progress, start["world_size"], start.get("saved_steps", [])))
+    return Events(attempts, sorted(committed_steps), [start["first_step"] for start, _ in intervals[1:]])
 
 
-def of_one_student(events: Events) -> Events:
-    """Without the attempts that reported nothing about this student: they trained the other students of the run."""
-    attempts = [attempt for attempt in events.attempts if len(attempt.progress) > 1]
-    restarts = [attempt.progress[0][1] for attempt in attempts[1:]]
-    return Events(attempts, events.saved_steps, restarts) if attempts else events
+def _of_student(intervals: list[Interval], run_dir: Path, student: str, metrics: Points) -> list[Interval]:
+    """The attempts that trained a student: those that reported about it, and those that ended before any report.
+
+    The next attempt continues such a one. The last attempt continues the one before it, unless that had finished.
+    """
+    points = {
+        name: read_points(path) for name in students_of(run_dir) if (path := RunPaths(run_dir, name).metrics).is_file()
+    }
+    points[student] = metrics
+    trained = [
+        {name for name, own in points.items() if any(start["time_s"] <= point["time_s"] < end for point in own)}
+        for start, end in intervals
+    ]
+    for number in reversed(range(len(trained) - 1)):
+        trained[number] = trained[number] or trained[number + 1]
+    for number in range(1, len(trained)):
+        if not trained[number] and intervals[number - 1][0].get("ended") != "DONE":
+            trained[number] = trained[number - 1]
+    return [interval for interval, names in zip(intervals, trained, strict=True) if student in names]
 
 
 def pauses(metrics: Points) -> list[int]:
@@ -108,11 +147,16 @@ def pauses(metrics: Points) -> list[int]:
     return [step for gap, step in gaps if gap > GAP_IN_INTERVALS * usual]
 
 
-def cost(metrics: Points, events: Events, about: dict[str, Any], tokens_per_row: int | None) -> dict[str, str]:
-    """What the run took: label -> figure."""
+def cost(
+    metrics: Points, events: Events, about: dict[str, Any], tokens_per_row: int | None, later: Sequence[Points] = ()
+) -> dict[str, str]:
+    """What the run took: label -> figure. `later`: points of students that were added to the run, group by group."""
+    groups = [metrics, *later]
+    metrics = [point for group in groups for point in group]
     running = sum(attempt.hours for attempt in events.attempts)
     wall = max(attempt.progress[-1][0] for attempt in events.attempts)
-    rows = metrics[-1]["samples"]
+    rows = sum(group[-1]["samples"] for group in groups)
+    who = "student" if not later else "students"
     saving_s = sum(value for _, value in series(metrics, "speed/save_stall_seconds"))
     waits = [value for _, value in series(metrics, "speed/data_wait_share")]
     device = {"cuda": "GPU", "cpu": "CPU process"}.get(about.get("device", ""), "rank")
@@ -120,12 +164,12 @@ def cost(metrics: Points, events: Events, about: dict[str, Any], tokens_per_row:
         "wall clock, first start to last line": duration(wall),
         "of that running": f"{duration(running)} in {len(events.attempts)} start(s)",
         f"{device} hours": f"{sum(attempt.hours * attempt.ranks for attempt in events.attempts):,.3g}",
-        "rows that the student saw": f"{rows:,}",
+        f"rows that the {who} saw": f"{rows:,}",
     }
     if isinstance(names := about.get("device_names"), list):
         shown["devices"] = ", ".join(f"{count} x {name}" for name, count in Counter(map(str, names)).items())
     if tokens_per_row:
-        shown["tokens that the student saw"] = f"{rows * tokens_per_row:,}"
+        shown[f"tokens that the {who} saw"] = f"{rows * tokens_per_row:,}"
     if saving_s:
         shown["training waited for checkpoints"] = f"{saving_s:.1f} s"
     if waits:
@@ -133,9 +177,9 @@ def cost(metrics: Points, events: Events, about: dict[str, Any], tokens_per_row:
     for tag, (label, unit) in DEVICE_FIGURES.items():
         if values := sorted(value for _, value in series(metrics, tag)):
             shown[label] = format(values[len(values) // 2], unit)
-    skipped = series(metrics, "optimizer/skipped_steps")
+    skipped = [counts[-1][1] for group in groups if (counts := series(group, "optimizer/skipped_steps"))]
     if skipped:
-        shown["optimizer steps skipped"] = f"{skipped[-1][1]:.0f}"
+        shown["optimizer steps skipped"] = f"{sum(skipped):.0f}"
     return shown
 
 

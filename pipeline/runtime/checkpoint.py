@@ -41,6 +41,7 @@ from pipeline.runtime.tensor_files import not_finite, open_tensors
 
 MAX_READS = 100  # of a checkpoint that the run which writes it prunes while it is read
 NOT_OF_MODEL = "projection."  # prefix of the untrained tensors that are not weights of the model
+Step = int | Literal["best"] | None  # of a checkpoint: "best" has the lowest held-out loss; None: the newest valid one
 
 
 @dataclass
@@ -235,13 +236,13 @@ def _shape(shape: Sequence[int] | None) -> str:
 
 
 def read_model_weights(
-    run_dir: Path, student: str = "", step: int | Literal["best"] | None = None
+    run_dir: Path, student: str = "", step: Step = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read a student of a run from a checkpoint, also while the run keeps saving and pruning.
 
     Args:
         student: its name in the recipe's `students`; empty where the run has one student
-        step: which checkpoint; "best": the one with the lowest held-out loss; None: the newest valid one
+        step: which checkpoint
 
     Returns:
         all fp32 weights by Hugging Face name, trained and untrained, in their shapes; and the content of `state.json`
@@ -262,16 +263,9 @@ def read_model_weights(
 
 
 def _read_model_weights(
-    run_dir: Path, directory: Path, student: str, step: int | Literal["best"] | None
+    run_dir: Path, directory: Path, student: str, step: Step
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    checkpoint, _ = newest_valid(directory)
-    if checkpoint is None:
-        raise UserError(
-            f"{run_dir} has no checkpoint. Train first: deepspeed pipeline/train.py --deepspeed ds_configs/zero2.json "
-            f"--run-dir {shlex.quote(str(run_dir))}   (--recipe FILE for another than recipes/quickstart.yaml)"
-        )
-    if step is not None:
-        checkpoint = _checkpoint_of(step, checkpoint, student)
+    checkpoint = _checkpoint_of(step, run_dir, directory, student)
     reader = CheckpointReader(checkpoint, student)
     weights = _weights_of(reader)
     if name := not_finite(weights):
@@ -279,14 +273,27 @@ def _read_model_weights(
     return weights, reader.state
 
 
-def _checkpoint_of(step: int | Literal["best"], newest: Path, student: str) -> Path:
-    """The valid checkpoint of a step. Raises `UserError` where there is none."""
-    directory, what = newest.parent, f"step {step}"
-    if step == "best":
-        best = best_evaluation(CheckpointReader(newest, student).state.get("evaluations", []))
-        if best is None:
-            raise UserError(f"{newest / student} knows no held-out evaluation, so no step is the best. Use --step last")
-        step, what = best[0], f"the best held-out loss, {best[1]:.4f} at step {best[0]},"
+def _checkpoint_of(step: Step, run_dir: Path, directory: Path, student: str) -> Path:
+    """The valid checkpoint of a step; no other is verified for a number. Raises `UserError` where there is none."""
+    if isinstance(step, int) and committed_steps(directory):
+        return _kept(directory, step, f"step {step}")
+    newest, _ = newest_valid(directory)
+    if newest is None:
+        raise UserError(
+            f"{run_dir} has no checkpoint. Train first: deepspeed pipeline/train.py --deepspeed ds_configs/zero2.json "
+            f"--run-dir {shlex.quote(str(run_dir))}   (--recipe FILE for another than recipes/quickstart.yaml)"
+        )
+    if step is None:
+        return newest
+    best = best_evaluation(CheckpointReader(newest, student).state.get("evaluations", []))
+    if best is None:
+        raise UserError(f"{newest / student} knows no held-out evaluation, so no step is the best. Use --step last")
+    if checkpoint_path(directory, best[0]) == newest:
+        return newest
+    return _kept(directory, best[0], f"the best held-out loss, {best[1]:.4f} at step {best[0]},")
+
+
+def _kept(directory: Path, step: int, what: str) -> Path:
     path, steps = checkpoint_path(directory, step), committed_steps(directory)
     if step not in steps:
         raise UserError(

@@ -6,6 +6,7 @@ student is in `students/NAME/`; ranks, checkpoints and markers belong to the run
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from pipeline.errors import UserError
@@ -26,7 +27,7 @@ class RunPaths:
 
     def __init__(self, directory: Path, student: str = "", group: int = 1):
         self.directory, self.student, self.group = directory, student, group
-        files = directory / STUDENTS / student if student else directory
+        self.files = files = directory / STUDENTS / student if student else directory  # of this student
         # What the run is, written before its first step; `export` reads these four.
         self.description = files / "run.json"  # versions, commit, ranks, data, teacher
         self.recipe = files / "recipe.yaml"  # with the overrides of --set
@@ -71,8 +72,21 @@ class RunPaths:
         return self.logs / f"{'dry-run-' if is_dry_run else ''}stacks-rank{rank}.txt"
 
 
+def check_is_no_student(directory: Path) -> None:
+    """Raise a `UserError` if this is `RUN/students/NAME`: ranks, checkpoints and markers are those of the run."""
+    place = directory.resolve()
+    run_dir, name = place.parent.parent, place.name
+    if place.parent.name == STUDENTS and RunPaths(run_dir).recipe.is_file() and name in students_of(run_dir):
+        export = shlex.join(["python", "-m", "pipeline", "export", str(run_dir), "--student", name, "--output", "DIR"])
+        raise UserError(
+            f"{directory} is a student of the run {run_dir}, and no run directory. Name {run_dir} --student {name}; as a "
+            f"model it is what this writes: {export}"
+        )
+
+
 def is_run_directory(directory: Path) -> bool:
-    """Whether a run has begun in this directory."""
+    """Whether a run has begun in this directory. Raises `UserError` if it is that of one of a run's students."""
+    check_is_no_student(directory)
     return RunPaths(directory).description.is_file() or bool(students_of(directory))
 
 
@@ -93,8 +107,10 @@ def one_student(run_dir: Path, asked: str | None) -> str:
     """The student that a command is about: the one of `--student`, or "" in a run with one student without a name.
 
     Raises:
-        UserError: the run has several students and none is named, or it has not the one that is
+        UserError: the run has several students and none is named, or it has not the one that is; or this is no run directory
+            but that of a student
     """
+    check_is_no_student(run_dir)
     names = students_of(run_dir)
     if asked is None and not names:
         return ""

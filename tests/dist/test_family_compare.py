@@ -79,7 +79,7 @@ def test_a_diverged_run_with_one_student_says_so(lab: Lab) -> None:
     run_dir = lab.fresh("diverged alone")
     assert lab.run(run_dir, 1, {**SETTINGS, "guard.max_bad_steps": 2, "metrics.log_every": 1}, 2, [nan]) == 3
     (student,) = read_students(run_dir)
-    assert student.status == "diverged at step 1"
+    assert student.status == "diverged at step 2"
 
 
 def test_a_continued_run_has_no_longer_diverged(lab: Lab, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from pipeline.training.identity import START_CONFIG, START_WEIGHTS
 from tests.dist.runs import curve
 from tests.dist.training_process import TrainingProcess
 
-STUDENTS = "{small: {}, wide: {student: {layers: 3, hidden: 48, ffn: 96, init: layers}, optimizer: {lr: 0.05}}}"
+STUDENTS = "{small: {}, wide: {student: {layers: 3, hidden: 48, ffn: 96, init: layers}, optimizer: {lr: 0.02, warmup_steps: 8, decay: constant}}}"
 SETTINGS = [
     "steps=8",
     "eval_every=2",
@@ -28,7 +28,6 @@ SETTINGS = [
     "checkpoint={keep: 1, keep_best: heldout}",
     "metrics.images=false",
 ]
-BEST = {"small": 8, "wide": 4}  # steps: the rate of `wide` is too high
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +42,19 @@ def run_dir(
     return directory
 
 
+@pytest.fixture(scope="module")
+def best(run_dir: Path) -> dict[str, int]:
+    """Student -> the step with the lowest held-out loss, of equal ones the later."""
+    found = {}
+    for name in ("small", "wide"):
+        state = json.loads((run_dir / "checkpoints" / "step-00000008" / name / "state.json").read_text())
+        losses = dict(state["evaluations"])
+        assert list(losses) == [2, 4, 6, 8]
+        found[name] = max(step for step in losses if losses[step] == min(losses.values()))
+    assert found["wide"] < 8, "its rate grows until it is too high"
+    return found
+
+
 def export(run_dir: Path, output: Path, *words: object) -> Path:
     pipeline(["export", str(run_dir), "--output", str(output), *map(str, words)])
     return output
@@ -55,14 +67,15 @@ def error_of(capsys: pytest.CaptureFixture, *words: object) -> str:
 
 
 @pytest.mark.parametrize(("name", "layers", "width"), [("small", 2, 24), ("wide", 3, 48)])
-@pytest.mark.parametrize("step", [None, "last", "best", 4])
+@pytest.mark.parametrize("step", [None, "last", "best", 8, "the best of wide"])
 def test_each_student_of_a_family_is_exported(
-    name: str, layers: int, width: int, step: str | int | None, run_dir: Path, tmp_path: Path
+    name: str, layers: int, width: int, step: str | int | None, run_dir: Path, best: dict[str, int], tmp_path: Path
 ) -> None:
+    step = best["wide"] if step == "the best of wide" else step
     output = export(run_dir, tmp_path / name, "--student", name, *([] if step is None else ["--step", step]))
     model = AutoModel.from_pretrained(output)
     assert (model.config.num_hidden_layers, model.config.hidden_size) == (layers, width)
-    steps = BEST[name] if step == "best" else 4 if step == 4 else 8
+    steps = best[name] if step == "best" else step if isinstance(step, int) else 8
     weights, state = read_model_weights(run_dir, name, steps)
     assert state["step"] == steps
     stored = load_file(output / "model.safetensors")
@@ -73,29 +86,33 @@ def test_each_student_of_a_family_is_exported(
     assert (lineage["recipe"]["student"]["layers"], lineage["recipe"]["students"]) == (layers, None)
     card = (output / "README.md").read_text()
     assert f"| student of the run | {name} |" in card
-    heldout = curve(RunPaths(run_dir, name).description.parent, "heldout/mean")
+    heldout = curve(RunPaths(run_dir, name).files, "heldout/mean")
     assert f"| language | step 0 | step {steps} |" in card
     assert f"| mean | {heldout[0]:.3f} | {heldout[steps]:.3f} |" in card
 
 
 def test_the_smaller_vocabulary_is_that_of_one_student_of_the_family(
-    run_dir: Path, vocabulary: Path, tmp_path: Path
+    run_dir: Path, best: dict[str, int], vocabulary: Path, tmp_path: Path
 ) -> None:
-    output = export(run_dir, tmp_path / "small", "--student", "small", "--step", 4, "--vocabulary", vocabulary)
+    step = best["wide"]
+    output = export(run_dir, tmp_path / "small", "--student", "small", "--step", step, "--vocabulary", vocabulary)
     assert AutoModel.from_pretrained(output).config.hidden_size == 24
     lineage = json.loads((output / "lineage.json").read_text())
-    assert (lineage["student"], lineage["steps"], lineage["trimmed"]["from"]) == ("small", 4, str(run_dir))
+    assert (lineage["student"], lineage["steps"], lineage["trimmed"]["from"]) == ("small", step, str(run_dir))
 
 
 def test_an_export_of_a_family_that_is_not_clear_is_an_error(
-    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    run_dir: Path, best: dict[str, int], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     words = ("export", run_dir, "--output", tmp_path / "student")
     assert "has the students small, wide. Add --student small" in error_of(capsys, *words)
     assert "and none called narrow" in error_of(capsys, *words, "--student", "narrow")
-    error = error_of(capsys, *words, "--student", "wide", "--step", 2)
+    kept = sorted({*best.values(), 8})
+    pruned = min({2, 4, 6} - set(kept))
+    error = error_of(capsys, *words, "--student", "wide", "--step", pruned)
+    steps = ", ".join(map(str, kept))
     assert re.search(
-        r"the checkpoint of step 2 was not kept in .*; it has the steps 4, 8\. .*checkpoint.keep_best", error
+        rf"the checkpoint of step {pruned} was not kept in .*; it has the steps {steps}\. .*checkpoint.keep_best", error
     )
     error = error_of(capsys, "export", run_dir, "--output", run_dir / "students" / "exported", "--student", "wide")
     assert f"is a student of the run. For example: --output {run_dir / 'students' / 'wide' / 'student'}" in error
@@ -105,42 +122,45 @@ def test_an_export_of_a_family_that_is_not_clear_is_an_error(
     assert not (tmp_path / "student").exists()
 
 
-def test_the_best_step_must_have_been_kept(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_best_step_must_have_been_kept(
+    run_dir: Path, best: dict[str, int], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     pruned = shutil.copytree(run_dir, tmp_path / "run")
-    shutil.rmtree(pruned / "checkpoints" / "step-00000004")
+    shutil.rmtree(pruned / "checkpoints" / f"step-{best['wide']:08d}")
     error = error_of(capsys, "export", pruned, "--output", tmp_path / "student", "--student", "wide", "--step", "best")
     assert re.search(
-        r"the checkpoint of the best held-out loss, \d\.\d{4} at step 4, was not kept .*keep_best: heldout", error
+        rf"the checkpoint of the best held-out loss, \d\.\d{{4}} at step {best['wide']}, was not kept .*keep_best: heldout",
+        error,
     )
-    export(pruned, tmp_path / "student", "--student", "small", "--step", "best")
+    export(pruned, tmp_path / "student", "--student", "wide", "--step", 8)
 
 
 def test_a_card_has_the_figures_of_its_student_of_the_family(
-    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    run_dir: Path, best: dict[str, int], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    output = export(run_dir, tmp_path / "wide", "--student", "wide", "--step", 4)
+    output = export(run_dir, tmp_path / "wide", "--student", "wide", "--step", best["wide"])
     before = (output / "README.md").read_text()
     pipeline(["card", str(output), str(run_dir)])
     assert (output / "README.md").read_text() == before
     pipeline(["card", str(output), str(run_dir), "--student", "small"])
-    small = curve(RunPaths(run_dir, "small").description.parent, "heldout/mean")
-    assert f"| mean | {small[0]:.3f} | {small[4]:.3f} |" in (output / "README.md").read_text()
+    small = curve(RunPaths(run_dir, "small").files, "heldout/mean")
+    assert f"| mean | {small[0]:.3f} | {small[best['wide']]:.3f} |" in (output / "README.md").read_text()
     assert "and none called narrow" in error_of(capsys, "card", output, run_dir, "--student", "narrow")
     assert "Leave --student out" in error_of(capsys, "card", output, tmp_path, "--student", "small")
     assert "has one student, without a name" in error_of(capsys, "card", output, "--student", "small")
 
 
 def test_students_of_a_family_are_evaluated_side_by_side(
-    run_dir: Path, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    run_dir: Path, best: dict[str, int], tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     words = ["--tasks", "speed", "--output", tmp_path / "figures"]
     words += [word for key in ("batches=[1]", "lengths=[8]", "rounds=1") for word in ("--set", f"speed.{key}")]
     chosen = ["--student", "small", "--student", "wide", "--step", "best"]
     pipeline(["evaluate", f"{run_dir}@1", str(tiny_teacher), *map(str, [*words, *chosen])])
     report = json.loads((tmp_path / "figures" / "evaluation.json").read_text())
-    places = {name: tmp_path / "figures" / "exported" / f"run-{name}" for name in BEST}
+    places = {name: tmp_path / "figures" / "exported" / f"run-{name}" for name in best}
     assert list(report["models"]) == [*(f"{place}@1" for place in places.values()), str(tiny_teacher)]
-    assert [model["steps"] for model in report["models"].values()] == [*BEST.values(), None]
+    assert [model["steps"] for model in report["models"].values()] == [*best.values(), None]
     for name, place in places.items():
         assert json.loads((place / "lineage.json").read_text())["student"] == name
     assert "Add --student small" in error_of(capsys, "evaluate", run_dir, *words)
@@ -150,13 +170,14 @@ def test_students_of_a_family_are_evaluated_side_by_side(
 
 def test_a_student_of_a_family_starts_from_an_encoder(
     run_dir: Path,
+    best: dict[str, int],
     training: TrainingProcess,
     tiny_recipe: Path,
     fp32_config: Path,
     tmp_path: Path,
 ) -> None:
     """An error names the student, and its fix is about this student alone."""
-    init = export(run_dir, tmp_path / "wide", "--student", "wide", "--step", 4)
+    init = export(run_dir, tmp_path / "wide", "--student", "wide", "--step", best["wide"])
 
     def train(*sets: str):
         words = [word for setting in ("steps=2", "eval_every=2", *sets) for word in ("--set", setting)]
@@ -171,7 +192,7 @@ def test_a_student_of_a_family_starts_from_an_encoder(
     assert f"pipeline export {run_dir} --student small --output {run_dir / 'student'} " in ended.err
     ended = train(f"students={{first: {{}}, second: {{student: {{init: {init}}}}}}}", *fix)
     assert ended.code == 0, ended.err
-    start = curve(RunPaths(tmp_path / "next", "second").description.parent, "heldout/mean")
-    assert start[0] == curve(RunPaths(run_dir, "wide").description.parent, "heldout/mean")[4]
+    start = curve(RunPaths(tmp_path / "next", "second").files, "heldout/mean")
+    assert start[0] == curve(RunPaths(run_dir, "wide").files, "heldout/mean")[best["wide"]]
     identities = [read_model_weights(tmp_path / "next", name)[1]["identity"] for name in ("first", "second")]
     assert identities[1].keys() - identities[0].keys() == {START_WEIGHTS, START_CONFIG}

@@ -108,7 +108,7 @@ def make_family(directory: Path) -> Path:
     (directory / "restarts.json").write_text(json.dumps(restarts))
     for name, member in members.items():
         paths = RunPaths(directory, name, group=2 if name == "late" else 1)
-        paths.metrics.parent.mkdir(parents=True)
+        paths.files.mkdir(parents=True)
         paths.recipe.write_text(recipe_to_yaml(member))
         paths.student_config.write_text(json.dumps({**BERT, "num_hidden_layers": member.student.layers}))
         about = {"world_size": 1, "device": "cpu", "precision": "fp32", "languages": ["de", "th"]}

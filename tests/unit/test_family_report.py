@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from pipeline.__main__ import main
+from pipeline.comparison.students import read_students
 from pipeline.errors import UserError
 from pipeline.report.family import render_family
 from pipeline.report.page import render
 from pipeline.report.plots import overlaid
+from pipeline.report.timeline import Events, cost, events_of
+from pipeline.runtime.checkpoint_files import checkpoint_path, committed_steps
 from pipeline.runtime.run_paths import RunPaths
 from tests.unit.made_up_run import make_family, make_run
 from tests.unit.test_report import TagBalance
@@ -97,6 +101,70 @@ def test_one_student_of_a_family_has_a_page_like_a_run_with_one(family: Path, tm
     ):
         with pytest.raises(UserError, match=message):
             main(["report", *wrong])
+
+
+def restarts_of(family: Path, *starts: tuple[float, int, list[int], str | None]) -> None:
+    """Write the attempts: time, first step, saved steps, how it ended."""
+    keys = ("time_s", "first_step", "saved_steps", "ended")
+    attempts = [{**dict(zip(keys, start, strict=True)), "world_size": 1} for start in starts]
+    (family / "restarts.json").write_text(json.dumps(attempts))
+
+
+def events_of_student(family: Path, name: str) -> Events:
+    (student,) = (student for student in read_students(family) if student.name == name)
+    return events_of(family, student.points, committed_steps(student.paths.checkpoints), name)
+
+
+FIRST, LATE = (999.0, 0, [4, 8], "DONE"), (2000.0, 0, [2], None)
+
+
+def test_a_student_that_was_added_later_has_its_own_time_and_checkpoints(family: Path) -> None:
+    restarts_of(family, FIRST, LATE)
+    late = events_of_student(family, "late")
+    assert late.saved_steps == [2]
+    assert cost(read_students(family)[2].points, late, {}, None)["wall clock, first start to last line"] == "6 s"
+    assert events_of_student(family, "deep").saved_steps == [4, 8]
+    shutil.rmtree(family / "checkpoints-2")
+    restarts_of(family, FIRST, (2000.0, 0, [], None))
+    assert events_of_student(family, "late").saved_steps == [], "before its first checkpoint"
+
+
+def test_the_page_of_all_has_the_checkpoints_and_rows_of_every_group(family: Path) -> None:
+    restarts_of(family, FIRST, (2000.0, 0, [2], None))
+    checkpoint_path(family / "checkpoints-2", 2).rename(checkpoint_path(family / "checkpoints-2", 4))
+    late = RunPaths(family, "late").metrics
+    late.write_text(
+        late.read_text() + json.dumps({"step": 4, "samples": 64, "time_s": 2010.0, "loss/total": 1.0}) + "\n"
+    )
+    restarts_of(family, FIRST, (2000.0, 0, [4], None))
+    points = sorted(
+        (point for student in read_students(family) for point in student.points if "loss/total" in point),
+        key=lambda point: point["time_s"],
+    )
+    events = events_of(family, points, [4, 8])
+    assert [step for _, step in events.saved] == [4, 8, 4]
+    assert events.saved_steps == [4, 8]
+    page = render_family(family)
+    assert "<td>rows that the students saw</td><td>192</td>" in page, "128 of the first group, 64 of the second"
+    assert "<td>tokens that the students saw</td><td>24,576</td>" in page
+
+
+@pytest.mark.parametrize(
+    ("starts", "attempts"),
+    [
+        ([FIRST, LATE], (1, 1, 1)),
+        ([FIRST, (1990.0, 0, [], None), LATE], (1, 1, 2)),
+        ([FIRST, LATE, (2050.0, 2, [], None)], (1, 1, 2)),
+        ([FIRST, LATE, (2050.0, 2, [], None), (2060.0, 2, [], None)], (1, 1, 3)),
+        ([(990.0, 0, [], None), FIRST, LATE], (2, 2, 1)),
+        ([FIRST, (1010.0, 4, [8], "DONE"), LATE], (2, 1, 1)),
+    ],
+)
+def test_an_attempt_that_ended_before_any_report_is_one_of_the_students_that_it_trained(
+    family: Path, starts: list[tuple[float, int, list[int], str | None]], attempts: tuple[int, int, int]
+) -> None:
+    restarts_of(family, *starts)
+    assert tuple(len(events_of_student(family, name).attempts) for name in ("deep", "flat", "late")) == attempts
 
 
 def test_the_command_writes_the_page_of_all(family: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,8 +23,7 @@ from pipeline.evaluation.encoder import Encoder, load_encoder, sentence_vectors
 from pipeline.evaluation.ranks import alone
 from pipeline.evaluation.task import tasks
 from tests.tiny_encoders import CONFIGS, random_rows, tiny_encoder
-from tests.unit.evaluation.all_tasks import quick_settings
-from tests.unit.evaluation.questions import needs_all_windows
+from tests.unit.evaluation.all_tasks import TASKS, quick_settings
 
 TIMED = ("sentences_per_second", "times_first", "seconds", "tokens_per_second")
 
@@ -98,15 +97,14 @@ def test_the_walk_has_every_ordered_pair() -> None:
     assert {(a, b) for a in "abcd" for b in "abcd" if a != b} <= followed
 
 
-@needs_all_windows
 def test_no_task_depends_on_the_one_before_it(dropping_model: Path, config: Any, tmp_path: Path) -> None:
     alone_figures = {
-        name: run_task(name, load_encoder(str(dropping_model)), config, tmp_path / f"alone-{name}") for name in tasks()
+        name: run_task(name, load_encoder(str(dropping_model)), config, tmp_path / f"alone-{name}") for name in TASKS
     }
     encoder = load_encoder(str(dropping_model))
     before, torch_before = state_of(encoder), state_of_torch()
     earlier = "the start"
-    for number, name in enumerate(every_ordered_pair(list(tasks()))):
+    for number, name in enumerate(every_ordered_pair(TASKS)):
         assert run_task(name, encoder, config, tmp_path / str(number)) == alone_figures[name], f"{name} after {earlier}"
         assert state_of(encoder) == before, f"{name} changed the model"
         assert state_of_torch() == torch_before, f"{name} changed torch's state"

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.errors import UserError
+from pipeline.runtime import checkpoint
 from pipeline.runtime.checkpoint import (
     CheckpointConfig,
     CheckpointReader,
@@ -213,6 +214,24 @@ def test_the_number_of_kept_checkpoints(config: CheckpointConfig, others: int, m
     kept = {*kept_steps(list(range(1, 25)), config), *([1, 2, 3] if config.keep_best else [])}
     assert (config.num_newest_and_best(3), config.num_milestones(24)) == (others, milestones)
     assert len(kept) == others + milestones
+
+
+@pytest.mark.parametrize(
+    ("step", "verified"), [(None, [3]), (3, [3]), (2, [2]), ("best", [3, 2]), ("last is best", [3])]
+)
+def test_no_checkpoint_of_a_family_is_hashed_in_vain(
+    tmp_path: Path, step: int | str | None, verified: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best = {"last is best": 3}.get(str(step), 2)
+    for saved in (1, 2, 3):
+        write(
+            tmp_path / "checkpoints", saved, state={"evaluations": [[saved, abs(saved - best)] for saved in (1, 2, 3)]}
+        )
+    found: list[int] = []
+    monkeypatch.setattr(checkpoint, "corruption", lambda path: found.append(int(path.name[-8:])) or corruption(path))
+    which = "best" if isinstance(step, str) else step
+    assert checkpoint.read_model_weights(tmp_path, "small", which)[1]["step"] == verified[-1]
+    assert found == verified
 
 
 def test_students_added_to_a_finished_family_have_checkpoints_of_their_own(tmp_path: Path) -> None:

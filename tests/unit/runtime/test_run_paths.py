@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from pipeline.__main__ import main
 from pipeline.errors import UserError
-from pipeline.runtime.run_paths import RunPaths, one_student, students_of
+from pipeline.runtime.run_paths import RunPaths, is_run_directory, one_student, students_of
+from pipeline.training.student_start import read_start
+from tests.unit.made_up_run import make_family, make_run
 
 
 def test_files_of_one_student_of_a_family(tmp_path):
     alone, one, added = RunPaths(tmp_path), RunPaths(tmp_path, "small"), RunPaths(tmp_path, "late", group=2)
     assert one.metrics == tmp_path / "students" / "small" / "metrics.jsonl"
+    assert (one.files, alone.files) == (tmp_path / "students" / "small", tmp_path)
     assert one.tensorboard == tmp_path / "tensorboard" / "small"
     assert one.checkpoints == alone.checkpoints == tmp_path / "checkpoints"
     assert added.checkpoints == tmp_path / "checkpoints-2"
@@ -40,3 +46,34 @@ def test_a_command_about_one_student_of_a_family_needs_its_name(tmp_path):
         one_student(tmp_path, None)
     with pytest.raises(UserError, match=r"and none called \.\./small"):
         one_student(tmp_path, "../small")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "export NAME --output OUT",
+        "evaluate NAME --tasks speed --output OUT",
+        "report NAME",
+        "compare NAME",
+        "card EXPORT NAME",
+    ],
+)
+def test_the_directory_of_a_student_is_no_run_directory(tmp_path: Path, words: str, monkeypatch: pytest.MonkeyPatch):
+    run_dir = make_family(tmp_path / "run")
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "lineage.json").write_text("{}")
+    message = f"deep is a student of the run {run_dir}, and no run directory. Name {run_dir} --student deep; "
+    places = {"OUT": str(tmp_path / "out"), "EXPORT": str(tmp_path / "export")}
+    monkeypatch.chdir(run_dir)
+    for name in (run_dir / "students" / "deep", Path("students/deep")):
+        with pytest.raises(UserError) as caught:
+            main([{**places, "NAME": str(name)}.get(word, word) for word in words.split()])
+        assert message in str(caught.value)
+        with pytest.raises(UserError) as caught:
+            read_start(str(name))
+        assert message in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_in_a_directory_called_students_is_one(tmp_path: Path):
+    assert is_run_directory(make_run(tmp_path / "students" / "ours"))
