@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 
 from data_prep.shards import UnreadableError
 from pipeline.errors import UserError
+from pipeline.installed import training_command
 from pipeline.recipe.ranges import LARGEST_INT, check_ranges
 from pipeline.runtime.checkpoint_files import (
     KINDS,
@@ -280,7 +281,7 @@ def _checkpoint_of(step: Step, run_dir: Path, directory: Path, student: str) -> 
     newest, _ = newest_valid(directory)
     if newest is None:
         raise UserError(
-            f"{run_dir} has no checkpoint. Train first: deepspeed pipeline/train.py --deepspeed ds_configs/zero2.json "
+            f"{run_dir} has no checkpoint. Train first: {training_command()} --deepspeed ds_configs/zero2.json "
             f"--run-dir {shlex.quote(str(run_dir))}   (--recipe FILE for another than recipes/quickstart.yaml)"
         )
     if step is None:
