@@ -60,7 +60,8 @@ class RunLogger:
         if self._is_main:
             with contextlib.suppress(OSError):  # a full disk: each file that is not written gives a warning
                 paths.description.parent.mkdir(parents=True, exist_ok=True)
-        self._metrics = Metrics(paths, self._is_main, first_step, parts.recipe.steps, shows_progress=leads)
+        recipe = parts.recipe
+        self._metrics = Metrics(paths, self._is_main, first_step, recipe.steps, leads, recipe.metrics.loggers)
         self._interval = _Interval()
         self._speed: dict[str, float] = {}  # of the last interval
         self._peak_flops_per_s = peak_flops_per_s(device_name(parts.launch.device), parts.precision)
