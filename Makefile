@@ -1,18 +1,17 @@
 # `make` or `make help` lists the targets. Every target that needs it makes .venv first.
-PYTHON ?= python3
+# Only a PYTHON that is named (make venv PYTHON=python3.12) replaces a .venv of another version.
+NAMED_PYTHON := $(PYTHON)
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
 
-.PHONY: help venv demo doctor gpu test loggers test-versions lint format coverage mutants fuzz faults clean
+.PHONY: always help venv demo doctor gpu test loggers test-versions lint format coverage mutants fuzz faults clean
 help: ## list the targets
 	@sed -n 's/^\([a-z%-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "make %-13s %s\n", $$1, $$2 }'
 
 venv: .venv/.installed ## make .venv and install the packages that demo and tests need
-.venv/.installed: requirements.txt requirements-dev.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -r requirements.txt -r requirements-dev.txt
-	touch $@
+.venv/.installed: requirements.txt requirements-dev.txt $(if $(NAMED_PYTHON),always)
+	./install.sh $(NAMED_PYTHON)
 
 demo: venv ## distil a student of a real teacher on sample text, and print a table of results (SET="key=value ..." for settings)
 	$(BIN)/python -m demo $(addprefix --set ,$(SET))
@@ -43,7 +42,7 @@ lint: venv ## check format, types, shell scripts and spelling
 	ruff check .
 	ruff format --check .
 	mypy
-	shellcheck -x slurm/*.sh slurm/lib/*.sh slurm/site.example.env .ci/run
+	shellcheck -x install.sh slurm/*.sh slurm/lib/*.sh slurm/site.example.env .ci/run
 	hadolint containers/Dockerfile
 	codespell
 
