@@ -64,7 +64,9 @@ class RowDocuments:
             lengths.append(list(map(sub, [*cuts, end + 1], [first - 1, *cuts])))
         counts = np.fromiter(map(len, lengths), np.int64, len(lengths))
         out = np.zeros((len(lengths), counts.max(initial=0)), np.int64)
-        out[np.arange(out.shape[1]) < counts[:, None]] = np.fromiter(chain.from_iterable(lengths), np.int64, counts.sum())
+        out[np.arange(out.shape[1]) < counts[:, None]] = np.fromiter(
+            chain.from_iterable(lengths), np.int64, counts.sum()
+        )
         return out
 
     def _in_later_shards(self, shard: int, end: int) -> list[int]:
