@@ -59,6 +59,9 @@ class Recipe:
     micro_batch_per_gpu: int = 32  # rows per forward and backward on one rank
     seq_len: int = 512  # tokens per row, <s> and </s> included
     documents: Literal["joined", "separate"] = "joined"  # separate: attention and relations end where a document does
+    positions: Literal["continue", "restart"] = (
+        "continue"  # restart, with separate documents: each begins at the first one
+    )
     alpha: float = 0.3  # language share ~ (share of sampling_unit) ** alpha
     sampling_unit: Literal["tokens", "documents", "bytes"] = "tokens"  # what the shares are counted in
     language_weights: dict[str, float] | None = None  # explicit shares instead of alpha's
@@ -99,6 +102,11 @@ class Recipe:
                 "eval_every": (1, LARGEST_INT),
             },
         )
+        if self.positions == "restart" and self.documents == "joined":
+            raise UserError(
+                "positions is restart, which separate documents have: tokens that attend across documents must have different "
+                "positions. Set documents: separate (--set documents=separate), or positions: continue"
+            )
         if self.languages == []:
             raise UserError(
                 "languages is an empty list; name some, or leave the key out for every language of the shards"

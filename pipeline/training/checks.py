@@ -23,7 +23,7 @@ from pipeline.data.batches import BatchOptions, BatchSource
 from pipeline.data.tokenizer_hash import compare_ids, tokenizer_sha256
 from pipeline.distillation.compiled_layers import check_compiler
 from pipeline.distillation.distiller import unequal_widths
-from pipeline.distillation.models.architectures import ARCHITECTURES, check_length
+from pipeline.distillation.models.architectures import check_documents, check_length
 from pipeline.distillation.models.teacher import check_vocabulary
 from pipeline.distillation.models.vocabulary import cut_embedding, read_vocabulary
 from pipeline.distillation.relations.loss import check_heads
@@ -35,7 +35,7 @@ from pipeline.runtime.engine import device_precisions
 from pipeline.training.agreement import settings_facts
 from pipeline.training.how_to_prepare import how_to_prepare, text_of
 from pipeline.training.identity import Identity, identity_of, start_identity
-from pipeline.training.recipe_warnings import recipe_warnings
+from pipeline.training.recipe_warnings import recipe_warnings, window_warnings
 from pipeline.training.student_start import check_start, read_start, trained_length
 
 
@@ -141,7 +141,7 @@ class Inputs:
         config = self.teacher_model.config
         layers = check_taps(self.recipe, self.teacher_model)
         shape = f"{config.num_hidden_layers} layers x {config.hidden_size}"
-        return Found(f"{config.model_type}, {shape}, read at layer {layers}")
+        return Found(f"{config.model_type}, {shape}, read at layer {layers}", window_warnings(self.recipe, config))
 
     def start_facts(self) -> dict[str, Any]:
         return {**self.start_hashes, "trained length of the encoder of `student.init`": self.trained_length}
@@ -292,9 +292,8 @@ def check_fit(recipe: Recipe, shards: ShardSet, teacher_model: Any) -> None:
             f"{role} (sha256 {sha256[:12]} in {recipe.tokenizer}). {how_to_prepare(recipe.tokenizer, again, text)}   (then "
             f"train with {shlex.join(['--set', f'data={again}'])})"
         )
-    for model_type in (teacher_model.config.model_type, recipe.student.family):
-        if recipe.documents == "separate" and model_type and not ARCHITECTURES[model_type].accepts_block_mask:
-            raise UserError(f"{model_type} cannot keep the documents of a row apart; set documents: joined")
+    if recipe.documents == "separate":
+        check_documents(teacher_model.config, "the teacher")
     check_vocabulary(teacher_model, shards.vocab_size, recipe.data)
     check_length(teacher_model.config, recipe.seq_len, recipe.teacher)
 
