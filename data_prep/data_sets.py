@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from data_prep.child import in_child
-from data_prep.hub import PREFIX, Listing, Specification, list_files
+from data_prep.hub import PREFIX, Listing, Specification, check_config, list_files
 from data_prep.hub_files import sources_of
 from data_prep.languages import language_of_code
 from data_prep.names import shown
@@ -52,6 +52,7 @@ class DataSetRules:
     def chosen(self, given: Specification, configs: list[str], default: str | None) -> dict[str, str]:
         """The configs to read and their languages, of all configs of a data set; `-` for those that the map leaves out."""
         if given.config is not None:
+            check_config(given, given.config, configs)
             return {given.config: self.language_of(given, given.config)}
         mapped = {config: self.mapped(given, config) or IGNORED for config in configs}
         if any(language != IGNORED for language in mapped.values()):

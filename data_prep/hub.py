@@ -94,7 +94,6 @@ def list_files(
         reader = type(builder).__module__.rsplit(".", 1)[-1]
         listing = Listing(revision, newest, names, default, reader)
         for config in choose(names, default):
-            check_config(given, config, names)
             by_split = _by_split(builder, config)
             split = listing.splits[config] = _split(given, config, list(by_split))
             listing.files[config] = _with_sizes(given, revision, list(by_split[split]))

@@ -1,54 +1,94 @@
 """A server on this machine that answers the few requests of the Hugging Face Hub by which data sets are listed and read.
 
-In: directories, one for each commit of a data set. Out: an endpoint for HF_ENDPOINT, and a log of the requests.
+In: directories, one for each commit of a data set. Out: an endpoint for HF_ENDPOINT, and a log of the requests. The server is a
+process of its own, because `prepare` forks and its process must have no threads. A file tells it what to answer.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import threading
-from dataclasses import dataclass, field
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlparse
 
+import pytest
+
 
 @dataclass
 class SmallHub:
-    """One data set. `commits`: its directories by commit; `main` is the newest."""
+    """One data set, and what the server does with it. `change` tells the server."""
 
+    directory: Path  # of the server's own files
     name: str
-    commits: dict[str, Path]
-    main: str
-    log: list[str] = field(default_factory=list)  # PATH, or PATH RANGE
+    commits: dict[str, str]  # the directory of each commit
+    main: str  # the newest commit
     answer: tuple[int, str] | None = None  # status and X-Error-Code of every answer, instead of the data
     fail_after: int | None = None  # requests of data that are answered before each further one gets `answer`
+    endpoint: str = field(default="", init=False)
 
-    def __enter__(self) -> SmallHub:
-        hub = self
-
-        class Handler(_Handler):
-            server_of = hub
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
-        self._thread.start()
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+    @contextmanager
+    def running(self) -> Iterator[SmallHub]:
+        self.change()
+        server = subprocess.Popen([sys.executable, __file__, str(self._state)], stdout=subprocess.PIPE, text=True)
+        assert server.stdout is not None
+        self.endpoint = f"http://127.0.0.1:{server.stdout.readline().strip()}"
+        try:
+            yield self
+        finally:
+            server.kill()
+            server.wait()
+            server.stdout.close()
 
     @property
-    def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+    def _state(self) -> Path:
+        return self.directory / "state.json"
+
+    def change(self, **values: Any) -> None:
+        """Set fields, and begin a new log."""
+        for name, value in values.items():
+            setattr(self, name, value)
+        self.directory.mkdir(exist_ok=True)
+        (self.directory / "log").write_text("")
+        state = {name: value for name, value in asdict(self).items() if name not in ("directory", "endpoint")}
+        self._state.write_text(json.dumps(state))
+
+    @property
+    def log(self) -> list[str]:
+        """The requests since the last change: PATH, or PATH RANGE."""
+        return (self.directory / "log").read_text().splitlines()
+
+    def environment(self) -> dict[str, str]:
+        """For a process that uses this hub."""
+        return {"HF_ENDPOINT": self.endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(self.directory / "home")}
+
+    def use_here(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Let the libraries in this process use this hub, which read the environment when they were imported."""
+        import datasets
+        from huggingface_hub import HfFileSystem, constants
+
+        for name, value in self.environment().items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(constants, "ENDPOINT", self.endpoint)
+        template = self.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(self.directory / "home" / "hub"))
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", self.endpoint)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", self.directory / "home" / "datasets")
+        HfFileSystem.clear_instance_cache()
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server_of: SmallHub
+    state: Path
+    hub: SmallHub
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *unused: Any) -> None:
@@ -64,16 +104,17 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def _answer(self) -> None:
-        hub, url = self.server_of, urlparse(self.path)
+        hub = self.hub = SmallHub(self.state.parent, **json.loads(self.state.read_text()))
+        url = urlparse(self.path)
         path = unquote(url.path)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        hub.log.append(" ".join(filter(None, (path, self.headers.get("Range")))))
         is_data = self.command == "GET" and path.endswith((".parquet", ".gz"))
-        if hub.answer is not None and (hub.fail_after is None or (is_data and hub.fail_after <= 0)):
+        with open(self.state.parent / "log", "a") as log:
+            log.write(" ".join(filter(None, (path, self.headers.get("Range")))) + "\n")
+        num_answered = sum(".parquet bytes" in line or ".gz bytes" in line for line in hub.log) - 1
+        if hub.answer is not None and (hub.fail_after is None or (is_data and num_answered >= hub.fail_after)):
             self._send(hub.answer[0], b"", {"X-Error-Code": hub.answer[1]})
             return
-        if is_data and hub.fail_after is not None:
-            hub.fail_after -= 1
         api, files = f"/api/datasets/{hub.name}", f"/datasets/{hub.name}/resolve/"
         if path.startswith(files):
             self._file(*path.removeprefix(files).split("/", 1))
@@ -84,12 +125,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._api(words, parse_qs(url.query), body)
 
     def _api(self, words: list[str], query: dict[str, list[str]], body: bytes) -> None:
-        hub = self.server_of
+        hub = self.hub
         commit = hub.main if words in ([""], ["revision", "main"]) else words[1]
         if commit not in hub.commits:
             self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
             return
-        root = hub.commits[commit]
+        root = Path(hub.commits[commit])
         if words[0] in ("", "revision"):
             self._send_json({"id": hub.name, "sha": commit, "siblings": []})
         elif words[0] == "tree":
@@ -101,12 +142,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json([_entry(root, root / path) for path in asked if (root / path).exists()])
 
     def _file(self, commit: str, name: str) -> None:
-        hub = self.server_of
+        hub = self.hub
         commit = hub.main if commit == "main" else commit
         if commit not in hub.commits:
             self._send(404, b"", {"X-Error-Code": "RevisionNotFound"})
             return
-        path = hub.commits[commit] / name
+        path = Path(hub.commits[commit]) / name
         headers = {"X-Repo-Commit": commit}
         if not path.is_file():
             self._send(404, b"", {**headers, "X-Error-Code": "EntryNotFound"})
@@ -144,3 +185,10 @@ def _entry(root: Path, path: Path) -> dict[str, Any]:
         "oid": digest,
         "size": 0 if path.is_dir() else path.stat().st_size,
     }
+
+
+if __name__ == "__main__":
+    _Handler.state = Path(sys.argv[1])
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    print(server.server_address[1], flush=True)
+    server.serve_forever()
