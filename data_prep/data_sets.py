@@ -25,7 +25,7 @@ MOST_NAMES = 8
 
 
 class DataSetRules:
-    """The language of each config: by the language map, by its name (`de`, `deu_Latn`), or by `--language`."""
+    """The language of each config: by the language map, by its name or that of the split (`de`, `deu_Latn`), or by `--language`."""
 
     def __init__(self, mapping: list[tuple[str, str]], matched: set[str], language: str | None) -> None:
         self._mapping, self._matched, self.language = mapping, matched, language
@@ -41,7 +41,8 @@ class DataSetRules:
 
     def language_of(self, given: Specification, config: str) -> str:
         """Raises `DataError` if nothing names the language."""
-        language = self.mapped(given, config) or language_of_code(config) or self.language
+        named = language_of_code(config) or language_of_code(given.split or "")
+        language = self.mapped(given, config) or named or self.language
         if language is None:
             raise DataError(
                 f"{given.given}: cannot tell the language of config {config!r}. Say it with --language xx, or with "
@@ -98,7 +99,7 @@ def look_up(inputs: list[str], rules: DataSetRules, options: ReadOptions, pinned
         return [asdict(_list(one, rules, found.commits)) for one in given]
 
     # The library starts threads, and the process that forks the workers must have none.
-    listings = [Listing(**record) for record in in_child(list_all, "listing data sets")]
+    listings = [Listing.from_json(record) for record in in_child(list_all, "listing data sets")]
     for one, listing in zip(given, listings, strict=True):
         _add(found, one, listing, rules)
         found.sources[one.given] = sources_of(one, listing, _languages(one, listing, rules), options)

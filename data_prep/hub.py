@@ -15,13 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.hub_errors import explained
-from data_prep.records import check_safe_reader
+from data_prep.names import shown
+from data_prep.records import check_reader, check_safe_reader
 from data_prep.shards import DataError
+from data_prep.sources import JSON_KINDS
+from data_prep.unpack import PACKINGS
 
 PREFIX = "hf:"
 SYNTAX = "hf:NAME[@REVISION][:CONFIG[:SPLIT]]"
 READ_BY_FILE = ("parquet", "json")  # readers of the library whose files are sources of their own here
-DEFAULT_SPLIT = "train"
+ENDINGS = {
+    "parquet": (".parquet",),
+    "json": tuple(f"{kind}{packing}" for kind in (*JSON_KINDS, ".json") for packing in PACKINGS),
+}
+DEFAULT_CONFIG, DEFAULT_SPLIT = "default", "train"
 PATHS_PER_REQUEST = 500
 MOST_NAMES = 12
 
@@ -59,16 +66,29 @@ class Specification:
 
 
 @dataclass
+class ConfigFiles:
+    """The files of one config: of one split, in the order of the data set."""
+
+    split: str
+    reader: str  # of the `datasets` library
+    files: list[tuple[str, int]]  # path or hf:// address, and bytes
+
+
+@dataclass
 class Listing:
-    """The data files of one specification. Its fields travel between processes as JSON."""
+    """The data files of one specification."""
 
     revision: str  # commit of the data set; "" for a local directory
     newest: str  # commit that the hub names now for the revision asked for
     configs: list[str]  # all of the data set
     default: str | None  # the config that the data set's README names as default, or its only one
-    reader: str  # of the `datasets` library
-    splits: dict[str, str] = field(default_factory=dict)  # the split to read of each chosen config
-    files: dict[str, list[tuple[str, int]]] = field(default_factory=dict)  # by config: path or hf:// address, and bytes
+    chosen: dict[str, ConfigFiles] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Listing:
+        """From `dataclasses.asdict`, as JSON carries it between processes."""
+        chosen = {config: ConfigFiles(**files) for config, files in record["chosen"].items()}
+        return cls(**{**record, "chosen": chosen})
 
 
 def list_files(
@@ -84,35 +104,74 @@ def list_files(
     Raises:
         DataError: the hub cannot be reached or denies access, or there is no such data set, revision, config or split
     """
+    _library(given)
     with explained(given.given, given.name):
+        if given.is_local and _is_saved(Path(given.name)):
+            return Listing("", "", ["default"], "default", {"default": ConfigFiles(given.split or "", "arrow", [])})
         newest = "" if given.is_local else _commit(given.name, given.revision)
         revision = pinned or newest
-        if given.is_local and _is_saved(Path(given.name)):
-            return Listing("", "", ["default"], "default", "arrow", {"default": given.split or ""}, {"default": []})
-        names, builder = _opened(given, revision)
-        default = names[0] if len(names) == 1 else builder.DEFAULT_CONFIG_NAME
-        reader = type(builder).__module__.rsplit(".", 1)[-1]
-        listing = Listing(revision, newest, names, default, reader)
+        configs, default = _configs(given, revision)
+        names = list(configs) or [DEFAULT_CONFIG]
+        listing = Listing(revision, newest, names, default)
         for config in choose(names, default):
-            by_split = _by_split(builder, config)
-            split = listing.splits[config] = _split(given, config, list(by_split))
-            listing.files[config] = _with_sizes(given, revision, list(by_split[split]))
+            listing.chosen[config] = _config_files(given, revision, config, configs.get(config, {}))
         return listing
 
 
-_BUILDERS: dict[tuple[str, str], tuple[list[str], Any]] = {}
+def _configs(given: Specification, revision: str) -> tuple[dict[str, dict[str, Any]], str | None]:
+    """The configs that README.md describes, and the default one."""
+    from datasets.utils.metadata import MetadataConfigs
+    from huggingface_hub import DatasetCard
+
+    readme = _readme(given, revision)
+    found = MetadataConfigs.from_dataset_card_data(DatasetCard.load(readme).data) if readme else MetadataConfigs()
+    if len(found) < 2:
+        return dict(found), next(iter(found), DEFAULT_CONFIG)
+    return dict(found), found.get_default_config_name()
 
 
-def _opened(given: Specification, revision: str) -> tuple[list[str], Any]:
-    """The names of the configs, and the builder of the first; each data set is opened once."""
-    datasets, key = _library(given), (given.name, revision)
-    if key not in _BUILDERS:
-        where = str(Path(given.name).resolve()) if given.is_local else given.name
-        names = datasets.get_dataset_config_names(where, revision=revision or None)
-        builder = datasets.load_dataset_builder(where, names[0], revision=revision or None)
-        check_safe_reader(given.given, builder)
-        _BUILDERS[key] = names, builder
-    return _BUILDERS[key]
+def _readme(given: Specification, revision: str) -> Path | None:
+    if given.is_local:
+        local = Path(given.name) / "README.md"
+        _check_no_script(given, (Path(given.name) / f"{Path(given.name).resolve().name}.py").is_file())
+        return local if local.is_file() else None
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    script = f"{given.name.rsplit('/', 1)[-1]}.py"
+    _check_no_script(given, HfApi().file_exists(given.name, script, repo_type="dataset", revision=revision))
+    try:
+        return Path(HfApi().hf_hub_download(given.name, "README.md", repo_type="dataset", revision=revision))
+    except RemoteEntryNotFoundError:
+        return None
+
+
+def _check_no_script(given: Specification, has_script: bool) -> None:
+    if has_script:
+        raise DataError(
+            f"{given.given}: the data set is a script, and no script is run. Use a data set that consists of data files; old ones "
+            "often have a copy as files (for mc4: hf:allenai/c4:LANGUAGE)."
+        )
+
+
+def _config_files(given: Specification, revision: str, config: str, described: dict[str, Any]) -> ConfigFiles:
+    from datasets import DownloadConfig
+    from datasets.data_files import DataFilesDict, DataFilesList, get_data_patterns, sanitize_patterns
+    from datasets.load import infer_module_for_data_files
+
+    root = str(Path(given.name).resolve()) if given.is_local else f"hf://datasets/{given.name}@{revision}"
+    base, how = "/".join(filter(None, (root, described.get("data_dir")))), DownloadConfig()
+    patterns = sanitize_patterns(described["data_files"]) if "data_files" in described else get_data_patterns(base, how)
+    split = _split(given, config, list(map(str, patterns)))
+    paths = DataFilesList.from_patterns(patterns[split], base_path=base, download_config=how)
+    if not paths or any(path.endswith(".zip") for path in paths):
+        missing = f"there are no files {', '.join(map(str, patterns[split]))} in {shown(root)}"
+        what = "its data files are .zip archives, which are not read" if paths else missing
+        raise DataError(f"{given.given}: config {config!r}: {what}.")
+    reader = str(infer_module_for_data_files(DataFilesDict({split: paths}), given.name, how)[0])
+    check_reader(given.given, reader)
+    kept = [path for path in paths if reader not in READ_BY_FILE or path.lower().endswith(ENDINGS[reader])]
+    return ConfigFiles(split, reader, _with_sizes(given, revision, kept))
 
 
 def _library(given: Specification) -> Any:
@@ -148,18 +207,6 @@ def check_config(given: Specification, config: str, names: list[str]) -> None:
         )
 
 
-def _by_split(builder: Any, config: str) -> dict[str, list[str]]:
-    from datasets import DownloadConfig
-    from datasets.data_files import DataFilesPatternsDict
-
-    described = builder.builder_configs.get(config, builder.config)
-    files = described.data_files
-    if isinstance(files, DataFilesPatternsDict):  # not resolved, as the builder is of another config
-        base = "/".join(filter(None, (builder.base_path, described.data_dir)))
-        files = files.resolve(base, DownloadConfig())
-    return {str(split): list(paths) for split, paths in files.items()}
-
-
 def _split(given: Specification, config: str, splits: list[str]) -> str:
     """The split asked for, else `train`, else the only one."""
     if given.split in splits:
@@ -193,7 +240,7 @@ def _with_sizes(given: Specification, revision: str, paths: list[str]) -> list[t
     return [(path, sizes.get(name, 0)) for path, name in zip(paths, names, strict=True)]
 
 
-def read_with_library(given: Specification, listing: Listing, config: str) -> Iterator[Any]:
+def read_with_library(given: Specification, revision: str, config: str, split: str) -> Iterator[Any]:
     """The records of one config, streamed by the library: for CSV, text and Arrow, which are not read file by file here."""
     datasets = _library(given)
     with explained(given.given, given.name):
@@ -203,7 +250,7 @@ def read_with_library(given: Specification, listing: Listing, config: str) -> It
             found = loaded if is_one else loaded[_split(given, config, list(loaded))]
         else:
             where = str(Path(given.name).resolve()) if given.is_local else given.name
-            builder = datasets.load_dataset_builder(where, config, revision=listing.revision or None)
+            builder = datasets.load_dataset_builder(where, config, revision=revision or None)
             check_safe_reader(given.given, builder)
-            found = builder.as_streaming_dataset(split=listing.splits[config])
+            found = builder.as_streaming_dataset(split=split)
         yield from found

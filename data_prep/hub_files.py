@@ -14,10 +14,9 @@ from typing import Any
 
 from data_prep.hub import READ_BY_FILE, Listing, Specification, read_with_library
 from data_prep.hub_errors import explained
-from data_prep.names import one_line, quoted, shown
-from data_prep.records import BrokenRecord, joined
-from data_prep.shards import DataError
-from data_prep.sources import ReadOptions, Source, kind_of
+from data_prep.names import quoted, shown
+from data_prep.records import joined
+from data_prep.sources import ReadOptions, Source
 from data_prep.unpack import rewriting
 
 ADDRESS = "hf://datasets/"
@@ -68,8 +67,9 @@ class LibrarySource(Source):
     """One config of a data set in CSV, text or Arrow, read from its start by the `datasets` library."""
 
     given: Specification = field(default_factory=lambda: Specification("", ""))
-    listing: Listing = field(default_factory=lambda: Listing("", "", [], None, ""))
+    revision: str = ""
     config: str = ""
+    split: str = ""
 
     @property
     def title(self) -> str:
@@ -95,15 +95,9 @@ class LibrarySource(Source):
             yield from joined(self._documents(), self._records())
 
     def _documents(self) -> Iterator[bytes]:
-        records, number, rows = self._records(), 0, read_with_library(self.given, self.listing, self.config)
-        while True:
-            try:
-                record = next(rows, None)
-            except DataError as error:
-                raise BrokenRecord(f"record {number + 1} cannot be read ({one_line(error)})") from error
-            if record is None:
-                return
-            number += 1
+        records = self._records()
+        rows = read_with_library(self.given, self.revision, self.config, self.split)
+        for number, record in enumerate(rows, start=1):
             yield records.document(record, f"record {number}")
 
     def _hash(self) -> str:
@@ -116,21 +110,21 @@ class LibrarySource(Source):
 def sources_of(given: Specification, listing: Listing, languages: dict[str, str], options: ReadOptions) -> list[Source]:
     """The sources of the chosen configs. `languages` names the language of each."""
     found: list[Source] = []
-    for config, files in listing.files.items():
-        if listing.reader in READ_BY_FILE:
-            found += [_source_of_file(given, languages[config], str(address), size, options) for address, size in files]
-        else:
-            commit = f"@{listing.revision}" if listing.revision else ""
-            name, path = f"hf:{given.name}{commit}:{config}:{listing.splits[config]}", Path(given.name)
-            one = LibrarySource(languages[config], path, name, options, given=given, listing=listing, config=config)
-            found.append(one)
+    for config, chosen in listing.chosen.items():
+        if chosen.reader in READ_BY_FILE:
+            found += [_source_of_file(given, languages[config], path, size, options) for path, size in chosen.files]
+            continue
+        commit = f"@{listing.revision}" if listing.revision else ""
+        one = LibrarySource(
+            languages[config], Path(given.name), f"hf:{given.name}{commit}:{config}:{chosen.split}", options
+        )
+        one.given, one.revision, one.config, one.split = given, listing.revision, config, chosen.split
+        found.append(one)
     return found
 
 
 def _source_of_file(given: Specification, language: str, address: str, size: int, options: ReadOptions) -> Source:
     """`address`: the path of a local file, or an hf:// address."""
-    if kind_of(address, by_name=True) in (None, (".txt", "")):
-        raise DataError(f"{given.given}: its file {shown(address)} is of a kind that is not read.")
     if not given.is_local:
         path = Path(_name_and_path(address)[1])
         return HubFile(language, path, address, options, in_parts=True, size_bytes=size)

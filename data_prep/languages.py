@@ -29,12 +29,15 @@ _CODES = """
     zu zul_Latn
 """
 OF_CODE = {code: name for name, *codes in map(str.split, _CODES.split(";")) for code in codes}
+# Without a script, `hin` is the language in its usual one. `als` is Albanian here and Alemannic in Wikipedia's data sets.
+_BARE = {code[:3]: name for code, name in OF_CODE.items() if not name.startswith("zh") and not name.endswith("_rom")}
+OF_BARE_CODE = {code: name for code, name in _BARE.items() if code != "als" and len(code) == 3}
 
 
 def language_of_code(code: str) -> str | None:
-    """CC-100's name of a language that a data set names `de`, `deu_Latn` or `20231101.de`; None for any other name.
+    """CC-100's name of a language that a data set names `de`, `deu`, `deu_Latn` or `20231101.de`; None for any other name.
 
     A script other than the usual one (`srp_Latn`) is no name: it needs a line of the language map.
     """
     last = code.rsplit(".", 1)[-1]
-    return last if last in CC100 else OF_CODE.get(last)
+    return last if last in CC100 else OF_CODE.get(last, OF_BARE_CODE.get(last))

@@ -178,7 +178,14 @@ def _at_carriage_returns(line: bytes) -> list[bytes]:
 def check_safe_reader(specification: str, builder: Any) -> None:
     """Reject a script of the dataset itself, and readers of the library that unpickle (tar archives with tensors)."""
     *above, reader = type(builder).__module__.split(".")
-    if above[:2] != ["datasets", "packaged_modules"] or reader not in LIBRARY_READERS:
+    check_reader(
+        specification, reader if above[:2] == ["datasets", "packaged_modules"] else f"{'.'.join(above)}.{reader}"
+    )
+
+
+def check_reader(specification: str, reader: str) -> None:
+    """Raise `DataError` if a reader of the library may run code or unpickle."""
+    if reader not in LIBRARY_READERS:
         raise DataError(
             f"Dataset {specification!r} is read by {reader!r} of the datasets library; only {', '.join(LIBRARY_READERS)} are accepted, "
             "because they run no code and unpickle nothing. Save it as one of these."

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets  # noqa: F401 (here once, and not in every process that lists files)
+import datasets  # here once, and not in every process that lists files
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -20,12 +22,13 @@ from data_prep.journal import JOURNAL_NAME
 from data_prep.languages import CC100, OF_CODE, language_of_code
 from data_prep.shards import DataError, ShardSet
 from data_prep.sources import ReadOptions
+from data_prep.where import Where
 from tests.unit.data_prep.corpus import content, run_command
 from tests.unit.data_prep.small_hub import SmallHub
 
 CONFIGS = {"deu_Latn": "Zeile", "swe_Latn": "rad", "deu_Latn_removed": "weg"}
 SMALL = ("--shard-tokens", "1200", "--block-bytes", "1500")
-FIRST, SECOND = "a1" * 20, "b2" * 20
+FIRST, SECOND, THIRD = "a1" * 20, "b2" * 20, "c3" * 20
 
 
 def write_data_set(root: Path, word: str = "") -> Path:
@@ -69,7 +72,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_codes_of_languages() -> None:
     names = {"deu_Latn": "de", "cmn_Hani": "zh-Hans", "zho_Hant": "zh-Hant", "arb_Arab": "ar", "iw": "he", "20231101.sw": "sw",
              "hin_Latn": "hi_rom", "de": "de", "zh-Hans": "zh-Hans", "srp_Latn": None, "deu_Latn_removed": None,
-             "default": None, "zh": None}  # fmt: skip
+             "default": None, "zh": None, "zho": None, "als": None, "swe": "sv", "hin": "hi"}  # fmt: skip
     assert {code: language_of_code(code) for code in names} == names
     assert set(OF_CODE.values()) == CC100 - {"my_zaw"}
     assert not set(OF_CODE) & CC100
@@ -113,6 +116,41 @@ def test_a_data_set_that_cannot_be_read_as_asked_is_named(local: Path, config: s
         survey([f"hf:{local}{config}"], LanguageRules(), ReadOptions())
 
 
+def test_a_copy_of_a_part_of_a_data_set_is_read(tmp_path: Path, local: Path) -> None:
+    """README.md names more configs than were copied."""
+    part = "data/swe_Latn/train"
+    shutil.copytree(local / part, tmp_path / "copy" / part)
+    shutil.copy(local / "README.md", tmp_path / "copy")
+    assert list(sources(f"hf:{tmp_path / 'copy'}:swe_Latn", LanguageRules())) == ["sv"]
+    with pytest.raises(DataError, match=r"'deu_Latn': there are no files data/deu_Latn/train/\* in .*copy"):
+        sources(f"hf:{tmp_path / 'copy'}:deu_Latn", LanguageRules())
+
+
+def test_archives_and_saved_data_sets_without_a_split_are_named(tmp_path: Path) -> None:
+    (tmp_path / "zipped").mkdir()
+    with zipfile.ZipFile(tmp_path / "zipped" / "train.zip", "w") as archive:
+        archive.writestr("a.jsonl", '{"text": "a"}')
+    with pytest.raises(DataError, match=r"\.zip archives, which are not read"):
+        sources(f"hf:{tmp_path / 'zipped'}", LanguageRules(language="de"))
+
+
+@pytest.mark.parametrize("kind", ["csv", "saved"])
+def test_other_formats_are_read_by_the_library(tmp_path: Path, tiny_tokenizer: Path, kind: str) -> None:
+    table = datasets.Dataset.from_dict({"text": ["Hej.", None, "Hej då."], "n": [1, 2, 3]})
+    if kind == "csv":
+        (tmp_path / "in").mkdir()
+        table.to_csv(tmp_path / "in" / "train.csv")
+    else:
+        table.save_to_disk(tmp_path / "in")
+    given = f"hf:{tmp_path / 'in'}"
+    surveyed = survey([given], LanguageRules(language="sv"), ReadOptions(where=Where.parse(["n >= 2"])))
+    (source,) = surveyed.sources["sv"]
+    assert b"".join(source.chunks()) == "Hej då.\n\n".encode()
+    assert source.counts == {"records_null": 1, "records_where_not_met": 1}
+    assert run_command(Path(given), tiny_tokenizer, tmp_path / "out", "--language", "sv") == 0
+    assert ShardSet(tmp_path / "out").num_documents("sv") == 2
+
+
 def test_files_without_parts_are_read_file_by_file(local: Path) -> None:
     """JSON lines as mC4 has them, in a directory without a README."""
     assert sources(f"hf:{local / 'multilingual'}", LanguageRules(language="no")) == {
@@ -153,7 +191,7 @@ def test_a_run_that_was_stopped_anywhere_makes_the_same_shards(
     given, output = f"hf:{local}:deu_Latn", tmp_path / "out"
     expected = uninterrupted(given, tiny_tokenizer, output, *more)
     num_entries = len((output / "de" / JOURNAL_NAME).read_bytes().splitlines())
-    for stopped_after in range(1, num_entries, 3):
+    for stopped_after in range(1, num_entries, 5):
         stop_after(output, "de", stopped_after)
         assert run_command(Path(given), tiny_tokenizer, output, *SMALL, *more) == 0
         assert content(output) == expected
@@ -316,6 +354,13 @@ def test_what_the_hub_answers_is_explained(
 def test_what_the_hub_does_not_have_is_named(hub: SmallHub, given: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         sources(given, LanguageRules())
+
+
+def test_a_script_of_the_hub_is_not_run(hub: SmallHub, tmp_path: Path) -> None:
+    (tmp_path / "texts.py").write_text("raise SystemExit\n")
+    hub.change(main=THIRD, commits={**hub.commits, THIRD: str(tmp_path)})
+    with pytest.raises(DataError, match=r"the data set is a script, and no script is run\. Use.*hf:allenai/c4"):
+        sources("hf:some/texts", LanguageRules(language="de"))
 
 
 def test_a_hub_that_cannot_be_reached_is_one_paragraph(

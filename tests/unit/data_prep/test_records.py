@@ -208,7 +208,10 @@ def test_a_dataset_runs_no_script_and_no_reader_that_unpickles(tmp_path: Path) -
     (tmp_path / "one.txt").write_text("Hej.")
     with tarfile.open(archive / "train.tar", "w") as file:
         file.add(tmp_path / "one.txt", "one.txt")
-    for directory, message in ((script, "cannot be opened"), (archive, "is read by 'webdataset'")):
+    for directory, message in (
+        (script, "the data set is a script, and no script is run"),
+        (archive, "is read by 'webdataset'"),
+    ):
         with pytest.raises(DataError, match=message):
             discover([f"hf:{directory}"], LanguageRules(language="sv"))
         with pytest.raises(Explained, match="datasets library"):
