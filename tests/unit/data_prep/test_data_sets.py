@@ -20,6 +20,7 @@ from data_prep.__main__ import main
 from data_prep.discovery import LanguageRules, survey
 from data_prep.journal import JOURNAL_NAME
 from data_prep.languages import CC100, OF_CODE, language_of_code
+from data_prep.manifest import DATA_SETS, begin_output, commits_of, read_run
 from data_prep.shards import DataError, ShardSet
 from data_prep.sources import ReadOptions
 from data_prep.where import Where
@@ -193,7 +194,8 @@ def test_a_run_that_was_stopped_anywhere_makes_the_same_shards(
     num_entries = len((output / "de" / JOURNAL_NAME).read_bytes().splitlines())
     for stopped_after in range(1, num_entries, 5):
         stop_after(output, "de", stopped_after)
-        assert run_command(Path(given), tiny_tokenizer, output, *SMALL, *more) == 0
+        workers = ("--workers", str(1 + stopped_after % 2))
+        assert run_command(Path(given), tiny_tokenizer, output, *SMALL, *more, *workers) == 0
         assert content(output) == expected
 
 
@@ -304,14 +306,39 @@ def test_an_output_keeps_its_commit(
     assert all(FIRST in one["name"] for one in ShardSet(tmp_path / "out").manifest["languages"]["sv"]["sources"])
 
 
+def test_merging_two_commits_keeps_both(hub: SmallHub, prepare: Prepare, tmp_path: Path) -> None:
+    assert prepare("hf:some/texts:deu_Latn") == 0
+    (tmp_path / "out").rename(tmp_path / "german")
+    hub.change(main=SECOND)
+    assert prepare("hf:some/texts:swe_Latn") == 0
+    assert main(["merge", str(tmp_path / "german"), "--from", str(tmp_path / "out")]) == 0
+    manifest = ShardSet(tmp_path / "german").manifest
+    assert manifest["data_sets"] == {"some/texts": [FIRST, SECOND]}
+    names = {language: entry["sources"][0]["name"] for language, entry in manifest["languages"].items()}
+    assert f"@{FIRST}/" in names["de"]
+    assert f"@{SECOND}/" in names["sv"]
+
+
+def test_two_runs_that_begin_an_output_with_two_commits(local: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
+    """The second has looked up a newer commit before the first has written its own."""
+    assert run_command(Path(f"hf:{local}:deu_Latn"), tiny_tokenizer, tmp_path / "out", *SMALL) == 0
+    about = read_run(tmp_path / "out")
+    begin_output(tmp_path / "out", {**about, DATA_SETS: {"some/texts": [FIRST]}}, ["de"], may_add=False)
+    assert commits_of(tmp_path / "out") == {"some/texts": FIRST}
+    with pytest.raises(
+        DataError, match=f"begun with commit {FIRST} of some/texts, and this run found {SECOND}.*Run the same"
+    ):
+        begin_output(tmp_path / "out", {**about, DATA_SETS: {"some/texts": [SECOND]}}, ["de"], may_add=False)
+
+
 @pytest.mark.usefixtures("small_parts")
 def test_a_hub_that_fails_while_it_is_read_costs_no_finished_shard(
     hub: SmallHub, prepare: Prepare, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_prep.hub_files.FETCHED_BYTES", 2000)
+    monkeypatch.setattr("data_prep.hub_files.FETCHED_BYTES", 8000)
     assert prepare("hf:some/texts:deu_Latn") == 0
     expected, requests = content(tmp_path / "out"), [line for line in hub.log if " bytes=" in line]
-    assert sum("001.parquet" in line for line in requests) > 8
+    assert sum("001.parquet" in line for line in requests) > 4
     stop_after(tmp_path / "out", "de", 0)
     hub.change(answer=(403, ""), fail_after=len(requests) - 3)
     capsys.readouterr()
