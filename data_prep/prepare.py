@@ -29,7 +29,7 @@ from data_prep.id_check import COMPARED, RECORD, check_languages
 from data_prep.intake import announce, check_field, check_left_out, same_texts, write_list
 from data_prep.journal import Journal
 from data_prep.language_job import LanguageJob, LanguageJobSettings, Stopped, check_sources
-from data_prep.manifest import begin_output, describe, finish
+from data_prep.manifest import DATA_SETS, begin_output, commits_of, describe, finish
 from data_prep.reference import assumption, describe_reference
 from data_prep.shard_layout import Identity
 from data_prep.shards import MANIFEST_NAME, DataError
@@ -62,7 +62,7 @@ class PrepareConfig:
 
 def prepare(config: PrepareConfig) -> list[str]:
     """Prepare the input. Returns the languages that are still to be prepared; if none, the manifest has been written."""
-    surveyed = survey(config.inputs, config.rules, config.reading)
+    surveyed = survey(config.inputs, config.rules, config.reading, commits_of(config.output))
     everything = surveyed.sources
     chosen = {config.rules.language: everything[config.rules.language]} if config.rules.language else everything
     if not config.quiet:
@@ -70,7 +70,9 @@ def prepare(config: PrepareConfig) -> list[str]:
     if config.strict_input:
         check_left_out(surveyed)
     tokenizer = open_tokenizer(config.tokenizer)
-    about = describe(tokenizer, config.clean, config.shard_tokens, config.block_bytes, config.reading.text_field)
+    about = describe(tokenizer, config.clean, config.shard_tokens, config.block_bytes, config.reading)
+    if surveyed.commits:
+        about[DATA_SETS] = {name: [commit] for name, commit in sorted(surveyed.commits.items())}
     check_field(config.output, chosen)
     if not config.quiet and (note := assumption(config.tokenizer, tokenizer.path)):
         print(note, file=sys.stderr)
