@@ -132,7 +132,18 @@ def test_a_copy_of_a_part_of_a_data_set_is_read(tmp_path: Path, local: Path) -> 
         sources(f"hf:{tmp_path / 'copy'}:deu_Latn", LanguageRules())
 
 
-def test_archives_and_saved_data_sets_without_a_split_are_named(tmp_path: Path) -> None:
+def test_files_of_another_kind_are_left_out_with_the_reason(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl", "c.csv", "LICENSE"):
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    surveyed = survey([f"hf:{tmp_path}"], LanguageRules(language="de"), ReadOptions())
+    assert [source.path.name for source in surveyed.sources["de"]] == ["a.jsonl", "b.jsonl"]
+    assert {Path(one.path).name: one.reason for one in surveyed.not_taken} == {
+        "c.csv": "of another kind than most files of the data set",
+        "LICENSE": "no text of a language (README, LICENSE, checksums)",
+    }
+
+
+def test_archives_are_named(tmp_path: Path) -> None:
     (tmp_path / "zipped").mkdir()
     with zipfile.ZipFile(tmp_path / "zipped" / "train.zip", "w") as archive:
         archive.writestr("a.jsonl", '{"text": "a"}')
