@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from data_prep.child import in_child
@@ -18,9 +19,10 @@ from data_prep.languages import language_of_code
 from data_prep.names import shown
 from data_prep.shards import DataError
 from data_prep.sources import ReadOptions, Source
-from data_prep.walk import LEFT_OUT, NotTaken
+from data_prep.walk import LEFT_OUT, NO_TEXT, NotTaken, is_about_text
 
 IGNORED = "-"
+OTHER_KIND = "of another kind than most files of the data set"
 MOST_NAMES = 8
 
 
@@ -130,6 +132,8 @@ def _add(found: DataSets, given: Specification, listing: Listing, rules: DataSet
     found.languages |= {*languages.values()} - {IGNORED}
     left_out = [config for config, language in languages.items() if language == IGNORED]
     found.not_taken += [NotTaken(f"{PREFIX}{given.name}:{config}", LEFT_OUT) for config in left_out]
+    for path in [path for chosen in listing.chosen.values() for path in chosen.left_out]:
+        found.not_taken.append(NotTaken(path, NO_TEXT if is_about_text(Path(path).name) else OTHER_KIND))
     if listing.newest == listing.revision:
         return
     if given.revision:

@@ -72,6 +72,7 @@ class ConfigFiles:
     split: str
     reader: str  # of the `datasets` library
     files: list[tuple[str, int]]  # path or hf:// address, and bytes
+    left_out: list[str] = field(default_factory=list)  # files of another kind than most files of the config
 
 
 @dataclass
@@ -171,7 +172,8 @@ def _config_files(given: Specification, revision: str, config: str, described: d
     reader = str(infer_module_for_data_files(DataFilesDict({split: paths}), given.name, how)[0])
     check_reader(given.given, reader)
     kept = [path for path in paths if reader not in READ_BY_FILE or path.lower().endswith(ENDINGS[reader])]
-    return ConfigFiles(split, reader, _with_sizes(given, revision, kept))
+    left_out = sorted({*paths} - {*kept})
+    return ConfigFiles(split, reader, _with_sizes(given, revision, kept), left_out)
 
 
 def _library(given: Specification) -> Any:

@@ -78,7 +78,7 @@ def _meaning_of(error: BaseException, name: str) -> str | None:
             f"the hub denies access (HTTP {status}). Log in with a token that may read it: hf auth login (or HF_TOKEN)."
         )
     if status is not None and status >= 500:
-        return f"the hub answered HTTP {status} several times. Try later. {RESUMES}"
+        return f"the hub answered HTTP {status}. Try later. {RESUMES}"
     if classes & UNREACHABLE:
         return (
             f"the hub {_endpoint()} cannot be reached ({one_line(error)[:SHOWN_REASON] or type(error).__name__}). Check the "
@@ -90,8 +90,8 @@ def _meaning_of(error: BaseException, name: str) -> str | None:
 
 def _copy_by_hand(name: str) -> str:
     return (
-        f"copy the data set where there is network (hf download {name} --repo-type dataset --local-dir DIR, with --include "
-        "'PATTERN' for a part of it) and give hf:DIR[:CONFIG[:SPLIT]] as input."
+        f"copy the data set where there is network (hf download {name} --repo-type dataset --local-dir DIR; for a part of it, with "
+        "--include README.md --include 'PATTERN') and give hf:DIR[:CONFIG[:SPLIT]] as input."
     )
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import shutil
+import sys
+import tomllib
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +27,7 @@ from data_prep.manifest import DATA_SETS, begin_output, commits_of, read_run
 from data_prep.shards import DataError, ShardSet
 from data_prep.sources import ReadOptions
 from data_prep.where import Where
+from tests.conftest import REPO
 from tests.unit.data_prep.corpus import content, run_command
 from tests.unit.data_prep.small_hub import SmallHub
 
@@ -46,6 +50,7 @@ def write_data_set(root: Path, word: str = "") -> Path:
             pyarrow.parquet.write_table(table, path, row_group_size=40, compression="none")
         lines += [f"- config_name: {config}", "  data_files:", "  - split: train", f"    path: data/{config}/train/*"]
         lines += ["  - split: test", f"    path: data/{config}/train/000.parquet"]
+    lines += ["- config_name: 'no'", "  data_files:", "  - split: train", "    path: multilingual/c4-no.*.json.gz"]
     (root / "multilingual").mkdir()
     for number in range(2):
         records = [json.dumps({"text": f"linje {number} {row}", "url": ""}) for row in range(50)]
@@ -89,7 +94,7 @@ def test_languages_come_from_configs_the_map_and_the_option(local: Path, tmp_pat
     rules = LanguageRules.read(mapping, None)
     surveyed = survey([given], rules, ReadOptions())
     assert {language: len(some) for language, some in surveyed.sources.items()} == {"de": 2, "sv": 2}
-    assert [one.path for one in surveyed.not_taken] == [f"{given}:deu_Latn_removed"]
+    assert [one.path for one in surveyed.not_taken] == [f"{given}:deu_Latn_removed", f"{given}:no"]
     assert surveyed.unmatched == ["*.txt"]
     assert sources(given, LanguageRules.read(mapping, "de")) == {"de": german, "sv": []}
     assert list(sources(f"{given}:deu_Latn_removed", LanguageRules(language="de"))) == ["de"]
@@ -100,9 +105,9 @@ def test_languages_come_from_configs_the_map_and_the_option(local: Path, tmp_pat
     [
         (
             "",
-            r"has 3 configs: deu_Latn, swe_Latn, deu_Latn_removed\. Name one .*:deu_Latn\), or several with --language-map",
+            r"has 4 configs: deu_Latn, swe_Latn, deu_Latn_removed, no\. Name one .*:deu_Latn\), or several with --language-map",
         ),
-        (":deu_latn", r"no config 'deu_latn' among its 3\. Some of them: deu_Latn"),
+        (":deu_latn", r"no config 'deu_latn' among its 4\. Some of them: deu_Latn"),
         (
             ":deu_Latn:validation",
             r"no split 'validation'; config 'deu_Latn' has train, test\. Name one: hf:.*:deu_Latn:train",
@@ -127,7 +132,18 @@ def test_a_copy_of_a_part_of_a_data_set_is_read(tmp_path: Path, local: Path) -> 
         sources(f"hf:{tmp_path / 'copy'}:deu_Latn", LanguageRules())
 
 
-def test_archives_and_saved_data_sets_without_a_split_are_named(tmp_path: Path) -> None:
+def test_files_of_another_kind_are_left_out_with_the_reason(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl", "c.csv", "LICENSE"):
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    surveyed = survey([f"hf:{tmp_path}"], LanguageRules(language="de"), ReadOptions())
+    assert [source.path.name for source in surveyed.sources["de"]] == ["a.jsonl", "b.jsonl"]
+    assert {Path(one.path).name: one.reason for one in surveyed.not_taken} == {
+        "c.csv": "of another kind than most files of the data set",
+        "LICENSE": "no text of a language (README, LICENSE, checksums)",
+    }
+
+
+def test_archives_are_named(tmp_path: Path) -> None:
     (tmp_path / "zipped").mkdir()
     with zipfile.ZipFile(tmp_path / "zipped" / "train.zip", "w") as archive:
         archive.writestr("a.jsonl", '{"text": "a"}')
@@ -270,7 +286,7 @@ def test_several_languages_of_a_hub_in_one_command(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert prepare("hf:some/texts:deu_Latn", "hf:some/texts:swe_Latn") == 0
+    assert prepare("hf:some/texts:deu_Latn", "hf:some/texts:swe_Latn", "hf:some/texts:no") == 0
     assert f"input: data set some/texts at commit {FIRST}" in capsys.readouterr().err
     manifest = ShardSet(tmp_path / "out").manifest
     assert manifest["data_sets"] == {"some/texts": [FIRST]}
@@ -280,6 +296,11 @@ def test_several_languages_of_a_hub_in_one_command(
         f"{address}001.parquet",
     ]
     assert run_command(Path(f"hf:{local}:deu_Latn"), tiny_tokenizer, tmp_path / "local", *SMALL) == 0
+    assert manifest["languages"]["no"]["documents"] == 100
+    assert [Path(one["name"]).name for one in manifest["languages"]["no"]["sources"]] == [
+        "c4-no.0.json.gz",
+        "c4-no.1.json.gz",
+    ]
     for name, shard in content(tmp_path / "local" / "de").items():
         if name.endswith(".tok"):
             assert (tmp_path / "out" / "de" / name).read_bytes() == shard
@@ -358,6 +379,7 @@ def test_a_hub_that_fails_while_it_is_read_costs_no_finished_shard(
         ((401, "RepoNotFound"), r"has no public data set some/texts\. Correct the name; for a private or gated one"),
         ((429, ""), r"limits the rate of requests \(HTTP 429\)\. Wait some minutes"),
         ((403, ""), r"denies access \(HTTP 403\)"),
+        ((503, ""), r"answered HTTP 503\. Try later\. Finished shards are kept"),
     ],
 )
 def test_what_the_hub_answers_is_explained(
@@ -374,13 +396,39 @@ def test_what_the_hub_answers_is_explained(
     [
         ("hf:some/texts@v9:deu_Latn", r"some/texts has no such revision\. Give a branch, tag or commit"),
         ("hf:some/other:deu_Latn", r"has no public data set some/other"),
-        ("hf:some/texts:deu", r"no config 'deu' among its 3"),
+        ("hf:some/texts:deu", r"no config 'deu' among its 4"),
         ("hf:texts", r"there is no directory texts, and a data set of the hub is named OWNER/NAME"),
     ],
 )
 def test_what_the_hub_does_not_have_is_named(hub: SmallHub, given: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         sources(given, LanguageRules())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        (
+            "--text-field",
+            "body",
+            "000.parquet: there is no column 'body'; its columns are not_read, text, language_score",
+        ),
+        ("--where", "score >= 1", "000.parquet: --where 'score >= 1': there is no column 'score'"),
+        ("--where", "not_read >= 1", "column 'not_read' is of type binary, not number"),
+    ],
+)
+def test_a_missing_column_of_a_hub_is_named_before_anything_is_written(
+    hub: SmallHub,
+    prepare: Prepare,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    value: str,
+    message: str,
+) -> None:
+    assert prepare("hf:some/texts:deu_Latn", more=(option, value)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_script_of_the_hub_is_not_run(hub: SmallHub, tmp_path: Path) -> None:
@@ -401,6 +449,13 @@ def test_a_hub_that_cannot_be_reached_is_one_paragraph(
     assert "hf download some/texts --repo-type dataset --local-dir DIR" in said
     assert len(said.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_without_the_library_its_versions_are_named(local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (versions,) = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["optional-dependencies"]["hf-inputs"]
+    with pytest.raises(DataError, match=rf"need the package datasets: pip install '{re.escape(versions)}'"):
+        sources(f"hf:{local}:deu_Latn", LanguageRules())
 
 
 def test_without_the_hub_by_its_own_switch(capsys: pytest.CaptureFixture[str]) -> None:
