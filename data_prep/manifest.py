@@ -30,6 +30,7 @@ from data_prep.shards import LANGUAGE_PATTERN, MANIFEST_NAME, RUN_NAME, DataErro
 from data_prep.tokenizer import Tokenizer
 
 LOCK_NAME = "prepare.lock.tmp"
+DEFAULT_UNIT = "line"  # of outputs whose options name none
 
 
 def describe(
@@ -43,6 +44,7 @@ def describe(
         "text_field": text_field,
         **tokenizer.library,
         **asdict(clean),
+        **({"unit": tokenizer.unit} if tokenizer.unit != DEFAULT_UNIT else {}),
     }
     return {
         "format": FORMAT_NAME,
@@ -167,10 +169,11 @@ def write_run(output: Path, about: dict[str, Any], languages: list[str]) -> None
 
 def check_same_options(output: Path, begun: dict[str, Any], about: dict[str, Any]) -> None:
     """Raise `DataError` if tokenizer or options of the two settings differ."""
+    default = {"unit": DEFAULT_UNIT}
     for part in ("tokenizer", "options"):
         keys = sorted({*begun[part], *about[part]})
         differing = [
-            f"{key} is {begun[part].get(key)!r} there and {about[part].get(key)!r} here"
+            f"{key} is {begun[part].get(key, default.get(key))!r} there and {about[part].get(key, default.get(key))!r} here"
             for key in keys
             if begun[part].get(key) != about[part].get(key)
         ]
