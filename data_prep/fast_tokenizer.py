@@ -84,7 +84,7 @@ class FastTokenizer:
 
     def _prepare_speed(self, parsed: dict[str, Any], engine: str) -> None:
         # imported here, because other kinds of tokenizer and the checks of a run do not need them
-        from data_prep.kitoken_engine import EngineUnusable, KitokenEngine, any_of, starts_of_added
+        from data_prep.kitoken_engine import EngineUnusable, KitokenEngine, added_texts, any_of, starts_of
         from data_prep.word_boundaries import MARKER, pieces_across, why_not_json
 
         try:
@@ -94,7 +94,8 @@ class FastTokenizer:
                 raise DataError(f"{self.path}: {error}. Prepare it with --engine tokenizers or auto.") from error
             self.note = str(error)
         self._has_words = why_not_json(parsed) is None
-        self._undivided = any_of(["  ", MARKER, *starts_of_added(parsed), *pieces_across(parsed)])
+        added = added_texts(parsed, self._tokenizer.normalizer)
+        self._undivided = any_of(["  ", MARKER, *starts_of(added), *pieces_across(parsed)])
 
     @property
     def engine(self) -> str:

@@ -21,13 +21,13 @@ import tokenizers
 
 from data_prep.awkward import LINES, added_lines
 from data_prep.names import one_line
-from data_prep.word_boundaries import MARKER, PER_CHARACTER, kind_of, parts_of
+from data_prep.word_boundaries import MARKER, PER_CHARACTER, kind_of, parts_of, replaces_spaces
 
 NAME = "kitoken"
 UNSEEN, SAFE, UNSAFE = 0, 1, 2
 # A character between letters, at both ends of a word, doubled, after an apostrophe, and among marks that are reordered. Letters
 # without case, which are most of all characters, are tried at the ends of a word only.
-CONTEXTS, OF_CASELESS = "a{0} {0}a {0}{0}1 '{0} e\u0301{0}\u0323", "a{0} {0}1"
+CONTEXTS, OF_CASELESS = "{1}{0} {0}{1} {0}{0}1 '{0} {1}\u0301{0}\u0323", "{1}{0} {0}1"
 ANCHOR = (
     4  # characters of an added token that are searched for: tokens come in families with one start, such as <unused17>
 )
@@ -44,13 +44,24 @@ class KitokenEngine:
     def __init__(self, content: dict[str, Any], reference: Any) -> None:
         self._reference = reference  # a tokenizers.Tokenizer that encodes special tokens as text
         self._kitoken = _load(content)
-        self.version = f"{NAME} {metadata.version(NAME)}"
+        self.version = f"{NAME} {self.installed_version()}"
         normalizers = list(parts_of(content.get("normalizer"), "normalizers"))
         unreached = _unreached(content, reference)
-        self._aliased = _characters_of_tokens(content, unreached, normalizers)
-        self._pattern = _pattern_of(content, unreached)
+        added = added_texts(content, reference.normalizer)
+        normalized = [token["content"] for token in content.get("added_tokens", []) if token["normalized"]]
+        self._aliased = (
+            _characters_of_tokens([*normalized, *unreached], added, normalizers)
+            if normalized or unreached
+            else frozenset()
+        )
+        self._pattern = any_of([*starts_of(added), *unreached])
+        self._letter = _known_letter(content["model"], reference)
         self._states = np.zeros(0x110000, np.uint8)
         self._try(content)
+
+    @staticmethod
+    def installed_version() -> str:
+        return metadata.version(NAME)
 
     def encode(self, texts: list[str]) -> list[list[int] | None]:
         """The ids of each text, without special tokens; None where the engine has none."""
@@ -79,7 +90,8 @@ class KitokenEngine:
 
     def _meet(self, codes: list[int]) -> None:
         """Try characters that have not been seen before."""
-        texts = [(OF_CASELESS if _is_caseless(chr(code)) else CONTEXTS).format(chr(code)) for code in codes]
+        characters = [(OF_CASELESS if _is_caseless(chr(code)) else CONTEXTS, chr(code)) for code in codes]
+        texts = [context.format(character, self._letter) for context, character in characters]
         ids = self._reference.encode_batch_fast(texts, add_special_tokens=False)
         for code, ours, theirs in zip(codes, self.encode(texts), ids, strict=True):
             is_safe = ours == theirs.ids and not _is_unassigned(code) and not self._is_alias(chr(code))
@@ -128,12 +140,17 @@ def any_of(texts: Iterable[str]) -> str:
     return "|".join(map(re.escape, shortest))
 
 
-def starts_of_added(content: dict[str, Any]) -> list[str]:
-    """The first characters of every added token, with spaces and with markers for spaces."""
-    tokens = {token["content"] for token in content.get("added_tokens", [])}
-    return [
-        form[:ANCHOR] for token in tokens for form in (token, token.replace(MARKER, " "), token.replace(" ", MARKER))
-    ]
+def added_texts(content: dict[str, Any], normalizer: Any) -> list[str]:
+    """What the added tokens are found by: their texts, and their normalised texts, with spaces and with markers for them."""
+    texts = set()
+    for token in content.get("added_tokens", []):
+        normal = normalizer.normalize_str(token["content"]) if token["normalized"] and normalizer else token["content"]
+        texts |= {token["content"], normal} - {""}
+    return sorted({form for text in texts for form in (text, text.replace(MARKER, " "), text.replace(" ", MARKER))})
+
+
+def starts_of(texts: Iterable[str]) -> list[str]:
+    return [text[:ANCHOR] for text in texts]
 
 
 def _load(content: dict[str, Any]) -> Any:
@@ -216,26 +233,31 @@ def _steps(content: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _characters_of_tokens(
-    content: dict[str, Any], unreached: list[str], normalizers: list[dict[str, Any]]
-) -> frozenset[str]:
+def _known_letter(model: dict[str, Any], reference: Any) -> str:
+    """A letter that has an id: a word of unknown characters is one unknown token for both libraries, whatever it holds."""
+    unknown = reference.token_to_id(model["unk_token"]) if model.get("unk_token") else None
+    letters = (piece for piece in model["vocab"] if len(piece) == 1 and piece.isalpha() and piece.isascii())
+    others = (piece for piece in model["vocab"] if len(piece) == 1 and piece.isalpha())
+    for letter in ("a", *letters, *others):
+        ids = reference.encode(letter, add_special_tokens=False).ids
+        if len(ids) == 1 and ids != [unknown]:
+            return letter
+    raise EngineUnusable("none of its pieces is a letter, so characters cannot be tried")
+
+
+def _characters_of_tokens(texts: list[str], added: list[str], normalizers: list[dict[str, Any]]) -> frozenset[str]:
     """The characters of texts that are found after normalising; none if normalising changes nothing but spaces."""
-    changing = [step for step in normalizers if step["type"] not in ("Replace", "Prepend")]
-    others = [step for step in normalizers if step["type"] == "Replace" and step["pattern"] != {"String": " "}]
-    texts = [token["content"] for token in content.get("added_tokens", []) if token["normalized"]] + unreached
-    if not texts or not (changing or others):
+    changing = [step for step in normalizers if step["type"] != "Prepend" and not replaces_spaces(step)]
+    if not changing:
         return frozenset()
+    texts = [*texts, *added]
     unknown = [step["type"] for step in changing if step["type"] not in PER_CHARACTER - {"Precompiled"}]
     composed = [text for text in texts if unicodedata.normalize("NFD", text) != text]
-    if unknown or composed or others:
+    if unknown or composed:
         raise EngineUnusable(
             f"its added token {(composed or texts)[0]!r} may be found in text that is spelled otherwise"
         )
     return frozenset("".join(texts))
-
-
-def _pattern_of(content: dict[str, Any], unreached: list[str]) -> str:
-    return any_of([*starts_of_added(content), *unreached])
 
 
 def _is_decomposable(code: int) -> bool:

@@ -94,7 +94,7 @@ def why_not_json(content: dict[str, Any]) -> str | None:
         return "its model drops merges at random"
     marks_spaces = False
     for normalizer in normalizers:
-        if _replaces_spaces(normalizer):
+        if replaces_spaces(normalizer):
             marks_spaces = True
         elif normalizer["type"] not in PER_CHARACTER:
             return f"its normalizer {normalizer['type']} may reach from one word into the next"
@@ -130,7 +130,7 @@ def parts_of(part: dict[str, Any] | None, key: str) -> Iterator[dict[str, Any]]:
         yield part
 
 
-def _replaces_spaces(normalizer: dict[str, Any]) -> bool:
+def replaces_spaces(normalizer: dict[str, Any]) -> bool:
     """Whether it writes the marker for every space."""
     is_replace = normalizer["type"] == "Replace" and normalizer["pattern"] == {"String": " "}
     return is_replace and normalizer["content"] == MARKER
@@ -164,6 +164,8 @@ def pieces_across(content: dict[str, Any]) -> list[str]:
 
     A line that holds none of them has no merge across the start of a word.
     """
+    if kind_of(content["model"]) != "BPE":
+        return []
     across = [piece for piece in content["model"]["vocab"] if MARKER in piece.lstrip(MARKER)]
     return [piece.replace(MARKER, " ") for piece in across]
 
