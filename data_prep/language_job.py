@@ -50,6 +50,7 @@ class LanguageJobSettings:
     window: int  # blocks in flight
     on_progress: Callable[[str, int, int], None]  # language, bytes of its sources read so far, new tokens
     compared: Mapping[str, Counter[str]]  # counts of the lines whose ids were compared, by language
+    engine: str = ""  # what makes the ids, if it is not the library that the settings name
     stop: threading.Event = field(default_factory=threading.Event)
 
 
@@ -219,6 +220,8 @@ class LanguageJob:
     def _commit(self, complete: bool) -> None:
         shard = self._writer.finish() if self._writer else None
         self._writer = None
+        if shard and self.settings.engine:
+            shard["engine"] = self.settings.engine
         counts = {name: count for name, count in sorted(self._counts.items()) if count}
         part = None if complete else self._part
         self._journal.append(Entry(shard, *self._place, self._newly_finished, counts, complete, part))

@@ -32,6 +32,7 @@ from data_prep.tokenizer import Tokenizer
 
 LOCK_NAME = "prepare.lock.tmp"
 DATA_SETS = "data_sets"  # in prepare.json and the manifest: for each data set of the hub its commits
+DEFAULT_UNIT = "line"  # of outputs whose options name none
 
 
 def describe(
@@ -46,6 +47,7 @@ def describe(
         **({"where": str(reading.where)} if reading.where.conditions else {}),
         **tokenizer.library,
         **asdict(clean),
+        **({"unit": tokenizer.unit} if tokenizer.unit != DEFAULT_UNIT else {}),
     }
     return {
         "format": FORMAT_NAME,
@@ -201,10 +203,11 @@ def write_run(output: Path, about: dict[str, Any], languages: list[str]) -> None
 
 def check_same_options(output: Path, begun: dict[str, Any], about: dict[str, Any]) -> None:
     """Raise `DataError` if tokenizer or options of the two settings differ."""
+    default = {"unit": DEFAULT_UNIT}
     for part in ("tokenizer", "options"):
         keys = sorted({*begun[part], *about[part]})
         differing = [
-            f"{key} is {begun[part].get(key)!r} there and {about[part].get(key)!r} here"
+            f"{key} is {begun[part].get(key, default.get(key))!r} there and {about[part].get(key, default.get(key))!r} here"
             for key in keys
             if begun[part].get(key) != about[part].get(key)
         ]

@@ -34,7 +34,7 @@ from data_prep.reference import assumption, describe_reference
 from data_prep.shard_layout import Identity
 from data_prep.shards import MANIFEST_NAME, DataError
 from data_prep.sources import ReadOptions, Source
-from data_prep.tokenizer import Tokenizer, open_tokenizer
+from data_prep.tokenizer import FastTokenizer, Tokenizer, open_tokenizer
 from data_prep.workers import WorkerDied, WorkerPool
 
 DEFAULT_SHARD_TOKENS = 1 << 28  # 1 GiB
@@ -58,6 +58,8 @@ class PrepareConfig:
     may_add: bool = False
     quiet: bool = False
     strict_input: bool = False
+    unit: str = "line"  # what SentencePiece encodes at a time: line | word
+    engine: str = "auto"  # what encodes for a tokenizer.json: auto | kitoken | tokenizers
 
 
 def prepare(config: PrepareConfig) -> list[str]:
@@ -69,13 +71,15 @@ def prepare(config: PrepareConfig) -> list[str]:
         announce(surveyed, chosen)
     if config.strict_input:
         check_left_out(surveyed)
-    tokenizer = open_tokenizer(config.tokenizer)
+    tokenizer = open_tokenizer(config.tokenizer, config.unit, config.engine)
     about = describe(tokenizer, config.clean, config.shard_tokens, config.block_bytes, config.reading)
     if surveyed.commits:
         about[DATA_SETS] = {name: [commit] for name, commit in sorted(surveyed.commits.items())}
     check_field(config.output, chosen)
     if not config.quiet and (note := assumption(config.tokenizer, tokenizer.path)):
         print(note, file=sys.stderr)
+    if not config.quiet and isinstance(tokenizer, FastTokenizer) and tokenizer.note:
+        print(f"note: tokenizers makes the ids, which takes longer than kitoken: {tokenizer.note}.", file=sys.stderr)
     compared = check_languages(config.tokenizer, tokenizer, to_compare(config, chosen))
     about[RECORD] = describe_reference(config.tokenizer, tokenizer.path)
     begin_output(config.output, about, list(everything), config.may_add)
@@ -153,6 +157,7 @@ def run_language_jobs(
                 window=2 * config.num_workers + 2,
                 on_progress=progress.update,
                 compared=compared,
+                engine=tokenizer.engine,
             )
             num_threads = min(len(todo), 1 + config.num_workers // WORKERS_PER_JOB)
             with ThreadPoolExecutor(num_threads, thread_name_prefix="language") as threads:
