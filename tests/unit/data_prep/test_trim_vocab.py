@@ -12,8 +12,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from data_prep.__main__ import main
+from data_prep.sentencepiece_pieces import SentencePiecePieces, cut_fast_tokenizer
 from data_prep.shards import DataError, ShardSet
-from data_prep.vocabulary import TrimOptions, cut_fast_tokenizer, kept_ids
+from data_prep.tokenizer import SentencePieceTokenizer
+from data_prep.vocabulary import TrimOptions, kept_ids
 from tests.conftest import SAMPLES
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
@@ -113,14 +115,25 @@ def test_coverage_keeps_the_most_frequent_pieces(tiny_teacher: Path, tiny_shards
     assert sizes[0] < sizes[2]
 
 
-def test_kept_pieces() -> None:
-    pieces = ["", "", "", "", "▁ab", "a", "b", "c", "▁cd", ""]
-    counts = {"xx": np.array([0, 0, 0, 0, 5, 0, 0, 0, 1, 0]), "yy": np.array([0, 0, 0, 0, 0, 0, 0, 9, 0, 0])}
-    # <s> <pad> </s> <unk>; the piece that is used; its single characters; <mask>
-    assert kept_ids(counts, TrimOptions(["xx"], min_count=2), pieces).tolist() == [0, 1, 2, 3, 4, 5, 6, 9]
-    assert kept_ids(counts, TrimOptions(["xx"]), pieces).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
-    assert kept_ids(counts, TrimOptions(["xx"], coverage=0.8), pieces).tolist() == [0, 1, 2, 3, 4, 5, 6, 9]
-    assert kept_ids(counts, TrimOptions(["xx", "yy"], coverage=0.8), pieces).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 9]
+def test_kept_pieces(tiny_tokenizer: Path) -> None:
+    pieces = SentencePiecePieces(SentencePieceTokenizer(tiny_tokenizer))
+    number = {text: n for n, text in enumerate(pieces.texts)}
+    used = next(text for text in pieces.texts if len(text) > 3 and text.startswith("▁"))
+    other = next(text for text in pieces.texts if len(text) > 3 and not set(text) & set(used))
+    counts = {language: np.zeros(len(pieces.texts), dtype=np.int64) for language in ("xx", "yy")}
+    counts["xx"][[number[used], number["▁a"]]] = 5, 1
+    counts["yy"][number[other]] = 9
+
+    def kept(*languages: str, **options: Any) -> set[str]:
+        return {pieces.texts[n] for n in kept_ids(counts, TrimOptions(languages, **options), pieces)}
+
+    characters = {text for text in number if 0 < len(text.removeprefix("▁")) <= 1 and set(text) <= set(used)}
+    lowest = kept("xx", min_count=6)  # `<unk>` scores below this piece
+    assert len(lowest - {""}) <= 2
+    assert kept("xx", min_count=2) == {"", used, *characters, *lowest}
+    assert kept("xx") == kept("xx", coverage=1.0) > kept("xx", coverage=0.8) == kept("xx", min_count=2)
+    assert {used, other} < kept("xx", "yy", coverage=0.8)
+    assert other not in kept("xx")
 
 
 # -- errors
