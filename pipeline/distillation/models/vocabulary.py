@@ -147,8 +147,10 @@ def cut_config(config: PretrainedConfig, vocabulary: Vocabulary) -> None:
             f"a {config.model_type} model does not number its pieces as XLM-R does, so {vocabulary.directory} does not fit "
             f"it. With {MODEL_FILE} a vocabulary can be cut for {', '.join(MODEL_TYPES)}"
         )
-    special = {key: value for key, value in config.to_dict().items() if key.endswith("_token_id") and value is not None}
-    for key, old in special.items():
+    new_ids = {}
+    for key, old in config.to_dict().items():
+        if not key.endswith("_token_id") or old is None:
+            continue
         name = f"`{key}` of the model's config"
         new = (
             [vocabulary.new_id(number, name) for number in old]
@@ -161,5 +163,6 @@ def cut_config(config: PretrainedConfig, vocabulary: Vocabulary) -> None:
                 f"{vocabulary.directory}. Make the vocabulary with the tokenizer in the model's own directory, whose config.json "
                 f"names the id: {MAKE_IT} {vocabulary.directory}"
             )
-        setattr(config, key, new)
+        new_ids[key] = new
+    config.update(new_ids)
     config.vocab_size = len(vocabulary)
