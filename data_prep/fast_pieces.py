@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 
 from data_prep.merge_table import MergeTable
+from data_prep.names import one_line
 from data_prep.sentencepiece_pieces import WORD_START, read_json_of_tokenizer, with_characters
 from data_prep.shards import DataError
 from data_prep.tokenizer_ids import CONFIG_NAME, FAST_TOKENIZER_NAME, POSITIONS_FROM_PADDING, TOKENIZER_CONFIG_NAME
 
+MOST_IDS = 1 << 24
 KINDS = ("BPE", "WordPiece", "Unigram")
 SPECIAL_MAP, ADDED_MAP = "special_tokens_map.json", "added_tokens.json"
 BYTE_PIECES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
@@ -48,7 +50,7 @@ class FastPieces:
             )
         self.kind = _kind_of(self._model, path)
         ids = _ids_of(self._model.get("vocab"), path)
-        fixed = {self._model.get("unk_token"), *(BYTE_PIECES if self._model.get("byte_fallback") else ())}
+        fixed = [str(self._model.get("unk_token")), *(BYTE_PIECES if self._model.get("byte_fallback") else ())]
         # before the library reads the file: it ends the process with a trace for some wrong merges
         self._merges = MergeTable(self._model, fixed, str(path)) if self.kind == "BPE" else None
         self._library = _opened(self._tree, path)
@@ -107,10 +109,14 @@ class FastPieces:
 
     def _ids_of_config(self) -> set[int]:
         config = read_json_of_tokenizer(self.path.with_name(CONFIG_NAME))
-        named = {number for key, value in config.items() if key.endswith("_token_id") for number in _numbers(value)}
+        settings = read_json_of_tokenizer(self.path.with_name(TOKENIZER_CONFIG_NAME))
+        both = [*config.items(), *settings.items()]
+        named = {number for key, value in both if _names_id(key) for number in _numbers(value)}
         padding = config.get("pad_token_id")
         if config.get("model_type") in POSITIONS_FROM_PADDING and type(padding) is int:
-            named.update(range(padding))  # so that padding keeps its id, from which such a model counts positions
+            named.update(
+                range(min(padding, len(self.texts)))
+            )  # so that padding keeps its id, from which such a model counts positions
         return named
 
     def with_parts(self, used: np.ndarray) -> np.ndarray:
@@ -134,17 +140,7 @@ class FastPieces:
         """Write the kept part of `tokenizer.json` and of the files next to it that hold ids."""
         new = {self.texts[old]: number for number, old in enumerate(kept.tolist())}
         _write(directory / FAST_TOKENIZER_NAME, self._cut(kept, new))
-        settings = read_json_of_tokenizer(self.path.with_name(TOKENIZER_CONFIG_NAME))
-        decoder = settings.get("added_tokens_decoder", {})
-        if decoder:
-            settings["added_tokens_decoder"] = {
-                str(new[token["content"]]): token for token in decoder.values() if token["content"] in new
-            }
-        for key, value in settings.items():
-            if key == "unk_id" or key.endswith("_token_id"):
-                settings[key] = self._new_id(value, new)
-        settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
-        _write(directory / TOKENIZER_CONFIG_NAME, settings)
+        _write(directory / TOKENIZER_CONFIG_NAME, self._settings(new))
         if names := read_json_of_tokenizer(self.path.with_name(SPECIAL_MAP)):
             _write(directory / SPECIAL_MAP, names)
         if added := read_json_of_tokenizer(self.path.with_name(ADDED_MAP)):
@@ -156,9 +152,24 @@ class FastPieces:
                 "because an added token has a smaller id than a piece. Such a file cannot be cut; use the full vocabulary."
             )
 
-    def _new_id(self, value: Any, new: dict[str, int]) -> Any:
-        is_id = type(value) is int and 0 <= value < len(self.texts)
-        return new.get(self.texts[value]) if is_id else value
+    def _settings(self, new: dict[str, int]) -> dict[str, Any]:
+        """The content of tokenizer_config.json with new ids."""
+        path = self.path.with_name(TOKENIZER_CONFIG_NAME)
+        settings = read_json_of_tokenizer(path)
+        try:
+            tokens = [(token["content"], token) for token in settings.get("added_tokens_decoder", {}).values()]
+            by_id = {str(new[text]): token for text, token in tokens if text in new}
+        except (AttributeError, KeyError, TypeError):
+            raise DataError(
+                f"{path}: `added_tokens_decoder` is not a table of tokens. Copy the file again from the origin of the model."
+            ) from None
+        if by_id:
+            settings["added_tokens_decoder"] = by_id
+        for key, value in settings.items():
+            if _names_id(key) and type(value) is int and 0 <= value < len(self.texts) and self.texts[value]:
+                settings[key] = new[self.texts[value]]
+        settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+        return settings
 
     def _cut(self, kept: np.ndarray, new: dict[str, int]) -> dict[str, Any]:
         model = dict(self._model)
@@ -200,8 +211,8 @@ def _ids_of(vocab: Any, path: Path) -> dict[str, int]:
     """The id of each piece of the model. Raises `DataError` for a vocabulary that is none."""
     try:
         ids = {piece: number for number, (piece, _) in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
-        if not all(type(number) is int and number >= 0 for number in ids.values()):
-            raise ValueError("an id is not a number of 0 or more")
+        if not all(type(number) is int and 0 <= number < MOST_IDS for number in ids.values()):
+            raise ValueError(f"an id is not a number from 0 to {MOST_IDS - 1}")
         if len(ids) < len(vocab):
             raise ValueError("it lists a piece twice")
     except (TypeError, ValueError) as error:
@@ -225,9 +236,12 @@ def _opened(tree: dict[str, Any], path: Path) -> Any:
 
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(tree))
-    except Exception as error:  # the library raises plain Exception for files that it cannot read
+    except BaseException as error:
+        # The library raises plain Exception for files that it cannot read. Its panics are no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise DataError(
-            f"{path} is not a valid tokenizer.json ({error}). Copy it again from the origin of the model."
+            f"{path} is not a valid tokenizer.json ({one_line(error)}). Copy it again from the origin of the model."
         ) from error
 
 
@@ -236,7 +250,7 @@ def _has_byte_level(tree: dict[str, Any]) -> bool:
     parts = [tree.get("normalizer"), tree.get("pre_tokenizer")]
     while parts:
         part = parts.pop()
-        if part and part["type"] == "ByteLevel":
+        if part and part.get("type") == "ByteLevel":
             return True
         parts += (part or {}).get("normalizers", []) + (part or {}).get("pretokenizers", [])
     return False
@@ -245,19 +259,19 @@ def _has_byte_level(tree: dict[str, Any]) -> bool:
 def _ids_of_processors(processor: Any, path: Path) -> Iterator[int]:
     """The ids that a post-processor puts around a text."""
     for part in _flat(processor):
-        if part["type"] in LIST_ID:
+        if part.get("type") in LIST_ID:
             for token in part["special_tokens"].values():
                 yield from token["ids"]
-        elif part["type"] in PAIR_ID:
+        elif part.get("type") in PAIR_ID:
             yield from (part["sep"][1], part["cls"][1])
-        elif part["type"] not in PROCESSORS_WITHOUT_IDS:
+        elif part.get("type") not in PROCESSORS_WITHOUT_IDS:
             raise DataError(
-                f"{path} has a post-processor of type {str(part['type'])[:40]}, whose ids cannot be mapped. Use the full vocabulary."
+                f"{path} has a post-processor of type {str(part.get('type'))[:40]}, whose ids cannot be mapped. Use the full vocabulary."
             )
 
 
 def _flat(processor: Any) -> Iterator[dict[str, Any]]:
-    if processor and processor["type"] == "Sequence":
+    if processor and processor.get("type") == "Sequence":
         for part in processor["processors"]:
             yield from _flat(part)
     elif processor:
@@ -268,16 +282,20 @@ def _with_new_ids(processor: Any, new: Any) -> Any:
     """A post-processor with every id mapped by `new`."""
     if not processor:
         return processor
-    if processor["type"] == "Sequence":
+    if processor.get("type") == "Sequence":
         return {**processor, "processors": [_with_new_ids(part, new) for part in processor["processors"]]}
-    if processor["type"] in LIST_ID:
+    if processor.get("type") in LIST_ID:
         tokens = {
             key: {**token, "ids": [new(i) for i in token["ids"]]} for key, token in processor["special_tokens"].items()
         }
         return {**processor, "special_tokens": tokens}
-    if processor["type"] in PAIR_ID:
+    if processor.get("type") in PAIR_ID:
         return {**processor, **{key: [processor[key][0], new(processor[key][1])] for key in ("sep", "cls")}}
     return processor
+
+
+def _names_id(key: str) -> bool:
+    return key == "unk_id" or key.endswith("_token_id")
 
 
 def _numbers(value: Any) -> list[int]:
@@ -285,4 +303,8 @@ def _numbers(value: Any) -> list[int]:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+    try:
+        text = json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can only hold as an escape
+        text = json.dumps(content).encode()
+    path.write_bytes(text + b"\n")

@@ -33,12 +33,17 @@ class MergeTable:
     """
 
     def __init__(self, model: dict[str, Any], fixed: Collection[str], name: str) -> None:
-        self._listed = model["merges"]
+        self._listed: list[Any] = model.get("merges", [])
         self._prefix = model.get("continuing_subword_prefix") or ""
         self._suffix = model.get("end_of_word_suffix") or ""
         self._pieces: dict[str, int] = model["vocab"]
-        if not isinstance(self._listed, list):
-            raise _cannot_be_closed(name, f"`merges` is {type(self._listed).__name__}, not a list")
+        for key, value, kind in (
+            ("merges", self._listed, list),
+            ("prefix", self._prefix, str),
+            ("suffix", self._suffix, str),
+        ):
+            if not isinstance(value, kind):
+                raise _cannot_be_closed(name, f"the {key} is {type(value).__name__}, not {kind.__name__}")
         self._pairs = [_pair(merge, name) for merge in self._listed]
         self._rank: dict[Pair, int] = {}  # of a pair that is listed twice the library uses the last rank
         for rank, pair in enumerate(self._pairs):

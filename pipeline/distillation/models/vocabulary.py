@@ -29,6 +29,7 @@ FORMAT = ("minilmv2-vocabulary", 1)
 # Models whose ids are those of `MODEL_FILE` plus one: XLM-R (also BGE-M3, e5-base, e5-large), and BERT encoders with its tokenizer
 # (e5-small, Multilingual-MiniLM). Other models have a file of the same name with another numbering: CamemBERT adds 4.
 MODEL_TYPES = ("xlm-roberta", "xlm-roberta-xl", "bert")
+MOST_IDS = 1 << 31
 LEADING_SPECIALS = [0, 1, 2, 3]  # <s> <pad> </s> <unk>; the last id is <mask>
 MAKE_IT = "python -m data_prep trim-vocab --tokenizer TEACHER --shards SHARDS --languages xx,yy --output"
 
@@ -86,8 +87,7 @@ def read_vocabulary(directory: str | Path) -> Vocabulary:
         special = [*LEADING_SPECIALS, source_size - 1] if name == MODEL_FILE else about["special_ids"]
         problem = _problem_of(old_ids, source_size, size) or _dropped(special, old_ids)
         sha256, source_sha256 = str(about["tokenizer_sha256"]), str(about["source_sha256"])
-        found = Vocabulary(directory, torch.tensor(old_ids), source_size, source_sha256, name, about)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} is corrupt ({error}). Make it again: {MAKE_IT} {directory}") from None
     if problem:
         raise UserError(f"{path} {problem}: it was edited or is corrupt. Make it again: {MAKE_IT} {directory}")
@@ -97,7 +97,7 @@ def read_vocabulary(directory: str | Path) -> Vocabulary:
         raise UserError(
             f"{model} is not the tokenizer that {path.name} belongs to. Make both again: {MAKE_IT} {directory}"
         )
-    return found
+    return Vocabulary(directory, torch.tensor(old_ids), source_size, source_sha256, name, about)
 
 
 def _problem_of(old_ids: list[int], source_size: int, size: int) -> str | None:
@@ -106,7 +106,7 @@ def _problem_of(old_ids: list[int], source_size: int, size: int) -> str | None:
         return f"should map {size} ids and maps {len(old_ids)}"
     if any(after <= before for before, after in itertools.pairwise(old_ids)):
         return "is not in ascending order of ids"
-    if not old_ids or not 0 <= old_ids[0] <= old_ids[-1] < source_size:
+    if not old_ids or not 0 <= old_ids[0] <= old_ids[-1] < min(source_size, MOST_IDS):
         return f"holds ids outside of 0 to {source_size - 1}"
     return None
 

@@ -198,8 +198,8 @@ WRONG = {
     "an unnamed kind": ("BERT", lambda content: {**content, "model": {"vocab": content["model"]["vocab"]}}, "an unnamed kind"),
     "no model": ("BERT", lambda content: {**content, "model": None}, "no `model`"),
     "an id twice": ("RoBERTa", more_pieces(xyz=7), "gives the id 7 to"),
-    "a negative id": ("RoBERTa", more_pieces(xyz=-7), "not a number of 0 or more"),
-    "an id that is text": ("RoBERTa", more_pieces(xyz="7"), "not a number of 0 or more"),
+    "a negative id": ("RoBERTa", more_pieces(xyz=-7), "not a number from 0 to"),
+    "an id that is text": ("RoBERTa", more_pieces(xyz="7"), "not a number from 0 to"),
     "a piece twice": (
         "mDeBERTa",
         lambda content: changed_model(vocab=[*content["model"]["vocab"], content["model"]["vocab"][9]])(content),
@@ -216,7 +216,7 @@ WRONG = {
         lambda content: more_merges(["a", "##"])(more_pieces(**{"##": 99999})(changed_model(continuing_subword_prefix="##")(content))),
         "adds nothing|needs",
     ),
-    "merges that are none": ("RoBERTa", changed_model(merges={"a": "b"}), "not a list"),
+    "merges that are none": ("RoBERTa", changed_model(merges={"a": "b"}), "is dict, not list"),
     "a merge of the unknown token": (
         "mmBERT",
         lambda content: more_merges(["<unk>", "a"])(more_pieces(**{"<unk>a": 3000})(content)),
