@@ -150,6 +150,33 @@ def test_other_spellings_of_the_same_file(
     assert cut == expected
 
 
+def test_special_tokens_at_any_id(made: Callable[[str], tuple[Path, Path]], text: Path, tmp_path: Path) -> None:
+    """The unknown token of a Unigram tokenizer behind its pieces."""
+    full, small = made("mDeBERTa")
+    other = Path(shutil.copytree(full, tmp_path / "other"))
+    content = tree(other)
+    vocab = content["model"]["vocab"]
+    vocab.append(vocab.pop(3))
+    content["model"]["unk_id"] = len(vocab) - 1
+    content["added_tokens"] = sorted(
+        (
+            {**token, "id": len(vocab) - 1} if token["content"] == "[UNK]" else token
+            for token in content["added_tokens"]
+        ),
+        key=lambda token: token["id"],
+    )
+    write_tree(other, content)
+    changed = {"added_tokens_decoder": {}, "unk_id": len(vocab) - 1, "tokenizer_class": "PreTrainedTokenizerFast"}
+    settings = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps({**settings, **changed}))
+    assert trim_vocab(other, text, tmp_path / "small") == 0
+    found = about(tmp_path / "small")
+    assert found["vocab_size"] == about(small)["vocab_size"]
+    assert tree(tmp_path / "small")["model"]["unk_id"] == found["vocab_size"] - 2
+    new = AutoTokenizer.from_pretrained(tmp_path / "small")
+    assert new("🂡", add_special_tokens=False)["input_ids"][-1] == found["vocab_size"] - 2
+
+
 def test_other_files_with_ids_follow(made: Callable[[str], tuple[Path, Path]], text: Path, tmp_path: Path) -> None:
     full, _ = made("RoBERTa")
     other = Path(shutil.copytree(full, tmp_path / "other"))

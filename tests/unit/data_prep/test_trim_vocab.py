@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer
 from data_prep.__main__ import main
 from data_prep.sentencepiece_pieces import SentencePiecePieces, cut_fast_tokenizer
 from data_prep.shards import DataError, ShardSet
-from data_prep.tokenizer import SentencePieceTokenizer
+from data_prep.tokenizer import SentencePieceTokenizer, ids_of
 from data_prep.vocabulary import TrimOptions, kept_ids
 from tests.conftest import SAMPLES
 
@@ -53,6 +54,25 @@ def test_covered_text_maps_one_to_one(tiny_teacher: Path, tiny_shards: Path, voc
     texts = [old.decode(line[:-1].tolist()) for line in lines_of(tiny_shards, language)[:60]]
     for before, after in zip(old(texts)["input_ids"], new(texts)["input_ids"], strict=True):
         assert old_ids[after].tolist() == before
+
+
+def test_text_with_unknown_characters_maps_one_to_one(tiny_tokenizer: Path, vocabulary: Path) -> None:
+    """`<unk>` scores as before, because the piece of lowest score is kept."""
+    old, new = (SentencePieceTokenizer(directory) for directory in (tiny_tokenizer, vocabulary))
+    old_ids, choice = np.array(about(vocabulary)["old_ids"]), random.Random(0)
+    texts = [old.processor.id_to_piece(number - 1).replace("▁", " ") for number in old_ids[4:-1].tolist()]
+    lines = ["".join(choice.choices([*texts, "\U0001f0a1"], k=8)) for _ in range(2000)]
+    with_unknown = 0
+    for before, after in zip(ids_of(old, lines), ids_of(new, lines), strict=True):
+        if np.isin(before, old_ids).all():
+            assert old_ids[after].tolist() == before.tolist()
+            with_unknown += 3 in before
+    assert with_unknown > 2
+    scores = [
+        min(processor.get_score(n) for n in range(3, processor.get_piece_size()))
+        for processor in (old.processor, new.processor)
+    ]
+    assert scores[0] == scores[1]
 
 
 def test_prepared_again_the_shards_are_the_same_text(tiny_shards: Path, vocabulary: Path, tmp_path: Path) -> None:
