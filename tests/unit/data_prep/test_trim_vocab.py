@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 from transformers import AutoTokenizer
 
 from data_prep.__main__ import main
@@ -210,6 +211,17 @@ def test_a_fast_tokenizer_with_another_vocabulary_is_rejected(tiny_teacher: Path
         cut_fast_tokenizer(tree, [*pieces[:9], "other", *pieces[10:]], kept, path)
     with pytest.raises(DataError, match="does not have the vocabulary of"):
         cut_fast_tokenizer({**tree, "model": {"type": "BPE", "vocab": {"a": 1}}}, pieces, kept, path)
+
+
+def test_a_sentencepiece_model_of_another_kind_is_rejected(tmp_path: Path) -> None:
+    """Its splits follow other rules: `tokenizer.json` states them."""
+    lines = iter(["the quick brown fox jumps over the lazy dog"] * 20)
+    prefix = str(tmp_path / "sentencepiece.bpe")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_prefix=prefix, vocab_size=40, model_type="bpe", minloglevel=2
+    )
+    with pytest.raises(DataError, match="is not a unigram model.*tokenizer.json.*save_pretrained"):
+        SentencePiecePieces(SentencePieceTokenizer(tmp_path))
 
 
 def test_text_in_another_encoding_is_not_counted(

@@ -19,7 +19,7 @@ from pipeline.planning.meta_models import build_encoders
 from tests.tiny_encoders import CONFIGS, tiny_encoder
 from tests.unit.data_prep.trim_tokenizers import KINDS, NUM_LINES, cut_to, sample_lines, write_text
 
-SPARE_ROWS = 37  # mDeBERTa has 899 embeddings more than ids, ModernBERT has 83
+SPARE_ROWS = 37  # of the embedding, which belong to no piece, as in mDeBERTa
 # A layout of special ids, and an architecture whose real models have it.
 PAIRS = {
     "ModernBERT": "modernbert",
