@@ -29,12 +29,11 @@ from benchmarks.measure import arguments, markdown_table, publish
 from benchmarks.naive_baseline import interleaved_cpu_seconds
 from data_prep.shards import ShardSet
 from data_prep.token_counts import token_counts_of_shards
-from data_prep.tokenizer import SentencePieceTokenizer
-from data_prep.vocabulary import TrimOptions, trim_vocabulary
+from data_prep.vocabulary import TrimOptions, open_pieces, trim_vocabulary
 from demo.settings import QUICKSTART_LANGUAGES
 from pipeline.config import Recipe, load_recipe
 from pipeline.distillation.models.model_files import read_model
-from pipeline.distillation.models.vocabulary import MODEL_FILE, read_vocabulary
+from pipeline.distillation.models.vocabulary import read_vocabulary
 from pipeline.evaluation.encoder import Encoder, load_encoder
 from pipeline.evaluation.retrieval import RetrievalConfig
 from pipeline.export.hf import export_run
@@ -114,9 +113,8 @@ def config_languages(config: RetrievalConfig) -> list[str]:
 def make_vocabulary(recipe: Recipe, languages: list[str], output: Path) -> Path:
     """The vocabulary that these languages use in the run's own shards."""
     shards = ShardSet(recipe.data)
-    tokenizer = SentencePieceTokenizer(Path(recipe.tokenizer) / MODEL_FILE)
     options = TrimOptions([language for language in languages if language in shards.languages])
-    trim_vocabulary(tokenizer, token_counts_of_shards(shards), options, output)
+    trim_vocabulary(*open_pieces(Path(recipe.tokenizer)), token_counts_of_shards(shards), options, output)
     return output
 
 

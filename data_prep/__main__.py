@@ -226,7 +226,9 @@ def add_stats(verb: argparse.ArgumentParser) -> None:
 
 
 def add_trim_vocab(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--tokenizer", type=Path, required=True, help="SentencePiece .model, or a directory with one")
+    verb.add_argument(
+        "--tokenizer", type=Path, required=True, help="SentencePiece .model, tokenizer.json, or a directory with one"
+    )
     counted = verb.add_mutually_exclusive_group(required=True)
     counted.add_argument("--shards", type=Path, help="count pieces in these shards, made with this tokenizer")
     counted.add_argument("--input", nargs="+", metavar="PATH", help="count pieces in text, given as for `prepare`")
@@ -337,13 +339,12 @@ def run_trim_vocab(parsed: argparse.Namespace) -> int:
     from data_prep.id_check import check_tokenizer
     from data_prep.intake import announce
     from data_prep.token_counts import token_counts_of_shards, token_counts_of_text
-    from data_prep.tokenizer import SentencePieceTokenizer
-    from data_prep.vocabulary import TrimOptions, trim_vocabulary, trimming_table
+    from data_prep.vocabulary import TrimOptions, open_pieces, trim_vocabulary, trimming_table
 
     languages = [language for language in (parsed.languages or "").split(",") if language]
     options = TrimOptions(languages, parsed.min_count, parsed.coverage)  # rejects wrong options before counting
     check_option_ranges(parsed)
-    tokenizer = SentencePieceTokenizer(parsed.tokenizer)
+    pieces, tokenizer = open_pieces(parsed.tokenizer)
     check_tokenizer(parsed.tokenizer, tokenizer)
     if parsed.shards:
         shards = ShardSet(parsed.shards)
@@ -359,7 +360,7 @@ def run_trim_vocab(parsed: argparse.Namespace) -> int:
         announce(surveyed, surveyed.sources)
         counts = token_counts_of_text(surveyed.sources, tokenizer, parsed.workers)
     options = TrimOptions(languages or sorted(counts.counts), options.min_count, options.coverage)
-    print(trimming_table(trim_vocabulary(tokenizer, counts, options, parsed.output)))
+    print(trimming_table(trim_vocabulary(pieces, tokenizer, counts, options, parsed.output)))
     print(f"vocabulary: {parsed.output}. Prepare shards with it: prepare ... --tokenizer {parsed.output}")
     return 0
 

@@ -34,6 +34,7 @@ class TokenCounts:
     """For each language, how often each id occurs, and a sample of its text."""
 
     vocab_size: int
+    end_id: int = EOS_ID  # ends a line
     counts: dict[str, np.ndarray] = field(default_factory=dict)  # int64 [vocab_size]
     samples: dict[str, np.ndarray] = field(default_factory=dict)  # the first ids, complete lines: int64
 
@@ -45,14 +46,14 @@ class TokenCounts:
             total += np.bincount(ids, minlength=self.vocab_size)
             if len(sample) < SAMPLE_TOKENS:
                 sample = np.concatenate([sample, ids[: SAMPLE_TOKENS - len(sample)].astype(np.int64)])
-        ends = np.flatnonzero(sample == EOS_ID)
+        ends = np.flatnonzero(sample == self.end_id)
         self.counts[language] = total
         self.samples[language] = sample[: ends[-1] + 1] if len(ends) else sample
 
 
 def token_counts_of_shards(shards: ShardSet) -> TokenCounts:
     """The counts of all languages of a shard directory."""
-    counts = TokenCounts(shards.vocab_size)
+    counts = TokenCounts(shards.vocab_size, shards.eos_id)
     for language in tqdm(shards.languages, desc="counting", unit="language", disable=None):
         counts.add(language, _parts(shards, language))
     return counts
@@ -66,7 +67,7 @@ def _parts(shards: ShardSet, language: str) -> Iterator[np.ndarray]:
 
 def token_counts_of_text(texts: dict[str, list[Source]], tokenizer: Tokenizer, num_workers: int) -> TokenCounts:
     """The counts of text, encoded as `prepare` encodes it. Nothing is written."""
-    counts = TokenCounts(tokenizer.vocab_size)
+    counts = TokenCounts(tokenizer.vocab_size, tokenizer.special_ids.get("eos", EOS_ID))
     with WorkerPool(tokenizer, CleanOptions(), num_workers) as pool:
         for language, sources in tqdm(texts.items(), desc="counting", unit="language", disable=None):
             blocks = _encoded(sources, language, pool, num_workers)

@@ -3,14 +3,13 @@
     python -m data_prep trim-vocab --tokenizer artifacts/teacher --shards artifacts/shards --languages de,ru --output VOC
     python -m pipeline trim runs/quickstart/student --vocabulary VOC --output student_small
 
-In: an XLM-R style Hugging Face directory and a vocabulary cut from its tokenizer. Out: the same model with fewer
-embedding rows and the smaller tokenizer. Before it is kept, its hidden states are checked to be equal to the last bit.
+In: a Hugging Face directory and a vocabulary cut from its tokenizer. Out: the same model with fewer embedding rows and the
+smaller tokenizer. Before it is kept, its hidden states are checked to be equal to the last bit.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ import torch
 import transformers
 
 from data_prep.outputs import check_output_place, output_path
+from pipeline.data.tokenizer_hash import tokenizer_sha256
 from pipeline.distillation.models.loading import load_config
-from pipeline.distillation.models.vocabulary import MODEL_FILE, Vocabulary, cut_embedding, read_vocabulary
+from pipeline.distillation.models.vocabulary import Vocabulary, cut_embedding, read_vocabulary
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder, load_encoder
 from pipeline.export.hf import LINEAGE_FILE, Export, Extra, export_student
@@ -28,11 +28,10 @@ from pipeline.runtime.json_files import read_json_if_there
 
 CHECKED_ROWS = 64
 CHECKED_TOKENS = 62  # per row; few enough for the smallest model
-PADDING, UNKNOWN = 1, 3  # token ids in every vocabulary with the layout of XLM-R
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory with sentencepiece.bpe.model")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory with its tokenizer")
     parser.add_argument("--vocabulary", type=Path, required=True, help="output of `python -m data_prep trim-vocab`")
     parser.add_argument(
         "--output", type=output_path, required=True, help="directory to write; an earlier export is replaced"
@@ -63,13 +62,10 @@ def trim(
         number of pieces and parameters before and after, and of checked rows
     """
     check_output_place(output, "--output", {"the model": source, "the vocabulary": vocabulary.directory})
-    model_file = source / MODEL_FILE
-    if not model_file.is_file():
-        raise UserError(f"{source} has no {MODEL_FILE}; only vocabularies of the XLM-R kind can be trimmed.")
-    vocabulary.check_source(hashlib.sha256(model_file.read_bytes()).hexdigest(), str(source))
+    vocabulary.check_source(tokenizer_sha256(source), str(source))
     encoder = load_encoder(str(source))
     parameters_before = encoder.model.num_parameters()
-    rows_BL = random_rows(vocabulary)
+    rows_BL = random_rows(vocabulary, encoder.model.config.pad_token_id)
     states_before = hidden_states(encoder, vocabulary.old_ids_V[rows_BL])
     cut_embedding(encoder.model, vocabulary)
     report = {
@@ -92,11 +88,11 @@ def trim(
     return report
 
 
-def random_rows(vocabulary: Vocabulary) -> torch.Tensor:
-    """Random new ids without padding, `[CHECKED_ROWS, CHECKED_TOKENS]`."""
+def random_rows(vocabulary: Vocabulary, padding: int | None) -> torch.Tensor:
+    """Random new ids, `[CHECKED_ROWS, CHECKED_TOKENS]`, without the piece whose old id is `padding`."""
     generator = torch.Generator().manual_seed(0)
-    rows_BL = torch.randint(len(vocabulary), (CHECKED_ROWS, CHECKED_TOKENS), generator=generator)
-    return rows_BL.masked_fill(rows_BL == PADDING, UNKNOWN)
+    ids = torch.arange(len(vocabulary))[vocabulary.old_ids_V != (-1 if padding is None else padding)]
+    return ids[torch.randint(len(ids), (CHECKED_ROWS, CHECKED_TOKENS), generator=generator)]
 
 
 @torch.inference_mode()

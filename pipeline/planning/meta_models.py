@@ -19,7 +19,7 @@ from pipeline.distillation.models.architectures import check_length
 from pipeline.distillation.models.loading import blank_model, config_of, count_parameters
 from pipeline.distillation.models.student import recompute_activations, student_hf_config
 from pipeline.distillation.models.student_init import copied_layers
-from pipeline.distillation.models.vocabulary import read_vocabulary
+from pipeline.distillation.models.vocabulary import cut_config, read_vocabulary
 from pipeline.distillation.relations.loss import check_heads
 from pipeline.distillation.shared_teacher import layers_of_all
 from pipeline.distillation.tap import TappedEncoder, tap
@@ -155,7 +155,7 @@ def blank_models(
     """
     config = config or read_config(recipe.teacher)
     if recipe.vocabulary is not None:
-        config.vocab_size = len(read_vocabulary(recipe.vocabulary))
+        cut_config(config, read_vocabulary(recipe.vocabulary))
     num_layers = config.num_hidden_layers
     taps = recipe.relations.teacher_taps or num_layers
     last_tap = taps if isinstance(taps, int) else max(taps)

@@ -15,6 +15,8 @@ from pipeline.__main__ import main as pipeline
 from tests.conftest import SAMPLES
 from tests.dist.runs import curve
 from tests.dist.training_process import Ended, TrainingProcess
+from tests.tiny_encoders import tiny_encoder
+from tests.unit.data_prep.trim_tokenizers import cut_to, modernbert, write_text
 
 LANGUAGES = ("hi", "sw", "he", "tr")
 # Copied layers: a random start would draw other numbers for a smaller embedding.
@@ -90,3 +92,42 @@ def test_a_smaller_vocabulary_trains_the_same(
     assert lineage["trimmed"]["from"] == str(tmp_path / "full")
     assert lineage["steps"] == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "full", "small", "student"]
+
+
+def test_a_smaller_vocabulary_of_a_bpe_teacher_trains_the_same(
+    tiny_recipe: Path, fp32_config: Path, tmp_path: Path
+) -> None:
+    """A ModernBERT whose special ids are behind its pieces, so that all of them change."""
+    teacher, text = modernbert(tmp_path / "teacher"), write_text(tmp_path / "text")
+    vocabulary = cut_to(teacher, text, tmp_path / "vocabulary")
+    shards = {"full": tmp_path / "shards", "small": tmp_path / "small shards"}
+    for name, tokenizer in (("full", teacher), ("small", vocabulary)):
+        words = ["prepare", "--tokenizer", tokenizer, "--input", text, "--output", shards[name], "--workers", 1]
+        assert data_prep([str(word) for word in words]) == 0
+    ids = AutoTokenizer.from_pretrained(teacher)
+    special = {f"{name}_token_id": getattr(ids, f"{name}_token_id") for name in ("pad", "cls", "sep")}
+    tiny_encoder(
+        "modernbert", vocab_size=len(ids) + 5, bos_token_id=None, eos_token_id=None, **special
+    ).save_pretrained(teacher)
+    settings = [*SETTINGS, f"teacher={teacher}", "relations={heads: 12, teacher_layer: 4}"]
+    with TrainingProcess() as process:
+        for name, more in (("full", []), ("small", [f"vocabulary={vocabulary}"])):
+            sets = [word for setting in (*settings, f"data={shards[name]}", *more) for word in ("--set", setting)]
+            words = ["--deepspeed", fp32_config, "--recipe", tiny_recipe, "--run-dir", tmp_path / "runs" / name, *sets]
+            ended = process.run(*words)
+            assert ended.code == 0, ended.err
+    full, small = (curve(tmp_path / "runs" / name) for name in ("full", "small"))
+    assert small[1] == full[1]
+    assert small == pytest.approx(full, rel=1e-6)  # the clipped norm sums over fewer zeros
+    pipeline(["export", str(tmp_path / "runs" / "small"), "--output", str(tmp_path / "student")])
+    cut = ["--output", str(tmp_path / "cut"), "--vocabulary", str(vocabulary)]
+    pipeline(["export", str(tmp_path / "runs" / "full"), *cut])
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("student", "cut"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=1e-5, atol=1e-6)
+    new = AutoTokenizer.from_pretrained(tmp_path / "student")
+    for name in ("student", "cut"):
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["vocab_size"] == len(new) < len(ids)
+        assert [config[key] for key in special] == [getattr(new, key) for key in special]

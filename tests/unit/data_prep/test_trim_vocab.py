@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 from transformers import AutoTokenizer
 
 from data_prep.__main__ import main
+from data_prep.sentencepiece_pieces import SentencePiecePieces, cut_fast_tokenizer
 from data_prep.shards import DataError, ShardSet
-from data_prep.vocabulary import TrimOptions, cut_fast_tokenizer, kept_ids
+from data_prep.tokenizer import SentencePieceTokenizer, ids_of
+from data_prep.vocabulary import TrimOptions, kept_ids
 from tests.conftest import SAMPLES
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
@@ -51,6 +55,25 @@ def test_covered_text_maps_one_to_one(tiny_teacher: Path, tiny_shards: Path, voc
     texts = [old.decode(line[:-1].tolist()) for line in lines_of(tiny_shards, language)[:60]]
     for before, after in zip(old(texts)["input_ids"], new(texts)["input_ids"], strict=True):
         assert old_ids[after].tolist() == before
+
+
+def test_text_with_unknown_characters_maps_one_to_one(tiny_tokenizer: Path, vocabulary: Path) -> None:
+    """`<unk>` scores as before, because the piece of lowest score is kept."""
+    old, new = (SentencePieceTokenizer(directory) for directory in (tiny_tokenizer, vocabulary))
+    old_ids, choice = np.array(about(vocabulary)["old_ids"]), random.Random(0)
+    texts = [old.processor.id_to_piece(number - 1).replace("▁", " ") for number in old_ids[4:-1].tolist()]
+    lines = ["".join(choice.choices([*texts, "\U0001f0a1"], k=8)) for _ in range(2000)]
+    with_unknown = 0
+    for before, after in zip(ids_of(old, lines), ids_of(new, lines), strict=True):
+        if np.isin(before, old_ids).all():
+            assert old_ids[after].tolist() == before.tolist()
+            with_unknown += 3 in before
+    assert with_unknown > 2
+    scores = [
+        min(processor.get_score(n) for n in range(3, processor.get_piece_size()))
+        for processor in (old.processor, new.processor)
+    ]
+    assert scores[0] == scores[1]
 
 
 def test_prepared_again_the_shards_are_the_same_text(tiny_shards: Path, vocabulary: Path, tmp_path: Path) -> None:
@@ -113,14 +136,25 @@ def test_coverage_keeps_the_most_frequent_pieces(tiny_teacher: Path, tiny_shards
     assert sizes[0] < sizes[2]
 
 
-def test_kept_pieces() -> None:
-    pieces = ["", "", "", "", "▁ab", "a", "b", "c", "▁cd", ""]
-    counts = {"xx": np.array([0, 0, 0, 0, 5, 0, 0, 0, 1, 0]), "yy": np.array([0, 0, 0, 0, 0, 0, 0, 9, 0, 0])}
-    # <s> <pad> </s> <unk>; the piece that is used; its single characters; <mask>
-    assert kept_ids(counts, TrimOptions(["xx"], min_count=2), pieces).tolist() == [0, 1, 2, 3, 4, 5, 6, 9]
-    assert kept_ids(counts, TrimOptions(["xx"]), pieces).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
-    assert kept_ids(counts, TrimOptions(["xx"], coverage=0.8), pieces).tolist() == [0, 1, 2, 3, 4, 5, 6, 9]
-    assert kept_ids(counts, TrimOptions(["xx", "yy"], coverage=0.8), pieces).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 9]
+def test_kept_pieces(tiny_tokenizer: Path) -> None:
+    pieces = SentencePiecePieces(SentencePieceTokenizer(tiny_tokenizer))
+    number = {text: n for n, text in enumerate(pieces.texts)}
+    used = next(text for text in pieces.texts if len(text) > 3 and text.startswith("▁"))
+    other = next(text for text in pieces.texts if len(text) > 3 and not set(text) & set(used))
+    counts = {language: np.zeros(len(pieces.texts), dtype=np.int64) for language in ("xx", "yy")}
+    counts["xx"][[number[used], number["▁a"]]] = 5, 1
+    counts["yy"][number[other]] = 9
+
+    def kept(*languages: str, **options: Any) -> set[str]:
+        return {pieces.texts[n] for n in kept_ids(counts, TrimOptions(languages, **options), pieces)}
+
+    characters = {text for text in number if 0 < len(text.removeprefix("▁")) <= 1 and set(text) <= set(used)}
+    lowest = kept("xx", min_count=6)  # `<unk>` scores below this piece
+    assert len(lowest - {""}) <= 2
+    assert kept("xx", min_count=2) == {"", used, *characters, *lowest}
+    assert kept("xx") == kept("xx", coverage=1.0) > kept("xx", coverage=0.8) == kept("xx", min_count=2)
+    assert {used, other} < kept("xx", "yy", coverage=0.8)
+    assert other not in kept("xx")
 
 
 # -- errors
@@ -177,6 +211,17 @@ def test_a_fast_tokenizer_with_another_vocabulary_is_rejected(tiny_teacher: Path
         cut_fast_tokenizer(tree, [*pieces[:9], "other", *pieces[10:]], kept, path)
     with pytest.raises(DataError, match="does not have the vocabulary of"):
         cut_fast_tokenizer({**tree, "model": {"type": "BPE", "vocab": {"a": 1}}}, pieces, kept, path)
+
+
+def test_a_sentencepiece_model_of_another_kind_is_rejected(tmp_path: Path) -> None:
+    """Its splits follow other rules: `tokenizer.json` states them."""
+    lines = iter(["the quick brown fox jumps over the lazy dog"] * 20)
+    prefix = str(tmp_path / "sentencepiece.bpe")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_prefix=prefix, vocab_size=40, model_type="bpe", minloglevel=2
+    )
+    with pytest.raises(DataError, match="is not a unigram model.*tokenizer.json.*save_pretrained"):
+        SentencePiecePieces(SentencePieceTokenizer(tmp_path))
 
 
 def test_text_in_another_encoding_is_not_counted(

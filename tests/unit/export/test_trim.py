@@ -52,7 +52,7 @@ def test_covered_text_gives_equal_hidden_states(
 def test_a_teacher_cut_at_load_reads_the_same(tiny_teacher: Path, vocabulary: Path) -> None:
     """Q, K and V at the distilled layer, as in training."""
     kept = read_vocabulary(vocabulary)
-    new_BL = trim.random_rows(kept)[:4]
+    new_BL = trim.random_rows(kept, 1)[:4]
     full, cut = load_encoder(tiny_teacher), load_encoder(tiny_teacher)
     cut_embedding(cut, kept)
     assert cut.get_input_embeddings().weight.shape == (len(kept), 48)
@@ -136,7 +136,7 @@ def test_a_vocabulary_of_another_tokenizer(tiny_teacher: Path, vocabulary: Path,
     with pytest.raises(UserError, match="cut from another tokenizer"):
         trim.trim(other, read_vocabulary(vocabulary), tmp_path / "small")
     (other / "sentencepiece.bpe.model").unlink()
-    with pytest.raises(UserError, match="XLM-R kind"):
+    with pytest.raises(UserError, match="cut from another tokenizer"):
         trim.trim(other, read_vocabulary(vocabulary), tmp_path / "small")
     assert not (tmp_path / "small").exists()
 
