@@ -35,9 +35,7 @@ class RelationsConfig:
     heads: int = 48  # relation heads; must divide both widths
     pairs: dict[str, float] = field(default_factory=lambda: {"q-q": 1.0, "k-k": 1.0, "v-v": 1.0})  # pair: weight
     after_rotary: bool = False  # ModernBERT: read Q and K behind their rotary embedding
-    tail: Literal["none", "relation", "mse", "pooled", "mse+pooled"] = (
-        "none"  # terms for the student's output, above the tap
-    )
+    tail: Literal["none", "relation", "mse", "pooled", "mse+pooled"] = "none"  # terms for the student's output
     tail_weight: float = 1.0  # of that term in the sum
     pooled_weight: float | None = None  # of the term `pooled`; None: tail_weight
     pooling: Literal["auto", "mean", "cls", "last"] = "auto"  # of sentence vectors; auto: the teacher's, else mean
