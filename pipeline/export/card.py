@@ -304,7 +304,11 @@ def projection_note(directory: Path) -> str:
         return ""
     config = read_json(directory / DENSE / "config.json")
     is_module = (directory / "modules.json").is_file()
-    use = "is a module of the SentenceTransformer" if is_module else "becomes a module with `export --sentence-transformers`"
+    use = (
+        "is a module of the SentenceTransformer"
+        if is_module
+        else "becomes a module with `export --sentence-transformers`"
+    )
     return (
         f"`{DENSE}` is the matrix with which training compared its sentence vectors ({config.get('in_features')} channels) with the "
         f"teacher's ({config.get('out_features')}); it {use}, and `--drop-projection` leaves it out."

@@ -7,7 +7,6 @@ In: the parts of a run and a `StepReport` per optimizer step. Out: console, Tens
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import socket
 import time
@@ -116,7 +115,7 @@ class RunLogger:
             "dropout": {"distillation": dropout_of(student.model.config), "config": student.own_dropout},
             "first_step": self._first_step,
             # `export` writes it into the settings of sentence-transformers
-            **({"sentences": dataclasses.asdict(parts.sentences.settings)} if parts.sentences else {}),
+            **({"sentences": parts.sentences.settings.recorded()} if parts.sentences else {}),
             "relation_backend": parts.distiller.backend,  # "auto" until the first batch has chosen
         }
         recipe_yaml, ds_json = recipe_to_yaml(self._recipe), json.dumps(parts.ds_config, indent=1)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, cast
 
-from transformers.utils import cached_file
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from pipeline.distillation.models.model_config import MOST_CONFIG_BYTES, ModelName, one_line
 from pipeline.distillation.models.model_files import find_directory
@@ -44,6 +45,12 @@ class SentenceSettings:
     include_prompt: bool = True  # whether the prompt's tokens are pooled too
     similarity: str = "cosine"  # with which vectors are compared
 
+    def recorded(self) -> dict[str, Any]:
+        """Pooling and normalisation, and what else is not the default: `SentenceSettings(**recorded)` is equal."""
+        always = ("pooling", "normalize")
+        values, plain = asdict(self), asdict(SentenceSettings())
+        return {key: value for key, value in values.items() if key in always or value != plain[key]}
+
 
 @dataclass(frozen=True)
 class FoundSettings:
@@ -65,7 +72,7 @@ def sentence_settings(teacher: str, pooling: str) -> FoundSettings:
     """
     files = _Files(teacher)
     asked = None if pooling == "auto" else cast(Pooling, pooling)
-    modules = files.read(MODULES_FILE, list)
+    modules = files.read(MODULES_FILE, list, is_needed=asked is None)
     if modules is None:
         origin = (
             f"`relations.pooling`; {teacher} has no {MODULES_FILE}" if asked else f"{teacher} has no {MODULES_FILE}"
@@ -76,7 +83,10 @@ def sentence_settings(teacher: str, pooling: str) -> FoundSettings:
         kind, path = files.kind_and_path(module)
         kinds.append(kind)
         if kind == "Pooling":
-            config = files.read(str(PurePosixPath(path) / "config.json"), dict) or {}
+            name = str(PurePosixPath(path) / "config.json")
+            config = files.read(name, dict, is_needed=True)
+            if config is None:
+                raise files.error(f"its {MODULES_FILE} names {name}, which is missing", "Fetch the complete model")
             found += _modes(config)
             include_prompt = config.get("include_prompt") is not False
     own = MODES.get(found[0]) if len(found) == 1 else None
@@ -138,9 +148,12 @@ class _Files:
     def error(self, cause: str, fix: str) -> UserError:
         return UserError(f"the sentence vectors of the teacher {self._model.name!r} are not known: {cause}. {fix}")
 
-    def read(self, name: str, kind: type) -> Any:
-        """The content of a file, a `kind`; None where the model has no such file."""
-        path = self._find(name)
+    def read(self, name: str, kind: type, is_needed: bool = False) -> Any:
+        """The content of a file, a `kind`; None where the model has no such file.
+
+        `is_needed`: raise a `UserError` where it cannot be known whether a hub model has it, because there is no network.
+        """
+        path = self._find(name, is_needed)
         if path is None:
             return None
         fix = f"Correct it, or remove {MODULES_FILE} to do without the teacher's settings"
@@ -153,24 +166,23 @@ class _Files:
             raise self.error(f"{path} holds no {'list' if kind is list else 'object with keys'}", fix)
         return content
 
-    def _find(self, name: str) -> Path | None:
+    def _find(self, name: str, is_needed: bool) -> Path | None:
         if not self._is_hub:
             path = self._directory / name
             return path if path.is_file() else None
-        try:  # of the commit that the weights are of
-            found = cached_file(
-                self._model.name,
-                name,
-                revision=self._directory.name,
-                trust_remote_code=False,
-                _raise_exceptions_for_missing_entries=False,
-            )
-        except Exception as error:  # network, cache and hub raise many kinds
+        repository, revision = self._model.name, self._directory.name  # the commit that the weights are of
+        try:
+            return Path(hf_hub_download(repository, name, revision=revision))
+        except LocalEntryNotFoundError as error:  # not in the cache, and the hub cannot be asked
+            if not is_needed or try_to_load_from_cache(repository, name, revision=revision) is _CACHED_NO_EXIST:
+                return None
             raise self.error(
-                f"{name} is not in the cache, and the hub cannot be asked ({one_line(error)})",
-                f"Fetch the complete model where there is a network: hf download {self._model.name}",
+                f"{name} is not in the cache, and the hub cannot be asked for it ({one_line(error)})",
+                f"Fetch the complete model where there is a network (hf download {repository}), or, where it has no such "
+                "file, choose the pooling: --set relations.pooling=mean (or cls, last)",
             ) from None
-        return None if found is None else Path(str(found))
+        except EntryNotFoundError:
+            return None
 
     def kind_and_path(self, module: Any) -> tuple[str, str]:
         """The class of a module without its package, and its directory, which is below the model's."""

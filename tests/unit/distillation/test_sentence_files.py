@@ -55,6 +55,32 @@ def test_prefixes_and_normalisation_are_read(tmp_path: Path) -> None:
     assert found.settings == SentenceSettings(
         "mean", False, {"query": "query: ", "document": "passage: "}, "query", False, "dot"
     )
+    assert SentenceSettings(**found.settings.recorded()) == found.settings
+    assert SentenceSettings("last").recorded() == {"pooling": "last", "normalize": True}
+
+
+def test_a_hub_model_is_read_from_the_commit_of_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the cache, where no network can be asked: that a file is not there does not say that the model has none."""
+    revision = "c" * 40
+    repository = tmp_path / "cache" / "models--some--teacher"
+    snapshot = repository / "snapshots" / revision
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    teacher(snapshot, {"pooling_mode": "cls"})
+    for name in ("config.json", "model.safetensors"):
+        (snapshot / name).write_text("{}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    found = sentence_settings("some/teacher", "auto")
+    assert (found.settings.pooling, found.settings.normalize) == ("cls", False)
+    modules = (snapshot / "modules.json").rename(snapshot / "moved")
+    with pytest.raises(UserError, match=r"modules\.json is not in the cache.*hf download some/teacher.*pooling=mean"):
+        sentence_settings("some/teacher", "auto")
+    assert sentence_settings("some/teacher", "last").settings == SentenceSettings("last")
+    modules.rename(snapshot / "modules.json")
+    (snapshot / "1_Pooling" / "config.json").unlink()
+    with pytest.raises(UserError, match=r"1_Pooling/config\.json"):
+        sentence_settings("some/teacher", "auto")
 
 
 @pytest.mark.parametrize(("asked", "expected"), [("auto", "mean"), ("cls", "cls")])
@@ -110,4 +136,11 @@ def test_files_that_cannot_be_used_are_explained(tmp_path: Path, file: str, text
     name = teacher(tmp_path, MEAN, NORMALIZE)
     (tmp_path / file).write_text(text)
     with pytest.raises(UserError, match=f"sentence vectors of the teacher .*{words}"):
+        sentence_settings(name, "auto")
+
+
+def test_a_pooling_module_without_settings_is_no_mean(tmp_path: Path) -> None:
+    name = teacher(tmp_path, MEAN)
+    (tmp_path / "1_Pooling" / "config.json").unlink()
+    with pytest.raises(UserError, match=r"names 1_Pooling/config\.json, which is missing"):
         sentence_settings(name, "auto")
