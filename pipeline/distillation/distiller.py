@@ -81,9 +81,9 @@ class Hooks:
     """What surrounds a `DistillModule` in a training run."""
 
     gather: Gather = alone  # exchanges the ranks' results when the backend is chosen
-    gather_rows: GatherRows = own_rows  # the sentence vectors of all ranks, for `pooled_distance: similarity`
     around_student: Callable[[], AbstractContextManager] = nullcontext  # makes a context for the student's forward
     mark: Callable[[str], object] = str  # is called when TEACHER, STUDENT and LOSS have been launched
+    gather_rows: GatherRows = own_rows  # the sentence vectors of all ranks, for `pooled_distance: similarity`
 
 
 class DistillModule(nn.Module):

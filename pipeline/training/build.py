@@ -171,7 +171,7 @@ def build(
     source, batch, identity, teacher_precision = shared.source, shared.batch, shared.identity, shared.teacher_precision
     del first, of_members, inputs, shared  # and with them the teacher's layers above the highest distilled one
     teacher.place(recipe, teacher_precision, launch)
-    hooks = Hooks(dist.gather_json, dist.gather_rows, partial(deterministic_kernels, recipe.deterministic), clock.mark)
+    hooks = Hooks(dist.gather_json, partial(deterministic_kernels, recipe.deterministic), clock.mark, dist.gather_rows)
     for (name, student), (of_student, config, precision, sentences) in zip(students.items(), settings, strict=True):
         relations = resolved(of_student.relations, sentences)
         distiller = distill_module(teacher.of_student(relations), student, relations, hooks)
