@@ -214,10 +214,11 @@ class Lines:
             vectors.append(mean_over_tokens(states_BLD, mask_BL))
         return torch.cat(vectors)[torch.argsort(torch.tensor([number for batch in batches for number in batch]))]
 
+    @torch.inference_mode()
     def likeness(self, encoder: Encoder, projection: torch.nn.Module | None = None) -> dict[str, float]:
         """How alike the model's vectors and the teacher's are: `cosine`, where they have one width, and `sts`."""
         own_Nd = self._vectors(encoder)
-        in_teachers_Nd = own_Nd if projection is None else projection(own_Nd).detach()
+        in_teachers_Nd = own_Nd if projection is None else projection(own_Nd)
         of_pairs = [(x @ x.T)[*torch.triu_indices(len(x), len(x), 1)].numpy() for x in (own_Nd, self._teacher_ND)]
         found = {"sts": spearman(*of_pairs)}
         if in_teachers_Nd.shape == self._teacher_ND.shape:
