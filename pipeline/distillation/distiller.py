@@ -26,10 +26,9 @@ from pipeline.distillation.relations.loss import check_heads, relation_kl, relat
 from pipeline.distillation.relations.reference import relation_log_probabilities
 from pipeline.distillation.relations.selection import Gather, alone, choose_backend
 from pipeline.distillation.shared_teacher import TeacherView
+from pipeline.distillation.tail import OUTPUT, POOLED, GatherRows, SentenceProjection, Tail, own_rows
 from pipeline.distillation.tap import Projections, TappedEncoder, without_dropout
-from pipeline.errors import UserError
 
-OUTPUT = "output"  # name of the tail term among the parts
 TEACHER, STUDENT, LOSS = "teacher", "student", "loss"  # what `Hooks.mark` is told
 logger = logging.getLogger(__name__)
 
@@ -76,6 +75,7 @@ class Hooks:
     around_student: Callable[[], AbstractContextManager] = nullcontext  # makes a context for the student's forward
     mark: Callable[[str], object] = str  # is called when TEACHER, STUDENT and LOSS have been launched
     restart_positions: bool = False  # with `segments`: positions are counted from the start of each document
+    gather_rows: GatherRows = own_rows  # the sentence vectors of all ranks, for `pooled_distance: similarity`
 
 
 class DistillModule(nn.Module):
@@ -90,6 +90,7 @@ class DistillModule(nn.Module):
         config: the relations and their weights.
         basis_Dd: the components on which a narrower student's output is expressed (`Student.basis_Dd`).
         hooks: what surrounds the module in a training run.
+        projection: of a student's sentence vectors to the teacher's width (`Student.projection`).
     """
 
     def __init__(
@@ -99,10 +100,11 @@ class DistillModule(nn.Module):
         config: RelationsConfig,
         basis_Dd: torch.Tensor | None = None,
         hooks: Hooks = Hooks(),
+        projection: SentenceProjection | None = None,
     ) -> None:
         super().__init__()
         self._hooks = hooks
-        self.basis_Dd = basis_Dd  # not a buffer: an engine in half precision would round it
+        self.tail = Tail(config, basis_Dd, projection, hooks.gather_rows) if config.tail_terms else None
         self.student = student_tapped
         self.config = config
         self._teacher = (teacher,)  # a tuple hides it from the module tree
@@ -128,8 +130,10 @@ class DistillModule(nn.Module):
         teacher, student = self._run_both(input_ids_BL, mask)
         self._choose_backend(teacher.layers[0][0], student.layers[0][0])
         losses = self._relation_losses(relation_kl, teacher, student, mask)
-        if self.config.tail != "none":
-            losses.append(self._tail_loss(teacher.output_BLD, student.output_BLD, mask))
+        if self.tail is not None:
+            assert teacher.output_BLD is not None
+            assert student.output_BLD is not None
+            losses += self.tail.losses(teacher.output_BLD, student.output_BLD, mask, self.backend)
         loss = torch.stack([w * part for w, part in zip(self.part_weights.values(), losses, strict=True)]).sum()
         self._hooks.mark(LOSS)
         return loss, torch.stack(losses).detach()
@@ -174,7 +178,7 @@ class DistillModule(nn.Module):
 
     def _related_tensors(self, part: str, outputs: TapOutputs) -> tuple[torch.Tensor, torch.Tensor]:
         """The two tensors (often the same one) of a part's relation."""
-        if part == OUTPUT:
+        if part in (OUTPUT, POOLED):
             assert outputs.output_BLD is not None
             return outputs.output_BLD, outputs.output_BLD
         name, _, layers = part.partition("@")
@@ -213,23 +217,10 @@ class DistillModule(nn.Module):
                 losses.append(loss(*related, self.config.heads, backend=self.backend, **mask.of_relations()))
         return losses
 
-    def _tail_loss(self, teacher_BLD: Any, student_BLD: Any, mask: SequenceMask) -> torch.Tensor:
-        """The term that trains the layers above the distilled one: relation, or mean squared distance, of the outputs."""
-        if self.config.tail == "relation":
-            return relation_kl(teacher_BLD, student_BLD, self.config.heads, backend=self.backend, **mask.of_relations())
-        target_BLD = teacher_BLD.float()
-        if self.basis_Dd is not None:
-            self.basis_Dd = self.basis_Dd.to(target_BLD.device)
-            target_BLD = target_BLD @ self.basis_Dd
-        if target_BLD.shape != student_BLD.shape:
-            raise UserError(unequal_widths(teacher_BLD.shape[-1], student_BLD.shape[-1]))
-        distance_BL = (student_BLD.float() - target_BLD).square().mean(-1)
-        real_BL = mask.real_tokens(distance_BL)
-        return distance_BL.mean() if real_BL is None else ((distance_BL * real_BL).sum(1) / real_BL.sum(1)).mean()
-
     def load_basis(self, basis_Dd: torch.Tensor | None) -> None:
         """Replace the basis that this start measured by a checkpoint's."""
-        self.basis_Dd = basis_Dd
+        if self.tail is not None:
+            self.tail.basis_Dd = basis_Dd
 
     def keep_backend(self, name: str | None) -> None:
         """Use the backend that the run began with, unless the recipe names one.
@@ -252,16 +243,9 @@ class DistillModule(nn.Module):
                 logger.info(line)
 
 
-def unequal_widths(teacher: int, student: int) -> str:
-    """The message about a tail term whose outputs cannot be subtracted."""
-    return (
-        f"`relations.tail: mse` needs equal widths, not {teacher} (teacher) and {student} (student), or a student whose layers "
-        "are projected (`student.init: project`); use `tail: relation`"
-    )
-
-
 def _part_weights(config: RelationsConfig) -> dict[str, float]:
-    """Name and weight of every part: "q-q", or "q-q@19>6" where several layers are matched; "output" is the tail."""
+    """Name and weight of every part: "q-q", or "q-q@19>6" where several layers are matched; "output" and "pooled"
+    are the tail."""
     if config.layers is None:
         weights = dict(config.pairs)
     else:
@@ -270,7 +254,9 @@ def _part_weights(config: RelationsConfig) -> dict[str, float]:
             for pair in config.layers
             for name, weight in config.pairs.items()
         }
-    return weights if config.tail == "none" else {**weights, OUTPUT: config.tail_weight}
+    of_sentences = config.tail_weight if config.pooled_weight is None else config.pooled_weight
+    tail = [(POOLED, of_sentences) if term == POOLED else (OUTPUT, config.tail_weight) for term in config.tail_terms]
+    return {**weights, **dict(tail)}
 
 
 def _letters(pair: str) -> tuple[int, int]:

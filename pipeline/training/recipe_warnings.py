@@ -13,9 +13,11 @@ from transformers import PretrainedConfig
 
 from pipeline.config import Recipe
 from pipeline.data.batches import BatchSource
+from pipeline.distillation.config import RelationsConfig
 from pipeline.distillation.models.architectures import ARCHITECTURES, window_of
 from pipeline.distillation.models.student import student_hf_config
 from pipeline.distillation.models.student_init import copied_layers
+from pipeline.distillation.tail import POOLED
 from pipeline.runtime.optimizer import learning_rate
 
 SMALLEST_USEFUL_RATE = (
@@ -76,6 +78,11 @@ def _unused(recipe: Recipe) -> Iterator[str]:
         changed = [name for name in ("alpha", "sampling_unit") if getattr(recipe, name) != getattr(Recipe, name)]
         if changed:
             yield f"language_weights decides how languages are mixed: {' and '.join(changed)} of this recipe has no effect"
+    relations, other = recipe.relations, RelationsConfig()
+    if POOLED not in relations.tail_terms:
+        keys = ("pooled_weight", "pooling", "pooled_distance", "pooled_temperature")
+        if changed := [f"relations.{key}" for key in keys if getattr(relations, key) != getattr(other, key)]:
+            yield f"relations.tail is {relations.tail}, without `pooled`: {' and '.join(changed)} of this recipe has no effect"
 
 
 def _held_out(recipe: Recipe, source: BatchSource) -> Iterator[str]:

@@ -115,6 +115,8 @@ class RunLogger:
             # `export` writes "config" into the student's config.json, whether or not the teacher is still there
             "dropout": {"distillation": dropout_of(student.model.config), "config": student.own_dropout},
             "first_step": self._first_step,
+            # `export` writes it into the settings of sentence-transformers
+            **({"sentences": parts.sentences.settings.recorded()} if parts.sentences else {}),
             "relation_backend": parts.distiller.backend,  # "auto" until the first batch has chosen
         }
         recipe_yaml, ds_json = recipe_to_yaml(self._recipe), json.dumps(parts.ds_config, indent=1)
