@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import POOLINGS, Encoder, sentence_vectors
-from pipeline.evaluation.finetuning.xnli_data import header_positions
+from pipeline.evaluation.finetuning.labelled_pairs import header_positions
 from pipeline.evaluation.tables import markdown_table, pooling_rows
 from pipeline.evaluation.task import Panel, Results, Task
 from pipeline.recipe.ranges import LARGEST_BATCH, LONGEST_ROW, check_ranges

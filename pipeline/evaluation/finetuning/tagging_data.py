@@ -157,8 +157,12 @@ def _different(paths: list[Path]) -> list[Path]:
 
 
 def _all_files(source: str) -> Iterable[Path]:
-    for directory, inside, names in os.walk(source) if source else ():
-        inside[:] = sorted(name for name in inside if not name.startswith(".") and name != NOT_READ)
+    """The files below a directory, also below links. A directory that several links name is read once."""
+    seen: set[Path] = set()
+    for directory, inside, names in os.walk(source, followlinks=True) if source else ():
+        below = {name: Path(directory, name).resolve() for name in sorted(inside)}
+        inside[:] = [x for x, real in below.items() if not x.startswith(".") and x != NOT_READ and real not in seen]
+        seen.update(below[name] for name in inside)
         yield from (Path(directory, name) for name in sorted(names))
 
 

@@ -177,6 +177,16 @@ def test_languages_and_treebanks(tmp_path: Path) -> None:
     assert (list(found.test), list(found.dev)) == (["de_other"], [])
 
 
+def test_linked_directories_are_read(tmp_path: Path) -> None:
+    write_ud(tmp_path / "ud", train=2, evaluation=2)
+    links = tmp_path / "links"
+    links.mkdir()
+    for name in ("UD_English-Tiny", "UD_German-Tiny"):
+        (links / name).symlink_to(tmp_path / "ud" / name)
+    (links / "UD_German-Tiny" / "back").symlink_to(links)  # a circle
+    assert list(read(links).test) == ["de", "en"]
+
+
 def test_a_training_file_in_parts(tmp_path: Path) -> None:
     for part in ("train-a", "train-b", "dev", "test"):
         (tmp_path / f"cs_pdt-ud-{part}.conllu").write_text(CONLLU)

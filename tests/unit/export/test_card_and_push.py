@@ -127,6 +127,7 @@ def test_every_task_of_an_evaluation_has_its_table(student: Path, evaluated: Pat
         for task, titles in (
             ("xnli", {"accuracy": "accuracy"}),
             ("mlqa", {"F1": "f1", "exact match": "exact_match"}),
+            ("pawsx", {"accuracy": "accuracy"}),
             ("tagging", {"accuracy": "accuracy"}),
         ):
             if task not in tasks:
