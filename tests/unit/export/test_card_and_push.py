@@ -124,6 +124,8 @@ def test_every_task_of_an_evaluation_has_its_table(student: Path, evaluated: Pat
             found = tasks["sts"][name]
             (scored,) = found["per_file"].values()
             assert rows["sts"][pooling] == [f"{scored[pooling]:.3f}", f"{found['mean'][pooling]:.3f}"]
+            ndcg = tasks["beir"][name]["per_collection"]["beir"][pooling]["ndcg@10"]
+            assert f"| {name}, {pooling} | nDCG@10 | {ndcg:.3f} | {ndcg:.3f} |" in sections["beir"]
         for task, titles in (
             ("xnli", {"accuracy": "accuracy"}),
             ("mlqa", {"F1": "f1", "exact match": "exact_match"}),
