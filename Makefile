@@ -1,18 +1,17 @@
 # `make` or `make help` lists the targets. Every target that needs it makes .venv first.
-PYTHON ?= python3
+# Only a PYTHON that is named (make venv PYTHON=python3.12) replaces a .venv of another version.
+NAMED_PYTHON := $(PYTHON)
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
 
-.PHONY: help venv demo doctor gpu test test-versions lint format coverage mutants fuzz faults clean
+.PHONY: always help venv demo doctor gpu test loggers test-versions lint format coverage mutants fuzz faults clean
 help: ## list the targets
 	@sed -n 's/^\([a-z%-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "make %-13s %s\n", $$1, $$2 }'
 
 venv: .venv/.installed ## make .venv and install the packages that demo and tests need
-.venv/.installed: requirements.txt requirements-dev.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -r requirements.txt -r requirements-dev.txt
-	touch $@
+.venv/.installed: requirements.txt requirements-dev.txt $(if $(NAMED_PYTHON),always)
+	./install.sh $(NAMED_PYTHON)
 
 demo: venv ## distil a student of a real teacher on sample text, and print a table of results (SET="key=value ..." for settings)
 	$(BIN)/python -m demo $(addprefix --set ,$(SET))
@@ -29,6 +28,13 @@ test: venv lint ## lint, and run all tests that this machine can run
 test-%: venv ## run the tests of one directory: make test-unit, test-dist, test-faults, test-slurm, test-golden, test-e2e
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/$*
 
+loggers: venv .loggers/.installed ## make .loggers, an environment with wandb, trackio and mlflow, which the tests of `metrics.loggers` need
+.loggers/.installed: requirements-loggers.txt
+	$(BIN)/python -m venv .loggers
+	.loggers/bin/python -m pip install -q -r requirements-loggers.txt
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$(.loggers/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/zz-main.pth
+	touch $@
+
 test-versions: venv ## run unit, golden, dist and e2e tests in the environments of tests/versions/rows.toml (ROWS="oldest newest": only these)
 	$(BIN)/python -m tests.versions $(addprefix --row ,$(ROWS))
 
@@ -36,7 +42,8 @@ lint: venv ## check format, types, shell scripts and spelling
 	ruff check .
 	ruff format --check .
 	mypy
-	shellcheck -x slurm/*.sh slurm/lib/*.sh slurm/site.example.env .ci/run
+	shellcheck -x install.sh slurm/*.sh slurm/lib/*.sh slurm/site.example.env .ci/run
+	hadolint containers/Dockerfile
 	codespell
 
 format: venv ## format the code, and fix what ruff can fix

@@ -3,12 +3,16 @@
     python -m demo.teacher && python -m data_prep prepare --input samples/cc100 --tokenizer artifacts/teacher \
         --output artifacts/shards
     python benchmarks/bench_quality.py [--steps 100] [--rows 16] [--only base tail_mse] [--plot FILE.png] [--json FILE]
+    python benchmarks/bench_quality.py --precision bf16 --sweep pooled --steps 150 400 [--json FILE]
     python benchmarks/bench_quality.py --merge FILE.json FILE.json --plot FILE.png        (one table of several runs)
 
 The variants of one run read the same rows in the same order and share one teacher forward per step. Each is a
 `DistillModule` with AdamW, as in training, in one process without DeepSpeed. Columns: relation loss on held-out rows (of
-the base recipe's relations, so variants can be compared), and retrieval accuracy (mean of both directions over the
-language pairs) pooled from the output, the input of the last layer, and the values of the last layer.
+the base recipe's relations, so variants can be compared), retrieval accuracy (mean of both directions over the language
+pairs) pooled from the output, the input of the last layer, and the values of the last layer; and the student's sentence
+vectors (mean over the tokens of the output) against the teacher's on lines of held-out rows: mean cosine (through the
+projection that the student has learned, where widths differ), and Spearman correlation of the cosines of all pairs of
+lines, as in STS with the teacher in the place of people. `--sweep pooled` compares `relations.tail: pooled` with `mse`.
 """
 
 from __future__ import annotations
@@ -40,12 +44,14 @@ from pipeline.distillation.models.projection import Calibration
 from pipeline.distillation.models.student import Student, StudentConfig, build_student
 from pipeline.distillation.models.teacher import cast_parameters, load_encoder
 from pipeline.distillation.tap import tap
-from pipeline.evaluation.encoder import POOLINGS, Encoder
+from pipeline.evaluation.encoder import POOLINGS, Encoder, batches_by_length, mean_over_tokens, pad_rows
 from pipeline.evaluation.retrieval import RetrievalConfig, evaluate_retrieval
+from pipeline.evaluation.sts import spearman
 from pipeline.runtime.optimizer import OptimizerConfig, learning_rate, parameter_groups
 from pipeline.training.build import CALIBRATION_TOKENS
 
 TOKENS, ROWS_AT_ONCE = 128, 16
+SHORTEST_LINE = 6  # tokens, </s> included; shorter ones are often cut at the edge of a row
 RETRIEVAL = RetrievalConfig(languages=QUICKSTART_LANGUAGES, max_pairs=120)
 COPIED = StudentConfig(layers=6, hidden=384, heads=12, init="layers", freeze=["embeddings"], dropout=0.0)
 BASE = RelationsConfig(heads=48)
@@ -76,6 +82,12 @@ UPPER = {"init_layers": [1, 3, 5, 8, 10, 12]}
 MSE_10 = {"tail": "mse", "tail_weight": 10.0}
 MSE_100 = {"tail": "mse", "tail_weight": 100.0}
 MSE_1000 = {"tail": "mse", "tail_weight": 1000.0}
+
+
+def pooled(distance: str, weight: float, tail: str = "pooled", **options: float) -> dict[str, Any]:
+    return {"tail": tail, "pooled_weight": weight, "pooled_distance": distance, "pooling": "mean", **options}
+
+
 VARIANTS: dict[str, Variant] = {
     "base": changed(),
     "lr_2e-4": changed(rate=2e-4),
@@ -116,6 +128,24 @@ VARIANTS: dict[str, Variant] = {
     "narrow_project_frozen_mse_100_lr_2e-3": changed(PROJECTED, MSE_100, rate=2e-3),
     "narrow_project_frozen_mse_100_lr_4e-3": changed(PROJECTED, MSE_100, rate=4e-3),
     "narrow_upper_project_frozen_mse_100_lr_2e-3": changed({**PROJECTED, **UPPER}, MSE_100, rate=2e-3),
+    # Norms of a term's first gradient at weight 1: cosine .44, mse .063, similarity .99, at .01 15.7; `tail: mse` .074, and
+    # the relations 18.
+    "pooled_cosine_20": changed(relations=pooled("cosine", 20.0), rate=1e-3),
+    "pooled_cosine_100": changed(relations=pooled("cosine", 100.0), rate=1e-3),
+    "pooled_mse_100": changed(relations=pooled("mse", 100.0), rate=1e-3),
+    "pooled_similarity_10": changed(relations=pooled("similarity", 10.0), rate=1e-3),
+    "pooled_similarity_1_at_.01": changed(relations=pooled("similarity", 1.0, pooled_temperature=0.01), rate=1e-3),
+    "mse_100_pooled_cosine_20": changed(relations={**MSE_100, **pooled("cosine", 20.0, "mse+pooled")}, rate=1e-3),
+    "mse_100_pooled_similarity_10": changed(
+        relations={**MSE_100, **pooled("similarity", 10.0, "mse+pooled")}, rate=1e-3
+    ),
+    "narrow_project_frozen_pooled_cosine_20_lr_2e-3": changed(PROJECTED, pooled("cosine", 20.0), rate=2e-3),
+    "narrow_project_frozen_pooled_similarity_10_lr_2e-3": changed(PROJECTED, pooled("similarity", 10.0), rate=2e-3),
+}
+# What is compared with the quickstart's recipe: students as wide as their teacher, and half as wide.
+SWEEPS = {
+    "pooled": ["tail_mse_100_lr_1e-3", *(n for n in VARIANTS if "pooled" in n and "narrow" not in n)],
+    "pooled_narrow": [name for name in VARIANTS if name.startswith("narrow_project_frozen") and "lr_2e-3" in name],
 }
 
 
@@ -163,6 +193,39 @@ class Shared:
     dtype: torch.dtype
 
 
+class Lines:
+    """Lines of the held-out rows, and the teacher's sentence vectors of them."""
+
+    def __init__(self, source: BatchSource, teacher: Encoder) -> None:
+        bos, eos = source.shards.bos_id, source.shards.eos_id
+        rows = [row[1:-1] for language in source.languages for row in source.heldout(language)]
+        parts = [part[part != eos] for row in rows for part in np.split(row, np.flatnonzero(row == eos) + 1)]
+        self.ids = [[bos, *part.tolist(), eos] for part in parts if len(part) >= SHORTEST_LINE]
+        self._teacher_ND = self._vectors(teacher)
+
+    @torch.inference_mode()
+    def _vectors(self, encoder: Encoder) -> torch.Tensor:
+        """Unit vectors, in the order of `ids`."""
+        batches = batches_by_length(self.ids, RETRIEVAL.batch_size)
+        vectors = []
+        for batch in batches:
+            ids_BL, mask_BL = pad_rows([self.ids[i] for i in batch], encoder.tokenizer.pad_token_id, encoder.device)
+            states_BLD = encoder.model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
+            vectors.append(mean_over_tokens(states_BLD, mask_BL))
+        return torch.cat(vectors)[torch.argsort(torch.tensor([number for batch in batches for number in batch]))]
+
+    @torch.inference_mode()
+    def likeness(self, encoder: Encoder, projection: torch.nn.Module | None = None) -> dict[str, float]:
+        """How alike the model's vectors and the teacher's are: `cosine`, where they have one width, and `sts`."""
+        own_Nd = self._vectors(encoder)
+        in_teachers_Nd = own_Nd if projection is None else projection(own_Nd)
+        of_pairs = [(x @ x.T)[*torch.triu_indices(len(x), len(x), 1)].numpy() for x in (own_Nd, self._teacher_ND)]
+        found = {"sts": spearman(*of_pairs)}
+        if in_teachers_Nd.shape == self._teacher_ND.shape:
+            found["cosine"] = torch.cosine_similarity(in_teachers_Nd, self._teacher_ND).mean().item()
+        return found
+
+
 class Run:
     """One variant in training."""
 
@@ -185,7 +248,8 @@ class Run:
         if "embeddings" in variant.student.freeze and variant.student.init == "layers":
             self.student.model.get_input_embeddings().weight.data = teacher_model.get_input_embeddings().weight.data
         tapped = InPrecision(self.student.tapped, shared.dtype)
-        self.module = DistillModule(teacher.reader(relations), tapped, relations, basis_Dd=basis_Dd).train()
+        projection, reader = self.student.projection, teacher.reader(relations)
+        self.module = DistillModule(reader, tapped, relations, basis_Dd, projection=projection).train()
         tapped_last = InPrecision(tap(self.student.model, variant.student.layers), shared.dtype)
         self.heldout = DistillModule(teacher.reader(BASE), tapped_last, BASE)
         self.optimizer_config = OptimizerConfig(lr=variant.rate, warmup_steps=10)
@@ -205,49 +269,68 @@ class Run:
         self.seconds += time.process_time() - began
         return loss.item()
 
-    def evaluate(self, source: BatchSource, tokenizer) -> dict[str, float]:
+    def evaluate(self, source: BatchSource, tokenizer, lines: Lines) -> dict[str, float]:
         heldout = np.concatenate([source.heldout(language) for language in source.languages])
         batches = torch.from_numpy(heldout).split(ROWS_AT_ONCE)
         losses = torch.cat([self.heldout.losses_by_row(batch) for batch in batches])
         encoder = Encoder(self.name, self.student.model.eval(), tokenizer, self.variant.student.layers, self.name)
         accuracy = evaluate_retrieval(encoder, RETRIEVAL)["mean"]
+        vectors = lines.likeness(encoder, self.student.projection)
         self.student.model.train()
-        return {"heldout": float(losses.mean()), **accuracy}
+        return {"heldout": float(losses.mean()), **accuracy, **vectors}
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--teacher", default="artifacts/teacher")
     parser.add_argument("--data", default="artifacts/shards")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, nargs="+", default=[100], help="several: a training of each length")
     parser.add_argument("--rows", type=int, default=16, help="rows of 128 tokens per step")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument("--sweep", choices=SWEEPS, help="the variants of a comparison, instead of --only")
     parser.add_argument("--seed", type=int, default=0, help="of the sample order and of random initializations")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of teacher and student products")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the retrieval columns")
     parser.add_argument("--merge", nargs="+", type=Path, metavar="JSON", help="make one table of earlier --json files")
     options = parser.parse_args()
+    options.only = SWEEPS[options.sweep] if options.sweep else options.only
     if options.quick:
-        options.steps, options.only = 4, ["base", "tail_mse"]
-    parts = [json.loads(file.read_text()) for file in options.merge] if options.merge else [measure(options)]
+        options.steps, options.only = [4], options.only[:2] if options.sweep else ["base", "tail_mse"]
+    if options.merge:
+        parts = [json.loads(file.read_text()) for file in options.merge]
+    else:
+        parts = [measure(options, steps) for steps in options.steps]
+    if len({part["steps"] for part in parts}) > 1:
+        parts = [{**part, "students": _with_steps(part)} for part in parts]
+        parts[0]["steps"] = " and ".join(map(str, sorted({part["steps"] for part in parts})))
     steps, rows, precision = (parts[0][key] for key in ("steps", "rows", "precision"))
     seeds = sorted({part["seed"] for part in parts})
     figures: dict[str, dict[str, float]] = {}
     for part in parts:
         figures |= {name: row for name, row in part["students"].items() if row not in figures.values()}
     table = [
-        [name, row.get("heldout", "-"), *(row[pooling] for pooling in POOLINGS), row.get("cpu_seconds", "-")]
+        [
+            name,
+            *(row.get(key, "-") for key in ("heldout", *POOLINGS, "cosine", "sts", "cpu_seconds")),
+        ]
         for name, row in figures.items()
     ]
     title = f"Students after {steps} steps of {rows} x {TOKENS} tokens, {precision}, seed {', '.join(map(str, seeds))}"
-    header = ["student", "held-out loss", *(f"retrieval, {pooling}" for pooling in POOLINGS), "CPU s (with its share)"]
+    retrieval = [f"retrieval, {pooling}" for pooling in POOLINGS]
+    header = ["student", "held-out loss", *retrieval, "cosine to teacher", "STS with teacher", "CPU s (with its share)"]
     if options.plot:
         draw(figures, options.plot)
     about = {"steps": steps, "rows": rows, "precision": precision, "seed": seeds[0]}
     publish(title, header, table, {**about, "students": figures}, options.json)
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def _with_steps(part: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The students of one table, with their number of steps in the names of those that were trained."""
+    trained = {name for name, row in part["students"].items() if "cpu_seconds" in row}
+    return {f"{n}, {part['steps']} steps" if n in trained else n: row for n, row in part["students"].items()}
+
+
+def measure(options: argparse.Namespace, steps: int) -> dict[str, Any]:
     """Train and evaluate the chosen variants side by side."""
     torch.manual_seed(0)
     teacher_model = load_encoder(options.teacher)
@@ -259,18 +342,25 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     layers = sorted({variant.relations.teacher_layer or last for variant in chosen.values()} | {last})
     teacher = SharedTeacher(load_encoder(options.teacher), layers, dtype)
     encoder = Encoder("teacher", teacher_model, tokenizer, last, options.teacher)
-    figures = {"teacher": evaluate_retrieval(encoder, RETRIEVAL)["mean"]}
+    lines = Lines(source, encoder)
+    figures = {"teacher": {**evaluate_retrieval(encoder, RETRIEVAL)["mean"], **lines.likeness(encoder)}}
     shared = Shared(teacher_model, teacher, source, options.seed, dtype)
     runs = [Run(name, shared) for name in chosen]
     first_of_start = {str([run.variant.student, run.variant.calibrated]): run for run in reversed(runs)}
     for run in first_of_start.values():
-        figures[f"{run.name}, untrained"] = run.evaluate(source, tokenizer)
-    for step, batch in enumerate(tqdm(list(_batches(source, options.steps, options.rows)), unit="step")):
+        figures[f"{run.name}, untrained"] = run.evaluate(source, tokenizer, lines)
+    for step, batch in enumerate(tqdm(list(_batches(source, steps, options.rows)), unit="step")):
         for run in runs:
-            run.step(batch, step, options.steps)
+            run.step(batch, step, steps)
     for run in runs:
-        figures[run.name] = {**run.evaluate(source, tokenizer), "cpu_seconds": run.seconds}
-    about = {"steps": options.steps, "rows": options.rows, "precision": options.precision, "seed": options.seed}
+        figures[run.name] = {**run.evaluate(source, tokenizer, lines), "cpu_seconds": run.seconds}
+    about = {
+        "steps": steps,
+        "num_lines": len(lines.ids),
+        "rows": options.rows,
+        "precision": options.precision,
+        "seed": options.seed,
+    }
     return {**about, "students": figures}
 
 

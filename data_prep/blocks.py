@@ -6,8 +6,8 @@ are the same for any number of workers and after any interruption.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import xxhash
 
@@ -17,24 +17,49 @@ BLOCK_BYTES = 1 << 20
 MAX_DOCUMENT_BYTES = 1 << 21  # one line of 2 MiB costs SentencePiece 50 MB of memory
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a part of a source begins. A run that resumes reads from there and not from the start of the source."""
+
+    part: int = 0
+    text_start: int = 0  # bytes of the source's text before the part
+    text_xxh3_128: str = ""  # digest of the last block before the part
+    first_line: int = 0  # lines of the source's text before the part
+    counts: Mapping[str, int] = field(default_factory=dict)  # of the source, before the part
+    stamp: Mapping[str, int] = field(default_factory=dict)  # of the file
+
+
 @dataclass
 class Block:
     """Complete documents, with their position in the text stream of their source."""
 
     text: bytes
     end: int  # where the block ends, in bytes from the start of the stream
-    digest: str  # XXH3-128 of the stream up to `end`
+    # XXH3-128 of the stream up to `end`; in a part after the first, of the digest before the part and the part's text
+    digest: str
     was_split: bool = False  # the block ends inside a document that is too long for one block
+    first_line: int = 0  # number of the block's first line in the stream, from 0
+    place: Place | None = None  # of the part that the block is of; None if the source must be read from its start
 
 
 def cut_blocks(
-    chunks: Iterator[bytes], block_bytes: int = BLOCK_BYTES, max_document_bytes: int = MAX_DOCUMENT_BYTES
+    chunks: Iterator[bytes],
+    block_bytes: int = BLOCK_BYTES,
+    max_document_bytes: int = MAX_DOCUMENT_BYTES,
+    place: Place | None = None,
 ) -> Iterator[Block]:
     """Blocks of about `block_bytes`, cut at blank lines.
 
-    A document over `max_document_bytes` is cut at the end of a line, a line over `max_document_bytes` at a space.
+    A document over `max_document_bytes` is cut at the end of a line, a line over `max_document_bytes` at a space. `chunks` begin
+    at `place` in the text of their source.
     """
-    buffer, hasher, end = bytearray(), xxhash.xxh3_128(), 0
+    start = place or Place()
+    buffer, hasher, end, line = (
+        bytearray(),
+        xxhash.xxh3_128(start.text_xxh3_128.encode()),
+        start.text_start,
+        start.first_line,
+    )
     target, exhausted = block_bytes, False
     while True:
         while len(buffer) <= target and not exhausted:
@@ -57,7 +82,8 @@ def cut_blocks(
         del buffer[:cut]
         hasher.update(text)
         end += cut
-        yield Block(text, end, hasher.hexdigest(), was_split)
+        yield Block(text, end, hasher.hexdigest(), was_split, line, place)
+        line += text.count(b"\n")
         target = block_bytes
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from data_prep.names import shown
 from data_prep.other_encodings import SAMPLE_LINES, broken_lines
 from data_prep.shards import DataError
 from data_prep.sources import Source
@@ -67,7 +66,7 @@ class BrokenLines:
     def _too_many(self, share: float, limit: float) -> str:
         source = self._sources[self._index]
         return (
-            f"{shown(source.path)}: {self._broken} of {self._read} lines ({share:.0%}) are not UTF-8, the first is line "
+            f"{source.title}: {self._broken} of {self._read} lines ({share:.0%}) are not UTF-8, the first is line "
             f"{self._first_here}: {self._sample[0].decode('utf-8', 'backslashreplace')[:60]!r}. "
             f"{source.how_to_convert(self._sample)}. Then run the same command again; nothing of this file was kept. (To "
             f"accept more than {limit:.0%} of broken lines: --max-broken-lines 1.)"
@@ -84,11 +83,7 @@ class BrokenLines:
             return None
         share, limit = broken / max(1, read, broken), self._sources[0].options.max_broken_lines
         what = "left out" if self._policy == "skip" else "kept, with U+FFFD for the invalid bytes"
-        where = (
-            f", the first in line {self._first[1]} of {shown(self._sources[self._first[0]].path)}"
-            if self._first
-            else ""
-        )
+        where = f", the first in line {self._first[1]} of {self._sources[self._first[0]].title}" if self._first else ""
         if broken >= MIN_BROKEN and share > limit:
             raise OtherEncoding(
                 f"{broken} of {read} lines ({share:.0%}) are not UTF-8{where}. Convert those files (iconv -f ENCODING -t UTF-8) "

@@ -6,17 +6,18 @@ In: paths, directories and names of datasets. Out: sources by language, and the 
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_prep.data_sets import IGNORED, DataSetRules, look_up
+from data_prep.hub import PREFIX
 from data_prep.languages import CC100
 from data_prep.names import shown
 from data_prep.shards import LANGUAGE_PATTERN, DataError
-from data_prep.sources import KNOWN_KINDS, HubSource, ReadOptions, Source
+from data_prep.sources import KNOWN_KINDS, ReadOptions, Source
 from data_prep.unpack import packing_of_name
 from data_prep.walk import LEFT_OUT, NotTaken, walk
-
-IGNORED = "-"
 
 
 @dataclass
@@ -106,22 +107,30 @@ class Survey:
     sources: dict[str, list[Source]]
     not_taken: list[NotTaken]
     unmatched: list[str] = field(default_factory=list)  # patterns of the language map that matched no file
+    commits: dict[str, str] = field(default_factory=dict)  # of data sets of the hub, by name
+    notes: list[str] = field(default_factory=list)  # about data sets
 
 
-def survey(inputs: list[str], rules: LanguageRules, options: ReadOptions) -> Survey:
-    """Read all directories of the input once.
+def survey(
+    inputs: list[str], rules: LanguageRules, options: ReadOptions, pinned: Mapping[str, str] | None = None
+) -> Survey:
+    """Read all directories of the input once, and ask the hub for its files.
+
+    Args:
+        pinned: commits of data sets that must be used, by name
 
     Raises:
-        DataError: a file is there twice, its language is unknown, or there is no text.
+        DataError: a file is there twice, its language is unknown, or there is no text; the hub does not answer
     """
+    by_config = DataSetRules(rules.mapping, rules.matched, rules.language)
+    data_sets = look_up(inputs, by_config, options, pinned or {})
     found: dict[str, list[Source]] = {}
     files: dict[tuple[int, int], Path] = {}
     not_taken: list[NotTaken] = []
     for given in inputs:
-        if given.startswith("hf:"):
-            if rules.language is None:
-                raise DataError(f"{given}: say which language it is with --language xx.")
-            found.setdefault(rules.language, []).append(HubSource(rules.language, Path(given), given, options))
+        if given.startswith(PREFIX):
+            for source in data_sets.sources[given]:
+                found.setdefault(source.language, []).append(source)
             continue
         here, num_accepted = walk(given, rules.names, rules.language), 0
         for file in here.found:
@@ -136,6 +145,7 @@ def survey(inputs: list[str], rules: LanguageRules, options: ReadOptions) -> Sur
         not_taken += here.not_taken
         if not num_accepted and len(inputs) > 1 and Path(given).is_dir():
             raise DataError(f"No text in {shown(given)}. {_what_is_there(here.not_taken)}")
+    found |= {language: [] for language in data_sets.languages if language not in found}
     selected = found if rules.language is None else found.get(rules.language)
     if not selected:
         of = f" of language {rules.language}" if rules.language else ""
@@ -143,7 +153,20 @@ def survey(inputs: list[str], rules: LanguageRules, options: ReadOptions) -> Sur
         raise DataError(f"No text{of} in {', '.join(map(shown, inputs))}. {there}")
     for language, sources in found.items():
         _check_duplicate_inputs(language, sources)
-    return Survey(dict(sorted(found.items())), not_taken, rules.unmatched())
+        if rules.language in (None, language):
+            _check_records(sources, options)
+    not_taken += data_sets.not_taken
+    return Survey(dict(sorted(found.items())), not_taken, rules.unmatched(), data_sets.commits, data_sets.notes)
+
+
+def _check_records(sources: list[Source], options: ReadOptions) -> None:
+    """With `--where`: raise `DataError` if a source has no columns to compare."""
+    for source in sources if options.where.conditions else []:
+        if not source.holds_records:
+            raise DataError(
+                f"--where '{options.where}': {source.title} holds lines of text and no columns. Leave it out with "
+                "--language-map FILE (a line: PATTERN -), or prepare it with another command."
+            )
 
 
 def _given_twice(path: Path, other: Path) -> str:
@@ -184,11 +207,11 @@ def _check_duplicate_inputs(language: str, sources: list[Source]) -> None:
         if source.name in names:
             raise DataError(f"{language}: two input files are named {source.name}. Give them different names.")
         names[source.name] = source.path
-        packing = "" if isinstance(source, HubSource) else packing_of_name(source.path.name)
-        unpacked_name = str(source.path)[: len(str(source.path)) - len(packing)]
+        packing = packing_of_name(source.path.name)
+        unpacked_name = source.title[: len(source.title) - len(packing)]
         if unpacked_name in unpacked_names:
             raise DataError(
-                f"{language}: {shown(source.path)} and {shown(unpacked_names[unpacked_name])} are by their names the same "
+                f"{language}: {source.title} and {shown(unpacked_names[unpacked_name])} are by their names the same "
                 "text, packed and unpacked, which would be read twice. Remove one, or leave one out with --language-map "
                 f"FILE (a line: {_pattern(source.path.name)} -)."
             )

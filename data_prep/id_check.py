@@ -119,7 +119,9 @@ class _TokenizerCheck:
     def rows_and_awkward_lines(self) -> int:
         """Check the special tokens and the fixed lines, without text of a language. Returns the number of lines."""
         self._check_rows()
-        comparison = self._compare([*LINES, *added_lines(self._reference.added)])
+        lines = [*LINES, *added_lines(self._reference.added)]
+        self._judge_engine(lines, "a line that every tokenizer is checked on")
+        comparison = self._compare(lines)
         if (left := self._less_near_ties(comparison)).differing:
             raise self._ids_differ(left, "a line that every tokenizer is checked on")
         self._check_end_ids()
@@ -129,6 +131,7 @@ class _TokenizerCheck:
 
     def language(self, name: str, sample: LineSample) -> dict[str, int]:
         """Compare a sample of one language. Returns the counts for its journal."""
+        self._judge_engine(sample.lines, f"a line of {name}")
         comparison = self._compare(sample.lines)
         unexplained = self._unexplained(comparison)
         allowed = (
@@ -138,6 +141,10 @@ class _TokenizerCheck:
             raise self._ids_differ(unexplained, f"a line of {name}")
         counts = {COMPARED: comparison.num_lines, DIFFERING: len(comparison.differing)}
         return counts if sample.is_complete else {}  # a later run with valid files counts them
+
+    def _judge_engine(self, lines: list[str], where: str) -> None:
+        if isinstance(self._tokenizer, FastTokenizer):
+            self._tokenizer.judge(lines, where)
 
     def _compare(self, lines: list[str]) -> Comparison:
         """Compare lines without the text of special tokens: the reference encodes it as the token, prepare as text."""

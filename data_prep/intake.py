@@ -32,6 +32,10 @@ def announce(survey: Survey, chosen: dict[str, list[Source]]) -> None:
         print(f"warning: left out: {line}", file=sys.stderr)
     for pattern in survey.unmatched:
         print(f"warning: the language map's {pattern!r} matches no file of the input", file=sys.stderr)
+    for name, commit in survey.commits.items():
+        print(f"input: data set {name} at commit {commit}", file=sys.stderr)
+    for note in survey.notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def check_left_out(survey: Survey) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import xxhash
 
+from data_prep.blocks import Place
 from data_prep.names import how_to_redo
 from data_prep.ownership import LOCK_NAME, InUseError, own
 from data_prep.shards import DataError, read_again
@@ -35,6 +36,7 @@ class Entry:
     finished: list[dict[str, Any]]
     counts: dict[str, int]
     complete: bool = False
+    place: dict[str, Any] | None = None  # `Place` of the part of the source being read; None if there are no parts
 
 
 @dataclass
@@ -127,6 +129,8 @@ def _entry_of(text: bytes) -> Entry | None:
     """The entry in a line whose hash is right; None if its content is not an entry."""
     try:
         entry = Entry(**json.loads(text))
+        if entry.place is not None:
+            Place(**entry.place)
         _line(entry)  # a lone surrogate (\ud800) cannot be written
     except (ValueError, TypeError, RecursionError):
         return None
@@ -135,6 +139,12 @@ def _entry_of(text: bytes) -> Entry | None:
     if not (lists and isinstance(entry.counts, dict) and type(entry.complete) is bool):
         return None
     numbers += entry.counts.values()
+    if entry.place is not None:
+        counts, stamp = entry.place.get("counts"), entry.place.get("stamp")
+        if not isinstance(counts, dict) or not isinstance(stamp, dict):
+            return None
+        numbers += [entry.place.get(key) for key in ("part", "text_start", "first_line")]
+        numbers += [*counts.values(), *stamp.values()]
     if entry.shard is not None:
         if not isinstance(entry.shard, dict) or not _is_file_name(entry.shard.get("file")):
             return None
@@ -148,7 +158,10 @@ def _is_file_name(name: Any) -> bool:
 
 def _line(entry: Entry) -> bytes:
     """One line: the XXH3-64 of the JSON text, a space, the JSON text."""
-    text = json.dumps(asdict(entry), ensure_ascii=False).encode()
+    record = asdict(entry)
+    if entry.place is None:
+        del record["place"]
+    text = json.dumps(record, ensure_ascii=False).encode()
     return xxhash.xxh3_64_hexdigest(text).encode() + b" " + text + b"\n"
 
 

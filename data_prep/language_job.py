@@ -11,13 +11,13 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.blocks import Block, cut_blocks
+from data_prep.blocks import Block, Place
 from data_prep.broken import BrokenLines, OtherEncoding
 from data_prep.clean import CleanOptions
 from data_prep.dedup import Deduplicator
@@ -25,7 +25,7 @@ from data_prep.durable_files import sync
 from data_prep.encode import Encoded
 from data_prep.journal import Entry, Journal
 from data_prep.manifest import read_run
-from data_prep.names import how_to_redo, shown
+from data_prep.names import how_to_redo
 from data_prep.quality import warnings_of
 from data_prep.shard_layout import TOKEN_DTYPE, Identity
 from data_prep.shard_writer import ShardWriter
@@ -50,6 +50,7 @@ class LanguageJobSettings:
     window: int  # blocks in flight
     on_progress: Callable[[str, int, int], None]  # language, bytes of its sources read so far, new tokens
     compared: Mapping[str, Counter[str]]  # counts of the lines whose ids were compared, by language
+    engine: str = ""  # what makes the ids, if it is not the library that the settings name
     stop: threading.Event = field(default_factory=threading.Event)
 
 
@@ -63,7 +64,6 @@ class _InFlight:
     counts: Counter[str]
     encoded: Future[Encoded]
     position: int  # in the bytes of all sources, for progress
-    first_line: int  # of the block in the text of its source, from 0
 
 
 class LanguageJob:
@@ -113,6 +113,7 @@ class LanguageJob:
         self._num_finished = len(self._journal.finished_sources)
         self._newly_finished: list[dict[str, Any]] = []
         self._place = (last.source, last.text_end, last.text_xxh3_128) if last else (0, 0, "")
+        self._part = last.place if last else None
         self._bytes_before = [0]
         for source in self.sources:
             self._bytes_before.append(self._bytes_before[-1] + source.stamp()["bytes"])
@@ -147,29 +148,30 @@ class LanguageJob:
             done = index < self._num_finished
             if done and not deduplicator.is_active:
                 continue
-            resume_at = last.text_end if last is not None and index == last.source and not done else 0
-            held, line, held_line = Block(b"", 0, ""), 0, 0
-            for block in cut_blocks(source.chunks(), self.settings.block_bytes):
+            resumed = last if last is not None and index == last.source and not done else None
+            resume_at = resumed.text_end if resumed else 0
+            known = resumed.place if resumed and not deduplicator.is_active else None
+            place = Place(**known) if known else None
+            held = Block(b"", 0, "")
+            for block in source.blocks(self.settings.block_bytes, place):
                 if self.settings.stop.is_set():
                     raise Stopped
                 if done or block.end <= resume_at:
                     deduplicator.filter(block.text)
-                    line += block.text.count(b"\n")
-                    held = Block(b"", block.end, block.digest)
+                    held = Block(b"", block.end, block.digest, place=block.place)
                     if last is not None and block.end == resume_at and block.digest != last.text_xxh3_128:
                         break
                     continue
                 self._check_resumed(source, resume_at, held, last)
                 if held.text:
-                    yield self._submit(held, index, held_line, None, deduplicator)
-                held, held_line = block, line
-                line += block.text.count(b"\n")
+                    yield self._submit(held, index, None, deduplicator)
+                held = block
             if not done:
                 self._check_resumed(source, resume_at, held, last)
                 record = {"name": source.name, **stamp, "xxh3_128": source.digest}
                 record |= {"text_bytes": held.end, "text_xxh3_128": held.digest}
                 record |= {"counts": dict(source.counts)} if source.counts else {}
-                yield self._submit(held, index, held_line, record, deduplicator)
+                yield self._submit(held, index, record, deduplicator)
 
     def _check_resumed(self, source: Source, resume_at: int, held: Block, last: Entry | None) -> None:
         """Raise if the text before the point of resumption has no block that ends there, or another hash."""
@@ -177,18 +179,16 @@ class LanguageJob:
             return
         if (held.end, held.digest) != (resume_at, last.text_xxh3_128):
             raise DataError(
-                f"The first {resume_at} bytes of text of {source.path} are not those that {self.directory} was begun with. "
+                f"The first {resume_at} bytes of text of {source.title} are not those that {self.directory} was begun with. "
                 f"Restore the file, or {how_to_redo(self.language)}"
             )
 
-    def _submit(
-        self, block: Block, source: int, first_line: int, finished: Any, deduplicator: Deduplicator
-    ) -> _InFlight:
+    def _submit(self, block: Block, source: int, finished: Any, deduplicator: Deduplicator) -> _InFlight:
         text, counts = deduplicator.filter(block.text)
         counts["documents_split"] += block.was_split
         position = self._bytes_before[source] + self.sources[source].position
         encoded = self._pool.submit(text, self.language)
-        return _InFlight(block, source, finished, counts, encoded, position, first_line)
+        return _InFlight(block, source, finished, counts, encoded, position)
 
     def _write(self, item: _InFlight) -> None:
         try:
@@ -196,10 +196,10 @@ class LanguageJob:
         except WorkerDied:
             raise
         except DataError as error:
-            path = shown(self.sources[item.source].path)
-            raise DataError(f"{path}, in the text after line {item.first_line}: {error}") from error
+            path = self.sources[item.source].title
+            raise DataError(f"{path}, in the text after line {item.block.first_line}: {error}") from error
         is_end = item.finished is not None
-        self._broken.add(item.source, item.block.text, item.first_line, encoded.counts, is_end)
+        self._broken.add(item.source, item.block.text, item.block.first_line, encoded.counts, is_end)
         self._counts.update(item.counts)
         self._counts.update(encoded.counts)
         self._counts["text_bytes"] += len(item.block.text)
@@ -207,6 +207,7 @@ class LanguageJob:
             self._newly_finished.append(item.finished)
             self._counts.update(item.finished.get("counts", {}))
         self._place = (item.source, item.block.end, item.block.digest)
+        self._part = asdict(item.block.place) if item.block.place else None
         if encoded.tokens:
             if self._writer is None:
                 number = len(self._journal.shards)
@@ -219,13 +220,16 @@ class LanguageJob:
     def _commit(self, complete: bool) -> None:
         shard = self._writer.finish() if self._writer else None
         self._writer = None
+        if shard and self.settings.engine:
+            shard["engine"] = self.settings.engine
         counts = {name: count for name, count in sorted(self._counts.items()) if count}
-        self._journal.append(Entry(shard, *self._place, self._newly_finished, counts, complete))
+        part = None if complete else self._part
+        self._journal.append(Entry(shard, *self._place, self._newly_finished, counts, complete, part))
         self._newly_finished = []
 
     def _end(self) -> None:
         if self._writer is None and not self._journal.shards:
-            names = ", ".join(shown(source.path) for source in self.sources)
+            names = ", ".join(source.title for source in self.sources)
             left_out = "; ".join(warnings_of(self._counts))
             raise DataError(
                 f"there is no text in {names}. Remove it from the input or replace it."
@@ -251,6 +255,6 @@ def check_sources(language: str, sources: list[Source], journal: Journal) -> Non
             raise DataError(f"file {number + 1} was {record['name']}; the input now has {found} there. {fix}")
         if source.changed_since(record):
             raise DataError(
-                f"{shown(source.path)} is not the file that {journal.directory} was made from ({record['bytes']} bytes with "
+                f"{source.title} is not the file that {journal.directory} was made from ({record['bytes']} bytes with "
                 f"hash {record['xxh3_128'][:8]} then, {source.stamp()['bytes']} bytes now). {fix}"
             )

@@ -14,7 +14,7 @@ from typing import Any
 
 from data_prep.clean import split_documents
 from data_prep.shards import DataError
-from data_prep.sources import HubSource, Source
+from data_prep.sources import Source
 
 SAMPLED_SOURCES = 4
 READ_BYTES = 1 << 19  # of each sampled source: some thousand lines, read in 10 ms
@@ -49,8 +49,8 @@ def _spread(sources: list[Source]) -> list[Source]:
 def _first_lines(source: Source) -> LineSample:
     """Lines of the start of a file. The language's own job reports a corrupt file."""
     text, is_complete = bytearray(), True
-    if not isinstance(source, HubSource) and not source.path.is_file():
-        return LineSample([], True)  # a pipe can be read only once
+    if not source.can_be_read_again:
+        return LineSample([], True)
     chunks: Any = source.chunks()
     try:
         with closing(chunks):

@@ -27,22 +27,27 @@ from data_prep.names import how_to_redo
 from data_prep.ownership import own_when_free
 from data_prep.shard_layout import FORMAT_NAME, FORMAT_VERSION
 from data_prep.shards import LANGUAGE_PATTERN, MANIFEST_NAME, RUN_NAME, DataError, manifest_digest
+from data_prep.sources import ReadOptions
 from data_prep.tokenizer import Tokenizer
 
 LOCK_NAME = "prepare.lock.tmp"
+DATA_SETS = "data_sets"  # in prepare.json and the manifest: for each data set of the hub its commits
+DEFAULT_UNIT = "line"  # of outputs whose options name none
 
 
 def describe(
-    tokenizer: Tokenizer, clean: CleanOptions, shard_tokens: int, block_bytes: int, text_field: str
+    tokenizer: Tokenizer, clean: CleanOptions, shard_tokens: int, block_bytes: int, reading: ReadOptions
 ) -> dict[str, Any]:
     """Everything except the text that determines the bytes of the shards."""
     options = {
         "shard_tokens": shard_tokens,
         "block_bytes": block_bytes,
         "max_document_bytes": MAX_DOCUMENT_BYTES,
-        "text_field": text_field,
+        "text_field": reading.text_field,
+        **({"where": str(reading.where)} if reading.where.conditions else {}),
         **tokenizer.library,
         **asdict(clean),
+        **({"unit": tokenizer.unit} if tokenizer.unit != DEFAULT_UNIT else {}),
     }
     return {
         "format": FORMAT_NAME,
@@ -75,7 +80,9 @@ def changing(output: Path) -> Iterator[None]:
 
 def begin_output(output: Path, about: dict[str, Any], languages: list[str], may_add: bool) -> None:
     """Create the output, or check that it was begun with the same settings (`about`, from `describe`) and languages."""
-    if _new_languages(output, about, languages, may_add) != []:  # else nothing is written, and no lock is necessary
+    if _new_languages(output, about, languages, may_add) != [] or _new_data_sets(
+        output, about
+    ):  # else nothing is written, and no lock is necessary
         with changing(output):
             _begin(output, about, languages, may_add)
 
@@ -88,10 +95,37 @@ def _begin(output: Path, about: dict[str, Any], languages: list[str], may_add: b
                 f"{output} is not empty and not an output of prepare. Give --output a new or empty directory."
             )
         write_run(output, about, languages)
-    elif new:
+    elif new or _new_data_sets(output, about):
         (output / MANIFEST_NAME).unlink(missing_ok=True)
         begun = read_run(output)
-        write_run(output, begun, sorted({*new, *begun["languages"]}))
+        write_run(output, with_data_sets(begun, about), sorted({*new, *begun["languages"]}))
+
+
+def commits_of(output: Path) -> dict[str, str]:
+    """The commit with which an output was begun, for each data set of the hub; none if it has not been begun."""
+    begun = read_run(output) if (output / RUN_NAME).is_file() else {}
+    return {name: commits[0] for name, commits in begun.get(DATA_SETS, {}).items()}
+
+
+def with_data_sets(run: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The settings `run` with the commits of `other` after its own: only `merge` can give a data set a second one."""
+    ours, theirs = run.get(DATA_SETS, {}), other.get(DATA_SETS, {})
+    both = {
+        name: list(dict.fromkeys([*ours.get(name, []), *theirs.get(name, [])])) for name in sorted({*ours, *theirs})
+    }
+    return {**run, DATA_SETS: both} if both else run
+
+
+def _new_data_sets(output: Path, about: dict[str, Any]) -> list[str]:
+    """Data sets that the output was begun without. Raises `DataError` if it was begun with another commit of one."""
+    begun, given = commits_of(output), about.get(DATA_SETS, {})
+    for name, (commit, *_) in given.items():
+        if begun.get(name, commit) != commit:
+            raise DataError(
+                f"{output} was begun with commit {begun[name]} of {name}, and this run found {commit}. Nothing was changed. "
+                "Run the same command again: it continues with the commit of the output."
+            )
+    return [name for name in given if name not in begun]
 
 
 def _holds_nothing_of(output: Path, about: dict[str, Any]) -> bool:
@@ -143,6 +177,8 @@ def read_run(output: Path) -> dict[str, Any]:
             isinstance(run[part], dict) for part in ("tokenizer", "options")
         ):
             raise TypeError("languages is not a list, or tokenizer or options is not an object")
+        if not all(isinstance(commits, list) and commits for commits in dict(run.get(DATA_SETS, {})).values()):
+            raise TypeError(f"{DATA_SETS} does not hold lists of commits")
         for language in run["languages"]:
             if not LANGUAGE_PATTERN.fullmatch(language):
                 raise DataError(
@@ -167,10 +203,11 @@ def write_run(output: Path, about: dict[str, Any], languages: list[str]) -> None
 
 def check_same_options(output: Path, begun: dict[str, Any], about: dict[str, Any]) -> None:
     """Raise `DataError` if tokenizer or options of the two settings differ."""
+    default = {"unit": DEFAULT_UNIT}
     for part in ("tokenizer", "options"):
         keys = sorted({*begun[part], *about[part]})
         differing = [
-            f"{key} is {begun[part].get(key)!r} there and {about[part].get(key)!r} here"
+            f"{key} is {begun[part].get(key, default.get(key))!r} there and {about[part].get(key, default.get(key))!r} here"
             for key in keys
             if begun[part].get(key) != about[part].get(key)
         ]
@@ -300,7 +337,7 @@ def _import_under_lock(output: Path, other: Path, theirs: dict[str, Any]) -> lis
         return []
     sync(output)
     (output / MANIFEST_NAME).unlink(missing_ok=True)
-    write_run(output, ours, sorted({*ours["languages"], *finished}))
+    write_run(output, with_data_sets(ours, theirs), sorted({*ours["languages"], *finished}))
     return new
 
 

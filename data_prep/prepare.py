@@ -29,12 +29,12 @@ from data_prep.id_check import COMPARED, RECORD, check_languages
 from data_prep.intake import announce, check_field, check_left_out, same_texts, write_list
 from data_prep.journal import Journal
 from data_prep.language_job import LanguageJob, LanguageJobSettings, Stopped, check_sources
-from data_prep.manifest import begin_output, describe, finish
+from data_prep.manifest import DATA_SETS, begin_output, commits_of, describe, finish
 from data_prep.reference import assumption, describe_reference
 from data_prep.shard_layout import Identity
 from data_prep.shards import MANIFEST_NAME, DataError
 from data_prep.sources import ReadOptions, Source
-from data_prep.tokenizer import Tokenizer, open_tokenizer
+from data_prep.tokenizer import FastTokenizer, Tokenizer, open_tokenizer
 from data_prep.workers import WorkerDied, WorkerPool
 
 DEFAULT_SHARD_TOKENS = 1 << 28  # 1 GiB
@@ -58,22 +58,28 @@ class PrepareConfig:
     may_add: bool = False
     quiet: bool = False
     strict_input: bool = False
+    unit: str = "line"  # what SentencePiece encodes at a time: line | word
+    engine: str = "auto"  # what encodes for a tokenizer.json: auto | kitoken | tokenizers
 
 
 def prepare(config: PrepareConfig) -> list[str]:
     """Prepare the input. Returns the languages that are still to be prepared; if none, the manifest has been written."""
-    surveyed = survey(config.inputs, config.rules, config.reading)
+    surveyed = survey(config.inputs, config.rules, config.reading, commits_of(config.output))
     everything = surveyed.sources
     chosen = {config.rules.language: everything[config.rules.language]} if config.rules.language else everything
     if not config.quiet:
         announce(surveyed, chosen)
     if config.strict_input:
         check_left_out(surveyed)
-    tokenizer = open_tokenizer(config.tokenizer)
-    about = describe(tokenizer, config.clean, config.shard_tokens, config.block_bytes, config.reading.text_field)
+    tokenizer = open_tokenizer(config.tokenizer, config.unit, config.engine)
+    about = describe(tokenizer, config.clean, config.shard_tokens, config.block_bytes, config.reading)
+    if surveyed.commits:
+        about[DATA_SETS] = {name: [commit] for name, commit in sorted(surveyed.commits.items())}
     check_field(config.output, chosen)
     if not config.quiet and (note := assumption(config.tokenizer, tokenizer.path)):
         print(note, file=sys.stderr)
+    if not config.quiet and isinstance(tokenizer, FastTokenizer) and tokenizer.note:
+        print(f"note: tokenizers makes the ids, which takes longer than kitoken: {tokenizer.note}.", file=sys.stderr)
     compared = check_languages(config.tokenizer, tokenizer, to_compare(config, chosen))
     about[RECORD] = describe_reference(config.tokenizer, tokenizer.path)
     begin_output(config.output, about, list(everything), config.may_add)
@@ -151,6 +157,7 @@ def run_language_jobs(
                 window=2 * config.num_workers + 2,
                 on_progress=progress.update,
                 compared=compared,
+                engine=tokenizer.engine,
             )
             num_threads = min(len(todo), 1 + config.num_workers // WORKERS_PER_JOB)
             with ThreadPoolExecutor(num_threads, thread_name_prefix="language") as threads:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.shards import ShardSet
+from data_prep.where import MISMATCH, NOT_MET, NULL
 
 ODD_BROKEN = 0.01  # share of lines
 ODD_UNKNOWN, MUCH_UNKNOWN = 0.01, 0.1  # share of tokens: unusual if the others have far fewer, and always unusual
@@ -26,6 +27,7 @@ _RECORD_KINDS = {
     "records_empty": "empty",
     "records_not_text": "not text",
 }
+_WHERE_KINDS = {NOT_MET: "do not meet it", NULL: "null or NaN", MISMATCH: "without a value to compare"}
 
 
 @dataclass
@@ -104,6 +106,9 @@ def warnings_of(counts: Mapping[str, int]) -> list[str]:
     if records := sum(counts.get(kind, 0) for kind in _RECORD_KINDS):
         kinds = ", ".join(f"{counts[kind]} {words}" for kind, words in _RECORD_KINDS.items() if counts.get(kind))
         found.append(f"{records} records have no text and were left out ({kinds})")
+    if left_out := sum(counts.get(kind, 0) for kind in _WHERE_KINDS):
+        kinds = ", ".join(f"{counts[kind]} {words}" for kind, words in _WHERE_KINDS.items() if counts.get(kind))
+        found.append(f"{left_out} records were left out by --where ({kinds})")
     if files := counts.get("files_with_cr_line_ends"):
         found.append(f"{files} files have CR alone as line end; it was read as one")
     if files := counts.get("files_of_json"):

@@ -11,7 +11,7 @@ import json
 import mmap
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import xxhash
 
 from data_prep.command_line import module_command
 from data_prep.json_files import read_json_object
+from data_prep.row_documents import RowDocuments
 from data_prep.shard_layout import FORMAT_NAME, FORMAT_VERSION, HEADER_BYTES, TOKEN_DTYPE, Identity, header, sections
 from data_prep.unfinished import why_no_manifest
 from data_prep.unreadable import DataError as DataError
@@ -229,6 +230,7 @@ class ShardSet:
                 if problem := shard.size_problem():
                     raise DataError(problem)
         self._row_tables: dict[tuple[tuple[str, ...], int], list[_RowTable]] = {}
+        self._row_documents: dict[tuple[str, ...], RowDocuments] = {}
 
     def all_shards(self) -> list[Shard]:
         """The shards of all languages, in order of language and number."""
@@ -292,6 +294,11 @@ class ShardSet:
         Returns:
             int64 [n, seq_len].
         """
+        numbers = self._checked_rows(language, row_numbers, seq_len)
+        return self.gather([language], np.zeros(len(numbers), np.int64), numbers, seq_len)
+
+    def _checked_rows(self, language: str, row_numbers: Any, seq_len: int) -> np.ndarray:
+        """The numbers as int64 [n]. Raises `DataError` if there is no such row."""
         numbers = np.asarray(row_numbers, dtype=np.int64).reshape(-1)
         num_rows = self.num_rows(language, seq_len)
         outside = numbers[(numbers < 0) | (numbers >= num_rows)]
@@ -300,7 +307,7 @@ class ShardSet:
                 f"Row {outside[0]} of {language} does not exist; {self.path} has {num_rows} rows of it at sequence length "
                 f"{seq_len}."
             )
-        return self.gather([language], np.zeros(len(numbers), np.int64), numbers, seq_len)
+        return numbers
 
     def gather(self, languages: list[str], language_index: np.ndarray, rows: np.ndarray, seq_len: int) -> np.ndarray:
         """Row rows[i] of languages[language_index[i]] for every i from 0 to n - 1, as int64 [n, seq_len]."""
@@ -350,20 +357,19 @@ class ShardSet:
             int64 [n, largest number of parts], padded with 0. Each row sums to `seq_len`: `<s>` belongs to the first part,
             `</s>` to the last.
         """
-        width, cuts = _stream_tokens(seq_len), []
-        for row in np.asarray(row_numbers, dtype=np.int64).reshape(-1).tolist():
-            starts = self._document_starts(language, row * width + 1, (row + 1) * width)
-            cuts.append(np.diff(np.concatenate([[0], starts - row * width + 1, [seq_len]])))
-        return padded(cuts)
+        numbers = self._checked_rows(language, row_numbers, seq_len)
+        for shard in self.shards(language):
+            shard.check_not_truncated()
+        return self.gather_segments([language], np.zeros(len(numbers), np.int64), numbers, seq_len)
 
-    def _document_starts(self, language: str, start: int, end: int) -> np.ndarray:
-        """Positions in [start, end) of a language's stream at which a document starts."""
-        pieces = [np.empty(0, np.int64)]
-        for shard, offset in self._shards_of_part(language, start, end):
-            starts = shard.document_offsets[:-1]
-            first, last = np.searchsorted(starts, [max(0, start - offset), end - offset])
-            pieces.append(starts[first:last].astype(np.int64) + offset)
-        return np.concatenate(pieces)
+    def gather_segments(
+        self, languages: list[str], language_index: np.ndarray, rows: np.ndarray, seq_len: int
+    ) -> np.ndarray:
+        """`segments` of the rows that `gather` has just returned for the same arguments, and whose shards it has checked."""
+        key = tuple(languages)
+        if key not in self._row_documents:
+            self._row_documents[key] = RowDocuments([self.shards(language) for language in languages])
+        return self._row_documents[key].lengths(language_index, rows, seq_len)
 
     def stream(self, language: str, start: int, end: int) -> np.ndarray:
         """Tokens [start, end) of a language's stream, across shards: uint32."""
@@ -380,14 +386,6 @@ class ShardSet:
                 shard.check_not_truncated()
                 yield shard, position
             position += shard.num_tokens
-
-
-def padded(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Rows of different lengths as one int64 array [n, longest], padded with 0."""
-    out = np.zeros((len(rows), max(map(len, rows), default=0)), dtype=np.int64)
-    for row, target in zip(rows, out, strict=True):
-        target[: len(row)] = row
-    return out
 
 
 def _stream_tokens(seq_len: int) -> int:

@@ -1,8 +1,8 @@
 """Input files of every kind as CC-100's format: lines of UTF-8 text with a blank line after each document.
 
 In: one file, found by `discovery.py`: .txt or JSON lines (.jsonl, .ndjson, .json), each plain or packed (.xz, .gz, .zst, .bz2),
-.parquet, or `hf:NAME[:CONFIG[:SPLIT]]` for a dataset of the Hub or in a local directory. Out: the text in pieces, up to the last
-byte of the file, or an error that names the file and its problem.
+or .parquet. Out: the text in pieces, up to the last byte of the file, or an error that names the file and its problem. Files of
+the hub are in `hub_files.py`.
 """
 
 from __future__ import annotations
@@ -12,17 +12,20 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from data_prep.blocks import Block, Place, cut_blocks
 from data_prep.file_hashes import xxh3_128_of_file
 from data_prep.lines import BYTE_ORDER_MARK, ends_lines_with_cr, with_line_feeds
 from data_prep.names import quoted, shown
 from data_prep.other_encodings import SAMPLE_LINES, broken_lines, likely_encoding, wide_encoding
-from data_prep.records import JSON_TO_LINES, BrokenRecord, Records, WrongField, from_hub, from_json_lines, from_parquet
+from data_prep.parquet import ParquetText
+from data_prep.records import JSON_TO_LINES, BrokenRecord, Records, WrongField, from_json_lines
 from data_prep.shards import DataError
 from data_prep.unpack import (
     MAGIC,
@@ -36,6 +39,7 @@ from data_prep.unpack import (
     rewriting,
     unpacked,
 )
+from data_prep.where import NO_CONDITION, Where
 
 START_BYTES = 1 << 18  # of the content of a file: its encoding is checked on them before any text is used
 JSON_KINDS = (".jsonl", ".ndjson")
@@ -83,6 +87,7 @@ class ReadOptions:
     text_field: str = "text"
     bad_records: str = "skip"  # records without text: skip | fail
     max_broken_lines: float = 0.05  # share of a file's lines that may be invalid UTF-8
+    where: Where = NO_CONDITION  # that records must meet
 
 
 @dataclass
@@ -97,10 +102,22 @@ class Source:
     digest: str = field(default="", compare=False)  # XXH3-128 of the file, after it was read to its end
     counts: Counter[str] = field(default_factory=Counter, compare=False)  # records left out and unusual files, by kind
 
+    in_parts: bool = field(default=False, compare=False)  # whether a Parquet file is cut into blocks part by part
+
+    @property
+    def title(self) -> str:
+        """The file, for messages."""
+        return shown(self.path)
+
     @property
     def holds_records(self) -> bool:
         """Whether the file holds records (JSON lines, Parquet) and not lines of text."""
         return self._kind()[0] != ".txt"
+
+    @property
+    def can_be_read_again(self) -> bool:
+        """False for a pipe."""
+        return self.path.is_file()
 
     def _kind(self) -> tuple[str, str]:
         return kind_of(self.path.name, by_name=True) or (".txt", "")
@@ -110,7 +127,7 @@ class Source:
         try:
             status = self.path.stat()
         except OSError as error:
-            raise DataError(f"Cannot read {shown(self.path)}: {error.strerror}.") from error
+            raise DataError(f"Cannot read {self.title}: {error.strerror}.") from error
         return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
 
     def changed_since(self, record: dict[str, Any]) -> bool:
@@ -127,44 +144,91 @@ class Source:
             CorruptSource: the file is corrupt, in another encoding, or has no such text field.
             DataError: the file cannot be opened, changed meanwhile, or needs too much memory.
         """
+        kind, packing = self._kind()
         self.counts.clear()
+        with self._read_to_end():
+            if kind == ".parquet":
+                yield from ParquetText(self._parquet_file(), self._records()).chunks(None, self._on_progress)
+            else:
+                yield from self._stream(kind, packing)
+
+    def blocks(self, block_bytes: int, place: Place | None = None) -> Iterator[Block]:
+        """The text in blocks. If they have a `Place`, a later call may start there; an earlier part is not read then.
+
+        A place of a file that has changed since, and any place of a file without parts, means the start of the file.
+        """
+        if not self.in_parts or self._kind()[0] != ".parquet":
+            yield from cut_blocks(self.chunks(), block_bytes)
+            return
+        stamp = self.stamp()
+        here = place if place is not None and place.stamp == stamp else Place(stamp=stamp)
+        self.counts.clear()
+        self.counts.update(here.counts)
+        with self._read_to_end():
+            text = ParquetText(self._parquet_file(), self._records())
+            for number, part in enumerate(text.parts()[here.part :], start=here.part):
+                here = replace(here, part=number, counts=dict(sorted(self.counts.items())))
+                end, digest, line = here.text_start, here.text_xxh3_128, here.first_line
+                for block in cut_blocks(text.chunks(part, self._on_progress), block_bytes, place=here):
+                    yield block
+                    end, digest, line = block.end, block.digest, block.first_line + block.text.count(b"\n")
+                here = replace(here, text_start=end, text_xxh3_128=digest, first_line=line)
+
+    @contextmanager
+    def _read_to_end(self) -> Iterator[None]:
+        """Hash the file after it was read, and turn errors of libraries into `DataError`s that name it."""
         try:
             before = self.stamp()
-            kind, packing = self._kind()
-            yield from self._parquet() if kind == ".parquet" else self._stream(kind, packing)
+            self.digest = ""
+            yield
+            self.digest = self.digest or self._hash()
             if self.changed_since({**before, "xxh3_128": self.digest}):
                 raise DataError(
-                    f"{shown(self.path)} changed while it was read ({before['bytes']} bytes before, "
+                    f"{self.title} changed while it was read ({before['bytes']} bytes before, "
                     f"{self.stamp()['bytes']} bytes now). Wait until it is written, and run the same command again."
                 )
         except WrongField as error:
-            raise WrongTextField(f"{shown(self.path)}: {error}.") from error
+            raise WrongTextField(f"{self.title}: {error}.") from error
         except BrokenRecord as error:
-            raise CorruptSource(f"{shown(self.path)}: {error}. Then run the same command again.") from error
+            raise CorruptSource(f"{self.title}: {error}. Then run the same command again.") from error
         except WindowTooLarge as error:
             raise CorruptSource(self._too_large_a_window()) from error
         except PackedWithDictionary as error:
             raise CorruptSource(
-                f"{shown(self.path)} was packed with a zstd dictionary, which it does not contain. Unpack it with that dictionary "
+                f"{self.title} was packed with a zstd dictionary, which it does not contain. Unpack it with that dictionary "
                 "(zstd -d -D DICTIONARY) and move the packed file away. Then run the same command."
             ) from error
         except MemoryError as error:
             raise DataError(
-                f"{shown(self.path)} needs more memory to unpack than this machine has (byte {self.position})."
+                f"{self.title} needs more memory to unpack than this machine has (byte {self.position})."
             ) from error
         except (*UNPACKING_ERRORS, PackedError, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
-                raise DataError(f"Cannot read {shown(self.path)}: {error.strerror}.") from error
+                raise DataError(f"Cannot read {self.title}: {error.strerror}.") from error
             raise CorruptSource(
-                f"{shown(self.path)} is corrupt or truncated: reading stopped at byte {self.position} of "
+                f"{self.title} is corrupt or truncated: reading stopped at byte {self.position} of "
                 f"{self.stamp()['bytes']} ({error}). {self._other_packing()}Put a complete file in its place and run the same "
                 "command."
             ) from error
 
+    def _open(self) -> Any:
+        """The file, open for reading bytes without a buffer."""
+        return open(self.path, "rb", buffering=0)
+
+    def _parquet_file(self) -> Any:
+        return self.path
+
+    def _hash(self) -> str:
+        return xxh3_128_of_file(self.path)
+
+    def _rewriting(self, command: str) -> str:
+        """A shell command that replaces the content of the file by what `command` makes of it."""
+        return rewriting(self.path, command, self._kind()[1])
+
     def _other_packing(self) -> str:
         """How to name the file correctly, if its first bytes show another packing than its name; else ""."""
         _, packing = self._kind()
-        with open(self.path, "rb") as file:
+        with self._open() as file:
             start = file.read(16)
         found = packing_of_content(start)
         if not packing or found == packing or any(magic.startswith(start) for magic in MAGIC.values()):
@@ -177,20 +241,20 @@ class Source:
     def _too_large_a_window(self) -> str:
         packed, target = quoted(self.path), quoted(str(self.path)[: -len(".zst")])
         return (
-            f"{shown(self.path)} was packed with a window of more than 128 MB, which prepare does not read. Unpack it and move the "
+            f"{self.title} was packed with a window of more than 128 MB, which prepare does not read. Unpack it and move the "
             f"packed file away: zstd -d --long=31 {packed} -o {target} && mv {packed} {packed}.unpacked. Then run the same "
             "command."
         )
 
     def _stream(self, kind: str, packing: str) -> Iterator[bytes]:
-        with open(self.path, "rb", buffering=0) as raw:
+        with self._open() as raw:
             counted = _Counted(raw, self)
             pieces = long_start(unpacked(counted, packing), START_BYTES)
             start = next(pieces, b"")
-            self._check_encoding(start, packing)
+            self._check_encoding(start)
             if kind == ".jsonl":
-                to_lines = rewriting(self.path, JSON_TO_LINES, packing)
-                yield from from_json_lines(itertools.chain([start], pieces), self._records(), to_lines)
+                records = itertools.chain([start], pieces)
+                yield from from_json_lines(records, self._records(), self._rewriting(JSON_TO_LINES))
             else:
                 yield from self._text(start, pieces)
             self.digest = counted.hasher.hexdigest()
@@ -206,15 +270,15 @@ class Source:
             text = with_line_feeds(text)
         yield from text
 
-    def _check_encoding(self, start: bytes, packing: str) -> None:
+    def _check_encoding(self, start: bytes) -> None:
         """Raise `CorruptSource` if the start of the file is not text, or if most of its lines are in another encoding."""
         if encoding := wide_encoding(start, self.language):
-            raise CorruptSource(self._not_utf8("its first bytes are not", encoding, packing))
+            raise CorruptSource(self._not_utf8("its first bytes are not", encoding))
         control = len(start) - len(start.translate(None, _CONTROL_BYTES))
         if control > len(start) // 20:
             found = packing_of_content(start)
             raise CorruptSource(
-                f"{shown(self.path)} is not text in UTF-8: {control} of its first {len(start)} bytes are control characters. "
+                f"{self.title} is not text in UTF-8: {control} of its first {len(start)} bytes are control characters. "
                 + (_looks_packed(found) if found else "")
                 + "If it is text in another encoding, convert it (iconv -f ENCODING -t UTF-8); else leave it out of the input."
             )
@@ -225,53 +289,26 @@ class Source:
         if 2 * len(broken) > num_lines:
             lines = [line for _, line in broken[:SAMPLE_LINES]]  # without the last one, which may be truncated
             problem = f"{len(broken)} of its first {num_lines} lines are not, line {broken[0][0] + 1} is the first"
-            raise CorruptSource(self._not_utf8(problem, likely_encoding(lines, self.language), packing))
+            raise CorruptSource(self._not_utf8(problem, likely_encoding(lines, self.language)))
 
-    def _not_utf8(self, problem: str, encoding: str, packing: str) -> str:
+    def _not_utf8(self, problem: str, encoding: str) -> str:
         return (
-            f"{shown(self.path)} is not text in UTF-8: {problem}. It looks like {encoding}; convert it and run the same "
-            f"command: {rewriting(self.path, iconv(encoding), packing)}"
+            f"{self.title} is not text in UTF-8: {problem}. It looks like {encoding}; convert it and run the same "
+            f"command: {self._rewriting(iconv(encoding))}"
         )
 
     def how_to_convert(self, lines: list[bytes]) -> str:
         """The likely encoding of some broken lines of this source, and the command that converts the file."""
         encoding = likely_encoding(lines, self.language)
-        kind, packing = self._kind()
-        if kind == ".parquet" or isinstance(self, HubSource):
+        if self._kind()[0] == ".parquet":
             return f"They look like {encoding}: write the file again with its text in UTF-8"
-        return f"They look like {encoding}; convert the file: {rewriting(self.path, iconv(encoding), packing)}"
+        return f"They look like {encoding}; convert the file: {self._rewriting(iconv(encoding))}"
 
-    def _parquet(self) -> Iterator[bytes]:
-        size = self.path.stat().st_size
-
-        def on_progress(share: float) -> None:
-            self.position = int(share * size)
-
-        yield from from_parquet(self.path, self._records(), on_progress)
-        self.digest = xxh3_128_of_file(self.path)
+    def _on_progress(self, share: float) -> None:
+        self.position = int(share * self.stamp()["bytes"])
 
     def _records(self) -> Records:
-        return Records(self.options.text_field, self.options.bad_records, self.counts)
-
-
-@dataclass
-class HubSource(Source):
-    """A dataset of the Hugging Face Hub or of a local directory. It has no size or date, so its name identifies it."""
-
-    def stamp(self) -> dict[str, int]:
-        return {"bytes": 0, "mtime_ns": 0}
-
-    def changed_since(self, record: dict[str, Any]) -> bool:
-        return False
-
-    def chunks(self) -> Iterator[bytes]:
-        self.counts.clear()
-        try:
-            yield from from_hub(self.name.removeprefix("hf:"), self._records())
-        except WrongField as error:
-            raise WrongTextField(f"{shown(self.name)}: {error}.") from error
-        except BrokenRecord as error:
-            raise CorruptSource(f"{shown(self.name)}: {error}.") from error
+        return Records(self.options.text_field, self.options.bad_records, self.counts, self.options.where)
 
 
 class _Counted(io.RawIOBase):

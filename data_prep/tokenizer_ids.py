@@ -16,6 +16,8 @@ from pathlib import Path
 from data_prep.json_files import read_json_object, read_optional_json_object
 from data_prep.shards import BOS_ID, EOS_ID, PAD_ID, UNK_ID, DataError
 
+UNITS = ("line", "word")  # what a SentencePiece model encodes at a time
+ENGINES = ("auto", "kitoken", "tokenizers")  # what encodes for a tokenizer.json
 SENTENCEPIECE_NAMES = ("sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
 FAST_TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, CONFIG_NAME = "tokenizer.json", "tokenizer_config.json", "config.json"
 # AutoTokenizer reads these vocabularies; prepare does not.

@@ -25,6 +25,7 @@ from pipeline.distillation.config import RelationsConfig
 from pipeline.distillation.models.student import StudentConfig
 from pipeline.distillation.models.teacher import TeacherConfig
 from pipeline.errors import UserError, did_you_mean
+from pipeline.recipe.other_names import advice_about
 from pipeline.recipe.ranges import LARGEST_BATCH, LARGEST_INT, LARGEST_WEIGHT, LONGEST_ROW, check_ranges
 from pipeline.recipe.text import Plain, apply_override, parse, read_yaml, shown
 from pipeline.runtime.anomalies import GuardConfig
@@ -58,6 +59,9 @@ class Recipe:
     micro_batch_per_gpu: int = 32  # rows per forward and backward on one rank
     seq_len: int = 512  # tokens per row, <s> and </s> included
     documents: Literal["joined", "separate"] = "joined"  # separate: attention and relations end where a document does
+    positions: Literal["continue", "restart"] = (
+        "continue"  # restart, with separate documents: each begins at the first one
+    )
     alpha: float = 0.3  # language share ~ (share of sampling_unit) ** alpha
     sampling_unit: Literal["tokens", "documents", "bytes"] = "tokens"  # what the shares are counted in
     language_weights: dict[str, float] | None = None  # explicit shares instead of alpha's
@@ -98,6 +102,11 @@ class Recipe:
                 "eval_every": (1, LARGEST_INT),
             },
         )
+        if self.positions == "restart" and self.documents == "joined":
+            raise UserError(
+                "positions is restart, which separate documents have: tokens that attend across documents must have different "
+                "positions. Set documents: separate (--set documents=separate), or positions: continue"
+            )
         if self.languages == []:
             raise UserError(
                 "languages is an empty list; name some, or leave the key out for every language of the shards"
@@ -241,10 +250,32 @@ def build_section(cls: type, tree: Any, where: str) -> Any:
     names = [f.name for f in dataclasses.fields(cls)]
     for key in tree:
         if key not in names:
-            raise UserError(f"unknown key `{_join(where, str(key))}`; {did_you_mean(str(key), names)}")
+            raise UserError(f"unknown key `{_join(where, str(key))}`; {_instead(str(key), where, cls)}")
     hints = typing.get_type_hints(cls)
     values = {str(key): convert(hints[key], value, _join(where, key)) for key, value in tree.items()}
     return cls(**values)
+
+
+def _instead(key: str, where: str, cls: type) -> str:
+    """What to write for an unknown key: the same name in another section, what other projects call so, or the nearest name."""
+    names = [f.name for f in dataclasses.fields(cls)]
+    if cls is Recipe or where.split(".")[0] in Recipe.__dataclass_fields__:
+        elsewhere = [f"`{dotted}`" for dotted in _dotted_keys(Recipe, "") if dotted.rpartition(".")[2] == key]
+        if elsewhere:
+            return f"did you mean {' or '.join(elsewhere)}?"
+        if advice := advice_about(key):
+            return advice
+    return did_you_mean(key, names)
+
+
+def _dotted_keys(cls: type, prefix: str) -> list[str]:
+    """The keys of a section and of the sections in it."""
+    hints, keys = typing.get_type_hints(cls), []
+    for one in dataclasses.fields(cls):
+        keys.append(f"{prefix}{one.name}")
+        if dataclasses.is_dataclass(hints[one.name]):
+            keys += _dotted_keys(hints[one.name], f"{prefix}{one.name}.")
+    return keys
 
 
 def convert(hint: Any, value: Any, where: str) -> Any:

@@ -17,8 +17,8 @@ from typing import Any
 
 from pipeline.config import Recipe, as_tree
 from pipeline.distillation.models.student import STARTS
+from pipeline.installed import IS_CHECKOUT, ROOT
 
-REPO = Path(__file__).resolve().parent.parent
 CODE = ("pipeline", "data_prep")
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "sentencepiece", "safetensors", "numpy")
 # Keys that may change between two attempts of one run: how long, how often and in which parts, not what is computed.
@@ -88,7 +88,7 @@ def _differences(begun: Mapping[str, Any], recipe: Recipe) -> dict[str, tuple[An
     return {key: (then.get(key), now[key]) for key in now if now[key] != then.get(key)}
 
 
-def code_fingerprint(repo: Path = REPO) -> str:
+def code_fingerprint(repo: Path = ROOT) -> str:
     """Short hash of the source files, uncommitted changes included. Works outside a git checkout too."""
     digest = hashlib.sha256()
     for path in sorted(path for package in CODE for path in (repo / package).rglob("*.py")):
@@ -121,7 +121,9 @@ def describe_run(recipe: Recipe, **facts: Any) -> dict[str, Any]:
 
 def git_commit() -> str:
     """Commit of the code, with `+changes` where tracked files differ from it; "unknown" outside a checkout."""
-    describe = ["git", "-C", str(REPO), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+changes"]
+    if not IS_CHECKOUT:  # of an installed wheel; a repository around it is another one
+        return "unknown"
+    describe = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+changes"]
     try:
         return subprocess.run(describe, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.CalledProcessError, subprocess.TimeoutExpired):

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Recipe, load_recipe
+from pipeline.installed import FILES, ROOT
 
-REPO = Path(__file__).resolve().parent.parent
 INTRODUCTION = """# Recipes
 
 This page is generated from the dataclasses and from `recipes/` by `python -m pipeline recipes > docs/recipes.md`. Change those,
@@ -52,7 +52,7 @@ def page() -> str:
 def recipe_table() -> str:
     """One row per file of recipes/."""
     rows = [["recipe", "teacher", "read at layer", "relation heads", "student", "starts from", "steps"]]
-    for path in sorted((REPO / "recipes").glob("*.yaml")):
+    for path in sorted((FILES / "recipes").glob("*.yaml")):
         recipe = load_recipe(path, [])
         facts = [
             (
@@ -139,7 +139,7 @@ def first_line(cls: type) -> str:
 
 
 def source_path(cls: type) -> str:
-    return str(Path(inspect.getfile(cls)).resolve().relative_to(REPO))
+    return str(Path(inspect.getfile(cls)).resolve().relative_to(ROOT))
 
 
 def markdown(rows: list[list[str]]) -> str:

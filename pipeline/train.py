@@ -11,23 +11,28 @@ import argparse
 import sys
 from pathlib import Path
 
-# Python puts the directory of a script, pipeline/, first on sys.path. The packages are one level up.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if (
+    __name__ == "__main__"
+):  # Python puts the directory of a script, pipeline/, first on sys.path. The packages are one level up.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data_prep.command_line import CommandLine, add_version  # noqa: E402
-from data_prep.outputs import output_path  # noqa: E402
-from pipeline.errors import run_to_exit  # noqa: E402
+from data_prep.command_line import CommandLine, add_version
+from data_prep.outputs import output_path
+from pipeline.errors import run_to_exit
+from pipeline.installed import shipped_file
 
-DEFAULT_RECIPE = Path("recipes/quickstart.yaml")
+DEFAULT_RECIPE = "recipes/quickstart.yaml"
 
 
 def main() -> None:
     """Parse the command line, and train. The slow imports follow after the arguments have been checked."""
     parser = CommandLine(description=__doc__)
     parser.add_argument(
-        "--deepspeed", type=Path, required=True, metavar="JSON", help="for example ds_configs/zero2.json"
+        "--deepspeed", type=shipped_file, required=True, metavar="JSON", help="for example ds_configs/zero2.json"
     )
-    parser.add_argument("--recipe", type=Path, help=f"teacher, student, data and schedule (default: {DEFAULT_RECIPE})")
+    parser.add_argument(
+        "--recipe", type=shipped_file, help=f"teacher, student, data and schedule (default: {DEFAULT_RECIPE})"
+    )
     parser.add_argument("--run-dir", type=output_path, help="directory of all output (default: runs/NAME_OF_RECIPE)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
     parser.add_argument("--allow-change", action="store_true", help="resume although the recipe or the data changed")
@@ -35,7 +40,7 @@ def main() -> None:
     add_version(parser)
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # launchers add it
     arguments = parser.parse_args()
-    recipe_path = arguments.recipe or DEFAULT_RECIPE
+    recipe_path = arguments.recipe or shipped_file(DEFAULT_RECIPE)
 
     from pipeline.training.launch import RunOptions, run_from_files
 

@@ -14,7 +14,7 @@ from pipeline.config import as_tree
 from pipeline.provenance import START_CONFIG, START_WEIGHTS
 
 # The held-out loss is the weighted sum of the relation losses on the held-out rows: what decides both.
-ROWS = ("seq_len", "documents", "languages", "heldout_rows")
+ROWS = ("seq_len", "documents", "positions", "languages", "heldout_rows")
 TARGET = ("heads", "pairs", "after_rotary")
 _REPORTING = ("students", "save_every", "eval_every", "checkpoint", "guard", "metrics")  # no student depends on them
 

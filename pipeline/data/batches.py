@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import xxhash
 
-from data_prep.shards import DataError, ShardSet, padded
+from data_prep.shards import DataError, ShardSet
 from pipeline.data.sampler import HeldOut, TemperatureSampler
 
 LARGEST_HELDOUT_SHARE = 0.1
@@ -196,15 +196,16 @@ class BatchSource:
         """Token ids, int64 [n, seq_len]. Row i depends on sample_numbers[i] alone."""
         return self.shards.gather(self.languages, *self._place(sample_numbers), self.seq_len)
 
-    def segments(self, sample_numbers: np.ndarray) -> np.ndarray:
-        """Lengths of each row's documents, padded with 0, [n, S], for attention that must not cross them."""
-        located = self.locate(sample_numbers)
-        return padded([self.shards.segments(language, [row], self.seq_len)[0] for language, row in located])
-
     def training_batch(self, sample_numbers: np.ndarray) -> Batch:
         """The rows of these samples, with their documents where these are kept apart."""
-        segments = self.segments(sample_numbers) if self.options.documents == "separate" else None
-        return _as_batch(self.batch(sample_numbers), segments)
+        return self._batch_of(*self._place(sample_numbers))
+
+    def _batch_of(self, language_index: np.ndarray, rows: np.ndarray) -> Batch:
+        """Row rows[i] of language language_index[i] for every i."""
+        places = self.languages, language_index, rows, self.seq_len
+        ids_BL = torch.from_numpy(self.shards.gather(*places))
+        apart = self.options.documents == "separate"
+        return Batch(ids_BL, torch.from_numpy(self.shards.gather_segments(*places)) if apart else None)
 
     def heldout(self, language: str) -> np.ndarray:
         """The held-out rows of a language, int64 [h, seq_len]. None of them is ever in a training batch."""
@@ -212,20 +213,14 @@ class BatchSource:
 
     def heldout_batch(self, languages: Sequence[str]) -> Batch:
         """The held-out rows of several languages, one after the other."""
-        rows = np.concatenate([self.heldout(language) for language in languages])
-        if self.options.documents != "separate":
-            return _as_batch(rows, None)
-        parts = [self.shards.segments(name, self._heldout_rows(name), self.seq_len) for name in languages]
-        return _as_batch(rows, padded([lengths for part in parts for lengths in part]))
+        rows = [self._heldout_rows(language) for language in languages]
+        numbers = [self.languages.index(language) for language in languages]
+        return self._batch_of(np.repeat(numbers, [len(some) for some in rows]), np.concatenate(rows))
 
     def _heldout_rows(self, language: str) -> np.ndarray:
         if language not in self.languages:
             raise DataError(f"No held-out rows of {language!r}; this run uses {', '.join(self.languages)}.")
         return self._split.heldout_rows(self.languages.index(language))
-
-
-def _as_batch(rows: np.ndarray, segments: np.ndarray | None) -> Batch:
-    return Batch(torch.from_numpy(rows), None if segments is None else torch.from_numpy(segments))
 
 
 def heldout_count(num_rows: int, requested: int) -> int:

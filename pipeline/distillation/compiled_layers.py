@@ -34,6 +34,7 @@ def compile_layers(encoder: TappedEncoder, key: str, deterministic: bool = True)
         key: of the recipe, for messages: `student.compile`, say.
         deterministic: choose kernels without timing them, so that every start sums in the same order.
     """
+    encoder.attends_by_document = False
     for layer in encoder.complete_layers:
         layer.forward = CompiledForward(layer, key, _options(deterministic))
 

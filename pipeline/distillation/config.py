@@ -13,6 +13,7 @@ from pipeline.errors import UserError
 from pipeline.recipe.ranges import LARGEST_WEIGHT, check_ranges
 
 LETTERS = "qkv"
+SOFTMAX_TEMPERATURES = (1e-3, 1e3)  # below, a softmax over cosines is one-hot in fp32
 
 
 @dataclass
@@ -34,8 +35,12 @@ class RelationsConfig:
     heads: int = 48  # relation heads; must divide both widths
     pairs: dict[str, float] = field(default_factory=lambda: {"q-q": 1.0, "k-k": 1.0, "v-v": 1.0})  # pair: weight
     after_rotary: bool = False  # ModernBERT: read Q and K behind their rotary embedding
-    tail: Literal["none", "relation", "mse"] = "none"  # a term for the student's output, above the distilled layer
+    tail: Literal["none", "relation", "mse", "pooled", "mse+pooled"] = "none"  # terms for the student's output
     tail_weight: float = 1.0  # of that term in the sum
+    pooled_weight: float | None = None  # of the term `pooled`; None: tail_weight
+    pooling: Literal["auto", "mean", "cls", "last"] = "auto"  # of sentence vectors; auto: the teacher's, else mean
+    pooled_distance: Literal["cosine", "mse", "similarity"] = "cosine"  # similarity: KL of the sentences' similarities
+    pooled_temperature: float = 0.05  # of the softmax over these similarities
     backend: str = "auto"  # auto: checked and timed at the first batch; or a name of relations.BACKENDS
 
     def __post_init__(self) -> None:
@@ -44,7 +49,8 @@ class RelationsConfig:
             if pair not in known:
                 raise UserError(f"`relations.pairs` names {pair!r}; a relation is one of {', '.join(known)}")
         weight = (0, LARGEST_WEIGHT)
-        check_ranges(self, "relations", {"heads": (0, 2**16), "pairs": weight, "tail_weight": weight})
+        limits = {"heads": (0, 2**16), "pairs": weight, "tail_weight": weight, "pooled_weight": weight}
+        check_ranges(self, "relations", {**limits, "pooled_temperature": SOFTMAX_TEMPERATURES})
         for number, both in enumerate(self.layers or []):
             check_ranges(both, f"relations.layers[{number}]", {"weight": weight})
         _check_weights("relations.pairs", list(self.pairs.values()))
@@ -69,6 +75,16 @@ class RelationsConfig:
     def student_taps(self) -> int | list[int] | None:
         """The student's layer or layers, as `tap` expects them."""
         return self.student_layer if self.layers is None else [pair.student for pair in self.layers]
+
+    @property
+    def tail_terms(self) -> list[str]:
+        """The terms for the output: of "relation", "mse", "pooled"."""
+        return [] if self.tail == "none" else self.tail.split("+")
+
+    @property
+    def compares_sentences(self) -> bool:
+        """Whether sentence vectors are compared one by one, so that both models' must have one width."""
+        return "pooled" in self.tail_terms and self.pooled_distance != "similarity"
 
     @property
     def tap_options(self) -> dict[str, bool]:

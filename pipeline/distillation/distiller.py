@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,16 +19,16 @@ from torch import nn
 
 from pipeline.distillation.compiled_layers import uncompiled
 from pipeline.distillation.config import LETTERS, RelationsConfig
+from pipeline.distillation.documents import Documents
 from pipeline.distillation.models.teacher import FrozenTeacher
 from pipeline.distillation.relations.backends import BACKENDS
 from pipeline.distillation.relations.loss import check_heads, relation_kl, relation_kl_by_row
 from pipeline.distillation.relations.reference import relation_log_probabilities
 from pipeline.distillation.relations.selection import Gather, alone, choose_backend
 from pipeline.distillation.shared_teacher import TeacherView
+from pipeline.distillation.tail import OUTPUT, POOLED, GatherRows, SentenceProjection, Tail, own_rows
 from pipeline.distillation.tap import Projections, TappedEncoder, without_dropout
-from pipeline.errors import UserError
 
-OUTPUT = "output"  # name of the tail term among the parts
 TEACHER, STUDENT, LOSS = "teacher", "student", "loss"  # what `Hooks.mark` is told
 logger = logging.getLogger(__name__)
 
@@ -47,34 +46,25 @@ class SequenceMask:
     """Which positions of a batch are real tokens, and which of them see each other. By default all do."""
 
     lengths_B: torch.Tensor | None = None
-    segments: torch.Tensor | None = None  # [B, S] lengths of each row's documents, padded with 0; best on the host
+    documents: Documents | None = None
 
     def real_tokens(self, like_BL: torch.Tensor) -> torch.Tensor | None:
         """1 at real tokens, 0 at padding, [B, L]; None where all are real."""
-        if self.lengths_B is None and self.segments is None:
+        if self.documents is not None:
+            return self.documents.real_tokens(like_BL)
+        if self.lengths_B is None:
             return None
-        counts_B = self.lengths_B if self.segments is None else self.segments.sum(1)
-        assert counts_B is not None
-        return (torch.arange(like_BL.shape[1], device=like_BL.device) < counts_B.to(like_BL.device)[:, None]).long()
+        return (
+            torch.arange(like_BL.shape[1], device=like_BL.device) < self.lengths_B.to(like_BL.device)[:, None]
+        ).long()
 
-    def attention_mask(self, input_ids_BL: torch.Tensor) -> torch.Tensor | None:
-        """The mask for the encoders: None, [B, L] int64, or block-diagonal [B, 1, L, L] bool."""
-        if self.segments is None:
-            return self.real_tokens(input_ids_BL)
-        ends_BS = self.segments.to(input_ids_BL.device, non_blocking=True).cumsum(1)
-        positions_BL = torch.arange(input_ids_BL.shape[1], device=input_ids_BL.device).expand_as(input_ids_BL)
-        document_BL = torch.searchsorted(ends_BS, positions_BL.contiguous(), right=True)
-        return (document_BL[:, :, None] == document_BL[:, None, :])[:, None]
+    def of_encoders(self, input_ids_BL: torch.Tensor) -> torch.Tensor | Documents | None:
+        """The mask of a tap: None, [B, L] int64, or the documents."""
+        return self.real_tokens(input_ids_BL) if self.documents is None else self.documents
 
     def of_relations(self) -> dict[str, Any]:
         """The same mask as arguments of `relation_kl`."""
-        return {"lengths_B": self.lengths_B} if self.segments is None else {"segments": self._documents}
-
-    @cached_property
-    def _documents(self) -> list[list[int]]:
-        """Lengths as Python numbers. They are read once per batch, and from the host, without waiting for a GPU."""
-        assert self.segments is not None
-        return [[length for length in row if length] for row in self.segments.tolist()]
+        return {"lengths_B": self.lengths_B} if self.documents is None else {"segments": self.documents.lengths}
 
 
 @dataclass(frozen=True)
@@ -84,6 +74,8 @@ class Hooks:
     gather: Gather = alone  # exchanges the ranks' results when the backend is chosen
     around_student: Callable[[], AbstractContextManager] = nullcontext  # makes a context for the student's forward
     mark: Callable[[str], object] = str  # is called when TEACHER, STUDENT and LOSS have been launched
+    restart_positions: bool = False  # with `segments`: positions are counted from the start of each document
+    gather_rows: GatherRows = own_rows  # the sentence vectors of all ranks, for `pooled_distance: similarity`
 
 
 class DistillModule(nn.Module):
@@ -98,6 +90,7 @@ class DistillModule(nn.Module):
         config: the relations and their weights.
         basis_Dd: the components on which a narrower student's output is expressed (`Student.basis_Dd`).
         hooks: what surrounds the module in a training run.
+        projection: of a student's sentence vectors to the teacher's width (`Student.projection`).
     """
 
     def __init__(
@@ -107,10 +100,11 @@ class DistillModule(nn.Module):
         config: RelationsConfig,
         basis_Dd: torch.Tensor | None = None,
         hooks: Hooks = Hooks(),
+        projection: SentenceProjection | None = None,
     ) -> None:
         super().__init__()
         self._hooks = hooks
-        self.basis_Dd = basis_Dd  # not a buffer: an engine in half precision would round it
+        self.tail = Tail(config, basis_Dd, projection, hooks.gather_rows) if config.tail_terms else None
         self.student = student_tapped
         self.config = config
         self._teacher = (teacher,)  # a tuple hides it from the module tree
@@ -132,12 +126,14 @@ class DistillModule(nn.Module):
         `lengths_B` counts the real tokens of each row; padding is at the end. `segments` [B, S] are the lengths of each
         row's documents, padded with 0; attention and relations then stay inside each document.
         """
-        mask = SequenceMask(lengths_B, segments)
+        mask = self._mask(lengths_B, segments)
         teacher, student = self._run_both(input_ids_BL, mask)
         self._choose_backend(teacher.layers[0][0], student.layers[0][0])
         losses = self._relation_losses(relation_kl, teacher, student, mask)
-        if self.config.tail != "none":
-            losses.append(self._tail_loss(teacher.output_BLD, student.output_BLD, mask))
+        if self.tail is not None:
+            assert teacher.output_BLD is not None
+            assert student.output_BLD is not None
+            losses += self.tail.losses(teacher.output_BLD, student.output_BLD, mask, self.backend)
         loss = torch.stack([w * part for w, part in zip(self.part_weights.values(), losses, strict=True)]).sum()
         self._hooks.mark(LOSS)
         return loss, torch.stack(losses).detach()
@@ -147,7 +143,7 @@ class DistillModule(nn.Module):
         self, input_ids_BL: torch.Tensor, lengths_B: torch.Tensor | None = None, segments: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Weighted relation loss of every row, [B], without gradient, dropout or tail term: for held-out text."""
-        mask = SequenceMask(lengths_B, segments)
+        mask = self._mask(lengths_B, segments)
         with without_dropout(self.student), uncompiled():
             teacher, student = self._run_both(input_ids_BL, mask)
         self._choose_backend(teacher.layers[0][0], student.layers[0][0])
@@ -167,9 +163,9 @@ class DistillModule(nn.Module):
         `pair` is one of `part_names`, or a relation without layers ("v-v"), which means the first pair of layers.
         """
         maps, num_heads = [], min(num_heads, self.config.heads)
-        mask = SequenceMask(None, None if segments is None else segments[:1])
+        mask = self._mask(None, None if segments is None else segments[:1])
         row_1L = input_ids_BL if len(input_ids_BL) == 1 else input_ids_BL[:1]
-        allowed_11LL = mask.attention_mask(row_1L)
+        allowed_1LL = None if mask.documents is None else mask.documents.mask(row_1L)[0]
         with without_dropout(self.student), uncompiled():
             outputs_of_both = self._run_both(row_1L, mask)
         for outputs in outputs_of_both:
@@ -177,13 +173,12 @@ class DistillModule(nn.Module):
                 x_BLD[:1, :, : num_heads * x_BLD.shape[-1] // self.config.heads].float()
                 for x_BLD in self._related_tensors(pair, outputs)
             )
-            allowed_1LL = None if allowed_11LL is None else allowed_11LL[0]
             maps.append(relation_log_probabilities(x_1LD, y_1LD, num_heads, allowed_1LL)[0].exp())
         return torch.stack(maps)
 
     def _related_tensors(self, part: str, outputs: TapOutputs) -> tuple[torch.Tensor, torch.Tensor]:
         """The two tensors (often the same one) of a part's relation."""
-        if part == OUTPUT:
+        if part in (OUTPUT, POOLED):
             assert outputs.output_BLD is not None
             return outputs.output_BLD, outputs.output_BLD
         name, _, layers = part.partition("@")
@@ -192,14 +187,18 @@ class DistillModule(nn.Module):
         first, second = _letters(name)
         return projections[first], projections[second]
 
+    def _mask(self, lengths_B: torch.Tensor | None, segments: torch.Tensor | None) -> SequenceMask:
+        restart = self._hooks.restart_positions
+        return SequenceMask(lengths_B, None if segments is None else Documents(segments, restart))
+
     def _run_both(self, input_ids_BL: torch.Tensor, mask: SequenceMask) -> tuple[TapOutputs, TapOutputs]:
         """Both models on one batch. They get a mask only where there is padding or documents are kept apart."""
-        attention_mask = mask.attention_mask(input_ids_BL)
+        of_encoders = mask.of_encoders(input_ids_BL)
         with torch.inference_mode():
-            teacher = self._teacher[0](input_ids_BL, attention_mask)
+            teacher = self._teacher[0](input_ids_BL, of_encoders)
         self._hooks.mark(TEACHER)
         with self._hooks.around_student():
-            student = self.student(input_ids_BL, attention_mask)
+            student = self.student(input_ids_BL, of_encoders)
         self._hooks.mark(STUDENT)
         return self._unpack(teacher), self._unpack(student)
 
@@ -218,23 +217,10 @@ class DistillModule(nn.Module):
                 losses.append(loss(*related, self.config.heads, backend=self.backend, **mask.of_relations()))
         return losses
 
-    def _tail_loss(self, teacher_BLD: Any, student_BLD: Any, mask: SequenceMask) -> torch.Tensor:
-        """The term that trains the layers above the distilled one: relation, or mean squared distance, of the outputs."""
-        if self.config.tail == "relation":
-            return relation_kl(teacher_BLD, student_BLD, self.config.heads, backend=self.backend, **mask.of_relations())
-        target_BLD = teacher_BLD.float()
-        if self.basis_Dd is not None:
-            self.basis_Dd = self.basis_Dd.to(target_BLD.device)
-            target_BLD = target_BLD @ self.basis_Dd
-        if target_BLD.shape != student_BLD.shape:
-            raise UserError(unequal_widths(teacher_BLD.shape[-1], student_BLD.shape[-1]))
-        distance_BL = (student_BLD.float() - target_BLD).square().mean(-1)
-        real_BL = mask.real_tokens(distance_BL)
-        return distance_BL.mean() if real_BL is None else ((distance_BL * real_BL).sum(1) / real_BL.sum(1)).mean()
-
     def load_basis(self, basis_Dd: torch.Tensor | None) -> None:
         """Replace the basis that this start measured by a checkpoint's."""
-        self.basis_Dd = basis_Dd
+        if self.tail is not None:
+            self.tail.basis_Dd = basis_Dd
 
     def keep_backend(self, name: str | None) -> None:
         """Use the backend that the run began with, unless the recipe names one.
@@ -257,16 +243,9 @@ class DistillModule(nn.Module):
                 logger.info(line)
 
 
-def unequal_widths(teacher: int, student: int) -> str:
-    """The message about a tail term whose outputs cannot be subtracted."""
-    return (
-        f"`relations.tail: mse` needs equal widths, not {teacher} (teacher) and {student} (student), or a student whose layers "
-        "are projected (`student.init: project`); use `tail: relation`"
-    )
-
-
 def _part_weights(config: RelationsConfig) -> dict[str, float]:
-    """Name and weight of every part: "q-q", or "q-q@19>6" where several layers are matched; "output" is the tail."""
+    """Name and weight of every part: "q-q", or "q-q@19>6" where several layers are matched; "output" and "pooled"
+    are the tail."""
     if config.layers is None:
         weights = dict(config.pairs)
     else:
@@ -275,7 +254,9 @@ def _part_weights(config: RelationsConfig) -> dict[str, float]:
             for pair in config.layers
             for name, weight in config.pairs.items()
         }
-    return weights if config.tail == "none" else {**weights, OUTPUT: config.tail_weight}
+    of_sentences = config.tail_weight if config.pooled_weight is None else config.pooled_weight
+    tail = [(POOLED, of_sentences) if term == POOLED else (OUTPUT, config.tail_weight) for term in config.tail_terms]
+    return {**weights, **dict(tail)}
 
 
 def _letters(pair: str) -> tuple[int, int]:

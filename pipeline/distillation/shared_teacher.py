@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from pipeline.distillation.config import RelationsConfig
+from pipeline.distillation.documents import Documents
 
 
 def layers_of_all(relations: Sequence[RelationsConfig], last: int) -> list[int]:
@@ -39,7 +40,9 @@ class SharedTeacher:
         """The teacher of the student whose relations are `config`."""
         return TeacherView(self, config.teacher_taps or max(self._width_of), config.tail != "none", self._width_of)
 
-    def results(self, input_ids_BL: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[dict[int, Any], Any]:
+    def results(
+        self, input_ids_BL: torch.Tensor, attention_mask: torch.Tensor | Documents | None
+    ) -> tuple[dict[int, Any], Any]:
         """Q, K and V of every tapped layer, and the last hidden state or None. A batch is the same if it is the same tensor."""
         if self._batch_BL is not input_ids_BL:
             self.release()
@@ -62,7 +65,7 @@ class TeacherView:
         self._shared, self._taps, self._with_output = shared, taps, with_output
         self.widths = [width_of[layer] for layer in _as_list(taps)]
 
-    def __call__(self, input_ids_BL: torch.Tensor, attention_mask: torch.Tensor | None = None):
+    def __call__(self, input_ids_BL: torch.Tensor, attention_mask: torch.Tensor | Documents | None = None):
         of_layers, output_BLD = self._shared.results(input_ids_BL, attention_mask)
         taken = [of_layers[layer] for layer in _as_list(self._taps)]
         result = taken[0] if isinstance(self._taps, int) else taken

@@ -2,7 +2,8 @@
 
 The module is a copy of the model's skeleton that shares every parameter. Its layer list ends at `layer`, which is
 replaced by its Q, K, V projections and the norm in front of them. The architecture's own forward does the rest, so
-masks, positions and rotary embeddings are Hugging Face's. Packed rows without padding need no mask.
+masks, positions and rotary embeddings are Hugging Face's. Packed rows without padding need no mask. Several documents of a row
+are kept apart by `Documents`.
 
 Shape suffixes: B rows, L positions, D channels, H attention heads, d channels per head.
 """
@@ -13,14 +14,21 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
 
-from pipeline.distillation.models.architectures import ArchitectureSpec, architecture_of
+from pipeline.distillation.documents import Documents, near
+from pipeline.distillation.models.architectures import (
+    ArchitectureSpec,
+    architecture_of,
+    check_documents,
+    first_position,
+    window_of,
+)
 from pipeline.errors import UserError
 
 Projections = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -85,7 +93,8 @@ class TappedEncoder(nn.Module):
         self.single = isinstance(layer, int)
         self.layers = [layer] if isinstance(layer, int) else list(layer)
         self.with_output = with_output
-        self.accepts_block_mask = architecture.accepts_block_mask
+        self.architecture = architecture
+        self.attends_by_document = True  # False: one mask for all documents, whose shape is that of every batch
         num_layers = len(cast(nn.ModuleList, hf_model.get_submodule(architecture.layers)))
         for number in self.layers:
             if not 1 <= number <= num_layers:
@@ -100,18 +109,60 @@ class TappedEncoder(nn.Module):
         self.complete_layers = [layer for layer in layers if not isinstance(layer, TapLayer)]  # those that are not read
         self.num_attention_layers = len(layers) - sum(layer_tap.layer is None for layer_tap in self._taps.values())
 
-    def forward(self, input_ids_BL: torch.Tensor, attention_mask: torch.Tensor | None = None):
-        """`attention_mask`: [B, L], 1 at real tokens; or block-diagonal [B, 1, L, L], for several documents in a row."""
-        if attention_mask is not None and attention_mask.dim() > 2 and not self.accepts_block_mask:
-            raise UserError(
-                f"{self.model.config.model_type} cannot keep several documents of a row apart; "
-                "pass a [B, L] mask or none, so that attention crosses documents"
-            )
-        hidden_BLD = self.model(input_ids=input_ids_BL, attention_mask=attention_mask)[0]
+    def forward(self, input_ids_BL: torch.Tensor, attention_mask: torch.Tensor | Documents | None = None):
+        """`attention_mask`: [B, L], 1 at real tokens; or the rows' documents, which then do not see each other."""
+        if isinstance(attention_mask, Documents):
+            hidden_BLD = self._run_apart(input_ids_BL, attention_mask)
+        else:
+            hidden_BLD = self.model(input_ids=input_ids_BL, attention_mask=attention_mask)[0]
         taken = {layer: layer_tap.take() for layer, layer_tap in self._taps.items()}
         projections = [taken[layer] for layer in self.layers]
         result = projections[0] if self.single else projections
         return (result, hidden_BLD) if self.with_output else result
+
+    def _run_apart(self, input_ids_BL: torch.Tensor, documents: Documents) -> torch.Tensor:
+        """The model on rows of several documents, with the masks and positions that its architecture requires."""
+        model, kind = self.model, self.architecture.block_mask
+        check_documents(model.config, "this model")
+        positions_BL = None
+        if documents.restart_positions:
+            positions_BL = documents.positions(input_ids_BL) + first_position(model)
+        if kind == "sdpa":
+            masks = self._masks_of_attention(input_ids_BL, documents)
+            return model(input_ids=input_ids_BL, attention_mask=masks, position_ids=positions_BL)[0]
+        mask_B1LL = documents.mask(input_ids_BL)
+        if kind == "added":
+            least = torch.finfo(model.dtype).min
+            added_B1LL = torch.zeros_like(mask_B1LL, dtype=model.dtype).masked_fill_(~mask_B1LL, least)
+            return model(input_ids=input_ids_BL, attention_mask=added_B1LL, position_ids=positions_BL)[0]
+        *path, method = kind.split(".")
+        owner = model.get_submodule(".".join(path))  # a copy of this skeleton, not the tapped model's own
+        setattr(owner, method, lambda _: mask_B1LL)
+        try:
+            real_BL = documents.real_tokens(input_ids_BL)
+            return model(input_ids=input_ids_BL, attention_mask=real_BL, position_ids=positions_BL)[0]
+        finally:
+            delattr(owner, method)
+
+    def _masks_of_attention(self, input_ids_BL: torch.Tensor, documents: Documents) -> Any:
+        """For torch's attention: one mask, or one for each type of layer.
+
+        On a CPU each document is computed alone. A GPU would wait for the many small kernels of that, and a compiled layer
+        would be compiled for each batch: they get one mask with values.
+        """
+        config = self.model.config
+        by_document = self.attends_by_document and input_ids_BL.device.type == "cpu"
+
+        def mask(window: int | None) -> torch.Tensor:
+            if by_document:
+                return documents.attention(input_ids_BL, window)
+            mask_B1LL = documents.mask(input_ids_BL)
+            return mask_B1LL if window is None else mask_B1LL & near(input_ids_BL.shape[1], window, mask_B1LL.device)
+
+        if not self.architecture.masks_by_layer_type:
+            return mask(None)
+        first_of_type = {kind: number for number, kind in reversed(list(enumerate(config.layer_types, start=1)))}
+        return {kind: mask(window_of(config, number)) for kind, number in first_of_type.items()}
 
     @property
     def widths(self) -> list[int]:

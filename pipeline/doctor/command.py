@@ -17,12 +17,13 @@ from pipeline.doctor.machine import Finding, machine_findings
 from pipeline.doctor.recipe import recipe_findings
 from pipeline.doctor.versions import version_findings
 from pipeline.errors import UserError
+from pipeline.installed import shipped_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", type=Path, help="also check this run's shards, teacher, memory and disk")
+    parser.add_argument("--recipe", type=shipped_file, help="also check this run's shards, teacher, memory and disk")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
-    parser.add_argument("--deepspeed", type=Path, default=Path("ds_configs/zero2.json"), metavar="JSON")
+    parser.add_argument("--deepspeed", type=shipped_file, default="ds_configs/zero2.json", metavar="JSON")
     parser.add_argument("--run-dir", type=Path, help="directory of the run (default: runs/NAME_OF_RECIPE)")
     parser.add_argument("--ranks", type=int, help="number of processes of the run (default: GPUs here, or 1)")
     parser.add_argument("--hash", action="store_true", help="also check the hash of every shard, which reads all bytes")

@@ -27,7 +27,6 @@ from pipeline.runtime.allotment import check_allotted_gpus, unused_gpu_warning, 
 from pipeline.runtime.gpus import Gpu
 from pipeline.runtime.rank_devices import kinds_warning
 
-REPO = Path(__file__).resolve().parent.parent.parent
 LAUNCHER_PORT = 29500  # default master port of `deepspeed` and `torchrun`
 FEW_FREE_BYTES = 5 * 2**30
 COMMAND_TIMEOUT_S = 20

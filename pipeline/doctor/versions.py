@@ -1,7 +1,7 @@
 """Compares Python and the installed packages with the versions that are tested and with those that are supported.
 
-In: `pyproject.toml`, whose ranges are supported; the pins of `requirements.txt` and the rows of `tested_versions.json`
-that passed, which are tested. Out: a list of `Finding`.
+In: `pyproject.toml`, whose ranges are supported (of an installed wheel: its metadata); the pins of `requirements.txt`, of
+a checkout, and the rows of `tested_versions.json` that passed, which are tested. Out: a list of `Finding`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from pipeline.doctor.machine import REPO, Finding
+from data_prep.command_line import DISTRIBUTION
+from pipeline.doctor.machine import Finding
+from pipeline.installed import ROOT
 
 TESTED = Path(__file__).with_name("tested_versions.json")
+HUB_INPUTS = "hub"  # the extra
 OPTIONAL = {"datasets": "for `hf:` inputs alone"}  # package -> when it is required; all others are always required
 PYTHON_OF_THE_PINS = "3.11"
 REQUIRED_PARTS = {"unit", "dist"}  # directories of tests without which an environment is not tested
@@ -41,7 +44,8 @@ def passed(result: dict[str, Any]) -> bool:
 def tested_versions(requirements: Path, results: Path) -> Tested:
     """The pins of `requirements.txt`, and the versions of every environment that passed, as `_key` has them."""
     tested: Tested = defaultdict(set, python={PYTHON_OF_THE_PINS})
-    for line in requirements.read_text(encoding="utf-8").splitlines():
+    pins = requirements.read_text(encoding="utf-8") if requirements.is_file() else ""
+    for line in pins.splitlines():
         if "==" in line:
             name, pinned = line.split("#")[0].strip().split("==")
             tested[name].add(pinned)
@@ -51,17 +55,15 @@ def tested_versions(requirements: Path, results: Path) -> Tested:
     return tested
 
 
-def version_findings(root: Path = REPO, results: Path = TESTED) -> list[Finding]:
+def version_findings(root: Path = ROOT, results: Path = TESTED) -> list[Finding]:
     """One finding for all tested versions, one for those that are only supported, and one per problem.
 
     Args:
-        root: directory of `pyproject.toml` and `requirements.txt`
+        root: directory of `pyproject.toml` and `requirements.txt`; without them, of an installed wheel
     """
-    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     tested = tested_versions(root / "requirements.txt", results)
-    lines = [*project["dependencies"], *project["optional-dependencies"]["hf-inputs"]]
     found, in_tested, only_supported = [], [], []
-    for requirement in map(Requirement, [f"python{project['requires-python']}", *lines]):
+    for requirement in supported_versions(root / "pyproject.toml"):
         installed, known = installed_version(requirement.name), tested[requirement.name]
         shown = f"{requirement.name} {installed}"
         if installed is None or not requirement.specifier.contains(installed, prereleases=True):
@@ -75,6 +77,17 @@ def version_findings(root: Path = REPO, results: Path = TESTED) -> list[Finding]
     if in_tested:
         found.append(Finding("ok", "versions", f"tested: {', '.join(in_tested)}"))
     return found
+
+
+def supported_versions(project_file: Path) -> list[Requirement]:
+    """The ranges of Python and of the packages, those for `hf:` inputs included."""
+    if project_file.is_file():
+        project = tomllib.loads(project_file.read_text(encoding="utf-8"))["project"]
+        lines = [*project["dependencies"], *project["optional-dependencies"][HUB_INPUTS]]
+        return [Requirement(line) for line in [f"python{project['requires-python']}", *lines]]
+    wheel = metadata.distribution(DISTRIBUTION)
+    ranges = [Requirement(f"python{wheel.metadata['Requires-Python']}"), *map(Requirement, wheel.requires or [])]
+    return [found for found in ranges if found.marker is None or found.marker.evaluate({"extra": HUB_INPUTS})]
 
 
 def installed_version(name: str) -> str | None:

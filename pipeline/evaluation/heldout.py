@@ -19,7 +19,7 @@ from pipeline.data.batches import BatchOptions, BatchSource
 from pipeline.data.heldout import heldout_losses
 from pipeline.data.tokenizer_hash import deciding_file, tokenizer_sha256
 from pipeline.distillation.config import RelationsConfig
-from pipeline.distillation.distiller import DistillModule
+from pipeline.distillation.distiller import DistillModule, Hooks
 from pipeline.distillation.models.model_files import read_model
 from pipeline.distillation.models.teacher import FrozenTeacher, check_vocabulary
 from pipeline.distillation.tap import tap
@@ -48,6 +48,7 @@ class HeldoutConfig:
     heldout_rows: int | None = None  # per language, at most a tenth of the language
     languages: list[str] | None = None
     documents: Literal["joined", "separate"] | None = None  # separate: as the recipe's key
+    positions: Literal["continue", "restart"] | None = None  # of separate documents, as the recipe's key
     batch_size: int = 8  # rows per forward
 
     def __post_init__(self) -> None:
@@ -90,11 +91,12 @@ def evaluate_heldout(encoders: list[Encoder], config: HeldoutConfig, ranks: Laun
         warn_of_other_teachers(encoders, teacher)
     relations = RelationsConfig(**{key: chosen[key] for key in ("heads", "pairs", "after_rotary")}, backend="chunked")
     frozen = FrozenTeacher(tap(teacher.model, teacher.values_layer, after_rotary=relations.after_rotary))
+    hooks = Hooks(restart_positions=chosen["positions"] == "restart")
     num_rows = sum(len(source.heldout(language)) for language in source.languages)
     results = {}
     for encoder in encoders:
         student = tap(encoder.model, encoder.values_layer, after_rotary=relations.after_rotary)
-        distiller = DistillModule(frozen, student, relations)
+        distiller = DistillModule(frozen, student, relations, hooks=hooks)
         chunks = -(-num_rows // config.batch_size)
         bar = tqdm(
             total=-(-chunks // ranks.world_size), desc=f"held-out loss of {encoder.name}", unit="batch", disable=None
@@ -146,6 +148,13 @@ def settings_of(encoders: list[Encoder], config: HeldoutConfig) -> dict[str, Any
                 f"{', '.join(trained)} were trained with different `{key}`, so their held-out losses cannot be "
                 f"compared. Evaluate them one by one, or choose with {how} (other rows may include some that training saw)"
             )
+    if settings["documents"] == "joined":
+        if config.positions == "restart":
+            raise UserError(
+                "heldout.positions is restart, which separate documents have. Set heldout.documents: separate too "
+                "(--set heldout.documents=separate), or leave heldout.positions out"
+            )
+        settings["positions"] = "continue"
     return settings
 
 

@@ -1,7 +1,7 @@
 """Semantic textual similarity: how well the cosine of two sentence vectors ranks pairs as people do.
 
 In: encoders and CSV or TSV files of sentence pairs with a score; columns are found by the names in a header line, and a
-file without a header has exactly three columns. Out: Spearman correlation per file, for each pooling.
+file without a header has exactly three columns; or `.jsonl` files (MTEB's layout), also `.gz`. Out: Spearman correlation per file, for each pooling.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import UserError
+from pipeline.evaluation.beir_data import json_lines
 from pipeline.evaluation.encoder import POOLINGS, Encoder, sentence_vectors
-from pipeline.evaluation.finetuning.xnli_data import header_positions
+from pipeline.evaluation.finetuning.labelled_pairs import header_positions
 from pipeline.evaluation.tables import markdown_table, pooling_rows
 from pipeline.evaluation.task import Panel, Results, Task
 from pipeline.recipe.ranges import LARGEST_BATCH, LONGEST_ROW, check_ranges
@@ -29,8 +30,10 @@ from pipeline.runtime.text_tables import text_table
 class StsConfig:
     """Which files are scored, and how sentences are encoded."""
 
-    files: list[str] = field(default_factory=list)  # .csv or .tsv
-    columns: list[str] = field(default_factory=lambda: ["sentence1", "sentence2", "score"])  # names in a header line
+    files: list[str] = field(default_factory=list)  # .csv, .tsv, .jsonl or .jsonl.gz
+    columns: list[str] = field(
+        default_factory=lambda: ["sentence1", "sentence2", "score"]
+    )  # names in a header or of JSON keys
     max_length: int = 128  # tokens; longer sentences are cut
     batch_size: int = 32  # sentences per forward
     prefix: str = ""  # put before every sentence, for encoders that were trained with one
@@ -54,7 +57,7 @@ def read_all(config: StsConfig) -> dict[str, ScoredPairs]:
     """Read all files: file name -> its pairs."""
     if not config.files:
         raise UserError(
-            "the task sts needs files: --set 'sts.files=[pairs.tsv]' (CSV or TSV; sentence, sentence, score)"
+            "the task sts needs files: --set 'sts.files=[pairs.tsv]' (CSV, TSV or JSONL; sentence, sentence, score)"
         )
     return {name: read_scored_pairs(Path(name), config.columns) for name in config.files}
 
@@ -64,6 +67,10 @@ def read_scored_pairs(path: Path, columns: list[str]) -> ScoredPairs:
     if not path.is_file():
         raise UserError(f"file {path} not found. Name existing ones: --set 'sts.files=[pairs.tsv]'")
     pairs = ScoredPairs([], [], [])
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        for where, line in json_lines(path):
+            _add(pairs, [_cell(line, column, where) for column in columns], [0, 1, 2], where)
+        return _ranked(pairs, path)
     rows = _read_rows(path)
     _, first = next(rows, ("", []))
     header = [name.strip().casefold() for name in first]
@@ -80,6 +87,20 @@ def read_scored_pairs(path: Path, columns: list[str]) -> ScoredPairs:
                 "a sentence with a comma is put in quotation marks."
             )
         _add(pairs, row, positions, where)
+    return _ranked(pairs, path)
+
+
+def _cell(row: dict[str, Any], column: str, where: str) -> str:
+    value = row.get(column)
+    if not isinstance(value, str | int | float) or isinstance(value, bool):
+        raise UserError(
+            f"{where}: `{column}` is {'missing' if value is None else 'neither text nor number'}; the line has {', '.join(row)[:200]}. "
+            "Name its keys: --set 'sts.columns=[FIRST, SECOND, SCORE]'"
+        )
+    return str(value)
+
+
+def _ranked(pairs: ScoredPairs, path: Path) -> ScoredPairs:
     if len(set(pairs.scores)) < 2:
         raise UserError(
             f"{path} holds {len(pairs.scores)} pair(s); a ranking needs at least two different scores. Name a file with scores "

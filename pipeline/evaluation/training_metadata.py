@@ -25,6 +25,7 @@ DEFAULTS: dict[str, Any] = {
     "heldout_rows": 16,
     "languages": None,
     "documents": "joined",
+    "positions": "continue",
     "teacher_layer": None,
     "heads": _RELATIONS.heads,
     "pairs": _RELATIONS.pairs,

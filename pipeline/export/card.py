@@ -27,6 +27,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.tables import markdown_table
 from pipeline.evaluation.training_metadata import training_metadata
 from pipeline.export.card_tables import measured_sections
+from pipeline.export.sentence_transformers_files import DENSE, exported_settings
 from pipeline.runtime.json_files import read_json
 from pipeline.runtime.run_paths import RunPaths, check_is_no_student, one_student, students_of
 from pipeline.training.identity import START_WEIGHTS
@@ -50,8 +51,13 @@ ONNX = (
     "`onnx/model.onnx` (fp32) and `onnx/model_int8.onnx` map `input_ids` and `attention_mask` to `last_hidden_state`."
 )
 FP16 = "The weights are stored in fp16; `dtype=torch.float32` computes in fp32, as CPUs should."
-USE = """The encoder is for fine-tuning, or for sentence vectors: the mean of `last_hidden_state` over real tokens.
+USE = """The encoder is for fine-tuning, or for sentence vectors: {pooled}.
 It has no pooler: `pooler_output`, where the class has it, is random."""
+POOLED = {
+    "mean": "the mean of `last_hidden_state` over real tokens",
+    "cls": "`last_hidden_state` of the first token",
+    "last": "`last_hidden_state` of the last real token",
+}
 LABELS = {
     "student": "student of the run",
     "teacher": "teacher",
@@ -61,6 +67,7 @@ LABELS = {
     "relation_heads": "relation heads",
     "relations": "relations and weights",
     "tail": "term for the output",
+    "sentences": "sentence vectors",
     "student_start": "student's start",
     "dropout": "dropout in the distillation, in config.json",
     "steps": "steps",
@@ -136,7 +143,8 @@ def lineage_of(run: dict[str, Any], state: dict[str, Any], recipe_text: str) -> 
         **_matched_layers(run, relations),
         "relation_heads": relations["heads"],
         "relations": relations["pairs"],
-        **({} if tail == "none" else {"tail": {tail: relations["tail_weight"]}}),
+        **({} if tail == "none" else {"tail": _tail_of(relations)}),
+        **({"sentences": run["sentences"]} if run.get("sentences") else {}),
         "student_start": _start_of(student["init"], state.get("identity") or {}),
         **({"trained_length": run["trained_length"]} if "trained_length" in run else {}),
         **({"dropout": run["dropout"]} if "dropout" in run else {}),
@@ -152,6 +160,14 @@ def lineage_of(run: dict[str, Any], state: dict[str, Any], recipe_text: str) -> 
         **({"identity": state["identity"]} if state.get("identity") else {}),
         "recipe": recipe,
     }
+
+
+def _tail_of(relations: dict[str, Any]) -> dict[str, float]:
+    """Term -> weight."""
+    weights = dict.fromkeys(relations["tail"].split("+"), relations["tail_weight"])
+    if "pooled" in weights and relations.get("pooled_weight") is not None:
+        weights["pooled"] = relations["pooled_weight"]
+    return weights
 
 
 def _steps_of(state: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
@@ -202,7 +218,7 @@ def model_card(directory: Path, measured: Sequence[Path] = ()) -> str:
     """The model card: what the model is, how to load it, its figures, its lineage."""
     lineage = read_json(directory / LINEAGE_FILE)
     config = load_config(directory, "student")
-    weights = directory / "model.safetensors"
+    weights, settings = directory / "model.safetensors", exported_settings(directory)
     recipe = lineage.get("recipe")
     sizes = (
         f"{config.num_hidden_layers} layers, width {config.hidden_size}, {read_model(directory, 'student').num_parameters / 1e6:.1f} M parameters, "
@@ -220,7 +236,7 @@ def model_card(directory: Path, measured: Sequence[Path] = ()) -> str:
         f"# {'Trimmed encoder' if recipe is None else 'MiniLMv2 student'}, {config.num_hidden_layers} x {config.hidden_size}",
         f"{sizes}{origin}.",
         _loading(directory, half=str(config.dtype).endswith("float16")),
-        "\n".join([USE, *_limits(lineage, config, directory)]),
+        "\n".join([USE.format(pooled=POOLED[settings.pooling]), *_limits(lineage, config, directory)]),
     ]
     if figures := measured_sections([*measured, directory], lineage.get("steps")):
         parts += ["## What was measured", figures]
@@ -241,7 +257,7 @@ def _limits(lineage: dict[str, Any], config: Any, directory: Path) -> list[str]:
     lines = []
     if recipe and recipe.get("relations", {}).get("tail", "none") == "none":
         lines.append(_untrained_tail(lineage.get("student_layer", "last"), config.num_hidden_layers))
-    lines.append(length_note(directory))
+    lines += [length_note(directory), projection_note(directory)]
     dropout = lineage.get("dropout")
     if dropout and dropout["distillation"] != dropout["config"]:
         lines.append(
@@ -279,6 +295,23 @@ def length_note(directory: Path) -> str:
     return (
         f"It was trained from random weights on rows of {longest} tokens and accepts {positions}, but positions after {longest} "
         f"were never trained: cut inputs at {longest} tokens (the tokenizer and the sentence-transformers settings do)."
+    )
+
+
+def projection_note(directory: Path) -> str:
+    """A sentence about a learned projection of sentence vectors; empty where the export has none."""
+    if not (directory / DENSE).is_dir():
+        return ""
+    config = read_json(directory / DENSE / "config.json")
+    is_module = (directory / "modules.json").is_file()
+    use = (
+        "is a module of the SentenceTransformer"
+        if is_module
+        else "becomes a module with `export --sentence-transformers`"
+    )
+    return (
+        f"`{DENSE}` is the matrix with which training compared its sentence vectors ({config.get('in_features')} channels) with the "
+        f"teacher's ({config.get('out_features')}); it {use}, and `--drop-projection` leaves it out."
     )
 
 

@@ -7,7 +7,8 @@
 `--student NAME` chooses one student of a run that trains several. `--step N` exports that checkpoint, and `--step best`
 the one with the lowest held-out loss, which a run keeps that was trained with `checkpoint.keep_best: heldout`.
 `--vocabulary DIR` cuts the vocabulary to the pieces that `python -m data_prep trim-vocab` kept.
-`--sentence-transformers` adds the files with which SentenceTransformer(DIR) loads it. `--onnx` adds onnx/model.onnx and
+`--sentence-transformers` adds the files with which SentenceTransformer(DIR) loads it; a learned projection of sentence
+vectors is one of its modules, and `--drop-projection` leaves it out. `--onnx` adds onnx/model.onnx and
 onnx/model_int8.onnx, checked against torch on the sentences of --check-pairs and on lines of --check-text in languages
 that have no pairs. `--push OWNER/NAME` uploads the result to a private repository of a model hub; no other option needs
 a hub.
@@ -26,13 +27,13 @@ import transformers
 from data_prep.outputs import output_path
 from pipeline.distillation.models.vocabulary import read_vocabulary
 from pipeline.evaluation.retrieval import RetrievalConfig, read_pairs
-from pipeline.export.card import length_note
+from pipeline.export.card import length_note, projection_note
 from pipeline.export.handover import longest_input
 from pipeline.export.hf import DTYPES, Extra, export_run
 from pipeline.export.onnx import add_onnx, checked_on, int8_warning
 from pipeline.export.onnx_check_text import read_check_lines
 from pipeline.export.push import check_login, push
-from pipeline.export.sentence_transformers_files import add_sentence_transformers
+from pipeline.export.sentence_transformers_files import add_sentence_transformers, drop_dense
 from pipeline.export.trim import trim, trimming_lines
 from pipeline.runtime.checkpoint import Step
 from pipeline.runtime.json_files import read_json
@@ -54,6 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sentence-transformers", action="store_true", help="also write the files of a SentenceTransformer"
     )
+    parser.add_argument(
+        "--drop-projection",
+        action="store_true",
+        help="leave out the projection of sentence vectors that `relations.tail: pooled` has learned",
+    )
     parser.add_argument("--onnx", action="store_true", help="also write ONNX files in fp32 and int8")
     parser.add_argument("--check-pairs", default="samples/parallel", help="directory of en-XX.tsv for the ONNX check")
     parser.add_argument(
@@ -74,7 +80,7 @@ def add_choice_of_student(parser: argparse.ArgumentParser, action: str = "store"
 
 def run(arguments: argparse.Namespace) -> None:
     transformers.logging.disable_progress_bar()
-    extras: list[Extra] = []
+    extras: list[Extra] = [drop_dense] if arguments.drop_projection else []
     if arguments.sentence_transformers:
         extras.append(add_sentence_transformers)
     if arguments.onnx:
@@ -91,7 +97,7 @@ def run(arguments: argparse.Namespace) -> None:
             print(warning, file=sys.stderr, flush=True)
     size_mb = (student / "model.safetensors").stat().st_size / 1e6
     print(f"exported: {student} ({size_mb:.0f} MB). Load it with AutoModel.from_pretrained({str(student)!r})")
-    if note := length_note(student):
+    for note in filter(None, [length_note(student), projection_note(student)]):
         print(note)
     if arguments.push:
         print(f"pushed: {push(student, arguments.push)}")

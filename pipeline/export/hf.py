@@ -19,9 +19,11 @@ from transformers import PretrainedConfig
 from data_prep.outputs import check_output_place, replaced_directory
 from pipeline.data.tokenizer_hash import tokenizer_directory
 from pipeline.distillation.models.loading import blank_model, config_of
+from pipeline.distillation.models.student import SENTENCE_PROJECTION
 from pipeline.errors import UserError
 from pipeline.export.card import CARD_FILE, LINEAGE_FILE, VOCABULARY_FILE, lineage_of, write_card
 from pipeline.export.handover import hand_over, limit_tokenizer
+from pipeline.export.sentence_transformers_files import write_dense
 from pipeline.runtime import ds_config
 from pipeline.runtime.checkpoint import Step, read_model_weights
 from pipeline.runtime.json_files import read_json
@@ -50,6 +52,7 @@ PRODUCTS = (  # the files of an export
     "model*.safetensors*",
     "onnx",
     "*_Pooling",
+    "*_Dense",
     "*_Normalize",
     "modules.json",
     "sentence_bert_config.json",
@@ -97,8 +100,10 @@ def export_run(
     check_output_place(output, "--output", {"the teacher": Path(run["teacher"]), "the tokenizer": Path(tokenizer)})
     check_same_tokenizer_files(state.get("identity", {}), tokenizer, paths.files)
     warn_of_other_teacher(state.get("identity", {}), run["teacher"])
+    projection = weights.pop(SENTENCE_PROJECTION, None)
     lineage = lineage_of({**run, "dropout": hand_over(config, run), "student": student}, state, recipe_text)
-    return export_student(Export(weights, config, tokenizer, lineage, extras, dtype, measured=[paths.files]), output)
+    export = Export(weights, config, tokenizer, lineage, extras, dtype, [paths.files], projection)
+    return export_student(export, output)
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,7 @@ class Export:
         extras: functions that add files to the export. They run before it gets its name, so if one fails nothing is left
         dtype: precision of the stored weights
         measured: directories whose figures go into the model card
+        projection_Dd: the learned projection of sentence vectors, for the extras
     """
 
     weights: Mapping[str, torch.Tensor]
@@ -120,6 +126,7 @@ class Export:
     extras: Sequence[Extra] = ()
     dtype: torch.dtype = torch.float32
     measured: Sequence[Path] = ()
+    projection_Dd: torch.Tensor | None = None
 
 
 def export_student(export: Export, output: Path) -> Path:
@@ -142,6 +149,8 @@ def export_student(export: Export, output: Path) -> Path:
             metadata={"format": "pt"},
         )
         copy_tokenizer(export.tokenizer, temporary)
+        if export.projection_Dd is not None:
+            write_dense(temporary, export.projection_Dd.to(dtype))
         (temporary / LINEAGE_FILE).write_text(json.dumps(export.lineage, indent=2) + "\n", encoding="utf-8")
         limit_tokenizer(temporary)
         for extra in export.extras:

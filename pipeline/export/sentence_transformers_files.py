@@ -1,34 +1,98 @@
-"""Writes the files with which an exported encoder loads as a `SentenceTransformer`: mean over tokens, then unit length.
+"""Writes the files with which an exported encoder loads as a `SentenceTransformer`.
 
-In: a Hugging Face directory. Out: `modules.json` and the settings of its three modules in the same directory, which still
-loads with `AutoModel`. The package itself is not needed.
+In: a Hugging Face directory whose lineage.json says how its sentence vectors were trained; without that, mean over tokens
+and unit length. Out: `modules.json` and the settings of its modules in the same directory, which still loads with
+`AutoModel`. A learned projection is a Dense module. The package itself is not needed.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from pipeline.distillation.models.loading import load_config
+from pipeline.distillation.models.sentence_files import SentenceSettings
+from pipeline.errors import UserError
 from pipeline.export.handover import longest_input
+from pipeline.runtime.json_files import read_json, read_json_if_there
+from pipeline.runtime.tensor_files import open_tensors, save_tensors
 
-MODULES = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
+DENSE, DENSE_WEIGHT = "2_Dense", "linear.weight"
+POOLING_KEYS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token", "last": "pooling_mode_lasttoken"}
 
 
 def add_sentence_transformers(directory: Path) -> None:
     """Write the files. Inputs are cut at the longest length that the export can be used with."""
     width, max_length = load_config(directory, "student").hidden_size, longest_input(directory)
+    settings = exported_settings(directory)
+    kinds = {"": "Transformer", "1_Pooling": "Pooling"}
+    if (directory / DENSE).is_dir():
+        kinds[DENSE] = "Dense"
+    if settings.normalize:
+        kinds[f"{len(kinds)}_Normalize"] = "Normalize"
     modules = [
         {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for number, (path, kind) in enumerate(MODULES)
+        for number, (path, kind) in enumerate(kinds.items())
     ]
-    for path, _ in MODULES[1:]:
-        (directory / path).mkdir()
-    pooling = {"word_embedding_dimension": width, "pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
+    for path in kinds:
+        (directory / path).mkdir(exist_ok=True)
+    pooling = {key: name == settings.pooling for name, key in POOLING_KEYS.items()}
+    prompts = {"prompts": settings.prompts, "default_prompt_name": settings.default_prompt} if settings.prompts else {}
     for name, content in (
         ("modules.json", modules),
         ("sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False}),
-        ("config_sentence_transformers.json", {"similarity_fn_name": "cosine"}),
-        ("1_Pooling/config.json", pooling),
+        ("config_sentence_transformers.json", {**prompts, "similarity_fn_name": settings.similarity}),
+        (
+            "1_Pooling/config.json",
+            {"word_embedding_dimension": width, **pooling, "include_prompt": settings.include_prompt},
+        ),
     ):
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def exported_settings(directory: Path) -> SentenceSettings:
+    """How an export's sentence vectors are made, from its lineage. Raises `UserError` where that is corrupt."""
+    path = directory / "lineage.json"
+    content: dict[str, Any] = read_json_if_there(path).get("sentences") or {}
+    try:
+        settings = SentenceSettings(**content)
+        hash(POOLING_KEYS[settings.pooling])
+    except (TypeError, KeyError) as error:
+        names = ", ".join(field.name for field in fields(SentenceSettings))
+        raise UserError(
+            f"{path}: `sentences` is not an object with the keys {names} ({type(error).__name__}: {error}). Export the model again."
+        ) from None
+    return settings
+
+
+def write_dense(directory: Path, weight_Dd: torch.Tensor) -> None:
+    """Write the projection of sentence vectors as a Dense module, which modules.json need not name."""
+    outputs, inputs = weight_Dd.shape
+    config = {
+        "in_features": inputs,
+        "out_features": outputs,
+        "bias": False,
+        "activation_function": "torch.nn.modules.linear.Identity",
+    }
+    (directory / DENSE).mkdir()
+    (directory / DENSE / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_tensors({DENSE_WEIGHT: weight_Dd.contiguous()}, directory / DENSE / "model.safetensors", {"format": "pt"})
+
+
+def read_dense(directory: Path) -> torch.Tensor | None:
+    """The projection of an export, fp32 [D, d]; None where it has none."""
+    if not (directory / DENSE).is_dir():
+        return None
+    read_json(directory / DENSE / "config.json")
+    with open_tensors(directory / DENSE / "model.safetensors") as file:
+        return file.get_tensor(DENSE_WEIGHT).float()
+
+
+def drop_dense(directory: Path) -> None:
+    """Leave the projection out of an export: its sentence vectors are the student's own, of the student's width."""
+    shutil.rmtree(directory / DENSE, ignore_errors=True)

@@ -24,6 +24,7 @@ from pipeline.distillation.models.vocabulary import Vocabulary, cut_embedding, r
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder, load_encoder
 from pipeline.export.hf import LINEAGE_FILE, Export, Extra, export_student
+from pipeline.export.sentence_transformers_files import read_dense
 from pipeline.runtime.json_files import read_json_if_there
 
 CHECKED_ROWS = 64
@@ -83,6 +84,7 @@ def trim(
         lineage,
         extras=[lambda directory: check_equal(states_before, directory, rows_BL), *extras],
         dtype=torch.float16 if load_config(source, "model").dtype == torch.float16 else torch.float32,
+        projection_Dd=read_dense(source),
     )
     export_student(export, output)
     return report

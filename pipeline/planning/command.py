@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pipeline.config import load_recipe
 from pipeline.errors import UserError
+from pipeline.installed import shipped_file
 from pipeline.planning import report
 from pipeline.planning.assumptions import Assumptions
 from pipeline.planning.devices import DEVICES, Hardware, device_of
@@ -30,8 +31,8 @@ MOST_TEXT_GB, MOST_MEMORY_GIB = 1e9, 1e6
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", type=Path, required=True, help="as for training")
-    parser.add_argument("--deepspeed", type=Path, required=True, metavar="JSON", help="as for training")
+    parser.add_argument("--recipe", type=shipped_file, required=True, help="as for training")
+    parser.add_argument("--deepspeed", type=shipped_file, required=True, metavar="JSON", help="as for training")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
     parser.add_argument("--gpu", required=True, help=f"one of {', '.join(DEVICES)}")
     parser.add_argument("--nodes", type=int, default=1)

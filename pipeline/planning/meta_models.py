@@ -6,6 +6,7 @@ tapped by the code that trains, so that every count is of the modules that will 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from pipeline.distillation.models.student_init import copied_layers
 from pipeline.distillation.models.vocabulary import cut_config, read_vocabulary
 from pipeline.distillation.relations.loss import check_heads
 from pipeline.distillation.shared_teacher import layers_of_all
+from pipeline.distillation.tail import projection_shape
 from pipeline.distillation.tap import TappedEncoder, tap
 from pipeline.errors import UserError, did_you_mean
 from pipeline.planning.trace import ATTENTION
@@ -133,7 +135,10 @@ def build_encoders(recipe: Recipe, config: PretrainedConfig | None = None) -> En
     check_heads(teacher.widths[0], relations.heads, "teacher", student.widths[0])
     check_heads(student.widths[0], relations.heads, "student", teacher.widths[0])
     trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
-    return Encoders(teacher.requires_grad_(False).eval(), student, Sizes(sizes[0], trained, sizes[1] - trained))
+    untrained = sizes[1] - trained
+    if shape := projection_shape(relations, config.hidden_size, student_model.config.hidden_size):
+        trained += math.prod(shape)
+    return Encoders(teacher.requires_grad_(False).eval(), student, Sizes(sizes[0], trained, untrained))
 
 
 def teacher_of_all(recipes: Sequence[Recipe], config: PretrainedConfig) -> TappedEncoder:

@@ -28,6 +28,7 @@ from pipeline.comparison.students import LOSS, StudentRun, read_students
 from pipeline.comparison.table import difference_lines, figure_lines
 from pipeline.config import recipe_to_yaml
 from pipeline.errors import UserError
+from pipeline.installed import training_command
 from pipeline.report.choice import Measure, choose, evaluated_measures, heldout_measure
 from pipeline.report.evaluations import HELDOUT, read_evaluations
 from pipeline.report.family import render_comparison
@@ -139,7 +140,7 @@ def write_recipe(student: StudentRun, file: Path, sentence: str) -> None:
     header = [
         f"The student {student.name} of {student.paths.directory}, trained alone. Every key is given, also those with their default.",
         f"`python -m pipeline compare`: {sentence}",
-        f"  deepspeed pipeline/train.py --deepspeed ds_configs/zero2.json --recipe {shlex.quote(str(file))}",
+        f"  {training_command()} --deepspeed ds_configs/zero2.json --recipe {shlex.quote(str(file))}",
     ]
     comments = "".join(f"# {' '.join(line.splitlines())}\n" for line in header)
     replace_file(file, comments + recipe_to_yaml(student.recipe))

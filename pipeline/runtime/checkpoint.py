@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 
 from data_prep.shards import UnreadableError
 from pipeline.errors import UserError
+from pipeline.installed import training_command
 from pipeline.recipe.ranges import LARGEST_INT, check_ranges
 from pipeline.runtime.checkpoint_files import (
     KINDS,
@@ -40,7 +41,7 @@ from pipeline.runtime.evaluations import best_evaluation
 from pipeline.runtime.tensor_files import not_finite, open_tensors
 
 MAX_READS = 100  # of a checkpoint that the run which writes it prunes while it is read
-NOT_OF_MODEL = "projection."  # prefix of the untrained tensors that are not weights of the model
+NOT_OF_MODEL = "projection."  # prefix of the tensors that are not weights of the model
 Step = int | Literal["best"] | None  # of a checkpoint: "best" has the lowest held-out loss; None: the newest valid one
 
 
@@ -245,7 +246,8 @@ def read_model_weights(
         step: which checkpoint
 
     Returns:
-        all fp32 weights by Hugging Face name, trained and untrained, in their shapes; and the content of `state.json`
+        all fp32 weights by Hugging Face name, trained and untrained, in their shapes, and trained ones of the loss
+        (`projection.`); and the content of `state.json`
     Raises:
         UserError: no checkpoint, no valid one, or weights that are not finite
     """
@@ -280,7 +282,7 @@ def _checkpoint_of(step: Step, run_dir: Path, directory: Path, student: str) -> 
     newest, _ = newest_valid(directory)
     if newest is None:
         raise UserError(
-            f"{run_dir} has no checkpoint. Train first: deepspeed pipeline/train.py --deepspeed ds_configs/zero2.json "
+            f"{run_dir} has no checkpoint. Train first: {training_command()} --deepspeed ds_configs/zero2.json "
             f"--run-dir {shlex.quote(str(run_dir))}   (--recipe FILE for another than recipes/quickstart.yaml)"
         )
     if step is None:

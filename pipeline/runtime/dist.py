@@ -214,6 +214,22 @@ def gather_json(value: Any) -> list[Any]:
     return [json.loads(bytes(p[:n].numpy())) for p, n in zip(parts, lengths, strict=True)]
 
 
+def gather_rows(rows: torch.Tensor) -> list[torch.Tensor]:
+    """Every rank's rows [n, ...], in rank order; n may differ. This rank's are `rows` itself, with its graph."""
+    world_size = torch_dist.get_world_size()
+    if world_size == 1:
+        return [rows]
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
+    torch_dist.all_gather(counts, torch.tensor([len(rows)]))  # on the host: nothing waits for a GPU
+    sizes = [int(count.numpy()[0]) for count in counts]
+    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+    padded[: len(rows)] = rows.detach()
+    parts = [torch.empty_like(padded) for _ in sizes]
+    torch_dist.all_gather(parts, padded)
+    mine = torch_dist.get_rank()
+    return [rows if r == mine else part[:size] for r, (part, size) in enumerate(zip(parts, sizes, strict=True))]
+
+
 def broadcast_json(value: Any) -> Any:
     """Rank 0's JSON value on every rank."""
     return gather_json(value if torch_dist.get_rank() == 0 else None)[0]

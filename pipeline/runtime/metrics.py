@@ -9,19 +9,21 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from data_prep.durable_files import replace_file
 from data_prep.shards import read_again
 from pipeline.recipe.ranges import LARGEST_INT, check_ranges
+from pipeline.runtime.loggers import TENSORBOARD, LoggedRun, Loggers, check_names, identifier_in
 from pipeline.runtime.noncritical_files import make_way_for_directory, make_way_for_file, open_log, set_aside
 from pipeline.runtime.run_paths import RunPaths
 from pipeline.runtime.tensorboard_tags import LAYOUT, tensorboard_tag
@@ -32,20 +34,35 @@ class MetricsConfig:
     """How often a run reports."""
 
     log_every: int = 10  # steps between console lines and points of a curve
+    loggers: list[str] = field(
+        default_factory=lambda: [TENSORBOARD]
+    )  # who shows curves: tensorboard, wandb, trackio, mlflow
     images: bool = True  # relation maps of a fixed row, teacher next to student, at every evaluation
 
     def __post_init__(self) -> None:
         check_ranges(self, "metrics", {"log_every": (1, LARGEST_INT)})
+        check_names(self.loggers)
 
 
 class Metrics:
     """Writers of one student's run; with `active=False` every call is a no-op."""
 
-    def __init__(self, paths: RunPaths, active: bool, first_step: int, steps: int, shows_progress: bool = True):
+    def __init__(
+        self,
+        paths: RunPaths,
+        active: bool,
+        first_step: int,
+        steps: int,
+        shows_progress: bool = True,
+        loggers: Sequence[str] = (TENSORBOARD,),
+    ):
+        """`loggers`: `metrics.loggers` of the recipe. Those other than TensorBoard are opened by `describe`."""
         self.active = active
         self.known_of_first_step: set[str] = set()  # tags that an earlier attempt has written
         if not active:
             return
+        self._paths, self._names = paths, loggers
+        self._loggers: Loggers | None = None
         self._tensorboard_dir = paths.tensorboard
         # An earlier attempt may have written past the checkpoint that this one resumes from: those steps are dropped.
         purge_step = first_step + 1 if first_step else 0
@@ -56,12 +73,13 @@ class Metrics:
         self._lines: TextIO | None = None
         is_hidden = not (shows_progress and sys.stderr.isatty())
         self._bar = tqdm(total=steps, initial=first_step, unit="step", desc="distil", disable=is_hidden, leave=False)
-        self._attempt(lambda: make_way_for_directory(self._tensorboard_dir))
+        if TENSORBOARD in loggers:
+            self._attempt(lambda: make_way_for_directory(self._tensorboard_dir))
         self._on_tensorboard(lambda writer: None)  # opens it
         self._attempt(lambda: self.known_of_first_step.update(_truncate_after(self._path, first_step)))
 
     def describe(self, recipe_yaml: str, deepspeed_json: str, hyper_parameters: Mapping[str, Any]) -> None:
-        """Write the settings of the run and the layout of the charts to TensorBoard."""
+        """Write the settings of the run to every logger, and the layout of the charts to TensorBoard."""
         table = "\n".join(f"| {key} | {value} |" for key, value in hyper_parameters.items())
         texts = {
             "recipe": f"```yaml\n{recipe_yaml}\n```",
@@ -71,6 +89,12 @@ class Metrics:
         self._on_tensorboard(lambda writer: writer.add_custom_scalars(LAYOUT))
         for tag, text in texts.items():
             self._on_tensorboard(partial(SummaryWriter.add_text, tag=tag, text_string=text))
+        self._on_tensorboard(partial(_add_hyper_parameters, values=hyper_parameters))
+        if self.active and set(self._names) - {TENSORBOARD}:
+            is_new = not self._paths.loggers.exists()
+            name = "/".join(filter(None, [self._paths.directory.resolve().name, self._paths.student]))
+            about = LoggedRun(name, identifier_in(self._paths.loggers), self._paths.files, hyper_parameters)
+            self._loggers = Loggers(self._names, about, self.say, is_new)
 
     def write(self, step: int, samples: int, values: Mapping[str, float]) -> None:
         """One point on every curve. `step` counts finished optimizer steps."""
@@ -80,6 +104,8 @@ class Metrics:
             self._on_tensorboard(
                 partial(SummaryWriter.add_scalar, tag=tensorboard_tag(tag), scalar_value=value, global_step=step)
             )
+        if self._loggers is not None:
+            self._loggers.write(step, values)
         row = {"step": step, "samples": samples, "time_s": round(time.time(), 3), **values}
         self._attempt(lambda: self._append(json.dumps(row) + "\n"))
 
@@ -105,7 +131,7 @@ class Metrics:
                 self._writer = None
                 raise
 
-        if self.active:
+        if self.active and TENSORBOARD in self._names:
             self._attempt(act)
 
     def _attempt(self, action: Callable[[], object]) -> None:
@@ -130,10 +156,21 @@ class Metrics:
     def close(self) -> None:
         if self.active:
             self._bar.close()
+            if self._loggers is not None:
+                self._loggers.close()
             if self._writer is not None:
                 self._attempt(self._writer.close)
             if self._lines is not None:
                 self._attempt(self._lines.close)
+
+
+def _add_hyper_parameters(writer: SummaryWriter, values: Mapping[str, Any]) -> None:
+    """TensorBoard's HParams tab. `add_hparams` would make a run of its own for them."""
+    settings = {
+        key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in values.items()
+    }
+    for summary in hparams(settings, {tensorboard_tag(tag): 0.0 for tag in ("heldout/mean", "loss/total")}):
+        writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]  # it is None only after close
 
 
 def _truncate_after(path: Path, first_step: int) -> set[str]:

@@ -39,6 +39,7 @@ class RunPaths:
         )  # step-N/, see runtime/checkpoint.py
         self.metrics = files / "metrics.jsonl"  # one JSON object per logged step
         self.tensorboard = directory / "tensorboard" / student
+        self.loggers = files / "loggers.json"  # the run's identifier in the other `metrics.loggers`
         self.logs = directory / "logs"
         self.spikes = files / "spikes.jsonl"  # losses far above the ones before them, with their rows
         self.bad_batch = files / "bad_batch.json"  # rows of the non-finite step that ended the run

@@ -25,6 +25,7 @@ from pipeline.distillation.config import RelationsConfig
 from pipeline.distillation.distiller import DistillModule, Hooks
 from pipeline.distillation.flops import student_flops, training_flops
 from pipeline.distillation.models.projection import Calibration
+from pipeline.distillation.models.sentence_files import FoundSettings
 from pipeline.distillation.models.student import Student, build_student
 from pipeline.distillation.models.teacher import load_encoder, load_teacher
 from pipeline.distillation.shared_teacher import SharedTeacher, layers_of_all
@@ -44,6 +45,7 @@ from pipeline.runtime.watchdog import Watchdog
 from pipeline.training.agreement import shape_facts
 from pipeline.training.checks import Check, Inputs, checks_of_run, cut_teacher, inputs_of
 from pipeline.training.identity import START_WEIGHTS, Identity
+from pipeline.training.sentences import resolved, sentence_identity
 
 CALIBRATION_TOKENS = 8192  # on which `student.init: project` measures the teacher's states
 T = TypeVar("T")
@@ -81,13 +83,14 @@ class Parts:
     teacher_precision: str
     warnings: list[str]
     identity: Identity  # of teacher, tokenizer and vocabulary, by content
+    sentences: FoundSettings | None = None  # where sentence vectors are compared
     name: str = ""  # of the student, in a run with several
     shared_teacher: SharedTeacher | None = None  # of several students
 
     @property
     def made_from(self) -> MadeFrom:
         """Everything that must be the same in all attempts to train this student."""
-        identity = {**self.identity, **self.student.start_hashes}
+        identity = {**self.identity, **self.student.start_hashes, **sentence_identity(self.sentences)}
         return MadeFrom(self.recipe, identity, self.source.fingerprint, self.name)
 
     @property
@@ -163,16 +166,21 @@ def build(
     clock, made = StepClock(launch.device), []
     teacher = _Teacher(of_members)
     flops = training_flops(teacher.tapped, [student.tapped for student in students.values()], recipe.seq_len)
-    settings = [(inputs.recipe, inputs.ds_config, inputs.precision) for inputs in of_members.values()]
+    settings = [(m.recipe, m.ds_config, m.precision, m.sentences) for m in of_members.values()]
     shared = next(iter(of_members.values()))
     source, batch, identity, teacher_precision = shared.source, shared.batch, shared.identity, shared.teacher_precision
     del first, of_members, inputs, shared  # and with them the teacher's layers above the highest distilled one
     teacher.place(recipe, teacher_precision, launch)
-    hooks = Hooks(dist.gather_json, partial(deterministic_kernels, recipe.deterministic), clock.mark)
-    for (name, student), (of_student, config, precision) in zip(students.items(), settings, strict=True):
-        distiller = DistillModule(
-            teacher.of_student(of_student.relations), student.tapped, of_student.relations, student.basis_Dd, hooks
-        )
+    hooks = Hooks(
+        dist.gather_json,
+        partial(deterministic_kernels, recipe.deterministic),
+        clock.mark,
+        recipe.positions == "restart",
+        dist.gather_rows,
+    )
+    for (name, student), (of_student, config, precision, sentences) in zip(students.items(), settings, strict=True):
+        relations = resolved(of_student.relations, sentences)
+        distiller = distill_module(teacher.of_student(relations), student, relations, hooks)
         engine = StudentEngine(distiller, student.trained, of_student.optimizer, config, recipe.deterministic)
         parts = Parts(
             recipe=of_student,
@@ -190,12 +198,18 @@ def build(
             teacher_precision=teacher_precision,
             warnings=[*warnings, *engine.warnings],
             identity=identity,
+            sentences=sentences,
             name=name,
             shared_teacher=teacher.shared,
         )
         made.append(parts)
         warnings = []  # of the run: reported by its first student
     return made
+
+
+def distill_module(teacher: Callable, student: Student, relations: RelationsConfig, hooks: Hooks) -> DistillModule:
+    """What the engine wraps, with all parts of a student that the loss reads."""
+    return DistillModule(teacher, student.tapped, relations, student.basis_Dd, hooks, student.projection)
 
 
 class _Teacher:
@@ -293,7 +307,8 @@ def _build_same_student(inputs: Inputs, launch: Launch) -> Student:
         student.start_hashes = inputs.start_hashes
         student.start += f" (weights {student.start_hashes[START_WEIGHTS][:12]})"
     if recipe.student.init == "project":
-        dist.take_from_main([*student.model.parameters(), *student.untrained.values()], launch.device)
+        of_loss = [] if student.projection is None else [student.projection.weight]
+        dist.take_from_main([*student.model.parameters(), *student.untrained.values(), *of_loss], launch.device)
     return student
 
 

@@ -22,11 +22,12 @@ from pipeline.config import Recipe
 from pipeline.data.batches import BatchOptions, BatchSource
 from pipeline.data.tokenizer_hash import compare_ids, tokenizer_sha256
 from pipeline.distillation.compiled_layers import check_compiler
-from pipeline.distillation.distiller import unequal_widths
-from pipeline.distillation.models.architectures import ARCHITECTURES, check_length
+from pipeline.distillation.models.architectures import check_documents, check_length
+from pipeline.distillation.models.sentence_files import FoundSettings
 from pipeline.distillation.models.teacher import check_vocabulary
 from pipeline.distillation.models.vocabulary import cut_embedding, read_vocabulary
 from pipeline.distillation.relations.loss import check_heads
+from pipeline.distillation.tail import unequal_widths
 from pipeline.distillation.tap import tap
 from pipeline.errors import UserError, about_student
 from pipeline.runtime import ds_config
@@ -35,7 +36,8 @@ from pipeline.runtime.engine import device_precisions
 from pipeline.training.agreement import settings_facts
 from pipeline.training.how_to_prepare import how_to_prepare, text_of
 from pipeline.training.identity import Identity, identity_of, start_identity
-from pipeline.training.recipe_warnings import recipe_warnings
+from pipeline.training.recipe_warnings import recipe_warnings, window_warnings
+from pipeline.training.sentences import check_sentences, settings_of
 from pipeline.training.student_start import check_start, read_start, trained_length
 
 
@@ -104,6 +106,11 @@ class Inputs:
         name = self.recipe.student.start_encoder
         return {} if name is None else start_identity(read_start(name))
 
+    @cached_property
+    def sentences(self) -> FoundSettings | None:
+        """How sentence vectors are pooled; None where the recipe compares none."""
+        return settings_of(self.recipe)
+
     # -- what the checks below look at
 
     def check_batch(self) -> Found:
@@ -141,7 +148,7 @@ class Inputs:
         config = self.teacher_model.config
         layers = check_taps(self.recipe, self.teacher_model)
         shape = f"{config.num_hidden_layers} layers x {config.hidden_size}"
-        return Found(f"{config.model_type}, {shape}, read at layer {layers}")
+        return Found(f"{config.model_type}, {shape}, read at layer {layers}", window_warnings(self.recipe, config))
 
     def start_facts(self) -> dict[str, Any]:
         return {**self.start_hashes, "trained length of the encoder of `student.init`": self.trained_length}
@@ -149,6 +156,15 @@ class Inputs:
     def check_start(self) -> Found:
         """The encoder that the student starts from has the student's shape and tokenizer."""
         return Found(check_start(self.recipe, self.teacher_model.config))
+
+    def check_sentences(self) -> Found:
+        """The sentence vectors that `relations.tail: pooled` compares."""
+        assert self.sentences is not None
+        rows, width = self.batch.micro_batch * self.num_ranks, self.teacher_model.config.hidden_size
+        return Found(*check_sentences(self.recipe, self.sentences, rows, width))
+
+    def sentence_facts(self) -> dict[str, Any]:
+        return {"how the teacher makes sentence vectors": str(self.sentences and self.sentences.settings)}
 
     def check_teacher_and_shards(self) -> Found:
         check_fit(self.recipe, self.source.shards, self.teacher_model)
@@ -176,7 +192,7 @@ class Check:
 
 
 # Subjects of checks that depend on the student. The first is about rows and ranks as well.
-OF_EACH_STUDENT = ("batch", "recipe", "compiler of layers", "teacher", "student", "tokenizer")
+OF_EACH_STUDENT = ("batch", "recipe", "compiler of layers", "teacher", "student", "sentences", "tokenizer")
 
 
 def inputs_of(recipe: Recipe, inputs: Inputs) -> dict[str, Inputs]:
@@ -227,6 +243,7 @@ def start_up_checks(inputs: Inputs) -> list[Check]:
         *([Check("compiler of layers", inputs.check_compiler)] if inputs.compile_keys else []),
         Check("teacher", inputs.check_teacher, lambda: dict(inputs.identity), model=teacher),
         *([_start_check(inputs)] if inputs.recipe.student.start_encoder else []),
+        *([_sentence_check(inputs)] if "pooled" in inputs.recipe.relations.tail_terms else []),
         Check("tokenizer", inputs.check_teacher_and_shards, needs=both),
         # Loading XLM-R's tokenizer takes 2 s where the manifest does not say that it was compared with this one.
         Check("ids", inputs.check_ids, needs=(*both, "tokenizer"), is_for_rank_0=True, fix=new_shards),
@@ -236,6 +253,10 @@ def start_up_checks(inputs: Inputs) -> list[Check]:
 def _start_check(inputs: Inputs) -> Check:
     encoder = inputs.recipe.student.start_encoder
     return Check("student", inputs.check_start, inputs.start_facts, needs=("teacher",), model=encoder)
+
+
+def _sentence_check(inputs: Inputs) -> Check:
+    return Check("sentences", inputs.check_sentences, inputs.sentence_facts, needs=("teacher",))
 
 
 def open_data(recipe: Recipe) -> BatchSource:
@@ -272,7 +293,7 @@ def check_taps(recipe: Recipe, teacher_model: PreTrainedModel) -> list[int]:
     """The layers that are read exist, and the heads divide both widths. Returns the layers."""
     relations, width = recipe.relations, recipe.student.hidden
     of_teacher = teacher_model.config.hidden_size
-    if relations.tail == "mse" and width != of_teacher and recipe.student.init != "project":
+    if "mse" in relations.tail_terms and width != of_teacher and recipe.student.init != "project":
         raise UserError(unequal_widths(of_teacher, width))
     taps = relations.teacher_taps or teacher_model.config.num_hidden_layers
     teacher = tap(teacher_model, taps, **relations.tap_options, role="teacher")
@@ -292,9 +313,8 @@ def check_fit(recipe: Recipe, shards: ShardSet, teacher_model: Any) -> None:
             f"{role} (sha256 {sha256[:12]} in {recipe.tokenizer}). {how_to_prepare(recipe.tokenizer, again, text)}   (then "
             f"train with {shlex.join(['--set', f'data={again}'])})"
         )
-    for model_type in (teacher_model.config.model_type, recipe.student.family):
-        if recipe.documents == "separate" and model_type and not ARCHITECTURES[model_type].accepts_block_mask:
-            raise UserError(f"{model_type} cannot keep the documents of a row apart; set documents: joined")
+    if recipe.documents == "separate":
+        check_documents(teacher_model.config, "the teacher")
     check_vocabulary(teacher_model, shards.vocab_size, recipe.data)
     check_length(teacher_model.config, recipe.seq_len, recipe.teacher)
 

@@ -11,6 +11,7 @@ from typing import Any
 from data_prep.shards import UnreadableError
 from pipeline.runtime import dist, preflight
 from pipeline.runtime.checkpoint import committed_steps
+from pipeline.runtime.loggers import problem_of
 from pipeline.training.build import Run
 
 
@@ -30,6 +31,8 @@ def check_ready(run: Run) -> None:
 
 
 def _problem_on_disk(run: Run) -> str | None:
+    if problem := problem_of(run.recipe.metrics.loggers):
+        return problem
     try:
         present, keeping = committed_steps(run.paths.checkpoints), run.recipe.checkpoint
     except UnreadableError as error:

@@ -9,8 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from transformers import PretrainedConfig
+
 from pipeline.config import Recipe
 from pipeline.data.batches import BatchSource
+from pipeline.distillation.config import RelationsConfig
+from pipeline.distillation.models.architectures import ARCHITECTURES, window_of
+from pipeline.distillation.models.student import student_hf_config
+from pipeline.distillation.models.student_init import copied_layers
+from pipeline.distillation.tail import POOLED
 from pipeline.runtime.optimizer import learning_rate
 
 SMALLEST_USEFUL_RATE = (
@@ -71,6 +78,11 @@ def _unused(recipe: Recipe) -> Iterator[str]:
         changed = [name for name in ("alpha", "sampling_unit") if getattr(recipe, name) != getattr(Recipe, name)]
         if changed:
             yield f"language_weights decides how languages are mixed: {' and '.join(changed)} of this recipe has no effect"
+    relations, other = recipe.relations, RelationsConfig()
+    if POOLED not in relations.tail_terms:
+        keys = ("pooled_weight", "pooling", "pooled_distance", "pooled_temperature")
+        if changed := [f"relations.{key}" for key in keys if getattr(relations, key) != getattr(other, key)]:
+            yield f"relations.tail is {relations.tail}, without `pooled`: {' and '.join(changed)} of this recipe has no effect"
 
 
 def _held_out(recipe: Recipe, source: BatchSource) -> Iterator[str]:
@@ -111,3 +123,30 @@ def _named(facts: dict[str, str]) -> str:
     listed = [f"{name} {fact}" for name, fact in list(facts.items())[:NAMED]]
     more = f" and {len(facts) - NAMED} more" if len(facts) > NAMED else ""
     return ", ".join(listed) + more
+
+
+def window_warnings(recipe: Recipe, teacher: PretrainedConfig) -> list[str]:
+    """Warnings about distilled layers whose attention has a window: what such a layer sees, and which layers see all."""
+    relations, shape = recipe.relations, recipe.student
+    of_teacher = relations.teacher_taps or teacher.num_hidden_layers
+    warnings = _windows_of("teacher", teacher, of_teacher, recipe)
+    architecture = ARCHITECTURES.get(shape.family or teacher.model_type)
+    if architecture and architecture.masks_by_layer_type and shape.start_encoder is None:
+        highest = of_teacher if isinstance(of_teacher, int) else max(of_teacher)
+        chosen = copied_layers(teacher.num_hidden_layers, shape.layers, shape.init_layers, highest)
+        student = student_hf_config(teacher, shape, chosen)
+        warnings += _windows_of("student", student, relations.student_taps or shape.layers, recipe)
+    return warnings
+
+
+def _windows_of(role: str, config: PretrainedConfig, read: int | list[int], recipe: Recipe) -> list[str]:
+    windows = {number: window_of(config, number) for number in range(1, config.num_hidden_layers + 1)}
+    complete = ", ".join(str(number) for number, window in windows.items() if window is None) or "none"
+    part = "document" if recipe.documents == "separate" else "row"
+    return [
+        f"layer {number} of the {role} is distilled, and its attention has a window: a token sees {windows[number]} tokens to "
+        f"either side. The relations match all pairs of tokens of a {part}, also those farther apart, whose queries and keys "
+        f"this layer never compares. Layers of the {role} that see all tokens: {complete} (`relations.{role}_layer`)"
+        for number in ([read] if isinstance(read, int) else read)
+        if windows.get(number) is not None
+    ]

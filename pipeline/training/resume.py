@@ -25,6 +25,7 @@ from pipeline.training.agreement import environment_warnings
 from pipeline.training.build import MadeFrom, Parts, Run
 from pipeline.training.groups import Group
 from pipeline.training.identity import changes, start_identity
+from pipeline.training.sentences import batch_warnings, sentence_identity, settings_of
 from pipeline.training.student_start import read_start
 
 
@@ -152,6 +153,7 @@ def _warnings_of_members(run: Run, readers: Sequence[CheckpointReader], allow_ch
         warnings += check_changes(reader.state, member.made_from, run.paths.directory, allow_change)
         dropout = max(dropout_of(member.student.model.config).values(), default=0.0)
         warnings += environment_warnings(reader.state, member.ds_config, dropout)
+        warnings += batch_warnings(reader.state, member.recipe, member.batch.micro_batch * member.launch.world_size)
         reader.check_shapes(member.engine.shapes, member.student.untrained)
     return warnings
 
@@ -202,8 +204,9 @@ def _warnings_of_finished(run: Run, group: Group, allow_change: bool) -> list[st
                 "backup, or choose another --run-dir"
             )
         encoder = recipes[name].student.start_encoder
-        start = {} if encoder is None else start_identity(read_start(encoder))
-        made_from = MadeFrom(recipes[name], run.shared.identity | start, shared.data_fingerprint, name)
+        own = {} if encoder is None else start_identity(read_start(encoder))
+        own |= sentence_identity(settings_of(recipes[name]))
+        made_from = MadeFrom(recipes[name], run.shared.identity | own, shared.data_fingerprint, name)
         warnings += check_changes(
             CheckpointReader(found, name).state, made_from, run.paths.directory, allow_change, True
         )

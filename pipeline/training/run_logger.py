@@ -60,7 +60,8 @@ class RunLogger:
         if self._is_main:
             with contextlib.suppress(OSError):  # a full disk: each file that is not written gives a warning
                 paths.description.parent.mkdir(parents=True, exist_ok=True)
-        self._metrics = Metrics(paths, self._is_main, first_step, parts.recipe.steps, shows_progress=leads)
+        recipe = parts.recipe
+        self._metrics = Metrics(paths, self._is_main, first_step, recipe.steps, leads, recipe.metrics.loggers)
         self._interval = _Interval()
         self._speed: dict[str, float] = {}  # of the last interval
         self._peak_flops_per_s = peak_flops_per_s(device_name(parts.launch.device), parts.precision)
@@ -114,6 +115,8 @@ class RunLogger:
             # `export` writes "config" into the student's config.json, whether or not the teacher is still there
             "dropout": {"distillation": dropout_of(student.model.config), "config": student.own_dropout},
             "first_step": self._first_step,
+            # `export` writes it into the settings of sentence-transformers
+            **({"sentences": parts.sentences.settings.recorded()} if parts.sentences else {}),
             "relation_backend": parts.distiller.backend,  # "auto" until the first batch has chosen
         }
         recipe_yaml, ds_json = recipe_to_yaml(self._recipe), json.dumps(parts.ds_config, indent=1)

@@ -22,7 +22,7 @@ from tests.faults.sweeps.lab import state_of as lab_state_of
 # Other depth, width, heads, dropout, layers, tail, relations, rate, warm-up and clipping; one of them is frozen in part.
 DEEP = {
     "student": {"layers": 3, "hidden": 24, "heads": 4, "dropout": 0.1},
-    "relations": {"teacher_layer": 2},
+    "relations": {"teacher_layer": 2, "tail": "pooled", "pooled_distance": "similarity", "pooled_temperature": 0.2},
     "optimizer": {"lr": 1e-3, "warmup_steps": 5, "gradient_clipping": 0.1},
 }
 WIDE = {
@@ -42,6 +42,8 @@ PAIRS = {
     "relations": {
         "teacher_layer": None,
         "layers": [{"teacher": 1, "student": 1}, {"teacher": 4, "student": 2, "weight": 2.0}],
+        "tail": "mse+pooled",
+        "pooled_weight": 3.0,
     },
     "optimizer": {"weight_decay": 0.0, "betas": [0.8, 0.95]},
 }

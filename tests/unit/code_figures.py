@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
-PRODUCT = ("pipeline", "data_prep")
+PRODUCT = ("pipeline", "data_prep", "minilmv2")
 # From the bottom to the top: a package imports from those on its left, and modules of its own.
 LAYERS = (
-    "errors", "recipe", "distillation", "data", "runtime", "config", "provenance", "comparison", "recipe_reference", "planning",
+    "errors", "installed", "recipe", "distillation", "data", "runtime", "config", "provenance", "comparison", "recipe_reference", "planning",
     "training", "evaluation", "export", "report", "doctor", "train", "__main__",
 )  # fmt: skip
 WORDS = {

@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import REPO
 
-SOURCES = sorted(p for package in ("pipeline", "data_prep", "demo") for p in (REPO / package).rglob("*.py"))
+SOURCES = sorted(p for package in ("pipeline", "data_prep", "minilmv2", "demo") for p in (REPO / package).rglob("*.py"))
 THIRD_PARTY = {
     "torch",
     "transformers",

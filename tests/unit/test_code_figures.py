@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.conftest import REPO
 from tests.unit.code_figures import LAYERS, arrows, functions, num_parameters, upward, words
 
-ROOT_MODULES = {"__init__", "__main__", "config", "errors", "provenance", "recipe_reference", "train"}
+ROOT_MODULES = {"__init__", "__main__", "config", "errors", "installed", "provenance", "recipe_reference", "train"}
 MAX_PARAMETERS = 6
 
 

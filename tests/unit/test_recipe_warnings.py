@@ -39,6 +39,10 @@ def test_an_ordinary_recipe_gives_no_warning(tiny_recipe: Path) -> None:
         (["heldout_rows=5000"], ["4 of 4 languages", "5000 rows", "at most a tenth", "hi ", " rows"]),
         (["max_epochs=0.5", "alpha=0", "steps=200"], ["max_epochs 0.5 lowers the share of", "25.0% to "]),
         (["language_weights={hi: 1, sw: 1, he: 1, tr: 0.001}"], ["1 languages may not occur in the 96 rows", "tr "]),
+        (
+            ["relations.tail=mse", "relations.pooling=cls", "relations.pooled_weight=2"],
+            ["relations.tail is mse", "relations.pooled_weight and relations.pooling of this recipe has no effect"],
+        ),
         (["steps=40000"], ["read more than 100 times", "--set max_epochs=100"]),
     ],
 )

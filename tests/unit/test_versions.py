@@ -14,16 +14,15 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from pipeline.doctor.machine import REPO, Finding
+from pipeline.doctor.machine import Finding
 from pipeline.doctor.versions import read_results, version_findings
 from pipeline.runtime.engine import device_precisions
+from tests.conftest import REPO
 from tests.versions.__main__ import counts, merged, table
 from tests.versions.environments import NotBuiltError, Row, build, find_python, name_of, pins_of, read_rows
 
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-RANGES = {
-    r.name: r for r in map(Requirement, [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["hf-inputs"]])
-}
+RANGES = {r.name: r for r in map(Requirement, [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["hub"]])}
 NUMPY = metadata.version("numpy")
 
 
@@ -36,7 +35,7 @@ def look(tmp_path: Path):
     ) -> list[Finding]:
         (tmp_path / "pyproject.toml").write_text(
             f'[project]\nrequires-python = "{python}"\ndependencies = {json.dumps(ranges)}\n'
-            f"optional-dependencies.hf-inputs = {optional}\n"
+            f"optional-dependencies.hub = {optional}\n"
         )
         (tmp_path / "requirements.txt").write_text(pins)
         (tmp_path / "results.json").write_text(json.dumps(results))

@@ -7,8 +7,10 @@ of one architecture. How to add a row: CONTRIBUTING.md.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
-from transformers import PretrainedConfig
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from data_prep.tokenizer_ids import POSITIONS_FROM_PADDING
 from pipeline.errors import UserError
@@ -29,7 +31,11 @@ class ArchitectureSpec:
     layer_attributes: tuple[str, ...] = ()  # attributes of a layer that the model reads
     layer_returns: int = 0  # 0: a layer returns a tensor; n: a tuple of n
     rotary_head_dim: str | None = None  # attribute with the width of a rotary head, for layers that have one
-    accepts_block_mask: bool = True  # a [B, 1, L, L] bool mask reaches its attention unchanged
+    # How several documents of a row are kept apart: "sdpa", attention is torch's and gets a [B, 1, L, L] mask as it is;
+    # "added", attention adds a mask of numbers to its logits; or the method of a submodule that makes the bool mask.
+    block_mask: str = "sdpa"
+    masks_by_layer_type: bool = False  # the mask may be a dictionary: type of a layer -> its mask
+    mixing_key: str | None = None  # a config key; above zero, a convolution mixes neighbouring tokens
     has_pooler: bool = True  # the class has the argument `add_pooling_layer`
     ffn_key: str = "intermediate_size"
     dropout_keys: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
@@ -40,6 +46,7 @@ class ArchitectureSpec:
     learned_positions: bool = True  # one vector per position: `position_embedding_type` must be absolute
 
 
+SLIDING = "sliding_attention"  # the type of a layer whose attention has a window
 # Buffers in files of older releases: position_ids, the token types of an unsegmented text, rotary frequencies.
 BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids", "rotary_emb.inv_freq")
 _ROBERTA = ArchitectureSpec()
@@ -64,7 +71,7 @@ ARCHITECTURES: dict[str, ArchitectureSpec] = {
         projections=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
         products=None,  # its position bias is defined per head
         layer_returns=1,
-        accepts_block_mask=False,
+        block_mask="added",
         prefix="mpnet",
         learned_positions=False,
     ),
@@ -87,7 +94,8 @@ ARCHITECTURES: dict[str, ArchitectureSpec] = {
         products=None,
         after_first_layer="encoder.conv",
         layer_returns=2,
-        accepts_block_mask=False,
+        block_mask="encoder.get_attention_mask",
+        mixing_key="conv_kernel_size",
         has_pooler=False,
         prefix="deberta",
         heads=("pooler", "cls", "lm_head", "lm_predictions", "mask_predictions", "classifier", "qa_outputs"),
@@ -101,7 +109,7 @@ ARCHITECTURES: dict[str, ArchitectureSpec] = {
         norm_before="attn_norm",
         after_layers=("final_norm",),
         layer_attributes=("attention_type",),
-        accepts_block_mask=False,
+        masks_by_layer_type=True,
         rotary_head_dim="attn.head_dim",
         has_pooler=False,
         dropout_keys=("embedding_dropout", "attention_dropout", "mlp_dropout"),
@@ -116,6 +124,30 @@ def usable_positions(config: PretrainedConfig) -> int:
     """Number of tokens in the longest row that a model accepts (XLM-R: a table of 514 positions, 512 tokens)."""
     positions = int(config.max_position_embeddings)
     return positions - (config.pad_token_id + 1) if config.model_type in POSITIONS_FROM_PADDING else positions
+
+
+def first_position(model: PreTrainedModel) -> int:
+    """The position of a row's first token: 0, or the one behind the padding's (XLM-R: 2)."""
+    if model.config.model_type not in POSITIONS_FROM_PADDING:
+        return 0
+    return cast(int, cast(nn.Module, model.embeddings).padding_idx) + 1
+
+
+def check_documents(config: PretrainedConfig, model: str) -> None:
+    """Raise a `UserError` if `model` cannot keep the documents of a row apart."""
+    key = architecture_of(config).mixing_key
+    if key and getattr(config, key, 0) > 0:
+        raise UserError(
+            f"documents is separate, but {model} cannot keep the documents of a row apart: it is a {config.model_type} with "
+            f"`{key}: {getattr(config, key)}`, and this convolution mixes the last tokens of one document with the first of the "
+            "next. No mask changes that. Set documents: joined (--set documents=joined), or choose a model without it"
+        )
+
+
+def window_of(config: PretrainedConfig, layer: int) -> int | None:
+    """How many tokens to either side attention of a layer (counted from 1) sees; None: all."""
+    kinds = getattr(config, "layer_types", None)
+    return int(config.sliding_window) if kinds and kinds[layer - 1] == SLIDING else None
 
 
 def check_length(config: PretrainedConfig, seq_len: int, teacher: str) -> None:

@@ -29,6 +29,7 @@ from pipeline.distillation.models.student_init import (
     copy_layers,
     project_embeddings,
 )
+from pipeline.distillation.tail import SentenceProjection, sentence_projection
 from pipeline.distillation.tap import TappedEncoder, tap
 from pipeline.errors import UserError, did_you_mean
 from pipeline.recipe.ranges import check_ranges
@@ -37,7 +38,8 @@ from pipeline.recipe.text import shown
 STARTS = ("random", "layers", "project")  # `student.init`; everything else that it can be names an encoder
 
 FREEZABLE = ("embeddings",)
-BASIS = "projection.basis"  # its name among the untrained weights; it is no weight of the model (runtime/checkpoint.py)
+# Names in checkpoints of what is no weight of the model (runtime/checkpoint.py): untrained, and trained.
+BASIS, SENTENCE_PROJECTION = "projection.basis", "projection.sentence"
 # What a student of another architecture keeps of its teacher's config: everything that belongs to their tokenizer.
 TOKENIZER_KEYS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
 
@@ -119,7 +121,8 @@ def _named_start(init: str) -> str:
 
 @dataclass
 class Student:
-    """A student in training. `trained` and `untrained` together are the model's state, by Hugging Face name.
+    """A student in training. `trained` and `untrained` together are the model's state, by Hugging Face name, and what belongs to
+    the loss: a projected student's basis, and the projection of sentence vectors.
 
     `untrained` holds fp32 copies of all weights that training never changes. A projected student's basis is in it too,
     because a restarted run must not measure it again.
@@ -136,6 +139,7 @@ class Student:
     matched: list[tuple[int, int]] = field(default_factory=list)  # (teacher's layer, student's layer), from 1
     trained_length: int | None = None  # tokens after which its positions stay untrained; None: they began trained
     own_dropout: dict[str, float] = field(default_factory=dict)  # by config key, as without `student.dropout`
+    projection: SentenceProjection | None = None  # of sentence vectors to the teacher's width
 
     @property
     def basis_Dd(self) -> torch.Tensor | None:
@@ -199,6 +203,10 @@ def build_student(
     student.own_dropout = dropout_of(own_config)
     if basis_Dd is not None:
         student.untrained[BASIS] = basis_Dd
+    widths = (teacher.config.hidden_size, model.config.hidden_size)
+    student.projection = sentence_projection(relations, widths, seed, basis_Dd)
+    if student.projection is not None:
+        student.trained[SENTENCE_PROJECTION] = student.projection.weight
     return student
 
 

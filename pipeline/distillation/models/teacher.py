@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from pipeline.distillation.documents import Documents
 from pipeline.distillation.models.loading import load_encoder
 from pipeline.distillation.tap import TappedEncoder, tap
 from pipeline.errors import UserError
@@ -72,7 +73,7 @@ class FrozenTeacher(nn.Module):
     def train(self, mode: bool = True) -> FrozenTeacher:
         return super().train(False)
 
-    def forward(self, input_ids_BL: torch.Tensor, attention_mask: torch.Tensor | None = None):
+    def forward(self, input_ids_BL: torch.Tensor, attention_mask: torch.Tensor | Documents | None = None):
         with torch.inference_mode():
             return self.tapped(input_ids_BL, attention_mask)
 

@@ -46,14 +46,15 @@ def relation_kl(
         teacher_BLD: Q, K or V of the teacher, [B, L, D]; a pair (queries, keys) is the relation of two tensors (Q-K).
         student_BLD: the same of the student, with its own D and dtype.
         num_relation_heads: A; must divide both widths.
-        lengths_B: number of real tokens of each row, best on the host, which reads them; padding is at the end. None:
-            all positions are real.
+        lengths_B: number of real tokens of each row, best on the host, which reads them; padding is at the end. A row of
+            padding alone counts as 0 in the mean. None: all positions are real.
         backend: a name in `BACKENDS`, or "auto" for `DEFAULT_BACKEND`.
         segments: per row the lengths of its stretches, in order. Tokens of one stretch see only each other; every token
             keeps the weight that it has without segments. What follows the last stretch is padding.
 
     Returns:
-        A scalar in fp32 (float64 for float64 input), differentiable in the student's tensors.
+        A scalar in fp32 (float64 for float64 input), differentiable in the student's tensors. `torch.autocast` changes nothing in
+        here: products in half precision would cost the gradient three digits.
 
     Raises:
         UserError: A does not divide a width, or there is no such backend.
@@ -85,7 +86,11 @@ def relation_kl_by_row(
 
     def sums(x_S: torch.Tensor, y_S: torch.Tensor | None, with_gradient: bool) -> RelationSums:
         teacher, student = (x_T.detach(), _detached(y_T)), (x_S.detach(), _detached(y_S))
-        return compute(RelationInputs(*teacher, *student, num_relation_heads, spans), with_gradient)
+        if not spans:  # padding alone
+            gradients = [None if x is None else torch.zeros_like(x) for x in (x_S, y_S)]
+            return RelationSums(torch.zeros_like(weight_B), *gradients)
+        with torch.autocast(x_S.device.type, enabled=False):
+            return compute(RelationInputs(*teacher, *student, num_relation_heads, spans), with_gradient)
 
     return _GradientInForward.apply(x_S, y_S, weight_B, sums)
 
@@ -126,7 +131,7 @@ def _stretches(
     if segments is not None and lengths_B is not None:
         raise ValueError("give `lengths_B` or `segments`, not both: what follows a row's last segment is padding")
     if segments is None:
-        return ((length,),) * batch if lengths_B is None else tuple((int(n),) for n in lengths_B.tolist())
+        return ((length,),) * batch if lengths_B is None else tuple((int(n),) if n else () for n in lengths_B.tolist())
     if len(segments) != batch:
         raise ValueError(f"{len(segments)} rows of lengths for a batch of {batch}")
     return tuple(map(tuple, segments))
@@ -141,15 +146,15 @@ def _spans(stretches: Stretches, length: int) -> tuple[Span, ...]:
         for size in parts:
             spans.append(Span(row, start, start + size))
             start += size
-        if not 0 < start <= length or min(parts) < 1:
+        if start > length or min(parts, default=1) < 1:
             raise ValueError(f"row {row}: stretches of {list(parts)} tokens do not fit a row of {length}")
     return tuple(spans)
 
 
 @cached_on_device
 def _weights(stretches: Stretches, num_heads: int, dtype: torch.dtype) -> torch.Tensor:
-    """1 / (A |x|) of each row."""
-    weights = [1.0 / (num_heads * sum(parts)) for parts in stretches]
+    """1 / (A |x|) of each row; 0 for a row of padding alone."""
+    weights = [1.0 / (num_heads * sum(parts)) if parts else 0.0 for parts in stretches]
     return torch.tensor(weights, dtype=torch.float64).to(dtype)
 
 

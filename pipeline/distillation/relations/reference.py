@@ -64,4 +64,4 @@ def relation_kl_reference(
     else:
         counts_B = torch.full((batch,), length, device=x_S.device)
     real_BL = torch.arange(length, device=x_S.device) < counts_B[:, None]
-    return ((kl_BAL * real_BL[:, None]).sum((1, 2)) / (num_relation_heads * counts_B)).mean()
+    return ((kl_BAL * real_BL[:, None]).sum((1, 2)) / (num_relation_heads * counts_B.clamp(min=1))).mean()

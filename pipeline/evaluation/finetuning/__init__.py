@@ -1,1 +1,1 @@
-"""Evaluation tasks that fine-tune an encoder with a head: XNLI and MLQA."""
+"""Evaluation tasks that fine-tune an encoder with a head: XNLI, PAWS-X, MLQA and tagging."""

@@ -20,6 +20,7 @@ import torch
 
 from data_prep.durable_files import replace_file
 from data_prep.file_hashes import xxh3_128_of_file
+from pipeline.errors import UserError
 from pipeline.evaluation.encoder import VOCABULARY_FILES, Encoder
 from pipeline.evaluation.finetuning.loop import FinetuneConfig, FinetuneTask, GridPoint, Scores, finetune, mean_of
 from pipeline.evaluation.finetuning.precision import forward_precision
@@ -55,8 +56,13 @@ def run_grids(
         UserError: no language is left, or `max_length` is too long for one of the encoders
     """
     setting = f"{config.name}.languages"
-    languages = choose_languages(list(data.dev), config.languages, encoders, setting, data.unit)
+    languages = choose_languages(list(data.test), config.languages, encoders, setting, data.unit)
     data = data.only(languages.chosen)
+    if not data.dev:
+        raise UserError(
+            f"none of the languages {', '.join(languages.chosen)} has development examples, which choose the epoch. Add one that "
+            f"has: --set '{setting}=[...]'"
+        )
     for encoder in encoders:
         encoder.check_max_length(config.max_length, f"{config.name}.max_length")
     results = {}
@@ -126,6 +132,7 @@ def choose(points: list[dict[str, Any]]) -> dict[str, Any]:
         "best_epochs": [point["best_epoch"] for point in chosen],
         "test_mean_of_each_seed": {str(point["seed"]): mean_of(point["test"]) for point in chosen},
         "cells": points,
+        **points[0].get("about", {}),
     }
 
 

@@ -1,4 +1,4 @@
-"""Fine-tunes one encoder with a head on one task at one grid point: the loop that XNLI and MLQA share.
+"""Fine-tunes one encoder with a head on one task at one grid point: the loop that all such tasks share.
 
 In: a task (how to load the model, its loss, how a language is scored), tokenized rows, settings. Out: the scores of every
 epoch on the development languages, and the test scores of the best epoch. Every rank holds the complete model and
@@ -9,7 +9,7 @@ micro-batches; otherwise the number of ranks changes nothing but the speed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -76,6 +76,7 @@ class FinetuneTask:
     loss: Callable[[Any, dict[str, torch.Tensor], torch.Tensor], torch.Tensor]  # (outputs, inputs, targets) -> sum
     score: Callable[[Any, str], Scores]  # (model in eval mode, "dev" or "test")
     pad_id: int
+    about: Mapping[str, Any] = field(default_factory=dict)  # facts about encoder and data that the results contain
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ def finetune(
         "dev": state["epochs"][state["best"]]["dev"],
         "test": training.score("test"),
         "epochs": [{"loss": epoch["loss"], "dev_mean": epoch["dev_mean"]} for epoch in state["epochs"]],
+        **({"about": dict(task.about)} if task.about else {}),
     }
 
 

@@ -1,6 +1,6 @@
 """The examples of a fine-tuning task: training examples, and by language the development and test examples.
 
-In: what a task's reader found (`xnli_data.py`, `squad_data.py`). Out: a `SplitData` and its fingerprint.
+In: what a task's reader found (`xnli_data.py`, `squad_data.py`, `tagging_data.py`). Out: a `SplitData` and its fingerprint.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ class SplitData(Generic[Examples]):
     unit: ClassVar[str] = "test examples"  # what a language may lack, for messages
 
     def only(self, languages: Iterable[str]) -> Self:
-        """The same with the development and test examples of these languages."""
-        dev, test = ({x: of[x] for x in languages} for of in (self.dev, self.test))
+        """The same with the development and test examples of these languages. A language may have no development examples."""
+        chosen = list(languages)
+        dev, test = ({x: of[x] for x in chosen if x in of} for of in (self.dev, self.test))
         return dataclasses.replace(self, dev=dev, test=test)
 
     def convert(self, function: Callable[[Examples], Other]) -> SplitData[Other]:

@@ -129,9 +129,10 @@ def test_a_capped_language_lasts_as_long_as_the_planned_run(tiny_recipe: Path) -
 
 
 def test_segments_are_the_documents_of_the_rows(shards: ShardSet) -> None:
-    source = make_source(shards)
+    source = make_source(shards, documents="separate")
     numbers = np.arange(40)
-    segments = source.segments(numbers)
+    ids, segments = (part.numpy() for part in source.training_batch(numbers))
+    assert np.array_equal(ids, source.batch(numbers))
     assert (segments.sum(axis=1) == 32).all()
     language, row = source.locate(numbers)[7]
     assert segments[7][segments[7] > 0].tolist() == shards.segments(language, [row], 32)[0].tolist()

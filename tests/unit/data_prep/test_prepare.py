@@ -63,7 +63,7 @@ def test_tokens_are_those_of_sentencepiece_line_by_line(corpus: Path, finished: 
 def test_the_public_call_of_sentencepiece_gives_the_same_bytes(
     corpus: Path, finished: Path, tiny_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_prep.tokenizer.KNOWN_SENTENCEPIECE", "another version")
+    monkeypatch.setattr("data_prep.sentencepiece_tokenizer.KNOWN_SENTENCEPIECE", "another version")
     run(corpus, tiny_tokenizer, tmp_path / "shards")
     assert content(tmp_path / "shards") == content(finished)
 

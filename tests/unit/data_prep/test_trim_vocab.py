@@ -220,7 +220,7 @@ def test_a_sentencepiece_model_of_another_kind_is_rejected(tmp_path: Path) -> No
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=lines, model_prefix=prefix, vocab_size=40, model_type="bpe", minloglevel=2
     )
-    with pytest.raises(DataError, match=r"is not a unigram model.*tokenizer.json.*save_pretrained"):
+    with pytest.raises(DataError, match=r"is not a unigram model.*tokenizer\.json.*save_pretrained"):
         SentencePiecePieces(SentencePieceTokenizer(tmp_path))
 
 

@@ -27,6 +27,7 @@ from tests.conftest import REPO
 from tests.tiny_encoders import CONFIGS, padded_rows, random_rows, tiny_encoder
 
 NUM_GRAPHS = {"modernbert": 2}  # its first layer has no norm before attention; the next two have a window
+SEGMENTS = torch.tensor([[20, 0], [12, 8], [5, 4]])
 LOGGER = "pipeline.distillation.compiled_layers"
 
 
@@ -94,7 +95,8 @@ def test_every_architecture_compiles_into_few_graphs(model_type: str) -> None:
     [
         ("xlm-roberta", {}, {"checkpointing": True}),
         ("modernbert", {"lengths_B": torch.tensor([20, 20, 9])}, {}),
-        ("bert", {"segments": torch.tensor([[20, 0], [12, 8], [5, 4]])}, {}),
+        ("bert", {"segments": SEGMENTS}, {}),
+        ("modernbert", {"segments": SEGMENTS}, {}),
     ],
 )
 def test_generated_code_gives_the_same_losses_and_gradients(model_type: str, mask: dict, changes: dict) -> None:

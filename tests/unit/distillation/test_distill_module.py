@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.distillation.config import LayerPair, RelationsConfig
-from pipeline.distillation.distiller import DistillModule, Hooks, SequenceMask
+from pipeline.distillation.distiller import DistillModule, Hooks
 from pipeline.distillation.models.student import StudentConfig, build_student
 from pipeline.distillation.models.teacher import load_teacher
 from pipeline.distillation.relations.reference import relation_kl_reference
@@ -264,37 +264,9 @@ def test_the_mse_tail_needs_equal_widths():
         module(random_rows(2, 20))
 
 
-@pytest.mark.parametrize("model_type", ["xlm-roberta", "bert", "electra", "distilbert", "xlm-roberta-xl"])
-def test_documents_of_a_row_do_not_see_each_other(model_type):
-    """Attention and relations stay inside each document: the text of another one changes nothing."""
-    relations = RelationsConfig(heads=12)
-    module, teacher_model, student = make(relations, model_type)
-    segments = torch.tensor([[8, 12, 0], [3, 7, 10]])
-    rows = random_rows(2, 20)
-    _, parts = module(rows, segments=segments)
-    other = rows.clone()
-    other[0, :8], other[1, 3:10] = 5, 6
-    before, after = (module._run_both(r, SequenceMask(None, segments))[1].layers[0][2] for r in (rows, other))
-    assert torch.allclose(before[0, 8:], after[0, 8:], atol=1e-6)
-    assert torch.allclose(before[1, 10:], after[1, 10:], atol=1e-6)
-    assert not torch.allclose(before[0, :8], after[0, :8], atol=1e-3)
-    mask = SequenceMask(None, segments).attention_mask(rows)
-    with torch.no_grad():
-        of_teacher, of_student = tap(teacher_model, 4)(rows, mask), tap(student.model, 2)(rows, mask)
-    expected = relation_kl_reference(of_teacher[0], of_student[0], 12, segments=[[8, 12], [3, 7, 10]]).item()
-    assert parts[0].item() == pytest.approx(expected, rel=1e-4)
-
-
 def test_one_document_per_row_is_the_same_as_no_documents():
     module, _, _ = make()
     rows = random_rows(2, 20)
     assert module(rows, segments=torch.tensor([[20], [20]]))[0].item() == pytest.approx(
         module(rows)[0].item(), rel=1e-5
     )
-
-
-@pytest.mark.parametrize("model_type", ["modernbert", "mpnet", "deberta-v2"])
-def test_architectures_that_cannot_keep_documents_apart_say_so(model_type):
-    module, _, _ = make(teacher_type=model_type)
-    with pytest.raises(UserError, match=f"{model_type} cannot keep several documents"):
-        module(random_rows(2, 20), segments=torch.tensor([[8, 12], [20, 0]]))

@@ -178,13 +178,13 @@ def test_just_below_the_fixed_shifts_limit():
     backend=st.sampled_from(list(BACKENDS)),
     heads=st.sampled_from([1, 2, 3]),
     head_dims=st.tuples(st.integers(1, 9), st.integers(1, 9)),
-    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4),
     two_tensors=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_any_shape_and_padding(backend, heads, head_dims, lengths, two_tensors, seed):
     """Any head size (such as 6 = 384/64), any padding, a tensor with itself or Q with K."""
-    shape = (len(lengths), max(lengths) + seed % 2, heads * head_dims[0], heads * head_dims[1])
+    shape = (len(lengths), max(1, *lengths) + seed % 2, heads * head_dims[0], heads * head_dims[1])
     teacher, student = make(*shape, seed=seed)
     students = [student]
     if two_tensors:
@@ -266,6 +266,35 @@ def test_padding_is_dropped_exactly(backend):
     gradient = second[1].view(2, 30, 24)
     assert torch.count_nonzero(gradient[1, 11:]) == 0
     assert torch.allclose(first[1], second[1], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("counts", [[30, 0], [0, 12], [0, 0]])
+def test_a_row_of_padding_alone_counts_as_zero(backend, counts):
+    teacher, student = make(2, 30, 32, 24)
+    teacher[[count == 0 for count in counts]] = math.nan  # nothing of such a row is used
+    lengths = torch.tensor(counts)
+    loss, gradient = loss_and_gradient(relation_kl, teacher, [student], 4, lengths, backend=backend)
+    rows = [
+        relation_kl_reference(t[None, :n], s[None, :n], 4).item() if n else 0.0
+        for t, s, n in zip(teacher, student, counts, strict=True)
+    ]
+    assert loss == pytest.approx(sum(rows) / 2, rel=1e-5)
+    for count, gradient_LD in zip(counts, gradient.view(2, 30, 24), strict=True):
+        assert torch.count_nonzero(gradient_LD[:count]) == count * 24
+        assert torch.count_nonzero(gradient_LD[count:]) == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", FAR, ids=str)
+def test_autocast_changes_nothing(backend, dtype):
+    """Under autocast torch would compute the products in half precision: gradients off by 3e-3 in fp32."""
+    teacher, student = make(2, 60, 32, 24, dtype)
+    without = loss_and_gradient(relation_kl, teacher, [student], 4, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        within = loss_and_gradient(relation_kl, teacher, [student], 4, backend=backend)
+    assert within[0] == without[0]
+    assert torch.equal(within[1], without[1])
 
 
 def test_mean_over_rows_of_any_micro_batch_split():

@@ -1,4 +1,4 @@
-"""A small XNLI in the official layout. One word of the hypothesis determines the label, so a model can learn it."""
+"""A small XNLI and a small PAWS-X in the official layouts. One word of the hypothesis determines the label, so a model can learn it."""
 
 from __future__ import annotations
 
@@ -39,6 +39,27 @@ def write_xnli(
                 cells = dict.fromkeys(HEADER, "x") | {"language": language, "gold_label": label}
                 lines.append("\t".join((cells | {"sentence1": first, "sentence2": second}).values()))
         (directory / "XNLI-1.0" / f"xnli.{split}.tsv").write_text("\n".join(lines) + "\n")
+    return directory
+
+
+def write_pawsx(
+    directory: Path, train: int = 96, evaluation: int = 24, languages: tuple[str, ...] = ("en", "de")
+) -> Path:
+    """The files of x-final. In `de`, the first test pair is not translated."""
+    draw = random.Random(0)
+    splits = {"train": train, "translated_train": train, "dev_2k": evaluation, "test_2k": evaluation}
+    for language in languages:
+        (directory / language).mkdir(parents=True)
+        for split, count in splits.items():
+            lines = ["id\tsentence1\tsentence2\tlabel"]
+            for number in range(count):
+                label = draw.randrange(2)
+                first, second = (" ".join(draw.choices(FILLER, k=4)) for _ in range(2))
+                lines.append(f"{number}\t{first}\t{second} {('network', 'world')[label]}\t{label}")
+            if (language, split) == ("de", "test_2k"):
+                lines.insert(1, "0\tNS\tNS\t1")
+            if (split == "train") == (language == "en") or split in ("dev_2k", "test_2k"):
+                (directory / language / f"{split}.tsv").write_text("\n".join(lines) + "\n")
     return directory
 
 

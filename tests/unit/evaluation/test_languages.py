@@ -95,7 +95,7 @@ def test_codes_of_one_language(trained: str, language: str, covered: bool) -> No
 def test_every_table_and_the_card_name_the_languages_left_out(
     tiny_teacher: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The tasks of all_tasks.py have de and sw pairs, en and de in XNLI, en and zh in MLQA, hi sw he tr in shards."""
+    """The tasks of all_tasks.py have de and sw pairs, en and de in XNLI and PAWS-X, en and zh in MLQA, en de and sw in tagging, hi sw he tr in shards."""
     student = tmp_path / "student"
     student.mkdir()
     for file in tiny_teacher.iterdir():
@@ -111,10 +111,11 @@ def test_every_table_and_the_card_name_the_languages_left_out(
     assert found["heldout"]["left_out"]["sw"].startswith("not a language of")
     assert list(found["retrieval"]["per_pair"]) == ["de", "hi"]
     assert list(found["xnli"]["test"]) == ["en", "de"] or list(found["xnli"]["test"]) == ["de", "en"]
+    assert list(found["tagging"]["test"]) == ["de", "en"]
     assert found["xnli"]["left_out"] == {"hi": "trained, but no test pairs"}
-    assert capsys.readouterr().out.count("languages left out: ") == 3 + HAS_ALL_WINDOWS
+    assert capsys.readouterr().out.count("languages left out: ") == 5 + HAS_ALL_WINDOWS
     card = measured_sections([output], None)
-    assert card.count("Languages left out: ") == 3 + HAS_ALL_WINDOWS
+    assert card.count("Languages left out: ") == 5 + HAS_ALL_WINDOWS
 
 
 def test_the_line_is_in_the_table_of_named_languages(tiny_teacher: Path, tmp_path: Path, capsys) -> None:

@@ -13,8 +13,9 @@ from pipeline.errors import DivergedRunError, UserError
 from pipeline.evaluation.encoder import Encoder, load_encoder
 from pipeline.evaluation.finetuning import precision
 from pipeline.evaluation.finetuning.loop import GridPoint, finetune
+from pipeline.evaluation.finetuning.pair_classification import make_task
 from pipeline.evaluation.finetuning.precision import forward_precision
-from pipeline.evaluation.finetuning.xnli import XnliConfig, evaluate_xnli, make_task, read
+from pipeline.evaluation.finetuning.xnli import TASK, XnliConfig, read
 from pipeline.evaluation.ranks import alone
 from pipeline.runtime import gpus
 from tests.unit.evaluation.labelled_pairs import interrupted_in_epoch_3, write_xnli
@@ -73,10 +74,10 @@ def test_fp16_learns_and_says_that_it_is_fp16(
     encoder: Encoder, settings: XnliConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = dataclasses.replace(settings, epochs=6)  # after 4, another tokenizer's pieces give 87.5 % in fp32 too
-    result = evaluate_xnli([encoder], settings, alone(), tmp_path)[encoder.name]
+    result = TASK.evaluate([encoder], settings, alone(), tmp_path)[encoder.name]
     assert "fine-tuning computes in fp16 with a loss scale on CPU" in capsys.readouterr().out
     assert result["test"]["en"]["accuracy"] >= 90
-    in_fp32 = evaluate_xnli([encoder], dataclasses.replace(settings, precision="fp32"), alone(), tmp_path)[encoder.name]
+    in_fp32 = TASK.evaluate([encoder], dataclasses.replace(settings, precision="fp32"), alone(), tmp_path)[encoder.name]
     losses = [[epoch["loss"] for epoch in found["cells"][0]["epochs"]] for found in (result, in_fp32)]
     assert losses[0][0] == pytest.approx(losses[1][0], rel=0.05)
     assert losses[0] != losses[1], "it is another precision"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -138,6 +139,30 @@ def test_a_bad_file_is_named_with_its_line(tmp_path: Path, text: str, message: s
     path.write_text(text)
     with pytest.raises(UserError, match=message):
         read_scored_pairs(path, COLUMNS)
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    """MTEB's layout, plain and compressed."""
+    lines = [
+        {"id": 1, "sentence1": "a", "sentence2": "b", "score": 1},
+        {"sentence1": "c", "sentence2": "d", "score": "2.5"},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "x.jsonl").write_text(text)
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    for name in ("x.jsonl", "x.jsonl.gz"):
+        pairs = read_scored_pairs(tmp_path / name, COLUMNS)
+        assert (pairs.first, pairs.second, pairs.scores) == (["a", "c"], ["b", "d"], [1.0, 2.5])
+    for broken, message in (
+        (text.replace("sentence2", "other", 1), r"line 1: `sentence2` is missing; the line has id, sentence1, other"),
+        (text.replace('"b"', "[1]"), r"line 1: `sentence2` is neither text nor number"),
+        (text.replace('"2.5"', '"high"'), r"line 2: expected sentence, sentence, number"),
+        (text + "{", r"line 3: no JSON object"),
+        (text.replace("2.5", "1"), "at least two different scores"),
+    ):
+        (tmp_path / "x.jsonl").write_text(broken)
+        with pytest.raises(UserError, match=message):
+            read_scored_pairs(tmp_path / "x.jsonl", COLUMNS)
 
 
 def test_no_file() -> None:

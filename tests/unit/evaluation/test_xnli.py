@@ -17,11 +17,11 @@ from transformers import AutoModelForSequenceClassification
 from pipeline.__main__ import main
 from pipeline.errors import UserError, exit_code_of
 from pipeline.evaluation.encoder import Encoder, load_encoder
-from pipeline.evaluation.finetuning import xnli
 from pipeline.evaluation.finetuning.batches import tokenize_pairs
 from pipeline.evaluation.finetuning.grid import choose
 from pipeline.evaluation.finetuning.loop import FinetuneTask, GridPoint, finetune
-from pipeline.evaluation.finetuning.xnli import XnliConfig, classification_loss, evaluate_xnli, make_task, read
+from pipeline.evaluation.finetuning.pair_classification import classification_loss, make_task, pair_table
+from pipeline.evaluation.finetuning.xnli import TASK, XnliConfig, read
 from pipeline.evaluation.finetuning.xnli_data import read_xnli
 from pipeline.evaluation.ranks import alone
 from tests.conftest import TINY_VOCAB
@@ -50,7 +50,7 @@ def config(directory: Path, **settings: object) -> XnliConfig:
 def test_a_decisive_word_is_learned_and_transfers_to_other_languages(
     encoder: Encoder, pairs: Path, tmp_path: Path
 ) -> None:
-    result = evaluate_xnli([encoder], config(pairs), alone(), tmp_path)[encoder.name]
+    result = TASK.evaluate([encoder], config(pairs), alone(), tmp_path)[encoder.name]
     test = {language: scores["accuracy"] for language, scores in result["test"].items()}
     assert test["en"] >= 90
     assert test["de"] >= 90
@@ -59,7 +59,7 @@ def test_a_decisive_word_is_learned_and_transfers_to_other_languages(
     assert result["train_pairs"] == 96
     losses = [epoch["loss"] for epoch in result["cells"][0]["epochs"]]
     assert losses[0] > 0.5 > 10 * losses[-1]
-    again = evaluate_xnli([encoder], config(pairs), alone(), tmp_path / "again")[encoder.name]
+    again = TASK.evaluate([encoder], config(pairs), alone(), tmp_path / "again")[encoder.name]
     assert again == result, "same seed, same figures"
 
 
@@ -120,13 +120,13 @@ def test_a_finished_grid_point_is_kept_and_only_the_missing_one_is_run(
     name: str, encoder: Encoder, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Earlier versions wrote cell.json, which is still read."""
-    evaluate_xnli([encoder], config(pairs, epochs=1), alone(), tmp_path)
+    TASK.evaluate([encoder], config(pairs, epochs=1), alone(), tmp_path)
     (written,) = tmp_path.glob("*/lr0.003-seed0/*")
     assert written.name == "grid_point.json", "the checkpoints of a finished grid point are deleted"
     kept = written.rename(written.with_name(name))
     kept.write_text(json.dumps(json.loads(kept.read_text()) | {"dev_mean": 99.0}))
     both = config(pairs, epochs=1, learning_rates=[3e-3, 1e-3])
-    result = evaluate_xnli([encoder], both, alone(), tmp_path)[encoder.name]
+    result = TASK.evaluate([encoder], both, alone(), tmp_path)[encoder.name]
     assert [point["dev_mean"] == 99.0 for point in result["cells"]] == [True, False]
     assert "finished before, kept" in capsys.readouterr().out
     for other in (
@@ -134,7 +134,7 @@ def test_a_finished_grid_point_is_kept_and_only_the_missing_one_is_run(
         config(pairs, epochs=2),
         config(pairs, epochs=1, micro_batch=5),
     ):
-        result = evaluate_xnli([encoder], other, alone(), tmp_path)[encoder.name]
+        result = TASK.evaluate([encoder], other, alone(), tmp_path)[encoder.name]
         assert result["dev_mean"] != 99.0, "other data or settings make another grid point"
 
 
@@ -292,7 +292,7 @@ def test_the_head_alone_is_new(encoder: Encoder, pairs: Path) -> None:
 
 def test_longer_than_the_positions(encoder: Encoder, pairs: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--set xnli\.max_length=64"):
-        evaluate_xnli([encoder], config(pairs, max_length=65), alone(), tmp_path)
+        TASK.evaluate([encoder], config(pairs, max_length=65), alone(), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,7 @@ def test_bad_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str], settin
 def test_the_table_has_every_language_and_the_average() -> None:
     test = {"de": {"accuracy": 71.25}, "en": {"accuracy": 80.0}}
     result = {"test": test, "mean": {"accuracy": 75.625}, "dev_mean": 74.0, "learning_rate": 4e-5, "best_epochs": [3]}
-    lines = xnli.xnli_table({"student": {**result, "train_language": "en", "train_pairs": 9}}).splitlines()
+    lines = pair_table("XNLI", {"student": {**result, "train_language": "en", "train_pairs": 9}}).splitlines()
     assert lines[1].split()[:4] == ["model", "de", "en", "average"]
     assert lines[2].split() == ["student", "71.2", "80.0", "75.6", "74.0", "lr", "4e-05,", "epoch", "3"]
 

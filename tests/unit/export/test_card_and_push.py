@@ -124,7 +124,14 @@ def test_every_task_of_an_evaluation_has_its_table(student: Path, evaluated: Pat
             found = tasks["sts"][name]
             (scored,) = found["per_file"].values()
             assert rows["sts"][pooling] == [f"{scored[pooling]:.3f}", f"{found['mean'][pooling]:.3f}"]
-        for task, titles in (("xnli", {"accuracy": "accuracy"}), ("mlqa", {"F1": "f1", "exact match": "exact_match"})):
+            ndcg = tasks["beir"][name]["per_collection"]["beir"][pooling]["ndcg@10"]
+            assert f"| {name}, {pooling} | nDCG@10 | {ndcg:.3f} | {ndcg:.3f} |" in sections["beir"]
+        for task, titles in (
+            ("xnli", {"accuracy": "accuracy"}),
+            ("mlqa", {"F1": "f1", "exact match": "exact_match"}),
+            ("pawsx", {"accuracy": "accuracy"}),
+            ("tagging", {"accuracy": "accuracy"}),
+        ):
             if task not in tasks:
                 continue
             found = tasks[task][name]
@@ -132,6 +139,7 @@ def test_every_task_of_an_evaluation_has_its_table(student: Path, evaluated: Pat
                 expected = [f"{scores[key]:.1f}" for scores in (*found["test"].values(), found["mean"])]
                 assert rows[task][title] == [*expected, "0.003", "1"]
     assert "12 pairs of en" in sections["xnli"]
+    assert "12 sentences of en" in sections["tagging"]
     assert "mlqa" not in sections or "12 English questions" in sections["mlqa"]
 
 

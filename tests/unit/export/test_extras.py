@@ -18,7 +18,7 @@ from pipeline.evaluation.retrieval import RetrievalConfig
 from pipeline.export import onnx
 from pipeline.export.command import CHECK_LINES, further_lines, onnx_lines
 from pipeline.export.hf import Export, export_student
-from pipeline.export.sentence_transformers_files import add_sentence_transformers
+from pipeline.export.sentence_transformers_files import add_sentence_transformers, drop_dense
 
 REPO = Path(__file__).resolve().parents[3]
 TEXTS = ["Hello world!", "Ein längerer Satz, der in mehr Stücke zerfällt als der erste.", "你好，世界"]
@@ -134,3 +134,52 @@ def test_every_example_runs(
     monkeypatch.setattr("sys.argv", [str(example), str(exported)])
     runpy.run_path(str(example), run_name="__main__")
     assert capsys.readouterr().out.count("->") == 4
+
+
+SENTENCES = {
+    "pooling": "last",
+    "normalize": True,
+    "prompts": {"query": "query: "},
+    "default_prompt": None,
+    "include_prompt": True,
+    "similarity": "cosine",
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+def test_a_trained_projection_is_a_module_of_sentence_transformers(
+    tiny_teacher: Path, tmp_path: Path, pooling: str, dtype: torch.dtype
+) -> None:
+    """With the pooling and prefixes that the run recorded. A trimmed copy keeps it; without it the vectors are the student's."""
+    pytest.importorskip("sentence_transformers", reason="pip install -r requirements-dev.txt")
+    from sentence_transformers import SentenceTransformer
+
+    model, lineage = load_teacher_encoder(tiny_teacher), {**LINEAGE, "sentences": {**SENTENCES, "pooling": pooling}}
+    projection_Dd = torch.randn(20, 48, generator=torch.Generator().manual_seed(0))
+    for name, extras in (("kept", [add_sentence_transformers]), ("dropped", [drop_dense, add_sentence_transformers])):
+        made_of = Export(model.state_dict(), model.config, str(tiny_teacher), lineage, extras, dtype, (), projection_Dd)
+        output = export_student(made_of, tmp_path / name)
+        loaded = SentenceTransformer(str(output), device="cpu")
+        assert loaded.prompts["query"] == "query: "
+        is_kept = name == "kept"
+        assert [type(module).__name__ for module in loaded][2:-1] == ["Dense"] * is_kept
+        vectors = torch.from_numpy(loaded.encode(TEXTS)).float()
+        tokenizer = AutoTokenizer.from_pretrained(output)
+        for vector, text in zip(vectors, TEXTS, strict=True):
+            with torch.inference_mode():
+                states_LD = model(**tokenizer([text], return_tensors="pt")).last_hidden_state[0]
+            pooled = {"mean": states_LD.mean(0), "cls": states_LD[0], "last": states_LD[-1]}[pooling]
+            expected = torch.nn.functional.normalize(projection_Dd @ pooled if is_kept else pooled, dim=0)
+            assert torch.allclose(vector, expected, atol=1e-5 if dtype == torch.float32 else 5e-3)
+        card = (output / "README.md").read_text()
+        assert ("2_Dense" in card) == is_kept
+        assert {"mean": "the mean of", "cls": "first token", "last": "last real token"}[pooling] in card
+
+
+def test_a_corrupt_lineage_names_the_keys_of_sentence_vectors(tiny_teacher: Path, tmp_path: Path) -> None:
+    model = load_teacher_encoder(tiny_teacher)
+    for wrong in ({"pooling": "max"}, {"other": 1}):
+        made_of = Export(model.state_dict(), model.config, str(tiny_teacher), {**LINEAGE, "sentences": wrong})
+        with pytest.raises(UserError, match=r"lineage\.json: `sentences`.*pooling, normalize"):
+            export_student(made_of, tmp_path / "student")

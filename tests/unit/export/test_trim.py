@@ -20,6 +20,7 @@ from pipeline.distillation.models.vocabulary import cut_embedding, read_vocabula
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import load_encoder as load_with_tokenizer
 from pipeline.export import trim
+from pipeline.export.sentence_transformers_files import read_dense, write_dense
 from pipeline.planning.meta_models import build_encoders
 from tests.tiny_encoders import tiny_encoder
 
@@ -76,6 +77,18 @@ def test_the_files_of_a_trimmed_model(tiny_teacher: Path, trimmed: Path, vocabul
     card = (trimmed / "README.md").read_text()
     for text in ("sw, tr", f"{about['vocab_size']:,} of 2,002 pieces", "| hi |"):
         assert text in card
+
+
+def test_a_trimmed_model_keeps_its_projection_of_sentence_vectors(
+    tiny_teacher: Path, vocabulary: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(tiny_teacher, tmp_path / "source"))
+    projection_Dd = torch.randn(20, 48, generator=torch.Generator().manual_seed(0))
+    write_dense(source, projection_Dd)
+    trim.trim(source, read_vocabulary(vocabulary), tmp_path / "trimmed")
+    kept_Dd = read_dense(tmp_path / "trimmed")
+    assert kept_Dd is not None
+    assert torch.equal(kept_Dd, projection_Dd)
 
 
 # -- wrong input

@@ -225,7 +225,9 @@ def test_no_checkpoint_of_a_family_is_hashed_in_vain(
     best = {"last is best": 3}.get(str(step), 2)
     for saved in (1, 2, 3):
         write(
-            tmp_path / "checkpoints", saved, state={"evaluations": [[saved, abs(saved - best)] for saved in (1, 2, 3)]}
+            tmp_path / "checkpoints",
+            saved,
+            state={"evaluations": [[saved, float(abs(saved - best))] for saved in (1, 2, 3)]},
         )
     found: list[int] = []
     monkeypatch.setattr(checkpoint, "corruption", lambda path: found.append(int(path.name[-8:])) or corruption(path))

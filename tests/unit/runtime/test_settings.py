@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import get_cosine_schedule_with_warmup
 
 from pipeline.errors import UserError
 from pipeline.runtime.ds_config import BatchShape, Precisions, precision_of, resolve, split_batch
@@ -158,6 +159,30 @@ def test_learning_rate_rises_and_falls() -> None:
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[5:] == pytest.approx([7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
     assert learning_rate(OptimizerConfig(lr=1.0, warmup_steps=0, decay="constant"), 11, 12) == 1.0
+
+
+def test_cosine_is_that_of_transformers() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    theirs = get_cosine_schedule_with_warmup(torch.optim.SGD([parameter], lr=1.0), 0, 40)
+    config = OptimizerConfig(lr=1.0, warmup_steps=0, decay="cosine")
+    for step in range(40):
+        assert learning_rate(config, step, 40) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
+        theirs.optimizer.step()
+        theirs.step()
+    assert learning_rate(config, 40, 40) == 0
+
+
+def test_the_stable_rate_falls_at_the_end() -> None:
+    config = OptimizerConfig(lr=1.0, warmup_steps=3, decay="wsd", decay_share=0.25)
+    rates = [learning_rate(config, step, 16) for step in range(17)]
+    assert rates[:3] == [0.25, 0.5, 0.75]
+    assert rates[3:] == [*[1.0] * 10, 0.75, 0.5, 0.25, 0.0]
+    longer = [learning_rate(config, step, 32) for step in range(13)]
+    assert longer == rates[:13], "more steps change nothing before the decay"
+    rising = OptimizerConfig(lr=1.0, warmup_steps=14, decay="wsd", decay_share=1.0)
+    assert learning_rate(rising, 14, 16) == 1.0, "a decay that is longer than what the warm-up leaves begins after it"
+    with pytest.raises(UserError, match=r"optimizer\.decay_share"):
+        OptimizerConfig(decay_share=1.5)
 
 
 def test_biases_and_norms_are_not_decayed() -> None:

@@ -1,0 +1,135 @@
+"""Filters on the columns of records: `--where 'language_score >= 0.8'`.
+
+In: conditions `COLUMN OPERATOR VALUE`, joined by `and`. Out: a `Where`, which says of each record whether it is kept. A value is
+a number, true, false or a text in quotes; nothing is evaluated as code. Null and NaN meet no condition.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from data_prep.shards import DataError
+
+# Kinds of records that are left out, as counted
+NOT_MET, NULL, MISMATCH = "records_where_not_met", "records_where_null", "records_where_mismatch"
+OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
+    ">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne, ">": operator.gt, "<": operator.lt,
+}  # fmt: skip
+_CONDITION = re.compile(
+    r"""\s*(?P<column>`[^`]+`|[^\s<>=!"'`]+)\s*(?P<operator>[<>=!]+)\s*(?P<value>"[^"]*"|'[^']*'|[^\s"'<>=!`]+)\s*"""
+)
+_AND = re.compile(r"and\s", re.IGNORECASE)
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?")
+GRAMMAR = (
+    "Write COLUMN OPERATOR VALUE, with >=, >, <=, <, == or !=, and a number, true, false or a 'text' in quotes "
+    "(--where 'language_score >= 0.8'). Several are joined by `and`. A column whose name has spaces is written in `backticks`"
+)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One comparison of a column with a fixed value."""
+
+    column: str
+    operator: str
+    value: bool | int | float | str
+
+    def __str__(self) -> str:
+        return f"{self.column} {self.operator} {json.dumps(self.value, ensure_ascii=False)}"
+
+    @property
+    def kind(self) -> str:
+        """What the column must hold: number, text, or true/false."""
+        return {bool: "true/false", str: "text"}.get(type(self.value), "number")
+
+    def problem(self, record: dict[str, Any]) -> str | None:
+        """None if the record meets the condition, else `NOT_MET`, `NULL` or `MISMATCH`."""
+        found = record.get(self.column, _ABSENT)
+        if found is None or found != found:  # NaN differs from itself
+            return NULL
+        if isinstance(self.value, str):
+            found = found.decode("utf-8", "replace") if isinstance(found, bytes) else found
+            fits = isinstance(found, str)
+        elif isinstance(self.value, bool):
+            fits = isinstance(found, bool)
+        else:
+            fits = isinstance(found, int | float | Decimal) and not isinstance(found, bool)
+        if not fits:
+            return MISMATCH
+        return None if OPERATORS[self.operator](found, self.value) else NOT_MET
+
+
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Where:
+    """Conditions that a record must meet, all of them. Without conditions every record is kept."""
+
+    conditions: tuple[Condition, ...] = ()
+
+    @classmethod
+    def parse(cls, texts: Iterable[str]) -> Where:
+        """The conditions of all `--where` options, sorted, so that equal filters are written the same.
+
+        Raises:
+            DataError: a text is not of the grammar.
+        """
+        return cls(tuple(sorted({one for text in texts for one in _conditions(text)}, key=str)))
+
+    def __str__(self) -> str:
+        return " and ".join(map(str, self.conditions))
+
+    def problem(self, record: Any) -> str | None:
+        """None if the record is kept, else the kind of the first condition that it does not meet."""
+        if not isinstance(record, dict):
+            return MISMATCH if self.conditions else None
+        for condition in self.conditions:
+            if (problem := condition.problem(record)) is not None:
+                return problem
+        return None
+
+
+NO_CONDITION = Where()
+
+
+def _conditions(text: str) -> list[Condition]:
+    found, position = [], 0
+    while True:
+        match = _CONDITION.match(text, position)
+        if match is None:
+            raise DataError(f"--where {text!r}: cannot read {text[position:].strip()[:60]!r}. {GRAMMAR}.")
+        found.append(_condition(text, match["column"].strip("`"), match["operator"], match["value"]))
+        position = match.end()
+        if position == len(text):
+            return found
+        joined = _AND.match(text, position)
+        if joined is None:
+            raise DataError(f"--where {text!r}: expected `and`, found {text[position:][:60]!r}. {GRAMMAR}.")
+        position = joined.end()
+
+
+def _condition(text: str, column: str, sign: str, value: str) -> Condition:
+    if sign not in OPERATORS:
+        hint = " For equality write ==." if sign == "=" else ""
+        raise DataError(f"--where {text!r}: unknown operator {sign!r}.{hint} {GRAMMAR}.")
+    if value[0] in "\"'":
+        parsed: bool | int | float | str = value[1:-1]
+    elif value.lower() in ("true", "false"):
+        parsed = value.lower() == "true"
+    elif _NUMBER.fullmatch(value):
+        number = float(value)
+        if number in (float("inf"), float("-inf")):
+            raise DataError(f"--where {text!r}: {value} is too large a number.")
+        parsed = int(number) if number.is_integer() and abs(number) < 2**53 else number
+    else:
+        raise DataError(f"--where {text!r}: {value!r} is no number. A text needs quotes: {column} {sign} '{value}'.")
+    if isinstance(parsed, bool | str) and sign not in ("==", "!="):
+        raise DataError(f"--where {text!r}: {sign} compares numbers; texts and true/false have == and !=.")
+    return Condition(column, sign, parsed)

@@ -1,0 +1,63 @@
+"""All commands as `minilmv2 VERB ...`: those of `python -m data_prep`, of `python -m pipeline`, and the training.
+
+In: the command line. Out: what the verb prints and writes, and its exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from data_prep.command_line import CommandLine, add_version, installed_program
+from pipeline.__main__ import VERBS, first_line
+from pipeline.errors import run_to_exit
+from pipeline.installed import training_script
+
+DATA_VERBS = {
+    "prepare": "Turn text into shards; run it again to resume.",
+    "verify": "Check every byte of shards and name each corrupt file and offset.",
+    "stats": "Print sizes, sampling shares and epochs for each language.",
+    "merge": "Write the manifest of languages that were prepared one by one.",
+    "trim-vocab": "Write a smaller vocabulary for some languages, and its id map.",
+}
+TRAIN = "train"
+
+
+def main() -> None:
+    """Run one verb. The entry point of the program `minilmv2`."""
+    parser = CommandLine(
+        prog="minilmv2", description="Distil multilingual encoders by MiniLMv2.", epilog=_describe_verbs()
+    )
+    parser.add_argument("verb", metavar="VERB", help="one of those below; its options: VERB --help")
+    add_version(parser)
+    rest = parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="options of the verb")
+    rest.required = False  # so that the message about a missing verb does not name it
+    chosen = parser.parse_args()
+    if chosen.verb == TRAIN:
+        run_to_exit(lambda: _train(chosen.rest))
+    if chosen.verb in VERBS:
+        from pipeline.__main__ import main as pipeline_main
+
+        run_to_exit(lambda: pipeline_main([chosen.verb, *chosen.rest]))
+    if chosen.verb in DATA_VERBS:
+        from data_prep.__main__ import main as data_main
+
+        sys.exit(data_main([chosen.verb, *chosen.rest]))
+    known = ", ".join([*DATA_VERBS, TRAIN, *VERBS])
+    parser.error(f"argument VERB: invalid choice: {chosen.verb!r} (choose from {known})")
+
+
+def _train(arguments: list[str]) -> None:
+    """Replace this process by the `deepspeed` command, which starts one process per GPU."""
+    program = installed_program("deepspeed")
+    os.execv(program, [program, str(training_script()), *arguments])
+
+
+def _describe_verbs() -> str:
+    described = {**DATA_VERBS, TRAIN: first_line("pipeline.train"), **{n: first_line(m) for n, m in VERBS.items()}}
+    return "\n".join(["verbs:", *(f"  {name:<10} {text}" for name, text in described.items())])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Several documents in one row: which tokens see each other, and at which positions they are.
+
+In: the lengths of each row's documents. Out: what an encoder requires so that no token sees another document: position ids, and
+a block-diagonal mask, or `DocumentAttention`, with which attention computes each document as it computes a row of its own.
+
+Shape suffixes: B rows, L positions of a row, S documents of a row, H attention heads, d channels per head, T = B L tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+# What transformers and torch ask a mask for before they attend with it.
+_ABOUT_ITS_SHAPE = {
+    *(vars(torch._C.TensorBase)[name].__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad")),
+    *(torch.Tensor.dim, torch.Tensor.size),
+}
+
+
+@dataclass
+class Documents:
+    """The documents of a batch's rows, in place of the attention mask of a tap.
+
+    Args:
+        segments_BS: lengths of each row's documents, in order, padded with 0; best on the host. What follows the last
+            document of a row is padding.
+        restart_positions: whether each document's first token has the model's first position. False: positions are
+            counted along the row.
+    """
+
+    segments_BS: torch.Tensor
+    restart_positions: bool = False
+
+    @cached_property
+    def lengths(self) -> list[list[int]]:
+        """Of each row's documents. They are read once per batch, and from the host, without waiting for a GPU."""
+        return [[length for length in row if length] for row in self.segments_BS.tolist()]
+
+    def real_tokens(self, like_BL: torch.Tensor) -> torch.Tensor:
+        """1 at real tokens, 0 at padding, int64 [B, L]."""
+        counts_B = self.segments_BS.sum(1).to(like_BL.device, non_blocking=True)
+        return (torch.arange(like_BL.shape[1], device=like_BL.device) < counts_B[:, None]).long()
+
+    def mask(self, like_BL: torch.Tensor) -> torch.Tensor:
+        """True where two tokens are of one document, bool [B, 1, L, L]."""
+        document_BL = self._numbers(like_BL)
+        return (document_BL[:, :, None] == document_BL[:, None, :])[:, None]
+
+    def positions(self, like_BL: torch.Tensor) -> torch.Tensor:
+        """Each token's place in its document, counted from 0, int64 [B, L]."""
+        ends_BS = self._ends(like_BL)
+        starts_BS = torch.cat([torch.zeros_like(ends_BS[:, :1]), ends_BS], 1)
+        return torch.arange(like_BL.shape[1], device=like_BL.device) - starts_BS.gather(1, self._numbers(like_BL))
+
+    def attention(self, like_BL: torch.Tensor, window: int | None = None) -> DocumentAttention:
+        """Attention inside each document; with `window`, inside each document and at most so many tokens away."""
+        length = like_BL.shape[1]
+        sizes = [size for row in self.lengths for size in (*row, length - sum(row)) if size]
+        runs = [(len(list(same)), size) for size, same in groupby(sizes)]
+        return DocumentAttention.of(runs, torch.Size([len(like_BL), 1, length, length]), window)
+
+    def _ends(self, like_BL: torch.Tensor) -> torch.Tensor:
+        return self.segments_BS.to(like_BL.device, non_blocking=True).cumsum(1)
+
+    def _numbers(self, like_BL: torch.Tensor) -> torch.Tensor:
+        """Which document of its row each token is of, int64 [B, L]. Padding counts as one more."""
+        places_BL = torch.arange(like_BL.shape[1], device=like_BL.device).expand_as(like_BL)
+        return torch.searchsorted(self._ends(like_BL), places_BL.contiguous(), right=True)
+
+
+def near(length: int, window: int, device: torch.device | None = None) -> torch.Tensor:
+    """True where two places of a row are at most `window` apart, bool [L, L]."""
+    places_L = torch.arange(length, device=device)
+    return (places_L[:, None] - places_L).abs() <= window
+
+
+class DocumentAttention(torch.Tensor):
+    """An attention mask [B, 1, L, L] without values, for `scaled_dot_product_attention`: it computes one document after the other.
+
+    No pair of tokens of two documents is computed, and each document's result has the bits of a row of its own: a mask with
+    values sums in another order. It can only be given to attention, as `torch.nn.attention.bias.CausalBias`.
+    """
+
+    runs: Sequence[tuple[int, int]]  # documents of all rows in order: so many after each other, of this length
+    window: int
+    _near_LL: torch.Tensor | None  # of the longest document; None: there is no window
+
+    @classmethod
+    def of(cls, runs: Sequence[tuple[int, int]], shape: torch.Size, window: int | None) -> DocumentAttention:
+        """The mask of rows with these documents."""
+        mask = torch.Tensor._make_subclass(cls, torch.zeros((), dtype=torch.bool).expand(shape))
+        mask.runs, mask.window = runs, window or 0
+        mask._near_LL = None if window is None else near(max(length for _, length in runs), window)
+        return mask
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if function is scaled_dot_product_attention:
+            return kwargs.pop("attn_mask")._attend(*args, **kwargs)
+        if function not in _ABOUT_ITS_SHAPE:
+            raise RuntimeError(f"{cls.__name__} has no values: only attention can use it, not {function}")
+        return super().__torch_function__(function, types, args, kwargs)
+
+    def _attend(self, query_BHLd: Any, key_BHLd: Any, value_BHLd: Any, **options: Any) -> torch.Tensor:
+        """The result of `scaled_dot_product_attention` with this mask."""
+        pieces = [
+            x_BHLd.transpose(1, 2).flatten(0, 1).split([count * length for count, length in self.runs])
+            for x_BHLd in (query_BHLd, key_BHLd, value_BHLd)
+        ]
+        results = []
+        for (count, length), *of_run in zip(self.runs, *pieces, strict=True):
+            query, key, value = (x_THd.unflatten(0, (count, length)).transpose(1, 2) for x_THd in of_run)
+            mask = None
+            if (
+                self._near_LL is not None and length >= self.window
+            ):  # in a shorter row transformers gives no mask either
+                mask = self._near_LL[None, None, :length, :length]
+            result = scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
+            results.append(result.transpose(1, 2).flatten(0, 1))
+        return torch.cat(results).unflatten(0, (len(query_BHLd), -1)).transpose(1, 2)

@@ -1,0 +1,63 @@
+"""The Python code of docs/api.md, run with a small teacher in the places that the page names."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+import minilmv2
+from tests.conftest import REPO, write_tiny_recipe
+from tests.docs.documents import FENCE
+
+PAGE = (REPO / "docs" / "api.md").read_text(encoding="utf-8")
+BLOCKS = {heading: block["body"] for heading, part in
+          ((part.partition("\n")[0], part) for part in PAGE.split("\n## ")[1:])
+          for block in FENCE.finditer(part) if block["language"] == "python"}  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_teacher: Path, tiny_shards: Path) -> Path:
+    """A directory in which `artifacts/` is that of a small teacher."""
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "artifacts" / "teacher").symlink_to(tiny_teacher)
+    (tmp_path / "artifacts" / "shards").symlink_to(tiny_shards)
+    (tmp_path / "recipes").mkdir()
+    write_tiny_recipe(tmp_path / "recipes" / "quickstart.yaml", tiny_teacher, tiny_shards)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(code: str) -> dict[str, object]:
+    Path("code.py").write_text(code, encoding="utf-8")
+    return runpy.run_path("code.py")
+
+
+def test_every_name_has_its_row() -> None:
+    rows = [line.split("`")[1] for line in PAGE.splitlines() if line.startswith("| `")]
+    assert sorted(rows) == sorted(minilmv2.__all__)
+    assert list(BLOCKS) == ["From recipe to student", "The relation loss in your own loop", "Shards and sampling"]
+
+
+def test_from_recipe_to_student(place: Path) -> None:
+    code = BLOCKS["From recipe to student"].replace('"steps": 150, "student.layers": 6', '"steps": 2, "eval_every": 2')
+    code = code.replace(
+        '["retrieval"])',
+        '["retrieval"], {"retrieval.pairs": PAIRS, "retrieval.languages": ["sw"], "retrieval.max_pairs": 8, "retrieval.max_length": 60})',
+    )
+    names = run(f"PAIRS = {str(REPO / 'samples' / 'parallel')!r}\n{code}")
+    assert len(names["figures"]["retrieval"]) == 2  # type: ignore[index]
+    assert (place / "runs" / "first" / "student" / "model.safetensors").is_file()
+
+
+def test_the_loop_lowers_the_loss(place: Path) -> None:
+    code = BLOCKS["The relation loss in your own loop"]
+    before = float(run(code.replace("range(3)", "range(1)"))["loss"].detach())  # type: ignore[attr-defined]
+    after = float(run(code.replace("range(3)", "range(20)"))["loss"].detach())  # type: ignore[attr-defined]
+    assert after < 0.95 * before
+
+
+def test_shards_and_sampling(place: Path) -> None:
+    names = run(BLOCKS["Shards and sampling"].replace("128", "32"))
+    assert names["first"].shape == (1, 32)  # type: ignore[attr-defined]

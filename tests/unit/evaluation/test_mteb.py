@@ -1,0 +1,81 @@
+"""The adapter to the mteb package, on tasks that mteb makes up without a download, and what is said where it is missing."""
+
+from __future__ import annotations
+
+import builtins
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.__main__ import main
+from pipeline.errors import UserError, exit_code_of
+from pipeline.evaluation.encoder import load_encoder, sentence_vectors
+from pipeline.evaluation.mteb_suite import TASK, MtebConfig, MtebEncoder, chosen_tasks, run_mteb
+from pipeline.evaluation.sts import spearman
+
+
+def test_the_package_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    import_module = builtins.__import__
+
+    def without_mteb(name: str, *arguments, **more):
+        if name == "mteb":
+            raise ImportError("No module named 'mteb'")
+        return import_module(name, *arguments, **more)
+
+    monkeypatch.delitem(sys.modules, "mteb", raising=False)
+    monkeypatch.setattr(builtins, "__import__", without_mteb)
+    assert exit_code_of(lambda: main(["evaluate", "nowhere", "--tasks", "mteb", "--output", str(tmp_path)])) == 2
+    assert "Install it: pip install 'mteb>=2,<3'" in capsys.readouterr().err
+
+
+def test_the_table_and_the_card() -> None:
+    results = {
+        model: {"mean": mean, "per_task": {"STS17": mean}, "main_score": {"STS17": "cosine_spearman"}, "pooling": "output", "mteb_version": "2.1"}
+        for model, mean in (("teacher", 0.5), ("student", 0.25))
+    }  # fmt: skip
+    assert TASK.table(results).splitlines()[-2].split() == ["STS17", "cosine_spearman", "0.500", "0.250"]
+    assert "| STS17 | cosine_spearman | 0.500 | 0.250 |" in TASK.card(results)
+    assert TASK.panels(results)[0].values["student"] == {"STS17": 0.25, "mean": 0.25}
+
+
+# -- with the package
+
+
+@pytest.fixture
+def mteb():
+    return pytest.importorskip("mteb", reason="pip install 'mteb>=2,<3'")
+
+
+def test_names_that_mteb_does_not_know(mteb) -> None:
+    with pytest.raises(UserError, match=r"Name some: --set 'mteb\.tasks"):
+        chosen_tasks(MtebConfig())
+    with pytest.raises(UserError, match=r"mteb 2.*STS0815.*Correct mteb\.tasks"):
+        chosen_tasks(MtebConfig(tasks=["STS0815"]))
+    with pytest.raises(UserError, match=r"Correct mteb\.tasks, mteb\.benchmark"):
+        chosen_tasks(MtebConfig(benchmark="MTEB(Nowhere)"))
+    assert [task.metadata.name for task in chosen_tasks(MtebConfig(tasks=["STS17"], languages=["eng"]))] == ["STS17"]
+
+
+def test_scores_of_the_real_package(mteb, tiny_teacher: Path, tmp_path: Path) -> None:
+    mock_tasks = pytest.importorskip("mteb.mocks.mock_tasks", reason="this version of mteb has no tasks without data")
+    encoder = load_encoder(str(tiny_teacher))
+    config = MtebConfig(max_length=32, batch_size=4)
+    tasks = [mock_tasks.MockSTSTask(), mock_tasks.MockRetrievalTask()]
+    found = run_mteb(encoder, tasks, config, tmp_path)
+    assert found["mean"] == pytest.approx(sum(found["per_task"].values()) / 2)
+
+    sts = tasks[0]
+    sts.load_data()  # mteb has dropped it
+    pairs = sts.dataset["test"]
+    first, second = (list(pairs[column]) for column in sts.column_names)
+    vectors = sentence_vectors(encoder, first + second, 32, 4)[0]["output"]
+    cosines = (vectors[: len(first)] * vectors[len(first) :]).sum(dim=1)
+    assert found["per_task"][sts.metadata.name] == pytest.approx(
+        spearman(cosines.numpy(), np.array(pairs["score"])), abs=1e-5
+    )
+    again = run_mteb(encoder, tasks, config, tmp_path)  # read from its files, which have six digits
+    assert again["per_task"] == pytest.approx(found["per_task"], abs=1e-6)
+    other = MtebEncoder(encoder, MtebConfig(max_length=32, document_prefix="passage: "))
+    assert other.mteb_model_meta.revision != MtebEncoder(encoder, config).mteb_model_meta.revision
