@@ -127,6 +127,19 @@ def test_a_cut_tokenizer_can_be_cut_again(made: Callable[[str], tuple[Path, Path
     assert about(tmp_path / "smaller")["vocab_size"] < about(small)["vocab_size"]
 
 
+def test_text_and_its_shards_count_the_same(
+    made: Callable[[str], tuple[Path, Path]], text: Path, tmp_path: Path
+) -> None:
+    """Shards in which a line ends with [SEP], whose id is behind the pieces."""
+    full, small = made("ModernBERT")
+    words = ["prepare", "--tokenizer", full, "--input", text, "--output", tmp_path / "shards", "--workers", 1]
+    assert main([str(word) for word in words]) == 0
+    words = ["trim-vocab", "--tokenizer", full, "--shards", tmp_path / "shards", "--output", tmp_path / "small"]
+    assert main([str(word) for word in words]) == 0
+    assert about(tmp_path / "small") == about(small)
+    assert all(loss["lines"] == loss["lines_equal"] > 50 for loss in about(small)["loss"].values())
+
+
 @pytest.mark.parametrize("form", ["strings", "no type"])
 def test_other_spellings_of_the_same_file(
     form: str, made: Callable[[str], tuple[Path, Path]], text: Path, tmp_path: Path
@@ -190,6 +203,25 @@ def test_other_files_with_ids_follow(made: Callable[[str], tuple[Path, Path]], t
     assert json.loads((tmp_path / "small" / "special_tokens_map.json").read_text()) == {"mask_token": "<mask>"}
     assert small["special_ids"] == [0, 1, 2, 3, 4, last]
     assert tokenizer_file(tmp_path / "small").name == small["tokenizer_file"] == "tokenizer.json"
+
+
+@pytest.mark.parametrize("named", ["GemmaTokenizer", "BertTokenizer"])
+def test_a_class_that_only_the_models_config_overrules(
+    named: str, made: Callable[[str], tuple[Path, Path]], text: Path, tmp_path: Path
+) -> None:
+    """With a ModernBERT's config.json AutoTokenizer reads tokenizer.json whatever the class. A vocabulary has no config.json."""
+    full, _ = made("mmBERT")
+    other = Path(shutil.copytree(full, tmp_path / "other"))
+    settings = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": named}))
+    (other / "config.json").write_text(json.dumps({"model_type": "modernbert", "pad_token_id": 0}))
+    assert trim_vocab(other, text, tmp_path / "small") == 0
+    old, new = (AutoTokenizer.from_pretrained(directory) for directory in (other, tmp_path / "small"))
+    old_ids = about(tmp_path / "small")["old_ids"]
+    for line in sample_lines("ru")[:20]:
+        assert [old_ids[number] for number in new(line)["input_ids"]] == old(line)["input_ids"]
+    kept_class = json.loads((tmp_path / "small" / "tokenizer_config.json").read_text())["tokenizer_class"]
+    assert kept_class == (named if named == "GemmaTokenizer" else "PreTrainedTokenizerFast")
 
 
 # -- what cannot be cut

@@ -97,7 +97,7 @@ def mdeberta(directory: Path) -> Path:
         max_piece_length=6,
         n_sub_iterations=1,
     )
-    tokenizer.train_from_iterator(training_lines(), trainer)
+    tokenizer.train_from_iterator(training_lines()[::4], trainer)  # seconds with all of them
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Replace(Regex(r"\s{2,}|[\n\r\t]"), " "), normalizers.NFC(), normalizers.Strip(False, True)]
     )
