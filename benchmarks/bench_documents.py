@@ -1,6 +1,6 @@
 """What separate documents cost in the encoders and in the loss, relative to joined rows and to the exact work.
 
-    python benchmarks/bench_documents.py [--tokenizer MODEL] [--families NAMES] [--document TOKENS] [--quick] [--json FILE]
+    python benchmarks/bench_documents.py [--tokenizer MODEL] [--families NAMES] [--document N] [--quick] [--json FILE]
 
 In: rows of 512 tokens of real text in 22 languages, and encoders of 4 x 384 with random weights. Out: ratios of CPU seconds of one
 thread. The exact work of an encoder is that of joined rows without the products of attention for pairs of tokens of different
@@ -113,7 +113,7 @@ def main() -> None:
         "--tokenizer", type=Path, default=REPO / "artifacts/teacher/sentencepiece.bpe.model", help="SentencePiece model"
     )
     parser.add_argument("--families", default=",".join(FAMILIES), help="comma-separated, of: %(default)s")
-    parser.add_argument("--document", type=int, metavar="TOKENS", help="length of documents, instead of the text's own")
+    parser.add_argument("--document", type=int, metavar="N", help="length of documents, instead of the text's own")
     options = parser.parse_args()
     families = options.families.split(",")
     if unknown := set(families) - set(FAMILIES):

@@ -60,7 +60,7 @@ class Recipe:
     seq_len: int = 512  # tokens per row, <s> and </s> included
     documents: Literal["joined", "separate"] = "joined"  # separate: attention and relations end where a document does
     positions: Literal["continue", "restart"] = (
-        "continue"  # restart, with separate documents: each begins at the first one
+        "continue"  # restart: each of the separate documents begins at the first
     )
     alpha: float = 0.3  # language share ~ (share of sampling_unit) ** alpha
     sampling_unit: Literal["tokens", "documents", "bytes"] = "tokens"  # what the shares are counted in

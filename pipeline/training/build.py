@@ -171,13 +171,7 @@ def build(
     source, batch, identity, teacher_precision = shared.source, shared.batch, shared.identity, shared.teacher_precision
     del first, of_members, inputs, shared  # and with them the teacher's layers above the highest distilled one
     teacher.place(recipe, teacher_precision, launch)
-    hooks = Hooks(
-        dist.gather_json,
-        partial(deterministic_kernels, recipe.deterministic),
-        clock.mark,
-        recipe.positions == "restart",
-        dist.gather_rows,
-    )
+    hooks = _hooks(recipe, clock)
     for (name, student), (of_student, config, precision, sentences) in zip(students.items(), settings, strict=True):
         relations = resolved(of_student.relations, sentences)
         distiller = distill_module(teacher.of_student(relations), student, relations, hooks)
@@ -205,6 +199,16 @@ def build(
         made.append(parts)
         warnings = []  # of the run: reported by its first student
     return made
+
+
+def _hooks(recipe: Recipe, clock: StepClock) -> Hooks:
+    return Hooks(
+        gather=dist.gather_json,
+        around_student=partial(deterministic_kernels, recipe.deterministic),
+        mark=clock.mark,
+        restart_positions=recipe.positions == "restart",
+        gather_rows=dist.gather_rows,
+    )
 
 
 def distill_module(teacher: Callable, student: Student, relations: RelationsConfig, hooks: Hooks) -> DistillModule:
