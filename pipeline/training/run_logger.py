@@ -138,6 +138,9 @@ class RunLogger:
             f"{len(parts.source.languages)} languages; {parts.launch.world_size} rank(s) x {parts.batch.micro_batch} rows "
             f"x {parts.batch.accumulation}"
         )
+        if parts.sentences is not None:
+            how, distance = parts.sentences, self._recipe.relations.pooled_distance
+            self.say(f"sentence vectors by {how.settings.pooling} pooling ({how.origin}), compared by {distance}")
 
     def _write_facts(self) -> None:
         write_file_or_warn(self._paths.description, json.dumps(describe_run(self._recipe, **self._facts), indent=1))

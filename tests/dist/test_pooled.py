@@ -75,6 +75,7 @@ def test_a_projection_is_resumed_and_exported(lab: Lab, tmp_path: Path) -> None:
     output = stopped.with_suffix(".log").read_text()
     assert "the teacher's users put a prefix before their text (query 'query: ')" in output
     assert "--set documents=separate" in output
+    assert f"sentence vectors by last pooling (the modules.json of {teacher}), compared by cosine" in output
 
     student = export_run(stopped, tmp_path / "student", [add_sentence_transformers])
     weights, _ = read_model_weights(stopped)
