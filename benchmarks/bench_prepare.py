@@ -1,6 +1,6 @@
 """Speed of `prepare` compared with a bare SentencePiece loop and `datasets.map`, and its use of disk and memory.
 
-    python benchmarks/bench_prepare.py [--tokenizer MODEL] [--quick] [--units [--text DIR]] [--json FILE]
+    python benchmarks/bench_prepare.py [--tokenizer MODEL] [--quick] [--units] [--text DIR] [--json FILE]
 
 Each contender is a process of its own that starts, loads its tokenizer, and reads the same file. Measured are the CPU seconds of
 the process and its children, pinned to one core. The text is samples/ and the documentation of the installed packages, repeated.

@@ -44,8 +44,8 @@ def test_ids_of_lines_are_those_of_their_words(seed: int) -> None:
     undivided = np.array([chance.random() < 0.3 for _ in lines])
     ids, lengths = WordEncoder(as_bytes).encode(words_of(lines, undivided))
     expected = [
-        [*(line.removeprefix(b" ") if whole else line.replace(b" ", b"")), END]
-        for line, whole in zip(lines, undivided, strict=True)
+        [*(line.removeprefix(b" ") if one_word else line.replace(b" ", b"")), END]
+        for line, one_word in zip(lines, undivided, strict=True)
     ]
     assert [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] == expected
     assert words_of(lines).num_bytes == sum(map(len, lines)) + len(lines)
