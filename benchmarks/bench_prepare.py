@@ -1,11 +1,16 @@
 """Speed of `prepare` compared with a bare SentencePiece loop and `datasets.map`, and its use of disk and memory.
 
-    python benchmarks/bench_prepare.py [--tokenizer MODEL] [--quick] [--json FILE]
+    python benchmarks/bench_prepare.py [--tokenizer MODEL] [--quick] [--units] [--text DIR] [--json FILE]
 
 Each contender is a process of its own that starts, loads its tokenizer, and reads the same file. Measured are the CPU seconds of
 the process and its children, pinned to one core. The text is samples/ and the documentation of the installed packages, repeated.
 "per megabyte" is the cost of the copies after the first, without the start. Compare ratios within one run, on an idle machine.
 bench_prepare_workers.py measures two workers on two cores.
+
+The last figures compare two ways of encoding, block by block in one process (`prepare_units.py`): `--engine auto` with `--engine
+tokenizers` for three kinds of tokenizer.json, and `--unit word` with `--unit line` for the SentencePiece model. Their text is
+samples/cc100, or a directory of LANG.txt or LANG.txt.xz; languages need more than 1 MB each, which is the size of a block, for
+the figures of a long preparation. `--units` prints these alone.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-from benchmarks import measure  # noqa: E402
+from benchmarks import measure, prepare_units  # noqa: E402
 from data_prep.blocks import cut_blocks  # noqa: E402
 from data_prep.clean import CleanOptions  # noqa: E402
 from data_prep.encode import encode_block  # noqa: E402
@@ -183,6 +188,12 @@ def parse() -> argparse.Namespace:
     parser = measure.arguments(__doc__)
     parser.add_argument("--tokenizer", type=Path, default=TOKENIZER, help="SentencePiece model")
     parser.add_argument("--repeats", type=int, help="rounds of all contenders; the table shows medians")
+    parser.add_argument("--units", action="store_true", help="only the engine of a tokenizer.json and the unit `word`")
+    parser.add_argument(
+        "--text", type=Path, default=REPO / "samples" / "cc100", help="LANG.txt or LANG.txt.xz for these"
+    )
+    parser.add_argument("--tokenizer-json", nargs="+", default=[], metavar="KIND=DIR",
+                        help="tokenizers to measure in place of trained ones; kinds: bpe, byte_bpe, wordpiece")  # fmt: skip
     options = parser.parse_args()
     if not options.tokenizer.is_file():
         parser.error(f"{options.tokenizer} does not exist: `make demo` makes it, or give --tokenizer")
@@ -194,6 +205,9 @@ def main() -> None:
     copies, repeats = (2, 1) if options.quick else (8, options.repeats or 5)
     text = collect_text(8_500_000)
     rounds: dict[str, list[float]] = {}
+    units = encoding_units(options, 1 if options.quick else 3)
+    if options.units:
+        return
 
     def note(name: str, value: float) -> None:
         rounds.setdefault(name, []).append(value)
@@ -215,7 +229,30 @@ def main() -> None:
         bytes_per_token = sum(shard.num_bytes for shard in shards.all_shards()) / tokens
         note("datasets.map", bench.datasets_map())
         peaks = memory_of_a_giant_line(Path(directory), options.tokenizer, text, 20 if options.quick else 1000)
-    report(options, rounds, bench.text_bytes, tokens, bytes_per_token, peaks)
+    report(options, rounds, bench.text_bytes, tokens, bytes_per_token, peaks, units)
+
+
+def encoding_units(options: argparse.Namespace, times: int) -> dict[str, object]:
+    """The keys `tokenizer_json` and `unit_word` of the JSON file, and a table of them."""
+    texts = prepare_units.texts_of(options.text)
+    given = {kind: Path(path) for kind, _, path in (pair.partition("=") for pair in options.tokenizer_json)}
+    with tempfile.TemporaryDirectory() as directory:
+        engines = prepare_units.tokenizer_json(texts, Path(directory), given, times)
+    unit = prepare_units.unit_word(texts, options.tokenizer, times)
+    found = {
+        "tokenizer_json": {kind: about["times"] for kind, about in engines.items()},
+        "unit_word": unit["times"],
+        "units": {"tokenizer_json": engines, "unit_word": unit},
+    }
+    names = [*engines, "unit word"]
+    rows = [[name, *(about["by_language"][name] for about in (*engines.values(), unit))] for name in texts]
+    rows.append(["all", *(about["times"] for about in (*engines.values(), unit))])
+    measure.publish(
+        f"Times as fast, {sum(map(len, texts.values())) / 1e6:.0f} MB of text; ids of a tokenizer.json all equal, of the unit "
+        f"word {unit['equal_ids']:.4%}",
+        ["language", *names], rows, found, options.json if options.units else None,
+    )  # fmt: skip
+    return found
 
 
 def report(
@@ -225,6 +262,7 @@ def report(
     tokens: int,
     bytes_per_token: float,
     peaks: tuple[float, float],
+    units: dict[str, object],
 ) -> None:
     def ratio(above: list[float], below: list[float]) -> float:
         """Median of the ratios of the rounds."""
@@ -258,7 +296,7 @@ def report(
     title = (
         f"Preparation: {text_bytes / 1e6:.0f} MB of text, {len(rounds['bare'])} rounds, start of every process included"
     )
-    measure.publish(title, ["figure", "value"], rows, {"figures": figures, "seconds": rounds}, options.json)
+    measure.publish(title, ["figure", "value"], rows, {"figures": figures, "seconds": rounds, **units}, options.json)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from data_prep.shards import DataError
 
 if TYPE_CHECKING:
     from data_prep.kitoken_engine import KitokenEngine
+    from data_prep.words import WordEncoder
 
 CHECKED_EVERY = 10_000
 SHOWN_IDS = 8
@@ -77,7 +78,7 @@ class FastTokenizer:
         self._engine: KitokenEngine | None = None
         self.note = ""  # why the engine does not encode
         self._undivided = ""  # a regular expression for lines that are not encoded by their words
-        self._has_words = False
+        self._words: WordEncoder | None = None
         self._num_lines = 0
         if engine != "tokenizers":
             self._prepare_speed(parsed, engine)
@@ -86,6 +87,7 @@ class FastTokenizer:
         # imported here, because other kinds of tokenizer and the checks of a run do not need them
         from data_prep.kitoken_engine import EngineUnusable, KitokenEngine, added_texts, any_of, starts_of
         from data_prep.word_boundaries import MARKER, pieces_across, why_not_json
+        from data_prep.words import WordEncoder
 
         try:
             self._engine = KitokenEngine(parsed, self._tokenizer)
@@ -93,7 +95,8 @@ class FastTokenizer:
             if engine == "kitoken":
                 raise DataError(f"{self.path}: {error}. Prepare it with --engine tokenizers or auto.") from error
             self.note = str(error)
-        self._has_words = why_not_json(parsed) is None
+        if why_not_json(parsed) is None:
+            self._words = WordEncoder(self._encode)
         added = added_texts(parsed, self._tokenizer.normalizer)
         self._undivided = any_of(["  ", MARKER, *starts_of(added), *pieces_across(parsed)])
 
@@ -128,7 +131,7 @@ class FastTokenizer:
     def encode_lines(self, lines: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """As in `Tokenizer`. Raises `DataError` if the ids of a line that is compared are not those of `tokenizers`."""
         ids, lengths = self._encode_by_words(lines) or self._encode(lines)
-        if self._engine is not None or self._has_words:
+        if self._engine is not None or self._words is not None:
             first = -self._num_lines % CHECKED_EVERY
             self._num_lines += len(lines)
             ends = np.cumsum(lengths)
@@ -147,15 +150,15 @@ class FastTokenizer:
 
     def _encode_by_words(self, lines: list[bytes], always: bool = False) -> tuple[np.ndarray, np.ndarray] | None:
         """The ids by way of the different words; None if that is not known to be right, or not worth the search."""
-        if not self._has_words:
+        if self._words is None:
             return None
         from data_prep.kitoken_engine import holds_any
-        from data_prep.words import encode_words, have_short_words, words_of
+        from data_prep.words import have_short_words, words_of
 
         if not (always or have_short_words(lines)):
             return None
         words = words_of(lines, holds_any(self._undivided, lines))
-        return encode_words(words, self._encode) if always or words.are_worth_it else None
+        return self._words.encode(words) if always or words.are_worth_it else None
 
     def _encode(self, lines: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of texts, each with the end token: uint32 [total]; the number of ids of each: int64 [lines]."""

@@ -157,7 +157,7 @@ def _load(content: dict[str, Any]) -> Any:
     try:
         import kitoken
     except ImportError as error:
-        raise EngineUnusable(f"{NAME} is not installed: pip install kitoken") from error
+        raise EngineUnusable(f"{NAME} is not installed (pip install kitoken==0.11.1)") from error
     model = content["model"]
     if kind_of(model) not in ("BPE", "WordPiece"):
         raise EngineUnusable(f"{NAME} is used for BPE and WordPiece, and its model is of another kind")

@@ -22,7 +22,7 @@ UNIGRAM = 1
 PER_CHARACTER = frozenset(
     {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "BertNormalizer", "Nmt", "Precompiled"}
 )
-# Pre-tokenizers that begin a new part at every space between two words, and those that may stand before them.
+# Pre-tokenizers that begin a new part at every space between two words, and those that may come before them.
 CUT_AT_SPACES = frozenset({"BertPreTokenizer", "Whitespace", "WhitespaceSplit"})
 MOST_PIECES_ACROSS = 100  # Gemma has one, ">▁</"
 CUT_ELSEWHERE = frozenset({"Digits", "Punctuation", "UnicodeScripts"})

@@ -16,7 +16,7 @@ from data_prep.awkward import LINES
 from data_prep.sentencepiece_tokenizer import SentencePieceTokenizer
 from data_prep.shards import DataError
 from data_prep.word_boundaries import why_not_sentencepiece
-from data_prep.words import encode_words, have_short_words, words_of
+from data_prep.words import WordEncoder, have_short_words, words_of
 
 
 class WordUnitTokenizer(SentencePieceTokenizer):
@@ -26,18 +26,19 @@ class WordUnitTokenizer(SentencePieceTokenizer):
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
+        self._words = WordEncoder(super().encode_lines)
         reason = why_not_sentencepiece(self.path.read_bytes()) or self._differing_line()
         if reason is not None:
             raise DataError(f"--unit word cannot be used with {self.path}: {reason}. Use --unit line, the default.")
 
     def encode_lines(self, lines: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         if have_short_words(lines) and (words := words_of(lines)).are_worth_it:
-            return encode_words(words, super().encode_lines)
+            return self._words.encode(words)
         return super().encode_lines(lines)
 
     def encode_by_words(self, lines: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """The ids by way of the words, even if that is slower."""
-        return encode_words(words_of(lines), super().encode_lines)
+        return self._words.encode(words_of(lines))
 
     def _differing_line(self) -> str | None:
         """The proof, tried on lines that are difficult."""

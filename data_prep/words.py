@@ -15,10 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-SPACE, LINE_END = b" "[0], b"\n"[0]
+LINE_END_TEXT = b"\n"
+SPACE, LINE_END = b" "[0], LINE_END_TEXT[0]
 # The rule of when words are encoded instead of lines, measured with SentencePiece on 0.4 and 1 MB of 35 languages. A different
 # word costs as much as its bytes and 10 more, finding the words as much as 0.15 of all bytes.
 BYTES_PER_WORD = 10
+MOST_REMEMBERED = 1 << 17  # words, about 25 MB
 LARGEST_COST = 0.8  # of all bytes: the saving must be worth the search
 LARGEST_MEAN_WORD = 25  # bytes; Chinese, Japanese and Thai text has 27 to 79, so the search itself is left out
 
@@ -69,14 +71,42 @@ def have_short_words(lines: list[bytes]) -> bool:
     return num_bytes <= LARGEST_MEAN_WORD * (sum(line.count(b" ") for line in lines) + len(lines)) and bool(lines)
 
 
-def encode_words(words: Words, encode: Encode) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of the lines, each with the end token of `encode`; the number of ids of each line: int64 [lines]."""
-    ids, lengths = encode(words.distinct.to_pylist())
-    starts = np.cumsum(lengths) - lengths
-    counts = lengths - 1  # without the end token
-    starts[words.line_end] += counts[words.line_end]  # the line end is its end token only
-    counts[words.line_end] = 1
-    repeated = counts[words.index]
-    ends = np.cumsum(repeated)
-    positions = np.repeat(starts[words.index] - ends + repeated, repeated) + np.arange(ends[-1])
-    return ids[positions], np.diff(ends[words.index == words.line_end], prepend=0)
+class WordEncoder:
+    """Encodes lines by their words, and remembers the ids of words until there are `MOST_REMEMBERED`.
+
+    Args:
+        encode: the encoder of one word, whose ids depend on nothing else.
+    """
+
+    def __init__(self, encode: Encode) -> None:
+        self._encode = encode
+        self._forget()
+
+    def _forget(self) -> None:
+        self._number_of: dict[bytes, int] = {}
+        self._ids, self._starts, self._counts = np.empty(0, np.uint32), np.empty(0, np.int64), np.empty(0, np.int64)
+
+    def encode(self, words: Words) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of the lines, each with one end token; the number of ids of each line: int64 [lines]."""
+        texts = words.distinct.to_pylist()
+        if len(self._number_of) > MOST_REMEMBERED:
+            self._forget()
+        if new := [text for text in texts if text not in self._number_of]:
+            self._remember(new)
+        numbers = np.fromiter(map(self._number_of.__getitem__, texts), np.int64, len(texts))[words.index]
+        counts = self._counts[numbers]
+        ends = np.cumsum(counts)
+        positions = np.repeat(self._starts[numbers] - ends + counts, counts) + np.arange(ends[-1])
+        return self._ids[positions], np.diff(ends[words.index == words.line_end], prepend=0)
+
+    def _remember(self, texts: list[bytes]) -> None:
+        ids, lengths = self._encode(texts)
+        starts = np.cumsum(lengths) - lengths + len(self._ids)
+        counts = lengths - 1  # without the end token
+        if LINE_END_TEXT in texts:  # is its end token only
+            number = texts.index(LINE_END_TEXT)
+            starts[number] += counts[number]
+            counts[number] = 1
+        self._number_of |= zip(texts, range(len(self._counts), len(self._counts) + len(texts)), strict=True)
+        self._ids = np.concatenate([self._ids, ids])
+        self._starts, self._counts = np.append(self._starts, starts), np.append(self._counts, counts)

@@ -21,7 +21,7 @@ from data_prep.shards import DataError, ShardSet
 from data_prep.tokenizer import SentencePieceTokenizer, open_tokenizer
 from data_prep.word_boundaries import maps_across_spaces, why_not_json, why_not_sentencepiece
 from data_prep.word_unit import WordUnitTokenizer
-from data_prep.words import encode_words, have_short_words, words_of
+from data_prep.words import WordEncoder, have_short_words, words_of
 from tests.unit.data_prep.corpus import content, run, write_corpus
 from tests.unit.data_prep.tiny_tokenizers import byte_bpe
 
@@ -42,10 +42,10 @@ def test_ids_of_lines_are_those_of_their_words(seed: int) -> None:
     words = [b"a", b"bb", "ü".encode(), b"", b"x\ty", b"\r"]
     lines = [b" ".join(chance.choices(words, k=chance.randint(1, 6))) for _ in range(chance.randint(1, 30))]
     undivided = np.array([chance.random() < 0.3 for _ in lines])
-    ids, lengths = encode_words(words_of(lines, undivided), as_bytes)
+    ids, lengths = WordEncoder(as_bytes).encode(words_of(lines, undivided))
     expected = [
-        [*(line.removeprefix(b" ") if complete else line.replace(b" ", b"")), END]
-        for line, complete in zip(lines, undivided, strict=True)
+        [*(line.removeprefix(b" ") if one_word else line.replace(b" ", b"")), END]
+        for line, one_word in zip(lines, undivided, strict=True)
     ]
     assert [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] == expected
     assert words_of(lines).num_bytes == sum(map(len, lines)) + len(lines)
