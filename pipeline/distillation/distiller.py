@@ -75,7 +75,7 @@ class Hooks:
     gather: Gather = alone  # exchanges the ranks' results when the backend is chosen
     around_student: Callable[[], AbstractContextManager] = nullcontext  # makes a context for the student's forward
     mark: Callable[[str], object] = str  # is called when TEACHER, STUDENT and LOSS have been launched
-    restart_positions: bool = False  # with `segments`: positions are counted from the start of each document
+    positions: str = "continue"  # "restart": with `segments`, they are counted from the start of each document
 
 
 class DistillModule(nn.Module):
@@ -184,7 +184,7 @@ class DistillModule(nn.Module):
         return projections[first], projections[second]
 
     def _mask(self, lengths_B: torch.Tensor | None, segments: torch.Tensor | None) -> SequenceMask:
-        restart = self._hooks.restart_positions
+        restart = self._hooks.positions == "restart"
         return SequenceMask(lengths_B, None if segments is None else Documents(segments, restart))
 
     def _run_both(self, input_ids_BL: torch.Tensor, mask: SequenceMask) -> tuple[TapOutputs, TapOutputs]:

@@ -53,6 +53,13 @@ class Documents:
         document_BL = self._numbers(like_BL)
         return (document_BL[:, :, None] == document_BL[:, None, :])[:, None]
 
+    def added_mask(self, like_BL: torch.Tensor, dtype: torch.dtype, window: int | None = None) -> torch.Tensor:
+        """The same as numbers to add to logits, [B, 1, L, L]; with `window`, also between tokens farther apart -inf."""
+        seen_B1LL = self.mask(like_BL)
+        if window is not None:
+            seen_B1LL &= near(like_BL.shape[1], window, like_BL.device)
+        return torch.zeros_like(seen_B1LL, dtype=dtype).masked_fill_(~seen_B1LL, float("-inf"))
+
     def positions(self, like_BL: torch.Tensor) -> torch.Tensor:
         """Each token's place in its document, counted from 0, int64 [B, L]."""
         ends_BS = self._ends(like_BL)

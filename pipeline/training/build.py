@@ -168,8 +168,7 @@ def build(
     source, batch, identity, teacher_precision = shared.source, shared.batch, shared.identity, shared.teacher_precision
     del first, of_members, inputs, shared  # and with them the teacher's layers above the highest distilled one
     teacher.place(recipe, teacher_precision, launch)
-    around_student = partial(deterministic_kernels, recipe.deterministic)
-    hooks = Hooks(dist.gather_json, around_student, clock.mark, recipe.positions == "restart")
+    hooks = Hooks(dist.gather_json, partial(deterministic_kernels, recipe.deterministic), clock.mark, recipe.positions)
     for (name, student), (of_student, config, precision) in zip(students.items(), settings, strict=True):
         distiller = DistillModule(
             teacher.of_student(of_student.relations), student.tapped, of_student.relations, student.basis_Dd, hooks
