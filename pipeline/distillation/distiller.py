@@ -61,7 +61,9 @@ class SequenceMask:
 
     def of_encoders(self, input_ids_BL: torch.Tensor) -> torch.Tensor | Documents | None:
         """The mask of a tap: None, [B, L] int64, or the documents."""
-        return self.real_tokens(input_ids_BL) if self.documents is None else self.documents
+        if self.documents is None:
+            return self.real_tokens(input_ids_BL)
+        return self.documents
 
     def of_relations(self) -> dict[str, Any]:
         """The same mask as arguments of `relation_kl`."""

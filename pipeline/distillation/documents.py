@@ -112,6 +112,9 @@ class DocumentAttention(torch.Tensor):
         kwargs = dict(kwargs or {})
         if function is scaled_dot_product_attention:
             return kwargs.pop("attn_mask")._attend(*args, **kwargs)
+        if function is torch.Tensor.detach:  # hooks of ZeRO-3 detach every argument of a layer
+            (mask,) = args
+            return cls.of(mask.runs, mask.shape, None if mask._near_LL is None else mask.window)
         if function not in _ABOUT_ITS_SHAPE:
             raise RuntimeError(f"{cls.__name__} has no values: only attention can use it, not {function}")
         return super().__torch_function__(function, types, args, kwargs)

@@ -237,7 +237,11 @@ def test_a_mask_without_values_is_for_attention_alone() -> None:
     mask = Documents(SEGMENTS).attention(random_rows(len(LENGTHS), LENGTH))
     assert mask.shape == (len(LENGTHS), 1, LENGTH, LENGTH)
     query_BHLd = random_numbers(len(LENGTHS), 2, LENGTH, 8)
-    assert scaled_dot_product_attention(query_BHLd, query_BHLd, query_BHLd, attn_mask=mask).shape == query_BHLd.shape
+    results = [
+        scaled_dot_product_attention(query_BHLd, query_BHLd, query_BHLd, attn_mask=given)
+        for given in (mask, mask.detach())
+    ]
+    assert torch.equal(*results)
     for use in (lambda: mask + 1, lambda: query_BHLd.masked_fill(mask, 0), mask.bool, lambda: mask[:, :, :3]):
         with pytest.raises(RuntimeError, match="only attention can use it"):
             use()
