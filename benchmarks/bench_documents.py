@@ -1,6 +1,6 @@
 """What separate documents cost in the encoders and in the loss, relative to joined rows and to the exact work.
 
-    python benchmarks/bench_documents.py [--tokenizer MODEL] [--families NAMES] [--document N] [--quick] [--json FILE]
+    python benchmarks/bench_documents.py [--tokenizer MODEL] [--families NAMES] [--document 64] [--quick] [--json FILE]
 
 In: rows of 512 tokens of real text in 22 languages, and encoders of 4 x 384 with random weights. Out: ratios of CPU seconds of one
 thread. The exact work of an encoder is that of joined rows without the products of attention for pairs of tokens of different

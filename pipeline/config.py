@@ -59,7 +59,7 @@ class Recipe:
     micro_batch_per_gpu: int = 32  # rows per forward and backward on one rank
     seq_len: int = 512  # tokens per row, <s> and </s> included
     documents: Literal["joined", "separate"] = "joined"  # separate: attention and relations end where a document does
-    positions: Literal["continue", "restart"] = "continue"  # restart: separate documents begin at the first
+    positions: Literal["continue", "restart"] = "continue"  # along the row, or from the first in each separate document
     alpha: float = 0.3  # language share ~ (share of sampling_unit) ** alpha
     sampling_unit: Literal["tokens", "documents", "bytes"] = "tokens"  # what the shares are counted in
     language_weights: dict[str, float] | None = None  # explicit shares instead of alpha's

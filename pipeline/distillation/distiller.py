@@ -60,7 +60,9 @@ class SequenceMask:
 
     def of_encoders(self, input_ids_BL: torch.Tensor) -> torch.Tensor | Documents | None:
         """The mask of a tap: None, [B, L] int64, or the documents."""
-        return self.real_tokens(input_ids_BL) if self.documents is None else self.documents
+        if self.documents is None:
+            return self.real_tokens(input_ids_BL)
+        return self.documents
 
     def of_relations(self) -> dict[str, Any]:
         """The same mask as arguments of `relation_kl`."""
@@ -74,7 +76,7 @@ class Hooks:
     gather: Gather = alone  # exchanges the ranks' results when the backend is chosen
     around_student: Callable[[], AbstractContextManager] = nullcontext  # makes a context for the student's forward
     mark: Callable[[str], object] = str  # is called when TEACHER, STUDENT and LOSS have been launched
-    restart_positions: bool = False  # with `segments`: positions are counted from the start of each document
+    positions: str = "continue"  # "restart": with `segments`, they are counted from the start of each document
     gather_rows: GatherRows = own_rows  # the sentence vectors of all ranks, for `pooled_distance: similarity`
 
 
@@ -188,7 +190,7 @@ class DistillModule(nn.Module):
         return projections[first], projections[second]
 
     def _mask(self, lengths_B: torch.Tensor | None, segments: torch.Tensor | None) -> SequenceMask:
-        restart = self._hooks.restart_positions
+        restart = self._hooks.positions == "restart"
         return SequenceMask(lengths_B, None if segments is None else Documents(segments, restart))
 
     def _run_both(self, input_ids_BL: torch.Tensor, mask: SequenceMask) -> tuple[TapOutputs, TapOutputs]:

@@ -53,6 +53,13 @@ class Documents:
         document_BL = self._numbers(like_BL)
         return (document_BL[:, :, None] == document_BL[:, None, :])[:, None]
 
+    def added_mask(self, like_BL: torch.Tensor, dtype: torch.dtype, window: int | None = None) -> torch.Tensor:
+        """The same as numbers to add to logits, [B, 1, L, L]; with `window`, also between tokens farther apart -inf."""
+        seen_B1LL = self.mask(like_BL)
+        if window is not None:
+            seen_B1LL &= near(like_BL.shape[1], window, like_BL.device)
+        return torch.zeros_like(seen_B1LL, dtype=dtype).masked_fill_(~seen_B1LL, float("-inf"))
+
     def positions(self, like_BL: torch.Tensor) -> torch.Tensor:
         """Each token's place in its document, counted from 0, int64 [B, L]."""
         ends_BS = self._ends(like_BL)
@@ -105,6 +112,9 @@ class DocumentAttention(torch.Tensor):
         kwargs = dict(kwargs or {})
         if function is scaled_dot_product_attention:
             return kwargs.pop("attn_mask")._attend(*args, **kwargs)
+        if function is torch.Tensor.detach:  # hooks of ZeRO-3 detach every argument of a layer
+            (mask,) = args
+            return cls.of(mask.runs, mask.shape, None if mask._near_LL is None else mask.window)
         if function not in _ABOUT_ITS_SHAPE:
             raise RuntimeError(f"{cls.__name__} has no values: only attention can use it, not {function}")
         return super().__torch_function__(function, types, args, kwargs)

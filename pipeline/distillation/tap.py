@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
 
-from pipeline.distillation.documents import Documents, near
+from pipeline.distillation.documents import Documents
 from pipeline.distillation.models.architectures import (
     ArchitectureSpec,
     architecture_of,
@@ -122,44 +122,38 @@ class TappedEncoder(nn.Module):
 
     def _run_apart(self, input_ids_BL: torch.Tensor, documents: Documents) -> torch.Tensor:
         """The model on rows of several documents, with the masks and positions that its architecture requires."""
-        model, kind = self.model, self.architecture.block_mask
+        model, (*path, method) = self.model, self.architecture.block_mask.split(".")
         check_documents(model.config, "this model")
         positions_BL = None
         if documents.restart_positions:
             positions_BL = documents.positions(input_ids_BL) + first_position(model)
-        if kind == "sdpa":
+        if not path:
             masks = self._masks_of_attention(input_ids_BL, documents)
             return model(input_ids=input_ids_BL, attention_mask=masks, position_ids=positions_BL)[0]
-        mask_B1LL = documents.mask(input_ids_BL)
-        if kind == "added":
-            least = torch.finfo(model.dtype).min
-            added_B1LL = torch.zeros_like(mask_B1LL, dtype=model.dtype).masked_fill_(~mask_B1LL, least)
-            return model(input_ids=input_ids_BL, attention_mask=added_B1LL, position_ids=positions_BL)[0]
-        *path, method = kind.split(".")
+        mask_B1LL, real_BL = documents.mask(input_ids_BL), documents.real_tokens(input_ids_BL)
         owner = model.get_submodule(".".join(path))  # a copy of this skeleton, not the tapped model's own
         setattr(owner, method, lambda _: mask_B1LL)
         try:
-            real_BL = documents.real_tokens(input_ids_BL)
             return model(input_ids=input_ids_BL, attention_mask=real_BL, position_ids=positions_BL)[0]
         finally:
             delattr(owner, method)
 
     def _masks_of_attention(self, input_ids_BL: torch.Tensor, documents: Documents) -> Any:
-        """For torch's attention: one mask, or one for each type of layer.
+        """One mask, or one for each type of layer.
 
-        On a CPU each document is computed alone. A GPU would wait for the many small kernels of that, and a compiled layer
-        would be compiled for each batch: they get one mask with values.
+        On a CPU torch's attention computes each document alone. A GPU would wait for the many small kernels of that, and a
+        compiled layer would be compiled for each batch: they get one mask of numbers, which all layers share.
         """
-        config = self.model.config
-        by_document = self.attends_by_document and input_ids_BL.device.type == "cpu"
+        config, architecture = self.model.config, self.architecture
+        on_cpu = input_ids_BL.device.type == "cpu"
+        by_document = self.attends_by_document and on_cpu and architecture.block_mask == "sdpa"
 
         def mask(window: int | None) -> torch.Tensor:
             if by_document:
                 return documents.attention(input_ids_BL, window)
-            mask_B1LL = documents.mask(input_ids_BL)
-            return mask_B1LL if window is None else mask_B1LL & near(input_ids_BL.shape[1], window, mask_B1LL.device)
+            return documents.added_mask(input_ids_BL, self.model.dtype, window)
 
-        if not self.architecture.masks_by_layer_type:
+        if not architecture.masks_by_layer_type:
             return mask(None)
         first_of_type = {kind: number for number, kind in reversed(list(enumerate(config.layer_types, start=1)))}
         return {kind: mask(window_of(config, number)) for kind, number in first_of_type.items()}

@@ -206,7 +206,7 @@ def _hooks(recipe: Recipe, clock: StepClock) -> Hooks:
         gather=dist.gather_json,
         around_student=partial(deterministic_kernels, recipe.deterministic),
         mark=clock.mark,
-        restart_positions=recipe.positions == "restart",
+        positions=recipe.positions,
         gather_rows=dist.gather_rows,
     )
 

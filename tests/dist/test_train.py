@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModel, AutoTokenizer
 
 from pipeline.config import load_recipe
-from pipeline.distillation.distiller import DistillModule
+from pipeline.distillation.distiller import DistillModule, Hooks
 from pipeline.distillation.models.student import build_student
 from pipeline.distillation.models.teacher import load_encoder, load_teacher
 from pipeline.errors import EXIT_DIVERGED
@@ -92,15 +92,27 @@ def test_partitioned_teacher_gives_the_same_losses(
 
 
 def test_documents_kept_apart(tmp_path: Path, tiny_recipe: Path, arguments: list[str]) -> None:
-    """`documents: separate` reaches the training step and the held-out evaluation."""
-    overrides = ["documents=separate", "steps=2", "languages=[tr]", "seq_len=64", "global_batch=24", "heldout_rows=24"]
+    """`documents: separate` and `positions: restart` reach the training step and the held-out evaluation."""
+    overrides = [
+        "documents=separate",
+        "positions=restart",
+        "steps=2",
+        "languages=[tr]",
+        "seq_len=64",
+        "global_batch=24",
+        "heldout_rows=24",
+    ]
     sets = [word for override in overrides for word in ("--set", override)]
     train("python", 1, tmp_path / "run", [*arguments, *sets])
     recipe = load_recipe(tiny_recipe, overrides)
     source, layer = open_data(recipe), recipe.relations.teacher_layer
     teacher = load_encoder(recipe.teacher)
     student = build_student(teacher, recipe.student, recipe.seed, recipe.relations)
-    module = DistillModule(load_teacher(teacher, layer, torch.float32, "cpu"), student.tapped, recipe.relations)
+    teacher = load_teacher(teacher, layer, torch.float32, "cpu")
+    along_the_row, module = (
+        DistillModule(teacher, student.tapped, recipe.relations, hooks=Hooks(positions=positions))
+        for positions in ("continue", "restart")
+    )
     for batch, reported in (
         (source.training_batch(np.arange(24)), curve(tmp_path / "run")[1]),
         (source.heldout_batch(["tr"]), curve(tmp_path / "run", "heldout/tr")[0]),
@@ -108,6 +120,8 @@ def test_documents_kept_apart(tmp_path: Path, tiny_recipe: Path, arguments: list
         separate = module.losses_by_row(batch.input_ids_BL, segments=batch.segments_BS).mean().item()
         assert reported == pytest.approx(separate, rel=1e-5)
         assert reported != pytest.approx(module.losses_by_row(batch.input_ids_BL).mean().item(), rel=1e-4)
+        continued = along_the_row.losses_by_row(batch.input_ids_BL, segments=batch.segments_BS).mean().item()
+        assert reported != pytest.approx(continued, rel=1e-4)
 
 
 def test_run_directory_is_complete(plain_run: Path) -> None:

@@ -36,6 +36,7 @@ def check(recipe_file: Path, before: list[str], now: list[str], allow_change: bo
         ([], ["languages=[hi,tr]"], r"languages: None -> \['hi', 'tr'\]; data: "),
         (["languages=[hi,tr]"], ["languages=[hi,sw,tr]"], r"languages: \['hi', 'tr'\] -> \['hi', 'sw', 'tr'\]; data: "),
         ([], ["documents=separate"], "documents: joined -> separate"),
+        (["documents=separate"], ["documents=separate", "positions=restart"], "positions: continue -> restart"),
         ([], ["sampling_unit=bytes"], "sampling_unit: tokens -> bytes; data: "),
         ([], ["max_epochs=20"], "max_epochs: None -> 20.0; data: "),
         (["max_epochs=20"], ["max_epochs=20", "steps=24"], "data: "),  # the cap is spread over the steps

@@ -6,10 +6,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 from pipeline.config import load_recipe
 from pipeline.training.checks import open_data
-from pipeline.training.recipe_warnings import recipe_warnings
+from pipeline.training.recipe_warnings import recipe_warnings, window_warnings
 
 ENOUGH = ["heldout_rows=1"]  # the tiny corpus has more than ten rows of every language
 
@@ -58,3 +59,39 @@ def test_the_printed_setting_removes_the_warning(tiny_recipe: Path, overrides: l
     (line,) = (line for line in warnings_of(tiny_recipe, *overrides) if "--set" in line and "epochs" not in line)
     setting = shlex.split(line.partition("--set ")[2])[0]
     assert not [line for line in warnings_of(tiny_recipe, *overrides, setting) if setting.partition("=")[0] in line]
+
+
+LAYER_TYPES = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "roles"),
+    [
+        (["relations.teacher_layer=4", "student.layers=4"], []),
+        (["relations.teacher_layer=3", "student.layers=4"], ["layer 3 of the teacher"]),
+        (["relations.teacher_layer=3", "student.layers=2"], ["layer 3 of the teacher", "layer 2 of the student"]),
+        (["relations.teacher_layer=4", "student.layers=2", "documents=separate"], ["layer 2 of the student"]),
+        (
+            ["relations.layers=[{teacher: 2, student: 1}, {teacher: 4, student: 2}]", "relations.teacher_layer=null"],
+            ["layer 2 of the teacher", "layer 2 of the student"],
+        ),
+    ],
+)
+def test_a_distilled_layer_with_a_window_is_named_with_what_it_sees(
+    tiny_recipe: Path, overrides: list[str], roles: list[str]
+) -> None:
+    teacher = AutoConfig.for_model(
+        "modernbert", num_hidden_layers=4, hidden_size=48, local_attention=16, layer_types=LAYER_TYPES
+    )
+    recipe = load_recipe(tiny_recipe, ["student.init=random", "student.layers=2", *overrides])
+    warnings = window_warnings(recipe, teacher)
+    assert len(warnings) == len(roles)
+    part = "document" if recipe.documents == "separate" else "row"
+    for warning, role in zip(warnings, roles, strict=True):
+        assert role in warning
+        assert f"sees 8 tokens to either side. The relations match all pairs of tokens of a {part}" in warning
+        assert f"that see all tokens: {'1' if 'student' in role else '1, 4'} (" in warning
+
+
+def test_layers_without_a_window_give_no_warning(tiny_recipe: Path) -> None:
+    assert window_warnings(load_recipe(tiny_recipe, []), AutoConfig.for_model("bert", num_hidden_layers=4)) == []

@@ -31,8 +31,8 @@ class ArchitectureSpec:
     layer_attributes: tuple[str, ...] = ()  # attributes of a layer that the model reads
     layer_returns: int = 0  # 0: a layer returns a tensor; n: a tuple of n
     rotary_head_dim: str | None = None  # attribute with the width of a rotary head, for layers that have one
-    # How several documents of a row are kept apart: "sdpa", attention is torch's and gets a [B, 1, L, L] mask as it is;
-    # "added", attention adds a mask of numbers to its logits; or the method of a submodule that makes the bool mask.
+    # How several documents of a row are kept apart. "sdpa": attention is torch's, and its mask reaches it unchanged.
+    # "added": attention adds a mask of numbers to its logits. Else the method of a submodule that makes a bool mask.
     block_mask: str = "sdpa"
     masks_by_layer_type: bool = False  # the mask may be a dictionary: type of a layer -> its mask
     mixing_key: str | None = None  # a config key; above zero, a convolution mixes neighbouring tokens

@@ -134,8 +134,8 @@ def test_segments_are_the_documents_of_the_rows(shards: ShardSet) -> None:
     ids, segments = (part.numpy() for part in source.training_batch(numbers))
     assert np.array_equal(ids, source.batch(numbers))
     assert (segments.sum(axis=1) == 32).all()
-    language, row = source.locate(numbers)[7]
-    assert segments[7][segments[7] > 0].tolist() == shards.segments(language, [row], 32)[0].tolist()
+    for (language, row), lengths in zip(source.locate(numbers), segments, strict=True):
+        assert lengths[lengths > 0].tolist() == shards.segments(language, [row], 32)[0].tolist()
 
 
 def batches_of(size: int, count: int) -> Iterator[np.ndarray]:

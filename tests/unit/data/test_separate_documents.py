@@ -18,7 +18,8 @@ from pipeline.distillation.distiller import DistillModule
 from pipeline.distillation.models.student import StudentConfig, build_student
 from pipeline.distillation.models.teacher import load_encoder, load_teacher
 from pipeline.distillation.relations.reference import relation_kl_reference
-from pipeline.provenance import resume_critical_config
+from pipeline.errors import UserError
+from pipeline.provenance import changed_keys, resume_critical_config
 from pipeline.runtime.dist import Launch
 
 SEQ_LEN, TEACHER_LAYER, STUDENT_LAYER, HEADS = 64, 3, 2, 12
@@ -118,3 +119,17 @@ def test_the_key_is_part_of_the_resume_critical_config(tiny_recipe: Path) -> Non
     )
     assert joined == resume_critical_config(load_recipe(tiny_recipe, []))
     assert {key for key in joined if joined[key] != separate[key]} == {"documents"}
+
+
+def test_a_run_that_began_without_the_key_counts_positions_along_the_row(tiny_recipe: Path) -> None:
+    """As runs of versions before it did: such a run resumes, and not with other positions."""
+    recipe = load_recipe(tiny_recipe, ["documents=separate"])
+    begun = {key: value for key, value in resume_critical_config(recipe).items() if key != "positions"}
+    assert changed_keys(begun, recipe, by_path=True) == []
+    restart = load_recipe(tiny_recipe, ["documents=separate", "positions=restart"])
+    assert changed_keys(begun, restart, by_path=True) == ["positions: continue -> restart"]
+
+
+def test_positions_of_joined_documents_do_not_restart(tiny_recipe: Path) -> None:
+    with pytest.raises(UserError, match=r"positions is restart.*--set documents=separate"):
+        load_recipe(tiny_recipe, ["positions=restart"])

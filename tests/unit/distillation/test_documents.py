@@ -147,6 +147,17 @@ def test_windows_end_where_they_do_in_a_document_alone(by_document: bool) -> Non
     assert not torch.allclose(packed_BLC[0, 48:80], without_window, atol=1e-3), "the window is not seen in this test"
 
 
+@torch.no_grad()
+def test_queries_and_keys_are_rotated_by_positions_in_the_document() -> None:
+    model, rows_BL = encoder("modernbert"), random_rows(1, LENGTH)
+    tapped = tap(model, 3, after_rotary=True)
+    restart, along_the_row = (tapped(rows_BL, Documents(torch.tensor([[20, 20]]), kind)) for kind in (True, False))
+    for rotated, other, expected in zip(restart, along_the_row, tapped(rows_BL[:, 20:]), strict=True):
+        assert torch.equal(rotated[:, 20:], expected)
+        is_rotated = not torch.allclose(other[:, 20:], expected, rtol=1e-4, atol=1e-4)
+        assert is_rotated == (rotated is not restart[2]), "V is never rotated"
+
+
 @pytest.mark.parametrize(
     ("model_type", "recomputed"),
     [*((name, False) for name in CONFIGS), *((name, True) for name in ("bert", "modernbert", "deberta-v2"))],
@@ -181,7 +192,7 @@ def test_gradients_are_the_sum_of_those_of_the_documents(model_type: str, recomp
 def test_the_loss_is_that_of_each_document_alone(model_type: str) -> None:
     relations, teacher_model = RelationsConfig(heads=12), encoder(model_type)
     student = build_student(teacher_model, StudentConfig(layers=2, hidden=24, heads=2, dropout=0.0), 3, relations)
-    hooks = Hooks(restart_positions=True)
+    hooks = Hooks(positions="restart")
     module = DistillModule(load_teacher(encoder(model_type)), student.tapped, relations, hooks=hooks)
     rows_BL = random_rows(len(LENGTHS), LENGTH)
     expected_B = torch.zeros(len(LENGTHS))
@@ -237,7 +248,14 @@ def test_a_mask_without_values_is_for_attention_alone() -> None:
     mask = Documents(SEGMENTS).attention(random_rows(len(LENGTHS), LENGTH))
     assert mask.shape == (len(LENGTHS), 1, LENGTH, LENGTH)
     query_BHLd = random_numbers(len(LENGTHS), 2, LENGTH, 8)
-    assert scaled_dot_product_attention(query_BHLd, query_BHLd, query_BHLd, attn_mask=mask).shape == query_BHLd.shape
+    windowed = Documents(SEGMENTS).attention(random_rows(len(LENGTHS), LENGTH), window=4)
+    results = [
+        scaled_dot_product_attention(query_BHLd, query_BHLd, query_BHLd, attn_mask=given)
+        for given in (mask, mask.detach(), windowed, windowed.detach())
+    ]
+    assert torch.equal(*results[:2])
+    assert torch.equal(*results[2:])
+    assert not torch.allclose(*results[1:3], atol=1e-2)
     for use in (lambda: mask + 1, lambda: query_BHLd.masked_fill(mask, 0), mask.bool, lambda: mask[:, :, :3]):
         with pytest.raises(RuntimeError, match="only attention can use it"):
             use()

@@ -71,6 +71,13 @@ def test_rows_are_those_that_training_left_out(tiny_teacher: Path, tmp_path: Pat
     other = load_encoder(str(student_of(tiny_teacher, tmp_path / "b", **{**trained, "heldout_rows": 4})))
     with pytest.raises(UserError, match="different `heldout_rows`"):
         settings_of([*encoders, other], HeldoutConfig())
+    restart = load_encoder(str(student_of(tiny_teacher, tmp_path / "c", **trained, positions="restart")))
+    with pytest.raises(UserError, match="different `positions`"):
+        settings_of([encoders[1], restart], HeldoutConfig())
+    assert settings_of([restart], HeldoutConfig())["positions"] == "restart"
+    assert settings_of([restart], HeldoutConfig(documents="joined"))["positions"] == "continue"
+    with pytest.raises(UserError, match=r"heldout\.documents: separate"):
+        settings_of(encoders[:1], HeldoutConfig(positions="restart"))
     assert settings_of([*encoders, other], HeldoutConfig(heldout_rows=4))["heldout_rows"] == 4
 
 
