@@ -67,7 +67,7 @@ class TaggingData(SplitData[TaggedSentences]):
 
     def about(self) -> dict[str, Any]:
         """What was read, and what of it does not count as usual."""
-        parts = {self.train_language: self.train, **self.test}
+        parts = {f"{self.train_language} (training)": self.train, **self.test}
         types = {tag.partition("-")[2] for tag in self.tags}
         unknown = {
             language: sorted(

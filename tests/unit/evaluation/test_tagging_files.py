@@ -233,8 +233,10 @@ def test_file_names_of_every_layout(tmp_path: Path, names: tuple[str, ...], lang
 def test_other_schemes_and_types_are_said(tmp_path: Path) -> None:
     data = write_wikiann(tmp_path, train=4, evaluation=2)
     (data / "de" / "test").write_text("a\tI-LOC\n\nb\tI-CAT\n")
+    with open(data / "en" / "train", "a") as train:
+        train.write("en:a\tO\nen:b\tI-LOC\n\n" + "en:a\tB-LOC\n\n" * 200)
     about = read(data).about()
-    assert about["schemes"] == {"de": "IOB1"}
+    assert about["schemes"] == {"en (training)": "IOB2 but for 1 sentence(s)", "de": "IOB1"}
     assert about["types_not_trained"] == {"de": ["CAT"]}
 
 
