@@ -133,10 +133,12 @@ def _word_and_tag(line: str, layout: str, where: str) -> tuple[str, str]:
     cells = line.split("\t") if "\t" in line else [*([""] if line[0].isspace() else []), *line.split()]  # an empty word
     first, last = (1, 2) if layout == "uner" else (0, -1)
     if len(cells) < 2 + first:
-        raise UserError(
-            f"{where}: {len(cells)} column(s), expected a word and its tag: {line[:60]!r}. Separate them by a tab or a blank, and "
-            "sentences by an empty line."
+        hint = (
+            "XTREME's scripts remove the tags of test files; take these from WikiANN or UD"
+            if layout == "xtreme"
+            else ("Separate them by a tab or a blank, and sentences by an empty line")
         )
+        raise UserError(f"{where}: {len(cells)} column(s), expected a word and its tag: {line[:60]!r}. {hint}.")
     return cells[first].strip(), cells[last].strip()
 
 
