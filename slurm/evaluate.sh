@@ -5,8 +5,8 @@
 #
 # Writes RUN_DIR/student (Hugging Face directory), RUN_DIR/evaluation/evaluation.json and .png, and the report page. A student
 # that was exported there after the end of the run is reused. Jobs on one run directory wait for each other's export. With
-# `sbatch --gpus-per-node=8 ...` one process per GPU shares the tasks that fine-tune (xnli, mlqa). An interrupted job resumes:
-# finished grid points and epochs of these tasks are kept.
+# `sbatch --gpus-per-node=8 ...` one process per GPU shares the tasks that fine-tune (xnli, pawsx, mlqa, tagging). An interrupted
+# job resumes: finished grid points and epochs of these tasks are kept.
 #
 # Of a run with several students the exports are RUN_DIR/students/NAME/student. The teacher is evaluated once, with all
 # students, into RUN_DIR/evaluation. Where they read different teacher layers, it is evaluated once for each layer, with the

@@ -50,6 +50,22 @@ def figures(runs: list[Path], *directories: Path) -> dict[str, float]:
     return {students[number].name: value for number, value in values.items()}
 
 
+def test_a_student_can_be_chosen_by_every_task(tmp_path: Path, evaluated: Path) -> None:
+    """The results of a real evaluation, as those of a run's student."""
+    run = make_run(tmp_path / "run")
+    student = export(run, run / "student")
+    report = json.loads((evaluated / "evaluation.json").read_text())
+    model = next(iter(report["models"]))
+    report["models"] = {str(student): {**report["models"][model], "steps": 8}}
+    for task in list(report["tasks"]):
+        report["tasks"][task] = {str(student): report["tasks"][task][model]}
+    (run / "evaluation").mkdir()
+    (run / "evaluation" / "evaluation.json").write_text(json.dumps(report))
+    names = {measure.name for measure in measures_of(read_all([run]), [])}
+    assert set(report["tasks"]) - {"heldout", "speed"} <= names
+    assert {"beir.values", "xnli", "pawsx", "tagging"} <= names
+
+
 @pytest.fixture
 def sweeps(tmp_path: Path) -> list[Path]:
     """Two runs of one recipe, with one name."""

@@ -42,7 +42,7 @@ def make_task(encoder: Encoder, data: TaggingData, config: TaggingConfig, ranks:
 
     def rows_of(part: TaggedSentences) -> WordRows:
         targets = [[number_of.get(tag, NO_TARGET) for tag in tags] for tags in part.tags]  # scores compare texts
-        return word_rows(encoder, part.words, targets, config.max_length)
+        return word_rows(encoder, part.words, targets, config.max_length, after_markers=config.piece == "text")
 
     rows, pad_id = data.convert(rows_of), encoder.tokenizer.pad_token_id
     words_per_row = float((rows.train.rows.targets != NO_TARGET).sum()) / len(rows.train.rows)
@@ -144,7 +144,7 @@ def notes_on(results: Results) -> list[str]:
     if first["without_dev"]:
         notes.append(f"tested without development sentences: {', '.join(first['without_dev'])}")
     if first["schemes"]:
-        notes.append(f"tags converted to IOB2: {', '.join(f'{x} from {y}' for x, y in first['schemes'].items())}")
+        notes.append(f"tags that were not IOB2: {', '.join(f'{x} {y}' for x, y in first['schemes'].items())}")
     if first["types_not_trained"]:
         kinds = "; ".join(f"{x} {', '.join(y)}" for x, y in first["types_not_trained"].items())
         notes.append(f"types that the training sentences do not have, so they count as missed: {kinds}")

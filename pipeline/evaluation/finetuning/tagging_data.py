@@ -51,6 +51,7 @@ class TaggingConfig(FinetuneConfig):
     batch: int = 32
     data: str = ""  # directory with the official files, or datasets:unimelb-nlp/wikiann
     train_language: str = "en"  # language of the training sentences, or one of its treebanks (en_ewt)
+    piece: Literal["first", "text"] = "first"  # that a word's tag is predicted at; text: not at `▁` alone
     layout: Literal["auto", "ud", "uner", "wikiann", "xtreme", "conll"] = "auto"  # needed if a directory has several
     scheme: Literal["auto", "lenient"] = "auto"  # lenient: entity tags that mix IOB1, IOB2 and BIOES are accepted
 
@@ -66,7 +67,7 @@ class TaggingData(SplitData[TaggedSentences]):
 
     def about(self) -> dict[str, Any]:
         """What was read, and what of it does not count as usual."""
-        parts = {self.train_language: self.train, **self.test}
+        parts = {f"{self.train_language} (training)": self.train, **self.test}
         types = {tag.partition("-")[2] for tag in self.tags}
         unknown = {
             language: sorted(

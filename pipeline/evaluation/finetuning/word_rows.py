@@ -19,6 +19,7 @@ from pipeline.evaluation.encoder import Encoder
 from pipeline.evaluation.finetuning.batches import TEXTS_PER_CALL, TokenRows
 
 NO_TARGET = -100  # of a token that is not the first piece of a word
+MARKERS = ("▁", "Ġ")  # of a blank before a word, where they are pieces alone: of SentencePiece and byte-level BPE
 
 
 @dataclass
@@ -39,13 +40,18 @@ class WordRows:
 
 
 def word_rows(
-    encoder: Encoder, sentences: Sequence[list[str]], targets: Sequence[list[int]], max_length: int
+    encoder: Encoder,
+    sentences: Sequence[list[str]],
+    targets: Sequence[list[int]],
+    max_length: int,
+    after_markers: bool = False,
 ) -> WordRows:
     """Tokenize the sentences.
 
     Args:
         targets: number of each word's tag
         max_length: tokens per row, special tokens included
+        after_markers: where a word begins with a marker of its blank alone, the piece after it counts as its first one
 
     Raises:
         UserError: the tokenizer does not say which characters a piece is of
@@ -55,6 +61,9 @@ def word_rows(
             f"the tokenizer of {encoder.name} does not give the characters of a token; tagging needs a fast tokenizer (a "
             "tokenizer.json)"
         )
+    markers = [encoder.tokenizer.convert_tokens_to_ids(marker) for marker in MARKERS] if after_markers else []
+    unknown = encoder.tokenizer.unk_token_id
+    markers = [marker for marker in markers if marker not in (None, unknown)]
     ids: list[np.ndarray] = []
     row_targets: list[np.ndarray] = []
     places: list[np.ndarray] = []
@@ -74,7 +83,7 @@ def word_rows(
                 before, after = pieces[: around[0]], pieces[len(pieces) - around[1] :]
                 inside = pieces[around[0] :][chunk]
                 row = np.full(around[0] + len(inside) + around[1], NO_TARGET)
-                for word, piece in _first_pieces(of_piece[chunk]):
+                for word, piece in _first_pieces(of_piece[chunk], np.isin(inside, markers)):
                     places[-1][word] = len(ids), around[0] + piece
                     row[around[0] + piece] = of_words[word]
                 ids.append(np.concatenate([before, inside, after]))
@@ -122,7 +131,9 @@ def _chunks(of_piece: np.ndarray, space: int) -> list[slice]:
     return chunks or [slice(0, 0)]
 
 
-def _first_pieces(of_piece: np.ndarray) -> list[tuple[int, int]]:
-    """(word, its first piece) of every word that has one."""
+def _first_pieces(of_piece: np.ndarray, is_marker: np.ndarray) -> list[tuple[int, int]]:
+    """(word, its first piece) of every word that has one. A marker counts only if no piece of its word is after it."""
     words, first = np.unique(of_piece, return_index=True)
+    following = np.minimum(first + 1, len(of_piece) - 1)
+    first = np.where(is_marker[first] & (of_piece[following] == words), following, first)
     return list(zip(words.tolist(), first.tolist(), strict=True))

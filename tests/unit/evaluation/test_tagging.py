@@ -228,6 +228,23 @@ def test_words_that_give_no_piece(tiny_teacher: Path) -> None:
     assert sorted(found.rows.targets[found.rows.targets != NO_TARGET].tolist()) == [1, 2, 4]
 
 
+def test_the_piece_after_a_marker_that_is_alone(tiny_teacher: Path, tmp_path: Path) -> None:
+    """XLM-R's tokenizer begins most Chinese words with a piece that is only the marker of the blank before them."""
+    for tokenizer in (AutoTokenizer.from_pretrained(x) for x in (tiny_teacher, byte_bpe(tmp_path / "t"))):
+        marker = next(x for x in ("▁", "Ġ") if tokenizer.convert_tokens_to_ids(x) not in (None, tokenizer.unk_token_id))
+        encoder = Encoder("m", None, tokenizer, 1, "m")
+        sentences = [["the", "世界", "text"]]
+        of = {after: word_rows(encoder, sentences, [[1, 2, 3]], 64, after_markers=after) for after in (False, True)}
+        first = {
+            after: tokenizer.convert_ids_to_tokens(int(x.rows.ids[0][x.places[0][1, 1]])) for after, x in of.items()
+        }
+        assert first[False] == marker
+        assert first[True] != marker
+        assert of[True].places[0][1, 1] == of[False].places[0][1, 1] + 1
+        assert of[True].places[0][0].tolist() == of[False].places[0][0].tolist(), "a word with text in its first piece"
+        assert [int(of[True].rows.targets[row, token]) for row, token in of[True].places[0]] == [1, 2, 3]
+
+
 @pytest.mark.parametrize("max_length", [8, 12, 64])
 def test_long_sentences_are_cut_between_words(max_length: int, tiny_teacher: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)

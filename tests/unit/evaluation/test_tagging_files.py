@@ -104,6 +104,13 @@ TAMPA = [["tampa", "bay"]]
         ("a B-X\nb I-X\nc E-X\nd S-X\n", "conll", [list("abcd")], [["B-X", "I-X", "I-X", "B-X"]], "BIOES"),
         ("a B-X\nb L-X\nc U-X\nd O\n", "conll", [list("abcd")], [["B-X", "I-X", "B-X", "O"]], "BIOES"),  # BILOU
         ("a O\nb O\n", "conll", [["a", "b"]], [["O", "O"]], "IOB2"),
+        (
+            "a B-X\n O\n",
+            "conll",
+            [["a", ""]],
+            [["B-X", "O"]],
+            "IOB2",
+        ),  # an empty word, as MasakhaNER's xho/train.txt has
     ],
 )
 def test_layouts_and_schemes(tmp_path: Path, text: str, layout: str, words: list, tags: list, scheme: str) -> None:
@@ -113,28 +120,40 @@ def test_layouts_and_schemes(tmp_path: Path, text: str, layout: str, words: list
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "line", "scheme"),
     [
-        ("a B-X\nb O\nc I-X\n", r"line 3 is not IOB2, 1 is not IOB1, 2 is not BIOES"),
-        ("a B-X\nb E-X\nc I-X\n", r"line 2 is not IOB2, 1 is not IOB1, 3 is not BIOES"),
-        ("a S-X\nb I-X\n", r"not BIOES"),
-        ("a S-X\nb B-X\n", r"not BIOES"),  # an entity that does not end
-        ("a B-X\nb I-Y\n", r"not IOB2.*not IOB1.*not BIOES"),
+        ("a B-X\nb O\nc I-X\n\nd B-X\ne I-X\n", 3, "IOB2"),
+        ("a I-X\nb O\nc B-X\n\nd I-X\n", 3, "IOB1"),
+        ("a B-X\nb E-X\nc I-X\n\nd S-X\n", 3, "BIOES"),
+        ("a S-X\nb B-X\n\nc S-X\n", 2, "BIOES"),  # an entity that does not end
+        ("a B-X\nb I-Y\n\nc B-X\n", 2, "IOB2"),
     ],
 )
-def test_mixed_schemes_are_rejected_and_the_printed_fix_reads_them(tmp_path: Path, text: str, message: str) -> None:
-    message = message.replace("line ", f"{tmp_path / 'en' / 'x'}, line ", 1)
-    with pytest.raises(UserError, match=f"{message}.*--set tagging\\.scheme=lenient"):
+def test_mixed_schemes_are_rejected_and_the_printed_fix_reads_them(
+    tmp_path: Path, text: str, line: int, scheme: str
+) -> None:
+    first = rf"en/x, line {line}: the tags mix schemes: of 2 sentences.* 1 are not {scheme} \(the first: line {line}\)"
+    with pytest.raises(UserError, match=rf"{first}.*--set tagging\.scheme=lenient"):
         columns(tmp_path, text)
     found = columns(tmp_path, text, lenient=True)
-    assert found.scheme == "mixed"
+    assert found.scheme == f"{scheme} but for 1 sentence(s)"
     assert all(tag == "O" or tag[:2] in ("B-", "I-") for tags in found.tags for tag in tags)
+
+
+def test_a_few_sentences_may_follow_no_scheme(tmp_path: Path) -> None:
+    """Released files have some. What was read of them is in the results."""
+    text = "a B-X\nb I-X\nc O\n\n" * 199 + "a B-X\nb O\nc I-X\n"
+    found = columns(tmp_path, text)
+    assert (found.scheme, found.tags[-1]) == ("IOB2 but for 1 sentence(s)", ["B-X", "O", "B-X"])
+    with pytest.raises(UserError, match=r"of 202 sentences 3 are not IOB2"):
+        columns(tmp_path, text + "\na O\nb I-X\n" * 2)
 
 
 @pytest.mark.parametrize(
     ("text", "layout", "message"),
     [
         ("a\n", "conll", r"line 1: 1 column\(s\), expected a word and its tag"),
+        ("a\n", "xtreme", r"line 1: 1 column\(s\).* XTREME's scripts remove the tags of test files"),
         ("1\ta\n", "uner", r"line 1: 2 column\(s\)"),
         ("a B-X\nb Q-X\n", "conll", r"line 2: 'Q-X' is no tag of an entity"),
         ("a B-X\nb B-\n", "conll", r"line 2: 'B-' is no tag"),
@@ -215,8 +234,10 @@ def test_file_names_of_every_layout(tmp_path: Path, names: tuple[str, ...], lang
 def test_other_schemes_and_types_are_said(tmp_path: Path) -> None:
     data = write_wikiann(tmp_path, train=4, evaluation=2)
     (data / "de" / "test").write_text("a\tI-LOC\n\nb\tI-CAT\n")
+    with open(data / "en" / "train", "a") as train:
+        train.write("en:a\tO\nen:b\tI-LOC\n\n" + "en:a\tB-LOC\n\n" * 200)
     about = read(data).about()
-    assert about["schemes"] == {"de": "IOB1"}
+    assert about["schemes"] == {"en (training)": "IOB2 but for 1 sentence(s)", "de": "IOB1"}
     assert about["types_not_trained"] == {"de": ["CAT"]}
 
 
