@@ -294,6 +294,34 @@ def test_a_difference_in_later_text_stops_with_the_line(
     assert not (tmp_path / "out" / "en" / "00000.tok").exists()
 
 
+def test_text_that_the_engine_cannot_encode_goes_to_tokenizers(tokenizers_of: dict[str, Path]) -> None:
+    """A panic in Rust is no Exception. The other texts keep the engine."""
+    ours, theirs = both(tokenizers_of["bpe"])
+    engine = ours._engine
+    assert engine is not None
+    right = engine._kitoken
+
+    class Panic(BaseException):
+        pass
+
+    class Failing:
+        def encode_all(self, texts: list[str], specials: bool) -> list[list[int]]:
+            if any("zz" in text for text in texts):
+                raise Panic
+            return right.encode_all(texts, specials)
+
+    engine._kitoken = Failing()
+    assert [ids is None for ids in engine.encode(["a", "b zz", "c", "zz", "d"])] == [False, True, False, True, False]
+    assert_same_ids(ours, theirs, ["the zz and", "the word", "zz", "a zzb c"])
+
+
+@pytest.mark.parametrize("engine", ["kitoken", "tokenizers"])
+def test_an_engine_is_rejected_for_a_sentencepiece_model(engine: str, tiny_tokenizer: Path) -> None:
+    with pytest.raises(DataError, match=f"--engine {engine} is for a tokenizer.json, and SentencePiece encodes"):
+        open_tokenizer(tiny_tokenizer, engine=engine)
+    assert open_tokenizer(tiny_tokenizer, engine="auto").engine == ""
+
+
 def test_an_expression_finds_any_of_some_texts() -> None:
     assert any_of(["<unused1>", "<unu", "  ", "   ", "a.b"]) == r"\ \ |a\.b|<unu"
     assert any_of([]) == ""
