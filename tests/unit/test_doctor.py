@@ -17,7 +17,6 @@ from data_prep.__main__ import main as prepare_main
 from pipeline.__main__ import main
 from pipeline.config import load_recipe
 from pipeline.doctor.machine import (
-    REPO,
     Finding,
     guarded,
     lock_findings,
@@ -29,6 +28,7 @@ from pipeline.doctor.recipe import disk_finding, recipe_findings
 from pipeline.errors import EXIT_USER, exit_code_of
 from pipeline.planning.meta_models import Sizes
 from pipeline.training.checks import Inputs, start_up_checks
+from tests.conftest import REPO
 
 Look = Callable[..., list[Finding]]
 
