@@ -11,7 +11,7 @@ import json
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from data_prep.command_line import EXIT_USER, installed_program
 from pipeline.errors import EXIT_DIVERGED, EXIT_DONE, DivergedRunError, UserError
@@ -112,12 +112,19 @@ def evaluate(
     from pipeline.evaluation.results import FILE
     from pipeline.export import evaluate as verb
 
-    parser = argparse.ArgumentParser()
+    parser = _Parser()
     verb.add_arguments(parser)
     words = [str(model) for model in models] + ["--tasks", ",".join(tasks), "--output", str(output)]
     words += [word for key, value in (settings or {}).items() for word in ("--set", f"{key}={_as_yaml(value)}")]
     verb.run(parser.parse_args(words))
     return json.loads((Path(output) / FILE).read_text(encoding="utf-8"))["tasks"]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises what is wrong with the arguments of a function, where a command would print it and end Python."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
 
 
 def _as_yaml(value: Any) -> str:

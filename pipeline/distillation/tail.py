@@ -116,7 +116,9 @@ class Tail(nn.Module):
             raise UserError(unequal_widths(teacher_BLD.shape[-1], student_BLd.shape[-1]))
         distance_BL = (student_BLd.float() - target_BLD).square().mean(-1)
         real_BL = mask.real_tokens(distance_BL)
-        return distance_BL.mean() if real_BL is None else ((distance_BL * real_BL).sum(1) / real_BL.sum(1)).mean()
+        if real_BL is None:
+            return distance_BL.mean()
+        return ((distance_BL * real_BL).sum(1) / real_BL.sum(1).clamp(min=1)).mean()
 
     def _pooled(self, teacher_BLD: torch.Tensor, student_BLd: torch.Tensor, mask: SequenceMask) -> torch.Tensor:
         """The distance of the sentence vectors, in fp32 (float64 for float64 outputs)."""
@@ -166,14 +168,15 @@ def document_lengths(like_BLD: torch.Tensor, mask: SequenceMask) -> torch.Tensor
 
 
 def sentence_shares(lengths_BS: torch.Tensor, pooling: str) -> torch.Tensor:
-    """The weight of each sentence in its row's loss, [B, S]; they add up to 1 in each row.
+    """The weight of each sentence in its row's loss, [B, S]; they add up to 1 in each row, to 0 in a row of padding alone.
 
     A document counts by its share of the row's tokens, so that a fragment at a row's edge counts little. With `cls` the
     first document has all the weight: only a row begins with the start token.
     """
     if pooling == "cls":
-        return functional.one_hot(torch.zeros_like(lengths_BS[:, 0]), lengths_BS.shape[1]).float()
-    return lengths_BS / lengths_BS.sum(1, keepdim=True)
+        is_first_BS = functional.one_hot(torch.zeros_like(lengths_BS[:, 0]), lengths_BS.shape[1])
+        return is_first_BS * (lengths_BS > 0).float()
+    return lengths_BS / lengths_BS.sum(1, keepdim=True).clamp(min=1)
 
 
 def pooling_matrix(lengths_BS: torch.Tensor, length: int, pooling: str) -> torch.Tensor:
@@ -206,7 +209,7 @@ def similarity_kl(
         (x @ x.T / temperature).masked_fill(excluded_NN, lowest).log_softmax(-1) for x in (teacher_ND, student_Nd)
     )
     kl_N = (log_T.exp() * (log_T - log_S)).masked_fill(excluded_NN, 0.0).sum(-1)
-    return (share_N * kl_N).sum() / share_N.sum()
+    return (share_N * kl_N).sum() / share_N.sum().clamp(min=1)
 
 
 def _unit(x_ND: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from transformers import PretrainedConfig
 from data_prep.tokenizer_ids import POSITIONS_FROM_PADDING
 from pipeline.distillation.models import loading
 from pipeline.distillation.models.architectures import architecture_of, usable_positions
+from pipeline.distillation.models.sentence_files import DENSE
 from pipeline.distillation.models.vocabulary import MAP_FILE, read_vocabulary
 from pipeline.distillation.tap import tap
 from pipeline.errors import UserError
@@ -148,6 +150,7 @@ def sentence_vectors(
     Returns:
         pooling -> unit vectors `[text, width]` in the order of `texts`; and the number of tokens in all texts
     """
+    _warn_of_pooling(encoder.name, encoder.path)
     ids = encoder.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
     batches = batches_by_length(ids, batch_size)
     vectors: dict[str, list[torch.Tensor]] = {pooling: [] for pooling in POOLINGS}
@@ -163,6 +166,21 @@ def sentence_vectors(
                 vectors[pooling].append(mean_over_tokens(states_BLD, mask_BL).cpu())
     back = torch.argsort(torch.tensor([number for batch in batches for number in batch]))
     return {pooling: torch.cat(parts)[back] for pooling, parts in vectors.items()}, sum(map(len, ids))
+
+
+@cache
+def _warn_of_pooling(name: str, path: str) -> None:
+    """One warning about a model whose sentence vectors were trained in another way than they are computed here."""
+    pooling = training_metadata(path).get("pooling")
+    how = [f"with {pooling} pooling"] if pooling not in (None, "mean") else []
+    how += [f"behind the projection of {DENSE}"] if (Path(path) / DENSE).is_dir() else []
+    if how:
+        print(
+            f"warning: sentence vectors of {name} were trained {' and '.join(how)}; its figures here are of means over tokens without a "
+            "projection. SentenceTransformer loads an export with --sentence-transformers as it was trained",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def batches_by_length(rows: Sequence[Sized], size: int) -> list[list[int]]:

@@ -17,9 +17,19 @@ from pipeline.errors import UserError
 
 @contextlib.contextmanager
 def library_errors(name: str, otherwise: str) -> Iterator[None]:
-    """Turn the library's own errors into a `UserError`. `otherwise`: what to do without the library."""
+    """Turn the library's own errors, and that it is not installed, into a `UserError`.
+
+    `otherwise`: what to do without the library
+    """
     try:
         yield
+    except ImportError as error:
+        if error.name != "datasets":
+            raise
+        raise UserError(
+            f"{name} is read by the package datasets, which is not installed. Install it: pip install 'datasets>=4.8.5,<6'; or "
+            f"{otherwise}"
+        ) from None
     except Explained:
         raise
     except (OSError, ValueError) as error:

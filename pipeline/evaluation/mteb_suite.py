@@ -6,6 +6,7 @@ the package is optional (`pip install mteb`). Its own result files are in the ta
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from collections.abc import Iterable
@@ -83,7 +84,7 @@ class MtebEncoder:
 
 
 def chosen_tasks(config: MtebConfig) -> list[Any]:
-    """mteb's task objects. Raises `UserError` where mteb is missing or does not know one of the names."""
+    """mteb's task objects. Raises `UserError` where mteb is missing, or does not know a name or has no texts in the languages."""
     try:
         import mteb
     except ImportError as error:
@@ -96,9 +97,10 @@ def chosen_tasks(config: MtebConfig) -> list[Any]:
     if not config.tasks and not config.benchmark:
         raise UserError("mteb has more than a thousand tasks. Name some: --set 'mteb.tasks=[STS17, SciFact]'")
     try:
-        found = list(mteb.get_tasks(tasks=config.tasks, languages=config.languages)) if config.tasks else []
+        # `get_tasks` leaves out a task that has none of the languages; `get_task` raises
+        found = [mteb.get_task(name, languages=config.languages) for name in config.tasks]
         if config.benchmark:
-            found += list(mteb.get_benchmark(config.benchmark).tasks)
+            found += _of_benchmark(config.benchmark, config.languages)
     except (KeyError, ValueError) as error:
         raise UserError(
             f"mteb {version}: {' '.join(str(error).split())[:300]}. Correct mteb.tasks, mteb.benchmark or mteb.languages"
@@ -108,6 +110,22 @@ def chosen_tasks(config: MtebConfig) -> list[Any]:
             f"{', '.join(unsafe)}: mteb would run code from the data set's repository, which is never done here. Leave these out: "
             "--set 'mteb.tasks=[...]'"
         )
+    return found
+
+
+def _of_benchmark(name: str, languages: list[str] | None) -> list[Any]:
+    """The tasks of a benchmark that have one of the languages, in these languages. Raises `ValueError` where none has."""
+    import mteb
+
+    tasks = list(mteb.get_benchmark(name).tasks)
+    if languages is None:
+        return tasks
+    found = []
+    for task in tasks:
+        with contextlib.suppress(ValueError):  # it has none of the languages
+            found.append(task.filter_languages(languages, hf_subsets=task.hf_subsets))
+    if not found:
+        raise ValueError(f"no task of {name} has the languages {', '.join(languages)}")
     return found
 
 

@@ -38,7 +38,8 @@ def training_metadata(model: str | Path) -> dict[str, Any]:
 
     Returns:
         the keys of `DEFAULTS` with the values of the model's recipe; `student_layer`, `steps`, `identity` (the teacher by
-        content) and `longest`, the number of tokens beyond which position embeddings are untrained (None: none of them is)
+        content), `longest`, the number of tokens beyond which position embeddings are untrained (None: none of them is), and
+        `pooling`, with which sentence vectors were compared (None: they were not)
     """
     with _lineage_of(model) as lineage:
         if not (recipe := lineage.get("recipe")):  # a trimmed model that was not trained here
@@ -53,6 +54,7 @@ def training_metadata(model: str | Path) -> dict[str, Any]:
             "steps": lineage.get("steps"),
             "identity": lineage.get("identity") or {},
             "longest": trained_length_of(lineage),
+            "pooling": (lineage.get("sentences") or {}).get("pooling"),
             "started_from": "teacher"
             if (recipe.get("student") or {}).get("init") in STARTS
             else "encoder that it began from",

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from pipeline.distillation.models.loading import load_config
-from pipeline.distillation.models.sentence_files import SentenceSettings
+from pipeline.distillation.models.sentence_files import DENSE, SentenceSettings
 from pipeline.errors import UserError
 from pipeline.export.handover import longest_input
 from pipeline.runtime.json_files import read_json, read_json_if_there
 from pipeline.runtime.tensor_files import open_tensors, save_tensors
 
-DENSE, DENSE_WEIGHT = "2_Dense", "linear.weight"
+DENSE_WEIGHT = "linear.weight"
 POOLING_KEYS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token", "last": "pooling_mode_lasttoken"}
 
 

@@ -1,31 +1,31 @@
 """Other programs that show curves, beside TensorBoard: Weights & Biases, Trackio and MLflow (`metrics.loggers`).
 
 In: what a run is, and numbers per step. Out: what each package writes or sends. A package is imported only if the recipe
-names it, and follows its own environment variables (WANDB_MODE, TRACKIO_DIR, MLFLOW_TRACKING_URI, ...). Points go through
-a thread of their own: a server that does not answer never makes training wait.
+names it, and follows its own environment variables (WANDB_MODE, TRACKIO_DIR, MLFLOW_TRACKING_URI, ...). Each package has a
+thread of its own, which opens it and writes its points: a server that does not answer never makes training wait, except the
+first start of a run, at most `OPENING_S` seconds.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import re
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.errors import UserError
 from pipeline.runtime.json_files import read_json
-from pipeline.runtime.noncritical_files import write_file_or_warn
 
 TENSORBOARD = "tensorboard"
 PROJECT = "minilmv2"
 LOGIN_S = 5  # how long wandb waits at a terminal for an account, if it has none
+OPENING_S = 60.0  # how long a run's first start waits for a logger: MLflow alone tries 253 s where there is no server
 CLOSING_S = 60.0  # how long the end of a run waits for points that are on their way
 _NOT_IN_MLFLOW = re.compile(r"[^\w\-./ :]")
 _MLFLOW_TAG = "minilmv2.run"
@@ -165,48 +165,64 @@ class Loggers:
 
     def __init__(self, names: Sequence[str], run: LoggedRun, warn: Callable[[str], object], is_new: bool) -> None:
         self._warn, self._failed = warn, set[str]()
-        self._open: dict[str, tuple[Logger, ThreadPoolExecutor]] = {}
-        for name in names:
-            if name not in LOGGERS:
-                continue
-            try:
-                self._open[name] = (LOGGERS[name](run), ThreadPoolExecutor(1, thread_name_prefix=name))
-            except (Exception, KeyboardInterrupt) as error:  # wandb raises the latter where nobody answers its question
-                if is_new:
-                    raise UserError(
-                        f"`metrics.loggers`: {name} cannot be opened ({type(error).__name__}: {error}). {FIXES[name]}, or leave "
-                        "it out of `metrics.loggers`"
-                    ) from error
-                warn(f"warning: {name} cannot be opened, the run continues without it: {error}")
+        self._threads = {name: ThreadPoolExecutor(1, thread_name_prefix=name) for name in names if name in LOGGERS}
+        self._opening = {name: thread.submit(LOGGERS[name], run) for name, thread in self._threads.items()}
+        if is_new:
+            wait(self._opening.values(), OPENING_S)
+            for name, opening in self._opening.items():
+                _check_open(name, opening)
+        for name, opening in self._opening.items():
+            opening.add_done_callback(partial(self._opened, name))
+
+    def _opened(self, name: str, opening: Future[Logger]) -> None:
+        if (error := opening.exception()) is not None:
+            self._failed.add(name)
+            self._warn(f"warning: {name} cannot be opened, the run continues without it: {error}")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One point on every curve of every logger, soon."""
-        for name, (logger, thread) in self._open.items():
-            thread.submit(self._attempt, name, logger.write, step, dict(values))
+        point = dict(values)
+        for name, thread in self._threads.items():
+            thread.submit(self._attempt, name, lambda logger: logger.write(step, point))
 
     def close(self) -> None:
         """Wait for what is on its way, at most `CLOSING_S` seconds."""
-        ends = {name: thread.submit(self._attempt, name, logger.close) for name, (logger, thread) in self._open.items()}
+        ends = {
+            name: thread.submit(self._attempt, name, lambda logger: logger.close())
+            for name, thread in self._threads.items()
+        }
         late = wait(ends.values(), CLOSING_S).not_done
-        for name, (_, thread) in self._open.items():
+        for name, thread in self._threads.items():
             if ends[name] in late:
                 self._warn(f"warning: {name} did not end within {CLOSING_S:.0f} s; its last points may be missing")
             thread.shutdown(wait=False, cancel_futures=True)
-        self._open = {}
+        self._threads = {}
 
-    def _attempt(self, name: str, action: Callable[..., object], *arguments: Any) -> None:
+    def _attempt(self, name: str, action: Callable[[Logger], object]) -> None:
+        """Run in the logger's thread, after it was opened there."""
         try:
             if name not in self._failed:
-                action(*arguments)
+                action(self._opening[name].result())
         except Exception as error:
             self._failed.add(name)
             self._warn(f"warning: {name} is not written any more, the run continues without it: {error}")
 
 
-def identifier_in(file: Path) -> str:
-    """The identifier of a run, from its file; a new one is made at the first start."""
+def _check_open(name: str, opening: Future[Logger]) -> None:
+    """Raise a `UserError` unless a logger is open. wandb fails with KeyboardInterrupt where nobody answers its question."""
+    if opening.done():
+        error = opening.exception()
+        problem = f"{type(error).__name__}: {error}" if error is not None else None
+    else:
+        error, problem = None, f"no answer within {OPENING_S:.0f} s"
+    if problem is not None:
+        raise UserError(
+            f"`metrics.loggers`: {name} cannot be opened ({problem}). {FIXES[name]}, or leave it out of `metrics.loggers`"
+        ) from error
+
+
+def identifier_in(file: Path) -> str | None:
+    """The identifier of a run, from its file; None before its loggers were opened for the first time."""
     with contextlib.suppress(UserError, KeyError):
         return str(read_json(file)["identifier"])
-    identifier = uuid.uuid4().hex
-    write_file_or_warn(file, json.dumps({"identifier": identifier}) + "\n")
-    return identifier
+    return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +25,13 @@ from data_prep.durable_files import replace_file
 from data_prep.shards import read_again
 from pipeline.recipe.ranges import LARGEST_INT, check_ranges
 from pipeline.runtime.loggers import TENSORBOARD, LoggedRun, Loggers, check_names, identifier_in
-from pipeline.runtime.noncritical_files import make_way_for_directory, make_way_for_file, open_log, set_aside
+from pipeline.runtime.noncritical_files import (
+    make_way_for_directory,
+    make_way_for_file,
+    open_log,
+    set_aside,
+    write_file_or_warn,
+)
 from pipeline.runtime.run_paths import RunPaths
 from pipeline.runtime.tensorboard_tags import LAYOUT, tensorboard_tag
 
@@ -91,10 +98,18 @@ class Metrics:
             self._on_tensorboard(partial(SummaryWriter.add_text, tag=tag, text_string=text))
         self._on_tensorboard(partial(_add_hyper_parameters, values=hyper_parameters))
         if self.active and set(self._names) - {TENSORBOARD}:
-            is_new = not self._paths.loggers.exists()
-            name = "/".join(filter(None, [self._paths.directory.resolve().name, self._paths.student]))
-            about = LoggedRun(name, identifier_in(self._paths.loggers), self._paths.files, hyper_parameters)
-            self._loggers = Loggers(self._names, about, self.say, is_new)
+            self._open_loggers(hyper_parameters)
+
+    def _open_loggers(self, hyper_parameters: Mapping[str, Any]) -> None:
+        """Open the loggers that are not TensorBoard. The run's identifier is kept once they are open: a first start that
+        fails is followed by another first start."""
+        file = self._paths.loggers
+        is_new, identifier = not file.exists(), identifier_in(file) or uuid.uuid4().hex
+        name = "/".join(filter(None, [self._paths.directory.resolve().name, self._paths.student]))
+        about = LoggedRun(name, identifier, self._paths.files, hyper_parameters)
+        self._loggers = Loggers(self._names, about, self.say, is_new)
+        if is_new:
+            write_file_or_warn(file, json.dumps({"identifier": identifier}) + "\n")
 
     def write(self, step: int, samples: int, values: Mapping[str, float]) -> None:
         """One point on every curve. `step` counts finished optimizer steps."""

@@ -75,7 +75,8 @@ class Restarts:
         self._write()
 
     def end(self, how: str) -> None:
-        """Record that the attempt did not crash. `how`: "DONE", "PREEMPTED" or "OUT_OF_MEMORY"."""
+        """Record that the attempt did not crash. `how`: "DONE", "PREEMPTED", "OUT_OF_MEMORY", or "NOT_BEGUN" where a
+        logger cannot be opened."""
         self._attempts[-1]["ended"] = how
         self._write()
 

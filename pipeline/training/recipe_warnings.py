@@ -18,7 +18,7 @@ from pipeline.distillation.models.architectures import ARCHITECTURES, window_of
 from pipeline.distillation.models.student import student_hf_config
 from pipeline.distillation.models.student_init import copied_layers
 from pipeline.distillation.tail import POOLED
-from pipeline.runtime.optimizer import learning_rate
+from pipeline.runtime.optimizer import OptimizerConfig, learning_rate
 
 SMALLEST_USEFUL_RATE = (
     1e-9  # Adam changes a weight by about the rate; less is rounded away from a weight of 0.02 in fp32
@@ -83,6 +83,11 @@ def _unused(recipe: Recipe) -> Iterator[str]:
         keys = ("pooled_weight", "pooling", "pooled_distance", "pooled_temperature")
         if changed := [f"relations.{key}" for key in keys if getattr(relations, key) != getattr(other, key)]:
             yield f"relations.tail is {relations.tail}, without `pooled`: {' and '.join(changed)} of this recipe has no effect"
+    elif relations.pooled_distance != "similarity" and relations.pooled_temperature != other.pooled_temperature:
+        yield f"relations.pooled_distance is {relations.pooled_distance}: relations.pooled_temperature has no effect"
+    optimizer = recipe.optimizer
+    if optimizer.decay != "wsd" and optimizer.decay_share != OptimizerConfig().decay_share:
+        yield f"optimizer.decay is {optimizer.decay}: optimizer.decay_share has no effect, it belongs to `decay: wsd`"
 
 
 def _held_out(recipe: Recipe, source: BatchSource) -> Iterator[str]:

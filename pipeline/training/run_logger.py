@@ -21,6 +21,7 @@ import torch
 
 from pipeline.config import recipe_to_yaml
 from pipeline.distillation.models.student import dropout_of
+from pipeline.errors import UserError
 from pipeline.planning.devices import peak_flops_per_s
 from pipeline.provenance import describe_run, resume_critical_config
 from pipeline.runtime import dist
@@ -92,7 +93,11 @@ class RunLogger:
     # -- what the run is
 
     def describe(self) -> None:
-        """Write what this run is, before its first step. All ranks call it."""
+        """Write what this run is, before its first step. All ranks call it.
+
+        Raises:
+            UserError: on every rank, a logger cannot be opened at the first start
+        """
         parts, student = self._parts, self._parts.student
         hosts = dist.gather_json(socket.gethostname())  # in the order of the ranks
         self._facts = {
@@ -130,7 +135,13 @@ class RunLogger:
             for path, text in self._files.items():
                 write_file_or_warn(path, text)
             self._write_facts()
-        self._metrics.describe(recipe_yaml, ds_json, resume_critical_config(self._recipe))
+        problem = None
+        try:
+            self._metrics.describe(recipe_yaml, ds_json, resume_critical_config(self._recipe))
+        except UserError as error:  # on every rank, or the others would wait for rank 0
+            problem = str(error)
+        if problem := dist.broadcast_json(problem):
+            raise UserError(problem)
         for warning in parts.warnings:
             self.say_of_run(f"warning: {warning}")
         self.say(

@@ -20,7 +20,7 @@ from pipeline.comparison.table import comparison_lines
 from pipeline.config import recipe_to_yaml
 from pipeline.data.batches import Prefetcher
 from pipeline.data.heldout import heldout_losses
-from pipeline.errors import DivergedRunError
+from pipeline.errors import DivergedRunError, UserError
 from pipeline.runtime import dist, preflight
 from pipeline.runtime.anomalies import NonFiniteStepCounter
 from pipeline.runtime.ds_config import loss_scale_floor
@@ -209,7 +209,12 @@ class Trainer:
 
     def _begin(self) -> None:
         """Everything that is written before the first step of this attempt."""
-        self._describe()
+        try:
+            self._describe()
+        except UserError:
+            if self.run.launch.is_main:
+                self.run.restarts.end("NOT_BEGUN")
+            raise
         if self.run.launch.is_main:
             preflight.ensure_run_dir(self.run.paths)
             preflight.remove_markers(self.run.paths.directory)

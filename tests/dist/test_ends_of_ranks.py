@@ -107,3 +107,20 @@ def test_a_launcher_ends_with_its_rank(kind: str, tiny_recipe: Path, fp32_config
     finally:
         end_group(job)
     assert "RuntimeError: an injected bug" in (tmp_path / "run" / "logs" / "rank1.log").read_text()
+
+
+def test_every_rank_is_told_that_a_logger_cannot_be_opened(
+    tiny_recipe: Path, fp32_config: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "trackio.py").write_text("def init(**about):\n    raise ConnectionError('nobody answers')\n")
+    words = ["--deepspeed", str(fp32_config), "--recipe", str(tiny_recipe), "--run-dir", str(tmp_path / "run")]
+    words += ["--set", "metrics.loggers=[trackio]"]
+    log = tmp_path / "log"
+    job = start([*launcher("deepspeed", 2), *words], log, PYTHONPATH=f"{tmp_path}{os.pathsep}{REPO}")
+    try:
+        assert job.wait(200) == EXIT_USER, log.read_text()
+    finally:
+        end_group(job)
+    assert "error: `metrics.loggers`: trackio cannot be opened (ConnectionError: nobody answers)" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert json.loads((tmp_path / "run" / "restarts.json").read_text())[-1]["ended"] == "NOT_BEGUN"

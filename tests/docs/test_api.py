@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import minilmv2
+from pipeline.errors import UserError
 from tests.conftest import REPO, write_tiny_recipe
 from tests.docs.documents import FENCE
 
@@ -49,6 +50,12 @@ def test_from_recipe_to_student(place: Path) -> None:
     names = run(f"PAIRS = {str(REPO / 'samples' / 'parallel')!r}\n{code}")
     assert len(names["figures"]["retrieval"]) == 2  # type: ignore[index]
     assert (place / "runs" / "first" / "student" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("models", "output"), [([], "out"), (["artifacts/teacher"], "")])
+def test_arguments_that_are_wrong_raise_and_do_not_end_python(models: list[str], output: str) -> None:
+    with pytest.raises(UserError, match=r"MODEL|--output"):
+        minilmv2.evaluate(models, output)
 
 
 def test_the_loop_lowers_the_loss(place: Path) -> None:

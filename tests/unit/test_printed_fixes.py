@@ -214,15 +214,22 @@ def test_rows_longer_than_the_teachers_positions(tiny_recipe: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "key", "value"), [("alfa=0.4", "alpha", "0.4"), ("optimizer.warmup=3", "warmup_steps", "3")]
+    ("wrong", "key", "value"),
+    [
+        ("alfa=0.4", "alpha", "0.4"),
+        ("optimizer.warmpu_steps=3", "optimizer.warmup_steps", "3"),
+        ("optimizer.warmup=3", "optimizer.warmup_steps", "3"),  # the name in other projects
+        ("warmup_steps=3", "optimizer.warmup_steps", "3"),
+    ],
 )
 def test_the_suggested_key_exists(wrong: str, key: str, value: str, tiny_recipe: Path) -> None:
     with pytest.raises(UserError) as error:
         load_recipe(tiny_recipe, [wrong])
-    (nearest,) = re.findall(r"did you mean `(\w+)`", str(error.value))
-    assert nearest == key
+    (named,) = re.findall(r"(?:did you mean|here it is) `([\w.]+)`", str(error.value))
     section = wrong.partition("=")[0].rpartition(".")[0]
-    load_recipe(tiny_recipe, [f"{section}.{nearest}={value}" if section else f"{nearest}={value}"])
+    suggested = named if "." in named or not section else f"{section}.{named}"
+    assert suggested == key
+    load_recipe(tiny_recipe, [f"{suggested}={value}"])
 
 
 def test_commands_name_the_python_of_this_project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -44,6 +44,11 @@ def test_an_ordinary_recipe_gives_no_warning(tiny_recipe: Path) -> None:
             ["relations.tail=mse", "relations.pooling=cls", "relations.pooled_weight=2"],
             ["relations.tail is mse", "relations.pooled_weight and relations.pooling of this recipe has no effect"],
         ),
+        (
+            ["relations.tail=pooled", "relations.pooled_temperature=0.1"],
+            ["distance is cosine", "temperature has no effect"],
+        ),
+        (["optimizer.decay=cosine", "optimizer.decay_share=0.2"], ["decay is cosine", "decay_share has no effect"]),
         (["steps=40000"], ["read more than 100 times", "--set max_epochs=100"]),
     ],
 )

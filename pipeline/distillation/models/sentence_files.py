@@ -20,6 +20,7 @@ from pipeline.distillation.models.model_files import find_directory
 from pipeline.errors import UserError
 
 MODULES_FILE, PROMPTS_FILE = "modules.json", "config_sentence_transformers.json"
+DENSE = "2_Dense"  # directory of an export's learned projection
 Pooling = Literal["mean", "cls", "last"]
 # Names of sentence-transformers for what is known here: in `pooling_mode`, and as earlier versions' keys.
 MODES: dict[str, Pooling] = {"mean": "mean", "cls": "cls", "lasttoken": "last"}

@@ -74,10 +74,10 @@ def pairs_from_library(
         otherwise: what to do without the library, for messages
         of_table: called with a table, the number of pairs and what the table is called
     """
-    import datasets  # slow to import, and only needed here
-
     name = source.removeprefix(FROM_LIBRARY)
     with library_errors(name, otherwise):
+        import datasets  # slow to import, and only needed here
+
         known = [config for config in datasets.get_dataset_config_names(name) if config != "all_languages"]
         missing = [language for language in [train_language, *(languages or [])] if language not in known]
         if missing:

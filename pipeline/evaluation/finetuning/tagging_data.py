@@ -213,14 +213,14 @@ def _checked(
 
 def _from_library(config: TaggingConfig) -> TaggingData:
     """Read one configuration per language, as unimelb-nlp/wikiann has them. The library caches them."""
-    import datasets  # slow to import, and only needed here
-
     name = config.data.removeprefix(FROM_LIBRARY)
     if not config.languages:
         raise UserError(
             f"{config.data} has many languages, and each is downloaded. Name some: --set 'tagging.languages=[en, de]'"
         )
     with library_errors(name, "name a directory with the official files: --set tagging.data=DIR"):
+        import datasets  # slow to import, and only needed here
+
         known = datasets.get_dataset_config_names(name)
         if missing := [x for x in [config.train_language, *config.languages] if x not in known]:
             raise UserError(f"{name} has no {', '.join(missing)}; it has {', '.join(known)}")

@@ -128,6 +128,28 @@ def test_padding_is_in_no_sentence(distance: str) -> None:
         assert torch.equal(before, after)
 
 
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_a_row_of_padding_alone_counts_as_zero(distance: str, pooling: str) -> None:
+    """As in the relation loss: loops of others may fill a batch with such rows."""
+    for kind, term in (("pooled", tail(distance, pooling)), ("mse", Tail(RelationsConfig(heads=2, tail="mse")))):
+        teacher_BLD, student_BLD = states(6, 0)[:3], states(6, 1)[:3].requires_grad_()
+        rows = len(teacher_BLD) - 1
+        masks = (
+            (SequenceMask(torch.tensor([7, 4, 0])), SequenceMask(torch.tensor([7, 4]))),
+            tuple(SequenceMask(None, Documents(torch.tensor(x))) for x in ([[4, 3], [4, 0], [0, 0]], [[4, 3], [4, 0]])),
+        )
+        for with_row, without in masks:
+            (loss,) = term.losses(teacher_BLD, student_BLD, with_row, "chunked")
+            (expected,) = term.losses(teacher_BLD[:rows], student_BLD[:rows], without, "chunked")
+            is_mean_over_sentences = kind == "pooled" and distance == "similarity"
+            share = 1.0 if is_mean_over_sentences else rows / len(teacher_BLD)
+            assert loss.item() == pytest.approx(share * expected.item(), rel=1e-6, abs=1e-12)
+            (gradient_BLD,) = torch.autograd.grad(loss, student_BLD)
+            assert gradient_BLD.isfinite().all()
+            assert not gradient_BLD[rows].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_half_precision_states_are_pooled_and_compared_in_fp32(distance: str, dtype: torch.dtype) -> None:

@@ -58,6 +58,17 @@ def test_names_that_mteb_does_not_know(mteb) -> None:
     assert [task.metadata.name for task in chosen_tasks(MtebConfig(tasks=["STS17"], languages=["eng"]))] == ["STS17"]
 
 
+def test_languages_choose_the_parts_of_tasks_and_benchmarks(mteb) -> None:
+    with pytest.raises(UserError, match=r"SciFact.*\['deu'\].*Correct mteb\.tasks, mteb\.benchmark or mteb\.languages"):
+        chosen_tasks(MtebConfig(tasks=["STS17", "SciFact"], languages=["deu"]))
+    tasks = chosen_tasks(MtebConfig(benchmark="MTEB(Multilingual, v2)", languages=["swh"]))
+    assert 0 < len(tasks) < len(chosen_tasks(MtebConfig(benchmark="MTEB(Multilingual, v2)")))
+    for task in tasks:
+        assert all(any("swh" in x for x in task.metadata.hf_subsets_to_langscripts[part]) for part in task.hf_subsets)
+    with pytest.raises(UserError, match=r"no task of MTEB\(eng, v2\) has the languages swh"):
+        chosen_tasks(MtebConfig(benchmark="MTEB(eng, v2)", languages=["swh"]))
+
+
 def test_scores_of_the_real_package(mteb, tiny_teacher: Path, tmp_path: Path) -> None:
     mock_tasks = pytest.importorskip("mteb.mocks.mock_tasks", reason="this version of mteb has no tasks without data")
     encoder = load_encoder(str(tiny_teacher))

@@ -6,10 +6,12 @@ pillow. Its Python sees the packages of this environment after its own.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.errors import UserError
+from pipeline.runtime import loggers as module
 from pipeline.runtime.loggers import LOGGERS, LoggedRun, Loggers, problem_of
 from pipeline.runtime.metrics import Metrics, MetricsConfig
 from pipeline.runtime.run_paths import RunPaths
@@ -142,6 +145,42 @@ def test_a_logger_that_cannot_be_opened_is_an_error_at_the_first_start_only(
         Loggers(["wandb"], about, said.append, is_new=True)
     Loggers(["wandb"], about, said.append, is_new=False).close()
     assert said == ["warning: wandb cannot be opened, the run continues without it: no server"]
+
+
+def test_a_server_that_does_not_answer_stops_no_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = threading.Event()
+
+    def opens_late(about: LoggedRun) -> Failing:
+        assert answers.wait(60)
+        return Failing(about)
+
+    said: list[str] = []
+    monkeypatch.setitem(LOGGERS, "mlflow", opens_late)
+    monkeypatch.setattr(module, "OPENING_S", 0.1)
+    about = LoggedRun("run", "1", tmp_path, {})
+    try:
+        with pytest.raises(
+            UserError, match=r"mlflow cannot be opened \(no answer within 0 s\)\. Set MLFLOW_TRACKING_URI"
+        ):
+            Loggers(["mlflow"], about, said.append, is_new=True)
+        later = Loggers(["mlflow"], about, said.append, is_new=False)  # returns while the server is silent
+        later.write(1, {"loss": 1.0})
+        later.write(2, {"loss": 1.0})
+    finally:
+        answers.set()
+    later.close()
+    assert said == ["warning: mlflow is not written any more, the run continues without it: the server is gone"]
+
+
+def test_a_first_start_that_failed_is_followed_by_another_first_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for opened, is_error in ((no_server, True), (no_server, True), (Failing, False), (no_server, False)):
+        monkeypatch.setitem(LOGGERS, "wandb", opened)
+        metrics = Metrics(RunPaths(tmp_path), active=True, first_step=0, steps=2, loggers=["wandb"])
+        with pytest.raises(UserError) if is_error else contextlib.nullcontext():
+            metrics.describe("a: 1", "{}", SETTINGS)
+        assert (tmp_path / "loggers.json").exists() != is_error
 
 
 def test_names_and_packages_are_checked() -> None:
