@@ -1,6 +1,7 @@
 # `make` or `make help` lists the targets. Every target that needs it makes .venv first.
-# Only a PYTHON that is named (make venv PYTHON=python3.12) replaces a .venv of another version.
-NAMED_PYTHON := $(PYTHON)
+# Only a PYTHON that is named here (make venv PYTHON=python3.12) replaces a .venv of another version. One of the environment makes
+# a .venv where there is none.
+NAMED_PYTHON := $(if $(filter command,$(origin PYTHON)),$(PYTHON))
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help

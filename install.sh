@@ -4,7 +4,7 @@
 set -u
 cd "$(dirname "$0")" || exit 2
 named=${1:-}
-python=${named:-python3}
+python=${named:-${PYTHON:-python3}}
 needed_mib=${NEEDED_MIB:-7000} # torch's CUDA build with its libraries; the CPU build takes 2300
 
 fail() { # two lines: what, and how to fix it

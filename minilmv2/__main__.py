@@ -22,6 +22,15 @@ DATA_VERBS = {
     "trim-vocab": "Write a smaller vocabulary for some languages, and its id map.",
 }
 TRAIN = "train"
+LAUNCHER_OPTIONS = (
+    "--num_gpus",
+    "--num_nodes",
+    "--include",
+    "--exclude",
+    "--hostfile",
+    "--master_addr",
+    "--master_port",
+)
 
 
 def main() -> None:
@@ -49,9 +58,12 @@ def main() -> None:
 
 
 def _train(arguments: list[str]) -> None:
-    """Replace this process by the `deepspeed` command, which starts one process per GPU."""
-    program = installed_program("deepspeed")
-    os.execv(program, [program, str(training_script()), *arguments])
+    """Replace this process by the `deepspeed` command, which starts one process per GPU. Its own options come first."""
+    program, for_launcher = installed_program("deepspeed"), []
+    while arguments and arguments[0].partition("=")[0] in LAUNCHER_OPTIONS:
+        count = 1 if "=" in arguments[0] else 2
+        for_launcher, arguments = for_launcher + arguments[:count], arguments[count:]
+    os.execv(program, [program, *for_launcher, str(training_script()), *arguments])
 
 
 def _describe_verbs() -> str:

@@ -109,8 +109,9 @@ def test_from_text_to_a_student_outside_a_checkout(program: Path, tiny_teacher: 
     training = words.split()
     run(program, tmp_path, *training, "--dry-run")
     assert not (tmp_path / "run").exists()
-    run(program, tmp_path, *training)
+    run(program, tmp_path, "train", "--num_gpus", "2", *training[1:])
     about = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert about["world_size"] == 2, "options of the launcher come first"
     assert (about["git_commit"], len(about["code_fingerprint"])) == ("unknown", 16)
     run(program, tmp_path, "export", "run", "--output", "student")
     assert json.loads((tmp_path / "student" / "config.json").read_text())["num_hidden_layers"] > 0
