@@ -58,7 +58,13 @@ def open_tokenizer(path: str | Path, unit: str = "line", engine: str = "tokenize
                 "words of a tokenizer.json are encoded one by one where that gives the ids of the line."
             )
         return WordUnitTokenizer(file)
-    return FastTokenizer(file, engine) if file.suffix == ".json" else SentencePieceTokenizer(file)
+    if file.suffix == ".json":
+        return FastTokenizer(file, engine)
+    if engine == "kitoken":
+        raise DataError(
+            f"--engine kitoken is for a tokenizer.json, and {file} decides the ids of {path}. Leave the option out."
+        )
+    return SentencePieceTokenizer(file)
 
 
 def ids_of(tokenizer: Tokenizer, lines: list[str]) -> list[np.ndarray]:
