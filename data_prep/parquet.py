@@ -90,6 +90,11 @@ def _check_columns(schema: Any, records: Records) -> None:
     columns = ", ".join(f"{column.name} ({column.type})" for column in schema)
     if records.text_field not in schema.names:
         raise WrongField(f"there is no column {records.text_field!r}; its columns are {', '.join(schema.names)}. {FIX}")
+    for name in (records.text_field, *(condition.column for condition in records.where.conditions)):
+        if schema.names.count(name) > 1:
+            raise WrongField(
+                f"there are {schema.names.count(name)} columns {name!r}; its columns are {columns}. Rename them"
+            )
     kind = schema.field(records.text_field).type
     if not _holds_text(kind):
         raise WrongField(f"column {records.text_field!r} is of type {kind}, not text; its columns are {columns}. {FIX}")
