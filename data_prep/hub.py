@@ -8,6 +8,7 @@ does. No script of a data set runs and no file is unpickled.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -226,6 +227,9 @@ def _with_sizes(given: Specification, revision: str, paths: list[str]) -> list[t
     """Each file in the order of the data set, once, with its size."""
     paths = list(dict.fromkeys(paths))
     if given.is_local:
+        above = Path(given.name).resolve()  # a file in it may be a link, as in the cache of huggingface_hub
+        if outside := [path for path in paths if not Path(os.path.normpath(path)).is_relative_to(above)]:
+            raise DataError(f"{given.given}: its README.md names a file outside of the data set, {shown(outside[0])}.")
         return [(path, Path(path).stat().st_size) for path in paths]
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile

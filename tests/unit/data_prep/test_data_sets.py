@@ -143,6 +143,28 @@ def test_files_of_another_kind_are_left_out_with_the_reason(tmp_path: Path) -> N
     }
 
 
+@pytest.mark.parametrize("path", ["../outside.jsonl", "../outside.csv", "/{}/outside.jsonl"])
+def test_files_outside_of_a_local_data_set_are_not_read(tmp_path: Path, path: str) -> None:
+    """README.md of a copied data set may name any file of this machine."""
+    for name in ("outside.jsonl", "outside.csv"):
+        (tmp_path / name).write_text('{"text": "not meant for this"}\n')
+    (tmp_path / "in").mkdir()
+    path = path.format(str(tmp_path).strip("/"))
+    (tmp_path / "in" / "README.md").write_text(f"---\nconfigs:\n- config_name: en\n  data_files: {path}\n---\n")
+    with pytest.raises(DataError, match=r"its README\.md names a file outside of the data set, .*outside"):
+        sources(f"hf:{tmp_path / 'in'}:en", LanguageRules())
+
+
+def test_files_that_are_links_are_read(tmp_path: Path) -> None:
+    """The cache of huggingface_hub has a directory of links for each commit."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "blobs" / "abc").write_text('{"text": "a"}\n')
+    (tmp_path / "snapshot" / "train.jsonl").symlink_to(Path("..") / "blobs" / "abc")
+    given = f"hf:{tmp_path / 'snapshot'}"
+    assert sources(given, LanguageRules(language="de")) == {"de": [f"{given}/train.jsonl"]}
+
+
 def test_archives_are_named(tmp_path: Path) -> None:
     (tmp_path / "zipped").mkdir()
     with zipfile.ZipFile(tmp_path / "zipped" / "train.zip", "w") as archive:
