@@ -76,10 +76,10 @@ class ParquetText:
         columns = list(dict.fromkeys([records.text_field, *(one.column for one in records.where.conditions)]))
         for group in range(part.first_group, part.end_group):  # one at a time: only what is read is fetched
             for batch in self._file.iter_batches(RECORDS_PER_CHUNK, row_groups=[group], columns=columns):
+                on_progress((number + len(batch)) / self._file.metadata.num_rows)  # before text is passed on
                 for values in zip(*(_values(batch.column(name)) for name in columns), strict=True):
                     number += 1
                     yield records.document(dict(zip(columns, values, strict=True)), f"row {number}")
-                on_progress(number / max(1, self._file.metadata.num_rows))
 
 
 def _incomplete(error: BaseException) -> EOFError:
