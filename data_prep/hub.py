@@ -109,7 +109,8 @@ def list_files(
     _library(given)
     with explained(given.given, given.name):
         if given.is_local and _is_saved(Path(given.name)):
-            return Listing("", "", ["default"], "default", {"default": ConfigFiles(given.split or "", "arrow", [])})
+            files = [(str(path), path.stat().st_size) for path in sorted(Path(given.name).resolve().rglob("*.arrow"))]
+            return Listing("", "", ["default"], "default", {"default": ConfigFiles(given.split or "", "arrow", files)})
         newest = "" if given.is_local else _commit(given.name, given.revision)
         revision = pinned or newest
         configs, default = _configs(given, revision)

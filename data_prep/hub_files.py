@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
+from data_prep.file_hashes import xxh3_128_of_file
 from data_prep.hub import READ_BY_FILE, Listing, Specification, read_with_library
 from data_prep.hub_errors import explained
 from data_prep.names import quoted, shown
@@ -70,6 +73,7 @@ class LibrarySource(Source):
     revision: str = ""
     config: str = ""
     split: str = ""
+    paths: list[Path] = field(default_factory=list)  # of a local data set
 
     @property
     def title(self) -> str:
@@ -84,10 +88,13 @@ class LibrarySource(Source):
         return True
 
     def stamp(self) -> dict[str, int]:
-        return {"bytes": 0, "mtime_ns": 0}
+        """The newest date of a local file. The size is 0, as nothing tells how much of the files has been read."""
+        dates = [Source(self.language, path, str(path)).stamp()["mtime_ns"] for path in self.paths]
+        return {"bytes": 0, "mtime_ns": max(dates, default=0)}
 
     def changed_since(self, record: dict[str, Any]) -> bool:
-        return False
+        # the commit identifies files of the hub; records of earlier versions have no hash of local files
+        return bool(record["xxh3_128"]) and super().changed_since(record)
 
     def chunks(self) -> Iterator[bytes]:
         self.counts.clear()
@@ -101,7 +108,9 @@ class LibrarySource(Source):
             yield records.document(record, f"record {number}")
 
     def _hash(self) -> str:
-        return ""
+        """XXH3-128 of the hashes of all local files; nothing for a data set of the hub."""
+        hashes = "".join(map(xxh3_128_of_file, self.paths))
+        return xxhash.xxh3_128_hexdigest(hashes.encode()) if hashes else ""
 
     def how_to_convert(self, lines: list[bytes]) -> str:
         return "Write the data set again with its text in UTF-8"
@@ -119,6 +128,7 @@ def sources_of(given: Specification, listing: Listing, languages: dict[str, str]
             languages[config], Path(given.name), f"hf:{given.name}{commit}:{config}:{chosen.split}", options
         )
         one.given, one.revision, one.config, one.split = given, listing.revision, config, chosen.split
+        one.paths = [Path(path) for path, _ in chosen.files] if given.is_local else []
         found.append(one)
     return found
 

@@ -135,7 +135,7 @@ class Source:
         stamp = self.stamp()
         if stamp["bytes"] != record["bytes"]:
             return True
-        return stamp["mtime_ns"] != record["mtime_ns"] and xxh3_128_of_file(self.path) != record["xxh3_128"]
+        return stamp["mtime_ns"] != record["mtime_ns"] and self._hash() != record["xxh3_128"]
 
     def chunks(self) -> Iterator[bytes]:
         """The text in pieces of any size.

@@ -190,6 +190,30 @@ def test_other_formats_are_read_by_the_library(tmp_path: Path, tiny_tokenizer: P
     assert ShardSet(tmp_path / "out").num_documents("sv") == 2
 
 
+@pytest.mark.parametrize("kind", ["csv", "saved"])
+def test_a_local_data_set_that_changed_is_not_taken_for_the_one_in_the_output(
+    tmp_path: Path, tiny_tokenizer: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(*texts: str) -> None:
+        table = datasets.Dataset.from_dict({"text": texts})
+        (tmp_path / "in").mkdir(exist_ok=True)
+        if kind == "csv":
+            table.to_csv(tmp_path / "in" / "train.csv")
+        else:
+            table.save_to_disk(tmp_path / "in")
+
+    def prepare() -> int:
+        return run_command(Path(f"hf:{tmp_path / 'in'}"), tiny_tokenizer, tmp_path / "out", "--language", "sv")
+
+    write("Hej.", "Hej hej.")
+    assert prepare() == 0
+    write("Hej.", "Hej hej.")  # other dates, the same content
+    assert prepare() == 0
+    write("Hej.", "Inte hej.")
+    assert prepare() == 2
+    assert "is not the file that" in capsys.readouterr().err
+
+
 def test_files_without_parts_are_read_file_by_file(local: Path) -> None:
     """JSON lines as mC4 has them, in a directory without a README."""
     assert sources(f"hf:{local / 'multilingual'}", LanguageRules(language="no")) == {
