@@ -24,6 +24,7 @@ from data_prep.unpack import rewriting
 
 ADDRESS = "hf://datasets/"
 FETCHED_BYTES = 1 << 23  # in one request
+DOWNLOADED = "downloaded"  # directory of a copy, in commands that messages name
 
 
 @dataclass
@@ -56,10 +57,17 @@ class HubFile(Source):
         return ""  # the commit identifies the file, of which only some columns were read
 
     def _rewriting(self, command: str) -> str:
-        name, path = _name_and_path(self.name)
-        download = f"hf download {name.partition('@')[0]} {quoted(path)} --revision {name.partition('@')[2]}"
-        local = Path("downloaded") / path
-        return f"{download} --repo-type dataset --local-dir downloaded && {rewriting(local, command, self._kind()[1])}"
+        (name, _, commit), path = _name_and_path(self.name)[0].partition("@"), self.path
+        folder = quoted(
+            str(path.parent / "*") if path.parent.name else "*"
+        )  # the other files of the config are there too
+        download = f"hf download {name} --revision {commit} --repo-type dataset --include README.md --include {folder}"
+        return f"{download} --local-dir {DOWNLOADED} && {rewriting(Path(DOWNLOADED) / path, command, self._kind()[1])}"
+
+    @property
+    def how_to_continue(self) -> str:
+        name = _name_and_path(self.name)[0].partition("@")[0]
+        return f"give the corrected copy (hf:{DOWNLOADED}) in place of hf:{name} and another --output"
 
     def _too_large_a_window(self) -> str:
         return f"{self.title} was packed with a window of more than 128 MB. Download it and unpack it with zstd -d --long=31."

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import shlex
 import shutil
+import subprocess
 import sys
 import tomllib
 import zipfile
@@ -21,6 +23,7 @@ import pytest
 from data_prep import parquet
 from data_prep.__main__ import main
 from data_prep.discovery import LanguageRules, survey
+from data_prep.hub_files import HubFile
 from data_prep.journal import JOURNAL_NAME
 from data_prep.languages import CC100, OF_CODE, language_of_code
 from data_prep.manifest import DATA_SETS, begin_output, commits_of, read_run
@@ -416,6 +419,24 @@ def test_a_hub_that_fails_while_it_is_read_costs_no_finished_shard(
     hub.change(answer=None, fail_after=None)
     assert prepare("hf:some/texts:deu_Latn") == 0
     assert content(tmp_path / "out") == expected
+
+
+def test_a_file_of_the_hub_that_must_be_converted_is_read_from_a_copy(tmp_path: Path) -> None:
+    """The same command would read the hub's file again."""
+    address = f"hf://datasets/some/texts@{FIRST}/multilingual/c4-no.0.json.gz"
+    source = HubFile("no", Path("multilingual/c4-no.0.json.gz"), address, ReadOptions())
+    said = source._not_utf8("its first bytes are not", "ISO-8859-1")
+    assert "give the corrected copy (hf:downloaded) in place of hf:some/texts and another --output: hf download" in said
+    command = said.partition("another --output: ")[2]
+    download, _, convert = command.partition(" && ")
+    asked = shlex.split(download)
+    assert asked[:5] == ["hf", "download", "some/texts", "--revision", FIRST]
+    assert asked[-6:] == ["--include", "README.md", "--include", "multilingual/*", "--local-dir", "downloaded"]
+    copy = tmp_path / "downloaded" / "multilingual" / "c4-no.0.json.gz"
+    copy.parent.mkdir(parents=True)
+    copy.write_bytes(gzip.compress('{"text": "blåbær"}\n'.encode("latin-1")))
+    subprocess.run(["bash", "-c", convert], cwd=tmp_path, check=True)
+    assert gzip.decompress(copy.read_bytes()).decode() == '{"text": "blåbær"}\n'
 
 
 @pytest.mark.parametrize(
