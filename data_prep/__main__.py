@@ -154,7 +154,7 @@ def add_prepare(verb: argparse.ArgumentParser) -> None:
         "--block-bytes", type=int, help="size of a unit of work; a shard ends at the end of one (default: 2**20)"
     )
     verb.add_argument("--unit", choices=UNITS, default="line", help="what a SentencePiece model encodes at a time (default: line); word "
-                      "takes two thirds of the time, and about one line in 3000 has other ids of an equal score")  # fmt: skip
+                      "takes 0.6 of the time, and about one line in 3000 has other ids of an equal score")  # fmt: skip
     verb.add_argument("--engine", choices=ENGINES, default="auto", help="what encodes for a tokenizer.json: auto is kitoken where "
                       "it gives the ids of tokenizers, else tokenizers (default: auto)")  # fmt: skip
     add_cleaning(verb.add_argument_group("cleaning (by default the text is not changed; every change is counted)"))

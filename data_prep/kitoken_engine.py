@@ -30,11 +30,11 @@ UNSEEN, SAFE, UNSAFE = 0, 1, 2
 # characters, are tried at the ends of a word only.
 CONTEXTS = "{1}{0} {0}{1} {0}{0}1 '{0} {1}\u0301{0}\u0323 {1}{0}\u0334 {1}\u0345{0} 1\u0301{0} 1{0}\u0323"
 OF_CASELESS = "{1}{0} {0}1"
-ANCHOR = (
-    4  # characters of an added token that are searched for: tokens come in families with one start, such as <unused17>
-)
+# Characters of an added token that are searched for. Tokens come in families with one start, such as <unused17>.
+ANCHOR = 4
 MOST_UNREACHED = 1000
 MOST_SOUGHT_BYTES = 1 << 14  # of one pattern; from 20 kB on RE2 reads less than 1 MB/s, tokenizers encodes 3
+TRIED_TOGETHER = 32  # characters in one text: a text costs as much as its bytes
 
 
 class EngineUnusable(Exception):
@@ -70,14 +70,11 @@ class KitokenEngine:
         """The ids of each text, without special tokens; None where the engine has none."""
         try:
             return self._kitoken.encode_all(texts, False)
-        except ValueError:  # one of the texts has a character without an id
-            return [self._encode_one(text) for text in texts]
-
-    def _encode_one(self, text: str) -> list[int] | None:
-        try:
-            return self._kitoken.encode(text, False)
-        except ValueError:
-            return None
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException:  # a character without an id, or a panic in Rust, which is no Exception
+            half = len(texts) // 2
+            return [*self.encode(texts[:half]), *self.encode(texts[half:])] if half else [None]
 
     def unsafe(self, texts: list[str]) -> np.ndarray:
         """Whether each text must be encoded by `tokenizers`: bool [texts]."""
@@ -93,12 +90,27 @@ class KitokenEngine:
 
     def _meet(self, codes: list[int]) -> None:
         """Try characters that have not been seen before."""
-        characters = [(OF_CASELESS if _is_caseless(chr(code)) else CONTEXTS, chr(code)) for code in codes]
-        texts = [context.format(character, self._letter) for context, character in characters]
-        ids = self._reference.encode_batch_fast(texts, add_special_tokens=False)
-        for code, ours, theirs in zip(codes, self.encode(texts), ids, strict=True):
-            is_safe = ours == theirs.ids and not _is_unassigned(code) and not self._is_alias(chr(code))
+        groups = [codes[start : start + TRIED_TOGETHER] for start in range(0, len(codes), TRIED_TOGETHER)]
+        differing = {code for group in groups for code in self._differing(group)}
+        for code in codes:
+            is_safe = code not in differing and not _is_unassigned(code) and not self._is_alias(chr(code))
             self._states[code] = SAFE if is_safe else UNSAFE
+
+    def _differing(self, codes: list[int]) -> list[int]:
+        """The characters whose contexts have other ids; all of them if they differ together only."""
+        if self._are_same([" ".join(map(self._in_contexts, codes))])[0]:
+            return []
+        half = len(codes) // 2
+        return (self._differing(codes[:half]) + self._differing(codes[half:]) if half else []) or codes
+
+    def _in_contexts(self, code: int) -> str:
+        return (OF_CASELESS if _is_caseless(chr(code)) else CONTEXTS).format(chr(code), self._letter)
+
+    def _are_same(self, texts: Iterable[str]) -> list[bool]:
+        """Whether the engine gives each text the ids of `tokenizers`."""
+        texts = list(texts)
+        theirs = self._reference.encode_batch_fast(texts, add_special_tokens=False)
+        return [ours == encoding.ids for ours, encoding in zip(self.encode(texts), theirs, strict=True)]
 
     def _is_alias(self, character: str) -> bool:
         """Whether normalising makes a character of an added token of another one, so that the text hides the token."""
@@ -112,17 +124,14 @@ class KitokenEngine:
         decomposed = [
             unicodedata.normalize("NFD", chr(code)) for code in range(0xC0, 0x20000) if _is_decomposable(code)
         ]
-        texts = [f"a{text}" for text in decomposed]
-        ids = self._reference.encode_batch_fast(texts, add_special_tokens=False)
-        for text, ours, theirs in zip(decomposed, self.encode(texts), ids, strict=True):
-            if ours != theirs.ids:
+        for text, is_same in zip(decomposed, self._are_same(f"a{text}" for text in decomposed), strict=True):
+            if not is_same:
                 self._states[[ord(character) for character in text if not character.isascii()]] = UNSAFE
         added = [token["content"] for token in content.get("added_tokens", []) if not token["special"]]
         lines = [*LINES, *added_lines(added)]
         lines = [line for line, is_unsafe in zip(lines, self.unsafe(lines), strict=True) if not is_unsafe]
-        ids = self._reference.encode_batch_fast(lines, add_special_tokens=False)
-        for line, ours, theirs in zip(lines, self.encode(lines), ids, strict=True):
-            if ours != theirs.ids:
+        for line, is_same in zip(lines, self._are_same(lines), strict=True):
+            if not is_same:
                 raise EngineUnusable(f"kitoken gives other ids than tokenizers for the line {line[:100]!r}")
 
 

@@ -37,18 +37,22 @@ class Tokenizer(Protocol):
         """The ids of all lines, each with its end token: uint32 [total]; and the number of ids of each line: int64 [lines]."""
 
 
-def open_tokenizer(path: str | Path, unit: str = "line", engine: str = "tokenizers") -> Tokenizer:
+def open_tokenizer(path: str | Path, unit: str = "line", engine: str | None = None) -> Tokenizer:
     """The tokenizer of a file or a Hugging Face directory.
 
     Args:
         path: the file or the directory.
         unit: what is encoded at a time, of `UNITS`. `word` is for SentencePiece models.
-        engine: what encodes for a tokenizer.json, of `ENGINES`; SentencePiece models need none.
+        engine: what encodes for a tokenizer.json, of `ENGINES`; None: `tokenizers`, and SentencePiece for its models.
 
     Raises:
         DataError: there is no tokenizer, it is not valid, or it cannot be used with this unit or engine.
     """
     file = tokenizer_file(Path(path))
+    if file.suffix != ".json" and engine not in (None, "auto"):
+        raise DataError(
+            f"--engine {engine} is for a tokenizer.json, and SentencePiece encodes for {file}. Leave the option out."
+        )
     if unit == "word":
         from data_prep.word_unit import WordUnitTokenizer  # imports pyarrow, which the unit `line` does not need
 
@@ -58,13 +62,7 @@ def open_tokenizer(path: str | Path, unit: str = "line", engine: str = "tokenize
                 "words of a tokenizer.json are encoded one by one where that gives the ids of the line."
             )
         return WordUnitTokenizer(file)
-    if file.suffix == ".json":
-        return FastTokenizer(file, engine)
-    if engine == "kitoken":
-        raise DataError(
-            f"--engine kitoken is for a tokenizer.json, and {file} decides the ids of {path}. Leave the option out."
-        )
-    return SentencePieceTokenizer(file)
+    return FastTokenizer(file, engine or "tokenizers") if file.suffix == ".json" else SentencePieceTokenizer(file)
 
 
 def ids_of(tokenizer: Tokenizer, lines: list[str]) -> list[np.ndarray]:

@@ -26,6 +26,7 @@ from pipeline.distillation.models.model_files import read_model
 from pipeline.errors import UserError
 from pipeline.evaluation.tables import markdown_table
 from pipeline.evaluation.training_metadata import training_metadata
+from pipeline.export.card_metadata import front_matter
 from pipeline.export.card_tables import measured_sections
 from pipeline.export.sentence_transformers_files import DENSE, exported_settings
 from pipeline.runtime.json_files import read_json
@@ -140,6 +141,7 @@ def lineage_of(run: dict[str, Any], state: dict[str, Any], recipe_text: str) -> 
     return {
         **({"student": run["student"]} if run.get("student") else {}),
         "teacher": run["teacher"],
+        **{key: run[key] for key in ("license", "data_sets") if run.get(key)},
         **_matched_layers(run, relations),
         "relation_heads": relations["heads"],
         "relations": relations["pairs"],
@@ -232,7 +234,7 @@ def model_card(directory: Path, measured: Sequence[Path] = ()) -> str:
     else:
         origin = f"; `{_inline(lineage['trimmed']['from'])}` with a smaller vocabulary; all other weights are unchanged"
     parts = [
-        _front_matter(lineage, directory),
+        front_matter(lineage, directory, measured),
         f"# {'Trimmed encoder' if recipe is None else 'MiniLMv2 student'}, {config.num_hidden_layers} x {config.hidden_size}",
         f"{sizes}{origin}.",
         _loading(directory, half=str(config.dtype).endswith("float16")),
@@ -313,18 +315,6 @@ def projection_note(directory: Path) -> str:
         f"`{DENSE}` is the matrix with which training compared its sentence vectors ({config.get('in_features')} channels) with the "
         f"teacher's ({config.get('out_features')}); it {use}, and `--drop-projection` leaves it out."
     )
-
-
-def _front_matter(lineage: dict[str, Any], directory: Path) -> str:
-    """The metadata that a model hub reads; languages by their main code (zh-Hans is zh)."""
-    content: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "feature-extraction"}
-    if (directory / "modules.json").is_file():
-        content |= {"library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity"}
-    content["tags"] = ["minilmv2", "distillation", "multilingual"]
-    languages = lineage.get("trimmed", lineage).get("languages") or []
-    if languages:
-        content["language"] = sorted({language.split("-")[0].split("_")[0] for language in languages})
-    return "---\n" + yaml.safe_dump(content, sort_keys=False) + "---"
 
 
 def _loading(directory: Path, half: bool) -> str:

@@ -111,6 +111,7 @@ class RunLogger:
             "trained_length": student.trained_length,
             "data_fingerprint": parts.source.fingerprint,
             "languages": list(parts.source.languages),
+            "data_sets": list(parts.source.shards.manifest.get("data_sets", {})),  # of a hub
             "matched_layers": student.matched,
             # `export` writes "config" into the student's config.json, whether or not the teacher is still there
             "dropout": {"distillation": dropout_of(student.model.config), "config": student.own_dropout},

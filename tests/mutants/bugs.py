@@ -92,8 +92,8 @@ BUGS = (
     Bug(
         "padded query counted",
         "pipeline/distillation/relations/loss.py",
-        "weights = [1.0 / (num_heads * sum(parts)) for parts in stretches]",
-        "weights = [1.0 / (num_heads * max(map(sum, stretches))) for _ in stretches]",
+        "weights = [1.0 / (num_heads * sum(parts)) if parts else 0.0 for parts in stretches]",
+        "weights = [1.0 / (num_heads * max(1, *map(sum, stretches))) for _ in stretches]",
         "tests/unit/distillation/test_relation_loss.py::test_any_shape_and_padding",
         "relation_losses",
     ),

@@ -520,7 +520,7 @@ def test_a_hub_that_cannot_be_reached_is_one_paragraph(
 
 def test_without_the_library_its_versions_are_named(local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    (versions,) = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["optional-dependencies"]["hf-inputs"]
+    (versions,) = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["optional-dependencies"]["hub"]
     with pytest.raises(DataError, match=rf"need the package datasets: pip install '{re.escape(versions)}'"):
         sources(f"hf:{local}:deu_Latn", LanguageRules())
 

@@ -181,11 +181,6 @@ def test_too_many_added_tokens_to_search_for_keep_tokenizers(tokenizers_of: dict
     ours.judge(["the 一一一一 word"], "a line of the test")
 
 
-def test_the_engine_is_rejected_for_a_sentencepiece_model(tiny_tokenizer: Path) -> None:
-    with pytest.raises(DataError, match=r"--engine kitoken is for a tokenizer\.json, and .*\.model decides the ids"):
-        open_tokenizer(tiny_tokenizer, engine="kitoken")
-
-
 def test_a_kind_that_the_engine_is_not_used_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Unigram: both libraries round scores differently. The tokenizers library encodes, and one note says so."""
     tokenizer = Tokenizer(models.Unigram())
@@ -325,6 +320,34 @@ def test_a_difference_in_later_text_stops_with_the_line(
     assert "of this process: 'the zweiter " in error
     assert (tmp_path / "out" / "de" / "00000.tok").is_file()
     assert not (tmp_path / "out" / "en" / "00000.tok").exists()
+
+
+def test_text_that_the_engine_cannot_encode_goes_to_tokenizers(tokenizers_of: dict[str, Path]) -> None:
+    """A panic in Rust is no Exception. The other texts keep the engine."""
+    ours, theirs = both(tokenizers_of["bpe"])
+    engine = ours._engine
+    assert engine is not None
+    right = engine._kitoken
+
+    class Panic(BaseException):
+        pass
+
+    class Failing:
+        def encode_all(self, texts: list[str], specials: bool) -> list[list[int]]:
+            if any("zz" in text for text in texts):
+                raise Panic
+            return right.encode_all(texts, specials)
+
+    engine._kitoken = Failing()
+    assert [ids is None for ids in engine.encode(["a", "b zz", "c", "zz", "d"])] == [False, True, False, True, False]
+    assert_same_ids(ours, theirs, ["the zz and", "the word", "zz", "a zzb c"])
+
+
+@pytest.mark.parametrize("engine", ["kitoken", "tokenizers"])
+def test_an_engine_is_rejected_for_a_sentencepiece_model(engine: str, tiny_tokenizer: Path) -> None:
+    with pytest.raises(DataError, match=f"--engine {engine} is for a tokenizer.json, and SentencePiece encodes"):
+        open_tokenizer(tiny_tokenizer, engine=engine)
+    assert open_tokenizer(tiny_tokenizer, engine="auto").engine == ""
 
 
 def test_an_expression_finds_any_of_some_texts() -> None:

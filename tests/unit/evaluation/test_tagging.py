@@ -78,7 +78,7 @@ def test_entities_are_learned_and_scored_by_f1(encoder: Encoder, tmp_path: Path)
 
 
 def test_an_interrupted_grid_point_resumes(encoder: Encoder, treebanks: Path, tmp_path: Path) -> None:
-    settings, point = config(treebanks), GridPoint(3e-3, 0)
+    settings, point = config(treebanks, epochs=3, max_train=24, max_evaluation=3), GridPoint(3e-3, 0)
     task = task_of(encoder, settings)
     expected = finetune(task, settings, point, tmp_path / "once", alone(), "tiny")
     interrupted_in_epoch_3(task, settings, point, tmp_path / "cut")

@@ -255,7 +255,8 @@ def test_no_value_of_a_run_becomes_front_matter_or_markup(tiny_teacher: Path, tm
     card = (output / CARD_FILE).read_text()
     head = card.split("\n---\n")[0]
     content = yaml.safe_load(head.removeprefix("---\n"))
-    assert "license" not in content
+    assert content["license"] == "unknown"
+    assert content.keys() <= {"license", "library_name", "pipeline_tag", "tags", "language", "widget"}
     outside = re.sub(r"^(`{3,})\w*\n.*?^\1$", "", card, flags=re.MULTILINE | re.DOTALL)
     assert "<script>" not in outside
     assert "\nlicense: mit" not in outside

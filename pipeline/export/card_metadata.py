@@ -1,0 +1,112 @@
+"""The metadata of a model card, which a model hub reads: license, base model, data sets, languages, figures.
+
+In: the lineage of an export, the export, and directories with figures. Out: the YAML at the top of its README.md. What is not
+known is left out; a license that is not known is named so, as the hub asks for one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import try_to_load_from_cache
+
+from pipeline.evaluation.encoder import split_name
+from pipeline.recipe.text import shown
+from pipeline.runtime.json_files import read_json
+
+UNKNOWN = "unknown"  # the hub's own word
+SENTENCES = ["The shop is closed today.", "Der Laden ist heute geschlossen.", "It will rain tomorrow."]
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_LICENSE_NAME = re.compile(r"[a-z0-9.+-]{1,64}")
+# task of `pipeline evaluate` -> the hub's task, what it is called there, measure -> the hub's metric
+_TASKS: dict[str, tuple[str, str, dict[str, str]]] = {
+    "retrieval": ("text-retrieval", "Cross-lingual retrieval of translations", {"output": "accuracy"}),
+    "beir": ("text-retrieval", "Document retrieval", {"output": "ndcg_at_10"}),
+    "sts": ("sentence-similarity", "Semantic textual similarity", {"output": "spearmanr"}),
+    "xnli": ("text-classification", "XNLI, in per cent", {"accuracy": "accuracy"}),
+    "pawsx": ("text-classification", "PAWS-X, in per cent", {"accuracy": "accuracy"}),
+    "mlqa": ("question-answering", "MLQA, in per cent", {"f1": "f1", "exact_match": "exact_match"}),
+    "tagging": ("token-classification", "Tagging of words, in per cent", {"accuracy": "accuracy", "f1": "f1"}),
+}  # fmt: skip
+
+
+def front_matter(lineage: dict[str, Any], directory: Path, measured: Iterable[Path]) -> str:
+    """The metadata with its lines of dashes; languages by their main code (zh-Hans is zh).
+
+    Args:
+        measured: directories with `demo.json` (a run) or `evaluation.json`. Of these, the figures of this export are taken.
+    """
+    is_sentences = (directory / "modules.json").is_file()
+    library, task = (
+        ("sentence-transformers", "sentence-similarity") if is_sentences else ("transformers", "feature-extraction")
+    )
+    content: dict[str, Any] = {
+        "license": lineage.get("license") or UNKNOWN,
+        "library_name": library,
+        "pipeline_tag": task,
+    }
+    teacher = str(lineage.get("teacher", ""))
+    if _HUB_NAME.fullmatch(teacher) and not Path(teacher).exists():
+        content["base_model"] = teacher
+    if names := [name for name in lineage.get("data_sets") or [] if _HUB_NAME.fullmatch(str(name))]:
+        content["datasets"] = names
+    content["tags"] = ["minilmv2", "distillation", "multilingual"]
+    languages = lineage.get("trimmed", lineage).get("languages") or []
+    if languages:
+        content["language"] = sorted({language.split("-")[0].split("_")[0] for language in languages})
+    content["widget"] = [
+        {"source_sentence": SENTENCES[0], "sentences": SENTENCES[1:]} if is_sentences else {"text": SENTENCES[0]}
+    ]
+    results = [*_results(lineage.get("steps"), directory, measured)]
+    if results:
+        content["metrics"] = sorted({one["metrics"][0]["type"] for one in results})
+        of = Path(teacher).name if re.fullmatch(r"[\w./-]+", teacher) else "a teacher"
+        content["model-index"] = [{"name": f"MiniLMv2 student of {of}", "results": results}]
+    return "---\n" + yaml.safe_dump(content, sort_keys=False, allow_unicode=True) + "---"
+
+
+def license_of(teacher: str) -> str | None:
+    """The license in the model card of a teacher: in its directory, or in the cache of a hub name. None: there is none."""
+    card: Any = Path(teacher) / "README.md"
+    if not card.is_file() and _HUB_NAME.fullmatch(teacher):
+        card = try_to_load_from_cache(teacher, "README.md")
+    try:
+        head = Path(card).read_text(encoding="utf-8").partition("---\n")[2].partition("\n---")[0]
+        found = yaml.safe_load(head)["license"]
+    except (OSError, TypeError, ValueError, KeyError, RecursionError, yaml.YAMLError):
+        return None
+    return found if isinstance(found, str) and _LICENSE_NAME.fullmatch(found) else None
+
+
+def _results(steps: int | None, directory: Path, measured: Iterable[Path]) -> Iterator[dict[str, Any]]:
+    """What was measured of this export, in the hub's format. The last of several figures of one kind counts."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for place in dict.fromkeys(measured):
+        if (place / "demo.json").is_file():
+            demo = read_json(place / "demo.json")
+            if demo.get("steps") == steps:
+                found["retrieval", "output"] = _result("retrieval", "output", demo.get("after_mean"))
+        if (place / "evaluation.json").is_file():
+            for task, models in read_json(place / "evaluation.json").get("tasks", {}).items():
+                of_this = [result for model, result in models.items() if _is_this(model, directory)]
+                for measure in _TASKS.get(task, ("", "", {}))[2] if of_this else ():
+                    mean = of_this[-1].get("mean")
+                    if isinstance(mean, dict) and measure in mean:
+                        found[task, measure] = _result(task, measure, mean[measure])
+    yield from (one for one in found.values() if math.isfinite(one["metrics"][0]["value"]))
+
+
+def _result(task: str, measure: str, value: Any) -> dict[str, Any]:
+    kind, name, metrics = _TASKS[task]
+    number = round(float(value), 4) if isinstance(value, int | float) else math.nan
+    metric = {"type": metrics[measure], "value": number, "name": f"{shown(measure)}, mean of the languages"}
+    return {"task": {"type": kind}, "dataset": {"type": task, "name": name}, "metrics": [metric]}
+
+
+def _is_this(model: str, directory: Path) -> bool:
+    return Path(split_name(model)[0]).resolve() == directory.resolve()
