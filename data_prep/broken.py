@@ -68,7 +68,7 @@ class BrokenLines:
         return (
             f"{source.title}: {self._broken} of {self._read} lines ({share:.0%}) are not UTF-8, the first is line "
             f"{self._first_here}: {self._sample[0].decode('utf-8', 'backslashreplace')[:60]!r}. "
-            f"{source.how_to_convert(self._sample)}. Then run the same command again; nothing of this file was kept. (To "
+            f"{source.how_to_convert(self._sample)}. Then {source.how_to_continue}; nothing of this file was kept. (To "
             f"accept more than {limit:.0%} of broken lines: --max-broken-lines 1.)"
         )
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,9 +97,10 @@ class FastTokenizer:
                 raise DataError(f"{self.path}: {error}. Prepare it with --engine tokenizers or auto.") from error
             self.note = str(error)
         if why_not_json(parsed) is None:
-            self._words = WordEncoder(self._encode)
-        added = added_texts(parsed, self._tokenizer.normalizer)
-        self._undivided = any_of(["  ", MARKER, *starts_of(added), *pieces_across(parsed)])
+            added = added_texts(parsed, self._tokenizer.normalizer)
+            with suppress(EngineUnusable):  # too many texts to search for
+                self._undivided = any_of(["  ", MARKER, *starts_of(added), *pieces_across(parsed)])
+                self._words = WordEncoder(self._encode)
 
     @property
     def engine(self) -> str:

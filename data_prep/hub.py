@@ -8,6 +8,7 @@ does. No script of a data set runs and no file is unpickled.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -108,7 +109,8 @@ def list_files(
     _library(given)
     with explained(given.given, given.name):
         if given.is_local and _is_saved(Path(given.name)):
-            return Listing("", "", ["default"], "default", {"default": ConfigFiles(given.split or "", "arrow", [])})
+            files = [(str(path), path.stat().st_size) for path in sorted(Path(given.name).resolve().rglob("*.arrow"))]
+            return Listing("", "", ["default"], "default", {"default": ConfigFiles(given.split or "", "arrow", files)})
         newest = "" if given.is_local else _commit(given.name, given.revision)
         revision = pinned or newest
         configs, default = _configs(given, revision)
@@ -226,6 +228,9 @@ def _with_sizes(given: Specification, revision: str, paths: list[str]) -> list[t
     """Each file in the order of the data set, once, with its size."""
     paths = list(dict.fromkeys(paths))
     if given.is_local:
+        above = Path(given.name).resolve()  # a file in it may be a link, as in the cache of huggingface_hub
+        if outside := [path for path in paths if not Path(os.path.normpath(path)).is_relative_to(above)]:
+            raise DataError(f"{given.given}: its README.md names a file outside of the data set, {shown(outside[0])}.")
         return [(path, Path(path).stat().st_size) for path in paths]
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile

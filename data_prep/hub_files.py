@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
+from data_prep.file_hashes import xxh3_128_of_file
 from data_prep.hub import READ_BY_FILE, Listing, Specification, read_with_library
 from data_prep.hub_errors import explained
 from data_prep.names import quoted, shown
@@ -21,6 +24,7 @@ from data_prep.unpack import rewriting
 
 ADDRESS = "hf://datasets/"
 FETCHED_BYTES = 1 << 23  # in one request
+DOWNLOADED = "downloaded"  # directory of a copy, in commands that messages name
 
 
 @dataclass
@@ -53,10 +57,17 @@ class HubFile(Source):
         return ""  # the commit identifies the file, of which only some columns were read
 
     def _rewriting(self, command: str) -> str:
-        name, path = _name_and_path(self.name)
-        download = f"hf download {name.partition('@')[0]} {quoted(path)} --revision {name.partition('@')[2]}"
-        local = Path("downloaded") / path
-        return f"{download} --repo-type dataset --local-dir downloaded && {rewriting(local, command, self._kind()[1])}"
+        (name, _, commit), path = _name_and_path(self.name)[0].partition("@"), self.path
+        folder = quoted(
+            str(path.parent / "*") if path.parent.name else "*"
+        )  # the other files of the config are there too
+        download = f"hf download {name} --revision {commit} --repo-type dataset --include README.md --include {folder}"
+        return f"{download} --local-dir {DOWNLOADED} && {rewriting(Path(DOWNLOADED) / path, command, self._kind()[1])}"
+
+    @property
+    def how_to_continue(self) -> str:
+        name = _name_and_path(self.name)[0].partition("@")[0]
+        return f"give the corrected copy (hf:{DOWNLOADED}) in place of hf:{name} and another --output"
 
     def _too_large_a_window(self) -> str:
         return f"{self.title} was packed with a window of more than 128 MB. Download it and unpack it with zstd -d --long=31."
@@ -70,6 +81,7 @@ class LibrarySource(Source):
     revision: str = ""
     config: str = ""
     split: str = ""
+    paths: list[Path] = field(default_factory=list)  # of a local data set
 
     @property
     def title(self) -> str:
@@ -84,10 +96,13 @@ class LibrarySource(Source):
         return True
 
     def stamp(self) -> dict[str, int]:
-        return {"bytes": 0, "mtime_ns": 0}
+        """The newest date of a local file. The size is 0, as nothing tells how much of the files has been read."""
+        dates = [Source(self.language, path, str(path)).stamp()["mtime_ns"] for path in self.paths]
+        return {"bytes": 0, "mtime_ns": max(dates, default=0)}
 
     def changed_since(self, record: dict[str, Any]) -> bool:
-        return False
+        # the commit identifies files of the hub; records of earlier versions have no hash of local files
+        return bool(record["xxh3_128"]) and super().changed_since(record)
 
     def chunks(self) -> Iterator[bytes]:
         self.counts.clear()
@@ -101,7 +116,9 @@ class LibrarySource(Source):
             yield records.document(record, f"record {number}")
 
     def _hash(self) -> str:
-        return ""
+        """XXH3-128 of the hashes of all local files; nothing for a data set of the hub."""
+        hashes = "".join(map(xxh3_128_of_file, self.paths))
+        return xxhash.xxh3_128_hexdigest(hashes.encode()) if hashes else ""
 
     def how_to_convert(self, lines: list[bytes]) -> str:
         return "Write the data set again with its text in UTF-8"
@@ -119,6 +136,7 @@ def sources_of(given: Specification, listing: Listing, languages: dict[str, str]
             languages[config], Path(given.name), f"hf:{given.name}{commit}:{config}:{chosen.split}", options
         )
         one.given, one.revision, one.config, one.split = given, listing.revision, config, chosen.split
+        one.paths = [Path(path) for path, _ in chosen.files] if given.is_local else []
         found.append(one)
     return found
 

@@ -25,12 +25,15 @@ from data_prep.word_boundaries import MARKER, PER_CHARACTER, kind_of, parts_of, 
 
 NAME = "kitoken"
 UNSEEN, SAFE, UNSAFE = 0, 1, 2
-# A character between letters, at both ends of a word, doubled, after an apostrophe, and among marks that are reordered. Letters
-# without case, which are most of all characters, are tried at the ends of a word only.
-CONTEXTS, OF_CASELESS = "{1}{0} {0}{1} {0}{0}1 '{0} {1}\u0301{0}\u0323", "{1}{0} {0}1"
+# A character between letters, at both ends of a word, doubled, after an apostrophe, and among marks that are reordered: U+0334 has
+# the lowest class of all marks, U+0345 the highest, and nothing composes with a digit. Letters without case, which are most of all
+# characters, are tried at the ends of a word only.
+CONTEXTS = "{1}{0} {0}{1} {0}{0}1 '{0} {1}\u0301{0}\u0323 {1}{0}\u0334 {1}\u0345{0} 1\u0301{0} 1{0}\u0323"
+OF_CASELESS = "{1}{0} {0}1"
 # Characters of an added token that are searched for. Tokens come in families with one start, such as <unused17>.
 ANCHOR = 4
 MOST_UNREACHED = 1000
+MOST_SOUGHT_BYTES = 1 << 14  # of one pattern; from 20 kB on RE2 reads less than 1 MB/s, tokenizers encodes 3
 TRIED_TOGETHER = 32  # characters in one text: a text costs as much as its bytes
 
 
@@ -141,11 +144,18 @@ def holds_any(pattern: str, texts: Sequence[str] | Sequence[bytes]) -> np.ndarra
 
 
 def any_of(texts: Iterable[str]) -> str:
-    """A regular expression that finds any of the texts. Texts that hold another one are left out."""
+    """A regular expression that finds any of the texts. Texts that hold another one are left out.
+
+    Raises `EngineUnusable` if they are so many that the search costs more than the engine saves.
+    """
     shortest: list[str] = []
+    size_bytes = 0
     for text in sorted(set(texts), key=lambda text: (len(text), text)):
         if not any(short in text for short in shortest):
             shortest.append(text)
+            size_bytes += len(text.encode("utf-8", "surrogatepass"))
+            if size_bytes > MOST_SOUGHT_BYTES:
+                raise EngineUnusable("it has too many added tokens to search every line for them")
     return "|".join(map(re.escape, shortest))
 
 

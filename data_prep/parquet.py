@@ -76,10 +76,10 @@ class ParquetText:
         columns = list(dict.fromkeys([records.text_field, *(one.column for one in records.where.conditions)]))
         for group in range(part.first_group, part.end_group):  # one at a time: only what is read is fetched
             for batch in self._file.iter_batches(RECORDS_PER_CHUNK, row_groups=[group], columns=columns):
+                on_progress((number + len(batch)) / self._file.metadata.num_rows)  # before text is passed on
                 for values in zip(*(_values(batch.column(name)) for name in columns), strict=True):
                     number += 1
                     yield records.document(dict(zip(columns, values, strict=True)), f"row {number}")
-                on_progress(number / max(1, self._file.metadata.num_rows))
 
 
 def _incomplete(error: BaseException) -> EOFError:
@@ -90,6 +90,11 @@ def _check_columns(schema: Any, records: Records) -> None:
     columns = ", ".join(f"{column.name} ({column.type})" for column in schema)
     if records.text_field not in schema.names:
         raise WrongField(f"there is no column {records.text_field!r}; its columns are {', '.join(schema.names)}. {FIX}")
+    for name in (records.text_field, *(condition.column for condition in records.where.conditions)):
+        if schema.names.count(name) > 1:
+            raise WrongField(
+                f"there are {schema.names.count(name)} columns {name!r}; its columns are {columns}. Rename them"
+            )
     kind = schema.field(records.text_field).type
     if not _holds_text(kind):
         raise WrongField(f"column {records.text_field!r} is of type {kind}, not text; its columns are {columns}. {FIX}")

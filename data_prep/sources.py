@@ -115,6 +115,11 @@ class Source:
         return self._kind()[0] != ".txt"
 
     @property
+    def how_to_continue(self) -> str:
+        """What to do after the file was corrected, for messages."""
+        return "run the same command again"
+
+    @property
     def can_be_read_again(self) -> bool:
         """False for a pipe."""
         return self.path.is_file()
@@ -135,7 +140,7 @@ class Source:
         stamp = self.stamp()
         if stamp["bytes"] != record["bytes"]:
             return True
-        return stamp["mtime_ns"] != record["mtime_ns"] and xxh3_128_of_file(self.path) != record["xxh3_128"]
+        return stamp["mtime_ns"] != record["mtime_ns"] and self._hash() != record["xxh3_128"]
 
     def chunks(self) -> Iterator[bytes]:
         """The text in pieces of any size.
@@ -190,7 +195,7 @@ class Source:
         except WrongField as error:
             raise WrongTextField(f"{self.title}: {error}.") from error
         except BrokenRecord as error:
-            raise CorruptSource(f"{self.title}: {error}. Then run the same command again.") from error
+            raise CorruptSource(f"{self.title}: {error}. Then {self.how_to_continue}.") from error
         except WindowTooLarge as error:
             raise CorruptSource(self._too_large_a_window()) from error
         except PackedWithDictionary as error:
@@ -293,8 +298,8 @@ class Source:
 
     def _not_utf8(self, problem: str, encoding: str) -> str:
         return (
-            f"{self.title} is not text in UTF-8: {problem}. It looks like {encoding}; convert it and run the same "
-            f"command: {self._rewriting(iconv(encoding))}"
+            f"{self.title} is not text in UTF-8: {problem}. It looks like {encoding}; convert it and "
+            f"{self.how_to_continue}: {self._rewriting(iconv(encoding))}"
         )
 
     def how_to_convert(self, lines: list[bytes]) -> str:

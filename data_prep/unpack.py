@@ -41,8 +41,10 @@ def packing_of_content(start: bytes) -> str:
 def rewriting(path: Path, command: str, packing: str) -> str:
     """A shell command that replaces the content of the file `path`, packed by `packing`, by what `command` makes of it."""
     file, written = quoted(path), quoted(f"{path}.new")
-    send = f"{UNPACK_COMMANDS[packing]} < {file} | {command}" if packing else f"{command} < {file}"
-    return f"{send}{PACK_COMMANDS[packing]} > {written} && mv {written} {file}"
+    if not packing:
+        return f"{command} < {file}{PACK_COMMANDS[packing]} > {written} && mv {written} {file}"
+    send = f"{UNPACK_COMMANDS[packing]} < {file} | {command}{PACK_COMMANDS[packing]} > {written}"
+    return f"(set -o pipefail; {send}) && mv {written} {file}"  # else a command that fails would replace the file
 
 
 class PackedError(ValueError):

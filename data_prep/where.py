@@ -128,6 +128,8 @@ def _condition(text: str, column: str, sign: str, value: str) -> Condition:
         if number in (float("inf"), float("-inf")):
             raise DataError(f"--where {text!r}: {value} is too large a number.")
         parsed = int(number) if number.is_integer() and abs(number) < 2**53 else number
+        if value.lstrip("+-").isdecimal():  # an id may be larger than the integers that float64 holds
+            parsed = int(value)
     else:
         raise DataError(f"--where {text!r}: {value!r} is no number. A text needs quotes: {column} {sign} '{value}'.")
     if isinstance(parsed, bool | str) and sign not in ("==", "!="):

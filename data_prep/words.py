@@ -21,6 +21,7 @@ SPACE, LINE_END = b" "[0], LINE_END_TEXT[0]
 # word costs as much as its bytes and 10 more, finding the words as much as 0.15 of all bytes.
 BYTES_PER_WORD = 10
 MOST_REMEMBERED = 1 << 17  # words; 14 MB in a process
+MOST_REMEMBERED_IDS = 1 << 20  # 3 times the ids of so many words: an undivided line has hundreds
 LARGEST_COST = 0.8  # of all bytes: the saving must be worth the search
 LARGEST_MEAN_WORD = 25  # bytes; Chinese, Japanese and Thai text has 27 to 79, so the search itself is left out
 
@@ -72,7 +73,7 @@ def have_short_words(lines: list[bytes]) -> bool:
 
 
 class WordEncoder:
-    """Encodes lines by their words, and remembers the ids of words until there are `MOST_REMEMBERED`.
+    """Encodes lines by their words, and remembers the ids of up to about `MOST_REMEMBERED` words, `MOST_REMEMBERED_IDS` in all.
 
     Args:
         encode: the encoder of one word, whose ids depend on nothing else.
@@ -89,7 +90,7 @@ class WordEncoder:
     def encode(self, words: Words) -> tuple[np.ndarray, np.ndarray]:
         """The ids of the lines, each with one end token; the number of ids of each line: int64 [lines]."""
         texts = words.distinct.to_pylist()
-        if len(self._number_of) > MOST_REMEMBERED:
+        if len(self._number_of) > MOST_REMEMBERED or len(self._ids) > MOST_REMEMBERED_IDS:
             self._forget()
         if new := [text for text in texts if text not in self._number_of]:
             self._remember(new)

@@ -50,7 +50,7 @@ def test_the_printed_command_converts_the_file_and_the_rerun_succeeds(
     error = error_of(capsys)
     assert f"iconv -f {encoding} -t UTF-8" in error
     assert set(content(tmp_path / "out")) <= {"prepare.json", f"{language}/journal.jsonl"}
-    start = "xz -dc < " if packing else "iconv -f "
+    start = "(set -o pipefail; xz -dc < " if packing else "iconv -f "
     command = start + error.split(start, 1)[1].split(". Then run")[0]
     subprocess.run(["bash", "-c", command], check=True)
     assert prepare(tiny_tokenizer, tmp_path, "--shard-tokens", "3000") == 0

@@ -11,12 +11,17 @@ import tomllib
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import sentencepiece
 
 from data_prep import command_line
 from data_prep.__main__ import main
+from data_prep.disk import estimated_bytes
 from data_prep.shards import ShardSet
+from data_prep.sources import Source
+from data_prep.tokenizer import open_tokenizer
 from data_prep.verify import verify
 from tests.conftest import REPO, SAMPLES
 from tests.unit.data_prep.corpus import content, run_command
@@ -209,14 +214,21 @@ def test_too_little_disk_space_is_rejected_before_writing(
 
 
 def test_the_disk_estimate_is_close(tiny_tokenizer: Path, tmp_path: Path) -> None:
-    from data_prep.disk import estimated_bytes
-    from data_prep.sources import Source
-    from data_prep.tokenizer import open_tokenizer
-
     assert run_command(SAMPLES / "cc100" / "tr.txt.xz", tiny_tokenizer, tmp_path / "shards") == 0
     source = Source("tr", SAMPLES / "cc100" / "tr.txt.xz", "tr.txt.xz")
     written = (tmp_path / "shards" / "tr" / "00000.tok").stat().st_size
     assert estimated_bytes([source], open_tokenizer(tiny_tokenizer)) == pytest.approx(written, rel=0.15)
+
+
+@pytest.mark.parametrize("words", [3, 1500], ids=["short", "long"])
+def test_the_disk_estimate_of_parquet_is_close(words: int, tiny_tokenizer: Path, tmp_path: Path) -> None:
+    """The first rows that are read have more text than the estimate needs, or less."""
+    texts = [f"number {row} " * words for row in range(1000)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts, "row": range(1000)}), tmp_path / "en.parquet")
+    assert run_command(tmp_path / "en.parquet", tiny_tokenizer, tmp_path / "shards") == 0
+    written = (tmp_path / "shards" / "en" / "00000.tok").stat().st_size
+    source = Source("en", tmp_path / "en.parquet", "en.parquet")
+    assert estimated_bytes([source], open_tokenizer(tiny_tokenizer)) == pytest.approx(written, rel=0.25)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import shlex
 import shutil
+import subprocess
 import sys
 import tomllib
 import zipfile
@@ -21,6 +23,7 @@ import pytest
 from data_prep import parquet
 from data_prep.__main__ import main
 from data_prep.discovery import LanguageRules, survey
+from data_prep.hub_files import HubFile
 from data_prep.journal import JOURNAL_NAME
 from data_prep.languages import CC100, OF_CODE, language_of_code
 from data_prep.manifest import DATA_SETS, begin_output, commits_of, read_run
@@ -143,6 +146,28 @@ def test_files_of_another_kind_are_left_out_with_the_reason(tmp_path: Path) -> N
     }
 
 
+@pytest.mark.parametrize("path", ["../outside.jsonl", "../outside.csv", "/{}/outside.jsonl"])
+def test_files_outside_of_a_local_data_set_are_not_read(tmp_path: Path, path: str) -> None:
+    """README.md of a copied data set may name any file of this machine."""
+    for name in ("outside.jsonl", "outside.csv"):
+        (tmp_path / name).write_text('{"text": "not meant for this"}\n')
+    (tmp_path / "in").mkdir()
+    path = path.format(str(tmp_path).strip("/"))
+    (tmp_path / "in" / "README.md").write_text(f"---\nconfigs:\n- config_name: en\n  data_files: {path}\n---\n")
+    with pytest.raises(DataError, match=r"its README\.md names a file outside of the data set, .*outside"):
+        sources(f"hf:{tmp_path / 'in'}:en", LanguageRules())
+
+
+def test_files_that_are_links_are_read(tmp_path: Path) -> None:
+    """The cache of huggingface_hub has a directory of links for each commit."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "blobs" / "abc").write_text('{"text": "a"}\n')
+    (tmp_path / "snapshot" / "train.jsonl").symlink_to(Path("..") / "blobs" / "abc")
+    given = f"hf:{tmp_path / 'snapshot'}"
+    assert sources(given, LanguageRules(language="de")) == {"de": [f"{given}/train.jsonl"]}
+
+
 def test_archives_are_named(tmp_path: Path) -> None:
     (tmp_path / "zipped").mkdir()
     with zipfile.ZipFile(tmp_path / "zipped" / "train.zip", "w") as archive:
@@ -166,6 +191,30 @@ def test_other_formats_are_read_by_the_library(tmp_path: Path, tiny_tokenizer: P
     assert source.counts == {"records_null": 1, "records_where_not_met": 1}
     assert run_command(Path(given), tiny_tokenizer, tmp_path / "out", "--language", "sv") == 0
     assert ShardSet(tmp_path / "out").num_documents("sv") == 2
+
+
+@pytest.mark.parametrize("kind", ["csv", "saved"])
+def test_a_local_data_set_that_changed_is_not_taken_for_the_one_in_the_output(
+    tmp_path: Path, tiny_tokenizer: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(*texts: str) -> None:
+        table = datasets.Dataset.from_dict({"text": texts})
+        (tmp_path / "in").mkdir(exist_ok=True)
+        if kind == "csv":
+            table.to_csv(tmp_path / "in" / "train.csv")
+        else:
+            table.save_to_disk(tmp_path / "in")
+
+    def prepare() -> int:
+        return run_command(Path(f"hf:{tmp_path / 'in'}"), tiny_tokenizer, tmp_path / "out", "--language", "sv")
+
+    write("Hej.", "Hej hej.")
+    assert prepare() == 0
+    write("Hej.", "Hej hej.")  # other dates, the same content
+    assert prepare() == 0
+    write("Hej.", "Inte hej.")
+    assert prepare() == 2
+    assert "is not the file that" in capsys.readouterr().err
 
 
 def test_files_without_parts_are_read_file_by_file(local: Path) -> None:
@@ -370,6 +419,24 @@ def test_a_hub_that_fails_while_it_is_read_costs_no_finished_shard(
     hub.change(answer=None, fail_after=None)
     assert prepare("hf:some/texts:deu_Latn") == 0
     assert content(tmp_path / "out") == expected
+
+
+def test_a_file_of_the_hub_that_must_be_converted_is_read_from_a_copy(tmp_path: Path) -> None:
+    """The same command would read the hub's file again."""
+    address = f"hf://datasets/some/texts@{FIRST}/multilingual/c4-no.0.json.gz"
+    source = HubFile("no", Path("multilingual/c4-no.0.json.gz"), address, ReadOptions())
+    said = source._not_utf8("its first bytes are not", "ISO-8859-1")
+    assert "give the corrected copy (hf:downloaded) in place of hf:some/texts and another --output: hf download" in said
+    command = said.partition("another --output: ")[2]
+    download, _, convert = command.partition(" && ")
+    asked = shlex.split(download)
+    assert asked[:5] == ["hf", "download", "some/texts", "--revision", FIRST]
+    assert asked[-6:] == ["--include", "README.md", "--include", "multilingual/*", "--local-dir", "downloaded"]
+    copy = tmp_path / "downloaded" / "multilingual" / "c4-no.0.json.gz"
+    copy.parent.mkdir(parents=True)
+    copy.write_bytes(gzip.compress('{"text": "blåbær"}\n'.encode("latin-1")))
+    subprocess.run(["bash", "-c", convert], cwd=tmp_path, check=True)
+    assert gzip.decompress(copy.read_bytes()).decode() == '{"text": "blåbær"}\n'
 
 
 @pytest.mark.parametrize(

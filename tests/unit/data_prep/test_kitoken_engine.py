@@ -6,6 +6,7 @@ import json
 import lzma
 import random
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,21 @@ def test_characters_that_differ_go_to_tokenizers(tokenizers_of: dict[str, Path])
     assert engine.encode(texts[:1])[0] != encoded[0].ids, "the case is one in which the engine is wrong"
 
 
+def test_marks_whose_order_differs_go_to_tokenizers(tokenizers_of: dict[str, Path]) -> None:
+    """kitoken's tables of Unicode are newer: it moves U+07FD of N'Ko and Arabic's U+08D3 before or behind other marks."""
+    ours, theirs = both(tokenizers_of["byte_bpe"])
+    marks = [chr(code) for code in range(0x300, 0x11000) if unicodedata.combining(chr(code))]
+    texts = [
+        base + text for mark in marks for base in "a'" for text in (f"\u0301{mark}", f"{mark}\u0334", f"\u0345{mark}")
+    ]
+    assert_same_ids(ours, theirs, [" ".join(texts[number : number + 20]) for number in range(0, len(texts), 20)])
+    assert_same_ids(ours, theirs, texts)
+    engine = ours._engine
+    assert engine is not None
+    assert engine.encode(["ߊ߽߫"])[0] != ours._by_tokenizers(["ߊ߽߫"])[0].ids, "the engine is wrong here"
+    assert_same_ids(ours, theirs, ["ߊ߽߫"])
+
+
 @pytest.mark.parametrize("kind", ["bpe", "byte_bpe"])
 def test_pieces_that_no_merge_makes_go_to_tokenizers(kind: str, tokenizers_of: dict[str, Path], tmp_path: Path) -> None:
     """kitoken makes such a piece of its parts. Gemma has three: ▁YYYY is one of them."""
@@ -151,6 +167,18 @@ def test_an_added_token_that_may_be_spelled_otherwise_keeps_tokenizers(
     assert "its added token 'café' may be found in text that is spelled otherwise" in ours.note
     with pytest.raises(DataError, match="Prepare it with --engine tokenizers or auto"):
         FastTokenizer(file, "kitoken")
+
+
+def test_too_many_added_tokens_to_search_for_keep_tokenizers(tokenizers_of: dict[str, Path], tmp_path: Path) -> None:
+    """With 2000 added words of Chinese, searching for them takes 20 times as long as encoding."""
+    tokenizer = Tokenizer.from_file(str(tokenizers_of["wordpiece"] / "tokenizer.json"))
+    tokenizer.add_tokens([chr(0x4E00 + number) * 4 for number in range(2000)])
+    (tmp_path / "t").mkdir()
+    tokenizer.save(str(tmp_path / "t" / "tokenizer.json"))
+    ours = FastTokenizer(tmp_path / "t" / "tokenizer.json", "auto")
+    assert (ours.engine, ours._words) == ("", None)
+    assert "too many added tokens" in ours.note
+    ours.judge(["the 一一一一 word"], "a line of the test")
 
 
 def test_a_kind_that_the_engine_is_not_used_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from data_prep.shards import DataError
 from data_prep.sources import CorruptSource, Source
+from data_prep.unpack import rewriting
 
 
 def zstd(data: bytes) -> bytes:
@@ -106,6 +107,19 @@ def test_the_printed_command_unpacks_a_zstd_file_with_a_large_window(tmp_path: P
     subprocess.run(["bash", "-c", command], check=True, capture_output=True)
     assert (tmp_path / "en's.txt").read_bytes() == FIRST
     assert sorted(file.name for file in tmp_path.iterdir()) == ["en's.txt", "en's.txt.zst.unpacked"]
+
+
+@pytest.mark.parametrize("packing", ["", ".gz", ".xz"])
+def test_a_printed_command_that_fails_leaves_the_file(tmp_path: Path, packing: str) -> None:
+    """iconv fails at a byte that the named encoding does not have."""
+    path = tmp_path / f"en.txt{packing}"
+    content = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}[packing](b"text \xff\n")
+    path.write_bytes(content)
+    done = subprocess.run(["bash", "-c", rewriting(path, "iconv -f ASCII -t UTF-8", packing)], capture_output=True)
+    assert done.returncode != 0
+    assert path.read_bytes() == content
+    subprocess.run(["bash", "-c", rewriting(path, "iconv -f ISO-8859-1 -t UTF-8", packing)], check=True)
+    assert b"".join(Source("en", path, path.name).chunks()) == "text ÿ\n".encode()
 
 
 def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> None:

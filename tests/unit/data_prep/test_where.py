@@ -35,6 +35,7 @@ def test_numbers_are_compared_as_python_does(sign: str, value: float, found: flo
     [
         ("lang == 'de'", {"lang": "de"}, {"lang": "en"}),
         ('lang != "a and b" and n > -1.5e3', {"lang": "a", "n": 0}, {"lang": "a and b", "n": 0}),
+        ("id == 9007199254740993", {"id": 2**53 + 1}, {"id": 2**53}),  # no float64 has this value
         ("`my score` >= .5", {"my score": Decimal("0.5")}, {"my score": Decimal("0.49")}),
         ("is_clean == TRUE", {"is_clean": True}, {"is_clean": False}),
         ("wert_ä.ö < 1 AND x == ''", {"wert_ä.ö": 0, "x": ""}, {"wert_ä.ö": 0, "x": " "}),
@@ -142,6 +143,17 @@ def test_a_column_that_cannot_be_compared_is_an_error(tmp_path: Path, kind: str,
     path = write(tmp_path / f"de.{kind}", [record for record in SCORED if record["score"] is not None])
     with pytest.raises(WrongTextField, match=message):
         list(Source("de", path, path.name, ReadOptions(where=Where.parse([where]))).chunks())
+
+
+@pytest.mark.parametrize("where", [(), ("n >= 1",)])
+def test_two_columns_of_one_name_are_an_error(tmp_path: Path, where: tuple[str, ...]) -> None:
+    name = "n" if where else "text"
+    columns = {"text": ["a"], name: [1], "other": ["b"]}
+    table = pyarrow.Table.from_arrays([*map(pyarrow.array, [*columns.values(), [2]])], names=[*columns, name])
+    pyarrow.parquet.write_table(table, tmp_path / "de.parquet")
+    source = Source("de", tmp_path / "de.parquet", "de.parquet", ReadOptions(where=Where.parse(where)))
+    with pytest.raises(WrongTextField, match=rf"there are 2 columns '{name}'; its columns are .*Rename them"):
+        list(source.chunks())
 
 
 def test_a_record_without_the_column_may_be_an_error(tmp_path: Path) -> None:

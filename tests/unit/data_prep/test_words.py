@@ -64,6 +64,17 @@ def test_the_rule_depends_on_the_number_of_different_words() -> None:
     assert not have_short_words([])
 
 
+def test_the_memory_for_words_is_limited_by_their_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines that are not divided are long words. They are few, so their number does not limit what is remembered."""
+    monkeypatch.setattr("data_prep.words.MOST_REMEMBERED_IDS", 5000)
+    encoder = WordEncoder(as_bytes)
+    for number in range(50):
+        line = b"x  %d" % number * 200
+        ids, lengths = encoder.encode(words_of([line], np.array([True])))
+        assert (ids.tolist(), lengths.tolist()) == ([*line, END], [len(line) + 1])
+        assert len(encoder._ids) < 5000 + 2 * len(line)
+
+
 def model_with(tiny_tokenizer: Path, change: Callable[[Any], None]) -> bytes:
     model = protobuf.ModelProto()
     model.ParseFromString((tiny_tokenizer / "sentencepiece.bpe.model").read_bytes())
