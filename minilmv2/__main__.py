@@ -59,7 +59,8 @@ def main() -> None:
 
 def _train(arguments: list[str]) -> None:
     """Replace this process by the `deepspeed` command, which starts one process per GPU. Its own options come first."""
-    program, for_launcher = installed_program("deepspeed"), []
+    program = installed_program("deepspeed")
+    for_launcher: list[str] = []
     while arguments and arguments[0].partition("=")[0] in LAUNCHER_OPTIONS:
         count = 1 if "=" in arguments[0] else 2
         for_launcher, arguments = for_launcher + arguments[:count], arguments[count:]
