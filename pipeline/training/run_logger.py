@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from pipeline.config import recipe_to_yaml
+from pipeline.data.batches import BatchSource
 from pipeline.distillation.models.student import dropout_of
 from pipeline.errors import UserError
 from pipeline.planning.devices import peak_flops_per_s
@@ -114,9 +115,7 @@ class RunLogger:
             "identity": parts.made_from.identity,
             "student_start": student.start,
             "trained_length": student.trained_length,
-            "data_fingerprint": parts.source.fingerprint,
-            "languages": list(parts.source.languages),
-            "data_sets": list(parts.source.shards.manifest.get("data_sets", {})),  # of a hub
+            **_about_text(parts.source),
             "matched_layers": student.matched,
             # `export` writes "config" into the student's config.json, whether or not the teacher is still there
             "dropout": {"distillation": dropout_of(student.model.config), "config": student.own_dropout},
@@ -260,6 +259,11 @@ class RunLogger:
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         self._metrics.write(step, step * self._recipe.global_batch, values)
+
+
+def _about_text(source: BatchSource) -> dict[str, Any]:
+    data_sets = source.shards.manifest.get("data_sets", {})  # of a hub
+    return {"data_fingerprint": source.fingerprint, "languages": list(source.languages), "data_sets": list(data_sets)}
 
 
 class _Interval:
