@@ -6,7 +6,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
 
-.PHONY: always help venv demo doctor gpu test loggers test-versions lint format coverage mutants fuzz faults clean
+.PHONY: always help venv demo doctor gpu test loggers test-versions lint format coverage mutants fuzz faults clean clean-runs
 help: ## list the targets
 	@sed -n 's/^\([a-z%-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "make %-13s %s\n", $$1, $$2 }'
 
@@ -68,5 +68,11 @@ fuzz: venv ## read broken recipes, configs, manifests and data, new ones each ti
 faults: venv ## disturb runs with hundreds of kills, preemptions and frozen ranks: an hour or more
 	$(BIN)/python -m tests.faults.sweeps
 
-clean: ## delete artifacts/ and runs/
-	rm -rf artifacts runs
+clean: ## delete the caches of tests, linters and Python
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* build *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -not -path './.versions/*' -not -path './.loggers/*' -prune -exec rm -rf {} +
+
+clean-runs: ## delete artifacts/ and runs/ with all trained students, after a question (SURE=yes: without it)
+	@du -sh artifacts runs 2>/dev/null || true
+	@if [ "$(SURE)" = yes ]; then answer=yes; else printf 'Delete artifacts/ and runs/ with all trained students? Type yes: '; read -r answer; fi; \
+	if [ "$$answer" = yes ]; then rm -rf artifacts runs && echo deleted; else echo 'Nothing is deleted.'; exit 2; fi

@@ -3,6 +3,7 @@
 python examples/with_onnxruntime.py [runs/quickstart/student]
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -19,7 +20,8 @@ SENTENCES = [
 
 directory = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart/student")
 tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-tokenizer.enable_padding(pad_id=tokenizer.token_to_id("<pad>"), pad_token="<pad>")
+pad_id = json.loads((directory / "config.json").read_text(encoding="utf-8"))["pad_token_id"]
+tokenizer.enable_padding(pad_id=pad_id, pad_token=tokenizer.id_to_token(pad_id))
 tokenizer.enable_truncation(max_length=128)
 session = onnxruntime.InferenceSession(str(directory / "onnx" / "model_int8.onnx"), providers=["CPUExecutionProvider"])
 
