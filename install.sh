@@ -5,7 +5,7 @@ set -u
 cd "$(dirname "$0")" || exit 2
 named=${1:-}
 python=${named:-${PYTHON:-python3}}
-needed_mib=${NEEDED_MIB:-7000} # torch's CUDA build with its libraries; the CPU build takes 2300
+needed_mib=${NEEDED_MIB:-7000} # torch's CUDA build with its libraries; with the CPU build all takes 2900
 
 fail() { # two lines: what, and how to fix it
   printf 'error: %s\nfix: %s\n' "$1" "$2" >&2
@@ -41,7 +41,7 @@ fi
 if [ ! -e .venv ]; then
   free_mib=$(df -Pk . | awk 'NR == 2 {print int($4 / 1024)}')
   [ "$free_mib" -ge "$needed_mib" ] || fail "there are $free_mib MiB free in $(pwd), and the packages need $needed_mib." \
-    "free some space; or install torch's CPU build, with a third of that: NEEDED_MIB=2300 PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make venv"
+    "free some space; or install torch's CPU build, with half of that: NEEDED_MIB=3300 PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make venv"
   if ! "$python" -m venv .venv; then
     rm -rf .venv
     fail "$python cannot make a virtual environment (its message is above)." \

@@ -47,6 +47,14 @@ RANGES: dict[str, tuple[float, float]] = {
     "min_count": (1, 2**62),
 }
 
+PROGRAM = "python -m data_prep"
+VERBS = {
+    "prepare": "turn text into shards; run it again to resume",
+    "merge": "write the manifest of languages that were prepared one by one",
+    "verify": "check every byte and name each corrupt file and offset",
+    "stats": "print sizes, sampling shares and epochs for each language",
+    "trim-vocab": "write a smaller vocabulary for some languages, and its id map",
+}
 STOPPED = "Stopped. Finished shards are kept; the same command continues after them."
 TIME_TO_STOP_S = 5.0
 
@@ -81,10 +89,10 @@ def interruptible() -> Iterator[None]:
             timers[0].cancel()
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, program: str = PROGRAM) -> int:
     """Run one verb. Returns the exit code: 0 success, 2 a problem that the user can fix, 130 interrupted."""
     print_bytes_as_they_come()
-    parsed = build_parser().parse_args(arguments)
+    parsed = build_parser(program).parse_args(arguments)
     try:
         with interruptible():
             code = parsed.run(parsed)
@@ -100,18 +108,18 @@ def main(arguments: list[str] | None = None) -> int:
         return code_without_traceback(error)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     """The parser of all verbs."""
-    parser = CommandLine(prog="python -m data_prep", description=__doc__)
+    parser = CommandLine(prog=program, description=__doc__)
     add_version(parser)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    add_prepare(verbs.add_parser("prepare", help="turn text into shards; run it again to resume"))
-    add_merge(verbs.add_parser("merge", help="write the manifest of languages that were prepared one by one"))
-    verify = verbs.add_parser("verify", help="check every byte and name each corrupt file and offset")
-    verify.add_argument("shards", type=Path)
-    verify.set_defaults(run=run_verify)
-    add_stats(verbs.add_parser("stats", help="print sizes, sampling shares and epochs for each language"))
-    add_trim_vocab(verbs.add_parser("trim-vocab", help="write a smaller vocabulary for some languages, and its id map"))
+    parsers = {verb: verbs.add_parser(verb, help=text) for verb, text in VERBS.items()}
+    add_prepare(parsers["prepare"])
+    add_merge(parsers["merge"])
+    parsers["verify"].add_argument("shards", type=Path)
+    parsers["verify"].set_defaults(run=run_verify)
+    add_stats(parsers["stats"])
+    add_trim_vocab(parsers["trim-vocab"])
     return parser
 
 

@@ -9,19 +9,17 @@ import argparse
 import os
 import sys
 
+from data_prep.__main__ import VERBS as DATA_VERBS
+from data_prep.__main__ import main as data_main
 from data_prep.command_line import CommandLine, add_version, installed_program
-from pipeline.__main__ import VERBS, first_line
+from pipeline.__main__ import VERBS, first_line, verb_lines
+from pipeline.__main__ import main as pipeline_main
 from pipeline.errors import run_to_exit
 from pipeline.installed import training_script
 
-DATA_VERBS = {
-    "prepare": "Turn text into shards; run it again to resume.",
-    "verify": "Check every byte of shards and name each corrupt file and offset.",
-    "stats": "Print sizes, sampling shares and epochs for each language.",
-    "merge": "Write the manifest of languages that were prepared one by one.",
-    "trim-vocab": "Write a smaller vocabulary for some languages, and its id map.",
-}
+PROGRAM = "minilmv2"
 TRAIN = "train"
+VERBS_OF_ALL = [*DATA_VERBS, TRAIN, *VERBS]
 LAUNCHER_OPTIONS = (
     "--num_gpus",
     "--num_nodes",
@@ -36,9 +34,11 @@ LAUNCHER_OPTIONS = (
 def main() -> None:
     """Run one verb. The entry point of the program `minilmv2`."""
     parser = CommandLine(
-        prog="minilmv2", description="Distil multilingual encoders by MiniLMv2.", epilog=_describe_verbs()
+        prog=PROGRAM, description="Distil multilingual encoders by MiniLMv2.", epilog=_describe_verbs()
     )
-    parser.add_argument("verb", metavar="VERB", help="one of those below; its options: VERB --help")
+    parser.add_argument(
+        "verb", choices=VERBS_OF_ALL, metavar="VERB", help="one of those below; its options: VERB --help"
+    )
     add_version(parser)
     rest = parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="options of the verb")
     rest.required = False  # so that the message about a missing verb does not name it
@@ -46,15 +46,8 @@ def main() -> None:
     if chosen.verb == TRAIN:
         run_to_exit(lambda: _train(chosen.rest))
     if chosen.verb in VERBS:
-        from pipeline.__main__ import main as pipeline_main
-
-        run_to_exit(lambda: pipeline_main([chosen.verb, *chosen.rest]))
-    if chosen.verb in DATA_VERBS:
-        from data_prep.__main__ import main as data_main
-
-        sys.exit(data_main([chosen.verb, *chosen.rest]))
-    known = ", ".join([*DATA_VERBS, TRAIN, *VERBS])
-    parser.error(f"argument VERB: invalid choice: {chosen.verb!r} (choose from {known})")
+        run_to_exit(lambda: pipeline_main([chosen.verb, *chosen.rest], PROGRAM))
+    sys.exit(data_main([chosen.verb, *chosen.rest], PROGRAM))
 
 
 def _train(arguments: list[str]) -> None:
@@ -68,8 +61,9 @@ def _train(arguments: list[str]) -> None:
 
 
 def _describe_verbs() -> str:
-    described = {**DATA_VERBS, TRAIN: first_line("pipeline.train"), **{n: first_line(m) for n, m in VERBS.items()}}
-    return "\n".join(["verbs:", *(f"  {name:<10} {text}" for name, text in described.items())])
+    described = {name: f"{text[0].upper()}{text[1:]}." for name, text in DATA_VERBS.items()}
+    described |= {name: first_line(module) for name, module in {TRAIN: "pipeline.train", **VERBS}.items()}
+    return verb_lines(described)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ import argparse
 import ast
 import importlib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
 from data_prep.command_line import CommandLine, add_version
 from pipeline.errors import run_to_exit
 
+PROGRAM = "python -m pipeline"
 VERBS = {  # each module has a docstring, `add_arguments` and `run`
     "export": "pipeline.export.command",
     "evaluate": "pipeline.export.evaluate",
@@ -25,28 +27,32 @@ VERBS = {  # each module has a docstring, `add_arguments` and `run`
 }
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str], program: str = PROGRAM) -> None:
     """Import and run the module of one verb. The other verbs' imports would take seconds."""
-    parser = CommandLine(prog="python -m pipeline", description=__doc__, epilog=_describe_verbs())
+    parser = CommandLine(prog=program, description=__doc__, epilog=_describe_verbs())
     parser.add_argument("verb", choices=VERBS, metavar="VERB", help="one of those below; its options: VERB --help")
     add_version(parser)
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed --module adds it
     rest = parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="options of the verb")
     rest.required = False  # so that the message about a missing verb does not name it
     chosen = parser.parse_args(arguments)
-    run_verb(chosen.verb, importlib.import_module(VERBS[chosen.verb]), chosen.rest)
+    run_verb(chosen.verb, importlib.import_module(VERBS[chosen.verb]), chosen.rest, program)
 
 
-def run_verb(name: str, module: ModuleType, arguments: list[str]) -> None:
+def run_verb(name: str, module: ModuleType, arguments: list[str], program: str = PROGRAM) -> None:
     """Parse the verb's own arguments and run it."""
-    parser = CommandLine(prog=f"python -m pipeline {name}", description=module.__doc__)
+    parser = CommandLine(prog=f"{program} {name}", description=module.__doc__)
     module.add_arguments(parser)
     module.run(parser.parse_args(arguments))
 
 
 def _describe_verbs() -> str:
+    return verb_lines({name: first_line(module) for name, module in VERBS.items()})
+
+
+def verb_lines(described: Mapping[str, str]) -> str:
     """One line per verb."""
-    return "\n".join(["verbs:", *(f"  {name:<10} {first_line(module)}" for name, module in VERBS.items())])
+    return "\n".join(["verbs:", *(f"  {name:<10} {text}" for name, text in described.items())])
 
 
 def first_line(module: str) -> str:

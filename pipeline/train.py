@@ -1,4 +1,4 @@
-"""Distil a student. The same command runs on a laptop and on a cluster:
+"""Distil a student, by the same command on a laptop and on a cluster.
 
 deepspeed pipeline/train.py --deepspeed ds_configs/zero2.json                      (recipes/quickstart.yaml)
 deepspeed pipeline/train.py --deepspeed ds_configs/zero2.json --recipe recipes/xlmr_large_l12_h384.yaml

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 import zipfile
 from importlib import metadata
@@ -19,6 +20,7 @@ from data_prep.command_line import DISTRIBUTION
 from pipeline.errors import UserError
 from tests.conftest import REPO, write_tiny_recipe
 
+VERSION = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["version"]
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
 
@@ -80,16 +82,10 @@ def test_the_wheel_has_the_code_the_recipes_and_nothing_else(wheel: Path) -> Non
     assert expected <= set(names)
     assert {f"minilmv2/recipes/{path.name}" for path in (REPO / "recipes").glob("*.yaml")} <= set(names)
     top = {name.split("/")[0] for name in names}
-    assert top == {"pipeline", "data_prep", "minilmv2", f"{DISTRIBUTION.replace('-', '_')}-{version()}.dist-info"}
+    assert top == {"pipeline", "data_prep", "minilmv2", f"{DISTRIBUTION.replace('-', '_')}-{VERSION}.dist-info"}
     for package in ("pipeline", "data_prep", "minilmv2"):
         for path in (REPO / package).rglob("*.py"):
             assert str(path.relative_to(REPO)) in names
-
-
-def version() -> str:
-    import tomllib
-
-    return str(tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["version"])
 
 
 def test_from_text_to_a_student_outside_a_checkout(program: Path, tiny_teacher: Path, tmp_path: Path) -> None:
@@ -101,7 +97,9 @@ def test_from_text_to_a_student_outside_a_checkout(program: Path, tiny_teacher: 
         f"\n  {verb} " in helped
         for verb in ("prepare", "verify", "train", "export", "evaluate", "plan", "doctor", "report")
     )
-    assert run(program, tmp_path, "--version").stdout == f"{DISTRIBUTION} {version()}\n"
+    for verb in ("prepare", "export"):
+        assert f"usage: minilmv2 {verb} " in run(program, tmp_path, verb, "--help").stdout
+    assert run(program, tmp_path, "--version").stdout == f"{DISTRIBUTION} {VERSION}\n"
     text = REPO / "samples" / "cc100" / "sw.txt.xz"
     run(program, tmp_path, *f"prepare --input {text} --tokenizer {tiny_teacher} --output shards --workers 1".split())
     recipe = write_tiny_recipe(tmp_path / "tiny.yaml", tiny_teacher, tmp_path / "shards")

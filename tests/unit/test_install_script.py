@@ -62,7 +62,7 @@ def test_a_python_that_is_too_old(checkout: Path) -> None:
 def test_no_disk(checkout: Path) -> None:
     what, fix = lines_of(checkout, NEEDED_MIB="999999999")
     assert what.endswith("and the packages need 999999999.")
-    assert "NEEDED_MIB=2300" in fix
+    assert "NEEDED_MIB=3300" in fix
     assert not (checkout / ".venv").exists()
 
 
