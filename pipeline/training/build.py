@@ -30,6 +30,7 @@ from pipeline.distillation.models.student import Student, build_student
 from pipeline.distillation.models.teacher import load_encoder, load_teacher
 from pipeline.distillation.shared_teacher import SharedTeacher, layers_of_all
 from pipeline.errors import UserError, about_student
+from pipeline.provenance import START_WEIGHTS
 from pipeline.runtime import dist, ds_config, preflight
 from pipeline.runtime.determinism import deterministic_kernels, fix_workspace
 from pipeline.runtime.device_facts import device_name
@@ -44,7 +45,7 @@ from pipeline.runtime.stop import StopRequests
 from pipeline.runtime.watchdog import Watchdog
 from pipeline.training.agreement import shape_facts
 from pipeline.training.checks import Check, Inputs, checks_of_run, cut_teacher, inputs_of
-from pipeline.training.identity import START_WEIGHTS, Identity
+from pipeline.training.identity import Identity
 from pipeline.training.sentences import resolved, sentence_identity
 
 CALIBRATION_TOKENS = 8192  # on which `student.init: project` measures the teacher's states

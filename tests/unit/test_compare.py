@@ -20,10 +20,10 @@ from pipeline.comparison.students import paths_of, read_students
 from pipeline.comparison.table import comparison_lines
 from pipeline.config import as_tree, load_recipe, recipe_to_yaml
 from pipeline.errors import UserError
+from pipeline.provenance import START_CONFIG, START_WEIGHTS
 from pipeline.report.choice import choose
 from pipeline.report.compare import measures_of, read_all, table_lines
 from pipeline.runtime.run_paths import RunPaths
-from pipeline.training.identity import START_CONFIG, START_WEIGHTS
 from tests.unit.made_up_run import BERT, make_family, make_run
 
 POOLED = {"output": {"mean": 0.5}, "values": {"mean": 0.5}}
