@@ -41,12 +41,13 @@ _FILE_NAME = re.compile(
 
 def checkpoints_of(run_dir: Path, student: str = "") -> Path:
     """The directory with the checkpoints of a student: those that were added to a finished run have one of their own."""
-    groups = [1, *later_groups(run_dir)]
-    for group in reversed(groups):
-        directory = RunPaths(run_dir, group=group).checkpoints
-        if any((checkpoint_path(directory, step) / student).is_dir() for step in committed_steps(directory)):
-            return directory
-    return RunPaths(run_dir).checkpoints
+    groups = (RunPaths(run_dir, group=group).checkpoints for group in reversed([1, *later_groups(run_dir)]))
+    return next((directory for directory in groups if has_student(directory, student)), RunPaths(run_dir).checkpoints)
+
+
+def has_student(directory: Path, student: str) -> bool:
+    """Whether a committed checkpoint in this directory is also of the student."""
+    return any((checkpoint_path(directory, step) / student).is_dir() for step in committed_steps(directory))
 
 
 def later_groups(run_dir: Path) -> list[int]:
@@ -210,6 +211,15 @@ def _problem_of_state_file(path: Path) -> str | None:
 def read_text(path: Path) -> str:
     """The text of a file. Errors of a network file system that pass are tried again; raises UnreadableError, OSError."""
     return read_again(path, path.read_bytes).decode()
+
+
+def readable_state(directory: Path) -> dict[str, Any]:
+    """`state.json` of a student in a checkpoint, whose hashes are not verified; empty where it cannot be read."""
+    try:
+        state = json.loads(read_text(directory / STATE))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return state if isinstance(state, dict) else {}
 
 
 def _problem_of_names(files: Collection[str]) -> str | None:
