@@ -48,7 +48,7 @@ class Hooks:
     gather: Gather = alone  # exchanges the ranks' results when the backend is chosen
     around_student: Callable[[], AbstractContextManager] = nullcontext  # makes a context for the student's forward
     mark: Callable[[str], object] = str  # is called when TEACHER, STUDENT and LOSS have been launched
-    positions: str = "continue"  # "restart": with `segments`, they are counted from the start of each document
+    restart_positions: bool = False  # with `segments`: as in `Documents`
     gather_rows: GatherRows = own_rows  # the sentence vectors of all ranks, for `pooled_distance: similarity`
 
 
@@ -162,8 +162,8 @@ class DistillModule(nn.Module):
         return projections[first], projections[second]
 
     def _mask(self, lengths_B: torch.Tensor | None, segments: torch.Tensor | None) -> SequenceMask:
-        restart = self._hooks.positions == "restart"
-        return SequenceMask(lengths_B, None if segments is None else Documents(segments, restart))
+        documents = None if segments is None else Documents(segments, self._hooks.restart_positions)
+        return SequenceMask(lengths_B, documents)
 
     def _run_both(self, input_ids_BL: torch.Tensor, mask: SequenceMask) -> tuple[TapOutputs, TapOutputs]:
         """Both models on one batch. They get a mask only where there is padding or documents are kept apart."""

@@ -207,7 +207,7 @@ def _hooks(recipe: Recipe, clock: StepClock) -> Hooks:
         gather=dist.gather_json,
         around_student=partial(deterministic_kernels, recipe.deterministic),
         mark=clock.mark,
-        positions=recipe.positions,
+        restart_positions=recipe.positions == "restart",
         gather_rows=dist.gather_rows,
     )
 
