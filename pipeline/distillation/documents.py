@@ -160,9 +160,7 @@ class DocumentAttention(torch.Tensor):
         for (count, length), *of_run in zip(self.runs, *pieces, strict=True):
             query, key, value = (x_THd.unflatten(0, (count, length)).transpose(1, 2) for x_THd in of_run)
             mask = None
-            if (
-                self._near_LL is not None and length >= self.window
-            ):  # in a shorter row transformers gives no mask either
+            if self._near_LL is not None and length >= self.window:  # transformers: no mask in a shorter row
                 mask = self._near_LL[None, None, :length, :length]
             result = scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
             results.append(result.transpose(1, 2).flatten(0, 1))

@@ -280,10 +280,8 @@ def _state_problem(state: Mapping[str, Any]) -> str | None:
     for name, shape in shapes.items():
         if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**31 for size in shape):
             return f"`parameters` has no shape for {name[:80]!r}"
-    evaluations, ended = (
-        state.get("evaluations", []),
-        state.get("ended"),
-    )  # checkpoints of earlier versions have neither
+    # checkpoints of earlier versions have neither
+    evaluations, ended = state.get("evaluations", []), state.get("ended")
     if not isinstance(evaluations, list) or not all(map(_is_evaluation, evaluations)):
         return "`evaluations` is not a list of [step, loss]"
     if ended is not None and not _is_end(ended):
