@@ -36,8 +36,11 @@ MAY_CHANGE = (
 )
 # A change of these is a warning: it changes last bits and perhaps dropout masks, not what is computed.
 ROUNDING = ("teacher_options.compile", "student.compile")
-# Entries of a run's identity about the encoder that a student starts from: each student of a run has its own.
+# Entries of a run's identity that each student of a run has of its own: the encoder that it starts from, and how its sentence
+# vectors are pooled. All others are about the teacher.
 START_WEIGHTS, START_CONFIG = "student.init weights", "student.init config"
+POOLING = "pooling of sentence vectors"
+OF_STUDENT = (START_WEIGHTS, START_CONFIG, POOLING)
 # Keys that name files, and their values that do not. training/identity.py compares the content.
 COMPARED_BY_CONTENT: dict[str, tuple[str | None, ...]] = {
     "teacher": (None,),

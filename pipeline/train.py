@@ -11,9 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-if (
-    __name__ == "__main__"
-):  # Python puts the directory of a script, pipeline/, first on sys.path. The packages are one level up.
+if __name__ == "__main__":
+    # Python puts the directory of a script, pipeline/, first on sys.path. The packages are one level up.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from data_prep.command_line import CommandLine, add_version

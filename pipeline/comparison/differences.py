@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.comparison.students import StudentRun
 from pipeline.config import as_tree
-from pipeline.provenance import START_CONFIG, START_WEIGHTS
+from pipeline.provenance import OF_STUDENT
 
 # The held-out loss is the weighted sum of the relation losses on the held-out rows: what decides both.
 ROWS = ("seq_len", "documents", "positions", "languages", "heldout_rows")
@@ -48,11 +48,11 @@ def heldout_differences(students: Sequence[StudentRun]) -> list[str]:
 
 
 def _teacher(student: StudentRun) -> Any:
-    """By content where run.json has it. The encoder that the student starts from is no part of it."""
+    """By content where run.json has it, without what only the student has."""
     identity = student.about.get("identity")
     if not isinstance(identity, dict) or not identity:
         return student.recipe.teacher
-    return {key: value for key, value in identity.items() if key not in (START_WEIGHTS, START_CONFIG)}
+    return {key: value for key, value in identity.items() if key not in OF_STUDENT}
 
 
 def _measured(student: StudentRun) -> dict[str, Any]:

@@ -5,7 +5,6 @@ In: a run directory, finished or still in progress. Out: a `StudentRun` per stud
 
 from __future__ import annotations
 
-import json
 import statistics
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -20,14 +19,19 @@ from pipeline.distillation.models.loading import blank_model, config_of, count_p
 from pipeline.distillation.tap import tap
 from pipeline.errors import UserError
 from pipeline.recipe.text import read_yaml
-from pipeline.runtime.checkpoint_files import STATE, checkpoint_path, committed_steps, later_groups
-from pipeline.runtime.evaluations import best_evaluation
+from pipeline.runtime.checkpoint_files import (
+    checkpoint_path,
+    committed_steps,
+    has_student,
+    later_groups,
+    readable_state,
+)
+from pipeline.runtime.evaluations import DIVERGED, best_evaluation
 from pipeline.runtime.json_files import read_json_if_there, read_points
 from pipeline.runtime.run_paths import RunPaths, check_is_no_student, students_of
 
 HELDOUT, LOSS, SPEED = "heldout/mean", "loss/total", "speed/tokens_per_second"
 FP32_BYTES = 4
-DIVERGED = "diverged"  # in the reason of an early end
 Series = list[tuple[int, float]]  # (step, value)
 
 
@@ -109,7 +113,7 @@ class StudentRun:
     @property
     def is_diverged(self) -> bool:
         """Whether its losses became non-finite, so that its recipe is none to choose."""
-        return self.diverged_at is not None or (self.early_end is not None and DIVERGED in self.early_end[1])
+        return self.diverged_at is not None or (self.early_end is not None and self.early_end[1].startswith(DIVERGED))
 
     @property
     def status(self) -> str:
@@ -201,25 +205,14 @@ def paths_of(run_dir: Path, student: str) -> RunPaths:
     """The files of one student, with the group that its checkpoints are in: the next one before its first checkpoint."""
     groups = [RunPaths(run_dir, student, group) for group in (1, *later_groups(run_dir))]
     begun = [paths for paths in groups if committed_steps(paths.checkpoints)]
-    own = (paths for paths in reversed(begun) if _has_student(paths))
+    own = (paths for paths in reversed(begun) if has_student(paths.checkpoints, student))
     return next(own, RunPaths(run_dir, student, begun[-1].group + 1 if begun else 1))
-
-
-def _has_student(paths: RunPaths) -> bool:
-    steps = committed_steps(paths.checkpoints)
-    return any((checkpoint_path(paths.checkpoints, step) / paths.student).is_dir() for step in steps)
 
 
 def newest_state(paths: RunPaths) -> dict[str, Any]:
     """`state.json` of the newest checkpoint that has this student. Its hashes are not verified; a run may prune it meanwhile."""
-    for step in reversed(committed_steps(paths.checkpoints)):
-        try:
-            state = json.loads((checkpoint_path(paths.checkpoints, step) / paths.student / STATE).read_bytes())
-        except (OSError, ValueError, RecursionError):
-            continue
-        if isinstance(state, dict):
-            return state
-    return {}
+    checkpoints = (checkpoint_path(paths.checkpoints, step) for step in reversed(committed_steps(paths.checkpoints)))
+    return next(filter(None, (readable_state(checkpoint / paths.student) for checkpoint in checkpoints)), {})
 
 
 def read_recipe_tree(path: Path) -> dict[str, Any]:

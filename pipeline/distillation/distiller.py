@@ -19,7 +19,7 @@ from torch import nn
 
 from pipeline.distillation.compiled_layers import uncompiled
 from pipeline.distillation.config import LETTERS, RelationsConfig
-from pipeline.distillation.documents import Documents
+from pipeline.distillation.documents import Documents, SequenceMask
 from pipeline.distillation.models.teacher import FrozenTeacher
 from pipeline.distillation.relations.backends import BACKENDS
 from pipeline.distillation.relations.loss import check_heads, relation_kl, relation_kl_by_row
@@ -41,34 +41,6 @@ class TapOutputs:
     output_BLD: torch.Tensor | None
 
 
-@dataclass
-class SequenceMask:
-    """Which positions of a batch are real tokens, and which of them see each other. By default all do."""
-
-    lengths_B: torch.Tensor | None = None
-    documents: Documents | None = None
-
-    def real_tokens(self, like_BL: torch.Tensor) -> torch.Tensor | None:
-        """1 at real tokens, 0 at padding, [B, L]; None where all are real."""
-        if self.documents is not None:
-            return self.documents.real_tokens(like_BL)
-        if self.lengths_B is None:
-            return None
-        return (
-            torch.arange(like_BL.shape[1], device=like_BL.device) < self.lengths_B.to(like_BL.device)[:, None]
-        ).long()
-
-    def of_encoders(self, input_ids_BL: torch.Tensor) -> torch.Tensor | Documents | None:
-        """The mask of a tap: None, [B, L] int64, or the documents."""
-        if self.documents is None:
-            return self.real_tokens(input_ids_BL)
-        return self.documents
-
-    def of_relations(self) -> dict[str, Any]:
-        """The same mask as arguments of `relation_kl`."""
-        return {"lengths_B": self.lengths_B} if self.documents is None else {"segments": self.documents.lengths}
-
-
 @dataclass(frozen=True)
 class Hooks:
     """What surrounds a `DistillModule` in a training run."""
@@ -76,7 +48,7 @@ class Hooks:
     gather: Gather = alone  # exchanges the ranks' results when the backend is chosen
     around_student: Callable[[], AbstractContextManager] = nullcontext  # makes a context for the student's forward
     mark: Callable[[str], object] = str  # is called when TEACHER, STUDENT and LOSS have been launched
-    positions: str = "continue"  # "restart": with `segments`, they are counted from the start of each document
+    restart_positions: bool = False  # with `segments`: as in `Documents`
     gather_rows: GatherRows = own_rows  # the sentence vectors of all ranks, for `pooled_distance: similarity`
 
 
@@ -190,8 +162,8 @@ class DistillModule(nn.Module):
         return projections[first], projections[second]
 
     def _mask(self, lengths_B: torch.Tensor | None, segments: torch.Tensor | None) -> SequenceMask:
-        restart = self._hooks.positions == "restart"
-        return SequenceMask(lengths_B, None if segments is None else Documents(segments, restart))
+        documents = None if segments is None else Documents(segments, self._hooks.restart_positions)
+        return SequenceMask(lengths_B, documents)
 
     def _run_both(self, input_ids_BL: torch.Tensor, mask: SequenceMask) -> tuple[TapOutputs, TapOutputs]:
         """Both models on one batch. They get a mask only where there is padding or documents are kept apart."""

@@ -1,6 +1,6 @@
-"""Several documents in one row: which tokens see each other, and at which positions they are.
+"""Padding, and several documents in one row: which tokens see each other, and at which positions they are.
 
-In: the lengths of each row's documents. Out: what an encoder requires so that no token sees another document: position ids, and
+In: the lengths of rows and of their documents. Out: what an encoder requires so that no token sees another document: position ids, and
 a block-diagonal mask, or `DocumentAttention`, with which attention computes each document as it computes a row of its own.
 
 Shape suffixes: B rows, L positions of a row, S documents of a row, H attention heads, d channels per head, T = B L tokens.
@@ -45,8 +45,7 @@ class Documents:
 
     def real_tokens(self, like_BL: torch.Tensor) -> torch.Tensor:
         """1 at real tokens, 0 at padding, int64 [B, L]."""
-        counts_B = self.segments_BS.sum(1).to(like_BL.device, non_blocking=True)
-        return (torch.arange(like_BL.shape[1], device=like_BL.device) < counts_B[:, None]).long()
+        return _are_real(self.segments_BS.sum(1), like_BL)
 
     def mask(self, like_BL: torch.Tensor) -> torch.Tensor:
         """True where two tokens are of one document, bool [B, 1, L, L]."""
@@ -80,6 +79,38 @@ class Documents:
         """Which document of its row each token is of, int64 [B, L]. Padding counts as one more."""
         places_BL = torch.arange(like_BL.shape[1], device=like_BL.device).expand_as(like_BL)
         return torch.searchsorted(self._ends(like_BL), places_BL.contiguous(), right=True)
+
+
+@dataclass
+class SequenceMask:
+    """Which positions of a batch are real tokens, and which of them see each other. By default all do."""
+
+    lengths_B: torch.Tensor | None = None
+    documents: Documents | None = None
+
+    def real_tokens(self, like_BL: torch.Tensor) -> torch.Tensor | None:
+        """1 at real tokens, 0 at padding, [B, L]; None where all are real."""
+        if self.documents is not None:
+            return self.documents.real_tokens(like_BL)
+        if self.lengths_B is None:
+            return None
+        return _are_real(self.lengths_B, like_BL)
+
+    def of_encoders(self, input_ids_BL: torch.Tensor) -> torch.Tensor | Documents | None:
+        """The mask of a tap: None, [B, L] int64, or the documents."""
+        if self.documents is None:
+            return self.real_tokens(input_ids_BL)
+        return self.documents
+
+    def of_relations(self) -> dict[str, Any]:
+        """The same mask as arguments of `relation_kl`."""
+        return {"lengths_B": self.lengths_B} if self.documents is None else {"segments": self.documents.lengths}
+
+
+def _are_real(counts_B: torch.Tensor, like_BL: torch.Tensor) -> torch.Tensor:
+    """1 at each row's first tokens, so many as it has, int64 [B, L]."""
+    counts_B = counts_B.to(like_BL.device, non_blocking=True)
+    return (torch.arange(like_BL.shape[1], device=like_BL.device) < counts_B[:, None]).long()
 
 
 def near(length: int, window: int, device: torch.device | None = None) -> torch.Tensor:
@@ -129,9 +160,7 @@ class DocumentAttention(torch.Tensor):
         for (count, length), *of_run in zip(self.runs, *pieces, strict=True):
             query, key, value = (x_THd.unflatten(0, (count, length)).transpose(1, 2) for x_THd in of_run)
             mask = None
-            if (
-                self._near_LL is not None and length >= self.window
-            ):  # in a shorter row transformers gives no mask either
+            if self._near_LL is not None and length >= self.window:  # transformers: no mask in a shorter row
                 mask = self._near_LL[None, None, :length, :length]
             result = scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
             results.append(result.transpose(1, 2).flatten(0, 1))

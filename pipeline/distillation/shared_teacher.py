@@ -13,11 +13,17 @@ import torch
 
 from pipeline.distillation.config import RelationsConfig
 from pipeline.distillation.documents import Documents
+from pipeline.distillation.tap import layer_numbers
 
 
 def layers_of_all(relations: Sequence[RelationsConfig], last: int) -> list[int]:
     """The teacher's layers that any of several students reads, ascending. `last`: the number of the teacher's last layer."""
-    return sorted({layer for config in relations for layer in _as_list(config.teacher_taps or last)})
+    return sorted({layer for config in relations for layer in layer_numbers(config.teacher_taps or last)})
+
+
+def tap_options_of_all(relations: Sequence[RelationsConfig]) -> dict[str, bool]:
+    """The other options of `tap` for this teacher: complete where any of the students has a tail term."""
+    return {**relations[0].tap_options, "with_output": any(config.tail != "none" for config in relations)}
 
 
 class SharedTeacher:
@@ -63,14 +69,10 @@ class TeacherView:
         self, shared: SharedTeacher, taps: int | list[int], with_output: bool, width_of: dict[int, int]
     ) -> None:
         self._shared, self._taps, self._with_output = shared, taps, with_output
-        self.widths = [width_of[layer] for layer in _as_list(taps)]
+        self.widths = [width_of[layer] for layer in layer_numbers(taps)]
 
     def __call__(self, input_ids_BL: torch.Tensor, attention_mask: torch.Tensor | Documents | None = None):
         of_layers, output_BLD = self._shared.results(input_ids_BL, attention_mask)
-        taken = [of_layers[layer] for layer in _as_list(self._taps)]
+        taken = [of_layers[layer] for layer in layer_numbers(self._taps)]
         result = taken[0] if isinstance(self._taps, int) else taken
         return (result, output_BLD) if self._with_output else result
-
-
-def _as_list(layers: int | list[int]) -> list[int]:
-    return [layers] if isinstance(layers, int) else list(layers)

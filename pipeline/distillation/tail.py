@@ -10,19 +10,16 @@ Shape suffixes: B rows, L positions, D channels (d: of a narrower student), S do
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from pipeline.distillation.config import RelationsConfig
+from pipeline.distillation.documents import SequenceMask
 from pipeline.distillation.relations.backends import working_dtype
 from pipeline.distillation.relations.loss import relation_kl
 from pipeline.errors import UserError
-
-if TYPE_CHECKING:
-    from pipeline.distillation.distiller import SequenceMask
 
 OUTPUT, POOLED = "output", "pooled"  # names of the terms among the parts of the loss
 GatherRows = Callable[[torch.Tensor], Sequence[torch.Tensor]]

@@ -72,6 +72,11 @@ def without_dropout(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
+def layer_numbers(layer: int | Sequence[int]) -> list[int]:
+    """The layer or layers that a tap reads, as a list."""
+    return [layer] if isinstance(layer, int) else list(layer)
+
+
 class TappedEncoder(nn.Module):
     """See `tap`. `model` is the cut skeleton; its parameters, and its mode, are those of the model that was tapped."""
 
@@ -91,7 +96,7 @@ class TappedEncoder(nn.Module):
                 f"{hf_model.config.model_type} has no rotary embedding; set `relations.after_rotary: false`"
             )
         self.single = isinstance(layer, int)
-        self.layers = [layer] if isinstance(layer, int) else list(layer)
+        self.layers = layer_numbers(layer)
         self.with_output = with_output
         self.architecture = architecture
         self.attends_by_document = True  # False: one mask for all documents, whose shape is that of every batch

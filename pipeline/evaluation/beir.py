@@ -17,7 +17,7 @@ from pipeline.evaluation.beir_data import Collection, read_collection
 from pipeline.evaluation.encoder import POOLINGS, Encoder, sentence_vectors
 from pipeline.evaluation.ranking_metrics import DEPTH, MEASURES, measures_of
 from pipeline.evaluation.tables import markdown_table
-from pipeline.evaluation.task import Panel, Results, Task
+from pipeline.evaluation.task import OnHub, Panel, Results, Task
 from pipeline.recipe.ranges import LARGEST_BATCH, LARGEST_INT, LONGEST_ROW, check_ranges
 from pipeline.runtime.text_tables import text_table
 
@@ -162,5 +162,6 @@ TASK = Task(
     table=beir_table,
     panels=_panels,
     card=_card,
+    on_hub=OnHub("text-retrieval", "Document retrieval", {"output": "ndcg_at_10"}),
     place=25,
 )

@@ -91,7 +91,7 @@ def evaluate_heldout(encoders: list[Encoder], config: HeldoutConfig, ranks: Laun
         warn_of_other_teachers(encoders, teacher)
     relations = RelationsConfig(**{key: chosen[key] for key in ("heads", "pairs", "after_rotary")}, backend="chunked")
     frozen = FrozenTeacher(tap(teacher.model, teacher.values_layer, after_rotary=relations.after_rotary))
-    hooks = Hooks(positions=chosen["positions"])
+    hooks = Hooks(restart_positions=chosen["positions"] == "restart")
     num_rows = sum(len(source.heldout(language)) for language in source.languages)
     results = {}
     for encoder in encoders:

@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.encoder import POOLINGS, Encoder, sentence_vectors
 from pipeline.evaluation.languages import Languages, choose_languages, left_out_line
 from pipeline.evaluation.tables import markdown_table, pooling_rows
-from pipeline.evaluation.task import Panel, Results, Task
+from pipeline.evaluation.task import OnHub, Panel, Results, Task
 from pipeline.evaluation.tatoeba import SHORT_CODES, read_line_pairs, read_text, tatoeba_files
 from pipeline.recipe.ranges import LARGEST_BATCH, LARGEST_INT, LONGEST_ROW, check_ranges
 from pipeline.runtime.text_tables import text_table
@@ -225,5 +225,6 @@ TASK = Task(
     table=retrieval_table,
     panels=_panels,
     card=_card,
+    on_hub=OnHub("text-retrieval", "Cross-lingual retrieval of translations", {"output": "accuracy"}),
     place=20,
 )

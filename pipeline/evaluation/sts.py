@@ -21,7 +21,7 @@ from pipeline.evaluation.beir_data import json_lines
 from pipeline.evaluation.encoder import POOLINGS, Encoder, sentence_vectors
 from pipeline.evaluation.finetuning.labelled_pairs import header_positions
 from pipeline.evaluation.tables import markdown_table, pooling_rows
-from pipeline.evaluation.task import Panel, Results, Task
+from pipeline.evaluation.task import OnHub, Panel, Results, Task
 from pipeline.recipe.ranges import LARGEST_BATCH, LONGEST_ROW, check_ranges
 from pipeline.runtime.text_tables import text_table
 
@@ -249,5 +249,6 @@ TASK = Task(
     table=sts_table,
     panels=_panels,
     card=_card,
+    on_hub=OnHub("sentence-similarity", "Semantic textual similarity", {"output": "spearmanr"}),
     place=30,
 )

@@ -28,6 +28,21 @@ class Panel:
 
 
 @dataclass(frozen=True)
+class OnHub:
+    """What a model hub calls a task.
+
+    Attributes:
+        kind: the hub's task
+        name: of what is measured, for readers
+        metrics: measure in `mean` of the figures -> the hub's metric
+    """
+
+    kind: str
+    name: str
+    metrics: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Task:
     """One evaluation task.
 
@@ -38,6 +53,7 @@ class Task:
         table: the results as text for the console
         panels: the results as bar charts
         card: the results as Markdown for the model card, without a heading
+        on_hub: for the metadata of the model card; None: the figures are not in it
         check: reads the input before any model is loaded; raises `UserError`
         options: setting -> (metavar, help) of settings that also have a command line option `--SETTING`
         shared: whether all ranks call `evaluate` together; otherwise rank 0 calls it alone
@@ -50,6 +66,7 @@ class Task:
     table: Callable[[Results], str]
     panels: Callable[[Results], list[Panel]]
     card: Callable[[Results], str]
+    on_hub: OnHub | None = None
     check: Callable[[Any], object] = lambda settings: None
     options: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     shared: bool = False

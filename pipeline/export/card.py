@@ -29,9 +29,9 @@ from pipeline.evaluation.training_metadata import training_metadata
 from pipeline.export.card_metadata import front_matter
 from pipeline.export.card_tables import measured_sections
 from pipeline.export.sentence_transformers_files import DENSE, exported_settings
+from pipeline.provenance import START_WEIGHTS
 from pipeline.runtime.json_files import read_json
 from pipeline.runtime.run_paths import RunPaths, check_is_no_student, one_student, students_of
-from pipeline.training.identity import START_WEIGHTS
 
 LINEAGE_FILE, VOCABULARY_FILE, CARD_FILE = "lineage.json", "vocabulary.json", "README.md"
 LOADING = """## How to load it

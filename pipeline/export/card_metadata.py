@@ -16,6 +16,7 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 
 from pipeline.evaluation.encoder import split_name
+from pipeline.evaluation.task import tasks
 from pipeline.recipe.text import shown
 from pipeline.runtime.json_files import read_json
 
@@ -23,16 +24,6 @@ UNKNOWN = "unknown"  # the hub's own word
 SENTENCES = ["The shop is closed today.", "Der Laden ist heute geschlossen.", "It will rain tomorrow."]
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _LICENSE_NAME = re.compile(r"[a-z0-9.+-]{1,64}")
-# task of `pipeline evaluate` -> the hub's task, what it is called there, measure -> the hub's metric
-_TASKS: dict[str, tuple[str, str, dict[str, str]]] = {
-    "retrieval": ("text-retrieval", "Cross-lingual retrieval of translations", {"output": "accuracy"}),
-    "beir": ("text-retrieval", "Document retrieval", {"output": "ndcg_at_10"}),
-    "sts": ("sentence-similarity", "Semantic textual similarity", {"output": "spearmanr"}),
-    "xnli": ("text-classification", "XNLI, in per cent", {"accuracy": "accuracy"}),
-    "pawsx": ("text-classification", "PAWS-X, in per cent", {"accuracy": "accuracy"}),
-    "mlqa": ("question-answering", "MLQA, in per cent", {"f1": "f1", "exact_match": "exact_match"}),
-    "tagging": ("token-classification", "Tagging of words, in per cent", {"accuracy": "accuracy", "f1": "f1"}),
-}  # fmt: skip
 
 
 def front_matter(lineage: dict[str, Any], directory: Path, measured: Iterable[Path]) -> str:
@@ -85,27 +76,28 @@ def license_of(teacher: str) -> str | None:
 
 def _results(steps: int | None, directory: Path, measured: Iterable[Path]) -> Iterator[dict[str, Any]]:
     """What was measured of this export, in the hub's format. The last of several figures of one kind counts."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    means = _means(steps, directory, measured)
+    for (task, measure), value in {(task, key): value for task, mean in means for key, value in mean.items()}.items():
+        on_hub = tasks()[task].on_hub if task in tasks() else None
+        if on_hub and measure in on_hub.metrics and isinstance(value, int | float) and math.isfinite(value):
+            name = f"{shown(measure)}, mean of the languages"
+            metric = {"type": on_hub.metrics[measure], "value": round(float(value), 4), "name": name}
+            data = {"type": task, "name": on_hub.name}
+            yield {"task": {"type": on_hub.kind}, "dataset": data, "metrics": [metric]}
+
+
+def _means(steps: int | None, directory: Path, measured: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name of a task, figures by measure), as they were measured one after the other."""
     for place in dict.fromkeys(measured):
         if (place / "demo.json").is_file():
             demo = read_json(place / "demo.json")
             if demo.get("steps") == steps:
-                found["retrieval", "output"] = _result("retrieval", "output", demo.get("after_mean"))
+                yield "retrieval", {"output": demo.get("after_mean")}
         if (place / "evaluation.json").is_file():
             for task, models in read_json(place / "evaluation.json").get("tasks", {}).items():
-                of_this = [result for model, result in models.items() if _is_this(model, directory)]
-                for measure in _TASKS.get(task, ("", "", {}))[2] if of_this else ():
-                    mean = of_this[-1].get("mean")
-                    if isinstance(mean, dict) and measure in mean:
-                        found[task, measure] = _result(task, measure, mean[measure])
-    yield from (one for one in found.values() if math.isfinite(one["metrics"][0]["value"]))
-
-
-def _result(task: str, measure: str, value: Any) -> dict[str, Any]:
-    kind, name, metrics = _TASKS[task]
-    number = round(float(value), 4) if isinstance(value, int | float) else math.nan
-    metric = {"type": metrics[measure], "value": number, "name": f"{shown(measure)}, mean of the languages"}
-    return {"task": {"type": kind}, "dataset": {"type": task, "name": name}, "metrics": [metric]}
+                of_this = [result.get("mean") for model, result in models.items() if _is_this(model, directory)]
+                if of_this and isinstance(of_this[-1], dict):
+                    yield task, of_this[-1]
 
 
 def _is_this(model: str, directory: Path) -> bool:

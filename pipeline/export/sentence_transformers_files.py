@@ -16,14 +16,14 @@ from typing import Any
 import torch
 
 from pipeline.distillation.models.loading import load_config
-from pipeline.distillation.models.sentence_files import DENSE, SentenceSettings
+from pipeline.distillation.models.sentence_files import DENSE, EARLIER_KEYS, MODES, SentenceSettings
 from pipeline.errors import UserError
 from pipeline.export.handover import longest_input
 from pipeline.runtime.json_files import read_json, read_json_if_there
 from pipeline.runtime.tensor_files import open_tensors, save_tensors
 
 DENSE_WEIGHT = "linear.weight"
-POOLING_KEYS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token", "last": "pooling_mode_lasttoken"}
+POOLING_KEYS = {MODES[mode]: key for key, mode in EARLIER_KEYS.items() if mode in MODES}  # which all versions read
 
 
 def add_sentence_transformers(directory: Path) -> None:
@@ -61,7 +61,8 @@ def exported_settings(directory: Path) -> SentenceSettings:
     content: dict[str, Any] = read_json_if_there(path).get("sentences") or {}
     try:
         settings = SentenceSettings(**content)
-        hash(POOLING_KEYS[settings.pooling])
+        if settings.pooling not in POOLING_KEYS:
+            raise KeyError(settings.pooling)
     except (TypeError, KeyError) as error:
         names = ", ".join(field.name for field in fields(SentenceSettings))
         raise UserError(

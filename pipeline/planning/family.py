@@ -69,9 +69,8 @@ class FamilyPlanner(Planner):
         step = StepTime(parts, _sum(plans, "step.flops"), _sum(plans, "step.host_wait_s"))
         stall_s, evaluation_s = _sum(plans, "checkpoint_stall_s"), _sum(plans, "evaluation_s")
         costs = [member.costs(plan.setting) for member, plan in zip(members.values(), plans, strict=True)]
-        partitioned = (
-            first.setting.teacher_partitioned
-        )  # later members leave it out for the traffic, not for the memory
+        # later members leave it out for the traffic, not for the memory
+        partitioned = first.setting.teacher_partitioned
         students = {
             name: Trained(member.encoders, student, dataclasses.replace(plan.setting, teacher_partitioned=partitioned))
             for (name, member), (_, student), plan in zip(members.items(), costs, plans, strict=True)

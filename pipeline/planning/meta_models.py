@@ -22,9 +22,9 @@ from pipeline.distillation.models.student import recompute_activations, student_
 from pipeline.distillation.models.student_init import copied_layers
 from pipeline.distillation.models.vocabulary import cut_config, read_vocabulary
 from pipeline.distillation.relations.loss import check_heads
-from pipeline.distillation.shared_teacher import layers_of_all
+from pipeline.distillation.shared_teacher import layers_of_all, tap_options_of_all
 from pipeline.distillation.tail import projection_shape
-from pipeline.distillation.tap import TappedEncoder, tap
+from pipeline.distillation.tap import TappedEncoder, layer_numbers, tap
 from pipeline.errors import UserError, did_you_mean
 from pipeline.planning.trace import ATTENTION
 
@@ -145,9 +145,8 @@ def teacher_of_all(recipes: Sequence[Recipe], config: PretrainedConfig) -> Tappe
     """The teacher of several students: cut above the highest layer that one of them reads, complete for a tail term."""
     _, model, _ = blank_models(recipes[0], config)
     relations = [recipe.relations for recipe in recipes]
-    with_output = any(config.tail != "none" for config in relations)
     layers = layers_of_all(relations, model.config.num_hidden_layers)
-    teacher = tap(model, layers, with_output, relations[0].after_rotary, role="teacher")
+    teacher = tap(model, layers, **tap_options_of_all(relations), role="teacher")
     return teacher.requires_grad_(False).eval()
 
 
@@ -163,8 +162,8 @@ def blank_models(
         cut_config(config, read_vocabulary(recipe.vocabulary))
     num_layers = config.num_hidden_layers
     taps = recipe.relations.teacher_taps or num_layers
-    last_tap = taps if isinstance(taps, int) else max(taps)
-    chosen = copied_layers(num_layers, recipe.student.layers, recipe.student.init_layers, last_tap)
+    highest = max(layer_numbers(taps))
+    chosen = copied_layers(num_layers, recipe.student.layers, recipe.student.init_layers, highest)
     student_config = student_hf_config(config, recipe.student, chosen)
     with torch.device("meta"):
         teacher = blank_model(config, recipe.teacher, attn_implementation=ATTENTION)

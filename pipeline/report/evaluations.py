@@ -22,14 +22,8 @@ from pipeline.report.retrieval import AFTER, demo_file, read_demo
 from pipeline.runtime.run_paths import RunPaths
 
 HELDOUT = "heldout"  # the task: relation loss against one teacher layer for all models
-_PER = (
-    "per_pair",
-    "per_file",
-    "per_language",
-    "per_collection",
-    "per_task",
-    "test",
-)  # where a task keeps its languages or files
+# where a task keeps its languages or files
+_PER = ("per_pair", "per_file", "per_language", "per_collection", "per_task", "test")
 
 
 @dataclass(frozen=True)

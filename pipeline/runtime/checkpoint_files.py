@@ -41,12 +41,13 @@ _FILE_NAME = re.compile(
 
 def checkpoints_of(run_dir: Path, student: str = "") -> Path:
     """The directory with the checkpoints of a student: those that were added to a finished run have one of their own."""
-    groups = [1, *later_groups(run_dir)]
-    for group in reversed(groups):
-        directory = RunPaths(run_dir, group=group).checkpoints
-        if any((checkpoint_path(directory, step) / student).is_dir() for step in committed_steps(directory)):
-            return directory
-    return RunPaths(run_dir).checkpoints
+    groups = (RunPaths(run_dir, group=group).checkpoints for group in reversed([1, *later_groups(run_dir)]))
+    return next((directory for directory in groups if has_student(directory, student)), RunPaths(run_dir).checkpoints)
+
+
+def has_student(directory: Path, student: str) -> bool:
+    """Whether a committed checkpoint in this directory is also of the student."""
+    return any((checkpoint_path(directory, step) / student).is_dir() for step in committed_steps(directory))
 
 
 def later_groups(run_dir: Path) -> list[int]:
@@ -212,6 +213,15 @@ def read_text(path: Path) -> str:
     return read_again(path, path.read_bytes).decode()
 
 
+def readable_state(directory: Path) -> dict[str, Any]:
+    """`state.json` of a student in a checkpoint, whose hashes are not verified; empty where it cannot be read."""
+    try:
+        state = json.loads(read_text(directory / STATE))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
 def _problem_of_names(files: Collection[str]) -> str | None:
     """None when the names are complete for each student: every kind from every rank, the untrained weights and the state."""
     by_student = names_by_student(files) or {"": []}
@@ -270,10 +280,8 @@ def _state_problem(state: Mapping[str, Any]) -> str | None:
     for name, shape in shapes.items():
         if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**31 for size in shape):
             return f"`parameters` has no shape for {name[:80]!r}"
-    evaluations, ended = (
-        state.get("evaluations", []),
-        state.get("ended"),
-    )  # checkpoints of earlier versions have neither
+    # checkpoints of earlier versions have neither
+    evaluations, ended = state.get("evaluations", []), state.get("ended")
     if not isinstance(evaluations, list) or not all(map(_is_evaluation, evaluations)):
         return "`evaluations` is not a list of [step, loss]"
     if ended is not None and not _is_end(ended):

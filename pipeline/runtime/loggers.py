@@ -1,4 +1,4 @@
-"""Other programs that show curves, beside TensorBoard: Weights & Biases, Trackio and MLflow (`metrics.loggers`).
+"""Other programs that show curves, besides TensorBoard: Weights & Biases, Trackio and MLflow (`metrics.loggers`).
 
 In: what a run is, and numbers per step. Out: what each package writes or sends. A package is imported only if the recipe
 names it, and follows its own environment variables (WANDB_MODE, TRACKIO_DIR, MLFLOW_TRACKING_URI, ...). Each package has a

@@ -28,8 +28,9 @@ from pipeline.distillation.models.projection import Calibration
 from pipeline.distillation.models.sentence_files import FoundSettings
 from pipeline.distillation.models.student import Student, build_student
 from pipeline.distillation.models.teacher import load_encoder, load_teacher
-from pipeline.distillation.shared_teacher import SharedTeacher, layers_of_all
+from pipeline.distillation.shared_teacher import SharedTeacher, layers_of_all, tap_options_of_all
 from pipeline.errors import UserError, about_student
+from pipeline.provenance import START_WEIGHTS
 from pipeline.runtime import dist, ds_config, preflight
 from pipeline.runtime.determinism import deterministic_kernels, fix_workspace
 from pipeline.runtime.device_facts import device_name
@@ -44,7 +45,7 @@ from pipeline.runtime.stop import StopRequests
 from pipeline.runtime.watchdog import Watchdog
 from pipeline.training.agreement import shape_facts
 from pipeline.training.checks import Check, Inputs, checks_of_run, cut_teacher, inputs_of
-from pipeline.training.identity import START_WEIGHTS, Identity
+from pipeline.training.identity import Identity
 from pipeline.training.sentences import resolved, sentence_identity
 
 CALIBRATION_TOKENS = 8192  # on which `student.init: project` measures the teacher's states
@@ -206,7 +207,7 @@ def _hooks(recipe: Recipe, clock: StepClock) -> Hooks:
         gather=dist.gather_json,
         around_student=partial(deterministic_kernels, recipe.deterministic),
         mark=clock.mark,
-        positions=recipe.positions,
+        restart_positions=recipe.positions == "restart",
         gather_rows=dist.gather_rows,
     )
 
@@ -225,18 +226,11 @@ class _Teacher:
         self.is_shared = len(relations) > 1
         self.shared: SharedTeacher | None = None
         taps = relations[0].teacher_taps
-        with_output = any(config.tail != "none" for config in relations)
         if self.is_shared:
             taps = layers_of_all(relations, shared.teacher_model.config.num_hidden_layers)
-        self._frozen = load_teacher(
-            shared.teacher_model,
-            taps,
-            ds_config.DTYPES[shared.teacher_precision],
-            "cpu",
-            with_output,
-            relations[0].after_rotary,
-        )
-        self.tapped, self._with_output = self._frozen.tapped, with_output
+        dtype, options = ds_config.DTYPES[shared.teacher_precision], tap_options_of_all(relations)
+        self._frozen = load_teacher(shared.teacher_model, taps, dtype, "cpu", **options)
+        self.tapped = self._frozen.tapped
         self._callable: Callable = self._frozen
 
     def place(self, recipe: Recipe, precision: str, launch: Launch) -> None:
@@ -248,7 +242,8 @@ class _Teacher:
         else:
             self._callable = self._frozen.to(launch.device)
         if self.is_shared:
-            self.shared = SharedTeacher(self._callable, self.tapped.layers, self.tapped.widths, self._with_output)
+            tapped = self.tapped
+            self.shared = SharedTeacher(self._callable, tapped.layers, tapped.widths, tapped.with_output)
 
     def of_student(self, relations: RelationsConfig) -> Callable:
         """What a student with these relations reads."""

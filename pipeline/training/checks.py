@@ -35,10 +35,10 @@ from pipeline.runtime.ds_config import BatchShape, Precisions
 from pipeline.runtime.engine import device_precisions
 from pipeline.training.agreement import settings_facts
 from pipeline.training.how_to_prepare import how_to_prepare, text_of
-from pipeline.training.identity import Identity, identity_of, start_identity
+from pipeline.training.identity import Identity, identity_of
 from pipeline.training.recipe_warnings import recipe_warnings, window_warnings
 from pipeline.training.sentences import check_sentences, settings_of
-from pipeline.training.student_start import check_start, read_start, trained_length
+from pipeline.training.student_start import check_start, start_hashes, trained_length
 
 
 class Found(NamedTuple):
@@ -102,9 +102,8 @@ class Inputs:
 
     @cached_property
     def start_hashes(self) -> Identity:
-        """Of the encoder that the student starts from, if it is not the teacher: reads all its weights."""
-        name = self.recipe.student.start_encoder
-        return {} if name is None else start_identity(read_start(name))
+        """Of the encoder that the student starts from, if it is not the teacher."""
+        return start_hashes(self.recipe)
 
     @cached_property
     def sentences(self) -> FoundSettings | None:

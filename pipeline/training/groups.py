@@ -12,18 +12,17 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.config import Recipe
 from pipeline.errors import UserError
 from pipeline.runtime.checkpoint_files import (
     MANIFEST,
-    STATE,
     checkpoint_path,
     committed_steps,
     later_groups,
     names_by_student,
     read_text,
+    readable_state,
 )
 from pipeline.runtime.run_paths import RunPaths, students_of
 
@@ -124,7 +123,7 @@ def _newest(run_dir: Path, number: int) -> _Found | None:
         return None
     checkpoint = checkpoint_path(directory, steps[-1])
     students = _students_of(checkpoint)
-    ended = bool(students) and all(_state(checkpoint / student).get("ended") for student in students)
+    ended = bool(students) and all(readable_state(checkpoint / student).get("ended") for student in students)
     return _Found(number, checkpoint, steps[-1], students, ended)
 
 
@@ -135,12 +134,3 @@ def _students_of(checkpoint: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError):
         names = {path.parent.name: [] for path in checkpoint.glob("*/*.safetensors")}
     return sorted(filter(None, names))
-
-
-def _state(directory: Path) -> dict[str, Any]:
-    """The state of a student; empty where it cannot be read, which the resume reports."""
-    try:
-        state = json.loads(read_text(directory / STATE))
-    except (OSError, ValueError):
-        return {}
-    return state if isinstance(state, dict) else {}

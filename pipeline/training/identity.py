@@ -22,10 +22,10 @@ from pipeline.data.tokenizer_hash import deciding_file
 from pipeline.distillation.models.model_files import ModelFiles, Tensor, read_model
 from pipeline.distillation.models.vocabulary import MAP_FILE, read_vocabulary
 from pipeline.errors import UserError
+from pipeline.provenance import START_CONFIG, START_WEIGHTS
 
 Identity = dict[str, str]
 WEIGHTS, CONFIG, TOKENIZER, VOCABULARY = "teacher weights", "teacher config", "tokenizer", "vocabulary"
-START_WEIGHTS, START_CONFIG = "student.init weights", "student.init config"  # where it names an encoder
 IDS_IN = (*SENTENCEPIECE_NAMES, FAST_TOKENIZER_NAME, "vocab.txt", "vocab.json", "merges.txt", "added_tokens.json")
 BLOCK_BYTES = 4 << 20
 # Keys of a config.json about its origin, storage precision and head: they do not change what the encoder computes.

@@ -18,6 +18,7 @@ from pipeline.distillation.models.architectures import ARCHITECTURES, window_of
 from pipeline.distillation.models.student import student_hf_config
 from pipeline.distillation.models.student_init import copied_layers
 from pipeline.distillation.tail import POOLED
+from pipeline.distillation.tap import layer_numbers
 from pipeline.runtime.optimizer import OptimizerConfig, learning_rate
 
 SMALLEST_USEFUL_RATE = (
@@ -137,7 +138,7 @@ def window_warnings(recipe: Recipe, teacher: PretrainedConfig) -> list[str]:
     warnings = _windows_of("teacher", teacher, of_teacher, recipe)
     architecture = ARCHITECTURES.get(shape.family or teacher.model_type)
     if architecture and architecture.masks_by_layer_type and shape.start_encoder is None:
-        highest = of_teacher if isinstance(of_teacher, int) else max(of_teacher)
+        highest = max(layer_numbers(of_teacher))
         chosen = copied_layers(teacher.num_hidden_layers, shape.layers, shape.init_layers, highest)
         student = student_hf_config(teacher, shape, chosen)
         warnings += _windows_of("student", student, relations.student_taps or shape.layers, recipe)
@@ -152,6 +153,6 @@ def _windows_of(role: str, config: PretrainedConfig, read: int | list[int], reci
         f"layer {number} of the {role} is distilled, and its attention has a window: a token sees {windows[number]} tokens to "
         f"either side. The relations match all pairs of tokens of a {part}, also those farther apart, whose queries and keys "
         f"this layer never compares. Layers of the {role} that see all tokens: {complete} (`relations.{role}_layer`)"
-        for number in ([read] if isinstance(read, int) else read)
+        for number in layer_numbers(read)
         if windows.get(number) is not None
     ]

@@ -24,9 +24,9 @@ from pipeline.runtime.restarts import FALL_BACK_AFTER, GIVE_UP_AFTER
 from pipeline.training.agreement import environment_warnings
 from pipeline.training.build import MadeFrom, Parts, Run
 from pipeline.training.groups import Group
-from pipeline.training.identity import changes, start_identity
+from pipeline.training.identity import changes
 from pipeline.training.sentences import batch_warnings, sentence_identity, settings_of
-from pipeline.training.student_start import read_start
+from pipeline.training.student_start import start_hashes
 
 
 @dataclass
@@ -203,9 +203,7 @@ def _warnings_of_finished(run: Run, group: Group, allow_change: bool) -> list[st
                 f"student {name} is finished, but its last checkpoint is not valid ({'; '.join(problems)}). Restore it from a "
                 "backup, or choose another --run-dir"
             )
-        encoder = recipes[name].student.start_encoder
-        own = {} if encoder is None else start_identity(read_start(encoder))
-        own |= sentence_identity(settings_of(recipes[name]))
+        own = start_hashes(recipes[name]) | sentence_identity(settings_of(recipes[name]))
         made_from = MadeFrom(recipes[name], run.shared.identity | own, shared.data_fingerprint, name)
         warnings += check_changes(
             CheckpointReader(found, name).state, made_from, run.paths.directory, allow_change, True

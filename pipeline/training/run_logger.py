@@ -61,7 +61,7 @@ class RunLogger:
         self._recipe, self._is_main = parts.recipe, parts.launch.is_main
         if self._is_main:
             with contextlib.suppress(OSError):  # a full disk: each file that is not written gives a warning
-                paths.description.parent.mkdir(parents=True, exist_ok=True)
+                paths.files.mkdir(parents=True, exist_ok=True)
         recipe = parts.recipe
         self._metrics = Metrics(paths, self._is_main, first_step, recipe.steps, leads, recipe.metrics.loggers)
         self._interval = _Interval()

@@ -15,8 +15,7 @@ from pipeline.distillation.config import RelationsConfig
 from pipeline.distillation.models.sentence_files import FoundSettings, SentenceSettings, sentence_settings
 from pipeline.distillation.tail import POOLED, projection_shape
 from pipeline.errors import UserError
-
-POOLING = "pooling of sentence vectors"  # its entry in a run's identity
+from pipeline.provenance import POOLING
 
 
 def settings_of(recipe: Recipe) -> FoundSettings | None:

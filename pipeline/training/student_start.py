@@ -25,6 +25,7 @@ from pipeline.distillation.models.vocabulary import read_vocabulary
 from pipeline.errors import UserError
 from pipeline.runtime.json_files import read_json_if_there
 from pipeline.runtime.run_paths import is_run_directory, students_of
+from pipeline.training.identity import Identity, start_identity
 
 
 def read_start(name: str) -> ModelFiles:
@@ -39,6 +40,12 @@ def read_start(name: str) -> ModelFiles:
             f"--set {shlex.quote(f'student.init={output}')})"
         )
     return read_model(name, START_ENCODER)
+
+
+def start_hashes(recipe: Recipe) -> Identity:
+    """Of the encoder that the student starts from: reads all its weights. Empty where the student starts from its teacher."""
+    name = recipe.student.start_encoder
+    return {} if name is None else start_identity(read_start(name))
 
 
 def check_start(recipe: Recipe, teacher: PretrainedConfig) -> str:

@@ -104,7 +104,7 @@ def state_of(run_dir: Path, student: str = "", group: int = 1) -> dict[Any, Any]
 
 def check_equal_to_alone(family: Family, run_dir: Path, name: str, alone: Path, group: int = 1) -> None:
     assert state_of(run_dir, name, group) == state_of(alone), name
-    assert logged_values(RunPaths(run_dir, name).description.parent) == logged_values(alone), name
+    assert logged_values(RunPaths(run_dir, name).files) == logged_values(alone), name
 
 
 @pytest.mark.parametrize(("stage", "precision", "ranks"), COMBINATIONS)

@@ -14,9 +14,9 @@ from transformers import AutoModel
 
 from pipeline.__main__ import main as pipeline
 from pipeline.errors import EXIT_USER, exit_code_of
+from pipeline.provenance import START_CONFIG, START_WEIGHTS
 from pipeline.runtime.checkpoint import read_model_weights
 from pipeline.runtime.run_paths import RunPaths
-from pipeline.training.identity import START_CONFIG, START_WEIGHTS
 from tests.dist.runs import curve
 from tests.dist.training_process import TrainingProcess
 

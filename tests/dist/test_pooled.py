@@ -16,9 +16,8 @@ import torch
 from pipeline.config import load_recipe
 from pipeline.distillation.models.student import SENTENCE_PROJECTION
 from pipeline.errors import EXIT_USER
-from pipeline.export.command import add_sentence_transformers
 from pipeline.export.hf import export_run
-from pipeline.export.sentence_transformers_files import read_dense
+from pipeline.export.sentence_transformers_files import add_sentence_transformers, read_dense
 from pipeline.runtime.checkpoint import read_model_weights
 from tests.dist.runs import curve
 from tests.faults.sweeps.lab import Lab, newest, same_end, state_of

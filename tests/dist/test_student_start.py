@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.__main__ import main as pipeline
 from pipeline.errors import EXIT_USER
+from pipeline.provenance import START_CONFIG, START_WEIGHTS
 from pipeline.runtime.checkpoint import read_model_weights
-from pipeline.training.identity import START_CONFIG, START_WEIGHTS
 from tests.dist.runs import curve, metrics
 from tests.dist.training_process import Ended, TrainingProcess
 

@@ -110,8 +110,8 @@ def test_documents_kept_apart(tmp_path: Path, tiny_recipe: Path, arguments: list
     student = build_student(teacher, recipe.student, recipe.seed, recipe.relations)
     teacher = load_teacher(teacher, layer, torch.float32, "cpu")
     along_the_row, module = (
-        DistillModule(teacher, student.tapped, recipe.relations, hooks=Hooks(positions=positions))
-        for positions in ("continue", "restart")
+        DistillModule(teacher, student.tapped, recipe.relations, hooks=Hooks(restart_positions=restart))
+        for restart in (False, True)
     )
     for batch, reported in (
         (source.training_batch(np.arange(24)), curve(tmp_path / "run")[1]),

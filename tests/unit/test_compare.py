@@ -20,10 +20,10 @@ from pipeline.comparison.students import paths_of, read_students
 from pipeline.comparison.table import comparison_lines
 from pipeline.config import as_tree, load_recipe, recipe_to_yaml
 from pipeline.errors import UserError
+from pipeline.provenance import POOLING, START_CONFIG, START_WEIGHTS
 from pipeline.report.choice import choose
 from pipeline.report.compare import measures_of, read_all, table_lines
 from pipeline.runtime.run_paths import RunPaths
-from pipeline.training.identity import START_CONFIG, START_WEIGHTS
 from tests.unit.made_up_run import BERT, make_family, make_run
 
 POOLED = {"output": {"mean": 0.5}, "values": {"mean": 0.5}}
@@ -163,9 +163,9 @@ def test_held_out_losses_compare_only_where_they_measure_the_same(family: Path, 
     assert heldout_differences(read_students(family)) == ([key] if key else [])
 
 
-def test_the_encoder_that_a_student_starts_from_is_no_part_of_its_teacher(family: Path) -> None:
+def test_the_start_and_the_pooling_of_a_student_are_no_part_of_its_teacher(family: Path) -> None:
     teacher = {"teacher weights": "a" * 32, "tokenizer tokenizer.json": "b" * 64}
-    start = dict.fromkeys((START_WEIGHTS, START_CONFIG), "c" * 32)
+    start = {**dict.fromkeys((START_WEIGHTS, START_CONFIG), "c" * 32), POOLING: "mean"}
     for name, more in (("deep", {}), ("flat", start), ("late", {START_WEIGHTS: "d" * 32})):
         about = RunPaths(family, name).description
         about.write_text(json.dumps({**json.loads(about.read_text()), "identity": {**teacher, **more}}))

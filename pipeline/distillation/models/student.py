@@ -30,7 +30,7 @@ from pipeline.distillation.models.student_init import (
     project_embeddings,
 )
 from pipeline.distillation.tail import SentenceProjection, sentence_projection
-from pipeline.distillation.tap import TappedEncoder, tap
+from pipeline.distillation.tap import TappedEncoder, layer_numbers, tap
 from pipeline.errors import UserError, did_you_mean
 from pipeline.recipe.ranges import check_ranges
 from pipeline.recipe.text import shown
@@ -179,13 +179,15 @@ def build_student(
         raise ValueError(f"the student is built from fp32 weights, the teacher is in {teacher.dtype}: build it first")
     relations = relations or RelationsConfig()
     num_teacher_layers = teacher.config.num_hidden_layers
-    teacher_taps = _as_list(relations.teacher_taps or num_teacher_layers)
+    teacher_taps = layer_numbers(relations.teacher_taps or num_teacher_layers)
     student_taps = config.layers if relations.student_taps is None else relations.student_taps
     chosen = copied_layers(num_teacher_layers, config.layers, config.init_layers, max(teacher_taps))
     own_config = student_hf_config(teacher.config, replace(config, dropout=None), chosen)
     if config.start_encoder is None:
         model = _with_random_start(_with_dropout(own_config, config.dropout), seed)
-        start, basis_Dd = _set_first_weights(teacher, model, config, chosen, set(_as_list(student_taps)), calibration)
+        start, basis_Dd = _set_first_weights(
+            teacher, model, config, chosen, set(layer_numbers(student_taps)), calibration
+        )
     else:
         encoder = load_encoder(config.start_encoder, START_ENCODER)
         check_start_shape(config.start_encoder, encoder.config, own_config)
@@ -208,10 +210,6 @@ def build_student(
     if student.projection is not None:
         student.trained[SENTENCE_PROJECTION] = student.projection.weight
     return student
-
-
-def _as_list(layers: int | list[int]) -> list[int]:
-    return [layers] if isinstance(layers, int) else list(layers)
 
 
 def _set_first_weights(

@@ -24,7 +24,7 @@ from pipeline.evaluation.finetuning.squad_metrics import MLQA_LANGUAGES, exact_m
 from pipeline.evaluation.finetuning.squad_windows import WindowedQuestions, best_answers, cut_windows
 from pipeline.evaluation.languages import left_out_line
 from pipeline.evaluation.tables import sentence
-from pipeline.evaluation.task import Results, Task
+from pipeline.evaluation.task import OnHub, Results, Task
 from pipeline.recipe.ranges import LONGEST_ROW, check_ranges
 from pipeline.runtime.dist import Launch
 
@@ -170,6 +170,7 @@ TASK = Task(
     table=mlqa_table,
     panels=lambda results: [score_panel(f"MLQA, {x} in per cent", results, key) for key, x in MEASURES.items()],
     card=_card,
+    on_hub=OnHub("question-answering", "MLQA, in per cent", {"f1": "f1", "exact_match": "exact_match"}),
     shared=True,
     place=50,
 )

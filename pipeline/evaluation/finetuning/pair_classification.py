@@ -22,7 +22,7 @@ from pipeline.evaluation.finetuning.loop import FinetuneConfig, FinetuneTask, Sc
 from pipeline.evaluation.finetuning.scores import score_card, score_panel, score_table
 from pipeline.evaluation.languages import left_out_line
 from pipeline.evaluation.tables import sentence
-from pipeline.evaluation.task import Results, Task
+from pipeline.evaluation.task import OnHub, Results, Task
 from pipeline.runtime.dist import Launch
 
 
@@ -49,6 +49,7 @@ def pair_task(title: str, settings: type[PairConfig], read: Callable[[Any], Pair
         table=lambda results: pair_table(title, results),
         panels=lambda results: [score_panel(panel, results, "accuracy")],
         card=_card,
+        on_hub=OnHub("text-classification", f"{title}, in per cent", {"accuracy": "accuracy"}),
         shared=True,
         place=place,
     )

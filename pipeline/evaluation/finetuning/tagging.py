@@ -25,7 +25,7 @@ from pipeline.evaluation.finetuning.tagging_files import TaggedSentences
 from pipeline.evaluation.finetuning.word_rows import NO_TARGET, WordRows, word_rows
 from pipeline.evaluation.languages import left_out_line
 from pipeline.evaluation.tables import sentence
-from pipeline.evaluation.task import Panel, Results, Task
+from pipeline.evaluation.task import OnHub, Panel, Results, Task
 from pipeline.runtime.dist import Launch
 
 MEASURES = {"upos": {"accuracy": "accuracy"}, "entities": {"f1": "F1", "precision": "precision", "recall": "recall"}}
@@ -182,6 +182,7 @@ TASK = Task(
     table=tagging_table,
     panels=_panels,
     card=_card,
+    on_hub=OnHub("token-classification", "Tagging of words, in per cent", {"accuracy": "accuracy", "f1": "f1"}),
     shared=True,
     place=55,
 )

@@ -192,7 +192,7 @@ def test_gradients_are_the_sum_of_those_of_the_documents(model_type: str, recomp
 def test_the_loss_is_that_of_each_document_alone(model_type: str) -> None:
     relations, teacher_model = RelationsConfig(heads=12), encoder(model_type)
     student = build_student(teacher_model, StudentConfig(layers=2, hidden=24, heads=2, dropout=0.0), 3, relations)
-    hooks = Hooks(positions="restart")
+    hooks = Hooks(restart_positions=True)
     module = DistillModule(load_teacher(encoder(model_type)), student.tapped, relations, hooks=hooks)
     rows_BL = random_rows(len(LENGTHS), LENGTH)
     expected_B = torch.zeros(len(LENGTHS))

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.distillation.config import LayerPair, RelationsConfig
 from pipeline.distillation.models.teacher import load_teacher
-from pipeline.distillation.shared_teacher import SharedTeacher, layers_of_all
+from pipeline.distillation.shared_teacher import SharedTeacher, layers_of_all, tap_options_of_all
 from tests.tiny_encoders import tiny_encoder
 
 CONFIGS = {
@@ -25,11 +25,10 @@ def shared_by(names: list[str], family: str, dtype: torch.dtype) -> tuple[Shared
     configs = [CONFIGS[name] for name in names]
     model = tiny_encoder(family)
     layers = layers_of_all(configs, model.config.num_hidden_layers)
-    with_output = any(config.tail != "none" for config in configs)
-    teacher = load_teacher(model, layers, dtype, with_output=with_output)
+    teacher = load_teacher(model, layers, dtype, **tap_options_of_all(configs))
     calls: list[int] = []
     teacher.register_forward_hook(lambda *unused: calls.append(1))
-    return SharedTeacher(teacher, layers, teacher.widths, with_output), calls
+    return SharedTeacher(teacher, layers, teacher.widths, teacher.tapped.with_output), calls
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

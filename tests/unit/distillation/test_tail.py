@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from pipeline.distillation.config import RelationsConfig
-from pipeline.distillation.distiller import DistillModule, SequenceMask
-from pipeline.distillation.documents import Documents
+from pipeline.distillation.distiller import DistillModule
+from pipeline.distillation.documents import Documents, SequenceMask
 from pipeline.distillation.models.projection import Calibration
 from pipeline.distillation.models.student import SENTENCE_PROJECTION, StudentConfig, build_student
 from pipeline.distillation.models.teacher import load_teacher

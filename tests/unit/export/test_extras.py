@@ -142,7 +142,7 @@ SENTENCES = {
     "prompts": {"query": "query: "},
     "default_prompt": None,
     "include_prompt": True,
-    "similarity": "cosine",
+    "similarity": "dot",
 }
 
 
@@ -162,6 +162,7 @@ def test_a_trained_projection_is_a_module_of_sentence_transformers(
         output = export_student(made_of, tmp_path / name)
         loaded = SentenceTransformer(str(output), device="cpu")
         assert loaded.prompts["query"] == "query: "
+        assert loaded.similarity_fn_name == "dot"
         is_kept = name == "kept"
         assert [type(module).__name__ for module in loaded][2:-1] == ["Dense"] * is_kept
         vectors = torch.from_numpy(loaded.encode(TEXTS)).float()
