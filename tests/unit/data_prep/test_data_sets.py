@@ -19,7 +19,7 @@ from data_prep.discovery import LanguageRules, survey
 from data_prep.journal import JOURNAL_NAME
 from data_prep.languages import CC100, OF_CODE, language_of_code
 from data_prep.shards import DataError, ShardSet
-from data_prep.sources import ReadOptions
+from data_prep.sources import CorruptSource, ReadOptions, Source
 from data_prep.where import Where
 from tests.conftest import REPO
 from tests.unit.data_prep.corpus import content, run_command
@@ -178,6 +178,31 @@ def uninterrupted(given: str, tokenizer: Path, output: Path, *more: str) -> dict
     return content(output)
 
 
+def with_rows(path: Path, copy: Path, rows: dict[int, str | None]) -> Path:
+    """A copy of a Parquet file of the small data set with other texts in some rows."""
+    table = pyarrow.parquet.read_table(path)
+    texts = [rows.get(number, text) for number, text in enumerate(table["text"].to_pylist())]
+    pyarrow.parquet.write_table(table.set_column(1, "text", [texts]), copy, row_group_size=40, compression="none")
+    return copy
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_blocks_from_a_place_are_those_of_a_read_from_the_start(local: Path, tmp_path: Path) -> None:
+    """With their lines and hashes, which depend on all text before them; and messages name the row of the file."""
+    path = local / "data" / "deu_Latn" / "train" / "000.parquet"
+    source = Source("de", path, path.name, in_parts=True)
+    blocks = list(source.blocks(1500))
+    lines = [block.text.count(b"\n") for block in blocks]
+    assert [block.first_line for block in blocks] == [sum(lines[:number]) for number in range(len(blocks))]
+    first = next(number for number, block in enumerate(blocks) if block.place and block.place.part == 2)
+    assert list(source.blocks(1500, blocks[first].place)) == blocks[first:]
+    other = Source("de", with_rows(path, tmp_path / "other.parquet", {0: "Etwas anderes."}), path.name, in_parts=True)
+    assert {block.digest for block in other.blocks(1500)}.isdisjoint(block.digest for block in blocks)
+    bad = with_rows(path, tmp_path / "bad.parquet", {310: None})
+    with pytest.raises(CorruptSource, match="of row 311 is null"):
+        list(Source("de", bad, path.name, ReadOptions(bad_records="fail"), in_parts=True).blocks(1500))
+
+
 def groups_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The row groups that this process reads, in order."""
     read: list[int] = []
@@ -234,9 +259,7 @@ def test_a_local_file_that_changed_meanwhile_is_read_from_its_start_and_rejected
     uninterrupted(given, tiny_tokenizer, output)
     stop_after(output, "de", 2)
     path = root / "data" / "deu_Latn" / "train" / "000.parquet"
-    table = pyarrow.parquet.read_table(path)
-    texts = ["Etwas anderes.", *table["text"].to_pylist()[1:]]
-    pyarrow.parquet.write_table(table.set_column(1, "text", [texts]), path, row_group_size=40, compression="none")
+    with_rows(path, path, {0: "Etwas anderes."})
     assert run_command(Path(given), tiny_tokenizer, output, *SMALL) == 2
     assert "are not those that" in capsys.readouterr().err
 

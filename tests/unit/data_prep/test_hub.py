@@ -99,6 +99,7 @@ def test_an_output_keeps_its_commit(
     assert prepare(f"hf:some/texts@{FIRST}:deu_Latn") == 0
     assert content(tmp_path / "out") == expected
     assert prepare("hf:some/texts:deu_Latn", "hf:some/texts:swe_Latn", more=("--add",)) == 0
+    assert capsys.readouterr().err.count("the newest revision is commit") == 1
     assert all(FIRST in one["name"] for one in ShardSet(tmp_path / "out").manifest["languages"]["sv"]["sources"])
 
 
