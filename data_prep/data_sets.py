@@ -103,8 +103,9 @@ def look_up(inputs: list[str], rules: DataSetRules, options: ReadOptions, pinned
     # The library starts threads, and the process that forks the workers must have none.
     listings = [Listing.from_json(record) for record in in_child(list_all, "listing data sets")]
     for one, listing in zip(given, listings, strict=True):
-        _add(found, one, listing, rules)
-        found.sources[one.given] = sources_of(one, listing, _languages(one, listing, rules), options)
+        languages = rules.chosen(one, listing.configs, listing.default)
+        _add(found, one, listing, languages)
+        found.sources[one.given] = sources_of(one, listing, languages, options)
     found.commits = {
         one.name: listing.revision for one, listing in zip(given, listings, strict=True) if listing.revision
     }
@@ -122,13 +123,8 @@ def _list(given: Specification, rules: DataSetRules, commits: dict[str, str]) ->
     return listing
 
 
-def _languages(given: Specification, listing: Listing, rules: DataSetRules) -> dict[str, str]:
-    return rules.chosen(given, listing.configs, listing.default)
-
-
-def _add(found: DataSets, given: Specification, listing: Listing, rules: DataSetRules) -> None:
+def _add(found: DataSets, given: Specification, listing: Listing, languages: dict[str, str]) -> None:
     """Check the revision of one data set, and add what is not a source."""
-    languages = _languages(given, listing, rules)
     found.languages |= {*languages.values()} - {IGNORED}
     left_out = [config for config, language in languages.items() if language == IGNORED]
     found.not_taken += [NotTaken(f"{PREFIX}{given.name}:{config}", LEFT_OUT) for config in left_out]

@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.fast_tokenizer import opened
 from data_prep.merge_table import MergeTable
-from data_prep.names import one_line
-from data_prep.sentencepiece_pieces import WORD_START, read_json_of_tokenizer, with_characters
+from data_prep.sentencepiece_pieces import read_json_of_tokenizer, with_characters
 from data_prep.shards import DataError
 from data_prep.tokenizer_ids import CONFIG_NAME, FAST_TOKENIZER_NAME, POSITIONS_FROM_PADDING, TOKENIZER_CONFIG_NAME
+from data_prep.word_boundaries import MARKER, kind_of, parts_of, steps_before_model
 
 MOST_IDS = 1 << 24
 KINDS = ("BPE", "WordPiece", "Unigram")
@@ -48,12 +49,12 @@ class FastPieces:
             raise DataError(
                 f"{path} has no `model`: it is not a tokenizer.json. Copy it again from the origin of the model."
             )
-        self.kind = _kind_of(self._model, path)
+        self.kind = _checked_kind(self._model, path)
         ids = _ids_of(self._model.get("vocab"), path)
         fixed = [str(self._model.get("unk_token")), *(BYTE_PIECES if self._model.get("byte_fallback") else ())]
         # before the library reads the file: it ends the process with a trace for some wrong merges
         self._merges = MergeTable(self._model, fixed, str(path)) if self.kind == "BPE" else None
-        self._library = _opened(self._tree, path)
+        self._library = opened(path.read_bytes(), path)
         self._added_tokens: list[dict[str, Any]] = self._tree.get("added_tokens") or []
         self._ids: dict[str, int] = self._library.get_vocab(with_added_tokens=True)
         self._added = {token.content: number for number, token in self._library.get_added_tokens_decoder().items()}
@@ -101,7 +102,7 @@ class FastPieces:
             found.add(min(range(len(vocab)), key=lambda number: vocab[number][1]))
         if self._model.get("byte_fallback"):
             found.update(self._ids[piece] for piece in BYTE_PIECES & self._ids.keys())
-        if _has_byte_level(self._tree):
+        if any(step.get("type") == "ByteLevel" for step in steps_before_model(self._tree)):  # text becomes bytes
             from tokenizers import pre_tokenizers
 
             found.update(self._ids[byte] for byte in pre_tokenizers.ByteLevel.alphabet() if byte in self._ids)
@@ -123,7 +124,7 @@ class FastPieces:
         """`used`, the ids that are kept in any case, what these are made from, and the characters of `used`: bool."""
         kept = used.copy()
         if self._merges is None:
-            marker = WORD_START if self.kind == "Unigram" else self._model.get("continuing_subword_prefix", "##")
+            marker = MARKER if self.kind == "Unigram" else self._model.get("continuing_subword_prefix", "##")
             kept = with_characters(self.texts, used, marker)
         kept[self._always] = True
         if self._merges is not None:
@@ -145,7 +146,7 @@ class FastPieces:
             _write(directory / SPECIAL_MAP, names)
         if added := read_json_of_tokenizer(self.path.with_name(ADDED_MAP)):
             _write(directory / ADDED_MAP, {text: new[text] for text in added if text in new})
-        cut = _opened(read_json_of_tokenizer(directory / FAST_TOKENIZER_NAME), directory / FAST_TOKENIZER_NAME)
+        cut = opened((directory / FAST_TOKENIZER_NAME).read_bytes(), directory / FAST_TOKENIZER_NAME)
         if cut.get_vocab(with_added_tokens=True) != new:
             raise DataError(
                 f"{self.path}: the tokenizers library gives other ids to the kept pieces than in the order of the old ids, "
@@ -189,12 +190,9 @@ class FastPieces:
         return tree
 
 
-def _kind_of(model: dict[str, Any], path: Path) -> str:
-    """The type of the model. Older files do not name it; then its keys tell."""
-    kind = model.get("type")
-    if kind is None:
-        kind = "Unigram" if isinstance(model.get("vocab"), list) else "BPE" if "merges" in model else "an unnamed kind"
-        kind = "WordPiece" if "max_input_chars_per_word" in model else kind
+def _checked_kind(model: dict[str, Any], path: Path) -> str:
+    """The type of the model. Raises `DataError` if its pieces cannot be dropped."""
+    kind = kind_of(model)
     if kind not in KINDS:
         raise DataError(
             f"{path} is a tokenizer of kind {str(kind)[:40]}. Pieces can be dropped from {', '.join(KINDS)} only; use the full "
@@ -230,35 +228,9 @@ def _ids_of(vocab: Any, path: Path) -> dict[str, int]:
     return ids
 
 
-def _opened(tree: dict[str, Any], path: Path) -> Any:
-    """The tokenizer of the library."""
-    import tokenizers
-
-    try:
-        return tokenizers.Tokenizer.from_str(json.dumps(tree))
-    except BaseException as error:
-        # The library raises plain Exception for files that it cannot read. Its panics are no Exception.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise DataError(
-            f"{path} is not a valid tokenizer.json ({one_line(error)}). Copy it again from the origin of the model."
-        ) from error
-
-
-def _has_byte_level(tree: dict[str, Any]) -> bool:
-    """Whether text is turned into bytes before the model sees it."""
-    parts = [tree.get("normalizer"), tree.get("pre_tokenizer")]
-    while parts:
-        part = parts.pop()
-        if part and part.get("type") == "ByteLevel":
-            return True
-        parts += (part or {}).get("normalizers", []) + (part or {}).get("pretokenizers", [])
-    return False
-
-
 def _ids_of_processors(processor: Any, path: Path) -> Iterator[int]:
     """The ids that a post-processor puts around a text."""
-    for part in _flat(processor):
+    for part in parts_of(processor, "processors"):
         if part.get("type") in LIST_ID:
             for token in part["special_tokens"].values():
                 yield from token["ids"]
@@ -268,14 +240,6 @@ def _ids_of_processors(processor: Any, path: Path) -> Iterator[int]:
             raise DataError(
                 f"{path} has a post-processor of type {str(part.get('type'))[:40]}, whose ids cannot be mapped. Use the full vocabulary."
             )
-
-
-def _flat(processor: Any) -> Iterator[dict[str, Any]]:
-    if processor and processor.get("type") == "Sequence":
-        for part in processor["processors"]:
-            yield from _flat(part)
-    elif processor:
-        yield processor
 
 
 def _with_new_ids(processor: Any, new: Any) -> Any:

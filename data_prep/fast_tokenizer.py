@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_prep.names import one_line
 from data_prep.shard_layout import TOKEN_DTYPE
 from data_prep.shards import DataError
 
@@ -27,6 +28,21 @@ if TYPE_CHECKING:
 
 CHECKED_EVERY = 10_000
 SHOWN_IDS = 8
+
+
+def opened(content: bytes, path: Path) -> Any:
+    """The library's tokenizer of a `tokenizer.json`. Raises `DataError` if the library cannot read it."""
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_buffer(content)
+    except BaseException as error:
+        # The library raises plain Exception for files that it cannot read. Its panics are no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(
+            f"{path} is not a valid tokenizer.json ({one_line(error)}). Copy it again from the origin of the model."
+        ) from error
 
 
 class FastTokenizer:
@@ -50,12 +66,7 @@ class FastTokenizer:
         content = self.path.read_bytes()
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.library: Mapping[str, str] = {"tokenizers": tokenizers.__version__}
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # the library raises plain Exception for files that it cannot read
-            raise DataError(
-                f"{self.path} is not a valid tokenizer.json ({error}). Copy it again from the origin of the model."
-            ) from error
+        self._tokenizer = opened(content, self.path)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         parsed = json.loads(content)

@@ -23,9 +23,7 @@ def explained(given: str, name: str) -> Iterator[None]:
     """Turn exceptions into a `DataError` about `given`, a file or specification of the data set `name`."""
     try:
         yield
-    except DataError:
-        raise
-    except MemoryError:
+    except (DataError, MemoryError):
         raise
     except Exception as error:  # whatever the libraries raise
         raise DataError(f"{given}: {_meaning(error, name)}") from error

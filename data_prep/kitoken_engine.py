@@ -21,7 +21,7 @@ import tokenizers
 
 from data_prep.awkward import LINES, added_lines
 from data_prep.names import one_line
-from data_prep.word_boundaries import MARKER, PER_CHARACTER, kind_of, parts_of, replaces_spaces
+from data_prep.word_boundaries import MARKER, PER_CHARACTER, kind_of, parts_of, replaces_spaces, steps_before_model
 
 NAME = "kitoken"
 UNSEEN, SAFE, UNSAFE = 0, 1, 2
@@ -219,7 +219,7 @@ def _unreached(content: dict[str, Any], reference: Any) -> list[str]:
 
 def _text_of(piece: str, content: dict[str, Any]) -> str:
     """The text that becomes a piece: byte-level pieces are spelled with a character for each byte."""
-    kinds = {part["type"] for part in _steps(content)}
+    kinds = {part["type"] for part in steps_before_model(content)}
     if "ByteLevel" not in kinds:
         return piece
     try:
@@ -239,17 +239,11 @@ def _forms(text: str, content: dict[str, Any]) -> list[str]:
     """The text with spaces, with markers for them, and without the first if the tokenizer adds one to a line."""
     spaced = text.replace(MARKER, " ")
     forms = [text, spaced]
-    if any(part.get("add_prefix_space") or part["type"] in ("Metaspace", "Prepend") for part in _steps(content)):
+    if any(
+        part.get("add_prefix_space") or part["type"] in ("Metaspace", "Prepend") for part in steps_before_model(content)
+    ):
         forms += [form[1:] for form in forms if form.startswith((" ", MARKER)) and form.replace(MARKER, " ").strip()]
     return forms
-
-
-def _steps(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """All steps before the model: normalizers and pre-tokenizers."""
-    return [
-        *parts_of(content.get("normalizer"), "normalizers"),
-        *parts_of(content.get("pre_tokenizer"), "pretokenizers"),
-    ]
 
 
 def _known_letter(model: dict[str, Any], reference: Any) -> str:

@@ -22,11 +22,11 @@ from data_prep.tokenizer_ids import (
     TOKENIZER_CONFIG_NAME,
     save_command,
 )
+from data_prep.word_boundaries import MARKER
 
 protobuf: Any = sentencepiece_model_pb2  # generated code without types
 MODEL_FILE = SENTENCEPIECE_NAMES[0]
 NUM_LEADING_SPECIALS = 4  # <s> <pad> </s> <unk>; the last id is <mask>
-WORD_START = "▁"
 DEFAULT_MAX_LENGTH = 512
 
 
@@ -56,7 +56,7 @@ class SentencePiecePieces:
 
     def with_parts(self, used: np.ndarray) -> np.ndarray:
         """`used`, its single characters, and the ids that are kept in any case: bool."""
-        kept = with_characters(self.texts, used, WORD_START)
+        kept = with_characters(self.texts, used, MARKER)
         kept[self._always] = True
         return kept
 

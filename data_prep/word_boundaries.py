@@ -113,21 +113,31 @@ def why_not_json(content: dict[str, Any]) -> str | None:
 
 
 def kind_of(model: dict[str, Any]) -> str:
-    """The type of the model of a tokenizer.json. Older files do not name it."""
-    if "type" in model:
+    """The type of the model of a tokenizer.json. Older files do not name it; then its keys tell."""
+    if model.get("type") is not None:
         return model["type"]
-    return "BPE" if "merges" in model else "WordPiece" if "max_input_chars_per_word" in model else "Unigram"
+    if "merges" in model:
+        return "BPE"
+    if "max_input_chars_per_word" in model:
+        return "WordPiece"
+    return "Unigram" if isinstance(model.get("vocab"), list) else "an unnamed kind"
 
 
 def parts_of(part: dict[str, Any] | None, key: str) -> Iterator[dict[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer, whose sequences hold the steps under `key`."""
-    if part is None:
-        return
-    if part["type"] == "Sequence":
+    """The steps of a normalizer, pre-tokenizer or post-processor, whose sequences hold the steps under `key`."""
+    if part and key in part:
         for inner in part[key]:
             yield from parts_of(inner, key)
-    else:
+    elif part:
         yield part
+
+
+def steps_before_model(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """All normalizers and pre-tokenizers of a tokenizer.json."""
+    return [
+        *parts_of(content.get("normalizer"), "normalizers"),
+        *parts_of(content.get("pre_tokenizer"), "pretokenizers"),
+    ]
 
 
 def replaces_spaces(normalizer: dict[str, Any]) -> bool:

@@ -1,18 +1,18 @@
-"""Labelled sentence pairs: the examples of XNLI and PAWS-X, and the readers that both tasks share.
+"""Labelled sentence pairs: the examples of XNLI and PAWS-X, and the reader of files that both tasks share.
 
-In: tab-separated files with a header, or tables of the `datasets` library. Out: `LabelledPairs` and `PairData`.
+In: tab-separated files with a header. Out: `LabelledPairs` and `PairData`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError, did_you_mean
-from pipeline.evaluation.finetuning.split_data import FROM_LIBRARY, SplitData
-from pipeline.evaluation.library_data import library_errors, load_table
+from pipeline.evaluation.finetuning.split_data import SplitData
+from pipeline.evaluation.lines import text_lines
 
 
 @dataclass
@@ -57,71 +57,25 @@ class PairData(SplitData[LabelledPairs]):
         return examples.first, examples.second, examples.labels
 
 
-def pairs_from_library(
-    source: str,
-    train_language: str,
-    languages: list[str] | None,
-    most: tuple[int | None, int | None],
-    otherwise: str,
-    of_table: Callable[[Any, int | None, str], LabelledPairs],
-) -> PairData:
-    """Read one configuration per language of a data set of the hub. The library caches them.
-
-    Args:
-        source: `datasets:NAME`
-        languages: development and test languages; None: all
-        most: number of pairs to train on, and of each language to evaluate; None: all
-        otherwise: what to do without the library, for messages
-        of_table: called with a table, the number of pairs and what the table is called
-    """
-    name = source.removeprefix(FROM_LIBRARY)
-    with library_errors(name, otherwise):
-        import datasets  # slow to import, and only needed here
-
-        known = [config for config in datasets.get_dataset_config_names(name) if config != "all_languages"]
-        missing = [language for language in [train_language, *(languages or [])] if language not in known]
-        if missing:
-            raise UserError(f"{name} has no {', '.join(missing)}; it has {', '.join(known)}")
-
-        def read(language: str, split: str, number: int | None) -> LabelledPairs:
-            return of_table(load_table(name, language, split), number, f"{name}/{language}/{split}")
-
-        chosen = languages or known
-        dev, test = ({x: read(x, split, most[1]) for x in chosen} for split in ("validation", "test"))
-        return PairData(read(train_language, "train", most[0]), dev, test, train_language)
-
-
 def tsv_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     """Yield (where, cells of `columns`) of every line after the header.
 
     Quotation marks are part of the text, as in the official files.
     """
     header: list[str] = []
-    with open(path, "rb") as lines:
-        for number, raw in enumerate(lines, start=1):
-            where = f"{path}, line {number}"
-            try:
-                cells = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n").split("\t")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{where}: not UTF-8 (byte {error.start} of the line). Convert the file first."
-                ) from None
-            if len(cells) == 1 and not cells[0].strip():
-                continue
-            if "\r" in raw.decode("utf-8").rstrip("\r\n"):
-                raise UserError(
-                    f"{where}: a carriage return within the line. If lines end in one (old Macintosh files), convert the file: "
-                    f"tr '\\r' '\\n' < {path.name}"
-                )
-            if not header:
-                header = [cell.strip().casefold() for cell in cells]
-                positions = header_positions(header, columns, where)
-                continue
-            if len(cells) != len(header):
-                raise UserError(
-                    f"{where}: {len(cells)} columns, the header has {len(header)}. Correct or delete that line."
-                )
-            yield (where, *(cells[position].strip() for position in positions))
+    for number, line in text_lines(path):
+        where, cells = f"{path}, line {number}", line.split("\t")
+        if len(cells) == 1 and not cells[0].strip():
+            continue
+        if not header:
+            header = [cell.strip().casefold() for cell in cells]
+            positions = header_positions(header, columns, where)
+            continue
+        if len(cells) != len(header):
+            raise UserError(
+                f"{where}: {len(cells)} columns, the header has {len(header)}. Correct or delete that line."
+            )
+        yield (where, *(cells[position].strip() for position in positions))
 
 
 def header_positions(header: Sequence[str], columns: Sequence[str], where: str) -> list[int]:

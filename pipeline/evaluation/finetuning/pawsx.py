@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.evaluation.finetuning.labelled_pairs import LabelledPairs, PairData, pairs_from_library, tsv_rows
+from pipeline.evaluation.finetuning.labelled_pairs import LabelledPairs, PairData, tsv_rows
 from pipeline.evaluation.finetuning.pair_classification import PairConfig, pair_task
-from pipeline.evaluation.finetuning.split_data import FROM_LIBRARY, only_one
+from pipeline.evaluation.finetuning.split_data import FROM_LIBRARY, only_one, splits_from_library
 
 COLUMNS = ("sentence1", "sentence2", "label")
 LABELS = ("0", "1")  # 1: a paraphrase
@@ -36,7 +36,9 @@ def read(config: PawsxConfig) -> PairData:
     most = (config.max_train, config.max_evaluation)
     if config.data.startswith(FROM_LIBRARY):
         otherwise = "name a directory with the official files: --set pawsx.data=DIR"
-        return pairs_from_library(config.data, config.train_language, config.languages, most, otherwise, _of_table)
+        language = config.train_language
+        found = splits_from_library(config.data, language, config.languages, most, otherwise, _of_table)
+        return PairData(*found, language)
     files = {split: _files(config.data, names) for split, names in SPLITS.items()}
     languages = list(config.languages or sorted(files["dev"].keys() & files["test"].keys()))
     if not languages:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pipeline.errors import UserError
 from pipeline.evaluation.finetuning.loop import FinetuneConfig
-from pipeline.evaluation.finetuning.split_data import FROM_LIBRARY, SplitData, only_one
+from pipeline.evaluation.finetuning.split_data import FROM_LIBRARY, SplitData, only_one, splits_from_library
 from pipeline.evaluation.finetuning.tagging_files import (
     UPOS,
     Labels,
@@ -26,7 +26,6 @@ from pipeline.evaluation.finetuning.tagging_files import (
     read_conllu,
     tagged_sentences,
 )
-from pipeline.evaluation.library_data import library_errors, load_table
 
 _TREEBANK = r"(?P<name>(?P<language>[a-z]{2,3})_\w+)-ud-(?P<split>train|dev|test)(-\w+)?"
 _CODE = r"(?P<name>(?P<language>[a-z]{2,3}(-[A-Za-z-]+)?))"
@@ -212,31 +211,22 @@ def _checked(
 
 
 def _from_library(config: TaggingConfig) -> TaggingData:
-    """Read one configuration per language, as unimelb-nlp/wikiann has them. The library caches them."""
-    name = config.data.removeprefix(FROM_LIBRARY)
+    """Read a data set like unimelb-nlp/wikiann."""
     if not config.languages:
         raise UserError(
             f"{config.data} has many languages, and each is downloaded. Name some: --set 'tagging.languages=[en, de]'"
         )
-    with library_errors(name, "name a directory with the official files: --set tagging.data=DIR"):
-        import datasets  # slow to import, and only needed here
 
-        known = datasets.get_dataset_config_names(name)
-        if missing := [x for x in [config.train_language, *config.languages] if x not in known]:
-            raise UserError(f"{name} has no {', '.join(missing)}; it has {', '.join(known)}")
+    def of_table(table: Any, most: int | None, where: str) -> TaggedSentences:
+        return _from_table(table if most is None else table.take(most), where, config.scheme == "lenient")
 
-        def read(language: str, split: str, most: int | None) -> TaggedSentences:
-            table = load_table(name, language, split)
-            return _from_table(table if most is None else table.take(most), f"{name}/{language}/{split}", config)
-
-        dev, test = (
-            {x: read(x, split, config.max_evaluation) for x in config.languages} for split in ("validation", "test")
-        )
-        train = read(config.train_language, "train", config.max_train)
-    return _checked(train, dev, test, config.train_language)
+    most = (config.max_train, config.max_evaluation)
+    otherwise = "name a directory with the official files: --set tagging.data=DIR"
+    found = splits_from_library(config.data, config.train_language, config.languages, most, otherwise, of_table)
+    return _checked(*found, config.train_language)
 
 
-def _from_table(table: Any, where: str, config: TaggingConfig) -> TaggedSentences:
+def _from_table(table: Any, where: str, lenient: bool) -> TaggedSentences:
     column = next((name for name in LIBRARY_COLUMNS if name in table.features), None)
     if column is None or "tokens" not in table.features:
         raise UserError(
@@ -248,4 +238,4 @@ def _from_table(table: Any, where: str, config: TaggingConfig) -> TaggedSentence
         [(number, word, names[tag] if names else tag) for word, tag in zip(row["tokens"], row[column], strict=True)]
         for number, row in enumerate(table)
     ]
-    return tagged_sentences([row for row in rows if row], f"{where}, row", config.scheme == "lenient")
+    return tagged_sentences([row for row in rows if row], f"{where}, row", lenient)

@@ -17,6 +17,7 @@ from typing import Literal
 
 from pipeline.errors import UserError, did_you_mean
 from pipeline.evaluation.finetuning.entities import SCHEMES, contradictions, entities, iob2, split_tag
+from pipeline.evaluation.lines import text_lines
 
 UPOS = tuple("ADJ ADP ADV AUX CCONJ DET INTJ NOUN NUM PART PRON PROPN PUNCT SCONJ SYM VERB X".split())
 CONLLU_COLUMNS = 10
@@ -199,26 +200,13 @@ def sentences_of(path: Path, comments: bool) -> Iterator[list[Line]]:
     `comments`: whether lines that begin with `#` are skipped
     """
     lines: list[Line] = []
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, start=1):
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path}, line {number}: not UTF-8 (byte {error.start} of the line). Convert the file first (CoNLL 2002 is "
-                    f"Latin-1: iconv -f latin1 -t utf-8)."
-                ) from None
-            if "\r" in line:
-                raise UserError(
-                    f"{path}, line {number}: a carriage return within the line. If lines end in one (old Macintosh files), convert "
-                    f"the file: tr '\\r' '\\n' < {path.name}"
-                )
-            if not line.strip():
-                if lines:
-                    yield lines
-                lines = []
-            elif not (comments and line.startswith("#")) and not line.startswith(DOCUMENT_LINE):
-                lines.append((number, line))
+    for number, line in text_lines(path, " (CoNLL 2002 is Latin-1: iconv -f latin1 -t utf-8)"):
+        if not line.strip():
+            if lines:
+                yield lines
+            lines = []
+        elif not (comments and line.startswith("#")) and not line.startswith(DOCUMENT_LINE):
+            lines.append((number, line))
     if lines:
         yield lines
 

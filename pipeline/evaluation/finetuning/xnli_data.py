@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.evaluation.finetuning.labelled_pairs import LabelledPairs, PairData, pairs_from_library, tsv_rows
-from pipeline.evaluation.finetuning.split_data import FROM_LIBRARY, only_one
+from pipeline.evaluation.finetuning.labelled_pairs import LabelledPairs, PairData, tsv_rows
+from pipeline.evaluation.finetuning.split_data import FROM_LIBRARY, only_one, splits_from_library
 
 LABELS = ("entailment", "neutral", "contradiction")
 ALSO_CALLED = {"contradictory": "contradiction"}  # the word of XNLI-MT
@@ -34,7 +34,8 @@ def read_xnli(
     if source.startswith(FROM_LIBRARY):
         most = (max_train, max_evaluation)
         otherwise = "name a directory with the official files: --set xnli.data=DIR"
-        return pairs_from_library(source, train_language, languages, most, otherwise, _of_table)
+        found = splits_from_library(source, train_language, languages, most, otherwise, _of_table)
+        return PairData(*found, train_language)
     train = _read_train(_find(source, f"multinli.train.{train_language}.tsv"), max_train)
     dev, test = (
         _read_evaluation(_find(source, f"xnli.{split}.tsv"), languages, max_evaluation) for split in ("dev", "test")

@@ -1,4 +1,4 @@
-"""Fixtures of the tests that compare ids."""
+"""Fixtures of the tests that compare ids, and of those that read data sets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from data_prep import parquet
 from tests.unit.data_prep.id_checks import TEXT, write
+from tests.unit.data_prep.small_data_set import write_data_set
 
 
 @pytest.fixture
@@ -32,3 +34,14 @@ def model_alone(tiny_tokenizer: Path, tmp_path: Path) -> Callable[..., Path]:
         return directory
 
     return make
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of two row groups."""
+    monkeypatch.setattr(parquet, "PART_BYTES", 2000)
+
+
+@pytest.fixture(scope="session")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data_set(tmp_path_factory.mktemp("data-set") / "texts")

@@ -1,81 +1,29 @@
-"""Data sets of a hub and of a directory in its layout: languages by config, one commit, and the same shards after any stop."""
+"""Data sets of a directory in the hub's layout: languages by config, what is rejected, and the same shards after any stop."""
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
-import shlex
 import shutil
-import subprocess
 import sys
 import tomllib
 import zipfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets  # here once, and not in every process that lists files
-import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_prep import parquet
-from data_prep.__main__ import main
 from data_prep.discovery import LanguageRules, survey
-from data_prep.hub_files import HubFile
 from data_prep.journal import JOURNAL_NAME
 from data_prep.languages import CC100, OF_CODE, language_of_code
-from data_prep.manifest import DATA_SETS, begin_output, commits_of, read_run
 from data_prep.shards import DataError, ShardSet
-from data_prep.sources import ReadOptions
+from data_prep.sources import CorruptSource, ReadOptions, Source
 from data_prep.where import Where
 from tests.conftest import REPO
 from tests.unit.data_prep.corpus import content, run_command
-from tests.unit.data_prep.small_hub import SmallHub
-
-CONFIGS = {"deu_Latn": "Zeile", "swe_Latn": "rad", "deu_Latn_removed": "weg"}
-SMALL = ("--shard-tokens", "1200", "--block-bytes", "1500")
-FIRST, SECOND, THIRD = "a1" * 20, "b2" * 20, "c3" * 20
-
-
-def write_data_set(root: Path, word: str = "") -> Path:
-    """A data set with three configs, two files of eight row groups in each; mC4's way for one more config."""
-    lines = ["---", "configs:"]
-    for config, noun in CONFIGS.items():
-        for number in range(2):
-            path = root / "data" / config / "train" / f"{number:03d}.parquet"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            texts = [f"{noun}{word} {number} {row} {row * 7919 % 10007}\n{noun} zwei" for row in range(320)]
-            not_read = [row.to_bytes(2, "big") * 200 for row in range(320)]
-            scores = [row / 320 for row in range(320)]
-            table = pyarrow.table({"not_read": not_read, "text": texts, "language_score": scores})
-            pyarrow.parquet.write_table(table, path, row_group_size=40, compression="none")
-        lines += [f"- config_name: {config}", "  data_files:", "  - split: train", f"    path: data/{config}/train/*"]
-        lines += ["  - split: test", f"    path: data/{config}/train/000.parquet"]
-    lines += ["- config_name: 'no'", "  data_files:", "  - split: train", "    path: multilingual/c4-no.*.json.gz"]
-    (root / "multilingual").mkdir()
-    for number in range(2):
-        records = [json.dumps({"text": f"linje {number} {row}", "url": ""}) for row in range(50)]
-        (root / "multilingual" / f"c4-no.{number}.json.gz").write_bytes(gzip.compress("\n".join(records).encode()))
-    (root / "README.md").write_text("\n".join([*lines, "---", ""]))
-    return root
-
-
-def sources(given: str, rules: LanguageRules) -> dict[str, list[str]]:
-    found = survey([given], rules, ReadOptions()).sources
-    return {language: [source.name for source in some] for language, some in found.items()}
-
-
-@pytest.fixture
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of two row groups."""
-    monkeypatch.setattr(parquet, "PART_BYTES", 2000)
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data_set(tmp_path_factory.mktemp("data-set") / "texts")
+from tests.unit.data_prep.small_data_set import SMALL, sources, stop_after, write_data_set
 
 
 def test_codes_of_languages() -> None:
@@ -230,10 +178,29 @@ def uninterrupted(given: str, tokenizer: Path, output: Path, *more: str) -> dict
     return content(output)
 
 
-def stop_after(output: Path, language: str, num_entries: int) -> None:
-    """Leave what a run leaves that was killed after some shards. The shards behind them stay, as unfinished files would."""
-    journal = output / language / JOURNAL_NAME
-    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:num_entries]))
+def with_rows(path: Path, copy: Path, rows: dict[int, str | None]) -> Path:
+    """A copy of a Parquet file of the small data set with other texts in some rows."""
+    table = pyarrow.parquet.read_table(path)
+    texts = [rows.get(number, text) for number, text in enumerate(table["text"].to_pylist())]
+    pyarrow.parquet.write_table(table.set_column(1, "text", [texts]), copy, row_group_size=40, compression="none")
+    return copy
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_blocks_from_a_place_are_those_of_a_read_from_the_start(local: Path, tmp_path: Path) -> None:
+    """With their lines and hashes, which depend on all text before them; and messages name the row of the file."""
+    path = local / "data" / "deu_Latn" / "train" / "000.parquet"
+    source = Source("de", path, path.name, in_parts=True)
+    blocks = list(source.blocks(1500))
+    lines = [block.text.count(b"\n") for block in blocks]
+    assert [block.first_line for block in blocks] == [sum(lines[:number]) for number in range(len(blocks))]
+    first = next(number for number, block in enumerate(blocks) if block.place and block.place.part == 2)
+    assert list(source.blocks(1500, blocks[first].place)) == blocks[first:]
+    other = Source("de", with_rows(path, tmp_path / "other.parquet", {0: "Etwas anderes."}), path.name, in_parts=True)
+    assert {block.digest for block in other.blocks(1500)}.isdisjoint(block.digest for block in blocks)
+    bad = with_rows(path, tmp_path / "bad.parquet", {310: None})
+    with pytest.raises(CorruptSource, match="of row 311 is null"):
+        list(Source("de", bad, path.name, ReadOptions(bad_records="fail"), in_parts=True).blocks(1500))
 
 
 def groups_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -252,7 +219,7 @@ def groups_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("more", [(), ("--where", "language_score >= 0.2"), ("--dedup", "lines")], ids=" ".join)
 def test_a_run_that_was_stopped_anywhere_makes_the_same_shards(
-    local: Path, tiny_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+    local: Path, tiny_tokenizer: Path, tmp_path: Path, more: tuple[str, ...]
 ) -> None:
     given, output = f"hf:{local}:deu_Latn", tmp_path / "out"
     expected = uninterrupted(given, tiny_tokenizer, output, *more)
@@ -292,230 +259,9 @@ def test_a_local_file_that_changed_meanwhile_is_read_from_its_start_and_rejected
     uninterrupted(given, tiny_tokenizer, output)
     stop_after(output, "de", 2)
     path = root / "data" / "deu_Latn" / "train" / "000.parquet"
-    table = pyarrow.parquet.read_table(path)
-    texts = ["Etwas anderes.", *table["text"].to_pylist()[1:]]
-    pyarrow.parquet.write_table(table.set_column(1, "text", [texts]), path, row_group_size=40, compression="none")
+    with_rows(path, path, {0: "Etwas anderes."})
     assert run_command(Path(given), tiny_tokenizer, output, *SMALL) == 2
     assert "are not those that" in capsys.readouterr().err
-
-
-@pytest.fixture(scope="module")
-def running_hub(local: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallHub]:
-    newer = write_data_set(tmp_path_factory.mktemp("newer") / "texts", word="en")
-    commits = {FIRST: str(local), SECOND: str(newer)}
-    with SmallHub(tmp_path_factory.mktemp("hub"), "some/texts", commits, FIRST).running() as hub:
-        yield hub
-
-
-@pytest.fixture
-def hub(running_hub: SmallHub, monkeypatch: pytest.MonkeyPatch) -> SmallHub:
-    running_hub.change(main=FIRST, answer=None, fail_after=None)
-    running_hub.use_here(monkeypatch)
-    return running_hub
-
-
-Prepare = Callable[..., int]
-
-
-@pytest.fixture
-def prepare(tiny_tokenizer: Path, tmp_path: Path) -> Prepare:
-    def run(*given: str, more: tuple[str, ...] = ()) -> int:
-        words = ["prepare", "--input", *given, "--tokenizer", str(tiny_tokenizer), "--output", str(tmp_path / "out")]
-        return main([*words, "--workers", "1", *SMALL, *more])
-
-    return run
-
-
-@pytest.mark.usefixtures("small_parts")
-def test_several_languages_of_a_hub_in_one_command(
-    hub: SmallHub,
-    local: Path,
-    prepare: Prepare,
-    tiny_tokenizer: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert prepare("hf:some/texts:deu_Latn", "hf:some/texts:swe_Latn", "hf:some/texts:no") == 0
-    assert f"input: data set some/texts at commit {FIRST}" in capsys.readouterr().err
-    manifest = ShardSet(tmp_path / "out").manifest
-    assert manifest["data_sets"] == {"some/texts": [FIRST]}
-    address = f"hf://datasets/some/texts@{FIRST}/data/deu_Latn/train/"
-    assert [one["name"] for one in manifest["languages"]["de"]["sources"]] == [
-        f"{address}000.parquet",
-        f"{address}001.parquet",
-    ]
-    assert run_command(Path(f"hf:{local}:deu_Latn"), tiny_tokenizer, tmp_path / "local", *SMALL) == 0
-    assert manifest["languages"]["no"]["documents"] == 100
-    assert [Path(one["name"]).name for one in manifest["languages"]["no"]["sources"]] == [
-        "c4-no.0.json.gz",
-        "c4-no.1.json.gz",
-    ]
-    for name, shard in content(tmp_path / "local" / "de").items():
-        if name.endswith(".tok"):
-            assert (tmp_path / "out" / "de" / name).read_bytes() == shard
-
-
-@pytest.mark.usefixtures("small_parts")
-def test_an_output_keeps_its_commit(
-    hub: SmallHub, prepare: Prepare, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert prepare("hf:some/texts:deu_Latn") == 0
-    expected = content(tmp_path / "out")
-    stop_after(tmp_path / "out", "de", 2)
-    hub.change(main=SECOND)
-    capsys.readouterr()
-    assert prepare("hf:some/texts:deu_Latn") == 0
-    said = capsys.readouterr().err
-    assert f"the newest revision is commit {SECOND[:12]}; the output was begun with {FIRST[:12]} and continues" in said
-    assert content(tmp_path / "out") == expected
-    assert prepare(f"hf:some/texts@{SECOND}:deu_Latn") == 2
-    assert f"was begun with commit {FIRST}, and one output holds one revision" in capsys.readouterr().err
-    assert prepare(f"hf:some/texts@{FIRST}:deu_Latn") == 0
-    assert content(tmp_path / "out") == expected
-    assert prepare("hf:some/texts:deu_Latn", "hf:some/texts:swe_Latn", more=("--add",)) == 0
-    assert all(FIRST in one["name"] for one in ShardSet(tmp_path / "out").manifest["languages"]["sv"]["sources"])
-
-
-def test_merging_two_commits_keeps_both(hub: SmallHub, prepare: Prepare, tmp_path: Path) -> None:
-    assert prepare("hf:some/texts:deu_Latn") == 0
-    (tmp_path / "out").rename(tmp_path / "german")
-    hub.change(main=SECOND)
-    assert prepare("hf:some/texts:swe_Latn") == 0
-    assert main(["merge", str(tmp_path / "german"), "--from", str(tmp_path / "out")]) == 0
-    manifest = ShardSet(tmp_path / "german").manifest
-    assert manifest["data_sets"] == {"some/texts": [FIRST, SECOND]}
-    names = {language: entry["sources"][0]["name"] for language, entry in manifest["languages"].items()}
-    assert f"@{FIRST}/" in names["de"]
-    assert f"@{SECOND}/" in names["sv"]
-
-
-def test_two_runs_that_begin_an_output_with_two_commits(local: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
-    """The second has looked up a newer commit before the first has written its own."""
-    assert run_command(Path(f"hf:{local}:deu_Latn"), tiny_tokenizer, tmp_path / "out", *SMALL) == 0
-    about = read_run(tmp_path / "out")
-    begin_output(tmp_path / "out", {**about, DATA_SETS: {"some/texts": [FIRST]}}, ["de"], may_add=False)
-    assert commits_of(tmp_path / "out") == {"some/texts": FIRST}
-    with pytest.raises(
-        DataError, match=f"begun with commit {FIRST} of some/texts, and this run found {SECOND}.*Run the same"
-    ):
-        begin_output(tmp_path / "out", {**about, DATA_SETS: {"some/texts": [SECOND]}}, ["de"], may_add=False)
-
-
-@pytest.mark.usefixtures("small_parts")
-def test_a_hub_that_fails_while_it_is_read_costs_no_finished_shard(
-    hub: SmallHub, prepare: Prepare, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("data_prep.hub_files.FETCHED_BYTES", 8000)
-    assert prepare("hf:some/texts:deu_Latn") == 0
-    expected, requests = content(tmp_path / "out"), [line for line in hub.log if " bytes=" in line]
-    assert sum("001.parquet" in line for line in requests) > 4
-    stop_after(tmp_path / "out", "de", 0)
-    hub.change(answer=(403, ""), fail_after=len(requests) - 3)
-    capsys.readouterr()
-    assert prepare("hf:some/texts:deu_Latn") == 2
-    assert "train/001.parquet: the hub denies access (HTTP 403)" in capsys.readouterr().err
-    kept = (tmp_path / "out" / "de" / JOURNAL_NAME).read_bytes().splitlines()
-    assert len(kept) > 2
-    hub.change(answer=None, fail_after=None)
-    assert prepare("hf:some/texts:deu_Latn") == 0
-    assert content(tmp_path / "out") == expected
-
-
-def test_a_file_of_the_hub_that_must_be_converted_is_read_from_a_copy(tmp_path: Path) -> None:
-    """The same command would read the hub's file again."""
-    address = f"hf://datasets/some/texts@{FIRST}/multilingual/c4-no.0.json.gz"
-    source = HubFile("no", Path("multilingual/c4-no.0.json.gz"), address, ReadOptions())
-    said = source._not_utf8("its first bytes are not", "ISO-8859-1")
-    assert "give the corrected copy (hf:downloaded) in place of hf:some/texts and another --output: hf download" in said
-    command = said.partition("another --output: ")[2]
-    download, _, convert = command.partition(" && ")
-    asked = shlex.split(download)
-    assert asked[:5] == ["hf", "download", "some/texts", "--revision", FIRST]
-    assert asked[-6:] == ["--include", "README.md", "--include", "multilingual/*", "--local-dir", "downloaded"]
-    copy = tmp_path / "downloaded" / "multilingual" / "c4-no.0.json.gz"
-    copy.parent.mkdir(parents=True)
-    copy.write_bytes(gzip.compress('{"text": "blåbær"}\n'.encode("latin-1")))
-    subprocess.run(["bash", "-c", convert], cwd=tmp_path, check=True)
-    assert gzip.decompress(copy.read_bytes()).decode() == '{"text": "blåbær"}\n'
-
-
-@pytest.mark.parametrize(
-    ("answer", "message"),
-    [
-        ((403, "GatedRepo"), r"is gated\. Accept its conditions at http.*/datasets/some/texts.*hf auth login"),
-        ((401, "RepoNotFound"), r"has no public data set some/texts\. Correct the name; for a private or gated one"),
-        ((429, ""), r"limits the rate of requests \(HTTP 429\)\. Wait some minutes"),
-        ((403, ""), r"denies access \(HTTP 403\)"),
-        ((503, ""), r"answered HTTP 503\. Try later\. Finished shards are kept"),
-    ],
-)
-def test_what_the_hub_answers_is_explained(
-    hub: SmallHub, answer: tuple[int, str], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between attempts after 429
-    hub.change(answer=answer)
-    with pytest.raises(DataError, match=message):
-        sources("hf:some/texts:deu_Latn", LanguageRules())
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ("hf:some/texts@v9:deu_Latn", r"some/texts has no such revision\. Give a branch, tag or commit"),
-        ("hf:some/other:deu_Latn", r"has no public data set some/other"),
-        ("hf:some/texts:deu", r"no config 'deu' among its 4"),
-        ("hf:texts", r"there is no directory texts, and a data set of the hub is named OWNER/NAME"),
-    ],
-)
-def test_what_the_hub_does_not_have_is_named(hub: SmallHub, given: str, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        sources(given, LanguageRules())
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "message"),
-    [
-        (
-            "--text-field",
-            "body",
-            "000.parquet: there is no column 'body'; its columns are not_read, text, language_score",
-        ),
-        ("--where", "score >= 1", "000.parquet: --where 'score >= 1': there is no column 'score'"),
-        ("--where", "not_read >= 1", "column 'not_read' is of type binary, not number"),
-    ],
-)
-def test_a_missing_column_of_a_hub_is_named_before_anything_is_written(
-    hub: SmallHub,
-    prepare: Prepare,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    option: str,
-    value: str,
-    message: str,
-) -> None:
-    assert prepare("hf:some/texts:deu_Latn", more=(option, value)) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_script_of_the_hub_is_not_run(hub: SmallHub, tmp_path: Path) -> None:
-    (tmp_path / "texts.py").write_text("raise SystemExit\n")
-    hub.change(main=THIRD, commits={**hub.commits, THIRD: str(tmp_path)})
-    with pytest.raises(DataError, match=r"the data set is a script, and no script is run\. Use.*hf:allenai/c4"):
-        sources("hf:some/texts", LanguageRules(language="de"))
-
-
-def test_a_hub_that_cannot_be_reached_is_one_paragraph(
-    hub: SmallHub, prepare: Prepare, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert prepare("hf:some/texts:deu_Latn") == 2
-    said = capsys.readouterr().err
-    assert "error: hf:some/texts:deu_Latn: the hub http://127.0.0.1:9 cannot be reached" in said
-    assert "hf download some/texts --repo-type dataset --local-dir DIR" in said
-    assert len(said.strip().splitlines()) == 1
-    assert not (tmp_path / "out").exists()
 
 
 def test_without_the_library_its_versions_are_named(local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -523,11 +269,3 @@ def test_without_the_library_its_versions_are_named(local: Path, monkeypatch: py
     (versions,) = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["optional-dependencies"]["hub"]
     with pytest.raises(DataError, match=rf"need the package datasets: pip install '{re.escape(versions)}'"):
         sources(f"hf:{local}:deu_Latn", LanguageRules())
-
-
-def test_without_the_hub_by_its_own_switch(capsys: pytest.CaptureFixture[str]) -> None:
-    """The tests run with HF_HUB_OFFLINE=1."""
-    with pytest.raises(
-        DataError, match=r"HF_HUB_OFFLINE is set.*Unset it, or copy the data set.*hf download some/texts"
-    ):
-        sources("hf:some/texts:deu_Latn", LanguageRules())

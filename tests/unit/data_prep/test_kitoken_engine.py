@@ -60,11 +60,19 @@ def edited(directory: Path, target: Path, **changes: Any) -> Path:
     return target
 
 
+def with_added(directory: Path, target: Path, tokens: list[str | AddedToken]) -> Path:
+    """A copy of a tokenizer.json with more tokens. Returns the file."""
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.add_tokens(tokens)
+    tokenizer.save(str(target))
+    return target
+
+
 def assert_same_ids(ours: FastTokenizer, theirs: FastTokenizer, lines: list[str]) -> None:
     encoded = [line.encode() for line in lines]
-    for (ids, lengths), (expected, expected_lengths) in [(ours.encode_lines(encoded), theirs.encode_lines(encoded))]:
-        assert lengths.tolist() == expected_lengths.tolist()
-        assert np.array_equal(ids, expected)
+    (ids, lengths), (expected, expected_lengths) = ours.encode_lines(encoded), theirs.encode_lines(encoded)
+    assert lengths.tolist() == expected_lengths.tolist()
+    assert np.array_equal(ids, expected)
     ours.judge(lines, "a line of the test")  # by lines and by words
 
 
@@ -132,16 +140,9 @@ def test_pieces_that_no_merge_makes_go_to_tokenizers(kind: str, tokenizers_of: d
 def test_added_tokens_are_found_as_tokenizers_finds_them(
     kind: str, flags: dict[str, bool], tokenizers_of: dict[str, Path], tmp_path: Path
 ) -> None:
-    tokenizer = Tokenizer.from_file(str(tokenizers_of[kind] / "tokenizer.json"))
-    tokenizer.add_tokens(
-        [AddedToken(text, **flags) for text in ("zblorg", "New York", "[unused1]", "[unused2]", "Kq;")]
-    )
-    (tmp_path / "t").mkdir()
-    tokenizer.save(str(tmp_path / "t" / "tokenizer.json"))
-    ours, theirs = (
-        FastTokenizer(tmp_path / "t" / "tokenizer.json", "auto"),
-        FastTokenizer(tmp_path / "t" / "tokenizer.json"),
-    )
+    tokens = [AddedToken(text, **flags) for text in ("zblorg", "New York", "[unused1]", "[unused2]", "Kq;")]
+    file = with_added(tokenizers_of[kind], tmp_path / "tokenizer.json", tokens)
+    ours, theirs = FastTokenizer(file, "auto"), FastTokenizer(file)
     lines = [
         "a zblorg b",
         "azblorgb ZBLORG zBlorg",
@@ -157,11 +158,7 @@ def test_added_tokens_are_found_as_tokenizers_finds_them(
 def test_an_added_token_that_may_be_spelled_otherwise_keeps_tokenizers(
     tokenizers_of: dict[str, Path], tmp_path: Path
 ) -> None:
-    tokenizer = Tokenizer.from_file(str(tokenizers_of["wordpiece"] / "tokenizer.json"))
-    tokenizer.add_tokens(["café"])
-    (tmp_path / "t").mkdir()
-    tokenizer.save(str(tmp_path / "t" / "tokenizer.json"))
-    file = tmp_path / "t" / "tokenizer.json"
+    file = with_added(tokenizers_of["wordpiece"], tmp_path / "tokenizer.json", ["café"])
     ours = FastTokenizer(file, "auto")
     assert ours.engine == ""
     assert "its added token 'café' may be found in text that is spelled otherwise" in ours.note
@@ -171,11 +168,8 @@ def test_an_added_token_that_may_be_spelled_otherwise_keeps_tokenizers(
 
 def test_too_many_added_tokens_to_search_for_keep_tokenizers(tokenizers_of: dict[str, Path], tmp_path: Path) -> None:
     """With 2000 added words of Chinese, searching for them takes 20 times as long as encoding."""
-    tokenizer = Tokenizer.from_file(str(tokenizers_of["wordpiece"] / "tokenizer.json"))
-    tokenizer.add_tokens([chr(0x4E00 + number) * 4 for number in range(2000)])
-    (tmp_path / "t").mkdir()
-    tokenizer.save(str(tmp_path / "t" / "tokenizer.json"))
-    ours = FastTokenizer(tmp_path / "t" / "tokenizer.json", "auto")
+    words = [chr(0x4E00 + number) * 4 for number in range(2000)]
+    ours = FastTokenizer(with_added(tokenizers_of["wordpiece"], tmp_path / "tokenizer.json", words), "auto")
     assert (ours.engine, ours._words) == ("", None)
     assert "too many added tokens" in ours.note
     ours.judge(["the 一一一一 word"], "a line of the test")

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from data_prep.__main__ import main
 from data_prep.awkward import LINES
+from data_prep.fast_pieces import FastPieces
 from data_prep.tokenizer_ids import tokenizer_file
 from tests.unit.data_prep.trim_tokenizers import KEPT, KINDS, LANGUAGES, NUM_LINES, cut_to, sample_lines, write_text
 
@@ -203,6 +204,14 @@ def test_other_files_with_ids_follow(made: Callable[[str], tuple[Path, Path]], t
     assert json.loads((tmp_path / "small" / "special_tokens_map.json").read_text()) == {"mask_token": "<mask>"}
     assert small["special_ids"] == [0, 1, 2, 3, 4, last]
     assert tokenizer_file(tmp_path / "small").name == small["tokenizer_file"] == "tokenizer.json"
+
+
+def test_ids_before_padding_stay_where_positions_count_from_it(
+    made: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(made("RoBERTa")[0], tmp_path / "other"))
+    (other / "config.json").write_text(json.dumps({"model_type": "roberta", "pad_token_id": 9}))
+    assert FastPieces(other / "tokenizer.json").facts["special_ids"] == [*range(10)]
 
 
 @pytest.mark.parametrize("named", ["GemmaTokenizer", "BertTokenizer"])

@@ -174,6 +174,9 @@ def test_lines_of_text_have_no_columns(
     (tmp_path / "in" / "de.txt").write_text("Eine Zeile.\n")
     assert run_command(tmp_path / "in", tiny_tokenizer, tmp_path / "out", "--where", "score >= 0.5") == 2
     assert "holds lines of text and no columns" in capsys.readouterr().err
+    write(tmp_path / "in" / "sv.jsonl", SCORED)  # one language of several
+    only = ("--where", "score >= 0.5", "--language", "sv")
+    assert run_command(tmp_path / "in", tiny_tokenizer, tmp_path / "out", *only) == 0
 
 
 def test_a_filter_that_nothing_meets_is_told(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,6 +63,15 @@ def write_pawsx(
             if (split == "train") == (language == "en") or split in ("dev_2k", "test_2k"):
                 (directory / language / f"{split}.tsv").write_text("\n".join(lines) + "\n")
     return directory
+
+
+def write_hub_data(directory: Path, rows: dict[str, list[dict[str, Any]]], about: str = "") -> str:
+    """A data set of the hub with the config `en` and the rows of each split. `about`: more of its README. Returns its name."""
+    for split, of in rows.items():
+        (directory / f"{split}.jsonl").write_text("\n".join(map(json.dumps, of)))
+    splits = "".join(f"  - split: {split}\n    path: {split}.jsonl\n" for split in rows)
+    (directory / "README.md").write_text(f"---\n{about}configs:\n- config_name: en\n  data_files:\n{splits}---\n")
+    return f"datasets:{directory}"
 
 
 def pair(draw: random.Random, number: int) -> tuple[str, str, str]:

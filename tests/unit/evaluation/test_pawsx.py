@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.encoder import load_encoder
 from pipeline.evaluation.finetuning.pawsx import TASK, PawsxConfig, read
 from pipeline.evaluation.ranks import alone
-from tests.unit.evaluation.labelled_pairs import write_pawsx
+from tests.unit.evaluation.labelled_pairs import write_hub_data, write_pawsx
 
 
 @pytest.fixture
@@ -19,7 +18,7 @@ def pairs(tmp_path: Path) -> Path:
     return write_pawsx(tmp_path / "x-final")
 
 
-def config(directory: Path, **settings: object) -> PawsxConfig:
+def config(directory: Path | str, **settings: object) -> PawsxConfig:
     quick = {"learning_rates": [3e-3], "epochs": 4, "batch": 16, "micro_batch": 8, "max_length": 48}
     return PawsxConfig(data=str(directory), **{**quick, **settings})
 
@@ -48,15 +47,15 @@ def test_the_library_gives_the_same_pairs(pairs: Path, tmp_path: Path, monkeypat
     """A missing label is -1 there."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     data = read(config(pairs, languages=["en"]))
-    for split, of in (("train", data.train), ("validation", data.dev["en"]), ("test", data.test["en"])):
-        rows = zip(of.first, of.second, of.labels, strict=True)
-        lines = [json.dumps({"sentence1": a, "sentence2": b, "label": label}) for a, b, label in rows]
-        (tmp_path / f"{split}.jsonl").write_text(
-            "\n".join([lines[0].replace('"label": ', '"label": -1, "was": '), *lines])
-        )
-    splits = "".join(f"  - split: {x}\n    path: {x}.jsonl\n" for x in ("train", "validation", "test"))
-    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: en\n  data_files:\n{splits}---\n")
-    found = read(config(Path(f"datasets:{tmp_path}"), languages=["en"]))
+    rows = {
+        split: [
+            {"sentence1": a, "sentence2": b, "label": label}
+            for a, b, label in zip(of.first, of.second, of.labels, strict=True)
+        ]
+        for split, of in (("train", data.train), ("validation", data.dev["en"]), ("test", data.test["en"]))
+    }
+    rows = {split: [{**of[0], "label": -1}, *of] for split, of in rows.items()}
+    found = read(config(write_hub_data(tmp_path, rows), languages=["en"]))
     assert found.about()["pairs_left_out"] == {"en": 1}
     for of in (found.train, found.dev["en"], found.test["en"]):
         of.left_out = 0

@@ -168,7 +168,7 @@ def test_ranks_share_the_sentences(encoder: Encoder, treebanks: Path) -> None:
     assert all(np.array_equal((parts[0] | parts[1])[number], guess) for number, guess in every.items())
 
 
-def test_words_without_a_piece_are_wrong_or_outside(tmp_path: Path) -> None:
+def test_words_without_a_piece_are_wrong_or_outside() -> None:
     guesses = {0: np.array([1, -1, 0])}
     assert tag_scores([["VERB", "NOUN", "NOUN"]], guesses, ["NOUN", "VERB"], alone()) == {"accuracy": 100 * 2 / 3}
     tags = ["B-A", "I-A", "O"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from pipeline.__main__ import main
 from pipeline.errors import UserError, exit_code_of
 from pipeline.evaluation.finetuning.tagging_data import TaggingConfig, TaggingData, read_tagging
 from pipeline.evaluation.finetuning.tagging_files import TaggedSentences, read_columns, read_conllu
+from tests.unit.evaluation.labelled_pairs import write_hub_data
 from tests.unit.evaluation.tagged_words import CONLLU, write_ud, write_wikiann
 
 
@@ -83,7 +83,6 @@ CONLL_2003 = (
 UNER = "# text = in tampa bay\n1\tin\tO\t-\t-\n2\ttampa\tB-LOC\t-\tsomebody\n3\tbay\tI-LOC\t-\tsomebody\n\n"
 WIKIANN = "en:Tampa\tB-LOC\nen:Bay\tI-LOC\nen::\tO\n\nen:is\tO\n"
 MASAKHANE = "Trump B-PER\nda O\n\nTwitter B-ORG\n"
-TAMPA = [["tampa", "bay"]]
 
 
 @pytest.mark.parametrize(
@@ -279,18 +278,13 @@ def test_the_library_gives_the_same_sentences(tmp_path: Path, monkeypatch: pytes
     """Tags as texts, and as class numbers with names."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     expected = read(write_wikiann(tmp_path / "data", languages=("en",), train=6, evaluation=3))
-    names = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
+    names, rows = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"], {}
     for split, part in (("train", expected.train), ("validation", expected.dev["en"]), ("test", expected.test["en"])):
-        rows = zip(part.words, part.tags, strict=True)
-        lines = [json.dumps({"tokens": words, "ner_tags": [names.index(tag) for tag in tags]}) for words, tags in rows]
-        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
-    splits = "".join(f"  - split: {x}\n    path: {x}.jsonl\n" for x in ("train", "validation", "test"))
+        pairs = zip(part.words, part.tags, strict=True)
+        rows[split] = [{"tokens": words, "ner_tags": [names.index(tag) for tag in tags]} for words, tags in pairs]
     classes = "".join(f"            '{number}': {name}\n" for number, name in enumerate(names))
     features = f"  features:\n  - name: tokens\n    sequence: string\n  - name: ner_tags\n    sequence:\n      class_label:\n        names:\n{classes}"
-    (tmp_path / "README.md").write_text(
-        f"---\ndataset_info:\n- config_name: en\n{features}configs:\n- config_name: en\n  data_files:\n{splits}---\n"
-    )
-    source = f"datasets:{tmp_path}"
+    source = write_hub_data(tmp_path, rows, f"dataset_info:\n- config_name: en\n{features}")
     found = read_tagging(TaggingConfig(data=source, languages=["en"]))
     for of in ("train", "dev", "test"):
         assert getattr(found, of) == getattr(expected, of)

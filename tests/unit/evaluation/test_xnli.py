@@ -26,7 +26,7 @@ from pipeline.evaluation.finetuning.xnli_data import read_xnli
 from pipeline.evaluation.ranks import alone
 from tests.conftest import TINY_VOCAB
 from tests.tiny_encoders import tiny_encoder
-from tests.unit.evaluation.labelled_pairs import interrupted_in_epoch_3, write_xnli
+from tests.unit.evaluation.labelled_pairs import interrupted_in_epoch_3, write_hub_data, write_xnli
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def encoder(tiny_teacher: Path) -> Encoder:
     return load_encoder(str(tiny_teacher))
 
 
-def config(directory: Path, **settings: object) -> XnliConfig:
+def config(directory: Path | str, **settings: object) -> XnliConfig:
     quick = {"learning_rates": [3e-3], "epochs": 5, "batch": 16, "micro_batch": 6, "max_length": 48}
     return XnliConfig(data=str(directory), **{**quick, **settings})
 
@@ -175,13 +175,14 @@ def test_a_byte_order_mark_is_not_part_of_the_header(pairs: Path, tmp_path: Path
 def test_the_library_gives_the_same_pairs(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     data = read(config(pairs, languages=["en"]))
-    for split, of in (("train", data.train), ("validation", data.dev["en"]), ("test", data.test["en"])):
-        rows = zip(of.first, of.second, of.labels, strict=True)
-        lines = [json.dumps({"premise": a, "hypothesis": b, "label": label}) for a, b, label in rows]
-        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
-    splits = "".join(f"  - split: {x}\n    path: {x}.jsonl\n" for x in ("train", "validation", "test"))
-    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: en\n  data_files:\n{splits}---\n")
-    library = config(Path(f"datasets:{tmp_path}"), languages=["en"])
+    rows = {
+        split: [
+            {"premise": a, "hypothesis": b, "label": label}
+            for a, b, label in zip(of.first, of.second, of.labels, strict=True)
+        ]
+        for split, of in (("train", data.train), ("validation", data.dev["en"]), ("test", data.test["en"]))
+    }
+    library = config(write_hub_data(tmp_path, rows), languages=["en"])
     assert read(library) == data
     library.languages = ["xx"]
     with pytest.raises(UserError, match="has no xx; it has en"):
