@@ -43,7 +43,7 @@ class Bug:
 BUGS = (
     Bug(
         "mask dropped",
-        "pipeline/distillation/distiller.py",
+        "pipeline/distillation/documents.py",
         "            return self.real_tokens(input_ids_BL)\n",
         "            return None\n",
         "tests/unit/distillation/test_distill_module.py::test_losses_are_the_papers",
@@ -52,8 +52,8 @@ BUGS = (
     Bug(
         "off-by-one layer",
         "pipeline/distillation/tap.py",
-        "self.layers = [layer] if isinstance(layer, int) else list(layer)",
-        "self.layers = [max(1, layer - 1)] if isinstance(layer, int) else list(layer)",
+        "self.layers = layer_numbers(layer)",
+        "self.layers = [max(1, number - 1) for number in layer_numbers(layer)]",
         "tests/golden/test_tap_architectures.py::test_packed_rows",
         "tapped_projections",
     ),
