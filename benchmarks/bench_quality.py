@@ -36,7 +36,6 @@ from transformers import AutoTokenizer
 
 from benchmarks.measure import arguments, publish
 from data_prep.shards import ShardSet
-from demo.settings import QUICKSTART_LANGUAGES
 from pipeline.data.batches import BatchOptions, BatchSource
 from pipeline.distillation.config import RelationsConfig
 from pipeline.distillation.distiller import DistillModule
@@ -52,7 +51,7 @@ from pipeline.training.build import CALIBRATION_TOKENS
 
 TOKENS, ROWS_AT_ONCE = 128, 16
 SHORTEST_LINE = 6  # tokens, </s> included; shorter ones are often cut at the edge of a row
-RETRIEVAL = RetrievalConfig(languages=QUICKSTART_LANGUAGES, max_pairs=120)
+RETRIEVAL = RetrievalConfig(max_pairs=120)
 COPIED = StudentConfig(layers=6, hidden=384, heads=12, init="layers", freeze=["embeddings"], dropout=0.0)
 BASE = RelationsConfig(heads=48)
 

@@ -103,8 +103,8 @@ def report_of(results: dict[str, Any], training: dict[str, Any], tokens_per_seco
         }
         for language in languages
     }
-    left_out = {"left_out": results["after"].get("left_out", {})}
-    return {**means, "per_pair": per_pair, **left_out, **training, "tokens_per_second": tokens_per_second}
+    about = {name: results["after"][name] for name in ("left_out", "untrained") if name in results["after"]}
+    return {**means, "per_pair": per_pair, **about, **training, "tokens_per_second": tokens_per_second}
 
 
 def summary(report: dict[str, Any], recipe: Recipe, run_dir: Path) -> list[str]:

@@ -14,17 +14,14 @@ from pipeline.evaluation.retrieval import RetrievalConfig
 from pipeline.recipe.text import read_yaml
 
 QUICKSTART = Path("recipes/quickstart.yaml")
-QUICKSTART_LANGUAGES = ["de", "ru", "zh-Hans", "ja", "ar", "tr", "id", "fa"]
 
 
 def retrieval_settings(recipe: Path, overrides: list[str]) -> RetrievalConfig:
     """What the demo evaluates: defaults < a `retrieval:` section of the recipe < `--set retrieval.KEY=VALUE`.
 
-    Recipes had such a section in earlier versions. The quickstart compares eight languages, other recipes all that the
-    directory of pairs has.
+    Recipes had such a section in earlier versions.
     """
-    default = {"languages": QUICKSTART_LANGUAGES} if recipe == QUICKSTART else {}
-    tree: dict[str, Any] = {"retrieval": read_yaml(recipe).get("retrieval", default)}
+    tree: dict[str, Any] = {"retrieval": read_yaml(recipe).get("retrieval", {})}
     for override in overrides:
         if _is_retrieval(override):
             apply_override(tree, override)

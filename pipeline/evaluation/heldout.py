@@ -25,13 +25,13 @@ from pipeline.distillation.models.teacher import FrozenTeacher, check_vocabulary
 from pipeline.distillation.tap import tap
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder, load_encoder, split_name
-from pipeline.evaluation.languages import choose_languages, left_out_line
+from pipeline.evaluation.languages import choose_languages, language_notes, marked
 from pipeline.evaluation.tables import markdown_table
 from pipeline.evaluation.task import Panel, Results, Task
 from pipeline.evaluation.training_metadata import DEFAULTS, training_metadata
 from pipeline.recipe.ranges import LARGEST_BATCH, LARGEST_WEIGHT, LONGEST_ROW, check_ranges
 from pipeline.runtime.dist import Launch
-from pipeline.runtime.text_tables import text_table
+from pipeline.runtime.text_tables import figures_table
 from pipeline.training.identity import WEIGHTS, weights_hash
 
 
@@ -109,7 +109,7 @@ def evaluate_heldout(encoders: list[Encoder], config: HeldoutConfig, ranks: Laun
         mean = sum(losses.values()) / len(losses)
         results[encoder.name] = {
             **{"mean": mean, "per_language": losses, "values_layer": encoder.values_layer, "teacher": teacher.name},
-            **{**chosen, "teacher_layer": teacher.values_layer, "rows": num_rows, "left_out": languages.left_out},
+            **{**chosen, "teacher_layer": teacher.values_layer, "rows": num_rows, **languages.about()},
         }
     return results
 
@@ -178,15 +178,14 @@ def _check_fit(encoder: Encoder, source: BatchSource, data: str) -> None:
 
 
 def heldout_table(results: Results) -> str:
-    """One row per model: relation loss per language and the mean."""
+    """Relation loss of each model per language, and the mean."""
     first = next(iter(results.values()))
     title = (
         f"held-out relation loss against {first['teacher']}, layer {first['teacher_layer']}, {first['heads']} heads "
         "(lower is better)"
     )
-    languages = first["per_language"]
-    columns = [">9"] * (len(languages) + 1)
-    return text_table(title, ["model", *languages, "mean"], _rows(results, 4), columns, [left_out_line(results)])
+    header = ["model", *marked(first["per_language"], results), "mean"]
+    return figures_table(title, header, _rows(results, 4), [">9"], language_notes(results))
 
 
 def _rows(results: Results, digits: int) -> list[list[str]]:
@@ -198,7 +197,7 @@ def _rows(results: Results, digits: int) -> list[list[str]]:
 
 
 def _card(results: Results) -> str:
-    languages = next(iter(results.values()))["per_language"]
+    languages = marked(next(iter(results.values()))["per_language"], results)
     return markdown_table(["relation loss, lower is better", *languages, "mean"], _rows(results, 3))
 
 

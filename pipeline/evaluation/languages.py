@@ -1,7 +1,7 @@
 """Chooses the languages that a task is measured in: by default those that every student was trained on and has the vocabulary for.
 
 In: the languages that a task has data of, those that the user named, the encoders with their lineages. Out: the chosen
-languages, and for every other language the reason why it is not in the table.
+languages, those of them that are new to a student, and for every other language the reason why it is not in the table.
 """
 
 from __future__ import annotations
@@ -25,10 +25,15 @@ NORWEGIAN = ("nb", "nn")  # CC-100's `no` contains both
 
 @dataclass(frozen=True)
 class Languages:
-    """The languages of a task. `left_out`: language -> reason."""
+    """The languages of a task. `left_out`: language -> reason. `untrained`: the chosen ones that a student was not trained on."""
 
     chosen: list[str]
     left_out: dict[str, str]
+    untrained: list[str]
+
+    def about(self) -> dict[str, Any]:
+        """What the results keep, for `marked` and `language_notes`."""
+        return {"left_out": self.left_out, "untrained": self.untrained}
 
 
 def choose_languages(
@@ -61,7 +66,8 @@ def choose_languages(
     for language in dict.fromkeys(language for known in trained.values() for language in known):
         if not any(covers([language], other) for other in [*available, *chosen]):
             left_out[language] = f"trained, but no {data}"
-    return Languages(chosen, left_out)
+    untrained = [x for x in chosen if not all(covers(known, x) for known in trained.values())]
+    return Languages(chosen, left_out, untrained)
 
 
 def covers(trained: Iterable[str], language: str) -> bool:
@@ -79,12 +85,20 @@ def _forms(language: str) -> set[str]:
     return {code, "no" if main in NORWEGIAN else main}
 
 
-def left_out_line(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The line below a table with the languages that were not measured, by reason; empty if there are none."""
+def marked(languages: Iterable[str], results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The names of languages in the header of a table: with a star where a student was not trained on the language."""
+    untrained = {language for result in results.values() for language in result.get("untrained", [])}
+    return [f"{language}*" if language in untrained else language for language in languages]
+
+
+def language_notes(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The lines below a table: what a star means, and the languages that were not measured, by reason."""
+    star = "* a student was not trained on this language"
+    notes = [star] if any(result.get("untrained") for result in results.values()) else []
     reasons: dict[str, list[str]] = {}
     for language, reason in {
         x: y for result in results.values() for x, y in result.get("left_out", {}).items()
     }.items():
         reasons.setdefault(reason, []).append(language)
     parts = [f"{', '.join(languages)} ({reason})" for reason, languages in reasons.items()]
-    return f"languages left out: {'; '.join(parts)}" if parts else ""
+    return [*notes, f"languages left out: {'; '.join(parts)}"] if parts else notes

@@ -15,12 +15,12 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import POOLINGS, Encoder, sentence_vectors
-from pipeline.evaluation.languages import Languages, choose_languages, left_out_line
+from pipeline.evaluation.languages import Languages, choose_languages, language_notes, marked
 from pipeline.evaluation.tables import markdown_table, pooling_rows
 from pipeline.evaluation.task import OnHub, Panel, Results, Task
 from pipeline.evaluation.tatoeba import SHORT_CODES, read_line_pairs, read_text, tatoeba_files
 from pipeline.recipe.ranges import LARGEST_BATCH, LARGEST_INT, LONGEST_ROW, check_ranges
-from pipeline.runtime.text_tables import text_table
+from pipeline.runtime.text_tables import figures_table
 
 Pairs = list[tuple[str, str]]
 HEADER_NAMES = ("en", "eng", "english", "source", "src", "sentence1", "text1")
@@ -123,7 +123,7 @@ def evaluate_retrieval(encoder: Encoder, config: RetrievalConfig) -> dict[str, A
         -> mean over the languages; and what was measured how
     """
     known = list(pair_files(config))
-    left_out = _chosen(known, list(config.languages or known), [encoder]).left_out
+    about = _chosen(known, list(config.languages or known), [encoder]).about()
     encoder.check_max_length(config.max_length, "retrieval.max_length")
     started = time.perf_counter()
     pairs_of = read_pairs(config)
@@ -145,7 +145,7 @@ def evaluate_retrieval(encoder: Encoder, config: RetrievalConfig) -> dict[str, A
         "num_pairs": {language: len(pairs) for language, pairs in pairs_of.items()},
         "seconds": round(seconds, 3),
         "tokens_per_second": round(num_tokens / seconds, 1),
-        "left_out": left_out,
+        **about,
     }
 
 
@@ -153,16 +153,14 @@ def evaluate_each(encoders: list[Encoder], config: RetrievalConfig) -> dict[str,
     """`evaluate_retrieval` of every model, by name, in the languages that all students were trained on."""
     languages = _chosen(list(pair_files(config)), config.languages, encoders)
     config = replace(config, languages=languages.chosen)
-    return {
-        encoder.name: {**evaluate_retrieval(encoder, config), "left_out": languages.left_out} for encoder in encoders
-    }
+    return {encoder.name: {**evaluate_retrieval(encoder, config), **languages.about()} for encoder in encoders}
 
 
 def _chosen(known: list[str], named: list[str] | None, encoders: list[Encoder]) -> Languages:
     """As `choose_languages`; English is in every pair, so it is never left out."""
     short = None if named is None else [x if x in known else SHORT_CODES.get(x, x) for x in named]
     found = choose_languages(known, short, encoders, "retrieval.languages", "pairs")
-    return Languages(found.chosen, {x: why for x, why in found.left_out.items() if x != "en"})
+    return replace(found, left_out={x: why for x, why in found.left_out.items() if x != "en"})
 
 
 def both_directions(vectors: torch.Tensor, english: list[int], other: list[int]) -> dict[str, float]:
@@ -180,21 +178,16 @@ def both_directions(vectors: torch.Tensor, english: list[int], other: list[int])
 
 
 def retrieval_table(results: Results) -> str:
-    """One row per model and pooling: accuracy per language pair, both directions averaged, and the mean."""
-    languages = list(next(iter(results.values()))["per_pair"])
-    columns = ["<12", *[">9"] * (len(languages) + 1)]
-    header = ["model", "pooled from", *languages, "mean"]
-    return text_table(
-        "retrieval accuracy, both directions averaged",
-        header,
-        pooling_rows(results, "per_pair", lambda pair: pair["mean"]),
-        columns,
-        [left_out_line(results)],
+    """Accuracy of each model and pooling per language pair, both directions averaged, and the mean."""
+    header = ["model", "pooled from", *marked(next(iter(results.values()))["per_pair"], results), "mean"]
+    rows = pooling_rows(results, "per_pair", lambda pair: pair["mean"])
+    return figures_table(
+        "retrieval accuracy, both directions averaged", header, rows, ["<12", ">9"], language_notes(results)
     )
 
 
 def _card(results: Results) -> str:
-    languages = list(next(iter(results.values()))["per_pair"])
+    languages = marked(next(iter(results.values()))["per_pair"], results)
     rows = [
         [f"{name}, {pooling}", *cells]
         for name, pooling, *cells in pooling_rows(results, "per_pair", lambda pair: pair["mean"])

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import POOLINGS
-from pipeline.evaluation.languages import left_out_line
+from pipeline.evaluation.languages import language_notes, marked
 from pipeline.evaluation.tables import heldout_rows, markdown_table, sentence
 from pipeline.evaluation.task import tasks
 from pipeline.export.onnx import checked_on, int8_warning
@@ -63,8 +63,8 @@ def _retrieval_of_demo(report: dict[str, Any]) -> list[str]:
         f"translation, both directions, mean of {len(per_pair)} language pairs with English.",
         markdown_table(["model, pooled from", "accuracy"], means),
         "Per language, pooled from the output:",
-        markdown_table(["model", *per_pair], by_language),
-        *filter(None, [sentence(left_out_line({"after": report}))]),
+        markdown_table(["model", *marked(per_pair, {"after": report})], by_language),
+        *map(sentence, language_notes({"after": report})),
     ]
 
 
@@ -75,7 +75,7 @@ def _evaluation(report: dict[str, Any]) -> list[str]:
         if name not in tasks():
             raise UserError(f"an evaluation.json has an unknown task {name!r}. Tasks: {', '.join(tasks())}")
         parts += [f"### {name}, by `pipeline evaluate`", tasks()[name].card(results)]
-        parts += filter(None, [sentence(left_out_line(results))])
+        parts += map(sentence, language_notes(results))
     return parts
 
 

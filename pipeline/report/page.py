@@ -21,7 +21,7 @@ from pipeline.comparison.students import (
 from pipeline.config import as_tree
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import POOLINGS
-from pipeline.evaluation.languages import left_out_line
+from pipeline.evaluation.languages import language_notes, marked
 from pipeline.evaluation.tables import heldout_rows
 from pipeline.report import plots
 from pipeline.report import timeline as times
@@ -139,9 +139,9 @@ def retrieval_section(results: dict[str, dict[str, Any]]) -> str:
         for pooling in POOLINGS
         for stage, result in results.items()
     ]
-    content = table(["model", "pooled from", *languages, "mean"], rows, "two")
-    left_out = html.escape(left_out_line(results))
-    return plots.retrieval_bars(results, POOLINGS) + content + (f'<p class="note">{left_out}</p>' if left_out else "")
+    content = table(["model", "pooled from", *marked(languages, results), "mean"], rows, "two")
+    notes = [f'<p class="note">{html.escape(note)}</p>' for note in language_notes(results)]
+    return "".join([plots.retrieval_bars(results, POOLINGS), content, *notes])
 
 
 def recipe_section(paths: RunPaths, recipe: dict[str, Any]) -> str:

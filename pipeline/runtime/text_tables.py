@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+MOST_COLUMNS = 10  # of figures in a table whose rows are models: about 100 characters
 
 
 def text_table(
@@ -19,4 +22,23 @@ def text_table(
     width = max(len(cells[0]) for cells in lines)
     formats = [f"  {{:{column}}}" if column.startswith("<") else f"{{:{column}}}" for column in columns]
     layout = "".join([f"{{:<{width}}}", *formats])
-    return "\n".join([title, *(layout.format(*cells) for cells in lines), *filter(None, notes)])
+    return "\n".join([title, *(layout.format(*cells).rstrip() for cells in lines), *filter(None, notes)])
+
+
+def figures_table(
+    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], columns: Sequence[str], notes: Iterable[str]
+) -> str:
+    """A table of models and their figures, for example per language. Models become columns if the table is wide otherwise.
+
+    Args:
+        header: titles of the columns that name the model, for example "model" and "pooled from", then of the figures
+        columns: format of every column after the first, as in `text_table`; the last one is that of every figure
+    """
+    num_figures = len(header) - len(columns)
+    if num_figures <= max(MOST_COLUMNS, len(rows)):
+        return text_table(title, header, rows, [*columns, *[columns[-1]] * (num_figures - 1)], notes)
+    (names, *others), labels = zip(*rows, strict=True), header[1:]
+    first_of_each = [names[0], *(name if name != before else "" for before, name in pairwise(names))]
+    lines = [[label, *cells] for label, cells in zip(labels, others, strict=True)]
+    widths = [max(map(len, column)) + 2 for column in zip(first_of_each, *others, strict=True)]
+    return text_table(title, [header[0], *first_of_each], lines, [f">{width}" for width in widths], notes)

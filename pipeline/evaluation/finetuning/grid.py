@@ -69,7 +69,7 @@ def run_grids(
     for encoder in encoders:
         make = functools.partial(make_task, encoder, data, config, ranks)
         grid = run_grid(make, encoder, data.fingerprint(), config, directory, ranks)
-        results[encoder.name] = {**grid, **data.about(), "left_out": languages.left_out}
+        results[encoder.name] = {**grid, **data.about(), **languages.about()}
     return results
 
 

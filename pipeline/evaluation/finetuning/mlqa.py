@@ -22,7 +22,7 @@ from pipeline.evaluation.finetuning.scores import score_card, score_panel, score
 from pipeline.evaluation.finetuning.squad_data import QaData, read_qa
 from pipeline.evaluation.finetuning.squad_metrics import MLQA_LANGUAGES, exact_match, f1, mlqa_words, squad_words
 from pipeline.evaluation.finetuning.squad_windows import WindowedQuestions, best_answers, cut_windows
-from pipeline.evaluation.languages import left_out_line
+from pipeline.evaluation.languages import language_notes
 from pipeline.evaluation.tables import sentence
 from pipeline.evaluation.task import OnHub, Results, Task
 from pipeline.recipe.ranges import LONGEST_ROW, check_ranges
@@ -145,7 +145,7 @@ def mlqa_table(results: Results) -> str:
     """One row per model: F1 / exact match per language and the average, and the chosen grid point."""
     first = next(iter(results.values()))
     title = f"MLQA, F1 / exact match in per cent, trained on {first['train_questions']} English questions"
-    notes = [moved_line(first), left_out_line(results)]
+    notes = [moved_line(first), *language_notes(results)]
     return score_table(title, "dev F1", results, lambda x: f"{x['f1']:7.1f} /{x['exact_match']:5.1f}", notes)
 
 

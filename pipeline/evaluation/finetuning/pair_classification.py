@@ -20,7 +20,7 @@ from pipeline.evaluation.finetuning.grid import run_grids
 from pipeline.evaluation.finetuning.labelled_pairs import LabelledPairs, PairData
 from pipeline.evaluation.finetuning.loop import FinetuneConfig, FinetuneTask, Scores, load_with_head
 from pipeline.evaluation.finetuning.scores import score_card, score_panel, score_table
-from pipeline.evaluation.languages import left_out_line
+from pipeline.evaluation.languages import language_notes
 from pipeline.evaluation.tables import sentence
 from pipeline.evaluation.task import OnHub, Results, Task
 from pipeline.runtime.dist import Launch
@@ -93,7 +93,7 @@ def pair_table(title: str, results: Results) -> str:
     """One row per model: accuracy per language and the average, and the chosen grid point."""
     first = next(iter(results.values()))
     title = f"{title} accuracy in per cent, trained on {first['train_pairs']} pairs of {first['train_language']}"
-    notes = [pairs_left_out_line(first), left_out_line(results)]
+    notes = [pairs_left_out_line(first), *language_notes(results)]
     return score_table(title, "dev", results, lambda scores: f"{scores['accuracy']:8.1f}", notes)
 
 

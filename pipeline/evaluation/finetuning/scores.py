@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from pipeline.evaluation.languages import marked
 from pipeline.evaluation.tables import markdown_table
 from pipeline.evaluation.task import Panel, Results
 from pipeline.runtime.text_tables import text_table
@@ -31,7 +32,7 @@ def score_table(
         ]
         for name, result in results.items()
     ]
-    languages = [*_first(results)["test"], "average"]
+    languages = [*marked(_first(results)["test"], results), "average"]
     columns = [*[f">{len(rows[0][1])}"] * len(languages), ">9", "<1"]
     return text_table(title, ["model", *languages, dev_title, "chosen"], rows, columns, notes)
 
@@ -57,7 +58,9 @@ def score_card(results: Results, measures: dict[str, str]) -> str:
         for name, result in results.items()
         for measure, title in measures.items()
     ]
-    return markdown_table(["test", *_first(results)["test"], "average", "learning rate", "epoch"], rows)
+    return markdown_table(
+        ["test", *marked(_first(results)["test"], results), "average", "learning rate", "epoch"], rows
+    )
 
 
 def _first(results: Results) -> dict[str, Any]:

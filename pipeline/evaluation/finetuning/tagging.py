@@ -23,7 +23,7 @@ from pipeline.evaluation.finetuning.scores import score_card, score_panel, score
 from pipeline.evaluation.finetuning.tagging_data import TaggingConfig, TaggingData, read_tagging
 from pipeline.evaluation.finetuning.tagging_files import TaggedSentences
 from pipeline.evaluation.finetuning.word_rows import NO_TARGET, WordRows, word_rows
-from pipeline.evaluation.languages import left_out_line
+from pipeline.evaluation.languages import language_notes
 from pipeline.evaluation.tables import sentence
 from pipeline.evaluation.task import OnHub, Panel, Results, Task
 from pipeline.runtime.dist import Launch
@@ -126,7 +126,7 @@ def tagging_table(results: Results) -> str:
     key, name = next(iter(MEASURES[first["labels"]].items()))
     of = "UPOS" if first["labels"] == "upos" else "entity"
     title = f"tagging, {of} {name} in per cent, trained on {first['train_sentences']} sentences of {first['train_language']}"
-    notes = [*notes_on(results), left_out_line(results)]
+    notes = [*notes_on(results), *language_notes(results)]
     return score_table(title, "dev", results, lambda scores: f"{scores[key]:8.1f}", notes)
 
 

@@ -10,7 +10,7 @@ import pytest
 from pipeline.__main__ import main
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder
-from pipeline.evaluation.languages import choose_languages, covers, left_out_line
+from pipeline.evaluation.languages import choose_languages, covers, language_notes, marked
 from pipeline.export.card_tables import measured_sections
 from tests.unit.evaluation.all_tasks import evaluate_everything
 from tests.unit.evaluation.questions import HAS_ALL_WINDOWS
@@ -43,7 +43,7 @@ def test_languages_that_every_student_was_trained_on(tmp_path: Path) -> None:
         "th": "not a language of a, b",
         "en": "trained, but no test pairs",
     }
-    line = left_out_line({"x": {"left_out": found.left_out}})
+    (line,) = language_notes({"x": found.about()})
     assert line.startswith("languages left out: fr (not a language of a); sw (not a language of b);")
 
 
@@ -66,9 +66,22 @@ def test_named_languages_are_used_as_they_are(tmp_path: Path) -> None:
     assert found.left_out == {"de": "not in xnli.languages", "sw": "not in xnli.languages"}
 
 
+def test_named_languages_that_a_student_does_not_know_have_a_star(tmp_path: Path) -> None:
+    encoders = [
+        encoder(tmp_path / "teacher", None),
+        encoder(tmp_path / "a", ["de"]),
+        encoder(tmp_path / "b", ["de", "no"]),
+    ]
+    found = choose_languages(["de", "fr", "nb"], ["de", "fr", "nb"], encoders, "retrieval.languages", "pairs")
+    assert found.untrained == ["fr", "nb"], "a was not trained on Norwegian"
+    results = {"b": found.about()}
+    assert marked(found.chosen, results) == ["de", "fr*", "nb*"]
+    assert language_notes(results) == ["* a student was not trained on this language"]
+
+
 def test_a_model_without_lineage_is_evaluated_in_all_languages(tmp_path: Path) -> None:
     found = choose_languages(["de", "fr"], None, [encoder(tmp_path / "a", None)], "xnli.languages", "test pairs")
-    assert (found.chosen, found.left_out, left_out_line({"a": {"left_out": {}}})) == (["de", "fr"], {}, "")
+    assert (found.chosen, found.left_out, language_notes({"a": found.about()})) == (["de", "fr"], {}, [])
 
 
 def test_no_language_in_common(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from demo.settings import QUICKSTART, QUICKSTART_LANGUAGES, retrieval_settings, training_overrides
+from demo.settings import QUICKSTART, retrieval_settings, training_overrides
 from pipeline.config import load_recipe, tree_of_recipe, unused_sections_warning
 from pipeline.errors import UserError
 from pipeline.evaluation.command import read_overrides
@@ -48,7 +48,7 @@ def test_the_demo_reads_the_recipe_and_its_own_settings(recipe: Path, monkeypatc
     assert retrieval_settings(recipe, overrides) == RetrievalConfig("somewhere", ["no", "de"], 5)
     assert training_overrides(overrides) == ["steps=3"]
     monkeypatch.chdir(REPO)
-    assert retrieval_settings(QUICKSTART, []) == RetrievalConfig(languages=QUICKSTART_LANGUAGES)
+    assert retrieval_settings(QUICKSTART, []) == RetrievalConfig()
     assert retrieval_settings(Path("recipes/bert_base_l6_h384.yaml"), []) == RetrievalConfig()
     with pytest.raises(UserError, match=r"recipe\.yaml: .*did you mean `max_pairs`"):
         retrieval_settings(recipe, ["retrieval.max_pair=5"])
