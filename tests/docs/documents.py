@@ -40,7 +40,7 @@ OTHER_PROGRAMS = (
 )
 DRAWING = re.compile(r"[─│►┤└┌]")
 CONTINUED = re.compile(r" *\\\n\s*")
-FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<body>.*?)^ *```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^ *```$", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
