@@ -275,3 +275,4 @@ class Trainer:
             self._describe()
         if self.run.launch.is_main and not paths.done.exists():
             write_file_or_warn(paths.done, self._end_line() + "\n")
+        self._say_end()
