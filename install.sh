@@ -48,7 +48,10 @@ if [ ! -e .venv ]; then
       "install its module venv (Debian: apt install python$version-venv), or name another Python: make venv PYTHON=python3.11"
   fi
 fi
-if ! .venv/bin/python -m pip install --disable-pip-version-check --quiet --progress-bar off -r requirements.txt -r requirements-dev.txt; then
+quiet='--quiet --progress-bar off'
+case ${MINILMV2_VERBOSE:-0} in 0) ;; *) quiet='' ;; esac
+# shellcheck disable=SC2086 # two options, or none
+if ! .venv/bin/python -m pip install --disable-pip-version-check $quiet -r requirements.txt -r requirements-dev.txt; then
   fail "the packages could not be installed (pip's messages are above)." \
     "without a network: pip download -r requirements.txt -r requirements-dev.txt -d wheels elsewhere, copy wheels/ here, and PIP_NO_INDEX=1 PIP_FIND_LINKS=wheels make venv; with one, run the same command again"
 fi

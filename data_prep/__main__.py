@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,12 @@ from data_prep.clean import CleanOptions
 from data_prep.command_line import (
     EXIT_INTERRUPTED,
     EXIT_USER,
+    VERBOSE_HELP,
     CommandLine,
     add_version,
     code_without_traceback,
+    end_lines,
+    module_command,
     print_bytes_as_they_come,
 )
 from data_prep.outputs import output_path
@@ -110,7 +113,7 @@ def main(arguments: list[str] | None = None, program: str = PROGRAM) -> int:
 
 def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     """The parser of all verbs."""
-    parser = CommandLine(prog=program, description=__doc__)
+    parser = CommandLine(prog=program, description=__doc__, epilog=VERBOSE_HELP)
     add_version(parser)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     parsers = {verb: verbs.add_parser(verb, help=text) for verb, text in VERBS.items()}
@@ -289,12 +292,20 @@ def run_prepare(parsed: argparse.Namespace) -> int:
         engine=parsed.engine,
     )
     if missing := prepare(config):
-        print(
-            f"{parsed.language} is finished; still to be prepared: {', '.join(missing)} (then: merge {parsed.output})"
+        still = (
+            f"{parsed.language} is finished; still to be prepared: {', '.join(missing)}, then: merge {parsed.output}"
         )
+        print(end_lines(parsed.output, about=still))
     else:
-        print(f"shards ready: {parsed.output}")
+        print_shards(parsed.output)
     return 0
+
+
+def print_shards(output: Path, left_out: Sequence[str] = ()) -> None:
+    """The last lines of a command that has written a manifest."""
+    about = f"shards of {len(ShardSet(output, check_sizes=False).languages)} languages"
+    about += f", without {', '.join(left_out)}" if left_out else ""
+    print(end_lines(output, about=about, then=module_command("data_prep", "verify", output)))
 
 
 def run_merge(parsed: argparse.Namespace) -> int:
@@ -308,7 +319,7 @@ def run_merge(parsed: argparse.Namespace) -> int:
         )
     left_out = unfinished(parsed.shards)
     write_manifest(parsed.shards, allow_partial=parsed.partial)
-    print(f"shards ready: {parsed.shards}" + (f", without {', '.join(left_out)}" if left_out else ""))
+    print_shards(parsed.shards, left_out)
     return 0
 
 
@@ -338,7 +349,7 @@ def run_stats(parsed: argparse.Namespace) -> int:
     print(table(rows, parsed.alpha))
     if parsed.plot:
         draw(rows, parsed.alpha, parsed.plot)
-        print(f"plot: {parsed.plot}")
+        print(end_lines(parsed.plot))
     return 0
 
 
@@ -369,7 +380,7 @@ def run_trim_vocab(parsed: argparse.Namespace) -> int:
         counts = token_counts_of_text(surveyed.sources, tokenizer, parsed.workers)
     options = TrimOptions(languages or sorted(counts.counts), options.min_count, options.coverage)
     print(trimming_table(trim_vocabulary(pieces, tokenizer, counts, options, parsed.output)))
-    print(f"vocabulary: {parsed.output}. Prepare shards with it: prepare ... --tokenizer {parsed.output}")
+    print(end_lines(parsed.output, about=f"to prepare shards with it: prepare ... --tokenizer {parsed.output}"))
     return 0
 
 

@@ -12,7 +12,10 @@ import io
 import os
 import shlex
 import shutil
+import signal
 import sys
+import threading
+import time
 import tomllib
 import traceback
 from importlib import metadata
@@ -23,6 +26,11 @@ from data_prep.names import one_line
 from data_prep.unreadable import ADVICE
 
 DISTRIBUTION = "minilmv2-distillation"
+VERBOSE = "MINILMV2_VERBOSE"
+VERBOSE_HELP = (
+    f"{VERBOSE}=1 in the environment also shows messages of DeepSpeed, transformers and pip, and all log points."
+)
+FIRST_RANK_S = 3.0  # `deepspeed` looks at its processes every second
 EXIT_USER = 2
 EXIT_INTERRUPTED = 128 + 2  # as a shell has it for SIGINT
 EXIT_NO_READER = 128 + 13  # for SIGPIPE
@@ -32,6 +40,11 @@ _OF_THE_MACHINE = {
     errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ETIMEDOUT, errno.ECONNREFUSED, errno.EADDRINUSE, errno.ENETUNREACH,
     errno.EHOSTUNREACH, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.ENAMETOOLONG, errno.ELOOP,
 }  # fmt: skip
+
+
+def is_verbose() -> bool:
+    """Whether the environment asks for the messages of the libraries, and for every log point of a training."""
+    return os.environ.get(VERBOSE, "") not in ("", "0")
 
 
 def print_bytes_as_they_come() -> None:
@@ -93,8 +106,28 @@ def code_without_traceback(error: BaseException) -> int:
         return EXIT_NO_READER
     if (paragraph := paragraph_of(error)) is None:
         raise error
+    let_first_rank_print()
     print(f"error: {paragraph}", file=sys.stderr, flush=True)
     return EXIT_USER
+
+
+def let_first_rank_print() -> None:
+    """On ranks other than the first of their host: give the launcher time to end this process.
+
+    An error of a recipe or of the data is found on every rank. The first rank prints it and ends, and the launcher then ends
+    the others before they print it as well. An error of this rank alone is printed after `FIRST_RANK_S`.
+    """
+    rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+    if rank == "0" or is_verbose() or threading.current_thread() is not threading.main_thread():
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the handler of a training would wait for the end of a step
+    time.sleep(FIRST_RANK_S)
+
+
+def end_lines(*written: object, about: str = "", then: str = "") -> str:
+    """How every command that writes something ends: `written: PATH, PATH (ABOUT)`, and `next: COMMAND` where there is one."""
+    line = f"written: {', '.join(map(str, written))}" + (f" ({about})" if about else "")
+    return f"{line}\nnext: {then}" if then else line
 
 
 def close_unread_output() -> None:
@@ -123,6 +156,11 @@ def installed_program(name: str) -> str:
     )
 
 
+def quiet_launcher() -> list[str]:
+    """DeepSpeed's launcher, which prints only errors unless `MINILMV2_VERBOSE` asks for more."""
+    return [installed_program("deepspeed"), *([] if is_verbose() else ["--quiet"])]
+
+
 class CommandLine(argparse.ArgumentParser):
     """A parser that accepts options by their full names only, and prints the error before the usage."""
 
@@ -130,6 +168,7 @@ class CommandLine(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **settings})
 
     def error(self, message: str) -> NoReturn:
+        let_first_rank_print()
         print(f"error: {message}\n{self.format_usage()}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER)
 

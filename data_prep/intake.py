@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from data_prep.command_line import is_verbose
 from data_prep.discovery import Survey, summary
 from data_prep.durable_files import replace_file
 from data_prep.journal import Journal
@@ -17,17 +18,23 @@ from data_prep.shards import DataError
 from data_prep.sources import Source, WrongTextField
 from data_prep.walk import KNOWN_REASONS
 
-NAMES_PER_REASON, NAMES_PER_LANGUAGE = 20, 3
+NAMES_PER_REASON, NAMES_PER_LANGUAGE, MOST_LINES = 20, 3, 10
 NOT_TAKEN_NAME = "not_taken.tsv"
 
 
 def announce(survey: Survey, chosen: dict[str, list[Source]]) -> None:
-    """Print one line for each language, and one for each reason to leave files out."""
-    for language, sources in chosen.items():
-        names = [shown(source.name) for source in sources[:NAMES_PER_LANGUAGE]]
-        more = [f"{len(sources) - len(names)} more"] if len(sources) > len(names) else []
-        size = sum(source.stamp()["bytes"] for source in sources)
-        print(f"input: {language}: {size:,} bytes in {len(sources)} files: {', '.join(names + more)}", file=sys.stderr)
+    """Print one line for each language, or one for many languages, and one for each reason to leave files out."""
+    sizes = {language: sum(source.stamp()["bytes"] for source in sources) for language, sources in chosen.items()}
+    if len(chosen) > MOST_LINES and not is_verbose():
+        of_each = ", ".join(f"{language} {size:,}" for language, size in sizes.items())
+        num_files, total = sum(map(len, chosen.values())), sum(sizes.values())
+        print(f"input: {len(chosen)} languages, {total:,} bytes in {num_files} files: {of_each}", file=sys.stderr)
+    else:
+        for language, sources in chosen.items():
+            names = [shown(source.name) for source in sources[:NAMES_PER_LANGUAGE]]
+            more = [f"{len(sources) - len(names)} more"] if len(sources) > len(names) else []
+            about = f"{sizes[language]:,} bytes in {len(sources)} files: {', '.join(names + more)}"
+            print(f"input: {language}: {about}", file=sys.stderr)
     for line in summary(survey.not_taken, NAMES_PER_REASON):
         print(f"warning: left out: {line}", file=sys.stderr)
     for pattern in survey.unmatched:

@@ -15,8 +15,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from data_prep.blocks import Block, Place
 from data_prep.broken import BrokenLines, OtherEncoding
 from data_prep.clean import CleanOptions
@@ -26,6 +24,7 @@ from data_prep.encode import Encoded
 from data_prep.journal import Entry, Journal
 from data_prep.manifest import read_run
 from data_prep.names import how_to_redo
+from data_prep.progress import say
 from data_prep.quality import warnings_of
 from data_prep.shard_layout import TOKEN_DTYPE, Identity
 from data_prep.shard_writer import ShardWriter
@@ -238,7 +237,7 @@ class LanguageJob:
         broken = self._broken.warning(self._counts)
         self._commit(complete=True)
         for warning in [*([broken] if broken else []), *warnings_of(self._counts)]:
-            tqdm.write(f"warning: {self.language}: {warning}", file=sys.stderr)  # tqdm prints it above the progress bar
+            say(f"warning: {self.language}: {warning}", sys.stderr)
 
 
 def check_sources(language: str, sources: list[Source], journal: Journal) -> None:

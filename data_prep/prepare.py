@@ -19,8 +19,6 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
 from data_prep.blocks import BLOCK_BYTES
 from data_prep.clean import CleanOptions
 from data_prep.discovery import LanguageRules, survey
@@ -30,6 +28,7 @@ from data_prep.intake import announce, check_field, check_left_out, same_texts, 
 from data_prep.journal import Journal
 from data_prep.language_job import LanguageJob, LanguageJobSettings, Stopped, check_sources
 from data_prep.manifest import DATA_SETS, begin_output, commits_of, describe, finish
+from data_prep.progress import BYTES, Progress
 from data_prep.reference import assumption, describe_reference
 from data_prep.shard_layout import Identity
 from data_prep.shards import MANIFEST_NAME, DataError
@@ -147,7 +146,7 @@ def run_language_jobs(
     with WorkerPool(tokenizer, config.clean, config.num_workers) as pool:  # before any thread starts, because it forks
         needed = sum(still_needed(config.output / name, todo[name], tokenizer) for name in todo)
         free = check_free_space(config.output, needed)
-        with closing(Progress(sum(map(size_of, todo.values())), needed, free, config.quiet)) as progress:
+        with closing(PrepareProgress(sum(map(size_of, todo.values())), needed, free, config.quiet)) as progress:
             settings = LanguageJobSettings(
                 output=config.output,
                 identity=identity,
@@ -212,35 +211,25 @@ def still_needed(directory: Path, sources: list[Source], tokenizer: Tokenizer) -
     return max(0, estimated_bytes(sources, tokenizer) - written)
 
 
-class Progress:
-    """A progress bar over the bytes of the input files, with throughput, time left, tokens per second and disk space."""
+class PrepareProgress:
+    """Progress over the bytes of the input files, with time left, tokens per second and disk space."""
 
     def __init__(self, total_bytes: int, needed_bytes: int, free_bytes: int, quiet: bool) -> None:
         self._disk = f"disk {needed_bytes / 1e9:.2f} of {free_bytes / 1e9:.0f} GB free"
-        self._bar = tqdm(
-            total=total_bytes,
-            unit="B",
-            unit_scale=True,
-            desc="prepare",
-            disable=quiet,
-            file=sys.stderr,
-            mininterval=0.5,
-        )
+        self._progress = Progress("prepare", total_bytes, BYTES, is_shown=not quiet)
         self._lock = threading.Lock()
         self._read: dict[str, int] = {}
         self._tokens = 0
 
     def update(self, language: str, position: int, num_tokens: int) -> None:
         """Report the bytes of a language's sources that have been read, and new tokens. Jobs call this from their threads."""
-        if self._bar.disable:
-            return
         with self._lock:
             self._tokens += num_tokens
             step = max(0, position - self._read.get(language, 0))
             self._read[language] = max(position, self._read.get(language, 0))
-            rate = self._tokens / max(self._bar.format_dict["elapsed"], 0.1) / 1e6
-            self._bar.set_postfix_str(f"{language}, {rate:.2f} M tokens/s, {self._disk}", refresh=False)
-            self._bar.update(step)
+            rate = self._tokens / max(self._progress.seconds, 0.1) / 1e6
+            self._progress.note(f"{language}, {rate:.2f} M tokens/s, {self._disk}")
+            self._progress.update(step)
 
     def close(self) -> None:
-        self._bar.close()
+        self._progress.close()

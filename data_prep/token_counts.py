@@ -12,12 +12,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
-from tqdm import tqdm
 
 from data_prep.blocks import cut_blocks
 from data_prep.broken import BrokenLines
 from data_prep.clean import CleanOptions
 from data_prep.encode import Encoded
+from data_prep.progress import progress
 from data_prep.quality import warnings_of
 from data_prep.shard_layout import TOKEN_DTYPE
 from data_prep.shards import EOS_ID, ShardSet
@@ -54,7 +54,7 @@ class TokenCounts:
 def token_counts_of_shards(shards: ShardSet) -> TokenCounts:
     """The counts of all languages of a shard directory."""
     counts = TokenCounts(shards.vocab_size, shards.eos_id)
-    for language in tqdm(shards.languages, desc="counting", unit="language", disable=None):
+    for language in progress(shards.languages, "counting", "language"):
         counts.add(language, _parts(shards, language))
     return counts
 
@@ -69,7 +69,7 @@ def token_counts_of_text(texts: dict[str, list[Source]], tokenizer: Tokenizer, n
     """The counts of text, encoded as `prepare` encodes it. Nothing is written."""
     counts = TokenCounts(tokenizer.vocab_size, tokenizer.special_ids.get("eos", EOS_ID))
     with WorkerPool(tokenizer, CleanOptions(), num_workers) as pool:
-        for language, sources in tqdm(texts.items(), desc="counting", unit="language", disable=None):
+        for language, sources in progress(texts.items(), "counting", "language"):
             blocks = _encoded(sources, language, pool, num_workers)
             counts.add(language, (np.frombuffer(block.tokens, TOKEN_DTYPE) for block in blocks))
     return counts

@@ -8,17 +8,16 @@ in the shard locate corruption to 1 MiB.
 from __future__ import annotations
 
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import xxhash
-from tqdm import tqdm
 
 from data_prep.file_hashes import xxh3_128_of_file
 from data_prep.journal import JOURNAL_NAME
 from data_prep.manifest import RUN_NAME, make_manifest, read_run
+from data_prep.progress import BYTES, Progress
 from data_prep.shard_layout import HASH_BLOCK_BYTES, HEADER_BYTES, OFFSET_DTYPE, TOKEN_DTYPE, sections
 from data_prep.shards import DataError, Shard, ShardSet, UnreadableError, read_again
 
@@ -43,12 +42,12 @@ def verify(path: Path, show_progress: bool = False) -> Findings:
     shards = shard_set.all_shards()
     total = sum(shard.num_bytes for shard in shards)
     with (
-        tqdm(total=total, unit="B", unit_scale=True, desc="verify", file=sys.stderr, disable=not show_progress) as bar,
+        Progress("verify", total, BYTES, is_shown=show_progress) as shown,
         ThreadPoolExecutor(os.cpu_count()) as threads,  # hashing releases the interpreter lock
     ):
         findings = Findings()
         for shard, (problem, was_read) in zip(shards, threads.map(_problem_of, shards), strict=True):
-            bar.update(shard.num_bytes)
+            shown.update(shard.num_bytes)
             if problem:
                 (findings if was_read else findings.unreadable).append(problem)
     if not findings and not findings.unreadable:

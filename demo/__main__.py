@@ -19,7 +19,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from data_prep.command_line import CommandLine, installed_program
+from data_prep.command_line import VERBOSE_HELP, CommandLine, end_lines, quiet_launcher
 from data_prep.durable_files import replace_file
 from demo.compare import compare
 from demo.settings import QUICKSTART, retrieval_settings, training_overrides
@@ -29,6 +29,7 @@ from pipeline.data.tokenizer_hash import tokenizer_directory
 from pipeline.errors import EXIT_DONE, UserError, exit_code_of
 from pipeline.evaluation.retrieval import read_pairs
 from pipeline.export.hf import LINEAGE_FILE
+from pipeline.report.page import render
 from pipeline.runtime.json_files import read_json, read_json_if_there
 from pipeline.runtime.run_paths import RunPaths
 
@@ -46,7 +47,7 @@ class StageError(Exception):
 
 
 def main() -> None:
-    parser = CommandLine(prog="python -m demo", description=__doc__)
+    parser = CommandLine(prog="python -m demo", description=__doc__, epilog=VERBOSE_HELP)
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key, or retrieval.KEY"
     )
@@ -76,10 +77,13 @@ def main() -> None:
     export(run_dir)
     say(5, "evaluate: cross-lingual retrieval")
     print(compare(recipe, retrieval, run_dir), flush=True)
+    say(6, "report")
+    curves = f"curves: tensorboard --logdir {run_dir}"
+    print(end_lines(run_dir / "student", run_dir / "demo.json", report(run_dir), about=curves))
 
 
 def say(number: int, title: str) -> None:
-    print(f"\n[{number}/5] {title}", flush=True)
+    print(f"\n[{number}/6] {title}", flush=True)
 
 
 def prepare_shards(recipe: Recipe) -> None:
@@ -115,7 +119,7 @@ def train(recipe_path: Path, overrides: list[str], recipe: Recipe, run_dir: Path
 
 def launcher() -> list[str]:
     """DeepSpeed's launcher, with a free port."""
-    command = [installed_program("deepspeed")]
+    command = quiet_launcher()
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", DEFAULT_PORT)) != 0:
             return command
@@ -132,6 +136,15 @@ def export(run_dir: Path) -> None:
         print(f"export: {student} exists", flush=True)
         return
     run_stage([sys.executable, "-m", "pipeline", "export", str(run_dir), "--output", str(student)])
+
+
+def report(run_dir: Path) -> Path:
+    """Write the page about the run, unless nothing that it shows is newer."""
+    page = run_dir / "report.html"
+    shown = [RunPaths(run_dir).done, *(run_dir / "retrieval").glob("*.json")]
+    if not page.is_file() or page.stat().st_mtime_ns < max(file.stat().st_mtime_ns for file in shown):
+        replace_file(page, render(run_dir, ""))
+    return page
 
 
 def run_stage(command: list[str]) -> None:

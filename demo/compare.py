@@ -46,7 +46,7 @@ def compare(recipe: Recipe, retrieval: RetrievalConfig, run_dir: Path) -> str:
     report = report_of(results, read_json(run_dir / "demo_training.json"), training_speed(run_dir))
     replace_file(run_dir / "demo.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     write_card(run_dir / "student", [run_dir])  # the export was made before these figures
-    return "\n".join([retrieval_table(results), *summary(report, recipe, run_dir)])
+    return "\n".join([retrieval_table(results), *summary(report, recipe)])
 
 
 def untrained_student(recipe: Recipe) -> Encoder:
@@ -107,7 +107,7 @@ def report_of(results: dict[str, Any], training: dict[str, Any], tokens_per_seco
     return {**means, "per_pair": per_pair, **about, **training, "tokens_per_second": tokens_per_second}
 
 
-def summary(report: dict[str, Any], recipe: Recipe, run_dir: Path) -> list[str]:
+def summary(report: dict[str, Any], recipe: Recipe) -> list[str]:
     """The lines below the table."""
     tokens = recipe.steps * recipe.global_batch * recipe.seq_len
     return [
@@ -116,5 +116,4 @@ def summary(report: dict[str, Any], recipe: Recipe, run_dir: Path) -> list[str]:
         f"values {report['after_mean_values'] - report['before_mean_values']:+.3f}",
         f"training: {recipe.steps} steps, {tokens:,} tokens, {report['seconds']:.0f} s, "
         f"{report['tokens_per_second']:,.0f} tokens/s",
-        f"student: {run_dir / 'student'}   figures: {run_dir / 'demo.json'}   curves: tensorboard --logdir runs",
     ]

@@ -22,11 +22,11 @@ import torch
 import xxhash
 from safetensors.torch import save_file
 from sentencepiece import sentencepiece_model_pb2
-from tqdm import tqdm
 from transformers import BertConfig, XLMRobertaTokenizer
 
 from data_prep.command_line import CommandLine
 from data_prep.durable_files import unique_name
+from data_prep.progress import progress
 from demo.golden import check_teacher
 from demo.packed_model import PackedModel
 from pipeline.errors import UserError, exit_code_of
@@ -98,7 +98,7 @@ def write_weights(packed: PackedModel, directory: Path) -> None:
     config.save_pretrained(directory)
     names = list(tensor_names(packed))
     weights = {}
-    for packed_name, name, sizes in tqdm(names, desc="unpacking the teacher", unit="tensor"):
+    for packed_name, name, sizes in progress(names, "unpacking the teacher", "tensor"):
         weights[name] = torch.from_numpy(packed.tensor(packed_name, *sizes))
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 

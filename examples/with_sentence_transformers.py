@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
+from transformers import logging
 
 SENTENCES = [
     "The shop is closed today.",
@@ -15,6 +16,7 @@ SENTENCES = [
     "It will rain tomorrow.",
 ]
 
+logging.set_verbosity_error()  # a student has no pooler; transformers would report that its class has one
 model = SentenceTransformer(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart/student")
 vectors_BD = model.encode(SENTENCES)  # unit length
 

@@ -6,7 +6,7 @@ python examples/with_transformers.py [runs/quickstart/student]
 import sys
 
 import torch
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, logging
 
 SENTENCES = [
     "The shop is closed today.",
@@ -15,6 +15,7 @@ SENTENCES = [
     "It will rain tomorrow.",
 ]
 
+logging.set_verbosity_error()  # a student has no pooler; transformers would report that its class has one
 directory = sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart/student"
 tokenizer = AutoTokenizer.from_pretrained(directory)
 model = AutoModel.from_pretrained(directory).eval()

@@ -11,7 +11,7 @@ import sys
 
 from data_prep.__main__ import VERBS as DATA_VERBS
 from data_prep.__main__ import main as data_main
-from data_prep.command_line import CommandLine, add_version, installed_program
+from data_prep.command_line import VERBOSE_HELP, CommandLine, add_version, quiet_launcher
 from pipeline.__main__ import VERBS, first_line, verb_lines
 from pipeline.__main__ import main as pipeline_main
 from pipeline.errors import run_to_exit
@@ -34,7 +34,9 @@ LAUNCHER_OPTIONS = (
 def main() -> None:
     """Run one verb. The entry point of the program `minilmv2`."""
     parser = CommandLine(
-        prog=PROGRAM, description="Distil multilingual encoders by MiniLMv2.", epilog=_describe_verbs()
+        prog=PROGRAM,
+        description="Distil multilingual encoders by MiniLMv2.",
+        epilog=f"{_describe_verbs()}\n\n{VERBOSE_HELP}",
     )
     parser.add_argument(
         "verb", choices=VERBS_OF_ALL, metavar="VERB", help="one of those below; its options: VERB --help"
@@ -52,12 +54,12 @@ def main() -> None:
 
 def _train(arguments: list[str]) -> None:
     """Replace this process by the `deepspeed` command, which starts one process per GPU. Its own options come first."""
-    program = installed_program("deepspeed")
+    program, *options = quiet_launcher()
     for_launcher: list[str] = []
     while arguments and arguments[0].partition("=")[0] in LAUNCHER_OPTIONS:
         count = 1 if "=" in arguments[0] else 2
         for_launcher, arguments = for_launcher + arguments[:count], arguments[count:]
-    os.execv(program, [program, *for_launcher, str(training_script()), *arguments])
+    os.execv(program, [program, *options, *for_launcher, str(training_script()), *arguments])
 
 
 def _describe_verbs() -> str:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from data_prep.command_line import EXIT_USER, installed_program
+from data_prep.command_line import EXIT_USER, quiet_launcher
 from pipeline.errors import EXIT_DIVERGED, EXIT_DONE, DivergedRunError, UserError
 from pipeline.installed import shipped_file, training_script
 
@@ -24,7 +24,7 @@ def training_words(
     deepspeed: str | Path, recipe: str | Path, run_dir: str | Path, settings: Mapping[str, Any]
 ) -> list[str]:
     """The command that trains, as a list of words."""
-    words = [installed_program("deepspeed"), str(training_script()), "--deepspeed", str(shipped_file(str(deepspeed)))]
+    words = [*quiet_launcher(), str(training_script()), "--deepspeed", str(shipped_file(str(deepspeed)))]
     words += ["--recipe", str(shipped_file(str(recipe))), "--run-dir", str(run_dir)]
     return words + [word for key, value in settings.items() for word in ("--set", f"{key}={_as_yaml(value)}")]
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
-from data_prep.command_line import CommandLine, add_version
+from data_prep.command_line import VERBOSE_HELP, CommandLine, add_version
 from pipeline.errors import run_to_exit
 
 PROGRAM = "python -m pipeline"
@@ -29,7 +29,7 @@ VERBS = {  # each module has a docstring, `add_arguments` and `run`
 
 def main(arguments: list[str], program: str = PROGRAM) -> None:
     """Import and run the module of one verb. The other verbs' imports would take seconds."""
-    parser = CommandLine(prog=program, description=__doc__, epilog=_describe_verbs())
+    parser = CommandLine(prog=program, description=__doc__, epilog=f"{_describe_verbs()}\n\n{VERBOSE_HELP}")
     parser.add_argument("verb", choices=VERBS, metavar="VERB", help="one of those below; its options: VERB --help")
     add_version(parser)
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed --module adds it

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
-from data_prep.command_line import EXIT_USER, code_without_traceback, print_bytes_as_they_come
+from data_prep.command_line import EXIT_USER, code_without_traceback, let_first_rank_print, print_bytes_as_they_come
 from data_prep.shards import DataError, Explained
 
 EXIT_DONE = 0
@@ -50,6 +50,7 @@ def exit_code_of(main: Callable[[], object]) -> int:
         main()
         sys.stdout.flush()  # inside `try`, so that a closed pipe gives no traceback
     except (UserError, DataError, DivergedRunError) as error:
+        let_first_rank_print()
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_DIVERGED if isinstance(error, DivergedRunError) else EXIT_USER
     except (Exception, KeyboardInterrupt) as error:

@@ -15,7 +15,7 @@ if __name__ == "__main__":
     # Python puts the directory of a script, pipeline/, first on sys.path. The packages are one level up.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data_prep.command_line import CommandLine, add_version
+from data_prep.command_line import VERBOSE_HELP, CommandLine, add_version
 from data_prep.outputs import output_path
 from pipeline.errors import run_to_exit
 from pipeline.installed import shipped_file
@@ -25,7 +25,7 @@ DEFAULT_RECIPE = "recipes/quickstart.yaml"
 
 def main() -> None:
     """Parse the command line, and train. The slow imports follow after the arguments have been checked."""
-    parser = CommandLine(description=__doc__)
+    parser = CommandLine(description=__doc__, epilog=VERBOSE_HELP)
     parser.add_argument(
         "--deepspeed", type=shipped_file, required=True, metavar="JSON", help="for example ds_configs/zero2.json"
     )

@@ -49,7 +49,7 @@ def heldout_losses(
     num_rows = len(input_ids_BL)
     chunks = [(start, min(start + micro_batch, num_rows)) for start in range(0, num_rows, micro_batch)]
     losses_MB = torch.zeros(len(row_losses), num_rows, dtype=torch.float64, device=rank.device)
-    for turn in range(-(-len(chunks) // rank.world_size)):
+    for turn in range(num_turns(source, micro_batch, rank)):
         number = turn * rank.world_size + rank.rank
         start, stop = chunks[number] if number < len(chunks) else chunks[0]
         segments = None if segments_BS is None else segments_BS[start:stop]
@@ -61,6 +61,12 @@ def heldout_losses(
                 losses_MB[model, start:stop] = losses
     rank.sum(losses_MB)  # each row was computed on one rank
     return [_by_language(losses_B, source) for losses_B in losses_MB.cpu()]
+
+
+def num_turns(source: BatchSource, micro_batch: int, rank: Rank) -> int:
+    """Number of forwards of each model on each rank: all chunks of `micro_batch` rows, divided among the ranks."""
+    chunks = -(-sum(source.heldout_counts) // micro_batch)
+    return -(-chunks // rank.world_size)
 
 
 def _by_language(losses_B: torch.Tensor, source: BatchSource) -> dict[str, float]:

@@ -10,6 +10,7 @@ run can start.
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections import Counter
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from pipeline.doctor.machine import Finding, machine_findings
 from pipeline.doctor.recipe import recipe_findings
 from pipeline.doctor.versions import version_findings
 from pipeline.errors import UserError
-from pipeline.installed import shipped_file
+from pipeline.installed import shipped_file, training_command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +45,10 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"not ready: {', '.join(dict.fromkeys(failed))}. The lines above that begin with FAIL say how to fix this"
         )
+    if arguments.recipe:
+        words = ["--deepspeed", str(arguments.deepspeed), "--recipe", str(arguments.recipe), "--run-dir", str(run_dir)]
+        words += [word for override in arguments.set for word in ("--set", override)]
+        print(f"next: {training_command()} {shlex.join(words)}")
 
 
 def table(findings: list[Finding]) -> str:

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from data_prep.command_line import end_lines
 from data_prep.outputs import output_path
 from data_prep.ownership import own, sibling_lock
 from pipeline.config import apply_override, build_section
@@ -106,7 +107,7 @@ def _evaluate(encoders: list[Encoder], names: list[str], config: Any, output: Pa
     if ranks.is_main:
         measured = results.read(path)["tasks"]
         plots.draw({name: measured[name] for name in tasks() if name in measured}, path.with_suffix(".png"))
-        print(f"written: {path} and {path.with_suffix('.png').name}, with {', '.join(measured)}")
+        print(end_lines(path, path.with_suffix(".png"), about=", ".join(measured)))
 
 
 def _identity(encoder: Encoder) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from tqdm import tqdm
 from transformers import PretrainedConfig
 
+from data_prep.progress import progress
 from data_prep.tokenizer_ids import POSITIONS_FROM_PADDING
 from pipeline.distillation.models import loading
 from pipeline.distillation.models.architectures import architecture_of, usable_positions
@@ -159,7 +159,7 @@ def sentence_vectors(
     last_layer = cast(torch.nn.ModuleList, tapped.model.get_submodule(architecture_of(encoder.model.config).layers))[-1]
     # The context manager removes the hook also after an error: the layer is the model's own, and later tasks use it.
     with last_layer.register_forward_pre_hook(lambda module, arguments: last_inputs.append(arguments[0])):
-        for batch in tqdm(batches, desc=f"encoding with {encoder.name}", unit="batch", disable=None):
+        for batch in progress(batches, f"encoding with {encoder.name}", "batch"):
             input_ids_BL, mask_BL = pad_rows([ids[i] for i in batch], encoder.tokenizer.pad_token_id, encoder.device)
             (_, _, values_BLD), output_BLD = tapped(input_ids_BL, mask_BL)
             for pooling, states_BLD in zip(POOLINGS, (output_BLD, last_inputs.pop(), values_BLD), strict=True):

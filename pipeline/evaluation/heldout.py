@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
-
+from data_prep.progress import Progress
 from data_prep.shards import ShardSet
 from pipeline.data.batches import BatchOptions, BatchSource
-from pipeline.data.heldout import heldout_losses
+from pipeline.data.heldout import heldout_losses, num_turns
 from pipeline.data.tokenizer_hash import deciding_file, tokenizer_sha256
 from pipeline.distillation.config import RelationsConfig
 from pipeline.distillation.distiller import DistillModule, Hooks
@@ -97,10 +96,8 @@ def evaluate_heldout(encoders: list[Encoder], config: HeldoutConfig, ranks: Laun
     for encoder in encoders:
         student = tap(encoder.model, encoder.values_layer, after_rotary=relations.after_rotary)
         distiller = DistillModule(frozen, student, relations, hooks=hooks)
-        chunks = -(-num_rows // config.batch_size)
-        bar = tqdm(
-            total=-(-chunks // ranks.world_size), desc=f"held-out loss of {encoder.name}", unit="batch", disable=None
-        )
+        turns = num_turns(source, config.batch_size, ranks)
+        bar = Progress(f"held-out loss of {encoder.name}", turns, "batch", is_shown=ranks.is_main)
         (losses,) = heldout_losses(
             *([distiller.losses_by_row], source, config.batch_size, ranks),
             progress=lambda bar=bar: bar.update(),  # type: ignore[misc]

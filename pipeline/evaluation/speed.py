@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from data_prep.progress import Progress
 from pipeline.distillation.models.loading import count_parameters
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder
@@ -44,7 +44,7 @@ def evaluate_speed(encoders: list[Encoder], config: SpeedConfig) -> dict[str, di
     """Size and speed per model, by the models' names."""
     shapes = [(batch, length) for length in config.lengths for batch in config.batches]
     speeds: dict[str, dict[str, float]] = {encoder.name: {} for encoder in encoders}
-    bar = tqdm(total=len(shapes) * config.rounds * len(encoders), desc="timing", unit="turn", disable=None)
+    bar = Progress("timing", len(shapes) * config.rounds * len(encoders), "turn")
     for batch, length in shapes:
         for encoder in encoders:
             check_length(encoder, length)

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from data_prep.command_line import end_lines
 from data_prep.durable_files import replace_file
 from pipeline.config import tree_of_recipe
 from pipeline.distillation.models.architectures import usable_positions
@@ -108,7 +109,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"{arguments.student} has no {LINEAGE_FILE}: it is not an export. Make one: python -m pipeline export RUN_DIR --output STUDENT"
         )
     write_card(arguments.student, _of_student(arguments.measured, arguments.student_name, arguments.student))
-    print(f"model card: {arguments.student / CARD_FILE}")
+    print(end_lines(arguments.student / CARD_FILE))
 
 
 def _of_student(measured: Sequence[Path], asked: str | None, export: Path) -> list[Path]:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import transformers
 
+from data_prep.command_line import end_lines, module_command
 from data_prep.outputs import output_path
 from pipeline.distillation.models.vocabulary import read_vocabulary
 from pipeline.evaluation.retrieval import RetrievalConfig, read_pairs
@@ -96,11 +97,13 @@ def run(arguments: argparse.Namespace) -> None:
         if warning := int8_warning(check):
             print(warning, file=sys.stderr, flush=True)
     size_mb = (student / "model.safetensors").stat().st_size / 1e6
-    print(f"exported: {student} ({size_mb:.0f} MB). Load it with AutoModel.from_pretrained({str(student)!r})")
     for note in filter(None, [length_note(student), projection_note(student)]):
         print(note)
     if arguments.push:
         print(f"pushed: {push(student, arguments.push)}")
+    about = f"{size_mb:.0f} MB; load it with AutoModel.from_pretrained({str(student)!r})"
+    then = module_command("pipeline", "evaluate", student, "--output", f"{student}-evaluation")
+    print(end_lines(student, about=about, then=then))
 
 
 def _export(arguments: argparse.Namespace, extras: Sequence[Extra]) -> Path:

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from data_prep.progress import progress
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder, load_encoder, mean_over_tokens, pad_rows
 from pipeline.evaluation.retrieval import RetrievalConfig, both_directions, read_pairs
@@ -183,7 +183,7 @@ def compare_runs(
     vectors: dict[str, list[torch.Tensor]] = {name: [] for name in runs}
     differences = dict.fromkeys(runs, 0.0)
     starts = range(0, len(ids), config.batch_size)
-    for start in tqdm(starts, desc="checking ONNX against torch", unit="batch", disable=None):
+    for start in progress(starts, "checking ONNX against torch", "batch"):
         rows = ids[start : start + config.batch_size]
         input_ids_BL, mask_BL = pad_rows(rows, encoder.tokenizer.pad_token_id, torch.device("cpu"))
         first: torch.Tensor | None = None

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 
+from data_prep.command_line import end_lines, module_command
 from data_prep.outputs import check_output_place, output_path
 from pipeline.data.tokenizer_hash import tokenizer_sha256
 from pipeline.distillation.models.loading import load_config
@@ -43,7 +44,8 @@ def run(arguments: argparse.Namespace) -> None:
     transformers.logging.disable_progress_bar()
     report = trim(arguments.model, read_vocabulary(arguments.vocabulary), arguments.output)
     print(trimming_lines(report))
-    print(f"trimmed: {arguments.output}")
+    then = module_command("pipeline", "evaluate", arguments.output, "--output", f"{arguments.output}-evaluation")
+    print(end_lines(arguments.output, then=then))
 
 
 def trim(

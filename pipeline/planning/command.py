@@ -15,6 +15,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+from data_prep.command_line import end_lines
+from data_prep.progress import progress
 from pipeline.config import load_recipe
 from pipeline.errors import UserError
 from pipeline.installed import shipped_file
@@ -67,7 +69,9 @@ def run(arguments: argparse.Namespace) -> None:
         largest_micro_batch=planner.largest_micro_batch(arguments.nodes, arguments.gpus_per_node),
         preparation=preparation_of(recipe, arguments.text_gb, arguments.prepare_cores, hardware.assumptions),
         stages=compare_stages(planner, arguments.nodes, arguments.gpus_per_node),
-        points_of={stage: scale(planner, arguments.gpus_per_node, stage) for stage in STAGES},
+        points_of={
+            stage: scale(planner, arguments.gpus_per_node, stage) for stage in progress(STAGES, "scaling", "ZeRO stage")
+        },
         alone=planner.plans_alone(arguments.nodes, arguments.gpus_per_node),
     )
     print(report.text(found), flush=True)
@@ -77,6 +81,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.plot:
         title = f"{arguments.recipe.stem} on {hardware.device.name}, global batch {recipe.global_batch}"
         draw(found.points_of, plan.setting.stage, title, arguments.plot)
+    if files := [file for file in (arguments.json, arguments.plot) if file]:
+        print(end_lines(*files))
 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:

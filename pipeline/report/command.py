@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from data_prep.command_line import end_lines
 from data_prep.durable_files import replace_file
 from data_prep.outputs import output_path
 from pipeline.comparison.students import paths_of
@@ -36,4 +37,4 @@ def run(arguments: argparse.Namespace) -> None:
         directory, page = paths_of(run_dir, student).files, render(run_dir, student)
     output = arguments.output or directory / "report.html"
     replace_file(output, page)
-    print(f"report: {output} ({output.stat().st_size / 1e6:.1f} MB)")
+    print(end_lines(output, about=f"{output.stat().st_size / 1e6:.1f} MB"))

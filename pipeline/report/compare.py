@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_prep.command_line import end_lines
 from data_prep.durable_files import replace_file
 from data_prep.outputs import output_path
 from pipeline.comparison.differences import differing_keys
@@ -56,7 +57,6 @@ def run(arguments: argparse.Namespace) -> None:
     print(sentence)
     page = arguments.output or arguments.run_dirs[0] / "compare.html"
     replace_file(page, render_comparison(students, measures[1:], sentence))
-    print(f"curves: {page} ({page.stat().st_size / 1e6:.1f} MB)")
     if arguments.json:
         figures = as_json(students, measures, number)
         replace_file(arguments.json, json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
@@ -64,7 +64,9 @@ def run(arguments: argparse.Namespace) -> None:
         if number is None:
             raise UserError(f"--write {arguments.write}: {sentence}")
         write_recipe(students[number], arguments.write, sentence)
-        print(f"recipe: {arguments.write}")
+        then = f"{training_command()} --deepspeed ds_configs/zero2.json --recipe {shlex.quote(str(arguments.write))}"
+    files = [file for file in (page, arguments.json, arguments.write) if file]
+    print(end_lines(*files, then=then if arguments.write else ""))
 
 
 def measures_of(students: Sequence[StudentRun], directories: Sequence[Path] = ()) -> list[Measure]:

@@ -16,18 +16,23 @@ from typing import Any
 
 import torch
 
+from data_prep.command_line import is_verbose
 from pipeline.runtime import gpus
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if gpus.available() else "cpu")
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 import deepspeed  # noqa: E402  (the accelerator is chosen, and the log level set, before this import)
 from deepspeed.accelerator import get_accelerator  # noqa: E402
+from deepspeed.utils.logging import set_log_level_from_string  # noqa: E402
 
 from pipeline.distillation.compiled_layers import is_compiled  # noqa: E402
 from pipeline.runtime.determinism import deterministic_kernels  # noqa: E402
 from pipeline.runtime.ds_config import Precisions  # noqa: E402
 from pipeline.runtime.optimizer import MOMENTS, OptimizerConfig, parameter_groups  # noqa: E402
 from pipeline.runtime.zero_step import StepResult, ZeroStep, reason_for_deepspeeds_step  # noqa: E402
+
+if is_verbose():
+    set_log_level_from_string("info")
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from typing import Any, TextIO
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
-from tqdm import tqdm
 
 from data_prep.durable_files import replace_file
+from data_prep.progress import LINE_EVERY_S, Progress, say
 from data_prep.shards import read_again
 from pipeline.recipe.ranges import LARGEST_INT, check_ranges
 from pipeline.runtime.loggers import TENSORBOARD, LoggedRun, Loggers, check_names, identifier_in
@@ -78,8 +78,8 @@ class Metrics:
         self._has_warned = False
         self._path = paths.metrics
         self._lines: TextIO | None = None
-        is_hidden = not (shows_progress and sys.stderr.isatty())
-        self._bar = tqdm(total=steps, initial=first_step, unit="step", desc="distil", disable=is_hidden, leave=False)
+        # The lines with figures say how far the run is. Only where they are rare does it need lines of its own.
+        self._progress = Progress("distil", steps, "step", first_step, shows_progress, 1.3 * LINE_EVERY_S)
         if TENSORBOARD in loggers:
             self._attempt(lambda: make_way_for_directory(self._tensorboard_dir))
         self._on_tensorboard(lambda writer: None)  # opens it
@@ -159,18 +159,19 @@ class Metrics:
                 self.say(f"warning: metrics not written, the run continues without them: {error}")
 
     def advance(self) -> None:
+        """Show that one more step has been launched."""
         if self.active:
-            self._bar.update(1)
+            self._progress.update()
 
     def say(self, line: str) -> None:
         """Print one console line, above the progress bar where there is one."""
         if self.active:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
+            say(line, sys.stdout)
+            self._progress.printed()
 
     def close(self) -> None:
         if self.active:
-            self._bar.close()
+            self._progress.close()
             if self._loggers is not None:
                 self._loggers.close()
             if self._writer is not None:

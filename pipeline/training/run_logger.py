@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_prep.command_line import is_verbose
+from data_prep.progress import Pace, time_left
 from pipeline.config import recipe_to_yaml
 from pipeline.data.batches import BatchSource
 from pipeline.distillation.models.student import dropout_of
@@ -65,6 +67,7 @@ class RunLogger:
         recipe = parts.recipe
         self._metrics = Metrics(paths, self._is_main, first_step, recipe.steps, leads, recipe.metrics.loggers)
         self._interval = _Interval()
+        self._pace = Pace(begins_with_line=True)
         self._speed: dict[str, float] = {}  # of the last interval
         self._peak_flops_per_s = peak_flops_per_s(device_name(parts.launch.device), parts.precision)
         self._facts: dict[str, Any] = {}  # in run.json
@@ -194,7 +197,12 @@ class RunLogger:
         """Take note of a finished step."""
         self._interval.add_step(report)
 
-    def step(self, done: int, skipped_steps: int, wait_s: float, flops_per_row: int) -> None:
+    def prints_step(self, done: int) -> bool:
+        """Whether the point of the curves after `done` steps is also a console line: the first and the last one, and one about
+        every 30 s; with `MINILMV2_VERBOSE=1` every one."""
+        return self._pace.is_due() or done == self._recipe.steps or is_verbose()
+
+    def step(self, done: int, skipped_steps: int, wait_s: float, flops_per_row: int, prints: bool = True) -> None:
         """Report the interval that ends with the step observed last.
 
         Args:
@@ -202,6 +210,7 @@ class RunLogger:
             skipped_steps: number since the start of the run
             wait_s: seconds that all steps of this attempt have waited for data
             flops_per_row: that the teacher and all students in training need
+            prints: also a line on the console
         """
         report, steps, recipe = self._interval.last, self._interval.steps, self._recipe
         assert report is not None
@@ -227,11 +236,12 @@ class RunLogger:
             **self._speed,
         }
         self._write(done, values)
-        self.say(
-            f"step {done}/{self._recipe.steps}  loss {report.loss:.4f}  lr {report.learning_rate:.2e}  "
-            f"grad {report.gradient_norm:.2f}  {tokens_per_second:,.0f} tokens/s  data wait {shares['data_wait']:.1%}  "
-            f"{(self._recipe.steps - done) * seconds / steps / 60:.1f} min left"
-        )
+        if prints:
+            self.say(
+                f"step {done} of {recipe.steps}  loss {report.loss:.4f}  lr {report.learning_rate:.2e}  "
+                f"grad {report.gradient_norm:.2f}  {tokens_per_second:,.0f} tokens/s  data wait {shares['data_wait']:.1%}  "
+                f"{time_left(seconds, steps, recipe.steps - done)}"
+            )
 
     def spike(self, step: int, report: StepReport, z_score: float, rows: list[dict[str, Any]]) -> None:
         """A loss far above the last ones, in step number `step` (from 0), with the `rows` of its global batch."""

@@ -16,10 +16,12 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from data_prep.command_line import end_lines, module_command
+from data_prep.progress import Progress
 from pipeline.comparison.table import comparison_lines
 from pipeline.config import recipe_to_yaml
 from pipeline.data.batches import Prefetcher
-from pipeline.data.heldout import heldout_losses
+from pipeline.data.heldout import heldout_losses, num_turns
 from pipeline.errors import DivergedRunError, UserError
 from pipeline.runtime import dist, preflight
 from pipeline.runtime.anomalies import NonFiniteStepCounter
@@ -128,7 +130,6 @@ class Trainer:
             done = step + 1
             for member, unread in zip(self.members, self.stepper.train_step(step, stream), strict=True):
                 member.launched(unread)
-            self.loggers[0].advance()
             self.run.watchdog.feed()
             self.saver.poll()
             reason, is_last = self._stop_reason(), done == self.recipe.steps
@@ -137,8 +138,10 @@ class Trainer:
                 for member in self.members:
                     member.read_step()
             if logs:
+                prints = self.loggers[0].prints_step(done)
                 for member in self.active:
-                    member.logger.step(done, member.state.skipped_steps, batches.wait_s, self._flops_per_row())
+                    member.logger.step(done, member.state.skipped_steps, batches.wait_s, self._flops_per_row(), prints)
+            self.loggers[0].advance()
             if reason:  # save first: time is short
                 self.saver.save(done, required=True)
             is_best = (is_last or (evaluates and not reason)) and self._evaluate(
@@ -176,13 +179,16 @@ class Trainer:
         shared, launch = self.run.shared, self.run.launch
         for member in members:
             member.parts.engine.train(False)
-        losses = heldout_losses(
-            [member.parts.distiller.losses_by_row for member in members],
-            shared.source,
-            shared.batch.micro_batch,
-            launch,
-            self.run.watchdog.feed,
-        )
+        size = shared.batch.micro_batch
+        forwards = num_turns(shared.source, size, launch) * len(members)
+        with Progress("held-out loss", forwards, "batch", is_shown=launch.is_main) as shown:
+
+            def after_forward() -> None:
+                self.run.watchdog.feed()
+                shown.update()
+
+            models = [member.parts.distiller.losses_by_row for member in members]
+            losses = heldout_losses(models, shared.source, size, launch, after_forward)
         if self.recipe.metrics.images:
             self._show_relations(members, step)
         is_best = [member.evaluated(step, of_member) for member, of_member in zip(members, losses, strict=True)]
@@ -245,10 +251,20 @@ class Trainer:
             for member in self.began:
                 member.logger.complete_description()
             write_file_or_warn(marker, line + "\n")
-        self.loggers[0].say_of_run(f"{line}. Checkpoints: {self.run.paths.checkpoints}")
         if self.recipe.students is not None and self.run.launch.is_main:
             for row in comparison_lines(self.run.paths.directory):
                 self.loggers[0].say_of_run(row)
+        self.loggers[0].say_of_run(line)
+        self._say_end(resumes=marker == self.run.paths.preempted)
+
+    def _say_end(self, resumes: bool = False) -> None:
+        """The last lines: where the checkpoints are, and the next command."""
+        run_dir = self.run.paths.directory
+        then = module_command("pipeline", "export", run_dir, "--output", run_dir / "student")
+        if self.recipe.students is not None:
+            then = module_command("pipeline", "compare", run_dir)
+        about, then = ("the same command resumes", "") if resumes else ("", then)
+        self.loggers[0].say_of_run(end_lines(self.run.paths.checkpoints, about=about, then=then))
 
     def _confirm_end(self) -> None:
         """The run has all its steps: write what is missing because it was deleted, or because of a kill after the last save."""
@@ -259,3 +275,4 @@ class Trainer:
             self._describe()
         if self.run.launch.is_main and not paths.done.exists():
             write_file_or_warn(paths.done, self._end_line() + "\n")
+        self._say_end()

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data_prep.command_line import installed_program
+from data_prep.command_line import VERBOSE, installed_program
 from tests.conftest import REPO
 from tests.dist.ports import free_port
 
@@ -31,9 +31,9 @@ def launcher(kind: str, num_ranks: int = 1) -> list[str]:
 
 
 def start(command: list[str], log: Path, **environment: str) -> subprocess.Popen:
-    """A run in its own process group, output to `log`."""
+    """A run in its own process group, output to `log`, with a line for every point of the curves."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", VERBOSE: "1", **environment}
     env["PATH"] = f"{BIN}{os.pathsep}{env['PATH']}"
     with open(log, "w") as file:
         return subprocess.Popen(command, cwd=REPO, env=env, stdout=file, stderr=file, start_new_session=True)

@@ -80,6 +80,6 @@ def test_warnings_about_the_recipe_are_printed_once_before_step_1(
     settings = ["--set", "steps=1", "--set", "heldout_rows=5000", "--run-dir", tmp_path / "run"]
     for more in (["--dry-run"], []):
         said = training.run(*words, *settings, *more).out
-        before_the_step = said.split("step 1/1")[0]
+        before_the_step = said.split("step 1 of 1")[0]
         assert before_the_step.count("warning: held out is at most a tenth of a language") == 1, said
         assert said.count("held out is at most a tenth") == 1

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from data_prep.command_line import VERBOSE
 from pipeline.errors import EXIT_BUG, EXIT_USER
 from tests.conftest import REPO
 from tests.dist.fork_server import SECONDS_TO_FOLLOW
@@ -107,6 +108,20 @@ def test_a_launcher_ends_with_its_rank(kind: str, tiny_recipe: Path, fp32_config
     finally:
         end_group(job)
     assert "RuntimeError: an injected bug" in (tmp_path / "run" / "logs" / "rank1.log").read_text()
+
+
+@pytest.mark.parametrize("kind", ["torchrun", "deepspeed"])
+def test_an_error_that_all_ranks_find_is_printed_once(
+    kind: str, tiny_recipe: Path, fp32_config: Path, tmp_path: Path
+) -> None:
+    words = ["--deepspeed", str(fp32_config), "--recipe", str(tiny_recipe), "--run-dir", str(tmp_path / "run")]
+    log = tmp_path / "log"
+    job = start([*launcher(kind, 2), *words, "--set", "no_such_key=1"], log, **{VERBOSE: ""})
+    try:
+        assert job.wait(200) != 0
+    finally:
+        end_group(job)
+    assert log.read_text().count("unknown key `no_such_key`") == 1, log.read_text()
 
 
 def test_every_rank_is_told_that_a_logger_cannot_be_opened(

@@ -115,7 +115,7 @@ def test_a_directory_that_is_not_shared_by_all_ranks_is_rejected(lab: Lab) -> No
     assert job.wait(120) == EXIT_USER
     assert "runs/new is not one directory for all ranks" in log.read_text()
     assert socket.gethostname() in log.read_text()
-    assert "step 1/" not in log.read_text()
+    assert "step 1 of" not in log.read_text()
     assert not list(lab.directory.rglob(".shared-*"))
 
 
@@ -204,7 +204,7 @@ def test_run_directory_tells_ranks_hosts_and_backend(lab: Lab) -> None:
     assert len(run["hosts"]) == 2
     assert len(run["device_names"]) == 2
     assert run["relation_backend"] == "chunked", "the chosen backend, not `auto`"
-    assert "step 8/8" in (run_dir / "logs" / "rank0.log").read_text()
+    assert "step 8 of 8" in (run_dir / "logs" / "rank0.log").read_text()
     assert (run_dir / "logs" / "rank1.log").exists()
     assert not list((run_dir / "logs").glob("stacks-*")), "stacks of a run that never hung"
 

@@ -232,7 +232,7 @@ def test_kill_and_resume_repeats_the_losses(
     command = [*launcher("deepspeed", num_ranks), *arguments, "--run-dir", str(run_dir)]
     process = start(command, log)
     try:
-        wait_for_line(log, "step 9/12", process)  # by now the save of step 4 has been waited for
+        wait_for_line(log, "step 9 of 12", process)  # by now the save of step 4 has been waited for
     finally:
         end_group(process)
     text = finish(start(command, log), log)
@@ -252,7 +252,7 @@ def test_interrupt_saves_and_resumes(tmp_path: Path, plain_run: Path, arguments:
     command = [*launcher("python"), *arguments, "--run-dir", str(run_dir), "--set", "save_every=100"]
     process = start(command, log)
     try:
-        wait_for_line(log, "step 3/12", process)
+        wait_for_line(log, "step 3 of 12", process)
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(60) == 0
     finally:
@@ -275,7 +275,7 @@ def test_a_signal_to_one_rank_stops_all_ranks_of_the_launcher(tmp_path: Path, ar
     forever = ["--set", "steps=100000", "--set", "save_every=100000"]
     process = start([*launcher("deepspeed", 2), *arguments, "--run-dir", str(run_dir), *forever], log)
     try:
-        wait_for_line(log, "step 2/", process)
+        wait_for_line(log, "step 2 of", process)
         os.kill(max(int(pid) for pid in ranks_of(process.pid)), signal.SIGUSR1)
         assert process.wait(120) == 0, log.read_text()[-3000:]
     finally:
@@ -308,7 +308,7 @@ def test_hung_rank_is_noticed(tmp_path: Path, arguments: list[str]) -> None:
     command = [*launcher("deepspeed", 2), *arguments, "--run-dir", str(run_dir), *patience]
     process = start(command, log)
     try:
-        wait_for_line(log, "step 2/", process)
+        wait_for_line(log, "step 2 of", process)
         victim = max(int(pid) for pid in ranks_of(process.pid))
         os.kill(victim, signal.SIGSTOP)
         assert process.wait(120) != 0

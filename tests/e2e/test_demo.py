@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from data_prep.command_line import VERBOSE
 from pipeline.runtime.checkpoint import read_model_weights
 
 REPO = Path(__file__).resolve().parents[2]
@@ -18,10 +20,14 @@ SETTINGS = ["retrieval.languages=[de, sw]", "retrieval.max_pairs=10", "retrieval
 
 
 def demo(recipe: Path, run_dir: Path, *settings: str) -> str:
+    """What it printed, errors and messages of libraries included."""
     command = [sys.executable, "-m", "demo", "--recipe", str(recipe), "--run-dir", str(run_dir)]
     command += [word for setting in (*SETTINGS, *settings) for word in ("--set", setting)]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    environment = {name: value for name, value in os.environ.items() if name != VERBOSE}
+    done = subprocess.run(
+        command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280, env=environment
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
     return done.stdout
 
 
@@ -44,6 +50,23 @@ def test_the_table_and_its_json(finished: tuple[Path, str]) -> None:
     assert report["steps"] == 12
     assert report["seconds"] > 0
     assert report["tokens_per_second"] > 0
+
+
+def test_the_lines_of_the_demo(finished: tuple[Path, str]) -> None:
+    """Few lines, none of a library, and at the end what was written."""
+    run_dir, printed = finished
+    lines = printed.splitlines()
+    assert (
+        len(lines) < 60
+    )  # the quickstart: one evaluation more, a step line every 30 s, and the lines that make the shards
+    assert "\r" not in printed, "a bar that is drawn again"
+    for noise in ("[INFO]", "[WARNING]", "MISSING", "LOAD REPORT", "Loading weights", "launch.py"):
+        assert noise not in printed
+    steps = [line for line in lines if line.startswith("step ") and " of 12 " in line]
+    assert [line.split()[1] for line in steps] == ["1", "12"], "shorter than 30 s"
+    files = ", ".join(str(run_dir / name) for name in ("student", "demo.json", "report.html"))
+    assert lines[-1] == f"written: {files} (curves: tensorboard --logdir {run_dir})"
+    assert all(Path(file).exists() for file in files.split(", "))
 
 
 @torch.inference_mode()

@@ -35,7 +35,7 @@ def cluster(slurm_here: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def site_env(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site's settings as a user would write them: nodes of two CPUs per task and no GPU."""
     path = tmp_path_factory.mktemp("site") / "site.env"
-    lines = [f"PYTHON={sys.executable}", "export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1"]
+    lines = [f"PYTHON={sys.executable}", "export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MINILMV2_VERBOSE=1"]
     for stage in ("PREPARE", "MERGE", "TRAIN", "EVALUATE"):
         lines.append(f"{stage}_SBATCH=(--cpus-per-task=2 --gpus-per-node=0)")
     path.write_text("\n".join([*lines, ""]))

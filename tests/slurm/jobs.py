@@ -109,7 +109,7 @@ class Job:
 
 def steps_in(log: str) -> list[int]:
     """Steps that a rank reported as finished, in order."""
-    return [int(number) for number in re.findall(r"^step (\d+)/\d+  loss", log, re.MULTILINE)]
+    return [int(number) for number in re.findall(r"^step (\d+) of \d+  loss", log, re.MULTILINE)]
 
 
 def same_weights(a: Path, b: Path) -> bool:

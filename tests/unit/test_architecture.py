@@ -49,7 +49,7 @@ def test_data_prep_knows_nothing_of_training() -> None:
 
 
 def test_pipeline_imports_few_modules_of_data_prep() -> None:
-    modules = "shards|tokenizer_ids|command_line|ownership|outputs|durable_files|file_hashes|records"
+    modules = "shards|tokenizer_ids|command_line|ownership|outputs|durable_files|file_hashes|records|progress"
     allowed = rf"data_prep|data_prep\.({modules})(\..*)?"
     for path in (REPO / "pipeline").rglob("*.py"):
         for name in imports_of(path):

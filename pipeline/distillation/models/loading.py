@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from data_prep.command_line import is_verbose
 from pipeline.distillation.models.architectures import architecture_of
 from pipeline.distillation.models.model_config import (
     CONFIG_FILE,
@@ -176,13 +177,19 @@ def with_head(head: Any, encoder: PreTrainedModel, name_or_path: str | Path, **s
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' warnings."""
-    verbosity = transformers.logging.get_verbosity()
+    """Without transformers' bars and warnings, unless `MINILMV2_VERBOSE` asks for them."""
+    if is_verbose():
+        yield
+        return
+    verbosity, has_bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers.logging.set_verbosity(verbosity)
+        if has_bars:
+            transformers.logging.enable_progress_bar()  # those of downloads
 
 
 def _read_pooler(name_or_path: str | Path) -> dict[str, torch.Tensor]:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tqdm import tqdm
 
+from data_prep.progress import Progress
 from pipeline.distillation.models.loading import with_head
 from pipeline.errors import DivergedRunError, UserError
 from pipeline.evaluation.encoder import Encoder
@@ -111,13 +111,7 @@ def finetune(
     training = _Training(task, config, point, model, adam, ranks)
     if "scaler" in state:
         training.scaler.load_state_dict(state["scaler"])
-    bar = tqdm(
-        total=training.steps,
-        initial=state["step"],
-        desc=f"{label} {point}",
-        unit="step",
-        disable=None if ranks.is_main else True,
-    )
+    bar = Progress(f"{label} {point}", training.steps, "step", state["step"], ranks.is_main)
     for epoch in range(len(state["epochs"]), config.epochs):
         loss, skipped = training.train_epoch(epoch, bar)
         dev = training.score("dev")
@@ -182,7 +176,7 @@ class _Training:
         with self.precision.autocast():
             return self.task.score(self.model, split)
 
-    def train_epoch(self, epoch: int, bar: tqdm) -> tuple[float, int]:
+    def train_epoch(self, epoch: int, bar: Progress) -> tuple[float, int]:
         """Mean loss of the epoch, and the number of steps that fp16 skipped while it looked for its loss scale.
 
         Row order and dropout follow from seed and epoch, so an epoch can be repeated.

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForQuestionAnswering
 
+from data_prep.progress import progress
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder, batches_by_length
 from pipeline.evaluation.finetuning.batches import known_segments
@@ -71,7 +72,8 @@ def make_task(encoder: Encoder, data: QaData, config: MlqaConfig, ranks: Launch)
     windowed, pad_id = data.convert(windows_of), encoder.tokenizer.pad_token_id
 
     def score(model: Any, split: str) -> Scores:
-        return {x: answer_scores(model, of, x, pad_id, config, ranks) for x, of in getattr(windowed, split).items()}
+        parts = progress(getattr(windowed, split).items(), f"scoring {split}", "language", ranks.is_main)
+        return {x: answer_scores(model, of, x, pad_id, config, ranks) for x, of in parts}
 
     return FinetuneTask(
         load=lambda: load_with_head(AutoModelForQuestionAnswering, encoder),

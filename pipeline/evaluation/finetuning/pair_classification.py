@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from data_prep.progress import progress
 from pipeline.evaluation.encoder import Encoder, batches_by_length
 from pipeline.evaluation.finetuning.batches import TokenRows, tokenize_pairs
 from pipeline.evaluation.finetuning.grid import run_grids
@@ -65,7 +66,8 @@ def make_task(encoder: Encoder, data: PairData, config: PairConfig, ranks: Launc
 
     def score(model: Any, split: str) -> Scores:
         size = config.micro_batch
-        return {x: {"accuracy": accuracy(model, of, pad_id, size, ranks)} for x, of in getattr(rows, split).items()}
+        parts = progress(getattr(rows, split).items(), f"scoring {split}", "language", ranks.is_main)
+        return {x: {"accuracy": accuracy(model, of, pad_id, size, ranks)} for x, of in parts}
 
     return FinetuneTask(
         load=lambda: load_with_head(AutoModelForSequenceClassification, encoder, num_labels=len(data.train.names)),

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForTokenClassification
 
+from data_prep.progress import progress
 from pipeline.evaluation.encoder import Encoder, batches_by_length
 from pipeline.evaluation.finetuning.entities import OUTSIDE, entity_counts, f1_of
 from pipeline.evaluation.finetuning.grid import run_grids
@@ -53,7 +54,7 @@ def make_task(encoder: Encoder, data: TaggingData, config: TaggingConfig, ranks:
     def score(model: Any, split: str) -> Scores:
         parts: dict[str, TaggedSentences] = getattr(data, split)
         found: Scores = {}
-        for language, of in getattr(rows, split).items():
+        for language, of in progress(getattr(rows, split).items(), f"scoring {split}", "language", ranks.is_main):
             guesses = guessed_tags(model, of, pad_id, config.micro_batch, ranks)
             found[language] = tag_scores(parts[language].tags, guesses, data.tags, ranks)
         return found

@@ -64,8 +64,11 @@ def test_prepare_verify_stats_by_the_real_command(tiny_tokenizer: Path, tmp_path
     output, plot = str(tmp_path / "shards"), str(tmp_path / "plot.png")
     made = run("prepare", "--input", "samples/cc100/hi.txt.xz", "samples/cc100/sw.txt.xz", "--tokenizer",
                str(tiny_tokenizer), "--output", output, "--workers", "2")  # fmt: skip
-    assert (made.returncode, made.stdout) == (0, f"shards ready: {output}\n"), made.stderr
-    assert "tokens/s" in made.stderr
+    assert made.returncode == 0, made.stderr
+    *_, written, then = made.stdout.splitlines()
+    assert written == f"written: {output} (shards of 2 languages)"
+    assert "prepare:" not in made.stderr, "shorter than 30 s, and no terminal"
+    assert then.endswith(f" -m data_prep verify {output}")
     checked = run("verify", output)
     assert checked.returncode == 0
     assert checked.stdout.endswith(f"{output}: all 2 shards are valid\n")
@@ -81,6 +84,7 @@ def test_prepare_verify_stats_by_the_real_command(tiny_tokenizer: Path, tmp_path
     assert Path(plot).read_bytes().startswith(b"\x89PNG")
     corrupt = Path(output) / "hi" / "00000.tok"
     corrupt.write_bytes(corrupt.read_bytes()[:5000] + b"X" + corrupt.read_bytes()[5001:])
+    assert then.endswith(f" -m data_prep verify {output}")
     checked = run("verify", output)
     assert checked.returncode == 2
     assert "hi/00000.tok: corrupt in the block of bytes 4096 to" in checked.stderr

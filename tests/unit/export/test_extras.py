@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import AutoModel, AutoTokenizer
 
 from pipeline.distillation.models.teacher import load_encoder as load_teacher_encoder
@@ -132,8 +134,26 @@ def test_every_example_runs(
     exported: Path, example: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", [str(example), str(exported)])
-    runpy.run_path(str(example), run_name="__main__")
+    reported, verbosity = Reported(), transformers.logging.get_verbosity()
+    transformers.logging.add_handler(reported)
+    try:
+        runpy.run_path(str(example), run_name="__main__")
+    finally:
+        transformers.logging.remove_handler(reported)
+        transformers.logging.set_verbosity(verbosity)
     assert capsys.readouterr().out.count("->") == 4
+    assert not reported.lines, "a report about the pooler that a student does not have"
+
+
+class Reported(logging.Handler):
+    """The messages that transformers would show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
 
 
 SENTENCES = {
