@@ -16,6 +16,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,14 @@ OPTIONS = (
 )
 NO_NETWORK = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 ANSWER_S = 60.0
+# The protocol has the file descriptors 3 and 4. They may be in use here, so the process that becomes the browser sets them.
+START = """
+import fcntl, os, sys
+reads, writes = (fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3])
+os.dup2(reads, 3)
+os.dup2(writes, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class NoBrowserError(Exception):
@@ -51,17 +60,11 @@ class Browser:
     def __init__(self, profile: Path) -> None:
         to_browser, self._write = os.pipe()
         self._read, from_browser = os.pipe()
-
-        def as_3_and_4() -> None:  # the file descriptors that the protocol has
-            os.dup2(to_browser, 13)
-            os.dup2(from_browser, 14)
-            os.dup2(13, 3)
-            os.dup2(14, 4)
-
+        command = [browser_path(), *OPTIONS, NO_NETWORK, f"--user-data-dir={profile}", "about:blank"]
         with open(profile.with_name(f"{profile.name}.log"), "wb") as log:
             self._process = subprocess.Popen(
-                [browser_path(), *OPTIONS, NO_NETWORK, f"--user-data-dir={profile}", "about:blank"],
-                stdout=log, stderr=log, pass_fds=(3, 4), preexec_fn=as_3_and_4,
+                [sys.executable, "-S", "-c", START, str(to_browser), str(from_browser), *command],
+                stdout=log, stderr=log, pass_fds=(to_browser, from_browser),
             )  # fmt: skip
         os.close(to_browser)
         os.close(from_browser)

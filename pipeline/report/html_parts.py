@@ -45,7 +45,7 @@ def page_of(page: Page, sections: Sequence[tuple[str, str, str]]) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{LOADS_NOTHING}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
         f"<title>{name}</title><style>{style}</style></head>\n<body>\n<header><h1>{name}</h1>\n"
-        f"<p>{page.subtitle}</p></header>\n{page.state}\n<nav>{links}</nav>\n{fact_cells(page.facts)}\n{body}\n"
+        f"<p>{page.subtitle}</p></header>\n{page.state}\n{fact_cells(page.facts)}\n<nav>{links}</nav>\n{body}\n"
         "</body></html>\n"
     )
 

@@ -122,7 +122,7 @@ def facts(metrics: times.Points, retrieval: dict[str, dict[str, Any]]) -> dict[s
     speed = median_speed(metrics)
     shown = {"rows seen": f"{metrics[-1]['samples']:,}"}
     if heldout:
-        shown["held-out loss"] = f"{heldout[0][1]:.3f} → {heldout[-1][1]:.3f}"
+        shown["held-out loss"] = " → ".join(f"{value:.3f}" for _, value in (heldout[0], heldout[-1])[: len(heldout)])
     if {"before", "after"} <= retrieval.keys():
         before, after = (retrieval[stage]["mean"]["output"] for stage in ("before", "after"))
         shown["retrieval"] = f"{before:.3f} → {after:.3f}"

@@ -62,10 +62,11 @@ def run_state(paths: RunPaths, metrics: Points, steps: int | None, state: dict[s
         return RunState(ENDED_EARLY, f"It ended at step {ended[0]:,}: {ended[1].rstrip('. ')}.")
     if paths.done.is_file() or (steps is not None and step >= steps):
         return RunState(FINISHED, f"All {step:,} steps are done.")
-    owner = _owner(paths.directory)
-    if owner is not None:
-        said = f"{owner}; last report {time.strftime('%Y-%m-%d %H:%M %Z', time.localtime(metrics[-1]['time_s']))}."
-        return RunState(RUNNING, said, _how_to_stop(paths), time_left_s(paths, metrics, steps))
+    if owner := _owner(paths.directory):
+        left_s = time_left_s(paths, metrics, steps)
+        end = "" if left_s is None else f" At this speed it ends at about {_clock(metrics[-1]['time_s'] + left_s)}."
+        said = f"Last report {_clock(metrics[-1]['time_s'])}, by {owner}.{end}"
+        return RunState(RUNNING, said, f"To save and stop it: touch {shlex.quote(str(paths.stop))}", left_s)
     resume = _resume(paths)
     diverged = read_json_if_there(paths.bad_batch).get("step")
     if type(diverged) is int and diverged >= step:
@@ -92,8 +93,8 @@ def _owner(run_dir: Path) -> Owner | None:
         return None
 
 
-def _how_to_stop(paths: RunPaths) -> str:
-    return f"To save and stop it: touch {shlex.quote(str(paths.stop))}"
+def _clock(time_s: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(time_s))
 
 
 def _resume(paths: RunPaths) -> str:
@@ -131,8 +132,9 @@ def time_left_s(paths: RunPaths, metrics: Points, steps: int | None) -> float | 
     """Seconds from the last report to the last step, with saves and evaluations, at the speed of the last intervals of the
     newest start. None before its second report."""
     attempts = read_json_if_there(paths.restarts, list)
-    newest = attempts[-1] if attempts and isinstance(attempts[-1], dict) else {}
-    logged = [point for point in metrics if LOSS in point and point["time_s"] >= newest.get("time_s", 0.0)][-WINDOW:]
+    began_s = attempts[-1].get("time_s") if attempts and isinstance(attempts[-1], dict) else None
+    since_s = began_s if isinstance(began_s, int | float) else 0.0
+    logged = [point for point in metrics if LOSS in point and point["time_s"] >= since_s][-WINDOW:]
     if steps is None or len(logged) < 2 or logged[-1]["step"] <= logged[0]["step"]:
         return None
     first, last = logged[0], logged[-1]
@@ -140,10 +142,9 @@ def time_left_s(paths: RunPaths, metrics: Points, steps: int | None) -> float | 
 
 
 def progress_facts(metrics: Points, steps: int | None, state: RunState) -> dict[str, str]:
-    """Step, and of a running training the time left and the time of its end, as label and text."""
+    """Step, and of a running training the time that was left at its last report, as label and text."""
     step = metrics[-1]["step"]
     shown = {"step": f"{step:,}" if steps is None else f"{step:,} of {steps:,}"}
     if state.left_s is not None:
-        end = time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(metrics[-1]["time_s"] + state.left_s))
-        shown["time left"] = f"{duration(state.left_s / 3600)}, until about {end}"
+        shown["time left"] = duration(state.left_s / 3600)
     return shown
