@@ -29,7 +29,7 @@ from pipeline.comparison.table import difference_lines, figure_lines
 from pipeline.config import recipe_to_yaml
 from pipeline.errors import UserError
 from pipeline.installed import training_command
-from pipeline.report.choice import Measure, choose, evaluated_measures, heldout_measure
+from pipeline.report.choice import Measure, caveats, choose, evaluated_measures, heldout_measure
 from pipeline.report.evaluations import HELDOUT, read_evaluations
 from pipeline.report.family import TIME_NOTE, further_columns, render_comparison
 from pipeline.report.timeline import training_hours
@@ -75,7 +75,8 @@ def measures_of(students: Sequence[StudentRun], directories: Sequence[Path] = ()
 
 def table_lines(students: Sequence[StudentRun], evaluated: Sequence[Measure]) -> list[str]:
     """What is printed: what differs, and all figures."""
-    return [*difference_lines(students), *figure_lines(students, further_columns(students, evaluated)), TIME_NOTE]
+    columns = further_columns(students, evaluated)
+    return [*difference_lines(students), *figure_lines(students, columns), TIME_NOTE, *caveats(evaluated)]
 
 
 def _check_write(file: Path | None, may_overwrite: bool) -> None:

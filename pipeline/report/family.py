@@ -16,7 +16,7 @@ from pipeline.comparison.table import FIGURES, NONE, figures, not_comparable, no
 from pipeline.errors import UserError
 from pipeline.report import plots
 from pipeline.report import timeline as times
-from pipeline.report.choice import Measure, evaluated_measures
+from pipeline.report.choice import Measure, caveats, evaluated_measures
 from pipeline.report.evaluations import read_evaluations
 from pipeline.report.html_parts import Page, fact_cells, facts_table, page_of, table
 from pipeline.report.loss_parts import PREFIX, loss_parts, part_label
@@ -39,6 +39,7 @@ from pipeline.runtime.run_paths import RunPaths
 HEALTH = {tag: title for tag, title in plots.HEALTH.items() if tag.startswith("optimizer/")}  # of each student
 OF_THE_RUN = ("tokens per second",)  # facts that are the same for all students of a run
 ORDER = (RUNNING, FAILED, STOPPED, FINISHED, ENDED_EARLY)  # the first of its students' states is that of the run
+NUM_LOSSES = FIGURES.index("best (step)") + 1  # figures before those of size and speed
 TIME_NOTE = (
     "time, device h: of the training with saves and evaluations, from each start to its last report; the second times the "
     "number of devices. Students that are trained together share one time."
@@ -112,9 +113,16 @@ def further_columns(students: Sequence[StudentRun], measures: Sequence[Measure])
 def _tables(students: Sequence[StudentRun], measures: Sequence[Measure]) -> str:
     """What `pipeline compare` prints: figures, states, and the keys that differ."""
     more = further_columns(students, measures)
-    rows = [[each.name, *figures(each), *(cells[row] for _, cells in more)] for row, each in enumerate(students)]
-    parts = [table(["student", *FIGURES, *(title for title, _ in more)], rows)]
-    parts += [f'<p class="note">{html.escape(note)}</p>' for note in (*notes(students)[:1], TIME_NOTE)]
+    # what decides comes first: a phone shows three columns, and scrolls to the others
+    header = ["student", *FIGURES[:NUM_LOSSES], *(title for title, _ in more), *FIGURES[NUM_LOSSES:]]
+    rows = []
+    for row, student in enumerate(students):
+        cells = figures(student)
+        rows.append([student.name, *cells[:NUM_LOSSES], *(column[row] for _, column in more), *cells[NUM_LOSSES:]])
+    parts = [table(header, rows)]
+    parts += [
+        f'<p class="note">{html.escape(note)}</p>' for note in (*notes(students)[:1], TIME_NOTE, *caveats(measures))
+    ]
     parts.append(facts_table({student.name: student.status for student in students}))
     if keys := differing_keys(students):
         header = ["what differs", *(student.name for student in students)]
