@@ -44,9 +44,10 @@ docs-serve: .docs-venv/.installed ## show the documentation on http://127.0.0.1:
 	NO_MKDOCS_2_WARNING=1 .docs-venv/bin/python -m mkdocs serve
 
 .docs-venv/.installed: requirements-docs.txt
-	$(or $(PYTHON),python3) -m venv .docs-venv
-	.docs-venv/bin/python -m pip install --disable-pip-version-check -q -r requirements-docs.txt
-	touch $@
+	@{ $(or $(PYTHON),python3) -m venv .docs-venv && \
+	.docs-venv/bin/python -m pip install --disable-pip-version-check -q -r requirements-docs.txt && touch $@; } || \
+	{ printf 'error: the packages of requirements-docs.txt could not be installed in .docs-venv (messages are above).\n%s\n' \
+	"fix: name a Python from 3.11 on with its module venv (make docs PYTHON=python3.11), or run the same command again with a network" >&2; exit 2; }
 
 test-versions: venv ## run unit, golden, dist and e2e tests in the environments of tests/versions/rows.toml (ROWS="oldest newest": only these)
 	$(BIN)/python -m tests.versions $(addprefix --row ,$(ROWS))

@@ -17,8 +17,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 import minilmv2
 from tests.conftest import REPO
@@ -150,6 +152,18 @@ def test_every_document_is_in_the_navigation() -> None:
     assert named[0] == "README.md"
 
 
+def test_an_environment_that_cannot_be_made_is_explained(tmp_path: Path) -> None:
+    for name in ("Makefile", "requirements-docs.txt"):
+        shutil.copy(REPO / name, tmp_path)
+    command = ["make", "docs", "PYTHON=false"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    what, fix = done.stderr.splitlines()[:2]
+    assert what.startswith("error: the packages of requirements-docs.txt could not be installed")
+    assert fix.startswith("fix: ")
+    assert not (tmp_path / ".docs-venv" / ".installed").exists()
+
+
 @with_mkdocs
 def test_every_link_has_a_target(site: Path, pages: dict[str, Built]) -> None:
     broken, checked = [], 0
@@ -234,6 +248,22 @@ def test_search_works_from_the_file_system(browser: str, site: Path) -> None:
     assert re.search(r"\d+ matching documents", dom), errors[-2000:]
     assert "docs/recipes.html?h=relation+heads" in dom
     assert [line for line in errors.splitlines() if "CONSOLE" in line] == []
+
+
+@with_mkdocs
+def test_the_picture_of_the_site(browser: str, site: Path, tmp_path: Path) -> None:
+    """WRITE_PICTURES=yes replaces docs/images/site.png, which is to be looked at before it is committed."""
+    picture = tmp_path / "site.png"
+    browse(browser, site / "index.html", f"--screenshot={picture}", "--window-size=1280,800")
+    kept = REPO / "docs" / "images" / "site.png"
+    if os.environ.get("WRITE_PICTURES"):
+        shutil.copy(picture, kept)
+    taken, shown = (np.asarray(Image.open(path).convert("L"), dtype=float) for path in (picture, kept))
+    assert taken.shape == shown.shape == (800, 1280)
+    assert kept.stat().st_size < 200_000
+    assert 20 < taken[60:].std() < 100, "text on a light ground"
+    # The header and the navigation's column are alike; the text of the README may have changed since.
+    assert abs(taken[:48] - shown[:48]).mean() < 10
 
 
 @with_mkdocs
