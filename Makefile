@@ -6,7 +6,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
 
-.PHONY: always help venv demo doctor gpu test loggers test-versions lint format coverage mutants fuzz faults screenshots clean clean-runs
+.PHONY: always help venv demo doctor gpu docs docs-serve test loggers test-versions lint format coverage mutants fuzz faults screenshots clean clean-runs
 help: ## list the targets
 	@sed -n 's/^\([a-z%-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "make %-13s %s\n", $$1, $$2 }'
 
@@ -35,6 +35,19 @@ loggers: venv .loggers/.installed ## make .loggers, an environment with wandb, t
 	.loggers/bin/python -m pip install -q -r requirements-loggers.txt
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$(.loggers/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/zz-main.pth
 	touch $@
+
+docs: .docs-venv/.installed ## build the documentation as a site; open site/index.html
+	NO_MKDOCS_2_WARNING=1 .docs-venv/bin/python -m mkdocs build --strict
+	@echo "The site is in $(CURDIR)/site: open site/index.html"
+
+docs-serve: .docs-venv/.installed ## show the documentation on http://127.0.0.1:8000, and again after every change
+	NO_MKDOCS_2_WARNING=1 .docs-venv/bin/python -m mkdocs serve
+
+.docs-venv/.installed: requirements-docs.txt
+	@{ $(or $(PYTHON),python3) -m venv .docs-venv && \
+	.docs-venv/bin/python -m pip install --disable-pip-version-check -q -r requirements-docs.txt && touch $@; } || \
+	{ printf 'error: the packages of requirements-docs.txt could not be installed in .docs-venv (messages are above).\n%s\n' \
+	"fix: name a Python from 3.11 on with its module venv (make docs PYTHON=python3.11), or run the same command again with a network" >&2; exit 2; }
 
 test-versions: venv ## run unit, golden, dist and e2e tests in the environments of tests/versions/rows.toml (ROWS="oldest newest": only these)
 	$(BIN)/python -m tests.versions $(addprefix --row ,$(ROWS))
@@ -73,8 +86,8 @@ screenshots: venv ## take the pictures of docs/images in a headless browser, of 
 	$(BIN)/python -m tests.screenshots $(RUN)
 
 clean: ## delete the caches of tests, linters and Python
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* build *.egg-info
-	find . -name __pycache__ -not -path './.venv/*' -not -path './.versions/*' -not -path './.loggers/*' -prune -exec rm -rf {} +
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* build site *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -not -path './.versions/*' -not -path './.loggers/*' -not -path './.docs-venv/*' -prune -exec rm -rf {} +
 
 clean-runs: ## delete artifacts/ and runs/ with all trained students, after a question (SURE=yes: without it)
 	@du -sh artifacts runs 2>/dev/null || true

@@ -1,0 +1,283 @@
+"""The documentation as a site: every page is reached, links and anchors have a target, nothing is loaded from elsewhere.
+
+In: mkdocs.yml and the environment that `make docs` makes. Out: a strict build in a directory of its own, which a parser and a real
+browser read. The Python of another environment with requirements-docs.txt may be named in DOCS_PYTHON.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+import minilmv2
+from tests.conftest import REPO
+from tests.docs.documents import DOCUMENTS, relative
+from tests.unit.test_report_in_browser import browse, browser
+
+__all__ = ["browser"]  # a fixture
+
+PYTHON = Path(os.environ.get("DOCS_PYTHON", REPO / ".docs-venv" / "bin" / "python"))
+with_mkdocs = pytest.mark.skipif(not PYTHON.exists(), reason="`make docs` installs mkdocs")
+GENERATED = {"docs/reference.md"}
+LOADING = {"script": "src", "img": "src", "iframe": "src", "source": "srcset", "video": "src", "object": "data"}
+# The pages as CommonMark renders them; formulas are the same placeholders in both.
+EXPECTED = """
+import json, sys
+from pathlib import Path
+from markdown_it import MarkdownIt
+sys.path.insert(0, "docs/site")
+from dialect import put_formulas, take_formulas
+markdown = MarkdownIt("commonmark", {"html": True}).enable("table")
+pages = {}
+for name in sys.argv[1:]:
+    formulas = []
+    text = take_formulas(Path(name).read_text(encoding="utf-8"), formulas)
+    pages[name] = put_formulas(markdown.render(text), formulas)
+print(json.dumps(pages))
+"""
+# What a script in an outer page finds in the pages of the site, each in a frame as wide as a phone.
+PROBE = """<script>
+addEventListener("load", () => {
+  const found = [...Array(frames.length).keys()].map(number => frames[number]).map(frame => ({
+    page: frame.location.href,
+    width: frame.document.documentElement.scrollWidth,
+    loaded: frame.performance.getEntriesByType("resource").map(entry => entry.name),
+  }));
+  const out = document.createElement("pre");
+  out.id = "probe";
+  out.textContent = JSON.stringify(found);
+  document.body.append(out);
+});
+</script>"""
+
+
+@dataclass
+class Built(HTMLParser):
+    """What a page contains: its links, its anchors, what it loads, its text, and how often each tag occurs in the text."""
+
+    links: list[str] = field(default_factory=list)
+    anchors: set[str] = field(default_factory=set)
+    loads: list[str] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+    tags: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._in_permalink = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {name: value or "" for name, value in attrs}
+        self.tags[tag] = self.tags.get(tag, 0) + 1
+        self.anchors |= {values[name] for name in ("id", "name") if values.get(name)}
+        if tag == "a" and "href" in values:
+            self.links.append(values["href"])
+            self._in_permalink = values.get("class") == "headerlink"
+        if tag == "link" and values.get("rel") in ("stylesheet", "icon", "preload", "preconnect", "modulepreload"):
+            self.loads.append(values["href"])
+        if values.get(LOADING.get(tag, "")):
+            self.loads.append(values[LOADING[tag]])
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_permalink = self._in_permalink and tag != "a"
+
+    def handle_data(self, data: str) -> None:
+        if not self._in_permalink:
+            self.text.append(data)
+
+
+class Address(type(Path())):  # type: ignore[misc]
+    """A page with a question for its search."""
+
+    def as_uri(self) -> str:
+        return super().as_uri() + "?q=relation+heads"
+
+
+def parsed(text: str) -> Built:
+    page = Built()
+    page.feed(text)
+    return page
+
+
+def navigation(entries: list) -> list[str]:
+    """The pages of a navigation, in order."""
+    pages: list[str] = []
+    for entry in entries:
+        for value in entry.values():
+            pages += navigation(value) if isinstance(value, list) else [value]
+    return pages
+
+
+def build(checkout: Path, output: Path) -> subprocess.CompletedProcess[str]:
+    command = [str(PYTHON), "-m", "mkdocs", "build", "--strict", "--site-dir", str(output)]
+    settings = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    return subprocess.run(command, cwd=checkout, env=settings, capture_output=True, text=True, timeout=200, check=False)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built strictly: a warning ends the build."""
+    directory = tmp_path_factory.mktemp("built") / "site"
+    done = build(REPO, directory)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return directory
+
+
+@pytest.fixture(scope="module")
+def pages(site: Path) -> dict[str, Built]:
+    return {
+        path.relative_to(site).as_posix(): parsed(path.read_text(encoding="utf-8"))
+        for path in sorted(site.rglob("*.html"))
+    }
+
+
+def test_every_document_is_in_the_navigation() -> None:
+    named = navigation(yaml.safe_load((REPO / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+    assert len(named) == len(set(named))
+    assert {name for name in named if not (REPO / name).is_file()} == GENERATED
+    documents = {relative(path) for path in (REPO / "docs").glob("*.md")}
+    assert {name for name in named if name.startswith("docs/")} == documents | GENERATED
+    assert named[0] == "README.md"
+
+
+def test_an_environment_that_cannot_be_made_is_explained(tmp_path: Path) -> None:
+    for name in ("Makefile", "requirements-docs.txt"):
+        shutil.copy(REPO / name, tmp_path)
+    command = ["make", "docs", "PYTHON=false"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    what, fix = done.stderr.splitlines()[:2]
+    assert what.startswith("error: the packages of requirements-docs.txt could not be installed")
+    assert fix.startswith("fix: ")
+    assert not (tmp_path / ".docs-venv" / ".installed").exists()
+
+
+@with_mkdocs
+def test_every_link_has_a_target(site: Path, pages: dict[str, Built]) -> None:
+    broken, checked = [], 0
+    for name, page in pages.items():
+        for link in page.links:
+            if re.match(r"[a-z]+:", link) or name == "404.html":  # 404.html is shown at any address
+                continue
+            file, _, anchor = unquote(link).partition("#")
+            target = os.path.normpath(Path(name).parent / file) if file else name
+            checked += 1
+            anchors = pages[target].anchors if target in pages else {anchor}
+            if not (site / target).is_file() or (anchor and anchor not in anchors):
+                broken.append((name, link))
+    assert not broken
+    assert checked > 2000
+    assert pages["docs/recipes.html"].links.count("../recipes/quickstart.yaml.html") >= 1
+    assert "../benchmarks/results/2026-11-27-gpu-h200.html" in pages["docs/method.html"].links
+
+
+@with_mkdocs
+def test_no_page_names_anything_elsewhere_to_load(site: Path, pages: dict[str, Built]) -> None:
+    loads = {load for page in pages.values() for load in page.loads}
+    assert [load for load in loads if re.match(r"(https?:)?//", load)] == []
+    assert any("iframe-worker.js" in load for load in loads)
+    for path in site.rglob("*.css"):
+        assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", path.read_text(encoding="utf-8")), path
+
+
+@with_mkdocs
+def test_pages_are_what_the_repository_page_shows(site: Path, pages: dict[str, Built]) -> None:
+    """Text, lists, tables, blocks of code and headings are those of CommonMark."""
+    names = sorted({relative(path) for path in DOCUMENTS if path.parent in (REPO, REPO / "docs")} | {"docs/log.md"})
+    command = [str(PYTHON), "-c", EXPECTED, *names]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=100, check=True)
+    tags = ("h1", "h2", "h3", "h4", "ol", "ul", "li", "pre", "table", "tr", "td", "strong", "em", "math", "img")
+    for name, expected in json.loads(done.stdout).items():
+        built = "index.html" if name == "README.md" else f"{name.removesuffix('.md')}.html"
+        article = re.search(r"<article.*?</article>", (site / built).read_text(encoding="utf-8"), re.DOTALL)
+        assert article
+        is_now, is_meant = parsed(article[0]), parsed(expected)
+        assert "".join("".join(is_now.text).split()) == "".join("".join(is_meant.text).split()), name
+        assert {tag: is_now.tags.get(tag, 0) for tag in tags} == {tag: is_meant.tags.get(tag, 0) for tag in tags}, name
+
+
+@with_mkdocs
+def test_the_reference_has_every_public_name(site: Path, pages: dict[str, Built]) -> None:
+    page = pages["docs/reference.html"]
+    assert {f"minilmv2.{name}" for name in minilmv2.__all__} <= page.anchors
+    text = " ".join("".join(page.text).split())
+    assert "num_relation_heads (int) – A; must divide both widths" in text
+    assert "A does not divide a width, or there is no such backend" in text
+    links = pages["docs/api.html"].links
+    assert [f"reference.html#minilmv2.{name}" in links for name in minilmv2.__all__] == [True] * 10
+
+
+@with_mkdocs
+def test_a_broken_link_ends_the_build_and_a_private_file_is_left_out(tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    for name in ("mkdocs.yml", *(path.name for path in REPO.glob("*.md"))):
+        shutil.copy(REPO / name, checkout)
+    for name in ("docs", "minilmv2", "slurm", "benchmarks/results"):
+        shutil.copytree(REPO / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+    settings = yaml.safe_load((checkout / "mkdocs.yml").read_text(encoding="utf-8"))
+    settings |= {"plugins": ["search"], "watch": []}  # without the reference, which takes most of the time
+    (checkout / "mkdocs.yml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    (checkout / "slurm" / "site.env").write_text("TOKEN=secret-of-the-site\n", encoding="utf-8")
+    page = checkout / "docs" / "faq.md"
+    page.write_text(page.read_text(encoding="utf-8") + "\n[a](no_such.md) [b](method.md#no-such) `slurm/site.env`\n")
+    done = build(checkout, tmp_path / "site")
+    assert done.returncode == 1, done.stderr
+    assert "no_such.md" in done.stderr, done.stderr
+    assert "method.md#no-such" in done.stderr
+    assert "secret-of-the-site" not in "".join(
+        path.read_text(encoding="utf-8") for path in (tmp_path / "site").rglob("*") if path.suffix in (".html", ".env")
+    )
+
+
+@with_mkdocs
+def test_search_works_from_the_file_system(browser: str, site: Path) -> None:
+    dom, errors = browse(browser, Address(site / "docs" / "faq.html"), "--dump-dom", "--virtual-time-budget=20000")
+    assert re.search(r"\d+ matching documents", dom), errors[-2000:]
+    assert "docs/recipes.html?h=relation+heads" in dom
+    assert [line for line in errors.splitlines() if "CONSOLE" in line] == []
+
+
+@with_mkdocs
+def test_the_picture_of_the_site(browser: str, site: Path, tmp_path: Path) -> None:
+    """WRITE_PICTURES=yes replaces docs/images/site.png, which is to be looked at before it is committed."""
+    picture = tmp_path / "site.png"
+    browse(browser, site / "index.html", f"--screenshot={picture}", "--window-size=1280,800")
+    kept = REPO / "docs" / "images" / "site.png"
+    if os.environ.get("WRITE_PICTURES"):
+        shutil.copy(picture, kept)
+    taken, shown = (np.asarray(Image.open(path).convert("L"), dtype=float) for path in (picture, kept))
+    assert taken.shape == shown.shape == (800, 1280)
+    assert kept.stat().st_size < 200_000
+    assert 20 < taken[60:].std() < 100, "text on a light ground"
+    # The header and the navigation's column are alike; the text of the README may have changed since.
+    assert abs(taken[:48] - shown[:48]).mean() < 10
+
+
+@with_mkdocs
+def test_pages_fit_a_phone_and_load_only_the_site(browser: str, site: Path, tmp_path: Path) -> None:
+    names = ["index.html", *(path.relative_to(site).as_posix() for path in sorted((site / "docs").glob("*.html")))]
+    frames = "".join(
+        f'<iframe src="{(site / name).as_uri()}" style="width:360px;height:640px;border:0"></iframe>' for name in names
+    )
+    outer = tmp_path / "outer.html"
+    outer.write_text(f"<!doctype html><head>{PROBE}</head><body>{frames}</body>", encoding="utf-8")
+    dom, errors = browse(browser, outer, "--dump-dom", "--allow-file-access-from-files", "--virtual-time-budget=20000")
+    probe = re.search(r'<pre id="probe">(.*?)</pre>', dom, re.DOTALL)
+    assert probe, errors[-2000:]
+    found = json.loads(html.unescape(probe[1]))
+    assert len(found) == len(names)
+    assert [one["page"] for one in found if one["width"] > 360] == []
+    assert {load.split(":")[0] for one in found for load in one["loaded"]} <= {"file", "data"}
