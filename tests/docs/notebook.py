@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ def execute(notebook: nbformat.NotebookNode, directory: Path) -> nbformat.Notebo
     """Run all cells in place, from a directory. Raises `CellExecutionError` where one fails."""
     resources = {"metadata": {"path": str(directory)}}
     NotebookClient(notebook, timeout=TIMEOUT_S, record_timing=False, resources=resources).execute()
+    for output in (output for cell in code_cells(notebook) for output in cell.outputs if "text" in output):
+        for environment in (sys.prefix, str(Path(sys.prefix).resolve())):
+            output.text = output.text.replace(environment, ".venv")  # as in a checkout
     notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec",)} | {DIGEST: digest_of(notebook)}
     return notebook
 
