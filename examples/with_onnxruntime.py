@@ -3,7 +3,6 @@
 python examples/with_onnxruntime.py [runs/quickstart/student]
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -20,8 +19,8 @@ SENTENCES = [
 
 directory = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart/student")
 tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-pad_id = json.loads((directory / "config.json").read_text(encoding="utf-8"))["pad_token_id"]
-tokenizer.enable_padding(pad_id=pad_id, pad_token=tokenizer.id_to_token(pad_id))
+padding = next(token for token in ("<pad>", "[PAD]") if tokenizer.token_to_id(token) is not None)
+tokenizer.enable_padding(pad_id=tokenizer.token_to_id(padding), pad_token=padding)
 tokenizer.enable_truncation(max_length=128)
 session = onnxruntime.InferenceSession(str(directory / "onnx" / "model_int8.onnx"), providers=["CPUExecutionProvider"])
 

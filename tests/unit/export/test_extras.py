@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import runpy
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -129,8 +130,11 @@ def test_sentence_transformers_computes_the_same_vectors(exported: Path) -> None
     np.testing.assert_allclose(model.encode(TEXTS), ours["output"].numpy(), atol=1e-5)
 
 
-@pytest.mark.parametrize("example", sorted((REPO / "examples").glob("*.py")), ids=lambda path: path.stem)
-def test_every_example_runs(
+USES = sorted(set((REPO / "examples").glob("*.py")) - {REPO / "examples" / "with_trainer.py"})
+
+
+@pytest.mark.parametrize("example", USES, ids=lambda path: path.stem)
+def test_every_use_of_a_student_runs(
     exported: Path, example: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", [str(example), str(exported)])
@@ -154,6 +158,17 @@ class Reported(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage())
+
+
+def test_padding_is_the_tokenizers(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A BERT body with XLM-R's tokenizer (e5-small on the hub) has another padding id in its config.json."""
+    student = shutil.copytree(exported, tmp_path / "student")
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps({**config, "pad_token_id": 0}))
+    monkeypatch.setattr("sys.argv", ["", str(student)])
+    names = runpy.run_path(str(REPO / "examples" / "with_onnxruntime.py"))
+    assert names["input_ids_BL"][names["mask_BL"] == 0].tolist() == [1] * (names["mask_BL"] == 0).sum()
+    assert AutoTokenizer.from_pretrained(exported).pad_token_id == 1
 
 
 SENTENCES = {
