@@ -108,12 +108,13 @@ start_ranks() {
   shift 2
   master=$(master_address)
   port=$(master_port)
-  # PET_ is torchrun's own prefix for its options. Only the node knows its number.
+  # PET_ is torchrun's own prefix for its options. Only the node knows its number. Twice, because a command in Apptainer starts
+  # with the default actions for signals, whatever is ignored outside.
   # shellcheck disable=SC2016  # expanded on the node
+  local launcher=(bash -c 'trap "" TERM USR1 USR2; export PET_NODE_RANK=$SLURM_NODEID; exec "$@"' launcher)
   exec srun --kill-on-bad-exit=1 --wait=60 --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
     --output="${prefix//%/%%}-%N.log" "${SRUN_OPTIONS[@]}" \
-    bash -c 'trap "" TERM USR1 USR2; export PET_NODE_RANK=$SLURM_NODEID; exec "$@"' launcher \
-    "${CONTAINER[@]}" "$PYTHON" -m torch.distributed.run --nnodes="${SLURM_JOB_NUM_NODES:-1}" \
-    --nproc-per-node="$processes" --master-addr="$master" --master-port="$port" --max-restarts=0 \
-    --signals-to-handle=SIGINT "$@"
+    "${launcher[@]}" "${CONTAINER[@]}" "${launcher[@]}" "$PYTHON" -m torch.distributed.run \
+    --nnodes="${SLURM_JOB_NUM_NODES:-1}" --nproc-per-node="$processes" --master-addr="$master" --master-port="$port" \
+    --max-restarts=0 --signals-to-handle=SIGINT "$@"
 }

@@ -107,6 +107,10 @@ class Host:
         spaces = ["--net"] if only_network else ["--mount", "--net", "--uts", "--pid"]
         return ["nsenter", "--target", str(self.pid), *spaces, f"--wd={Path.cwd()}", "--", *command]
 
+    def run_inside(self, *command: str) -> None:
+        """Run a command on this host as its administrator. It must succeed."""
+        subprocess.run(self.enter(*command), check=True)
+
 
 class Cluster:
     """Controller `head` and nodes `n1`, `n2`; use it as a context manager."""
@@ -158,7 +162,7 @@ class Cluster:
 
     def on_node(self, name: str, *command: str) -> None:
         """Run a command as the administrator of a node."""
-        subprocess.run(self.nodes[name].enter(*command), check=True)
+        self.nodes[name].run_inside(*command)
 
     def lose_power(self, name: str) -> None:
         self.nodes[name].power_off()
