@@ -58,7 +58,12 @@ def run_part(row: Row, part: str, jobs: int) -> dict[str, Any]:
         f"tests/{part}",
     ]
     path = f"{row.interpreter.parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # Code that one version of torch compiled is not read by another.
+    caches = {
+        "TORCHINDUCTOR_CACHE_DIR": str(row.directory / "inductor"),
+        "TRITON_CACHE_DIR": str(row.directory / "triton"),
+    }
+    environment = {**os.environ, **caches, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     started = time.perf_counter()
     with open(row.directory / f"{part}.log", "w") as log:
         command = [str(row.interpreter), "-m", "pytest", *words]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from packaging.version import Version
@@ -17,10 +18,10 @@ from pipeline.distillation.relations import relation_kl
 from pipeline.errors import UserError
 from tests.conftest import REPO
 
-# Bytes of registers that Triton 3.4 (torch 2.8) stores in two of the 30 kernels; later ones compile them without.
-SPILLED_BY_TRITON_3_4 = {
-    ("gradient_kernel", 80, torch.float16, (64, 64)): 12,
-    ("sums_kernel", 90, torch.float32, (16, 6)): 8,
+# Bytes of registers that earlier Tritons (3.4 of torch 2.8, 3.6 of torch 2.11) store in two of the 30 kernels.
+SPILLED_BY_TRITON = {
+    "3.4": {("gradient_kernel", 80, torch.float16, (64, 64)): 12, ("sums_kernel", 90, torch.float32, (16, 6)): 8},
+    "3.6": {("gradient_kernel", 80, torch.float16, (16, 6)): 4, ("sums_kernel", 80, torch.float32, (16, 6)): 8},
 }
 INTERPRETED = Path(__file__).with_name("interpreted_triton.py")
 ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -28,7 +29,9 @@ POINTERS = {"DIAGONALS": "fp32", "SHIFTS": "fp32", "FACTORS": "fp32", "KL": "fp3
 
 
 def test_triton_in_its_interpreter(tmp_path):
-    pytest.importorskip("triton", reason="pip install -r requirements-dev.txt")
+    triton = pytest.importorskip("triton", reason="pip install -r requirements-dev.txt")
+    if Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version("2.4"):
+        pytest.skip("Triton 3.6's interpreter reads arrays of one element as numbers, which numpy 2.4 does not allow")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", str(INTERPRETED)]
     done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
@@ -89,8 +92,8 @@ def test_triton_kernels_compile_without_spilling_registers(capability, dtype, he
         print(f"{kernel.__name__}: {registers} registers")
         # In fp32 ptxas may store one register of 40 or 96 to keep more programs on a multiprocessor: 4 bytes.
         allowed = 4 if dtype == torch.float32 else 0
-        if Version(triton.__version__) < Version("3.5"):
-            allowed = SPILLED_BY_TRITON_3_4.get((kernel.__name__, capability, dtype, head_dims), allowed)
+        of_version = SPILLED_BY_TRITON.get(".".join(triton.__version__.split(".")[:2]), {})
+        allowed = of_version.get((kernel.__name__, capability, dtype, head_dims), allowed)
         assert max(map(int, re.findall(r"(\d+) bytes spill", report))) <= allowed, f"{kernel.__name__}: {report}"
 
 
