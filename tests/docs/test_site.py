@@ -48,6 +48,20 @@ for name in sys.argv[1:]:
     pages[name] = put_formulas(markdown.render(text), formulas)
 print(json.dumps(pages))
 """
+MORE_LINKS = """
+[a](no_such.md) [b](method.md#no-such) `slurm/site.env` [a notebook](../first.ipynb) [a folder](../slurm) [data](site/archive.bin)
+"""
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+NOTEBOOK = {
+    "cells": [
+        {"cell_type": "markdown", "source": ["## A heading"]},
+        {
+            "cell_type": "code",
+            "source": ["print(6 * 7)"],
+            "outputs": [{"text": ["42\n"]}, {"data": {"image/png": PNG + "\n", "text/plain": ["<Figure>"]}}],
+        },
+    ]
+}
 # What a script in an outer page finds in the pages of the site, each in a frame as wide as a phone.
 PROBE = """<script>
 addEventListener("load", () => {
@@ -230,13 +244,22 @@ def test_a_broken_link_ends_the_build_and_a_private_file_is_left_out(tmp_path: P
     settings = yaml.safe_load((checkout / "mkdocs.yml").read_text(encoding="utf-8"))
     settings |= {"plugins": ["search"], "watch": []}  # without the reference, which takes most of the time
     (checkout / "mkdocs.yml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    (checkout / "docs" / "site" / "archive.bin").write_bytes(b"\xff\x00")
     (checkout / "slurm" / "site.env").write_text("TOKEN=secret-of-the-site\n", encoding="utf-8")
     page = checkout / "docs" / "faq.md"
-    page.write_text(page.read_text(encoding="utf-8") + "\n[a](no_such.md) [b](method.md#no-such) `slurm/site.env`\n")
+    page.write_text(page.read_text(encoding="utf-8") + MORE_LINKS, encoding="utf-8")
+    (checkout / "first.ipynb").write_text(json.dumps(NOTEBOOK), encoding="utf-8")
     done = build(checkout, tmp_path / "site")
     assert done.returncode == 1, done.stderr
     assert "no_such.md" in done.stderr, done.stderr
     assert "method.md#no-such" in done.stderr
+    assert not re.search(r"first\.ipynb|'\.\./slurm'|archive\.bin", done.stderr)
+    notebook = parsed((tmp_path / "site" / "first.ipynb.html").read_text(encoding="utf-8"))
+    text = "".join(notebook.text)
+    assert all(part in text for part in ("A heading", "print(6 * 7)", "\n42\n"))
+    assert f"data:image/png;base64,{PNG}" in notebook.loads
+    assert "distill_xlmr.sh" in (tmp_path / "site" / "slurm" / "index.html").read_text(encoding="utf-8")
+    assert (tmp_path / "site" / "docs" / "site" / "archive.bin").read_bytes() == b"\xff\x00"
     assert "secret-of-the-site" not in "".join(
         path.read_text(encoding="utf-8") for path in (tmp_path / "site").rglob("*") if path.suffix in (".html", ".env")
     )
