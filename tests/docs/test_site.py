@@ -50,6 +50,13 @@ print(json.dumps(pages))
 """
 MORE_LINKS = """
 [a](no_such.md) [b](method.md#no-such) `slurm/site.env` [a notebook](../first.ipynb) [a folder](../slurm) [data](site/archive.bin)
+
+<details>
+<summary>More</summary>
+
+- a **folded** item
+
+</details>
 """
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
 NOTEBOOK = {
@@ -258,6 +265,10 @@ def test_a_broken_link_ends_the_build_and_a_private_file_is_left_out(tmp_path: P
     text = "".join(notebook.text)
     assert all(part in text for part in ("A heading", "print(6 * 7)", "\n42\n"))
     assert f"data:image/png;base64,{PNG}" in notebook.loads
+    faq = (tmp_path / "site" / "docs" / "faq.html").read_text(encoding="utf-8")
+    assert re.search(
+        r"<summary>More</summary>\s*<ul>\s*<li>a <strong>folded</strong> item</li>\s*</ul>\s*</details>", faq
+    )
     assert "distill_xlmr.sh" in (tmp_path / "site" / "slurm" / "index.html").read_text(encoding="utf-8")
     assert (tmp_path / "site" / "docs" / "site" / "archive.bin").read_bytes() == b"\xff\x00"
     assert "secret-of-the-site" not in "".join(
