@@ -19,7 +19,7 @@ from notebook import notebook_as_markdown
 
 REPO = Path(__file__).resolve().parents[2]
 RESULTS = "benchmarks/results"
-PAGES = ("*.md", "docs/*.md", "samples/*.md", "ds_configs/*.md", f"{RESULTS}/*.md")
+PAGES = ("*.md", "docs/*.md", "samples/*.md", "examples/*.md", "ds_configs/*.md", f"{RESULTS}/*.md")
 COPIED = ("docs/images/*.png", f"{RESULTS}/*.png", "docs/site/*.js", "docs/site/*.css")
 # A file that is only named in a code span is shown if it has one of these endings, in one of these folders: others may be private.
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".sh": "bash", ".toml": "toml", ".txt": "text"}
