@@ -6,7 +6,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
 
-.PHONY: always help venv demo doctor gpu docs docs-serve test loggers test-versions lint format coverage mutants fuzz faults clean clean-runs
+.PHONY: always help venv demo doctor gpu docs docs-serve test loggers test-versions lint format coverage mutants fuzz faults screenshots clean clean-runs
 help: ## list the targets
 	@sed -n 's/^\([a-z%-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "make %-13s %s\n", $$1, $$2 }'
 
@@ -80,6 +80,10 @@ fuzz: venv ## read broken recipes, configs, manifests and data, new ones each ti
 
 faults: venv ## disturb runs with hundreds of kills, preemptions and frozen ranks: an hour or more
 	$(BIN)/python -m tests.faults.sweeps
+
+RUN ?= runs/quickstart
+screenshots: venv ## take the pictures of docs/images in a headless browser, of the report and the curves of RUN (default: runs/quickstart)
+	$(BIN)/python -m tests.screenshots $(RUN)
 
 clean: ## delete the caches of tests, linters and Python
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* build site *.egg-info

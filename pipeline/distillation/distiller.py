@@ -84,7 +84,7 @@ class DistillModule(nn.Module):
         self._teacher = (teacher,)  # a tuple hides it from the module tree
         self.backend = config.backend
         self.backend_report: list[str] = []
-        self.part_weights = _part_weights(config)
+        self.part_weights = part_weights(config)
         self.part_names = list(self.part_weights)
         width = student_tapped.widths[0]
         # The width of another callable is not known before the first batch, which is checked as well.
@@ -217,7 +217,7 @@ class DistillModule(nn.Module):
                 logger.info(line)
 
 
-def _part_weights(config: RelationsConfig) -> dict[str, float]:
+def part_weights(config: RelationsConfig) -> dict[str, float]:
     """Name and weight of every part: "q-q", or "q-q@19>6" where several layers are matched; "output" and "pooled"
     are the tail."""
     if config.layers is None:

@@ -87,6 +87,17 @@ def evaluated_measures(found: Iterable[Evaluated]) -> list[Measure]:
     return list(measures.values())
 
 
+def caveats(measures: Sequence[Measure]) -> list[str]:
+    """A line about the evaluated figures that do not compare, if there are some."""
+    names = [measure.name for measure in measures if measure.caveat and measure.name != HELDOUT]
+    if not names:
+        return []
+    return [
+        f"Measured with different settings or languages, and so not comparable: {', '.join(names)}. Evaluate all students in one "
+        "command."
+    ]
+
+
 def choose(students: Sequence[StudentRun], measures: Sequence[Measure], by: str | None) -> tuple[int | None, str]:
     """The number of the chosen student, and the sentence that says so or why there is none.
 

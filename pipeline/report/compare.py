@@ -29,9 +29,10 @@ from pipeline.comparison.table import difference_lines, figure_lines
 from pipeline.config import recipe_to_yaml
 from pipeline.errors import UserError
 from pipeline.installed import training_command
-from pipeline.report.choice import Measure, choose, evaluated_measures, heldout_measure
+from pipeline.report.choice import Measure, caveats, choose, evaluated_measures, heldout_measure
 from pipeline.report.evaluations import HELDOUT, read_evaluations
-from pipeline.report.family import render_comparison
+from pipeline.report.family import TIME_NOTE, further_columns, render_comparison
+from pipeline.report.timeline import training_hours
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,8 +75,8 @@ def measures_of(students: Sequence[StudentRun], directories: Sequence[Path] = ()
 
 def table_lines(students: Sequence[StudentRun], evaluated: Sequence[Measure]) -> list[str]:
     """What is printed: what differs, and all figures."""
-    columns = [(measure.name, [measure.text(i, each) for i, each in enumerate(students)]) for measure in evaluated]
-    return [*difference_lines(students), *figure_lines(students, columns)]
+    columns = further_columns(students, evaluated)
+    return [*difference_lines(students), *figure_lines(students, columns), TIME_NOTE, *caveats(evaluated)]
 
 
 def _check_write(file: Path | None, may_overwrite: bool) -> None:
@@ -103,6 +104,7 @@ def read_all(run_dirs: Sequence[Path]) -> list[StudentRun]:
 
 def as_json(students: Sequence[StudentRun], measures: Sequence[Measure], chosen: int | None) -> dict[str, Any]:
     """All figures. A figure that does not exist or is not finite is null."""
+    times = [training_hours(student.paths, student.points) for student in students]
     return {
         "chosen": None if chosen is None else students[chosen].name,
         "differs": {
@@ -123,9 +125,10 @@ def as_json(students: Sequence[StudentRun], measures: Sequence[Measure], chosen:
                 "megabytes_fp32": student.size.megabytes if student.size else None,
                 "forward_flops_per_row": student.size.forward_flops if student.size else None,
                 "training_tokens_per_second": _finite(student.tokens_per_second),
+                **dict(zip(("training_hours", "device_hours"), hours or (None, None), strict=True)),
                 "measures": {measure.name: measure.values.get(number) for measure in measures},
             }
-            for number, student in enumerate(students)
+            for number, (student, hours) in enumerate(zip(students, times, strict=True))
         },
         "caveats": {measure.name: measure.caveat for measure in measures if measure.caveat},
     }

@@ -11,21 +11,39 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipeline.comparison.differences import differing_keys, heldout_differences, value_text
-from pipeline.comparison.students import HELDOUT, LOSS, SPEED, StudentRun, read_students
-from pipeline.comparison.table import FIGURES, figures, not_comparable, notes
+from pipeline.comparison.students import HELDOUT, LOSS, SPEED, Series, StudentRun, read_students
+from pipeline.comparison.table import FIGURES, NONE, figures, not_comparable, notes
 from pipeline.errors import UserError
 from pipeline.report import plots
 from pipeline.report import timeline as times
-from pipeline.report.choice import Measure, evaluated_measures
+from pipeline.report.choice import Measure, caveats, evaluated_measures
 from pipeline.report.evaluations import read_evaluations
-from pipeline.report.html_parts import Page, fact_cells, facts_table, page_of, relation_maps, table
-from pipeline.report.page import facts, heldout_table, recipe_section, subtitle
+from pipeline.report.html_parts import Page, fact_cells, facts_table, page_of, table
+from pipeline.report.loss_parts import PREFIX, loss_parts, part_label
+from pipeline.report.page import facts, heldout_note, heldout_table, recipe_section, subtitle
+from pipeline.report.relation_maps import relation_maps
 from pipeline.report.retrieval import read_retrieval
+from pipeline.report.state import (
+    ENDED_EARLY,
+    FAILED,
+    FINISHED,
+    RUNNING,
+    STOPPED,
+    RunState,
+    progress_facts,
+    run_state,
+)
 from pipeline.runtime.checkpoint_files import committed_steps
 from pipeline.runtime.run_paths import RunPaths
 
 HEALTH = {tag: title for tag, title in plots.HEALTH.items() if tag.startswith("optimizer/")}  # of each student
-OF_THE_RUN = ("state", "tokens per second")  # facts that are the same for all students of a run
+OF_THE_RUN = ("tokens per second",)  # facts that are the same for all students of a run
+ORDER = (RUNNING, FAILED, STOPPED, FINISHED, ENDED_EARLY)  # the first of its students' states is that of the run
+NUM_LOSSES = FIGURES.index("best (step)") + 1  # figures before those of size and speed
+TIME_NOTE = (
+    "time, device h: of the training with saves and evaluations, from each start to its last report; the second times the "
+    "number of devices. Students that are trained together share one time."
+)
 Section = tuple[str, str, str]  # title, note, content, all HTML
 
 
@@ -49,11 +67,14 @@ def render_family(run_dir: Path) -> str:
     if not reported:
         raise UserError(f"the students of {run_dir} have not reported anything yet. Try again in a minute.")
     first = reported[0]
+    states = {student.name: _state(student) for student in reported}
+    ahead = min(reported, key=lambda student: ORDER.index(states[student.name].name))
+    state = states[ahead.name]
     about = html.escape(f"{len(students)} students of {first.recipe.teacher}")
-    top = {label: text for label, text in facts(first.paths, first.points, {}).items() if label in OF_THE_RUN}
-    steps = f"{max(student.step for student in reported):,}"
+    top = {label: text for label, text in facts(first.points, {}).items() if label in OF_THE_RUN}
+    progress = progress_facts(ahead.points, ahead.recipe.steps, state)
     return page_of(
-        Page(run_dir.resolve().name, f"{about} · {subtitle(first.about, {})}", {"steps": steps, **top}),
+        Page(run_dir.resolve().name, f"{about} · {subtitle(first.about, {})}", {**progress, **top}, state.html()),
         [
             *compared_sections(students, evaluated_measures(read_evaluations(students, ()))),
             *_shared_sections(run_dir, reported),
@@ -71,22 +92,37 @@ def compared_sections(students: Sequence[StudentRun], measures: Sequence[Measure
         ("Students", html.escape(choice), _tables(students, measures)),
         ("Held-out loss", f"{heldout} {html.escape(not_comparable(keys)) if keys else ''}".strip(),
          _overlaid(students, {HELDOUT: "held-out loss"}, is_log=True)),
-        ("Loss", "Training loss: the sum, and each relation (logarithmic).",
-         _overlaid(students, _loss_titles(students), is_log=True)),
+        ("Loss", "Training loss of single steps (logarithmic): the total, and its parts, which add up to it.",
+         plots.overlaid(_loss_panels(students), is_log=True)),
         ("Learning rate and health", "", _overlaid(students, HEALTH)),
         ("Throughput", "Tokens per second of the training; students that were trained together have the same curve.",
          _overlaid(students, {SPEED: "tokens per second"})),
     ]  # fmt: skip
 
 
+def further_columns(students: Sequence[StudentRun], measures: Sequence[Measure]) -> list[tuple[str, list[str]]]:
+    """Title and cells of the columns after `FIGURES`: the time of the training, then every evaluated figure."""
+    hours = [times.training_hours(student.paths, student.points) for student in students]
+    return [
+        ("time", [NONE if found is None else times.duration(found[0]) for found in hours]),
+        ("device h", [NONE if found is None else f"{found[1]:,.3g}" for found in hours]),
+        *((measure.name, [measure.text(row, each) for row, each in enumerate(students)]) for measure in measures),
+    ]
+
+
 def _tables(students: Sequence[StudentRun], measures: Sequence[Measure]) -> str:
     """What `pipeline compare` prints: figures, states, and the keys that differ."""
-    rows = [
-        [student.name, *figures(student), *(measure.text(number, student) for measure in measures)]
-        for number, student in enumerate(students)
+    more = further_columns(students, measures)
+    # what decides comes first: a phone shows three columns, and scrolls to the others
+    header = ["student", *FIGURES[:NUM_LOSSES], *(title for title, _ in more), *FIGURES[NUM_LOSSES:]]
+    rows = []
+    for row, student in enumerate(students):
+        cells = figures(student)
+        rows.append([student.name, *cells[:NUM_LOSSES], *(column[row] for _, column in more), *cells[NUM_LOSSES:]])
+    parts = [table(header, rows)]
+    parts += [
+        f'<p class="note">{html.escape(note)}</p>' for note in (*notes(students)[:1], TIME_NOTE, *caveats(measures))
     ]
-    parts = [table(["student", *FIGURES, *(measure.name for measure in measures)], rows)]
-    parts += [f'<p class="note">{html.escape(note)}</p>' for note in notes(students)[:1]]
     parts.append(facts_table({student.name: student.status for student in students}))
     if keys := differing_keys(students):
         header = ["what differs", *(student.name for student in students)]
@@ -94,11 +130,24 @@ def _tables(students: Sequence[StudentRun], measures: Sequence[Measure]) -> str:
     return "\n".join(parts)
 
 
-def _loss_titles(students: Sequence[StudentRun]) -> dict[str, str]:
-    """Tag -> title of the total loss and of every part that a student has."""
-    tags = {tag for student in students for point in student.points for tag in point if tag.startswith("loss/")}
-    parts = sorted(tags - {LOSS, "loss/spike_sigmas"})
-    return {LOSS: "total", **{tag: tag.removeprefix("loss/") for tag in parts}}
+def _loss_panels(students: Sequence[StudentRun]) -> dict[str, dict[str, Series]]:
+    """Title -> student -> curve, of the total loss and of every part times its weight in the student's recipe."""
+    parts = {student.name: loss_parts(student.points, student.recipe.relations) for student in students}
+    panels: dict[str, dict[str, Series]] = {"total": {student.name: student.series(LOSS) for student in students}}
+    for tag in dict.fromkeys(part.tag for of_one in parts.values() for part in of_one):
+        having = {name: part for name, of_one in parts.items() for part in of_one if part.tag == tag}
+        labels = list(dict.fromkeys(part.label for part in having.values()))
+        relations = next(student.recipe.relations for student in students if student.name in having)
+        words = f"{part_label(tag.removeprefix(PREFIX), relations)} × the weight of each student"
+        panels[labels[0] if len(labels) == 1 else words] = {
+            student.name: having[student.name].weighted(student.points) if student.name in having else []
+            for student in students
+        }
+    return panels
+
+
+def _state(student: StudentRun) -> RunState:
+    return run_state(student.paths, student.points, student.recipe.steps, student.state)
 
 
 def _overlaid(students: Sequence[StudentRun], titles: dict[str, str], is_log: bool = False) -> str:
@@ -126,15 +175,17 @@ def _shared_sections(run_dir: Path, students: Sequence[StudentRun]) -> list[Sect
 def _student_section(student: StudentRun) -> Section:
     """Figures, languages, relation maps and settings of one student."""
     retrieval = read_retrieval(student.paths, student.step, student.recipe.teacher)
+    progress = progress_facts(student.points, student.recipe.steps, _state(student))
     own = {
         label: text
-        for label, text in facts(student.paths, student.points, retrieval).items()
+        for label, text in {**progress, **facts(student.points, retrieval)}.items()
         if label not in OF_THE_RUN
     }
-    maps = relation_maps(student.paths.tensorboard)
+    maps = relation_maps(student.paths, student.recipe, student.about)
     parts = [
         fact_cells({"state": student.status, **own}),
         plots.heldout_curves(student.points),
+        heldout_note(student.points),
         heldout_table(student.points),
         f"<details><summary>relation maps</summary>{maps}</details>" if maps else "",
         recipe_section(student.paths, {}),

@@ -25,8 +25,11 @@ from pipeline.evaluation.languages import left_out_line
 from pipeline.evaluation.tables import heldout_rows
 from pipeline.report import plots
 from pipeline.report import timeline as times
-from pipeline.report.html_parts import Page, facts_table, page_of, relation_maps, table
+from pipeline.report.html_parts import Page, facts_table, page_of, table
+from pipeline.report.loss_parts import loss_parts, loss_table, sum_note
+from pipeline.report.relation_maps import relation_maps
 from pipeline.report.retrieval import read_retrieval
+from pipeline.report.state import progress_facts, run_state
 from pipeline.runtime.checkpoint_files import committed_steps
 from pipeline.runtime.json_files import read_json_if_there, read_points
 from pipeline.runtime.run_paths import RunPaths
@@ -43,6 +46,14 @@ RECIPE_ROWS = {
     "student": "student",
     "optimizer": "optimizer",
 }
+NOT_ONE_CHART = (
+    "It is the sum of the weighted relation losses, without a term for the output, and every language counts the same. The "
+    "training loss has all terms and follows the mixture of languages, so the two are not in one chart."
+)
+MAPS = (
+    "How strongly every token of one row is related to every other, in the first relation heads. Bright means strongly. A student "
+    "that has learned its teacher's relations has the same pictures."
+)
 MARKS = "Green lines are checkpoints, red dashes are restarts."
 
 
@@ -51,13 +62,19 @@ def render(run_dir: Path, student: str = "") -> str:
     paths = paths_of(run_dir, student)
     metrics = read_metrics(paths)
     about, recipe = read_json_if_there(paths.description), _read_recipe(paths.recipe)
+    full = read_recipe(paths.recipe) if paths.recipe.is_file() else None
+    parts = loss_parts(metrics, full.relations if full else None)
+    state = run_state(paths, metrics, full.steps if full else None, newest_state(paths))
     events = times.events_of(run_dir, metrics, committed_steps(paths.checkpoints), student)
     retrieval = read_retrieval(paths, metrics[-1]["step"], recipe.get("teacher"))
     compared = "Retrieval before and after" if "before" in retrieval else "Retrieval"
-    languages = "On rows that training never saw; the three lowest and the three highest languages are named."
+    languages = (
+        "On rows that training never saw (logarithmic); the three lowest and the three highest languages are named."
+    )
     sections = [
-        ("Loss", "Training loss: the sum, and each relation (logarithmic).", plots.loss_curves(metrics)),
-        ("Held-out loss per language", languages, plots.heldout_curves(metrics) + heldout_table(metrics)),
+        ("Loss", f"Training loss of single steps (logarithmic). {sum_note(metrics, parts)}",
+         plots.loss_curves(metrics, parts) + loss_table(metrics, parts)),
+        ("Held-out loss per language", languages, plots.heldout_curves(metrics) + heldout_note(metrics) + heldout_table(metrics)),
         (compared, "Share of sentences whose nearest neighbour in the other language is their "
          "translation, both directions.", retrieval_section(retrieval)),
         ("Throughput", f"Tokens per second. {MARKS}", plots.throughput(metrics, events)),
@@ -65,13 +82,13 @@ def render(run_dir: Path, student: str = "") -> str:
          plots.time_shares(metrics)),
         ("Learning rate and health", MARKS, plots.health(metrics, events)),
         ("Time line", "Finished steps against time. Green dots are checkpoints, red dashes are restarts.", plots.time_line(events)),
-        ("Relation maps", "One row of text, one column per relation head: teacher above, student below. "
-         "Bright means a strong relation.", relation_maps(paths.tensorboard)),
+        ("Relation maps", MAPS, relation_maps(paths, full, about)),
         ("Cost", "", facts_table(times.cost(metrics, events, about, recipe.get("seq_len")))),
         ("Recipe", "The settings of the run, and the machine that it ran on.", recipe_section(paths, recipe)),
     ]  # fmt: skip
     name = f"{run_dir.resolve().name}{f', {student}' if student else ''}"
-    return page_of(Page(name, subtitle(about, recipe), facts(paths, metrics, retrieval)), sections)
+    shown = {**progress_facts(metrics, full.steps if full else None, state), **facts(metrics, retrieval)}
+    return page_of(Page(name, subtitle(about, recipe), shown, state.html()), sections)
 
 
 def read_metrics(paths: RunPaths) -> times.Points:
@@ -99,14 +116,13 @@ def subtitle(about: dict[str, Any], recipe: dict[str, Any]) -> str:
     return html.escape(" · ".join(parts))
 
 
-def facts(paths: RunPaths, metrics: times.Points, retrieval: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """The figures at the top."""
-    marker = next((path.name for path in paths.end_markers if path.is_file()), "no end marker")
+def facts(metrics: times.Points, retrieval: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """The figures at the top, after those of the progress."""
     heldout = times.series(metrics, "heldout/mean")
     speed = median_speed(metrics)
-    shown = {"state": marker, "steps": f"{metrics[-1]['step']:,}", "rows seen": f"{metrics[-1]['samples']:,}"}
+    shown = {"rows seen": f"{metrics[-1]['samples']:,}"}
     if heldout:
-        shown["held-out loss"] = f"{heldout[0][1]:.3f} → {heldout[-1][1]:.3f}"
+        shown["held-out loss"] = " → ".join(f"{value:.3f}" for _, value in (heldout[0], heldout[-1])[: len(heldout)])
     if {"before", "after"} <= retrieval.keys():
         before, after = (retrieval[stage]["mean"]["output"] for stage in ("before", "after"))
         shown["retrieval"] = f"{before:.3f} → {after:.3f}"
@@ -115,6 +131,11 @@ def facts(paths: RunPaths, metrics: times.Points, retrieval: dict[str, dict[str,
     if speed is not None:
         shown["tokens per second"] = f"{speed:,.0f}"
     return shown
+
+
+def heldout_note(metrics: times.Points) -> str:
+    """Why this loss is in no chart together with the training loss."""
+    return f'<p class="note">{NOT_ONE_CHART}</p>' if times.series(metrics, "heldout/mean") else ""
 
 
 def heldout_table(metrics: times.Points) -> str:

@@ -183,6 +183,17 @@ def cost(
     return shown
 
 
+def training_hours(paths: RunPaths, metrics: Points) -> tuple[float, float] | None:
+    """Hours in which a student was trained, saves and evaluations with them, and the same times the number of devices.
+
+    None before its first report. Students that are trained together have the hours of all of them.
+    """
+    if not metrics:
+        return None
+    attempts = events_of(paths.directory, metrics, [], paths.student).attempts
+    return sum(attempt.hours for attempt in attempts), sum(attempt.hours * attempt.ranks for attempt in attempts)
+
+
 def duration(hours: float) -> str:
     """A duration in seconds, minutes or hours, whichever is readable."""
     if hours < 0.05:

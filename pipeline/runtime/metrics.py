@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TextIO
 
 import torch
@@ -33,7 +34,7 @@ from pipeline.runtime.noncritical_files import (
     write_file_or_warn,
 )
 from pipeline.runtime.run_paths import RunPaths
-from pipeline.runtime.tensorboard_tags import LAYOUT, tensorboard_tag
+from pipeline.runtime.tensorboard_tags import LAYOUT, tensorboard_point, tensorboard_tag
 
 
 @dataclass
@@ -65,6 +66,7 @@ class Metrics:
     ):
         """`loggers`: `metrics.loggers` of the recipe. Those other than TensorBoard are opened by `describe`."""
         self.active = active
+        self._loss_weights: Mapping[str, float] = {}
         self.known_of_first_step: set[str] = set()  # tags that an earlier attempt has written
         if not active:
             return
@@ -85,8 +87,19 @@ class Metrics:
         self._on_tensorboard(lambda writer: None)  # opens it
         self._attempt(lambda: self.known_of_first_step.update(_truncate_after(self._path, first_step)))
 
-    def describe(self, recipe_yaml: str, deepspeed_json: str, hyper_parameters: Mapping[str, Any]) -> None:
-        """Write the settings of the run to every logger, and the layout of the charts to TensorBoard."""
+    def describe(
+        self,
+        recipe_yaml: str,
+        deepspeed_json: str,
+        hyper_parameters: Mapping[str, Any],
+        loss_weights: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        """Write the settings of the run to every logger, and the layout of the charts to TensorBoard.
+
+        Args:
+            loss_weights: of the parts of the loss; TensorBoard shows each part times its weight
+        """
+        self._loss_weights = loss_weights
         table = "\n".join(f"| {key} | {value} |" for key, value in hyper_parameters.items())
         texts = {
             "recipe": f"```yaml\n{recipe_yaml}\n```",
@@ -116,9 +129,8 @@ class Metrics:
         if not self.active:
             return
         for tag, value in values.items():
-            self._on_tensorboard(
-                partial(SummaryWriter.add_scalar, tag=tensorboard_tag(tag), scalar_value=value, global_step=step)
-            )
+            shown, weighted = tensorboard_point(tag, value, self._loss_weights)
+            self._on_tensorboard(partial(SummaryWriter.add_scalar, tag=shown, scalar_value=weighted, global_step=step))
         if self._loggers is not None:
             self._loggers.write(step, values)
         row = {"step": step, "samples": samples, "time_s": round(time.time(), 3), **values}

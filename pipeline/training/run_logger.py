@@ -136,7 +136,8 @@ class RunLogger:
             self._write_facts()
         problem = None
         try:
-            self._metrics.describe(recipe_yaml, ds_json, resume_critical_config(self._recipe))
+            settings, weights = resume_critical_config(self._recipe), parts.distiller.part_weights
+            self._metrics.describe(recipe_yaml, ds_json, settings, weights)
         except UserError as error:  # on every rank, or the others would wait for rank 0
             problem = str(error)
         if problem := dist.broadcast_json(problem):

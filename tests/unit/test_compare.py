@@ -23,6 +23,8 @@ from pipeline.errors import UserError
 from pipeline.provenance import POOLING, START_CONFIG, START_WEIGHTS
 from pipeline.report.choice import choose
 from pipeline.report.compare import measures_of, read_all, table_lines
+from pipeline.report.family import render_comparison
+from pipeline.report.timeline import training_hours
 from pipeline.runtime.run_paths import RunPaths
 from tests.unit.made_up_run import BERT, make_family, make_run
 
@@ -244,6 +246,10 @@ def test_the_command_chooses_the_lowest_held_out_loss(family: Path, compare: Cal
     assert found["differs"]["student.layers"] == {"deep": 4, "flat": 2, "late": 1}
     assert found["students"]["deep"]["best_heldout"] == 0.5
     assert found["students"]["flat"]["loss"] == 0.75
+    # from the start at 999 s to the last report at 1017 s; "late" from 2000 s to 2006 s
+    assert [round(found["students"][name]["training_hours"] * 3600) for name in ("deep", "late")] == [18, 6]
+    assert found["students"]["late"]["device_hours"] == found["students"]["late"]["training_hours"], "one device"
+    assert " 18 s 0.005 " in printed
     page = (family / "compare.html").read_text()
     assert "deep" in page
     assert "late" in page
@@ -323,7 +329,16 @@ def test_evaluations_of_each_student_and_in_given_directories(family: Path) -> N
 def test_figures_of_different_evaluations_are_not_compared(family: Path, other: dict[str, Any]) -> None:
     evaluate(family / "students" / "deep", {f"{family}/students/deep/student": (0.8, 0.7)})
     evaluate(family / "students" / "flat", {f"{family}/students/flat/student": (0.75, 0.7)}, **other)
-    assert "Warning: `retrieval` was measured with different settings or languages" in chosen(family, "retrieval")
+    printed = chosen(family, "retrieval")
+    assert "Warning: `retrieval` was measured with different settings or languages" in printed
+    assert "and so not comparable: retrieval, retrieval.values. Evaluate all students in one command" in printed
+    measures = measures_of(read_students(family))
+    assert "and so not comparable: retrieval," in render_comparison(read_students(family), measures[1:], "")
+
+
+def test_figures_of_one_evaluation_have_no_such_note(family: Path) -> None:
+    evaluate(family / "evaluation", {f"{family}/students/{name}/student": (0.8, 0.7) for name in ("deep", "flat")})
+    assert "not comparable" not in chosen(family, "retrieval")
 
 
 @pytest.mark.parametrize(
@@ -347,6 +362,10 @@ def test_runs_of_the_demo_are_compared_by_its_retrieval(tmp_path: Path) -> None:
     after = runs[0] / "retrieval" / "after.json"
     after.write_text(after.read_text().replace("0.875", "0.885"))
     students = read_all(runs)
+    hours, device_hours = training_hours(students[0].paths, students[0].points) or (0.0, 0.0)
+    assert device_hours == 2 * hours == pytest.approx(2 * 103 / 3600), (
+        "two ranks; the pause before the restart is left out"
+    )
     assert choose(students, measures_of(students), "retrieval")[0] == 0
     (runs[0] / "demo_training.json").write_text(json.dumps({"steps": 4}))
     assert choose(students, measures_of(students), "retrieval")[0] == 1, "the first run continued after its demo"

@@ -71,19 +71,20 @@ def test_every_chart_has_a_curve_per_student(family: Path) -> None:
     sections = re.findall(r"<section.*?</section>", render_family(family), re.DOTALL)
     for title, panels in (("Held-out loss", 1), ("Loss", 2), ("Learning rate and health", 2), ("Throughput", 1)):
         (section,) = (text for text in sections if f"<h2>{title}</h2>" in text)
-        assert section.count("<svg") == 1
-        assert section.count('<g id="axes_') == panels
+        assert section.count("<svg") == 2, "for wide pages and for phones"
+        assert section.count('<g id="axes_') == 2 * panels
         for name, color in (("deep", "c0"), ("flat", "c1"), ("late", "c2")):
-            assert f">{name}</text>" in section
-            assert section.count(f"stroke: var(--{color})") >= panels + 1, "a curve in each panel, and in the legend"
+            assert f'solid var(--{color})"></i>{name}</li>' in section
+            assert section.count(f"stroke: var(--{color})") >= 2 * panels, "a curve in each panel"
 
 
 def test_more_students_than_colours_have_dashes() -> None:
     curves = {f"s{number}": [(0, 1.0), (5, number + 1.0)] for number in range(8)}
     svg = overlaid({"loss": curves})
     styles = re.findall(r'style="(fill: none;[^"]*var\(--c\d\)[^"]*)"', svg)
-    assert len(styles) == 2 * 8
+    assert len(styles) == 2 * 8, "in both pictures"
     assert len(set(styles)) == 8
+    assert len(set(re.findall(r"border-top:3px (\w+ var\(--c\d\))", svg))) == 8, "and in the legend"
 
 
 def test_one_student_of_a_family_has_a_page_like_a_run_with_one(family: Path, tmp_path: Path) -> None:

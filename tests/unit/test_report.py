@@ -73,7 +73,7 @@ def test_the_page_is_well_formed_and_loads_nothing(run_dir: Path) -> None:
 def test_the_page_has_the_figures_of_the_run(run_dir: Path) -> None:
     page = render(run_dir)
     for text in (
-        "DONE",
+        '<p class="state finished"><b>finished</b> All 8 steps are done.</p>',
         "3.000 → 0.625",
         "0.700 → 0.875",
         "1,000",
@@ -87,7 +87,7 @@ def test_the_page_has_the_figures_of_the_run(run_dir: Path) -> None:
     ):
         assert text in page, text
     assert re.findall("<h2>(.*?)</h2>", page) == list(SECTIONS)
-    assert page.count("<svg") == 7
+    assert page.count("<svg") == 2 * 7, "a wide and a narrow picture of each"
     assert "#01000" not in page, "a placeholder colour was not replaced"
 
 
@@ -96,7 +96,8 @@ def test_a_run_that_has_just_started(run_dir: Path) -> None:
     for name in ("DONE", "recipe.yaml", "retrieval/teacher.json", "retrieval/before.json", "retrieval/after.json"):
         (run_dir / name).unlink()
     page = render(run_dir)
-    assert "no end marker" in page
+    assert '<div class="fact">step<b>0</b></div>' in page
+    assert "<b>failed</b> No process trains it" in page
     assert "Retrieval before" not in page
 
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,11 +15,14 @@ import torch
 
 from pipeline.runtime.metrics import Metrics
 from pipeline.runtime.run_paths import RunPaths
-from pipeline.runtime.tensorboard_tags import LAYOUT, tensorboard_tag
+from pipeline.runtime.tensorboard_tags import LAYOUT, tensorboard_point, tensorboard_tag
+from tests.tensorboard_server import tensorboard_server
 
 VALUES = {
     "loss/total": 2.0,
     "loss/q-q": 0.5,
+    "loss/v-v": 1.0,
+    "loss/output": 0.01,
     "heldout/mean": 3.0,
     "heldout/de": 2.5,
     "speed/tokens_per_second": 1000.0,
@@ -41,6 +41,7 @@ VALUES = {
     "optimizer/skipped_steps": 0.0,
     "loss/spike_sigmas": 9.0,
 }
+WEIGHTS = {"q-q": 1.0, "v-v": 0.5, "output": 100.0}
 Get = Callable[..., Any]
 
 
@@ -50,27 +51,12 @@ def get(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Get]:
     run_dir = tmp_path_factory.mktemp("runs") / "quick"
     run_dir.mkdir()
     metrics = Metrics(RunPaths(run_dir), active=True, first_step=0, steps=2)
-    metrics.describe("steps: 2", "{}", {"steps": 2})
+    metrics.describe("steps: 2", "{}", {"steps": 2}, WEIGHTS)
     for step in (1, 2):
         metrics.write(step, step * 16, {tag: value * step for tag, value in VALUES.items()})
     metrics.image("relations/q-q", 2, torch.rand(1, 4, 4))
     metrics.close()
-    command = [
-        sys.executable,
-        "-m",
-        "tensorboard.main",
-        "--logdir",
-        str(run_dir.parent),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        "0",
-    ]
-    log = run_dir / "server.log"
-    with open(log, "w") as file:
-        server = subprocess.Popen([*command, "--load_fast", "false"], stdout=file, stderr=file)
-    try:
-        address = _address(server, log)
+    with tensorboard_server(run_dir.parent, run_dir / "server.log") as address:
 
         def ask(path: str, **query: str) -> Any:
             with urllib.request.urlopen(f"{address}data/{path}?{urllib.parse.urlencode(query)}", timeout=30) as answer:
@@ -80,26 +66,15 @@ def get(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Get]:
         while not ask("plugin/images/tags") and time.monotonic() < deadline:  # the last thing that was written
             time.sleep(0.2)
         yield ask
-    finally:
-        server.kill()
-        server.wait()
-
-
-def _address(server: subprocess.Popen, log: Path) -> str:
-    deadline = time.monotonic() + 100
-    while not (found := re.search(r"http://127\.0\.0\.1:\d+/", log.read_text())):
-        assert server.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.1)
-    return found[0]
 
 
 def test_every_value_is_found_under_its_group(get: Get) -> None:
     (run,) = get("runs")
     tags = get("plugin/scalars/tags")[run]
-    assert set(tags) == {tensorboard_tag(tag) for tag in VALUES}
-    for tag, value in VALUES.items():
-        points = get("plugin/scalars/scalars", run=run, tag=tensorboard_tag(tag))
+    shown = dict(tensorboard_point(tag, value, WEIGHTS) for tag, value in VALUES.items())
+    assert set(tags) == set(shown)
+    for tag, value in shown.items():
+        points = get("plugin/scalars/scalars", run=run, tag=tag)
         assert [(step, found) for _, step, found in points] == [
             (1, pytest.approx(value)),
             (2, pytest.approx(2 * value)),
@@ -130,6 +105,23 @@ def test_the_layout_answers_three_questions(get: Get) -> None:
     assert shown == set(tags)
 
 
+def test_the_curves_next_to_the_loss_add_up_to_it(get: Get) -> None:
+    """And the held-out loss, which has other terms, is in no chart with it."""
+    (run,) = get("runs")
+    (tags,) = get("plugin/scalars/tags").values()
+    charts = get("plugin/custom_scalars/layout")["category"][0]["chart"]
+    curves = [
+        {tag for tag in tags for pattern in chart["multiline"]["tag"] if re.fullmatch(pattern, tag)} for chart in charts
+    ]
+    (learning,) = (names for names in curves if "1_is_it_learning/loss" in names)
+    last = {tag: get("plugin/scalars/scalars", run=run, tag=tag)[-1][2] for tag in learning}
+    assert last.pop("1_is_it_learning/loss") == pytest.approx(sum(last.values()))
+    assert set(last) == {"4_loss_parts/q-q", "4_loss_parts/v-v_x0.5", "4_loss_parts/output_x100"}
+
+
 def test_a_tag_without_a_group_keeps_its_name() -> None:
     assert tensorboard_tag("other/thing") == "other/thing"
     assert len({tensorboard_tag(tag) for tag in VALUES}) == len(VALUES)
+    assert tensorboard_point("other/thing", 2.0, {"thing": 3.0}) == ("other/thing", 2.0), (
+        "only parts of the loss have weights"
+    )
