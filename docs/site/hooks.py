@@ -121,7 +121,8 @@ def as_page(name: str) -> str:
     else:
         fence = "~" * 8
         body = f"{fence} {LANGUAGES.get(path.suffix, 'text')}\n{path.read_text(encoding='utf-8').rstrip()}\n{fence}"
-    return f"---\nsearch: {{exclude: true}}\n---\n# {name}\n\n{body}\n"
+    heading = "" if body.startswith("# ") else f"# {name}\n\n"
+    return f"---\nsearch: {{exclude: true}}\n---\n{heading}{body}\n"
 
 
 def linked(lines: list[str], source: str, files: Files) -> list[str]:
