@@ -17,6 +17,7 @@ CODE_OR_FORMULA = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 CODE = re.compile(r"`[^`\n]+`")
+FOLDED = re.compile(r"^<(details|div)\b(?![^>]*\bmarkdown=)")
 TAG = re.compile(r"\\tag\{(\w+)\}")
 
 
@@ -66,7 +67,9 @@ def indented_by_four(lines: list[str]) -> list[str]:
             nested = max(0, indent - (columns[-1] if columns else 0))
             if opens_code and (fence := FENCE.match(line)):
                 text = fence["fence"] + fence["language"]  # the name of a file after the language is not shown
-            elif not in_code and text.startswith("|"):
+            elif not in_code and indent == 0:
+                text = FOLDED.sub(r'<\1 markdown="1"', text)  # else Markdown in such a block stays as it is
+            if not in_code and text.startswith("|"):
                 text = CODE.sub(lambda code: code[0].replace("\\|", "|"), text)  # Python-Markdown keeps the backslash
             result.append(" " * (4 * len(columns) + nested) + text)
         after_gap, was_code = False, in_code

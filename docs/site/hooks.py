@@ -1,7 +1,7 @@
 """Hooks of mkdocs.yml: the site is laid out as the repository, with pages for files outside docs/ and an API reference.
 
-In: Markdown pages and the repository. Out: the pages mkdocs renders. README.md becomes the home page. A text file that a page links
-or names becomes a page with its text; docs/reference.md is made from the names of `minilmv2.__all__`.
+In: Markdown pages and the repository. Out: the pages mkdocs renders. README.md becomes the home page. A file that a page links, or a
+source file that it names, becomes a page with its text; docs/reference.md is made from the names of `minilmv2.__all__`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from dialect import indented_by_four, put_formulas, take_formulas, with_code_mar
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
+from notebook import notebook_as_markdown
 
 REPO = Path(__file__).resolve().parents[2]
 RESULTS = "benchmarks/results"
-PAGES = ("*.md", "docs/*.md", "samples/*.md", "ds_configs/*.md", f"{RESULTS}/*.md")
+PAGES = ("*.md", "docs/*.md", "samples/*.md", "examples/*.md", "ds_configs/*.md", f"{RESULTS}/*.md")
 COPIED = ("docs/images/*.png", f"{RESULTS}/*.png", "docs/site/*.js", "docs/site/*.css")
-# Files that are shown as text have one of these endings, in one of these folders: other files of a checkout may be private.
+# A file that is only named in a code span is shown if it has one of these endings, in one of these folders: others may be private.
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".sh": "bash", ".toml": "toml", ".txt": "text"}
 FOLDERS = "benchmarks containers data_prep demo docs ds_configs examples minilmv2 pipeline recipes slurm tests".split()
 REFERENCE = "docs/reference.md"
@@ -49,8 +50,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages = _found(PAGES)
     for name in (*pages, *_found(COPIED)):
         chosen.append(File(name, str(REPO), config.site_dir, use_directory_urls=False))
-    for name in sorted({target for page in pages for target in _files_named_by(page) if is_shown_as_text(target)}):
-        chosen.append(File.generated(config, f"{name}.md", content=as_page(name), inclusion=InclusionLevel.NOT_IN_NAV))
+    others = {name for page in pages for name in (*_linked_by(page), *filter(may_be_shown, _named_by(page)))}
+    for name in sorted(others - set(chosen.src_uris)):
+        uri = f"{name}/index.md" if (REPO / name).is_dir() else f"{name}.md"
+        try:
+            page = File.generated(config, uri, content=as_page(name), inclusion=InclusionLevel.NOT_IN_NAV)
+        except UnicodeDecodeError:  # not text: a picture, an archive
+            page = File(name, str(REPO), config.site_dir, use_directory_urls=False)
+        chosen.append(page)
     chosen.append(File.generated(config, REFERENCE, content=reference()))
     return chosen
 
@@ -92,17 +99,30 @@ def reference() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def is_shown_as_text(name: str) -> bool:
-    """Whether a file of the repository becomes a page that shows its text."""
+def may_be_shown(name: str) -> bool:
+    """Whether a file that is named but not linked becomes a page that shows its text."""
     path = PurePosixPath(name)
     return path.suffix in LANGUAGES and path.parts[0] in FOLDERS and (REPO / name).is_file()
 
 
 def as_page(name: str) -> str:
-    """The Markdown of a page that shows a file. Search leaves it out."""
-    text = (REPO / name).read_text(encoding="utf-8").rstrip()
-    fence = "~" * 8
-    return f"---\nsearch: {{exclude: true}}\n---\n# {name}\n\n{fence} {LANGUAGES[PurePosixPath(name).suffix]}\n{text}\n{fence}\n"
+    """The Markdown of a page that shows a file, a notebook or the names in a folder. Search leaves it out.
+
+    Raises:
+        UnicodeDecodeError: the file is not text
+    """
+    path = REPO / name
+    if path.is_dir():
+        body = "\n".join(
+            f"- `{entry.name}`" for entry in sorted(path.iterdir()) if not entry.name.startswith(("_", "."))
+        )
+    elif path.suffix == ".ipynb":
+        body = notebook_as_markdown(path.read_text(encoding="utf-8"))
+    else:
+        fence = "~" * 8
+        body = f"{fence} {LANGUAGES.get(path.suffix, 'text')}\n{path.read_text(encoding='utf-8').rstrip()}\n{fence}"
+    heading = "" if body.startswith("# ") else f"# {name}\n\n"
+    return f"---\nsearch: {{exclude: true}}\n---\n{heading}{body}\n"
 
 
 def linked(lines: list[str], source: str, files: Files) -> list[str]:
@@ -110,7 +130,8 @@ def linked(lines: list[str], source: str, files: Files) -> list[str]:
     folder = PurePosixPath(source).parent
 
     def page_of(path: str) -> str | None:
-        name = next((name for name in (path, f"{path}.md") if files.get_file_from_path(name)), None)
+        names = (path, f"{path}.md", f"{path}/index.md")
+        name = next((name for name in names if files.get_file_from_path(name)), None)
         return name and os.path.relpath(name, folder)
 
     def link(match: re.Match[str]) -> str:
@@ -138,9 +159,13 @@ def _title_with_date(name: str) -> str:
     return title if date in title else f"{title} ({date})"
 
 
-def _files_named_by(page: str) -> set[str]:
-    """Paths in the repository that a page links, or names in code spans."""
-    text = (REPO / page).read_text(encoding="utf-8")
+def _linked_by(page: str) -> set[str]:
+    """Paths in the repository that a page links."""
     folder = PurePosixPath(page).parent
-    targets = {os.path.normpath(folder / match["target"]) for match in LINK.finditer(text)}
-    return targets | {match["name"] for match in NAME_IN_CODE.finditer(text)}
+    found = LINK.finditer((REPO / page).read_text(encoding="utf-8"))
+    targets = {os.path.normpath(folder / match["target"]) for match in found}
+    return {name for name in targets if not name.startswith(("..", "/")) and (REPO / name).exists()}
+
+
+def _named_by(page: str) -> set[str]:
+    return {match["name"] for match in NAME_IN_CODE.finditer((REPO / page).read_text(encoding="utf-8"))}

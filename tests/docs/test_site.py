@@ -6,7 +6,6 @@ browser read. The Python of another environment with requirements-docs.txt may b
 
 from __future__ import annotations
 
-import html
 import json
 import os
 import re
@@ -23,9 +22,10 @@ import yaml
 from PIL import Image
 
 import minilmv2
+from tests.browser import Browser
 from tests.conftest import REPO
 from tests.docs.documents import DOCUMENTS, relative
-from tests.unit.test_report_in_browser import browse, browser
+from tests.unit.test_report_in_browser import browser
 
 __all__ = ["browser"]  # a fixture
 
@@ -48,20 +48,32 @@ for name in sys.argv[1:]:
     pages[name] = put_formulas(markdown.render(text), formulas)
 print(json.dumps(pages))
 """
-# What a script in an outer page finds in the pages of the site, each in a frame as wide as a phone.
-PROBE = """<script>
-addEventListener("load", () => {
-  const found = [...Array(frames.length).keys()].map(number => frames[number]).map(frame => ({
-    page: frame.location.href,
-    width: frame.document.documentElement.scrollWidth,
-    loaded: frame.performance.getEntriesByType("resource").map(entry => entry.name),
-  }));
-  const out = document.createElement("pre");
-  out.id = "probe";
-  out.textContent = JSON.stringify(found);
-  document.body.append(out);
-});
-</script>"""
+MORE_LINKS = """
+[a](no_such.md) [b](method.md#no-such) `slurm/site.env` [a notebook](../first.ipynb) [a folder](../slurm) [data](site/archive.bin)
+
+<details>
+<summary>More</summary>
+
+- a **folded** item
+
+</details>
+"""
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+NOTEBOOK = {
+    "cells": [
+        {"cell_type": "markdown", "source": ["## A heading"]},
+        {
+            "cell_type": "code",
+            "source": ["print(6 * 7)"],
+            "outputs": [{"text": ["42\n"]}, {"data": {"image/png": PNG + "\n", "text/plain": ["<Figure>"]}}],
+        },
+    ]
+}
+# What is loaded, and the width of what a reader can scroll to.
+PROBE = """({
+  width: document.documentElement.scrollWidth,
+  loaded: performance.getEntriesByType("resource").map(entry => entry.name),
+})"""
 
 
 @dataclass
@@ -96,13 +108,6 @@ class Built(HTMLParser):
     def handle_data(self, data: str) -> None:
         if not self._in_permalink:
             self.text.append(data)
-
-
-class Address(type(Path())):  # type: ignore[misc]
-    """A page with a question for its search."""
-
-    def as_uri(self) -> str:
-        return super().as_uri() + "?q=relation+heads"
 
 
 def parsed(text: str) -> Built:
@@ -230,31 +235,48 @@ def test_a_broken_link_ends_the_build_and_a_private_file_is_left_out(tmp_path: P
     settings = yaml.safe_load((checkout / "mkdocs.yml").read_text(encoding="utf-8"))
     settings |= {"plugins": ["search"], "watch": []}  # without the reference, which takes most of the time
     (checkout / "mkdocs.yml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    (checkout / "docs" / "site" / "archive.bin").write_bytes(b"\xff\x00")
     (checkout / "slurm" / "site.env").write_text("TOKEN=secret-of-the-site\n", encoding="utf-8")
     page = checkout / "docs" / "faq.md"
-    page.write_text(page.read_text(encoding="utf-8") + "\n[a](no_such.md) [b](method.md#no-such) `slurm/site.env`\n")
+    page.write_text(page.read_text(encoding="utf-8") + MORE_LINKS, encoding="utf-8")
+    (checkout / "first.ipynb").write_text(json.dumps(NOTEBOOK), encoding="utf-8")
     done = build(checkout, tmp_path / "site")
     assert done.returncode == 1, done.stderr
     assert "no_such.md" in done.stderr, done.stderr
     assert "method.md#no-such" in done.stderr
+    assert not re.search(r"first\.ipynb|'\.\./slurm'|archive\.bin", done.stderr)
+    notebook = parsed((tmp_path / "site" / "first.ipynb.html").read_text(encoding="utf-8"))
+    text = "".join(notebook.text)
+    assert all(part in text for part in ("A heading", "print(6 * 7)", "\n42\n"))
+    assert f"data:image/png;base64,{PNG}" in notebook.loads
+    faq = (tmp_path / "site" / "docs" / "faq.html").read_text(encoding="utf-8")
+    assert re.search(
+        r"<summary>More</summary>\s*<ul>\s*<li>a <strong>folded</strong> item</li>\s*</ul>\s*</details>", faq
+    )
+    assert "distill_xlmr.sh" in (tmp_path / "site" / "slurm" / "index.html").read_text(encoding="utf-8")
+    assert (tmp_path / "site" / "docs" / "site" / "archive.bin").read_bytes() == b"\xff\x00"
     assert "secret-of-the-site" not in "".join(
         path.read_text(encoding="utf-8") for path in (tmp_path / "site").rglob("*") if path.suffix in (".html", ".env")
     )
 
 
 @with_mkdocs
-def test_search_works_from_the_file_system(browser: str, site: Path) -> None:
-    dom, errors = browse(browser, Address(site / "docs" / "faq.html"), "--dump-dom", "--virtual-time-budget=20000")
-    assert re.search(r"\d+ matching documents", dom), errors[-2000:]
-    assert "docs/recipes.html?h=relation+heads" in dom
-    assert [line for line in errors.splitlines() if "CONSOLE" in line] == []
+def test_search_works_from_the_file_system(browser: Browser, site: Path) -> None:
+    browser.show(1280, 800)
+    browser.open(f"{(site / 'docs' / 'faq.html').as_uri()}?q=relation+heads")
+    browser.wait("document.querySelectorAll('.md-search-result__link').length > 3")
+    found = browser.evaluate("[...document.querySelectorAll('.md-search-result__link')].map(link => link.href)")
+    assert any("docs/recipes.html" in link for link in found)
+    assert browser.console == []
 
 
 @with_mkdocs
-def test_the_picture_of_the_site(browser: str, site: Path, tmp_path: Path) -> None:
+def test_the_picture_of_the_site(browser: Browser, site: Path, tmp_path: Path) -> None:
     """WRITE_PICTURES=yes replaces docs/images/site.png, which is to be looked at before it is committed."""
     picture = tmp_path / "site.png"
-    browse(browser, site / "index.html", f"--screenshot={picture}", "--window-size=1280,800")
+    browser.show(1280, 800)
+    browser.open((site / "index.html").as_uri())
+    browser.screenshot(picture)
     kept = REPO / "docs" / "images" / "site.png"
     if os.environ.get("WRITE_PICTURES"):
         shutil.copy(picture, kept)
@@ -262,22 +284,20 @@ def test_the_picture_of_the_site(browser: str, site: Path, tmp_path: Path) -> No
     assert taken.shape == shown.shape == (800, 1280)
     assert kept.stat().st_size < 200_000
     assert 20 < taken[60:].std() < 100, "text on a light ground"
-    # The header and the navigation's column are alike; the text of the README may have changed since.
+    # The header is alike; the text of the README may have changed since.
     assert abs(taken[:48] - shown[:48]).mean() < 10
 
 
 @with_mkdocs
-def test_pages_fit_a_phone_and_load_only_the_site(browser: str, site: Path, tmp_path: Path) -> None:
-    names = ["index.html", *(path.relative_to(site).as_posix() for path in sorted((site / "docs").glob("*.html")))]
-    frames = "".join(
-        f'<iframe src="{(site / name).as_uri()}" style="width:360px;height:640px;border:0"></iframe>' for name in names
-    )
-    outer = tmp_path / "outer.html"
-    outer.write_text(f"<!doctype html><head>{PROBE}</head><body>{frames}</body>", encoding="utf-8")
-    dom, errors = browse(browser, outer, "--dump-dom", "--allow-file-access-from-files", "--virtual-time-budget=20000")
-    probe = re.search(r'<pre id="probe">(.*?)</pre>', dom, re.DOTALL)
-    assert probe, errors[-2000:]
-    found = json.loads(html.unescape(probe[1]))
-    assert len(found) == len(names)
-    assert [one["page"] for one in found if one["width"] > 360] == []
-    assert {load.split(":")[0] for one in found for load in one["loaded"]} <= {"file", "data"}
+@pytest.mark.parametrize("width", [320, 430])
+def test_pages_fit_a_phone_and_load_only_the_site(browser: Browser, site: Path, width: int) -> None:
+    browser.show(width, 800)
+    wide, loaded = [], set()
+    for path in (site / "index.html", *sorted((site / "docs").glob("*.html"))):
+        browser.open(path.as_uri())
+        seen = browser.evaluate(PROBE)
+        wide += [path.name] if seen["width"] > width else []
+        loaded |= {name.split(":")[0] for name in seen["loaded"]}
+        assert browser.console == [], path.name
+    assert wide == []
+    assert loaded <= {"file", "data"}
