@@ -14,7 +14,7 @@ venv: .venv/.installed ## make .venv and install the packages that demo and test
 .venv/.installed: requirements.txt requirements-dev.txt $(if $(NAMED_PYTHON),always)
 	./install.sh $(NAMED_PYTHON)
 
-demo: venv ## distil a student of a real teacher on sample text, and print a table of results (SET="key=value ..." for settings)
+demo: venv ## distil a student of a real teacher on sample text, and print a table of results (SET="key=value ..." for settings, MINILMV2_VERBOSE=1 for all messages)
 	$(BIN)/python -m demo $(addprefix --set ,$(SET))
 
 doctor: venv ## check this machine, and with RECIPE=recipes/NAME.yaml that run's shards, teacher, memory and disk

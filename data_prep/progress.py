@@ -30,7 +30,8 @@ class Pace:
         """Whether to print a line now. Every point in time asks; the next one is assumed to be as far away as the last."""
         now = monotonic()
         distance, self._point = now - self._point, now
-        if now + distance - self._line <= self._every_s:
+        # Where points are more than `every_s` apart, another line may have been printed at this very point.
+        if now + distance - self._line <= self._every_s or now - self._line < distance / 2:
             return False
         self._line = now
         return True

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from data_prep.command_line import VERBOSE_HELP, CommandLine, end_lines, quiet_launcher
+from data_prep.command_line import VERBOSE_HELP, CommandLine, end_lines, is_verbose, quiet_launcher
 from data_prep.durable_files import replace_file
 from demo.compare import compare
 from demo.settings import QUICKSTART, retrieval_settings, training_overrides
@@ -63,7 +63,8 @@ def main() -> None:
             f"--deepspeed ds_configs/zero2.json --recipe {shlex.quote(str(arguments.recipe))}   (then `python -m pipeline compare`)"
         )
     read_pairs(retrieval)  # a wrong path must fail before the training, not after it
-    logging.disable_progress_bar()
+    if not is_verbose():
+        logging.disable_progress_bar()
 
     say(1, "teacher")
     if recipe.teacher == str(DEFAULT_OUTPUT):

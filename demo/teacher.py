@@ -23,8 +23,9 @@ import xxhash
 from safetensors.torch import save_file
 from sentencepiece import sentencepiece_model_pb2
 from transformers import BertConfig, XLMRobertaTokenizer
+from transformers.utils import logging
 
-from data_prep.command_line import CommandLine
+from data_prep.command_line import CommandLine, is_verbose
 from data_prep.durable_files import unique_name
 from data_prep.progress import progress
 from demo.golden import check_teacher
@@ -184,7 +185,10 @@ def _fingerprint(path: Path) -> dict[str, int | str]:
 def main() -> None:
     parser = CommandLine(prog="python -m demo.teacher", description=__doc__)
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
-    make_teacher(parser.parse_args().output)
+    output = parser.parse_args().output
+    if not is_verbose():
+        logging.disable_progress_bar()
+    make_teacher(output)
 
 
 if __name__ == "__main__":

@@ -82,6 +82,19 @@ def test_another_line_delays_the_next_one(wait: Callable[[float], None], capsys:
     assert lines(capsys) == []
 
 
+def test_another_line_at_the_same_point_is_enough(
+    wait: Callable[[float], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a training whose steps take longer than a pause: the step's own line comes first."""
+    with Progress("distil", 10, "step") as shown:
+        for number in range(4):
+            wait(60.0)
+            if number % 2:
+                shown.printed()
+            shown.update()
+    assert lines(capsys) == ["distil: step 1 of 10, 9.0 min left", "distil: step 3 of 10, 7.0 min left"]
+
+
 def test_a_terminal_shows_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
