@@ -170,13 +170,13 @@ def sentence_vectors(
 
 @cache
 def _warn_of_pooling(name: str, path: str) -> None:
-    """One warning about a model whose sentence vectors were trained in another way than they are computed here."""
+    """One warning about a model whose sentence vectors are made in another way than they are computed here."""
     pooling = training_metadata(path).get("pooling")
     how = [f"with {pooling} pooling"] if pooling not in (None, "mean") else []
     how += [f"behind the projection of {DENSE}"] if (Path(path) / DENSE).is_dir() else []
     if how:
         print(
-            f"warning: sentence vectors of {name} were trained {' and '.join(how)}; its figures here are of means over tokens without a "
+            f"warning: sentence vectors of {name} are made {' and '.join(how)}; its figures here are of means over tokens without a "
             "projection. SentenceTransformer loads an export with --sentence-transformers as it was trained",
             file=sys.stderr,
             flush=True,

@@ -39,7 +39,7 @@ def training_metadata(model: str | Path) -> dict[str, Any]:
     Returns:
         the keys of `DEFAULTS` with the values of the model's recipe; `student_layer`, `steps`, `identity` (the teacher by
         content), `longest`, the number of tokens beyond which position embeddings are untrained (None: none of them is), and
-        `pooling`, with which sentence vectors were compared (None: they were not)
+        `pooling`, with which its sentence vectors are made (None: the lineage does not say, so mean)
     """
     with _lineage_of(model) as lineage:
         if not (recipe := lineage.get("recipe")):  # a trimmed model that was not trained here

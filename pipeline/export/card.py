@@ -11,6 +11,7 @@ Markdown of its README.md.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -259,7 +260,7 @@ def _limits(lineage: dict[str, Any], config: Any, directory: Path) -> list[str]:
     lines = []
     if recipe and recipe.get("relations", {}).get("tail", "none") == "none":
         lines.append(_untrained_tail(lineage.get("student_layer", "last"), config.num_hidden_layers))
-    lines += [length_note(directory), projection_note(directory)]
+    lines += [length_note(directory), prefix_note(directory), projection_note(directory)]
     dropout = lineage.get("dropout")
     if dropout and dropout["distillation"] != dropout["config"]:
         lines.append(
@@ -298,6 +299,17 @@ def length_note(directory: Path) -> str:
         f"It was trained from random weights on rows of {longest} tokens and accepts {positions}, but positions after {longest} "
         f"were never trained: cut inputs at {longest} tokens (the tokenizer and the sentence-transformers settings do)."
     )
+
+
+def prefix_note(directory: Path) -> str:
+    """A sentence about the text that the teacher's users put before theirs; empty where there is none."""
+    prompts = exported_settings(directory).prompts
+    if not prompts:
+        return ""
+    shown = ", ".join(
+        f"`{_inline(json.dumps(text, ensure_ascii=False))}` ({_inline(name)})" for name, text in prompts.items()
+    )
+    return f"The teacher is used with a prefix before the text: {shown}. The text of the distillation had none."
 
 
 def projection_note(directory: Path) -> str:

@@ -1,7 +1,7 @@
 """Adapts the config and tokenizer of a student where the settings of the distillation would mislead those who load it.
 
-In: the config and facts that a run wrote. Out: the config with the teacher's dropout and without the teacher's head, and
-a tokenizer that cuts inputs at the longest trained length. Weights are not changed.
+In: the config and facts that a run wrote. Out: the config with the teacher's dropout and without the teacher's head, how
+sentence vectors are made, and a tokenizer that cuts inputs at the longest trained length. Weights are not changed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from transformers import PretrainedConfig
 
 from pipeline.distillation.models.architectures import architecture_of, usable_positions
 from pipeline.distillation.models.loading import load_config
+from pipeline.distillation.models.model_files import find_directory
+from pipeline.distillation.models.sentence_files import SentenceSettings, UnknownSettingsError, sentence_settings
 from pipeline.distillation.models.student import dropout_of
 from pipeline.errors import UserError
 from pipeline.evaluation.training_metadata import training_metadata
@@ -49,15 +51,44 @@ def _dropout_of_teacher(config: PretrainedConfig, teacher: str, used: dict[str, 
     except UserError:
         source = None
     if source is None or source.model_type != config.model_type:
-        print(
-            f"warning: run.json does not record the teacher's dropout and {teacher} cannot be read as a {config.model_type} "
+        _warn(
+            f"run.json does not record the teacher's dropout and {teacher} cannot be read as a {config.model_type} "
             f"model, so config.json keeps the distillation's: {used}. Before fine-tuning, set "
-            f"{', '.join(architecture_of(config).dropout_keys)} there to the teacher's (0.1 in most encoders).",
-            file=sys.stderr,
-            flush=True,
+            f"{', '.join(architecture_of(config).dropout_keys)} there to the teacher's (0.1 in most encoders)."
         )
         return used
     return dropout_of(source)
+
+
+def sentences_of(run: dict[str, Any], tail: str) -> dict[str, Any] | None:
+    """How the sentence vectors of an export are made, as `SentenceSettings.recorded`; None: the default, means over tokens.
+
+    A run that compares sentence vectors has recorded it. The vectors of a student that imitates the teacher's output are made
+    as the teacher's, by the teacher's files. Where these cannot be read, a warning says what the export has.
+
+    Args:
+        run: content of run.json
+        tail: `relations.tail` of the recipe
+    """
+    if run.get("sentences") or tail == "none":
+        return run.get("sentences")
+    try:
+        find_directory(run["teacher"], is_cached=True)  # at most small files are fetched
+        found = sentence_settings(run["teacher"], "auto")
+    except UserError as error:
+        cause = error.cause if isinstance(error, UnknownSettingsError) else str(error)
+        _warn(
+            f"{cause.rstrip('.')}. The model card and the files of sentence-transformers name mean pooling, and no prefix. Correct "
+            "the teacher's files and export again, or write the teacher's pooling into 1_Pooling/config.json of the export."
+        )
+        return None
+    for warning in found.warnings:
+        _warn(warning)
+    return None if found.settings == SentenceSettings() else found.settings.recorded()
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def longest_input(directory: Path) -> int:

@@ -17,13 +17,14 @@ import torch
 from transformers import PretrainedConfig
 
 from data_prep.outputs import check_output_place, replaced_directory
+from pipeline.config import tree_of_recipe
 from pipeline.data.tokenizer_hash import tokenizer_directory
 from pipeline.distillation.models.loading import blank_model, config_of
 from pipeline.distillation.models.student import SENTENCE_PROJECTION
 from pipeline.errors import UserError
 from pipeline.export.card import CARD_FILE, LINEAGE_FILE, VOCABULARY_FILE, lineage_of, write_card
 from pipeline.export.card_metadata import license_of
-from pipeline.export.handover import hand_over, limit_tokenizer
+from pipeline.export.handover import hand_over, limit_tokenizer, sentences_of
 from pipeline.export.sentence_transformers_files import write_dense
 from pipeline.runtime import ds_config
 from pipeline.runtime.checkpoint import Step, read_model_weights
@@ -102,11 +103,13 @@ def export_run(
     check_same_tokenizer_files(state.get("identity", {}), tokenizer, paths.files)
     warn_of_other_teacher(state.get("identity", {}), run["teacher"])
     projection = weights.pop(SENTENCE_PROJECTION, None)
-    lineage = lineage_of(
-        {**run, "dropout": hand_over(config, run), "student": student, "license": license_of(run["teacher"])},
-        state,
-        recipe_text,
-    )
+    tail = tree_of_recipe(recipe_text, f"{paths.recipe}")["relations"].get("tail", "none")
+    more = {
+        "dropout": hand_over(config, run),
+        "sentences": sentences_of(run, tail),
+        "license": license_of(run["teacher"]),
+    }
+    lineage = lineage_of({**run, **more, "student": student}, state, recipe_text)
     export = Export(weights, config, tokenizer, lineage, extras, dtype, [paths.files], projection)
     return export_student(export, output)
 

@@ -53,6 +53,14 @@ class SentenceSettings:
         return {key: value for key, value in values.items() if key in always or value != plain[key]}
 
 
+class UnknownSettingsError(UserError):
+    """The files of a teacher do not say how it makes sentence vectors. `cause` is the message without the fix for a run."""
+
+    def __init__(self, teacher: str, cause: str, fix: str) -> None:
+        self.cause = f"the sentence vectors of the teacher {teacher!r} are not known: {cause}"
+        super().__init__(f"{self.cause}. {fix}")
+
+
 @dataclass(frozen=True)
 class FoundSettings:
     """The settings, where they come from, and what the teacher does to its vectors that is not distilled."""
@@ -124,8 +132,8 @@ def _differences(kinds: list[str], found: list[Any], own: str | None, asked: str
         )
     if other := [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]:
         lines.append(
-            f"the teacher's {MODULES_FILE} has {', '.join(other)} too: relations.tail: pooled compares the vectors as they are "
-            "pooled, and an export has no such module"
+            f"the teacher's {MODULES_FILE} has {', '.join(other)} too: a run compares what comes before, and an export has no such "
+            "module"
         )
     return lines
 
@@ -147,7 +155,7 @@ class _Files:
         self._is_hub = not Path(teacher).expanduser().is_dir()
 
     def error(self, cause: str, fix: str) -> UserError:
-        return UserError(f"the sentence vectors of the teacher {self._model.name!r} are not known: {cause}. {fix}")
+        return UnknownSettingsError(self._model.name, cause, fix)
 
     def read(self, name: str, kind: type, is_needed: bool = False) -> Any:
         """The content of a file, a `kind`; None where the model has no such file.

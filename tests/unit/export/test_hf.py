@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ from transformers import AutoModel, AutoTokenizer, XLMRobertaModel
 from pipeline.__main__ import main
 from pipeline.config import Recipe, recipe_to_yaml
 from pipeline.data.tokenizer_hash import tokenizer_sha256
+from pipeline.distillation.config import RelationsConfig
 from pipeline.distillation.models.student import Student, StudentConfig, build_student
 from pipeline.distillation.models.teacher import load_encoder
 from pipeline.errors import UserError
 from pipeline.export import hf
+from pipeline.export.sentence_transformers_files import add_sentence_transformers
 
 STATE = {
     "step": 12,
@@ -158,6 +161,75 @@ def test_the_lineage_names_the_origin_of_a_student(run_dir: Path, tiny_teacher: 
     for fact in (str(tiny_teacher), "data0123", "abc123", "| relation heads | 48 |", "| steps | 12 |", "seq_len: 512"):
         assert fact in card
     AutoModel.from_pretrained(output)
+
+
+def imitates(run_dir: Path, teacher: Path, tail: str, pooling: dict[str, bool] | None) -> None:
+    """The run's student imitates its teacher's output by `tail`. The teacher gets files with this pooling and a prefix."""
+    relations = RelationsConfig(tail=tail)  # type: ignore[arg-type]
+    (run_dir / "recipe.yaml").write_text(recipe_to_yaml(Recipe(teacher=str(teacher), relations=relations)))
+    run = json.loads((run_dir / "run.json").read_text())
+    (run_dir / "run.json").write_text(json.dumps({**run, "teacher": str(teacher)}))
+    if pooling is not None:
+        modules = [{"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]
+        (teacher / "modules.json").write_text(json.dumps(modules))
+        (teacher / "1_Pooling").mkdir()
+        (teacher / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+        prompts = {"prompts": {"query": "query: ", "long": "two\nlines: "}}
+        (teacher / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+
+
+@pytest.fixture
+def teacher(tiny_teacher: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_teacher, tmp_path / "teacher"))
+
+
+CLS, MAX = {"pooling_mode_cls_token": True}, {"pooling_mode_max_tokens": True}
+
+
+@pytest.mark.parametrize("tail", ["mse", "relation"])
+def test_a_student_that_imitates_the_output_is_pooled_as_its_teacher(
+    run_dir: Path, teacher: Path, tmp_path: Path, tail: str
+) -> None:
+    """SentenceTransformer gives the state of the first token, and the card says so and names the prefix."""
+    pytest.importorskip("sentence_transformers", reason="pip install -r requirements-dev.txt")
+    from sentence_transformers import SentenceTransformer
+
+    imitates(run_dir, teacher, tail, CLS)
+    output = hf.export_run(run_dir, tmp_path / "student", [add_sentence_transformers])
+    model, tokenizer = AutoModel.from_pretrained(output).eval(), AutoTokenizer.from_pretrained(output)
+    loaded = SentenceTransformer(str(output), device="cpu")
+    assert [type(module).__name__ for module in loaded] == ["Transformer", "Pooling"], "the teacher does not normalise"
+    for name, text in (("", "Hello"), ("query", "query: Hello")):
+        with torch.inference_mode():
+            first_D = model(**tokenizer([text], return_tensors="pt")).last_hidden_state[0, 0]
+        found_D = torch.from_numpy(loaded.encode("Hello", prompt_name=name or None))
+        torch.testing.assert_close(found_D, first_D, rtol=1e-4, atol=1e-5)
+    card = (output / "README.md").read_text()
+    assert "sentence vectors: `last_hidden_state` of the first token" in card
+    assert r"""prefix before the text: `"query: "` (query), `"two\nlines: "` (long).""" in card
+
+
+@pytest.mark.parametrize(
+    ("tail", "pooling", "warning"),
+    [
+        ("none", CLS, ""),  # relations alone do not train the output
+        ("none", MAX, ""),
+        ("mse", None, ""),
+        ("mse", MAX, "pools by max"),
+    ],
+)
+def test_other_students_have_mean_pooling(
+    run_dir: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tail: str, pooling, warning: str
+) -> None:
+    imitates(run_dir, teacher, tail, pooling)
+    output = hf.export_run(run_dir, tmp_path / "student", [add_sentence_transformers])
+    told = [line for line in capsys.readouterr().err.splitlines() if "pool" in line]
+    assert len(told) == bool(warning)
+    assert warning in "".join(told)
+    assert "--set" not in "".join(told), "an export has no recipe"
+    assert json.loads((output / "1_Pooling" / "config.json").read_text())["pooling_mode_mean_tokens"] is True
+    assert "prompts" not in json.loads((output / "config_sentence_transformers.json").read_text())
+    assert "prefix before" not in (output / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["run.json", "student_config.json", "recipe.yaml"])
