@@ -1,4 +1,4 @@
-"""Distil with the Trainer of transformers: relation losses in `compute_loss`. In: lines of text. Out: a student for `AutoModel`.
+r"""Distil with the Trainer of transformers: relation losses in `compute_loss`. In: lines of text. Out: a student for `AutoModel`.
 
 python examples/with_trainer.py --output_dir runs/trainer --max_steps 100
 torchrun --nproc-per-node 2 examples/with_trainer.py --output_dir runs/trainer --teacher intfloat/multilingual-e5-base \
@@ -69,11 +69,6 @@ class DistillationTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean over the texts of the relation losses of Q-Q, K-K and V-V."""
         ids_BL, mask_BL = inputs["input_ids"], inputs["attention_mask"]
-        if model is self.student.tapped and model.training and self.args.world_size > 1:
-            raise UserError(
-                "the model is not in DistributedDataParallel, so gradients would not be averaged: transformers leaves out a model "
-                "that was evaluated before `train`. Evaluate it there: --eval_on_start true"
-            )
         with torch.no_grad(), self.accelerator.autocast():
             of_teacher = self.teacher(ids_BL, mask_BL)
         of_student = model(ids_BL, mask_BL)  # has its own autocast
@@ -81,6 +76,15 @@ class DistillationTrainer(Trainer):
         pairs = zip(of_teacher, of_student, strict=True)
         loss = sum(relation_kl(t_BLD, s_BLd, self.relation_heads, lengths_B) for t_BLD, s_BLd in pairs)
         return (loss, of_student) if return_outputs else loss
+
+    def training_step(self, model, *arguments, **options):
+        """Forward and backward of a batch. Raises `UserError` where each process would train a student of its own."""
+        if model is self.student.tapped and self.args.world_size > 1:
+            raise UserError(
+                "the model is not in DistributedDataParallel, so gradients would not be averaged: transformers leaves out a model "
+                "that was evaluated before `train`. Evaluate it there: --eval_on_start true"
+            )
+        return super().training_step(model, *arguments, **options)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss of a held-out batch."""

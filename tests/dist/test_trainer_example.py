@@ -187,7 +187,7 @@ def test_gradients_that_would_not_be_averaged_are_an_error(
     monkeypatch.setattr(example.TrainingArguments, "world_size", 2)
     ids_BL = torch.randint(5, 200, (2, 8))
     with pytest.raises(UserError, match="--eval_on_start true"):
-        trainer.compute_loss(trainer.model.train(), {"input_ids": ids_BL, "attention_mask": torch.ones_like(ids_BL)})
+        trainer.training_step(trainer.model, {"input_ids": ids_BL, "attention_mask": torch.ones_like(ids_BL)})
     monkeypatch.setattr(example.TrainingArguments, "n_gpu", 2)
     with pytest.raises(UserError, match="torchrun --nproc-per-node 2"):
         make(args=arguments)

@@ -17,7 +17,7 @@ from tests.conftest import REPO
 # Left out: the log names removed commands, and benchmark results are dated.
 DOCUMENTS = sorted(
     path
-    for pattern in ("*.md", "docs/*.md", "samples/*.md", "ds_configs/*.md")
+    for pattern in ("*.md", "docs/*.md", "samples/*.md", "ds_configs/*.md", "examples/*.md")
     for path in REPO.glob(pattern)
     if path.name != "log.md"
 )
@@ -91,12 +91,14 @@ def _commands_in_block(where: str, body: str, strict: bool) -> Iterator[Command]
 
 def commands_in_docstrings() -> Iterator[Command]:
     """Yield command lines in module docstrings. Text after two blanks is a remark."""
-    for package in ("pipeline", "data_prep", "demo", "benchmarks", "tests"):
+    for package in ("pipeline", "data_prep", "demo", "benchmarks", "examples", "tests"):
         for path in sorted((REPO / package).rglob("*.py")):
             docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
             for line in CONTINUED.sub(" ", docstring).splitlines():
                 text = re.split(r"\s{2,}", line.strip())[0]
-                if text.startswith(("python -m", "deepspeed ", "torchrun ", "python benchmarks/bench_")):
+                if text.startswith(
+                    ("python -m", "deepspeed ", "torchrun ", "python benchmarks/bench_", "python examples/")
+                ):
                     yield Command(relative(path), text, complete=False)
 
 

@@ -40,11 +40,14 @@ def digest_of(notebook: nbformat.NotebookNode) -> str:
 def execute(notebook: nbformat.NotebookNode, directory: Path) -> nbformat.NotebookNode:
     """Run all cells in place, from a directory. Raises `CellExecutionError` where one fails."""
     resources = {"metadata": {"path": str(directory)}}
-    NotebookClient(notebook, timeout=TIMEOUT_S, record_timing=False, resources=resources).execute()
+    options = {"timeout": TIMEOUT_S, "record_timing": False, "coalesce_streams": True}
+    NotebookClient(notebook, resources=resources, **options).execute()
     for output in (output for cell in code_cells(notebook) for output in cell.outputs if "text" in output):
         for environment in (sys.prefix, str(Path(sys.prefix).resolve())):
             output.text = output.text.replace(environment, ".venv")  # as in a checkout
-    notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec",)} | {DIGEST: digest_of(notebook)}
+    notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec", "language_info")} | {
+        DIGEST: digest_of(notebook)
+    }
     return notebook
 
 

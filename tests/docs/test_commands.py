@@ -113,14 +113,26 @@ def check_python(command: Command, words: list[str], monkeypatch: pytest.MonkeyP
         start = lambda: importlib.import_module("demo.__main__").main()  # noqa: E731
         run_program(words[1:], command.complete, start, monkeypatch)
     elif words[0] == "-m":
-        assert words[1] in ("pip", "pytest") or importlib.util.find_spec(words[1]), f"no module {words[1]}"
+        assert words[1] in ("pip", "pytest", "notebook") or importlib.util.find_spec(words[1]), f"no module {words[1]}"
     elif words[0] == "pipeline/train.py":
         check_training(command, words, monkeypatch)
+    elif words[0].startswith("examples/"):
+        check_example(words)
     else:
         assert (REPO / words[0]).is_file(), f"no file {words[0]}"
         run_program(
             words, command.complete, lambda: runpy.run_path(str(REPO / words[0]), run_name="__main__"), monkeypatch
         )
+
+
+def check_example(words: list[str]) -> None:
+    """The file exists, and the Trainer's knows the options."""
+    assert (REPO / words[0]).is_file(), f"no file {words[0]}"
+    options = {word for word in words if word.startswith("--")}
+    if options:
+        from examples.with_trainer import Distillation, HfArgumentParser, TrainingArguments
+
+        assert options <= set(HfArgumentParser((Distillation, TrainingArguments))._option_string_actions)
 
 
 def check_training(command: Command, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,11 +149,12 @@ def check_training(command: Command, words: list[str], monkeypatch: pytest.Monke
 
 
 def check_launched(command: Command, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """`deepspeed` or `torchrun`: parse the launcher's options with its parser, the rest with training's."""
-    if "pipeline/train.py" not in words:
+    """`deepspeed` or `torchrun`: parse the launcher's options with its parser, the rest with the program's."""
+    scripts = [number for number, word in enumerate(words) if word in ("pipeline/train.py", "examples/with_trainer.py")]
+    if not scripts:
         assert not command.complete
         return
-    script = words.index("pipeline/train.py")
+    script = scripts[0]
     if words[0] == "deepspeed":
         from deepspeed.launcher.runner import parse_args as parse_launch
 
@@ -150,6 +163,8 @@ def check_launched(command: Command, words: list[str], monkeypatch: pytest.Monke
         from torch.distributed.run import get_args_parser
 
         run_program(words[1:], True, lambda: get_args_parser().parse_args(words[1:]), monkeypatch)
+    if words[script].startswith("examples/"):
+        return check_example(words[script:])
     check_training(command, words[script:], monkeypatch)
 
 
