@@ -19,7 +19,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from data_prep.command_line import CommandLine, installed_program
+from data_prep.command_line import CommandLine, installed_program, module_command
 from data_prep.durable_files import replace_file
 from demo.compare import compare
 from demo.settings import QUICKSTART, retrieval_settings, training_overrides
@@ -59,7 +59,7 @@ def main() -> None:
     if recipe.students is not None:
         raise UserError(
             f"the demo shows one student, and {arguments.recipe} has {len(recipe.students)}. Train them: deepspeed pipeline/train.py "
-            f"--deepspeed ds_configs/zero2.json --recipe {shlex.quote(str(arguments.recipe))}   (then `python -m pipeline compare`)"
+            f"--deepspeed ds_configs/zero2.json --recipe {shlex.quote(str(arguments.recipe))}   (then `{module_command('pipeline', 'compare')}`)"
         )
     read_pairs(retrieval)  # a wrong path must fail before the training, not after it
     logging.disable_progress_bar()
