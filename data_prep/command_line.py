@@ -31,6 +31,8 @@ VERBOSE_HELP = (
     f"{VERBOSE}=1 in the environment also shows messages of DeepSpeed, transformers and pip, and all log points."
 )
 FIRST_RANK_S = 3.0  # `deepspeed` looks at its processes every second
+PROGRAM = "minilmv2"  # has the verbs of these packages
+VERB_PACKAGES = ("data_prep", "pipeline")
 EXIT_USER = 2
 EXIT_INTERRUPTED = 128 + 2  # as a shell has it for SIGINT
 EXIT_NO_READER = 128 + 13  # for SIGPIPE
@@ -137,7 +139,16 @@ def close_unread_output() -> None:
 
 
 def module_command(*words: object) -> str:
-    """The shell command `python -m WORDS`, quoted, with the path of this Python if `python` is another one."""
+    """The shell command `python -m WORDS`, quoted, with the path of this Python if `python` is another one.
+
+    It is `minilmv2 VERB` in an installed wheel, and where this process is that program.
+    """
+    is_checkout = (Path(__file__).parents[1] / "pyproject.toml").is_file()
+    if words[0] in VERB_PACKAGES and (not is_checkout or Path(sys.argv[0]).name == PROGRAM):
+        with contextlib.suppress(FileNotFoundError):
+            program, named = installed_program(PROGRAM), shutil.which(PROGRAM)
+            is_this = named is not None and Path(named).resolve() == Path(program).resolve()
+            return shlex.join([PROGRAM if is_this else program, *map(str, words[1:])])
     this, named = Path(sys.executable), shutil.which("python")
     # Two virtual environments may link to one binary, so the directories are compared as well.
     is_this = named is not None and Path(named).parent == this.parent and Path(named).resolve() == this.resolve()

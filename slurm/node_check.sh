@@ -40,7 +40,8 @@ srun --kill-on-bad-exit=0 --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_
 code=0
 on_node slurm/lib/compare_nodes.py "$reports" "${nodes[@]}" || code=1
 
-srun --kill-on-bad-exit=0 --overcommit --ntasks="$((processes * ${#nodes[@]}))" --ntasks-per-node="$processes" \
+# The tasks find the first node themselves only where scontrol is installed, which an image does not have.
+MASTER_ADDR=$(master_address) srun --kill-on-bad-exit=0 --overcommit --ntasks="$((processes * ${#nodes[@]}))" --ntasks-per-node="$processes" \
   --cpus-per-task=1 --output="${reports//%/%%}/ranks-%N.log" "${SRUN_OPTIONS[@]}" "${CONTAINER[@]}" "$PYTHON" \
   slurm/lib/probe_ranks.py || true
 for said in "reached the first rank" "all-reduce works"; do

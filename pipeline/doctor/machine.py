@@ -20,6 +20,7 @@ from typing import Literal
 
 import torch
 
+from data_prep.command_line import module_command
 from data_prep.shards import DataError
 from pipeline.errors import UserError
 from pipeline.runtime import gpus, preflight
@@ -158,7 +159,7 @@ def tensorboard_finding() -> Finding:
             with urllib.request.urlopen(board.launch(), timeout=COMMAND_TIMEOUT_S) as reply:
                 reply.read(1)
         except (ImportError, OSError, urllib.error.URLError, program.TensorBoardServerException) as error:
-            fix = "pip install -r requirements.txt; until then: python -m pipeline report RUN_DIR"
+            fix = f"pip install -r requirements.txt; until then: {module_command('pipeline', 'report', 'RUN_DIR')}"
             return Finding("warn", "tensorboard", f"does not start ({error})", fix)
     return Finding("ok", "tensorboard", "starts and answers")
 

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from transformers import PretrainedConfig
 
+from data_prep.command_line import module_command
 from data_prep.progress import progress
 from data_prep.tokenizer_ids import POSITIONS_FROM_PADDING
 from pipeline.distillation.models import loading
@@ -137,7 +138,7 @@ def check_same_tokenizer(path: str, tokenizer: Any, config: PretrainedConfig) ->
     if problem:
         raise UserError(
             f"{path}: {problem}, so they do not belong together. Copy the model's own tokenizer files into the directory (for a cut vocabulary: "
-            "make the model with `python -m pipeline trim`)."
+            f"make the model with `{module_command('pipeline', 'trim')}`)."
         )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from data_prep.command_line import module_command
 from data_prep.progress import Progress
 from data_prep.shards import ShardSet
 from pipeline.data.batches import BatchOptions, BatchSource
@@ -64,7 +65,7 @@ def check_input(config: HeldoutConfig) -> None:
     if not Path(config.data).is_dir():
         raise UserError(
             f"shards not found at {config.data}. Name the shards of the students: --data SHARDS, or make them: "
-            f"python -m data_prep prepare --input samples/cc100 --tokenizer {config.teacher} --output {config.data}"
+            f"{module_command('data_prep', 'prepare', '--input', 'samples/cc100', '--tokenizer', config.teacher, '--output', config.data)}"
         )
 
 

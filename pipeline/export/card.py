@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from data_prep.command_line import end_lines
+from data_prep.command_line import end_lines, module_command
 from data_prep.durable_files import replace_file
 from pipeline.config import tree_of_recipe
 from pipeline.distillation.models.architectures import usable_positions
@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise UserError(f"directory {directory} not found. Name existing directories.")
     if not (arguments.student / LINEAGE_FILE).is_file():
         raise UserError(
-            f"{arguments.student} has no {LINEAGE_FILE}: it is not an export. Make one: python -m pipeline export RUN_DIR --output STUDENT"
+            f"{arguments.student} has no {LINEAGE_FILE}: it is not an export. Make one: {module_command('pipeline', 'export', 'RUN_DIR', '--output', 'STUDENT')}"
         )
     write_card(arguments.student, _of_student(arguments.measured, arguments.student_name, arguments.student))
     print(end_lines(arguments.student / CARD_FILE))

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_prep.command_line import module_command
 from pipeline.comparison.differences import heldout_differences
 from pipeline.comparison.students import StudentRun
 from pipeline.comparison.table import NONE, not_comparable
@@ -112,7 +113,7 @@ def choose(students: Sequence[StudentRun], measures: Sequence[Measure], by: str 
     if by is not None and by not in named:
         raise UserError(
             f"--by {by}: no such figure of these students; {did_you_mean(by, list(named))} Figures other than {HELDOUT} come "
-            "from `python -m pipeline evaluate`; name its --output with --evaluation DIR"
+            f"from `{module_command('pipeline', 'evaluate')}`; name its --output with --evaluation DIR"
         )
     measure = named[by or HELDOUT]
     if by is None and measure.caveat:

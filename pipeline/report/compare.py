@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.command_line import end_lines
+from data_prep.command_line import end_lines, module_command
 from data_prep.durable_files import replace_file
 from data_prep.outputs import output_path
 from pipeline.comparison.differences import differing_keys
@@ -144,7 +144,7 @@ def write_recipe(student: StudentRun, file: Path, sentence: str) -> None:
     """The student's recipe as a file of its own; `load_recipe` reads it back as the recipe of this student alone."""
     header = [
         f"The student {student.name} of {student.paths.directory}, trained alone. Every key is given, also those with their default.",
-        f"`python -m pipeline compare`: {sentence}",
+        f"`{module_command('pipeline', 'compare')}`: {sentence}",
         f"  {training_command()} --deepspeed ds_configs/zero2.json --recipe {shlex.quote(str(file))}",
     ]
     comments = "".join(f"# {' '.join(line.splitlines())}\n" for line in header)

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch.distributed import DistError, PrefixStore, Store
 
+from data_prep.command_line import module_command
 from pipeline.errors import UserError
 from pipeline.runtime import gpus
 from pipeline.runtime.device_facts import device_name
@@ -60,7 +61,7 @@ def problem_of(devices: Sequence[RankDevice]) -> str:
             none, one = (rank, 0) if devices[0].uuid else (0, rank)
             return (
                 f"rank {none} on {devices[none].host} sees no GPU, and rank {one} on {devices[one].host} has one "
-                f"({devices[one].name}). `python -m pipeline doctor` on {devices[none].host} says why. Use nodes of one kind"
+                f"({devices[one].name}). `{module_command('pipeline', 'doctor')}` on {devices[none].host} says why. Use nodes of one kind"
             )
         other = first_on.setdefault(device.uuid, rank)
         if device.uuid and other != rank:

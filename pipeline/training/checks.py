@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from data_prep.command_line import module_command
 from data_prep.shards import ShardSet
 from pipeline.config import Recipe
 from pipeline.data.batches import BatchOptions, BatchSource
@@ -234,7 +235,7 @@ def start_up_checks(inputs: Inputs) -> list[Check]:
     """All checks of one student, in the order in which a run meets them: the cheap ones first."""
     opened, both = ("shards",), ("shards", "teacher")
     teacher = None if inputs.first else inputs.recipe.teacher  # the same for all students of a run
-    new_shards = "python -m data_prep prepare ... --output NEW_DIRECTORY"
+    new_shards = module_command("data_prep", "prepare") + " ... --output NEW_DIRECTORY"
     return [
         Check("batch", inputs.check_batch, inputs.batch_facts),
         Check("shards", inputs.check_shards, lambda: {"data": inputs.source.fingerprint}),

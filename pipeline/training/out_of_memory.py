@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from data_prep.command_line import place_of
+from data_prep.command_line import module_command, place_of
 from pipeline.config import Recipe
 from pipeline.data.heldout import heldout_losses
 from pipeline.distillation.distiller import DistillModule
@@ -102,7 +102,7 @@ def explanation(error: BaseException, recipe: Recipe, launch: Launch, ds_path: P
     reason = " ".join(str(error).partition(" If reserved but")[0].split())[:LONGEST_REASON].rstrip(".")
     return (
         f"{memory} ran out {f'in {part}' if part else place_of(error)}{rows}, on rank {launch.rank} ({socket.gethostname()}): {reason or 'no reason given'}. What "
-        f"needs less: {'; or '.join(remedies)}. `python -m pipeline plan` predicts what fits. Saved checkpoints are complete: the command "
+        f"needs less: {'; or '.join(remedies)}. `{module_command('pipeline', 'plan')}` predicts what fits. Saved checkpoints are complete: the command "
         "with this change resumes from the newest"
     )
 

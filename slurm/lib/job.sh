@@ -101,20 +101,19 @@ master_port() {
 }
 
 # torchrun on every node, through one srun task per node: start_ranks LOG_PREFIX PROCESSES_PER_NODE SCRIPT [ARGUMENT ...]
-# Stop signals are for the ranks, which save. The launchers must survive them, so torchrun handles Ctrl-C only. The log of a
+# Stop signals are for the ranks, which save. torchrun must survive them, so it handles Ctrl-C only (launcher.sh). The log of a
 # node is LOG_PREFIX-NODE.log. Call this with `&`: the subshell becomes srun, so that $! can receive signals.
 start_ranks() {
   local prefix=$1 processes=$2 master port
   shift 2
   master=$(master_address)
   port=$(master_port)
-  # PET_ is torchrun's own prefix for its options. Only the node knows its number. Twice, because a command in Apptainer starts
-  # with the default actions for signals, whatever is ignored outside.
+  # PET_ is torchrun's own prefix for its options. Only the node knows its number. Signals are ignored once more in the
+  # container, because a command in Apptainer starts with the default actions, whatever is ignored outside.
   # shellcheck disable=SC2016  # expanded on the node
-  local launcher=(bash -c 'trap "" TERM USR1 USR2; export PET_NODE_RANK=$SLURM_NODEID; exec "$@"' launcher)
   exec srun --kill-on-bad-exit=1 --wait=60 --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
-    --output="${prefix//%/%%}-%N.log" "${SRUN_OPTIONS[@]}" \
-    "${launcher[@]}" "${CONTAINER[@]}" "${launcher[@]}" "$PYTHON" -m torch.distributed.run \
+    --output="${prefix//%/%%}-%N.log" "${SRUN_OPTIONS[@]}" bash slurm/lib/launcher.sh "$1" "${CONTAINER[@]}" \
+    bash -c 'trap "" TERM USR1 USR2; export PET_NODE_RANK=$SLURM_NODEID; exec "$@"' node "$PYTHON" -m torch.distributed.run \
     --nnodes="${SLURM_JOB_NUM_NODES:-1}" --nproc-per-node="$processes" --master-addr="$master" --master-port="$port" \
     --max-restarts=0 --signals-to-handle=SIGINT "$@"
 }

@@ -113,10 +113,14 @@ class Host:
 
 
 class Cluster:
-    """Controller `head` and nodes `n1`, `n2`; use it as a context manager."""
+    """Controller `head` and nodes `n1`, `n2`; use it as a context manager.
 
-    def __init__(self, directory: Path, num_nodes: int = 2, cpus: int = 16, gpus: int = 2):
-        self.directory, self.cpus, self.gpus = directory, cpus, gpus
+    `track` is how Slurm finds the processes that a signal is for. linuxproc: all of a step. pgid: the process group of each task.
+    torchrun's ranks are in others, so that, as with cgroups, only the launcher receives a signal.
+    """
+
+    def __init__(self, directory: Path, num_nodes: int = 2, cpus: int = 16, gpus: int = 2, track: str = "linuxproc"):
+        self.directory, self.cpus, self.gpus, self.track = directory, cpus, gpus, track
         self.head = Host("head", f"{SUBNET}.1", directory)
         self.nodes = {f"n{i}": Host(f"n{i}", f"{SUBNET}.{10 + i}", directory) for i in range(1, num_nodes + 1)}
 
@@ -252,7 +256,7 @@ class Cluster:
         nodes = "\n".join(f"NodeName={n.name} NodeHostname={n.name} NodeAddr={n.address}" for n in self.nodes.values())
         template = (Path(__file__).parent / "slurm.conf").read_text()
         values = {"DIRECTORY": self.directory, "ADDRESS": self.head.address, "NODES": nodes, "CPUS": self.cpus}
-        values |= {"GPUS": self.gpus, "NODE_LOSS_S": NODE_LOSS_S, "KILL_WAIT_S": KILL_WAIT_S}
+        values |= {"GPUS": self.gpus, "TRACK": self.track, "NODE_LOSS_S": NODE_LOSS_S, "KILL_WAIT_S": KILL_WAIT_S}
         for name, value in values.items():
             template = template.replace(f"@{name}@", str(value))
         return template

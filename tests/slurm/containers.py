@@ -34,6 +34,9 @@ mkdir -p "$image"/{tmp,opt/python,opt/venv/bin} "$image/opt/venv/lib/python$vers
 mount --rbind "$python" "$image/opt/python"
 mount --rbind "$packages" "$image/opt/venv/lib/python$version/site-packages"
 ln -s "/opt/python/bin/python$version" "$image/opt/venv/bin/python"
+for program in scontrol srun sbatch squeue scancel; do # an image has no Slurm
+  if [[ -e $image/usr/bin/$program ]]; then mount --bind /dev/null "$image/usr/bin/$program"; fi
+done
 printf 'home = /opt/python/bin\\n' >"$image/opt/venv/pyvenv.cfg"
 printf 'PATH=/opt/venv/bin:/usr/bin:/bin\\nLD_LIBRARY_PATH=/opt/python/lib\\n' >"$image/environment"
 """

@@ -27,10 +27,10 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bare_cluster(slurm_here: None, image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A login node and two nodes on which Python exists only in the image."""
+    """A login node and two nodes on which Python exists only in the image. A signal reaches only the first process of a task."""
     directory = tmp_path_factory.mktemp("bare-cluster")
     load_pyxis(directory)
-    with Cluster(directory) as cluster:
+    with Cluster(directory, track="pgid") as cluster:
         for host in hosts_of(cluster):
             move_python_into_image(host, image)
         yield cluster

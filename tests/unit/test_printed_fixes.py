@@ -20,6 +20,7 @@ from pipeline.config import Recipe, load_recipe
 from pipeline.distillation.models.architectures import check_length
 from pipeline.distillation.models.teacher import load_encoder
 from pipeline.errors import UserError
+from pipeline.evaluation.heldout import HeldoutConfig, check_input
 from pipeline.planning.meta_models import blank_models
 from pipeline.runtime.ds_config import split_batch
 from pipeline.training.checks import check_fit, open_data
@@ -239,3 +240,55 @@ def test_commands_name_the_python_of_this_project(monkeypatch: pytest.MonkeyPatc
     paste(f"PATH={tmp_path}:$PATH {module_command('data_prep', '--help')}")
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     assert module_command("data_prep", "stats", "x") == "python -m data_prep stats x"
+
+
+def test_minilmv2_names_its_own_verbs(prepared: tuple[str, Path, Path], tmp_path: Path) -> None:
+    """A message of `minilmv2 VERB` has the command `minilmv2 VERB` in it, with its path where it is not on PATH."""
+    _, shards, _ = prepared
+    program = tmp_path / "my bin" / "minilmv2"  # as pip installs it
+    program.parent.mkdir()
+    lines = [f"#!{sys.executable}", "import sys", f"sys.path.insert(0, {str(REPO)!r})"]
+    program.write_text("\n".join([*lines, "from minilmv2.__main__ import main", "main()", ""]))
+    program.chmod(0o755)
+    on_path = f"PATH={shlex.quote(str(program.parent))}:$PATH"
+    manifest = shards / "manifest.json"
+    for start in (f"{on_path} minilmv2", f"{on_path} {shlex.quote(str(program))}"):
+        manifest.write_text(manifest.read_text().replace('"documents": 1', '"documents": 2', 1))
+        message = error_of(f"{start} stats {shlex.quote(str(shards))}")
+        (command,) = re.findall(r"`(.*? merge .*?)`", message)
+        assert command.startswith("minilmv2 merge")
+        paste(f"{on_path} {command}")
+        ShardSet(shards)
+
+
+def test_languages_of_an_array_and_a_language_that_is_not_finished(
+    prepared: tuple[str, Path, Path], tmp_path: Path
+) -> None:
+    """The shards are not merged, then one language of an interrupted prepare is missing."""
+    _, shards, _ = prepared
+    parts = tmp_path / "array shards.parts"
+    parts.mkdir()
+    shards.rename(parts / "both")
+    with pytest.raises(DataError) as error:
+        ShardSet(tmp_path / "array shards")
+    paste(str(error.value).partition("done: ")[2])
+    merged = tmp_path / "array shards"
+    assert ShardSet(merged).languages == ["he", "sw"]
+
+    (merged / "manifest.json").unlink()
+    shutil.rmtree(merged / "he")
+    with pytest.raises(DataError) as error:
+        ShardSet(merged)
+    paste(re.findall(r"alone: (.*)\)$", str(error.value))[0])
+    assert ShardSet(merged).languages == ["sw"]
+
+
+def test_shards_that_the_heldout_task_does_not_find(
+    tiny_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPO)
+    config = HeldoutConfig(teacher=str(tiny_tokenizer), data=str(tmp_path / "my shards"))
+    with pytest.raises(UserError) as error:
+        check_input(config)
+    paste(str(error.value).partition("or make them: ")[2])
+    check_input(config)

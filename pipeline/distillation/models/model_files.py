@@ -149,7 +149,7 @@ def find_directory(name_or_path: str | Path, role: str = "teacher", is_cached: b
         if role != "teacher":
             raise UserError(
                 f"{role} not found: {model.name} is not a directory. Give the directory that "
-                "`python -m pipeline export RUN_DIR --output DIR` wrote, another Hugging Face directory, or a hub name"
+                f"`{module_command('pipeline', 'export', 'RUN_DIR', '--output', 'DIR')}` wrote, another Hugging Face directory, or a hub name"
             )
         raise UserError(
             f"teacher not found: {model.name} is not a directory. "

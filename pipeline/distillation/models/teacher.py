@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from data_prep.command_line import module_command
 from pipeline.distillation.documents import Documents
 from pipeline.distillation.models.loading import load_encoder
 from pipeline.distillation.tap import TappedEncoder, tap
@@ -84,6 +85,6 @@ def check_vocabulary(model: PreTrainedModel, vocabulary_size: int, shards: str |
     if rows < vocabulary_size:
         raise UserError(
             f"the shards in {shards} use a vocabulary of {vocabulary_size} ids, the model's embedding has {rows} rows. "
-            "Prepare the text with this model's own tokenizer (`python -m data_prep prepare --tokenizer DIR`), or choose "
+            f"Prepare the text with this model's own tokenizer (`{module_command('data_prep', 'prepare', '--tokenizer', 'DIR')}`), or choose "
             "the teacher that the shards were made for"
         )

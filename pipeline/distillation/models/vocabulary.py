@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from data_prep.command_line import module_command
 from data_prep.tokenizer_ids import FAST_TOKENIZER_NAME, POSITIONS_FROM_PADDING, SENTENCEPIECE_NAMES
 from pipeline.errors import UserError
 
@@ -31,7 +32,12 @@ FORMAT = ("minilmv2-vocabulary", 1)
 MODEL_TYPES = ("xlm-roberta", "xlm-roberta-xl", "bert")
 MOST_IDS = 1 << 31
 LEADING_SPECIALS = [0, 1, 2, 3]  # <s> <pad> </s> <unk>; the last id is <mask>
-MAKE_IT = "python -m data_prep trim-vocab --tokenizer TEACHER --shards SHARDS --languages xx,yy --output"
+
+
+def how_to_make(output: str | Path, tokenizer: str = "TEACHER") -> str:
+    """The command that makes a vocabulary."""
+    options = ["--tokenizer", tokenizer, "--shards", "SHARDS", "--languages", "xx,yy", "--output", output]
+    return module_command("data_prep", "trim-vocab", *options)
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Vocabulary:
             return position
         raise UserError(
             f"{name} is id {old}, whose piece the vocabulary {self.directory} does not keep. Name it in the config.json next to "
-            f"the tokenizer, and make the vocabulary again: {MAKE_IT} {self.directory}"
+            f"the tokenizer, and make the vocabulary again: {how_to_make(self.directory)}"
         )
 
     def check_source(self, sha256: str, name: str) -> None:
@@ -66,7 +72,7 @@ class Vocabulary:
             raise UserError(
                 f"the vocabulary {self.directory} was cut from another tokenizer (sha256 {self.source_sha256[:12]}) than "
                 f"that of {name} (sha256 {sha256[:12]}), so its old ids are other pieces there. Make one from {name}: "
-                f"{MAKE_IT.replace('TEACHER', name)} DIR"
+                f"{how_to_make('DIR', name)}"
             )
 
 
@@ -88,14 +94,14 @@ def read_vocabulary(directory: str | Path) -> Vocabulary:
         problem = _problem_of(old_ids, source_size, size) or _dropped(special, old_ids)
         sha256, source_sha256 = str(about["tokenizer_sha256"]), str(about["source_sha256"])
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{path} is corrupt ({error}). Make it again: {MAKE_IT} {directory}") from None
+        raise UserError(f"{path} is corrupt ({error}). Make it again: {how_to_make(directory)}") from None
     if problem:
-        raise UserError(f"{path} {problem}: it was edited or is corrupt. Make it again: {MAKE_IT} {directory}")
+        raise UserError(f"{path} {problem}: it was edited or is corrupt. Make it again: {how_to_make(directory)}")
     model = directory / name
     _check_exists(model)
     if hashlib.sha256(model.read_bytes()).hexdigest() != sha256:
         raise UserError(
-            f"{model} is not the tokenizer that {path.name} belongs to. Make both again: {MAKE_IT} {directory}"
+            f"{model} is not the tokenizer that {path.name} belongs to. Make both again: {how_to_make(directory)}"
         )
     return Vocabulary(directory, torch.tensor(old_ids), source_size, source_sha256, name, about)
 
@@ -119,7 +125,9 @@ def _dropped(special: list[int], old_ids: list[int]) -> str | None:
 
 def _check_exists(file: Path) -> None:
     if not file.is_file():
-        raise UserError(f"{file.parent} is not a vocabulary: {file.name} is missing. Make one: {MAKE_IT} {file.parent}")
+        raise UserError(
+            f"{file.parent} is not a vocabulary: {file.name} is missing. Make one: {how_to_make(file.parent)}"
+        )
 
 
 def cut_embedding(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
@@ -161,7 +169,7 @@ def cut_config(config: PretrainedConfig, vocabulary: Vocabulary) -> None:
             raise UserError(
                 f"a {config.model_type} model counts positions from its padding id, which is {old} in the model and {new} in "
                 f"{vocabulary.directory}. Make the vocabulary with the tokenizer in the model's own directory, whose config.json "
-                f"names the id: {MAKE_IT} {vocabulary.directory}"
+                f"names the id: {how_to_make(vocabulary.directory)}"
             )
         new_ids[key] = new
     config.update(new_ids)
