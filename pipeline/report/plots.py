@@ -224,7 +224,7 @@ def retrieval_bars(results: Mapping[str, Mapping[str, Any]], names: Mapping[str,
         for offset, (stage, result) in enumerate(results.items()):
             places = [index + 0.27 * (offset - (len(results) - 1) / 2) for index in range(len(names))]
             bars = axes.bar(places, [result["mean"][pooling] for pooling in names], 0.25, color=colors[stage])
-            axes.bar_label(bars, fmt="%.3f" if size is WIDE else "%.2f", fontsize=size.font_points, padding=2)
+            axes.bar_label(bars, fmt="%.3f" if size is WIDE else _short_share, fontsize=size.font_points, padding=2)
         axes.set_xticks(range(len(names)), [_on_lines(name, size) for name in names.values()])
         axes.tick_params(axis="x", length=0, labelcolor=INK)
         axes.grid(visible=False, axis="x")
@@ -232,6 +232,11 @@ def retrieval_bars(results: Mapping[str, Mapping[str, Any]], names: Mapping[str,
         return figure
 
     return chart(draw, [Key(stage, color, is_area=True) for stage, color in colors.items()])
+
+
+def _short_share(value: float) -> str:
+    """ ".73": a bar on a phone is narrower than four characters."""
+    return f"{value:.2f}".removeprefix("0")
 
 
 def _on_lines(name: str, size: Size) -> str:
