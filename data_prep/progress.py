@@ -87,7 +87,7 @@ class Progress:
         """`count` more units are done."""
         self._done += count
         self._bar.update(count)
-        if self._prints_lines and self._pace.is_due():
+        if self._prints_lines and self._pace.is_due() and self._done < self._total:
             print(self._line(), file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:

@@ -54,6 +54,9 @@ def test_slow_units_print_a_line_each(wait: Callable[[float], None], capsys: pyt
         for _ in range(2):
             wait(90.0)
             shown.update()
+        shown.update(2)
+        wait(90.0)
+        shown.update(0)  # nothing is left to say
     assert lines(capsys) == ["fine-tuning: step 9 of 12, 4.5 min left", "fine-tuning: step 10 of 12, 3.0 min left"]
 
 
