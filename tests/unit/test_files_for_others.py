@@ -20,7 +20,8 @@ def packages(text: str) -> set[str]:
 
 
 def test_both_images_have_the_same_content() -> None:
-    (image,) = re.findall(r"^FROM (\S+)$", DOCKERFILE, re.MULTILINE)
+    (image,) = re.findall(r"^ARG BASE=(\S+)$", DOCKERFILE, re.MULTILINE)
+    assert "FROM ${BASE}\n" in DOCKERFILE
     assert re.findall(r"^From: (\S+)$", APPTAINER, re.MULTILINE) == [image]
     assert packages(DOCKERFILE) == packages(APPTAINER)
     for text in (DOCKERFILE, APPTAINER):
@@ -33,7 +34,8 @@ def test_the_workflow_runs_what_the_project_runs() -> None:
     workflow = yaml.safe_load((REPO / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8"))
     steps = [step.get("run") for step in workflow["jobs"]["tests"]["steps"]]
     assert ".ci/run" in steps
-    tested = workflow["jobs"]["wheel"]["strategy"]["matrix"]["python"]
+    tested, of_wheel = (workflow["jobs"][job]["strategy"]["matrix"]["python"] for job in ("tests", "wheel"))
+    assert tested == of_wheel
     assert PROJECT["requires-python"] == f">={tested[0]},<3.{int(tested[-1].partition('.')[2]) + 1}"
 
 

