@@ -4,12 +4,13 @@
     python -m pipeline trim runs/quickstart/student --vocabulary VOC --output student_small
 
 In: a Hugging Face directory and a vocabulary cut from its tokenizer. Out: the same model with fewer embedding rows and the
-smaller tokenizer. Before it is kept, its hidden states are checked to be equal to the last bit.
+smaller tokenizer, for sentence-transformers if it was before. Before it is kept, its hidden states are checked to be equal to the last bit.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from data_prep.command_line import end_lines, module_command
 from data_prep.outputs import check_output_place, output_path
 from pipeline.data.tokenizer_hash import tokenizer_sha256
 from pipeline.distillation.models.loading import load_config
+from pipeline.distillation.models.sentence_files import MODULES_FILE, UnknownSettingsError, sentence_settings
 from pipeline.distillation.models.vocabulary import Vocabulary, cut_embedding, read_vocabulary
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder, load_encoder
 from pipeline.export.hf import LINEAGE_FILE, Export, Extra, export_student
-from pipeline.export.sentence_transformers_files import read_dense
+from pipeline.export.sentence_transformers_files import add_sentence_transformers, read_dense
 from pipeline.runtime.json_files import read_json_if_there
 
 CHECKED_ROWS = 64
@@ -79,6 +81,8 @@ def trim(
     lineage = read_json_if_there(source / LINEAGE_FILE)
     cut = {key: vocabulary.about[key] for key in ("languages", "min_count", "coverage")}
     lineage["trimmed"] = {"from": str(run_dir or source), **cut, "pieces": report["pieces"]}
+    if (source / MODULES_FILE).is_file():
+        extras = [*_sentence_files(source, lineage), *extras]
     export = Export(
         encoder.model.state_dict(),
         encoder.model.config,
@@ -90,6 +94,19 @@ def trim(
     )
     export_student(export, output)
     return report
+
+
+def _sentence_files(source: Path, lineage: dict[str, Any]) -> list[Extra]:
+    """What writes the sentence-transformers files of a model that has them. Its settings are added to the lineage."""
+    try:
+        found = sentence_settings(str(source), "auto")
+    except UnknownSettingsError as error:
+        print(
+            f"warning: {error.cause}; the trimmed model has no sentence-transformers files", file=sys.stderr, flush=True
+        )
+        return []
+    lineage.setdefault("sentences", found.settings.recorded())
+    return [add_sentence_transformers]
 
 
 def random_rows(vocabulary: Vocabulary, padding: int | None) -> torch.Tensor:

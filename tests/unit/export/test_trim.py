@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 from data_prep.shards import ShardSet
 from pipeline.__main__ import main
 from pipeline.config import load_recipe
+from pipeline.distillation.models.sentence_files import sentence_settings
 from pipeline.distillation.models.teacher import load_encoder, load_teacher
 from pipeline.distillation.models.vocabulary import cut_embedding, read_vocabulary
 from pipeline.errors import UserError
@@ -89,6 +90,30 @@ def test_a_trimmed_model_keeps_its_projection_of_sentence_vectors(
     kept_Dd = read_dense(tmp_path / "trimmed")
     assert kept_Dd is not None
     assert torch.equal(kept_Dd, projection_Dd)
+
+
+POOLINGS = ({"pooling_mode_cls_token": True}, {"pooling_mode_max_tokens": True})
+
+
+@pytest.mark.parametrize("pooling", POOLINGS, ids=["cls", "max"])
+def test_a_trimmed_model_makes_sentence_vectors_as_before(
+    pooling: dict[str, bool], tiny_teacher: Path, vocabulary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = Path(shutil.copytree(tiny_teacher, tmp_path / "source"))
+    kinds = {"": "Transformer", "1_Pooling": "Pooling"}
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 48, **pooling}))
+    (source / "modules.json").write_text(json.dumps(modules))
+    (source / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {"query": "query: "}}))
+    trim.trim(source, read_vocabulary(vocabulary), tmp_path / "trimmed")
+    if "pooling_mode_max_tokens" in pooling:
+        assert not (tmp_path / "trimmed" / "modules.json").exists()
+        assert "pools by max" in capsys.readouterr().err
+    else:
+        before, after = (sentence_settings(str(tmp_path / name), "auto").settings for name in ("source", "trimmed"))
+        assert before == after
+        assert (after.pooling, after.normalize, after.prompts) == ("cls", False, {"query": "query: "})
 
 
 # -- wrong input
