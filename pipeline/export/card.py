@@ -22,7 +22,7 @@ import yaml
 from data_prep.command_line import end_lines, module_command
 from data_prep.durable_files import replace_file
 from pipeline.config import tree_of_recipe
-from pipeline.distillation.models.architectures import usable_positions
+from pipeline.distillation.models.architectures import architecture_of, usable_positions
 from pipeline.distillation.models.loading import load_config
 from pipeline.distillation.models.model_files import read_model
 from pipeline.errors import UserError
@@ -42,7 +42,7 @@ LOADING = """## How to load it
 from transformers import AutoModel, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
-model = AutoModel.from_pretrained(DIRECTORY{dtype})
+model = AutoModel.from_pretrained(DIRECTORY{options})
 hidden = model(**tokenizer(["Hello world!"], return_tensors="pt")).last_hidden_state
 ```"""
 SENTENCE_TRANSFORMERS = """```python
@@ -55,7 +55,7 @@ ONNX = (
 )
 FP16 = "The weights are stored in fp16; `dtype=torch.float32` computes in fp32, as CPUs should."
 USE = """The encoder is for fine-tuning, or for sentence vectors: {pooled}.
-It has no pooler: `pooler_output`, where the class has it, is random."""
+It has no pooler: `pooler_output`, where the class makes it, is random."""
 POOLED = {
     "mean": "the mean of `last_hidden_state` over real tokens",
     "cls": "`last_hidden_state` of the first token",
@@ -331,7 +331,11 @@ def projection_note(directory: Path) -> str:
 
 
 def _loading(directory: Path, half: bool) -> str:
-    parts = [LOADING.format(dtype=", dtype=torch.float32" if half else "")]
+    has_pooler = architecture_of(load_config(directory, "student")).has_pooler
+    options = (
+        ", add_pooling_layer=False" if has_pooler else ""
+    )  # else transformers reports the pooler's weights as missing
+    parts = [LOADING.format(options=options + (", dtype=torch.float32" if half else ""))]
     if half:
         parts.append(FP16)
     if (directory / "modules.json").is_file():

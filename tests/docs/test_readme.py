@@ -1,4 +1,4 @@
-"""README can be read and copied: nothing is wider than the page, and every command runs where it stands.
+"""README can be read and copied: nothing is wider than the page, and every command runs where it is written.
 
 A block in a list or without blank lines around it is joined to one line by some renderers.
 """
@@ -27,7 +27,7 @@ def test_no_block_is_wider_than_the_page(name: str) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
-def test_every_block_stands_alone(document: Path) -> None:
+def test_every_block_is_a_paragraph_of_its_own(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     for block in FENCE.finditer(text):
         before, after = text[: block.start()], text[block.end() :]
@@ -35,7 +35,7 @@ def test_every_block_stands_alone(document: Path) -> None:
         assert not after.strip() or after.startswith("\n\n"), f"no blank line after: {block['body']}"
 
 
-def test_commands_run_where_they_stand() -> None:
+def test_commands_run_where_they_are_written() -> None:
     """Before the environment is activated only `make`, or programs of `.venv/bin`."""
     text = README.read_text(encoding="utf-8")
     before, found, after = text.partition(f"```\n{ACTIVATE}\n```")
@@ -56,5 +56,5 @@ def test_pictures_exist_and_say_what_they_show() -> None:
 def test_a_page_with_commands_says_where_they_run(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     lines = [line for block in FENCE.finditer(text) for line in block["body"].splitlines()]
-    if any(re.match(r"\s*(python|deepspeed|torchrun|tensorboard) ", line) for line in lines):
+    if any(re.match(r"(python|deepspeed|torchrun|tensorboard) ", line.strip()) for line in lines):
         assert ACTIVATE in text
