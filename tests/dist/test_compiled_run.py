@@ -44,7 +44,7 @@ def test_the_same_losses(
     ds = config_of(stage, fp32_config, tmp_path)
     for name, sets in (("written", ()), ("compiled", COMPILED)):
         said = run(training, tiny_recipe, ds, tmp_path / name, *sets)
-        assert ("`memory_efficient_linear` of the DeepSpeed config is off" in said) == (stage == 3 and name == "compiled")
+    assert ("`memory_efficient_linear` of the DeepSpeed config is off" in said) == (stage == 3)
     written, compiled = (curve(tmp_path / name) for name in ("written", "compiled"))
     assert compiled == pytest.approx(written, rel=1e-5)
     assert len(compiled) == STEPS

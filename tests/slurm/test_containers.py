@@ -42,7 +42,7 @@ def site_settings(kind: str, image: Path, directory: Path, shared: Path) -> Path
     lines += [
         f"{stage}_SBATCH=(--cpus-per-task=2 --gpus-per-node=0)" for stage in ("PREPARE", "MERGE", "TRAIN", "EVALUATE")
     ]
-    lines.append("export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1")
+    lines.append("export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MINILMV2_VERBOSE=1")  # a line for every step
     path = directory / f"{kind}.env"
     path.write_text("\n".join([*lines, ""]))
     return path

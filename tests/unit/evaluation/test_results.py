@@ -33,7 +33,7 @@ def test_a_second_evaluation_is_added_to_the_first(
     assert list(both["tasks"]) == ["retrieval", "sts"]
     for part in ("tasks", "settings"):
         assert both[part]["retrieval"] == first[part]["retrieval"]
-    assert "with retrieval, sts" in capsys.readouterr().out
+    assert "(retrieval, sts)" in capsys.readouterr().out
     again = evaluate(model, output, "retrieval", *quick[:1], "max_pairs=4", "max_length=60")
     assert again["tasks"]["sts"] == both["tasks"]["sts"]
     assert again["settings"]["retrieval"]["max_pairs"] == 4
