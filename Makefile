@@ -6,7 +6,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
 
-.PHONY: always help venv demo doctor gpu docs docs-serve test loggers test-versions lint format coverage mutants fuzz faults screenshots clean clean-runs
+.PHONY: always help venv demo doctor gpu docs docs-serve test test-all loggers test-versions lint format coverage mutants fuzz faults screenshots clean clean-runs
 help: ## list the targets
 	@sed -n 's/^\([a-z%-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "make %-13s %s\n", $$1, $$2 }'
 
@@ -23,7 +23,10 @@ doctor: venv ## check this machine, and with RECIPE=recipes/NAME.yaml that run's
 gpu: venv ## measure one NVIDIA GPU in at most ten minutes; tables go to benchmarks/results/ (OPTIONS="--parts step,plan")
 	$(BIN)/python -m benchmarks.gpu_check $(OPTIONS)
 
-test: venv lint ## lint, and run all tests that this machine can run
+test: venv lint ## lint, and run the tests that this machine can run, without the long ones of tests/dist
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long"
+
+test-all: venv lint ## lint, and run all tests: a quarter of an hour more
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-%: venv ## run the tests of one directory: make test-unit, test-dist, test-faults, test-slurm, test-golden, test-e2e

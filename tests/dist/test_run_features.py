@@ -157,7 +157,9 @@ def test_a_stop_in_the_last_step_saves_before_it_evaluates(lab: Lab) -> None:
     assert lab.run(run_dir, 1, settings, faults=[{"kind": "signal", "signal": "SIGTERM", "step": 1}]) == 0
     in_the_end = [row for row in metrics(run_dir) if row["step"] == 2]
     order = [tag for row in in_the_end for tag in row if tag in ("speed/save_stall_seconds", "heldout/mean")]
-    assert order == ["speed/save_stall_seconds", "heldout/mean"]
+    assert order == ["speed/save_stall_seconds", "heldout/mean", "speed/save_stall_seconds"], (
+        "saved again with the evaluation"
+    )
     assert (run_dir / "DONE").exists()
 
 
