@@ -24,6 +24,7 @@ from pipeline.distillation.tap import TappedEncoder
 from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
+LINEAR = nn.functional.linear
 
 
 def compile_layers(encoder: TappedEncoder, key: str, deterministic: bool = True) -> None:
@@ -60,6 +61,19 @@ def uncompiled() -> Iterator[None]:
         yield
     finally:
         CompiledForward.enabled = before
+
+
+@contextlib.contextmanager
+def _torchs_linear() -> Iterator[None]:
+    """Context with torch's own `F.linear`, which DeepSpeed replaces in the complete process under ZeRO-3.
+
+    In torch 2.11 a compiled layer has no gradients of the weights that DeepSpeed's function computes with.
+    """
+    replaced, nn.functional.linear = nn.functional.linear, LINEAR
+    try:
+        yield
+    finally:
+        nn.functional.linear = replaced
 
 
 def check_compiler(key: str, device: torch.device) -> None:
@@ -100,7 +114,8 @@ class CompiledForward:
             return self._plain(*arguments, **keywords)
         graphs = _num_graphs()
         try:
-            result = self._compiled(*arguments, **keywords)
+            with _torchs_linear():
+                result = self._compiled(*arguments, **keywords)
         except (FailOnRecompileLimitHit, TorchDynamoException) as error:
             return self._without_graph(error, arguments, keywords)
         if self._first is None:

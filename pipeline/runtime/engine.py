@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -31,8 +31,6 @@ from pipeline.runtime.ds_config import Precisions  # noqa: E402
 from pipeline.runtime.optimizer import MOMENTS, OptimizerConfig, parameter_groups  # noqa: E402
 from pipeline.runtime.zero_step import StepResult, ZeroStep, reason_for_deepspeeds_step  # noqa: E402
 
-LINEAR = torch.nn.functional.linear  # before DeepSpeed replaces it
-MEMORY_EFFICIENT_LINEAR = "memory_efficient_linear"
 if is_verbose():
     set_log_level_from_string("info")
 
@@ -76,8 +74,6 @@ def _cpu_features() -> set[str]:
 class StudentEngine:
     """A DeepSpeed engine whose state is accessible by parameter name."""
 
-    any_compiled: ClassVar[bool] = False  # whether an engine of this process has compiled layers
-
     def __init__(
         self,
         module: torch.nn.Module,
@@ -92,15 +88,15 @@ class StudentEngine:
         self.stage: int = config["zero_optimization"]["stage"]
         _forbid_compilation_at_start()
         _gather_compiled_layers_together(module)
-        self.warnings: list[str] = []
         self._engine, *_ = deepspeed.initialize(
             model=module,
             model_parameters=parameter_groups(trained, optimizer.weight_decay),
-            config=self._with_torchs_linear(module, config),
+            config=config,
             dist_init_required=False,
         )
         self._zero = self._engine.optimizer
         self._adam = self._zero.optimizer
+        self.warnings: list[str] = []
         self._step: ZeroStep | None = None
         if self.stage in (1, 2):
             reason = reason_for_deepspeeds_step(self._zero, deepspeed.__version__, config)
@@ -110,22 +106,6 @@ class StudentEngine:
                 )
             else:
                 self._step = ZeroStep(self._zero, self.device)
-
-    def _with_torchs_linear(self, module: torch.nn.Module, config: dict[str, Any]) -> dict[str, Any]:
-        """The config, under ZeRO-3 with compiled layers without DeepSpeed's `F.linear`, which replaces torch's in the process.
-
-        In torch 2.11 a compiled layer has no gradients of the weights that DeepSpeed's computes with.
-        """
-        StudentEngine.any_compiled |= any(map(is_compiled, module.modules()))
-        if self.stage != 3 or not StudentEngine.any_compiled:
-            return config
-        zero = config["zero_optimization"]
-        if zero.get(MEMORY_EFFICIENT_LINEAR):
-            self.warnings.append(
-                f"`{MEMORY_EFFICIENT_LINEAR}` of the DeepSpeed config is off, because layers are compiled"
-            )
-        torch.nn.functional.linear = LINEAR  # the engine of another student may have replaced it
-        return {**config, "zero_optimization": {**zero, MEMORY_EFFICIENT_LINEAR: False}}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
@@ -295,7 +275,7 @@ def partition_teacher(teacher: torch.nn.Module, precision: str) -> Callable:
             "stage3_max_live_parameters": 0,
             "stage3_max_reuse_distance": 0,
             "stage3_prefetch_bucket_size": 0,
-            MEMORY_EFFICIENT_LINEAR: False,  # it would replace F.linear in the complete process
+            "memory_efficient_linear": False,  # it would replace F.linear in the complete process
         },
         "fp16": {"enabled": precision == "fp16"},
         "bf16": {"enabled": precision == "bf16"},

@@ -21,7 +21,6 @@ def config_of(stage: int, fp32_config: Path, directory: Path) -> Path:
     config["zero_optimization"] = {"stage": stage, "overlap_comm": False}
     if stage == 3:  # partition every parameter of these tiny models
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        config["zero_optimization"]["memory_efficient_linear"] = True  # which is off where layers are compiled
     path = directory / f"zero{stage}.json"
     path.write_text(json.dumps(config))
     return path
@@ -43,8 +42,7 @@ def test_the_same_losses(
 ) -> None:
     ds = config_of(stage, fp32_config, tmp_path)
     for name, sets in (("written", ()), ("compiled", COMPILED)):
-        said = run(training, tiny_recipe, ds, tmp_path / name, *sets)
-    assert ("`memory_efficient_linear` of the DeepSpeed config is off" in said) == (stage == 3)
+        run(training, tiny_recipe, ds, tmp_path / name, *sets)
     written, compiled = (curve(tmp_path / name) for name in ("written", "compiled"))
     assert compiled == pytest.approx(written, rel=1e-5)
     assert len(compiled) == STEPS

@@ -171,6 +171,26 @@ def test_a_copy_computes_with_its_own_weights() -> None:
             assert twin(rows)[0].abs().sum() > 0
 
 
+def test_a_linear_function_that_is_replaced_in_the_process_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As DeepSpeed replaces it under ZeRO-3. The one here gives its weights no gradients."""
+    rows = random_rows(2, 12)
+    (written, _), (compiled, _) = (make("bert", compiled=c) for c in (False, True))
+    _, gradients = train_step(written, rows)
+    own = nn.functional.linear
+
+    def replaced(x, weight, bias=None):
+        return own(x, weight.detach(), None if bias is None else bias.detach())
+
+    monkeypatch.setattr(nn.functional, "linear", replaced)
+    with torch.compiler.set_stance(force_backend="aot_eager"):
+        _, found = train_step(compiled, rows)
+    assert nn.functional.linear is replaced
+    layer_that_is_read = {name for name in gradients if ".layer.3.projections." in name}
+    assert gradients.keys() - found.keys() == layer_that_is_read != set(), "it is not compiled"
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, gradients[name], rtol=1e-4, atol=1e-7)
+
+
 def test_another_shape_after_the_first_batch_is_an_error_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     """It names what changed, and training continues with the right results."""
     (written, _), (compiled, _) = (make("xlm-roberta", compiled=c) for c in (False, True))
