@@ -40,7 +40,7 @@ def about_student(name: str) -> Iterator[None]:
 def did_you_mean(key: str, known: Sequence[str]) -> str:
     """The end of a message about an unknown key: the nearest known key, or all of them."""
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-    return f"did you mean `{nearest[0]}`?" if nearest else f"known here: {', '.join(known)}"
+    return f"did you mean `{nearest[0]}`?" if nearest else f"known here: {', '.join(known)}."
 
 
 def exit_code_of(main: Callable[[], object]) -> int:

@@ -14,10 +14,9 @@ from pipeline.config import load_recipe
 from pipeline.distillation.models.student import SENTENCE_PROJECTION
 from pipeline.report.compare import table_lines
 from pipeline.runtime.checkpoint import read_model_weights
-from tests.dist.test_family import DEEP, PAIRS, SETTINGS, STUDENTS, state_of
+from tests.dist.family import DEEP, PAIRS, SETTINGS, STUDENTS, WILD, state_of
 from tests.faults.sweeps.lab import Lab
 
-WILD = {**DEEP, "optimizer": {"lr": 0.3, "warmup_steps": 0, "decay": "constant"}}
 LATE = {**DEEP, "optimizer": {"lr": 2e-3, "warmup_steps": 5}}
 
 

@@ -89,7 +89,7 @@ def test_the_last_lines_of_every_verb(
     then = commands.run("pipeline", "compare", run_dir, "--json", tmp_path / "c.json", "--write", chosen)
     assert then
     assert then.endswith(f"pipeline/train.py --deepspeed ds_configs/zero2.json --recipe {chosen}")
-    plan = ("--recipe", "recipes/quickstart.yaml", "--deepspeed", "ds_configs/zero2.json", "--gpu", "h100-80")
+    plan = ("--recipe", "recipes/xlmr_base_l6_h384.yaml", "--deepspeed", "ds_configs/zero2.json", "--gpu", "h100-80")
     commands.run("pipeline", "plan", *plan, "--json", tmp_path / "plan.json", "--plot", tmp_path / "plan.png")
     assert commands.checked == {*DATA_VERBS, *VERBS}
 

@@ -56,9 +56,8 @@ def test_the_lines_of_the_demo(finished: tuple[Path, str]) -> None:
     """Few lines, none of a library, and at the end what was written."""
     run_dir, printed = finished
     lines = printed.splitlines()
-    assert (
-        len(lines) < 60
-    )  # the quickstart: one evaluation more, a step line every 30 s, and the lines that make the shards
+    # The quickstart has one evaluation more, a step line every 30 s, and the lines that make the shards: fewer than 80.
+    assert len(lines) < 60
     assert "\r" not in printed, "a bar that is drawn again"
     for noise in ("[INFO]", "[WARNING]", "MISSING", "LOAD REPORT", "Loading weights", "launch.py"):
         assert noise not in printed

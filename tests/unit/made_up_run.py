@@ -140,3 +140,13 @@ def _family_checkpoint(paths: RunPaths, step: int, ended: dict[str, object] | No
     directory = checkpoint_path(paths.checkpoints, step) / paths.student
     directory.mkdir(parents=True)
     (directory / "state.json").write_text(json.dumps({"step": step, "ended": ended}))
+
+
+def write_metrics(paths: RunPaths, *points: dict[str, float]) -> None:
+    lines = [json.dumps({"samples": 16, "time_s": 1.0, **point}) for point in points]
+    paths.metrics.write_text("".join(line + "\n" for line in lines))
+
+
+def change_recipe(family: Path, student: str, change: str) -> None:
+    recipe = RunPaths(family, student).recipe
+    recipe.write_text(recipe_to_yaml(load_recipe(recipe, [change])))
