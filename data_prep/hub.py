@@ -24,6 +24,7 @@ from data_prep.unpack import PACKINGS
 
 PREFIX = "hf:"
 SYNTAX = "hf:NAME[@REVISION][:CONFIG[:SPLIT]]"
+PATTERN_CHARACTERS = {*"*?["}  # of fsspec, which lists the files
 READ_BY_FILE = ("parquet", "json")  # readers of the library whose files are sources of their own here
 ENDINGS = {
     "parquet": (".parquet",),
@@ -111,6 +112,7 @@ def list_files(
         if given.is_local and _is_saved(Path(given.name)):
             files = [(str(path), path.stat().st_size) for path in sorted(Path(given.name).resolve().rglob("*.arrow"))]
             return Listing("", "", ["default"], "default", {"default": ConfigFiles(given.split or "", "arrow", files)})
+        _check_no_pattern(given)
         newest = "" if given.is_local else _commit(given.name, given.revision)
         revision = pinned or newest
         configs, default = _configs(given, revision)
@@ -119,6 +121,15 @@ def list_files(
         for config in choose(names, default):
             listing.chosen[config] = _config_files(given, revision, config, configs.get(config, {}))
         return listing
+
+
+def _check_no_pattern(given: Specification) -> None:
+    found = PATTERN_CHARACTERS & {*str(Path(given.name).resolve())} if given.is_local else set()
+    if found:
+        raise DataError(
+            f"{given.given}: the path of the directory has {' and '.join(sorted(found))}, and the package datasets takes that for a "
+            "pattern of file names. Rename the directory, or give its files without `hf:` (JSON lines, Parquet or text)."
+        )
 
 
 def _configs(given: Specification, revision: str) -> tuple[dict[str, dict[str, Any]], str | None]:

@@ -28,7 +28,7 @@ from pipeline.evaluation.finetuning.tagging_files import (
 )
 
 _TREEBANK = r"(?P<name>(?P<language>[a-z]{2,3})_\w+)-ud-(?P<split>train|dev|test)(-\w+)?"
-_CODE = r"(?P<name>(?P<language>[a-z]{2,3}(-[A-Za-z-]+)?))"
+_CODE = r"(?P<name>(?P<language>[a-z]{2,3}(-[A-Za-z-]+)?|simple))"  # WikiANN: Simple English
 # Layout -> pattern of the end of a file's path. Of UD, some training files are in parts (`cs_pdt-ud-train-c.conllu`).
 LAYOUTS = {
     "ud": re.compile(rf"{_TREEBANK}\.conllu"),

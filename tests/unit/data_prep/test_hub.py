@@ -225,6 +225,17 @@ def test_a_missing_column_of_a_hub_is_named_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_directory_whose_name_reads_as_a_pattern(
+    prepare: Prepare, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = write_data_set(tmp_path / "a[1]b" / "texts")
+    assert prepare(f"hf:{directory}:deu_Latn") == 2
+    assert "the path of the directory has [, and" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    renamed = (tmp_path / "a[1]b").rename(tmp_path / "a1b")
+    assert prepare(f"hf:{renamed / 'texts'}:deu_Latn") == 0
+
+
 def test_a_script_of_the_hub_is_not_run(hub: SmallHub, tmp_path: Path) -> None:
     (tmp_path / "texts.py").write_text("raise SystemExit\n")
     hub.change(main=THIRD, commits={**hub.commits, THIRD: str(tmp_path)})

@@ -230,6 +230,11 @@ def test_file_names_of_every_layout(tmp_path: Path, names: tuple[str, ...], lang
     assert found.train.words[0][-2:] == ["tampa", "bay"]
 
 
+def test_every_directory_of_wikiann_is_a_language(tmp_path: Path) -> None:
+    languages = ("be-x-old", "cbk-zam", "ceb", "en", "map-bms", "simple", "zh-classical")
+    assert list(read(write_wikiann(tmp_path, languages, train=4, evaluation=2)).test) == list(languages)
+
+
 def test_other_schemes_and_types_are_said(tmp_path: Path) -> None:
     data = write_wikiann(tmp_path, train=4, evaluation=2)
     (data / "de" / "test").write_text("a\tI-LOC\n\nb\tI-CAT\n")
