@@ -12,7 +12,8 @@ the base recipe's relations, so variants can be compared), retrieval accuracy (m
 pairs) pooled from the output, the input of the last layer, and the values of the last layer; and the student's sentence
 vectors (mean over the tokens of the output) against the teacher's on lines of held-out rows: mean cosine (through the
 projection that the student has learned, where widths differ), and Spearman correlation of the cosines of all pairs of
-lines, as in STS with the teacher in the place of people. `--sweep pooled` compares `relations.tail: pooled` with `mse`.
+lines, as in STS with the teacher in the place of people. `--sweep pooled` compares `relations.tail: pooled` with `mse`,
+`--sweep kinds` one change of each kind.
 """
 
 from __future__ import annotations
@@ -114,6 +115,8 @@ VARIANTS: dict[str, Variant] = {
     "odd_tail_mse_10": changed(ODD, MSE_10),
     "odd_tail_mse_10_lr_2e-4": changed(ODD, MSE_10, rate=2e-4),
     "odd_tail_mse_100": changed(ODD, MSE_100),
+    "odd_tail_mse_100_lr_1e-3": changed(ODD, MSE_100, rate=1e-3),
+    "train_embeddings_tail_mse_100_lr_1e-3": changed({"freeze": []}, MSE_100, rate=1e-3),
     "random": changed(RANDOM),
     "random_tail_mse_10": changed(RANDOM, MSE_10),
     "narrow_random": changed({**RANDOM, **NARROW}),
@@ -141,8 +144,17 @@ VARIANTS: dict[str, Variant] = {
     "narrow_project_frozen_pooled_cosine_20_lr_2e-3": changed(PROJECTED, pooled("cosine", 20.0), rate=2e-3),
     "narrow_project_frozen_pooled_similarity_10_lr_2e-3": changed(PROJECTED, pooled("similarity", 10.0), rate=2e-3),
 }
-# What is compared with the quickstart's recipe: students as wide as their teacher, and half as wide.
+# What is compared with the quickstart's recipe: students as wide as their teacher, half as wide, and a change of each kind.
 SWEEPS = {
+    "kinds": [
+        *("tail_mse_100_lr_1e-3", "upper_tail_mse_100_lr_1e-3", "upper_tail_mse_100", "odd_tail_mse_100_lr_1e-3"),
+        *(
+            "pooled_cosine_20",
+            "pooled_similarity_10",
+            "mse_100_pooled_cosine_20",
+            "train_embeddings_tail_mse_100_lr_1e-3",
+        ),
+    ],
     "pooled": ["tail_mse_100_lr_1e-3", *(n for n in VARIANTS if "pooled" in n and "narrow" not in n)],
     "pooled_narrow": [name for name in VARIANTS if name.startswith("narrow_project_frozen") and "lr_2e-3" in name],
 }
@@ -290,6 +302,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sample order and of random initializations")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of teacher and student products")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the retrieval columns")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="keep the students: DIR/VARIANT-STEPS, for `evaluate`")
     parser.add_argument("--merge", nargs="+", type=Path, metavar="JSON", help="make one table of earlier --json files")
     options = parser.parse_args()
     options.only = SWEEPS[options.sweep] if options.sweep else options.only
@@ -353,6 +366,9 @@ def measure(options: argparse.Namespace, steps: int) -> dict[str, Any]:
             run.step(batch, step, steps)
     for run in runs:
         figures[run.name] = {**run.evaluate(source, tokenizer, lines), "cpu_seconds": run.seconds}
+        if options.save:
+            tokenizer.save_pretrained(options.save / f"{run.name}-{steps}")
+            run.student.model.save_pretrained(options.save / f"{run.name}-{steps}")
     about = {
         "steps": steps,
         "num_lines": len(lines.ids),
