@@ -148,12 +148,8 @@ VARIANTS: dict[str, Variant] = {
 SWEEPS = {
     "kinds": [
         *("tail_mse_100_lr_1e-3", "upper_tail_mse_100_lr_1e-3", "upper_tail_mse_100", "odd_tail_mse_100_lr_1e-3"),
-        *(
-            "pooled_cosine_20",
-            "pooled_similarity_10",
-            "mse_100_pooled_cosine_20",
-            "train_embeddings_tail_mse_100_lr_1e-3",
-        ),
+        *("pooled_cosine_20", "pooled_similarity_10", "mse_100_pooled_cosine_20"),
+        "train_embeddings_tail_mse_100_lr_1e-3",
     ],
     "pooled": ["tail_mse_100_lr_1e-3", *(n for n in VARIANTS if "pooled" in n and "narrow" not in n)],
     "pooled_narrow": [name for name in VARIANTS if name.startswith("narrow_project_frozen") and "lr_2e-3" in name],
