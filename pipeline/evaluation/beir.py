@@ -70,6 +70,7 @@ def evaluate_beir(encoders: list[Encoder], config: BeirConfig) -> Results:
             "num_queries": {name: len(of.queries) for name, of in collections.items()},
             "num_documents": {name: len(of.documents) for name, of in collections.items()},
             "values_layer": encoder.values_layer,
+            "sentence_pooling": encoder.pooling.name,
         }
     return results
 

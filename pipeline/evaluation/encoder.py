@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,14 +22,14 @@ from data_prep.progress import progress
 from data_prep.tokenizer_ids import POSITIONS_FROM_PADDING
 from pipeline.distillation.models import loading
 from pipeline.distillation.models.architectures import architecture_of, usable_positions
-from pipeline.distillation.models.sentence_files import DENSE
 from pipeline.distillation.models.vocabulary import MAP_FILE, read_vocabulary
 from pipeline.distillation.tap import tap
 from pipeline.errors import UserError
+from pipeline.evaluation.pooling import SentencePooling, sentence_pooling, unit_mean
 from pipeline.evaluation.training_metadata import training_metadata
 from pipeline.runtime import gpus
 
-# The states that a sentence vector is the mean of -> their title.
+# The states that a sentence vector is made of -> their title.
 POOLINGS = {"output": "output", "last_input": "input of the last layer", "values": "values of the distilled layer"}
 VOCABULARY_FILES = ("tokenizer.json", "*.model", "vocab.txt", "vocab.json")
 _LAYER_SUFFIX = re.compile(r"(.+)@(\d+)")
@@ -44,6 +44,11 @@ class Encoder:
     tokenizer: Any
     values_layer: int
     path: str  # the name without the layer
+
+    @cached_property
+    def pooling(self) -> SentencePooling:
+        """How its sentence vectors are made from its output."""
+        return sentence_pooling(self.path)
 
     @property
     def max_positions(self) -> int:
@@ -146,12 +151,11 @@ def check_same_tokenizer(path: str, tokenizer: Any, config: PretrainedConfig) ->
 def sentence_vectors(
     encoder: Encoder, texts: list[str], max_length: int, batch_size: int
 ) -> tuple[dict[str, torch.Tensor], int]:
-    """Sentence vectors: means over the tokens of each text.
+    """Sentence vectors: of the output as the model makes them, of the other states means over the tokens of each text.
 
     Returns:
         pooling -> unit vectors `[text, width]` in the order of `texts`; and the number of tokens in all texts
     """
-    _warn_of_pooling(encoder.name, encoder.path)
     ids = encoder.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
     batches = batches_by_length(ids, batch_size)
     vectors: dict[str, list[torch.Tensor]] = {pooling: [] for pooling in POOLINGS}
@@ -163,25 +167,11 @@ def sentence_vectors(
         for batch in progress(batches, f"encoding with {encoder.name}", "batch"):
             input_ids_BL, mask_BL = pad_rows([ids[i] for i in batch], encoder.tokenizer.pad_token_id, encoder.device)
             (_, _, values_BLD), output_BLD = tapped(input_ids_BL, mask_BL)
-            for pooling, states_BLD in zip(POOLINGS, (output_BLD, last_inputs.pop(), values_BLD), strict=True):
-                vectors[pooling].append(mean_over_tokens(states_BLD, mask_BL).cpu())
+            vectors["output"].append(encoder.pooling(output_BLD, mask_BL).cpu())
+            for pooling, states_BLD in (("last_input", last_inputs.pop()), ("values", values_BLD)):
+                vectors[pooling].append(unit_mean(states_BLD, mask_BL).cpu())
     back = torch.argsort(torch.tensor([number for batch in batches for number in batch]))
     return {pooling: torch.cat(parts)[back] for pooling, parts in vectors.items()}, sum(map(len, ids))
-
-
-@cache
-def _warn_of_pooling(name: str, path: str) -> None:
-    """One warning about a model whose sentence vectors are made in another way than they are computed here."""
-    pooling = training_metadata(path).get("pooling")
-    how = [f"with {pooling} pooling"] if pooling not in (None, "mean") else []
-    how += [f"behind the projection of {DENSE}"] if (Path(path) / DENSE).is_dir() else []
-    if how:
-        print(
-            f"warning: sentence vectors of {name} are made {' and '.join(how)}; its figures here are of means over tokens without a "
-            "projection. SentenceTransformer loads an export with --sentence-transformers as it was trained",
-            file=sys.stderr,
-            flush=True,
-        )
 
 
 def batches_by_length(rows: Sequence[Sized], size: int) -> list[list[int]]:
@@ -196,10 +186,3 @@ def pad_rows(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[
     input_ids = torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
     return input_ids, mask
-
-
-def mean_over_tokens(states_BLD: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
-    """The mean of the states of each row's tokens as a unit vector, `[B, D]`."""
-    mask_BL1 = mask_BL.unsqueeze(-1)
-    mean_BD = (states_BLD * mask_BL1).sum(dim=1) / mask_BL1.sum(dim=1)
-    return torch.nn.functional.normalize(mean_BD, dim=-1)

@@ -57,6 +57,7 @@ class MtebEncoder:
         name = re.sub(r"[^A-Za-z0-9.-]+", "_", encoder.path).strip("_")[-60:]
         settings = [
             config.pooling,
+            encoder.pooling.name,
             config.max_length,
             config.query_prefix,
             config.document_prefix,

@@ -142,6 +142,7 @@ def evaluate_retrieval(encoder: Encoder, config: RetrievalConfig) -> dict[str, A
         "mean": {p: sum(pair[p]["mean"] for pair in per_pair.values()) / len(per_pair) for p in POOLINGS},
         "per_pair": per_pair,
         "values_layer": encoder.values_layer,
+        "sentence_pooling": encoder.pooling.name,
         "num_pairs": {language: len(pairs) for language, pairs in pairs_of.items()},
         "seconds": round(seconds, 3),
         "tokens_per_second": round(num_tokens / seconds, 1),

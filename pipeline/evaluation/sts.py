@@ -178,7 +178,8 @@ def evaluate_sts(encoders: list[Encoder], config: StsConfig) -> dict[str, dict[s
         per_file = {name: score_file(encoder, pairs, config) for name, pairs in files.items()}
         mean = {pooling: sum(file[pooling] for file in per_file.values()) / len(per_file) for pooling in POOLINGS}
         num_pairs = {name: len(pairs.scores) for name, pairs in files.items()}
-        results[encoder.name] = {"mean": mean, "per_file": per_file, "num_pairs": num_pairs}
+        about = {"num_pairs": num_pairs, "sentence_pooling": encoder.pooling.name}
+        results[encoder.name] = {"mean": mean, "per_file": per_file, **about}
     return results
 
 

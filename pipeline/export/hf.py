@@ -22,6 +22,7 @@ from pipeline.data.tokenizer_hash import tokenizer_directory
 from pipeline.distillation.models.loading import blank_model, config_of
 from pipeline.distillation.models.student import SENTENCE_PROJECTION
 from pipeline.errors import UserError
+from pipeline.evaluation.pooling import Dense
 from pipeline.export.card import CARD_FILE, LINEAGE_FILE, VOCABULARY_FILE, lineage_of, write_card
 from pipeline.export.card_metadata import license_of
 from pipeline.export.handover import hand_over, limit_tokenizer, sentences_of
@@ -102,7 +103,8 @@ def export_run(
     check_output_place(output, "--output", {"the teacher": Path(run["teacher"]), "the tokenizer": Path(tokenizer)})
     check_same_tokenizer_files(state.get("identity", {}), tokenizer, paths.files)
     warn_of_other_teacher(state.get("identity", {}), run["teacher"])
-    projection = weights.pop(SENTENCE_PROJECTION, None)
+    weight_Dd = weights.pop(SENTENCE_PROJECTION, None)
+    projection = None if weight_Dd is None else Dense(weight_Dd)
     tail = tree_of_recipe(recipe_text, f"{paths.recipe}")["relations"].get("tail", "none")
     more = {
         "dropout": hand_over(config, run),
@@ -124,7 +126,7 @@ class Export:
         extras: functions that add files to the export. They run before it gets its name, so if one fails nothing is left
         dtype: precision of the stored weights
         measured: directories whose figures go into the model card
-        projection_Dd: the learned projection of sentence vectors, for the extras
+        projection: of sentence vectors, for the extras
     """
 
     weights: Mapping[str, torch.Tensor]
@@ -134,7 +136,7 @@ class Export:
     extras: Sequence[Extra] = ()
     dtype: torch.dtype = torch.float32
     measured: Sequence[Path] = ()
-    projection_Dd: torch.Tensor | None = None
+    projection: Dense | None = None
 
 
 def export_student(export: Export, output: Path) -> Path:
@@ -157,8 +159,8 @@ def export_student(export: Export, output: Path) -> Path:
             metadata={"format": "pt"},
         )
         copy_tokenizer(export.tokenizer, temporary)
-        if export.projection_Dd is not None:
-            write_dense(temporary, export.projection_Dd.to(dtype))
+        if export.projection is not None:
+            write_dense(temporary, export.projection, dtype)
         (temporary / LINEAGE_FILE).write_text(json.dumps(export.lineage, indent=2) + "\n", encoding="utf-8")
         limit_tokenizer(temporary)
         for extra in export.extras:

@@ -22,7 +22,7 @@ import torch
 
 from data_prep.progress import progress
 from pipeline.errors import UserError
-from pipeline.evaluation.encoder import Encoder, load_encoder, mean_over_tokens, pad_rows
+from pipeline.evaluation.encoder import Encoder, load_encoder, pad_rows
 from pipeline.evaluation.retrieval import RetrievalConfig, both_directions, read_pairs
 
 GREATEST_DIFFERENCE = 1e-4  # of any hidden state of a real token; seen: 2e-6
@@ -191,7 +191,7 @@ def compare_runs(
             states_BLD = run(input_ids_BL, mask_BL) * mask_BL.unsqueeze(-1)
             first = states_BLD if first is None else first
             differences[name] = max(differences[name], (states_BLD - first).abs().max().item())
-            vectors[name].append(mean_over_tokens(states_BLD, mask_BL))
+            vectors[name].append(encoder.pooling(states_BLD, mask_BL))
     report: dict[str, Any] = {"languages": list(pairs_of), "further_languages": list(further), "sentences": len(texts)}
     for name in runs:
         matrix = torch.cat(vectors[name])

@@ -18,11 +18,12 @@ import torch
 from pipeline.distillation.models.loading import load_config
 from pipeline.distillation.models.sentence_files import DENSE, EARLIER_KEYS, MODES, SentenceSettings
 from pipeline.errors import UserError
+from pipeline.evaluation.pooling import DENSE_BIAS, DENSE_FILE, DENSE_WEIGHT, Dense
 from pipeline.export.handover import longest_input
-from pipeline.runtime.json_files import read_json, read_json_if_there
-from pipeline.runtime.tensor_files import open_tensors, save_tensors
+from pipeline.runtime.json_files import read_json_if_there
+from pipeline.runtime.tensor_files import save_tensors
 
-DENSE_WEIGHT = "linear.weight"
+MODULES_OF_TORCH = {"Identity": "torch.nn.modules.linear.Identity", "Tanh": "torch.nn.modules.activation.Tanh"}
 POOLING_KEYS = {MODES[mode]: key for key, mode in EARLIER_KEYS.items() if mode in MODES}  # which all versions read
 
 
@@ -71,27 +72,20 @@ def exported_settings(directory: Path) -> SentenceSettings:
     return settings
 
 
-def write_dense(directory: Path, weight_Dd: torch.Tensor) -> None:
+def write_dense(directory: Path, dense: Dense, dtype: torch.dtype = torch.float32) -> None:
     """Write the projection of sentence vectors as a Dense module, which modules.json need not name."""
-    outputs, inputs = weight_Dd.shape
+    outputs, inputs = dense.weight_Ed.shape
     config = {
         "in_features": inputs,
         "out_features": outputs,
-        "bias": False,
-        "activation_function": "torch.nn.modules.linear.Identity",
+        "bias": dense.bias_E is not None,
+        "activation_function": MODULES_OF_TORCH[dense.activation],
     }
     (directory / DENSE).mkdir()
     (directory / DENSE / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_tensors({DENSE_WEIGHT: weight_Dd.contiguous()}, directory / DENSE / "model.safetensors", {"format": "pt"})
-
-
-def read_dense(directory: Path) -> torch.Tensor | None:
-    """The projection of an export, fp32 [D, d]; None where it has none."""
-    if not (directory / DENSE).is_dir():
-        return None
-    read_json(directory / DENSE / "config.json")
-    with open_tensors(directory / DENSE / "model.safetensors") as file:
-        return file.get_tensor(DENSE_WEIGHT).float()
+    tensors = {DENSE_WEIGHT: dense.weight_Ed, DENSE_BIAS: dense.bias_E}
+    stored = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items() if tensor is not None}
+    save_tensors(stored, directory / DENSE / DENSE_FILE, {"format": "pt"})
 
 
 def drop_dense(directory: Path) -> None:

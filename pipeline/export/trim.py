@@ -22,12 +22,13 @@ from data_prep.command_line import end_lines, module_command
 from data_prep.outputs import check_output_place, output_path
 from pipeline.data.tokenizer_hash import tokenizer_sha256
 from pipeline.distillation.models.loading import load_config
-from pipeline.distillation.models.sentence_files import MODULES_FILE, UnknownSettingsError, sentence_settings
+from pipeline.distillation.models.sentence_files import DENSE, MODULES_FILE, UnknownSettingsError, sentence_settings
 from pipeline.distillation.models.vocabulary import Vocabulary, cut_embedding, read_vocabulary
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder, load_encoder
+from pipeline.evaluation.pooling import APPLIED, read_dense
 from pipeline.export.hf import LINEAGE_FILE, Export, Extra, export_student
-from pipeline.export.sentence_transformers_files import add_sentence_transformers, read_dense
+from pipeline.export.sentence_transformers_files import add_sentence_transformers
 from pipeline.runtime.json_files import read_json_if_there
 
 CHECKED_ROWS = 64
@@ -90,7 +91,7 @@ def trim(
         lineage,
         extras=[lambda directory: check_equal(states_before, directory, rows_BL), *extras],
         dtype=torch.float16 if load_config(source, "model").dtype == torch.float16 else torch.float32,
-        projection_Dd=read_dense(source),
+        projection=read_dense(source),
     )
     export_student(export, output)
     return report
@@ -105,6 +106,13 @@ def _sentence_files(source: Path, lineage: dict[str, Any]) -> list[Extra]:
             f"warning: {error.cause}; the trimmed model has no sentence-transformers files", file=sys.stderr, flush=True
         )
         return []
+    left_out = {*found.modules} - APPLIED | ({*found.modules} & {"Dense"} if not (source / DENSE).is_dir() else set())
+    if left_out:
+        print(
+            f"warning: the trimmed model has no {', '.join(sorted(left_out))}, which {source / MODULES_FILE} lists",
+            file=sys.stderr,
+            flush=True,
+        )
     lineage.setdefault("sentences", found.settings.recorded())
     return [add_sentence_transformers]
 

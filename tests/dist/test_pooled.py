@@ -16,8 +16,9 @@ import torch
 from pipeline.config import load_recipe
 from pipeline.distillation.models.student import SENTENCE_PROJECTION
 from pipeline.errors import EXIT_USER
+from pipeline.evaluation.pooling import read_dense
 from pipeline.export.hf import export_run
-from pipeline.export.sentence_transformers_files import add_sentence_transformers, read_dense
+from pipeline.export.sentence_transformers_files import add_sentence_transformers
 from pipeline.runtime.checkpoint import read_model_weights
 from tests.dist.runs import curve
 from tests.faults.sweeps.lab import Lab, newest, same_end, state_of
@@ -78,10 +79,10 @@ def test_a_projection_is_resumed_and_exported(lab: Lab, tmp_path: Path) -> None:
 
     student = export_run(stopped, tmp_path / "student", [add_sentence_transformers])
     weights, _ = read_model_weights(stopped)
-    exported_Dd = read_dense(student)
-    assert exported_Dd is not None
-    assert exported_Dd.shape == (48, 24)
-    assert torch.equal(exported_Dd, weights[SENTENCE_PROJECTION])
+    exported = read_dense(student)
+    assert exported is not None
+    assert exported.weight_Ed.shape == (48, 24)
+    assert torch.equal(exported.weight_Ed, weights[SENTENCE_PROJECTION])
     kinds = [module["type"].rpartition(".")[2] for module in json.loads((student / "modules.json").read_text())]
     assert kinds == ["Transformer", "Pooling", "Dense"], "the teacher does not normalise"
     assert json.loads((student / "1_Pooling" / "config.json").read_text())["pooling_mode_lasttoken"] is True

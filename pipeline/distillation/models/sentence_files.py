@@ -63,11 +63,15 @@ class UnknownSettingsError(UserError):
 
 @dataclass(frozen=True)
 class FoundSettings:
-    """The settings, where they come from, and what the teacher does to its vectors that is not distilled."""
+    """The settings, where they come from, and what the teacher does to its vectors that is not distilled.
+
+    `modules`: the kinds that its modules.json lists, in their order; empty without that file.
+    """
 
     settings: SentenceSettings
     origin: str
     warnings: Sequence[str] = ()
+    modules: Sequence[str] = ()
 
 
 def sentence_settings(teacher: str, pooling: str) -> FoundSettings:
@@ -120,7 +124,7 @@ def sentence_settings(teacher: str, pooling: str) -> FoundSettings:
         similarity if similarity in SIMILARITIES else "cosine",
     )
     origin = "`relations.pooling`" if asked else f"the {MODULES_FILE} of {teacher}"
-    return FoundSettings(settings, origin, _differences(kinds, found, own, asked))
+    return FoundSettings(settings, origin, _differences(kinds, found, own, asked), kinds)
 
 
 def _differences(kinds: list[str], found: list[Any], own: str | None, asked: str | None) -> list[str]:

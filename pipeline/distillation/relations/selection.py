@@ -26,13 +26,13 @@ NUM_CHECKED_HEADS = 2
 MAX_CHECKED_TOKENS = 1024  # the reference keeps every map in float64
 NUM_TIMED_ROWS = 4
 NUM_REPEATS = 5
-# Largest relative gradient error of a correct backend, by the student's precision. Close to the teacher, fp32 should
-# reach 5e-6. `chunked` has 1e-6 to 4.6e-6 (32 to 1024 tokens, 2 to 384 channels per head, most where heads are wide),
-# which would leave too little margin for another machine's order of summation.
+# Largest relative gradient error of a correct backend, by the student's precision. Close to the teacher, `chunked` in fp32
+# has 1e-6 to 4.6e-6 on a CPU with the CPU build of torch 2.13, and up to 7.0e-6 with its CUDA build, which sums in another
+# order (32 to 1024 tokens, 2 to 384 channels per head, most where heads are wide). The limit leaves a margin for further builds.
 FAR, NEAR = "far from", "close to"
 TOLERANCES = {
     FAR: {torch.float64: 1e-9, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2},
-    NEAR: {torch.float64: 1e-9, torch.float32: 7e-6, torch.float16: 5e-3, torch.bfloat16: 2e-2},
+    NEAR: {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2},
 }
 # Mean self-relation logit: maps of KL about 1 between two independent models, and more peaked ones. Logits depend on
 # channels only through their rank, so with rank 8 a head of 384 channels is as hard a case as one of 8.
@@ -95,7 +95,7 @@ def _check(name: str, teacher_BLD: torch.Tensor, student_BLD: torch.Tensor, num_
     for where, error in errors.items():
         tolerance = max(TOLERANCES[where][x_BLD.dtype] for x_BLD in (teacher_BLD, student_BLD))
         if not error <= tolerance:
-            return f"gradient error {error:.1e} {where} the teacher is over {tolerance:.0e}, not used", False
+            return f"gradient error {error:.1e} {where} the teacher is over {tolerance:.2g}, not used", False
     return "gradient error " + ", ".join(f"{error:.1e} {where} the teacher" for where, error in errors.items()), True
 
 

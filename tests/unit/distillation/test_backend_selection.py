@@ -76,12 +76,12 @@ def test_a_backend_that_rounds_too_coarsely_near_the_optimum_is_rejected(monkeyp
     def coarse(inputs, with_gradient):
         result = chunked_relation(inputs, with_gradient)
         if result.grad_queries_BLD is not None:
-            result.grad_queries_BLD += 3e-7 * inputs.student_BLD
+            result.grad_queries_BLD += 4.4e-7 * inputs.student_BLD
         return result
 
     monkeypatch.setitem(BACKENDS, "chunked", coarse)
     assert gradient_error("chunked", *tensors(), 4, FAR) < TOLERANCES[FAR][torch.float32]
-    with pytest.raises(UserError, match="close to the teacher is over 7e-06"):
+    with pytest.raises(UserError, match="close to the teacher is over 1e-05"):
         choose_backend(*tensors(), 4)
 
 

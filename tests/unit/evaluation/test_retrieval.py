@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,23 +36,6 @@ def write_pairs(directory: Path, language: str, text: str) -> Path:
 
 
 # -- the measure
-
-
-def test_a_model_that_was_trained_with_another_pooling_gives_one_warning(
-    tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name, pooling, has_dense in (("mean", "mean", False), ("cls", "cls", True)):
-        model = Path(shutil.copytree(tiny_teacher, tmp_path / name))
-        lineage = {"recipe": {"student": {"init": "layers"}}, "sentences": {"pooling": pooling, "normalize": True}}
-        (model / "lineage.json").write_text(json.dumps(lineage))
-        if has_dense:
-            (model / "2_Dense").mkdir()
-        encoder = load_encoder(str(model))
-        for _ in range(2):
-            sentence_vectors(encoder, TEXTS, 16, 2)
-    warnings = [line for line in capsys.readouterr().err.splitlines() if "are made" in line]
-    assert len(warnings) == 1
-    assert f"{tmp_path / 'cls'} are made with cls pooling and behind the projection of 2_Dense" in warnings[0]
 
 
 def test_accuracy_of_a_case_by_hand() -> None:

@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoTokenizer
 from pipeline.distillation.models.teacher import load_encoder as load_teacher_encoder
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import load_encoder, sentence_vectors
+from pipeline.evaluation.pooling import Dense
 from pipeline.evaluation.retrieval import RetrievalConfig
 from pipeline.export import onnx
 from pipeline.export.command import CHECK_LINES, further_lines, onnx_lines
@@ -193,7 +194,9 @@ def test_a_trained_projection_is_a_module_of_sentence_transformers(
     model, lineage = load_teacher_encoder(tiny_teacher), {**LINEAGE, "sentences": {**SENTENCES, "pooling": pooling}}
     projection_Dd = torch.randn(20, 48, generator=torch.Generator().manual_seed(0))
     for name, extras in (("kept", [add_sentence_transformers]), ("dropped", [drop_dense, add_sentence_transformers])):
-        made_of = Export(model.state_dict(), model.config, str(tiny_teacher), lineage, extras, dtype, (), projection_Dd)
+        made_of = Export(
+            model.state_dict(), model.config, str(tiny_teacher), lineage, extras, dtype, (), Dense(projection_Dd)
+        )
         output = export_student(made_of, tmp_path / name)
         loaded = SentenceTransformer(str(output), device="cpu")
         assert loaded.prompts["query"] == "query: "

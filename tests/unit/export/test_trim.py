@@ -20,8 +20,9 @@ from pipeline.distillation.models.teacher import load_encoder, load_teacher
 from pipeline.distillation.models.vocabulary import cut_embedding, read_vocabulary
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import load_encoder as load_with_tokenizer
+from pipeline.evaluation.pooling import Dense, read_dense
 from pipeline.export import trim
-from pipeline.export.sentence_transformers_files import read_dense, write_dense
+from pipeline.export.sentence_transformers_files import write_dense
 from pipeline.planning.meta_models import build_encoders
 from tests.tiny_encoders import tiny_encoder
 
@@ -84,12 +85,29 @@ def test_a_trimmed_model_keeps_its_projection_of_sentence_vectors(
     tiny_teacher: Path, vocabulary: Path, tmp_path: Path
 ) -> None:
     source = Path(shutil.copytree(tiny_teacher, tmp_path / "source"))
-    projection_Dd = torch.randn(20, 48, generator=torch.Generator().manual_seed(0))
-    write_dense(source, projection_Dd)
+    random = torch.Generator().manual_seed(0)
+    dense = Dense(torch.randn(20, 48, generator=random), torch.randn(20, generator=random), "Tanh")
+    write_dense(source, dense)
     trim.trim(source, read_vocabulary(vocabulary), tmp_path / "trimmed")
-    kept_Dd = read_dense(tmp_path / "trimmed")
-    assert kept_Dd is not None
-    assert torch.equal(kept_Dd, projection_Dd)
+    kept = read_dense(tmp_path / "trimmed")
+    assert kept is not None
+    assert kept.bias_E is not None
+    assert torch.equal(kept.weight_Ed, dense.weight_Ed)
+    assert torch.equal(kept.bias_E, torch.as_tensor(dense.bias_E))
+    assert kept.activation == "Tanh"
+
+
+def test_a_projection_that_is_not_known_is_not_replaced_by_another(
+    tiny_teacher: Path, vocabulary: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(tiny_teacher, tmp_path / "source"))
+    (source / "2_Dense").mkdir()
+    (source / "2_Dense" / "config.json").write_text('{"activation_function": "torch.nn.modules.activation.GELU"}')
+    with pytest.raises(
+        UserError, match=r"2_Dense has the activation GELU; known here: Identity, Tanh.*move .*2_Dense away"
+    ):
+        trim.trim(source, read_vocabulary(vocabulary), tmp_path / "trimmed")
+    assert not (tmp_path / "trimmed").exists()
 
 
 POOLINGS = ({"pooling_mode_cls_token": True}, {"pooling_mode_max_tokens": True})

@@ -1,0 +1,152 @@
+"""How one model makes sentence vectors from its output: by mean, cls or last token, and a learned projection behind it.
+
+In: a model's directory or hub name. Out: `SentencePooling`, as its sentence-transformers files say; without these, as the
+lineage of an export says; without both, the mean over tokens.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline.distillation.models.model_files import find_directory
+from pipeline.distillation.models.sentence_files import DENSE, Pooling, UnknownSettingsError, sentence_settings
+from pipeline.errors import UserError
+from pipeline.evaluation.training_metadata import training_metadata
+from pipeline.runtime.json_files import read_json
+from pipeline.runtime.tensor_files import open_tensors
+
+DENSE_FILE, DENSE_WEIGHT, DENSE_BIAS = "model.safetensors", "linear.weight", "linear.bias"
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"Identity": lambda states: states, "Tanh": torch.tanh}
+APPLIED = {"Transformer", "Pooling", "Dense", "Normalize"}  # modules of sentence-transformers
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The Dense module of sentence-transformers: `activation(weight @ vector + bias)`.
+
+    Attributes:
+        weight_Ed: fp32
+        bias_E: fp32, or None
+        activation: a key of `ACTIVATIONS`
+    """
+
+    weight_Ed: torch.Tensor
+    bias_E: torch.Tensor | None = None
+    activation: str = "Identity"
+
+    def __call__(self, vectors_Bd: torch.Tensor) -> torch.Tensor:
+        bias_E = None if self.bias_E is None else self.bias_E.to(vectors_Bd)
+        return ACTIVATIONS[self.activation](
+            torch.nn.functional.linear(vectors_Bd, self.weight_Ed.to(vectors_Bd), bias_E)
+        )
+
+
+@dataclass(frozen=True)
+class SentencePooling:
+    """From hidden states to sentence vectors.
+
+    Attributes:
+        pooling: which tokens make the vector
+        dense: what is applied to the vector
+    """
+
+    pooling: Pooling = "mean"
+    dense: Dense | None = None
+
+    @property
+    def name(self) -> str:
+        """For results and messages: `mean`, `cls`, `last`, also with ` and 2_Dense`."""
+        return self.pooling + (f" and {DENSE}" if self.dense else "")
+
+    def __call__(self, states_BLD: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+        """Unit vectors `[B, D]`, or `[B, E]` behind a projection. Rows are padded at their ends."""
+        if self.pooling == "mean":
+            vectors_BD = _mean_over_tokens(states_BLD, mask_BL)
+        elif self.pooling == "cls":
+            vectors_BD = states_BLD[:, 0]
+        else:
+            rows_B = torch.arange(len(states_BLD), device=states_BLD.device)
+            vectors_BD = states_BLD[rows_B, mask_BL.sum(dim=1) - 1]
+        return torch.nn.functional.normalize(self.dense(vectors_BD) if self.dense else vectors_BD, dim=-1)
+
+
+def unit_mean(states_BLD: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+    """The mean of the states of each row's tokens as a unit vector, `[B, D]`."""
+    return torch.nn.functional.normalize(_mean_over_tokens(states_BLD, mask_BL), dim=-1)
+
+
+def _mean_over_tokens(states_BLD: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+    mask_BL1 = mask_BL.unsqueeze(-1)
+    return (states_BLD * mask_BL1).sum(dim=1) / mask_BL1.sum(dim=1)
+
+
+def sentence_pooling(model: str) -> SentencePooling:
+    """How this model's vectors are made. What is not known, or not applied here, is said in a warning.
+
+    Raises:
+        UserError: the model's files about it are corrupt
+    """
+    try:
+        directory = find_directory(model, is_cached=True)
+    except UserError:  # a name that is neither a directory nor in the cache: a model that was built in memory
+        return SentencePooling()
+    try:
+        found = sentence_settings(model, "auto")
+    except UnknownSettingsError as error:
+        _say(f"warning: {error.cause.rstrip('.')}. The figures here are of means over tokens")
+        return SentencePooling()
+    pooling = found.settings.pooling if found.modules else training_metadata(model).get("pooling") or "mean"
+    has_dense = "Dense" in found.modules if found.modules else (directory / DENSE).is_dir()
+    dense, left_out = None, sorted({*found.modules} - APPLIED)
+    if has_dense:
+        try:
+            dense = read_dense(directory)
+            left_out += [] if dense else ["Dense"]
+        except UnknownDenseError as error:
+            left_out.append(f"Dense ({error.cause})")
+    if left_out:
+        _say(f"warning: {model}: modules that are not applied to the sentence vectors here: {', '.join(left_out)}")
+    made = SentencePooling(pooling, dense)
+    if made != SentencePooling():
+        _say(f"note: sentence vectors from the output of {model} are made with pooling: {made.name}")
+    return made
+
+
+class UnknownDenseError(UserError):
+    """A Dense module of another form than is known here. `cause` is the message without the fix."""
+
+    def __init__(self, path: Path, cause: str) -> None:
+        self.cause = f"{path} {cause}"
+        super().__init__(f"the projection of sentence vectors in {self.cause}. To do without it, move {path} away")
+
+
+def read_dense(directory: Path) -> Dense | None:
+    """The projection of a model; None where it has none.
+
+    Raises:
+        UnknownDenseError: another activation, or no safetensors file
+        UserError: its files are corrupt
+    """
+    path = directory / DENSE
+    if not path.is_dir():
+        return None
+    activation = str(read_json(path / "config.json").get("activation_function", "")).rpartition(".")[2]
+    if activation not in ACTIVATIONS:
+        raise UnknownDenseError(
+            path, f"has the activation {activation or 'None'}; known here: {', '.join(ACTIVATIONS)}"
+        )
+    if not (path / DENSE_FILE).is_file():
+        raise UnknownDenseError(path, f"has no {DENSE_FILE}; files of pickle are not read")
+    with open_tensors(path / DENSE_FILE) as tensors:
+        names = tensors.keys()
+        bias_E = tensors.get_tensor(DENSE_BIAS).float() if DENSE_BIAS in names else None
+        return Dense(tensors.get_tensor(DENSE_WEIGHT).float(), bias_E, activation)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
