@@ -141,7 +141,7 @@ def read_dense(directory: Path) -> Dense | None:
             path, f"has the activation {activation or 'None'}; known here: {', '.join(ACTIVATIONS)}"
         )
     if not (path / DENSE_FILE).is_file():
-        raise UnknownDenseError(path, f"has no {DENSE_FILE}; files of pickle are not read")
+        raise UnknownDenseError(path, f"has no {DENSE_FILE}, and other files of weights are not read")
     with open_tensors(path / DENSE_FILE) as tensors:
         names = tensors.keys()
         bias_E = tensors.get_tensor(DENSE_BIAS).float() if DENSE_BIAS in names else None

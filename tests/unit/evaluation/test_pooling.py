@@ -92,7 +92,7 @@ def test_a_lineage_counts_where_there_are_no_such_files(tiny_teacher: Path, tmp_
         ("max", "pools by max, and sentence vectors are compared by"),
         ("module", "not applied to the sentence vectors here: LSTM"),
         ("activation", "2_Dense has the activation GELU; known here: Identity, Tanh"),
-        ("pickle", "2_Dense has no model.safetensors; files of pickle are not read"),
+        ("other file", "2_Dense has no model.safetensors, and other files of weights are not read"),
         ("missing", "not applied to the sentence vectors here: Dense"),
     ],
 )
@@ -104,7 +104,7 @@ def test_what_is_not_applied_is_said_once(
     dense = Path(model) / "2_Dense"
     if change == "activation":
         (dense / "config.json").write_text('{"activation_function": "torch.nn.modules.activation.GELU"}')
-    elif change == "pickle":
+    elif change == "other file":
         (dense / "model.safetensors").rename(dense / "pytorch_model.bin")
     elif change == "missing":
         shutil.rmtree(dense)
