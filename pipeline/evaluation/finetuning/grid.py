@@ -60,10 +60,10 @@ def run_grids(
     have_dev = list(data.dev)
     data = data.only(languages.chosen)
     if not data.dev:
-        more = languages_option(setting, [*languages.chosen, *have_dev[:1]])
+        more = f": {languages_option(setting, [*languages.chosen, have_dev[0]])}" if have_dev else f" to {setting}"
         raise UserError(
-            f"none of the languages {', '.join(languages.chosen)} has development examples, which choose the epoch. "
-            f"{f'Add one that has: {more}' if have_dev else 'Name other data'}"
+            f"none of the languages {', '.join(languages.chosen)} has development examples, which choose the epoch. Add one that "
+            f"has{more}"
         )
     for encoder in encoders:
         encoder.check_max_length(config.max_length, f"{config.name}.max_length")
