@@ -66,7 +66,9 @@ def _only(known: Any, why: str) -> Rule:
 
 def _from_recipe(rule: Rule) -> Rule:
     """A value that the recipe owns: `"auto"`, or the recipe's own value (ds_config.py compares)."""
-    return Rule(lambda value: value == AUTO or rule.accepts(value), f'{rule.words}, or "auto" for the recipe\'s value')
+    return Rule(
+        lambda value: value == AUTO or rule.accepts(value), 'must be "auto", or left out: the recipe has its value'
+    )
 
 
 def _is_list_of(value: Any, accepts: Callable[[Any], bool]) -> bool:

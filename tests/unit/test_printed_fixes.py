@@ -27,22 +27,9 @@ from pipeline.training.checks import check_fit, open_data
 from pipeline.training.how_to_prepare import how_to_prepare
 from pipeline.training.student_start import check_start
 from tests.conftest import REPO, SAMPLES
+from tests.unit.printed import error_of, paste, setting_in
 
 ANOTHER_TOKENIZER = b"\xc0\x0c\x01"  # an unknown field: SentencePiece ignores it, and the bytes differ
-
-
-def paste(command: str) -> str:
-    """Run the command in a shell, in the root of the repository. It must succeed. Returns its output."""
-    done = subprocess.run(["/bin/bash", "-c", command], cwd=REPO, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, f"{command}\n{done.stdout[-1000:]}{done.stderr[-2000:]}"
-    return done.stdout
-
-
-def setting_in(message: str, key: str) -> str:
-    """The value of `--set` for this key in a message, as a shell passes it."""
-    words = shlex.split(message[message.index("--set ", message.index(key) - 10) :].partition(")")[0].split(" (")[0])
-    assert words[1].startswith(key), message
-    return words[1]
 
 
 @pytest.fixture
@@ -130,12 +117,6 @@ def prepared(tmp_path: Path, tiny_tokenizer: Path) -> tuple[str, Path, Path]:
     return command, shards, text / "sw.txt.xz"
 
 
-def error_of(command: str) -> str:
-    done = subprocess.run(["/bin/bash", "-c", command], cwd=REPO, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 2, done.stdout + done.stderr
-    return done.stderr
-
-
 @pytest.mark.parametrize("what", ["text", "journal"])
 def test_redo(what: str, prepared: tuple[str, Path, Path]) -> None:
     command, shards, text = prepared
@@ -192,7 +173,7 @@ def test_a_batch_that_does_not_divide(global_batch: int, micro: int, ranks: int,
     with pytest.raises(UserError) as error:
         split_batch(global_batch, micro, ranks)
     key = "global_batch=" if "--set global_batch" in str(error.value) else "micro_batch_per_gpu="
-    recipe = load_recipe(tiny_recipe, [*settings, setting_in(str(error.value).replace(", or", " ("), key)])
+    recipe = load_recipe(tiny_recipe, [*settings, setting_in(str(error.value), key)])
     split_batch(recipe.global_batch, recipe.micro_batch_per_gpu, ranks)
 
 
@@ -211,7 +192,7 @@ def test_rows_longer_than_the_teachers_positions(tiny_recipe: Path) -> None:
     config = blank_models(recipe)[0]
     with pytest.raises(UserError) as error:
         check_length(config, recipe.seq_len, recipe.teacher)
-    setting = setting_in(str(error.value).replace(" or less", " ("), "seq_len=")
+    setting = setting_in(str(error.value), "seq_len=")
     check_length(config, load_recipe(tiny_recipe, [setting]).seq_len, recipe.teacher)
 
 
