@@ -187,3 +187,6 @@ def test_too_many_languages_for_the_rows_of_a_run(tiny_recipe: Path) -> None:
         recipe = load_recipe(tiny_recipe, ["alpha=1", f"steps={steps}", "global_batch=1", "micro_batch_per_gpu=1"])
         (line,) = [line for line in recipe_warnings(recipe, open_data(recipe)) if "may not occur" in line]
         assert bool(settings_in(line)) == is_named
+        for setting in settings_in(line):
+            named = setting.removeprefix("languages=[").rstrip("]").split(",")
+            assert not set(named) & set(re.findall(r"[(,] ?(\w+) [\d.e-]+ of the rows", line))
