@@ -19,6 +19,7 @@ from data_prep.shards import DataError, ShardSet
 from pipeline.config import Recipe, load_recipe
 from pipeline.distillation.models.architectures import check_length
 from pipeline.distillation.models.teacher import load_encoder
+from pipeline.distillation.models.vocabulary import read_vocabulary
 from pipeline.errors import UserError
 from pipeline.evaluation.heldout import HeldoutConfig, check_input
 from pipeline.planning.meta_models import blank_models
@@ -274,3 +275,26 @@ def test_shards_that_the_heldout_task_does_not_find(
         check_input(config)
     paste(str(error.value).partition("or make them: ")[2])
     check_input(config)
+
+
+@pytest.mark.parametrize("there", ["nothing", "a model", "a map without its tokenizer", "a corrupt map"])
+def test_a_vocabulary_that_is_none(
+    there: str, tiny_teacher: Path, tiny_shards: Path, vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TEACHER, SHARDS and xx,yy are the words that a user replaces. What is no vocabulary is not replaced."""
+    monkeypatch.chdir(REPO)
+    directory = tmp_path / "my vocabulary"
+    if there != "nothing":
+        shutil.copytree(tiny_teacher if there == "a model" else vocabulary, directory)
+    if there == "a map without its tokenizer":
+        (directory / "sentencepiece.bpe.model").unlink()
+    if there == "a corrupt map":
+        (directory / "vocabulary.json").write_text("{")
+    with pytest.raises(UserError) as error:
+        read_vocabulary(directory)
+    command = re.findall(r"(?:Make one|Make it again): (.*?)(?:   \(then|$)", str(error.value))[0]
+    for word, value in (("TEACHER", tiny_teacher), ("SHARDS", tiny_shards), ("xx,yy", "sw,tr")):
+        command = re.sub(rf"(?<= ){word}\b", shlex.quote(str(value)), command)
+    paste(command)
+    made = setting_in(str(error.value), "vocabulary=") if there == "a model" else f"vocabulary={directory}"
+    assert len(read_vocabulary(made.removeprefix("vocabulary="))) == len(read_vocabulary(vocabulary))
