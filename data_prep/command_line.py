@@ -146,14 +146,25 @@ def module_command(*words: object) -> str:
     is_checkout = (Path(__file__).parents[1] / "pyproject.toml").is_file()
     if words[0] in VERB_PACKAGES and (not is_checkout or Path(sys.argv[0]).name == PROGRAM):
         with contextlib.suppress(FileNotFoundError):
-            program, named = installed_program(PROGRAM), shutil.which(PROGRAM)
-            is_this = named is not None and Path(named).resolve() == Path(program).resolve()
-            return shlex.join([PROGRAM if is_this else program, *map(str, words[1:])])
+            installed_program(PROGRAM)
+            return f"{program_command(PROGRAM)} {shlex.join(map(str, words[1:]))}".rstrip()
     this, named = Path(sys.executable), shutil.which("python")
     # Two virtual environments may link to one binary, so the directories are compared as well.
     is_this = named is not None and Path(named).parent == this.parent and Path(named).resolve() == this.resolve()
     python = this.relative_to(Path.cwd()) if this.is_relative_to(Path.cwd()) else this
     return shlex.join(["python" if is_this else str(python), "-m", *map(str, words)])
+
+
+def program_command(name: str) -> str:
+    """The shell word for a program that a Python package installed: its name, or its path if the name starts another one."""
+    try:
+        program = Path(installed_program(name))
+    except FileNotFoundError:
+        return name
+    named = shutil.which(name)
+    is_this = named is not None and Path(named).resolve() == program.resolve()
+    relative = program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program
+    return name if is_this else shlex.quote(str(relative))
 
 
 def installed_program(name: str) -> str:

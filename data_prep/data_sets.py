@@ -16,7 +16,7 @@ from data_prep.child import in_child
 from data_prep.hub import PREFIX, Listing, Specification, check_config, list_files
 from data_prep.hub_files import sources_of
 from data_prep.languages import language_of_code
-from data_prep.names import shown
+from data_prep.names import map_pattern, quoted, shown
 from data_prep.shards import DataError
 from data_prep.sources import ReadOptions, Source
 from data_prep.walk import LEFT_OUT, NO_TEXT, NotTaken, is_about_text
@@ -48,7 +48,7 @@ class DataSetRules:
         if language is None:
             raise DataError(
                 f"{given.given}: cannot tell the language of config {config!r}. Say it with --language xx, or with "
-                f"--language-map FILE (a line: {given.name}:{config} xx)."
+                f"--language-map FILE (a line: {map_pattern(f'{given.name}:{config}')} xx)."
             )
         return language
 
@@ -63,7 +63,7 @@ class DataSetRules:
         if default is None:
             raise DataError(
                 f"{given.given}: the data set has {len(configs)} configs: {', '.join(configs[:MOST_NAMES])}"
-                f"{', ...' if len(configs) > MOST_NAMES else ''}. Name one ({PREFIX}{given.name}:{configs[0]}), or several with "
+                f"{', ...' if len(configs) > MOST_NAMES else ''}. Name one ({quoted(f'{PREFIX}{given.name}:{configs[0]}')}), or several with "
                 "--language-map FILE (lines of: CONFIG LANGUAGE)."
             )
         return {default: self.language_of(given, default)}

@@ -13,7 +13,7 @@ from pathlib import Path
 from data_prep.data_sets import IGNORED, DataSetRules, look_up
 from data_prep.hub import PREFIX
 from data_prep.languages import CC100
-from data_prep.names import shown
+from data_prep.names import map_pattern, shown
 from data_prep.shards import LANGUAGE_PATTERN, DataError
 from data_prep.sources import KNOWN_KINDS, ReadOptions, Source
 from data_prep.unpack import packing_of_name
@@ -178,11 +178,6 @@ def _given_twice(path: Path, other: Path) -> str:
     )
 
 
-def _pattern(name: str) -> str:
-    """A pattern for a language map that matches `name`: without spaces and characters that mean something in a pattern."""
-    return "".join(char if char.isprintable() and char not in " #[]*" else "?" for char in name)
-
-
 def _what_is_there(not_taken: list[NotTaken]) -> str:
     looked_for = f"Looked for {KNOWN_KINDS}."
     return f"{looked_for} Left out: {'; '.join(summary(not_taken, 3))}." if not_taken else looked_for
@@ -213,6 +208,6 @@ def _check_duplicate_inputs(language: str, sources: list[Source]) -> None:
             raise DataError(
                 f"{language}: {source.title} and {shown(unpacked_names[unpacked_name])} are by their names the same "
                 "text, packed and unpacked, which would be read twice. Remove one, or leave one out with --language-map "
-                f"FILE (a line: {_pattern(source.path.name)} -)."
+                f"FILE (a line: {map_pattern(source.path.name)} -)."
             )
         unpacked_names[unpacked_name] = source.path

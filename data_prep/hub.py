@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from data_prep.command_line import module_command
 from data_prep.hub_errors import explained
 from data_prep.names import shown
 from data_prep.records import check_reader, check_safe_reader
@@ -194,8 +195,8 @@ def _library(given: Specification) -> Any:
         import datasets
     except ImportError as error:
         raise DataError(
-            f"{given.given}: inputs `hf:` need the package datasets: pip install 'datasets>=4.8.5,<6'. Without it, download "
-            "the files (hf download) and give their directory."
+            f"{given.given}: inputs `hf:` need the package datasets: {module_command('pip', 'install', 'datasets>=4.8.5,<6')}   "
+            "(without it, download the files with `hf download` and give their directory)"
         ) from error
     datasets.disable_progress_bars()
     return datasets

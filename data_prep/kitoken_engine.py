@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import tokenizers
 
 from data_prep.awkward import LINES, added_lines
+from data_prep.command_line import module_command
 from data_prep.names import one_line
 from data_prep.word_boundaries import MARKER, PER_CHARACTER, kind_of, parts_of, replaces_spaces, steps_before_model
 
@@ -176,7 +177,8 @@ def _load(content: dict[str, Any]) -> Any:
     try:
         import kitoken
     except ImportError as error:
-        raise EngineUnusable(f"{NAME} is not installed (pip install kitoken==0.11.1)") from error
+        install = module_command("pip", "install", "kitoken>=0.11.1,<0.12")
+        raise EngineUnusable(f"{NAME} is not installed ({install})") from error
     model = content["model"]
     if kind_of(model) not in ("BPE", "WordPiece"):
         raise EngineUnusable(f"{NAME} is used for BPE and WordPiece, and its model is of another kind")

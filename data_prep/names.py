@@ -35,3 +35,8 @@ def one_line(error: BaseException) -> str:
 def how_to_redo(language: str) -> str:
     """How to prepare one language again, for the end of a message."""
     return f"prepare the language again: the same command with --redo {language}"
+
+
+def map_pattern(name: str) -> str:
+    """A pattern for a language map that matches `name`: without spaces and characters that mean something in a pattern."""
+    return "".join(char if char.isprintable() and char not in " #[]*" else "?" for char in name)

@@ -7,8 +7,10 @@ a number, true, false or a text in quotes; nothing is evaluated as code. Null an
 from __future__ import annotations
 
 import json
+import math
 import operator
 import re
+import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from decimal import Decimal
@@ -21,6 +23,7 @@ NOT_MET, NULL, MISMATCH = "records_where_not_met", "records_where_null", "record
 OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     ">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne, ">": operator.gt, "<": operator.lt,
 }  # fmt: skip
+EQUALITY = ("==", "!=")  # the operators for texts and true/false
 _CONDITION = re.compile(
     r"""\s*(?P<column>`[^`]+`|[^\s<>=!"'`]+)\s*(?P<operator>[<>=!]+)\s*(?P<value>"[^"]*"|'[^']*'|[^\s"'<>=!`]+)\s*"""
 )
@@ -105,7 +108,7 @@ def _conditions(text: str) -> list[Condition]:
         match = _CONDITION.match(text, position)
         if match is None:
             raise DataError(f"--where {text!r}: cannot read {text[position:].strip()[:60]!r}. {GRAMMAR}.")
-        found.append(_condition(text, match["column"].strip("`"), match["operator"], match["value"]))
+        found.append(_condition(match))
         position = match.end()
         if position == len(text):
             return found
@@ -115,23 +118,44 @@ def _conditions(text: str) -> list[Condition]:
         position = joined.end()
 
 
-def _condition(text: str, column: str, sign: str, value: str) -> Condition:
+def _condition(match: re.Match[str]) -> Condition:
+    text, column, sign, value = match.string, match["column"].strip("`"), match["operator"], match["value"]
     if sign not in OPERATORS:
-        hint = " For equality write ==." if sign == "=" else ""
+        hint = f" For equality write ==: {_corrected(match)}." if sign == "=" else ""
         raise DataError(f"--where {text!r}: unknown operator {sign!r}.{hint} {GRAMMAR}.")
-    if value[0] in "\"'":
-        parsed: bool | int | float | str = value[1:-1]
-    elif value.lower() in ("true", "false"):
-        parsed = value.lower() == "true"
-    elif _NUMBER.fullmatch(value):
-        number = float(value)
-        if number in (float("inf"), float("-inf")):
-            raise DataError(f"--where {text!r}: {value} is too large a number.")
-        parsed = int(number) if number.is_integer() and abs(number) < 2**53 else number
-        if value.lstrip("+-").isdecimal():  # an id may be larger than the integers that float64 holds
-            parsed = int(value)
-    else:
-        raise DataError(f"--where {text!r}: {value!r} is no number. A text needs quotes: {column} {sign} '{value}'.")
-    if isinstance(parsed, bool | str) and sign not in ("==", "!="):
+    parsed = _value(value)
+    if parsed is None:
+        advice = f"A text needs quotes: {_corrected(match)}." if sign in EQUALITY else f"{sign} compares numbers."
+        raise DataError(f"--where {text!r}: {value!r} is no number. {advice}")
+    if isinstance(parsed, float) and math.isinf(parsed):
+        raise DataError(f"--where {text!r}: {value} is too large a number.")
+    if isinstance(parsed, bool | str) and sign not in EQUALITY:
         raise DataError(f"--where {text!r}: {sign} compares numbers; texts and true/false have == and !=.")
     return Condition(column, sign, parsed)
+
+
+def _value(value: str) -> bool | int | float | str | None:
+    """The value of a condition; None where it is a text without quotes."""
+    if value[0] in "\"'":
+        return value[1:-1]
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if not _NUMBER.fullmatch(value):
+        return None
+    number = float(value)
+    if value.lstrip("+-").isdecimal() and math.isfinite(
+        number
+    ):  # an id may be larger than the integers that float64 holds
+        return int(value)
+    return int(number) if number.is_integer() and abs(number) < 2**53 else number
+
+
+def _corrected(match: re.Match[str]) -> str:
+    """The option with == or !=, and with quotes around a text, as it is pasted into a shell."""
+    text, value = match.string, match["value"]
+    sign = match["operator"] if match["operator"] in EQUALITY else "=="
+    quoted = f'"{value}"' if _value(value) is None else value
+    between = text[match.end("operator") : match.start("value")]
+    return (
+        f"--where {shlex.quote(text[: match.start('operator')] + sign + between + quoted + text[match.end('value') :])}"
+    )

@@ -36,6 +36,7 @@ from pipeline.data.tokenizer_hash import tokenizer_directory
 from pipeline.errors import EXIT_DONE, UserError, exit_code_of
 from pipeline.evaluation.retrieval import read_pairs
 from pipeline.export.hf import LINEAGE_FILE
+from pipeline.installed import training_command
 from pipeline.report.page import render
 from pipeline.runtime.json_files import read_json, read_json_if_there
 from pipeline.runtime.run_paths import RunPaths
@@ -66,7 +67,7 @@ def main() -> None:
     recipe, retrieval = load_recipe(arguments.recipe, overrides), retrieval_settings(arguments.recipe, arguments.set)
     if recipe.students is not None:
         raise UserError(
-            f"the demo shows one student, and {arguments.recipe} has {len(recipe.students)}. Train them: deepspeed pipeline/train.py "
+            f"the demo shows one student, and {arguments.recipe} has {len(recipe.students)}. Train them: {training_command()} "
             f"--deepspeed ds_configs/zero2.json --recipe {shlex.quote(str(arguments.recipe))}   (then `{module_command('pipeline', 'compare')}`)"
         )
     read_pairs(retrieval)  # a wrong path must fail before the training, not after it

@@ -8,6 +8,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from data_prep.command_line import program_command
+
 ROOT = Path(__file__).resolve().parent.parent  # of the checkout, or of the installed packages
 IS_CHECKOUT = (ROOT / "pyproject.toml").is_file()
 FILES = ROOT if IS_CHECKOUT else ROOT / "minilmv2"  # a wheel has recipes/ and ds_configs/ there
@@ -24,8 +26,8 @@ def shipped_file(given: str) -> Path:
 def training_command() -> str:
     """The command that starts a training: `deepspeed pipeline/train.py`, or `minilmv2 train` of an installed wheel."""
     if not IS_CHECKOUT:
-        return "minilmv2 train"
-    return f"deepspeed {shlex.quote(str(training_script()))}"
+        return f"{program_command('minilmv2')} train"
+    return f"{program_command('deepspeed')} {shlex.quote(str(training_script()))}"
 
 
 def training_script() -> Path:

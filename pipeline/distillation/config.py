@@ -49,7 +49,7 @@ class RelationsConfig:
             if pair not in known:
                 raise UserError(f"`relations.pairs` names {pair!r}; a relation is one of {', '.join(known)}")
         weight = (0, LARGEST_WEIGHT)
-        limits = {"heads": (0, 2**16), "pairs": weight, "tail_weight": weight, "pooled_weight": weight}
+        limits = {"heads": (1, 2**16), "pairs": weight, "tail_weight": weight, "pooled_weight": weight}
         check_ranges(self, "relations", {**limits, "pooled_temperature": SOFTMAX_TEMPERATURES})
         for number, both in enumerate(self.layers or []):
             check_ranges(both, f"relations.layers[{number}]", {"weight": weight})

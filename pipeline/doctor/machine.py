@@ -20,11 +20,12 @@ from typing import Literal
 
 import torch
 
-from data_prep.command_line import module_command
+from data_prep.command_line import module_command, program_command
 from data_prep.shards import DataError
 from pipeline.errors import UserError
 from pipeline.runtime import gpus, preflight
 from pipeline.runtime.allotment import check_allotted_gpus, unused_gpu_warning, why_unseen
+from pipeline.runtime.dist import free_port
 from pipeline.runtime.gpus import Gpu
 from pipeline.runtime.rank_devices import kinds_warning
 
@@ -139,7 +140,8 @@ def port_finding(port: int) -> Finding:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError:
-            fix = "deepspeed --master_port N pipeline/train.py ..., or torchrun --master_port N ..."
+            other = free_port()
+            fix = f"{program_command('deepspeed')} --master_port {other} pipeline/train.py ..., or torchrun --master_port {other} ..."
             return Finding(
                 "warn", "ports", f"another program listens on {port}, the default port of the launchers", fix
             )
@@ -159,7 +161,7 @@ def tensorboard_finding() -> Finding:
             with urllib.request.urlopen(board.launch(), timeout=COMMAND_TIMEOUT_S) as reply:
                 reply.read(1)
         except (ImportError, OSError, urllib.error.URLError, program.TensorBoardServerException) as error:
-            fix = f"pip install -r requirements.txt; until then: {module_command('pipeline', 'report', 'RUN_DIR')}"
+            fix = f"{module_command('pip', 'install', '-r', 'requirements.txt')}; until then: {module_command('pipeline', 'report', 'RUN_DIR')}"
             return Finding("warn", "tensorboard", f"does not start ({error})", fix)
     return Finding("ok", "tensorboard", "starts and answers")
 

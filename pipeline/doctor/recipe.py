@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
+from data_prep.command_line import program_command
 from data_prep.shards import DataError, ShardSet
 from pipeline.config import Recipe, load_recipe
 from pipeline.distillation.models.loading import check_weights, load_config
@@ -108,7 +109,7 @@ def model_finding(subject: str, name: str) -> Finding:
     """The weights of the teacher, or of the encoder that the student starts from, are on this machine, complete, and not a
     pickle."""
     if not looks_like_path(name) and not Path(name).is_dir() and not is_cached(name):
-        fix = f"on a node with network: hf download {name} (compute nodes then read the cache, HF_HOME)"
+        fix = f"on a node with network: {program_command('hf')} download {name} (compute nodes then read the cache, HF_HOME)"
         return Finding("warn", subject, f"{name} is a hub name and not in the cache yet", fix)
     return guarded(subject, lambda: weights_finding(subject, name))
 

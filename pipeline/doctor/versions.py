@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shlex
 import tomllib
 from collections import defaultdict
 from importlib import metadata
@@ -18,7 +17,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from data_prep.command_line import DISTRIBUTION
+from data_prep.command_line import DISTRIBUTION, module_command
 from pipeline.doctor.machine import Finding
 from pipeline.installed import ROOT
 
@@ -107,7 +106,7 @@ def problem(requirement: Requirement, installed: str | None, known: set[str]) ->
     if name == "python":
         what = f"Python {installed} is not supported ({requirement.specifier})"
         return Finding("fail", "python", what, f"make venv PYTHON=python{newest or '3.11'}")
-    fix = f"pip install {name}=={newest}" if newest else f"pip install {shlex.quote(str(requirement))}"
+    fix = module_command("pip", "install", f"{name}=={newest}" if newest else requirement)
     if installed is not None:
         what = f"{name} {installed} is not supported ({requirement.specifier})"
         return Finding("warn", "versions", what, fix)

@@ -7,6 +7,8 @@ are those of the students' `lineage.json`.
 
 from __future__ import annotations
 
+import json
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +143,10 @@ def settings_of(encoders: list[Encoder], config: HeldoutConfig) -> dict[str, Any
         values = [found[key] for found in trained.values()] or [default]
         settings[key] = values[0] if named[key] is None else named[key]
         if named[key] is None and any(value != values[0] for value in values):
-            how = "--teacher TEACHER@LAYER" if key == "teacher_layer" else f"--set heldout.{key}=..."
+            value = next(value for value in values if value is not None)  # null would choose nothing
+            setting = shlex.quote(f"heldout.{key}={json.dumps(value)}")
+            teacher = shlex.quote(f"{split_name(config.teacher)[0]}@{value}")
+            how = f"--teacher {teacher}" if key == "teacher_layer" else f"--set {setting}"
             raise UserError(
                 f"{', '.join(trained)} were trained with different `{key}`, so their held-out losses cannot be "
                 f"compared. Evaluate them one by one, or choose with {how} (other rows may include some that training saw)"

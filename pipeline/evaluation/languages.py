@@ -6,7 +6,8 @@ languages, those of them that are new to a student, and for every other language
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import shlex
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,13 +62,30 @@ def choose_languages(
     if not chosen:
         raise UserError(
             f"none of the languages {', '.join(available)} is one that all of {', '.join(trained)} were trained on and have "
-            f"the vocabulary for. To measure one anyway: --set '{setting}=[{available[0]}]'"
+            f"the vocabulary for. To measure one anyway: {languages_option(setting, available[:1])}"
         )
     for language in dict.fromkeys(language for known in trained.values() for language in known):
         if not any(covers([language], other) for other in [*available, *chosen]):
             left_out[language] = f"trained, but no {data}"
     untrained = [x for x in chosen if not all(covers(known, x) for known in trained.values())]
     return Languages(chosen, left_out, untrained)
+
+
+def languages_option(setting: str, chosen: Iterable[str]) -> str:
+    """The option that chooses languages, as it is pasted into a shell."""
+    value = f"{setting}=[{', '.join(chosen)}]"
+    return f"--set {shlex.quote(value)}"
+
+
+def among(setting: str, asked: Iterable[str] | None, available: Collection[str]) -> str:
+    """The end of a message about languages that a task does not have: the option with those asked for that it has.
+
+    Without any of them, the option names all that it has; with none at all, it says to name other data.
+    """
+    chosen = [language for language in asked or () if language in available] or list(available)
+    if not chosen:
+        return "Name other data"
+    return f"Choose among these: {languages_option(setting, chosen)}"
 
 
 def covers(trained: Iterable[str], language: str) -> bool:

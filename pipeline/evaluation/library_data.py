@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from data_prep.command_line import module_command
 from data_prep.records import check_safe_reader
 from data_prep.shards import Explained
 from pipeline.errors import UserError
@@ -27,7 +28,7 @@ def library_errors(name: str, otherwise: str) -> Iterator[None]:
         if error.name != "datasets":
             raise
         raise UserError(
-            f"{name} is read by the package datasets, which is not installed. Install it: pip install 'datasets>=4.8.5,<6'; or "
+            f"{name} is read by the package datasets, which is not installed. Install it: {module_command('pip', 'install', 'datasets>=4.8.5,<6')}; or "
             f"{otherwise}"
         ) from None
     except Explained:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 
+from data_prep.command_line import module_command
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder, sentence_vectors
 from pipeline.evaluation.finetuning.grid import encoder_fingerprint
@@ -90,11 +91,12 @@ def chosen_tasks(config: MtebConfig) -> list[Any]:
         import mteb
     except ImportError as error:
         raise UserError(
-            f"the task mteb needs the package mteb, which cannot be imported ({error}). Install it: pip install 'mteb>=2,<3'. "
-            "Without it, `beir`, `retrieval` and `sts` read data sets from files."
+            f"the task mteb needs the package mteb, which cannot be imported ({error}). Install it: {module_command('pip', 'install', 'mteb>=2,<3')}   "
+            "(without it, `beir`, `retrieval` and `sts` read data sets from files)"
         ) from None
     if (version := metadata.version("mteb")).partition(".")[0] != MAJOR_VERSION:
-        raise UserError(f"mteb {version} has another interface. Install version 2: pip install 'mteb>=2,<3'")
+        install = module_command("pip", "install", "mteb>=2,<3")
+        raise UserError(f"mteb {version} has another interface. Install version 2: {install}")
     if not config.tasks and not config.benchmark:
         raise UserError("mteb has more than a thousand tasks. Name some: --set 'mteb.tasks=[STS17, SciFact]'")
     try:

@@ -15,7 +15,7 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import POOLINGS, Encoder, sentence_vectors
-from pipeline.evaluation.languages import Languages, choose_languages, language_notes, marked
+from pipeline.evaluation.languages import Languages, among, choose_languages, language_notes, marked
 from pipeline.evaluation.tables import markdown_table, pooling_rows
 from pipeline.evaluation.task import OnHub, Panel, Results, Task
 from pipeline.evaluation.tatoeba import SHORT_CODES, read_line_pairs, read_text, tatoeba_files
@@ -49,7 +49,7 @@ def read_pairs(config: RetrievalConfig) -> dict[str, Pairs]:
     if missing := [language for language in languages if language not in files]:
         raise UserError(
             f"{config.pairs} has no pairs for {', '.join(missing)}; it has {', '.join(files)}. "
-            "Choose among these with --set retrieval.languages=[...]"
+            f"{among('retrieval.languages', languages, files)}"
         )
     return {language: _pairs_in(files[language], config.max_pairs) for language in languages}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,12 +42,12 @@ class SpeedConfig:
 
 def evaluate_speed(encoders: list[Encoder], config: SpeedConfig) -> dict[str, dict[str, Any]]:
     """Size and speed per model, by the models' names."""
+    for encoder in encoders:
+        check_lengths(encoder, config.lengths)
     shapes = [(batch, length) for length in config.lengths for batch in config.batches]
     speeds: dict[str, dict[str, float]] = {encoder.name: {} for encoder in encoders}
     bar = Progress("timing", len(shapes) * config.rounds * len(encoders), "turn")
     for batch, length in shapes:
-        for encoder in encoders:
-            check_length(encoder, length)
         forwards = [forward_of(encoder, batch, length) for encoder in encoders]
         turns: list[list[float]] = [[] for _ in encoders]
         for _ in range(config.rounds):
@@ -70,13 +70,14 @@ def evaluate_speed(encoders: list[Encoder], config: SpeedConfig) -> dict[str, di
     }
 
 
-def check_length(encoder: Encoder, length: int) -> None:
-    """Raise a `UserError` where the model has fewer positions than `length` tokens."""
+def check_lengths(encoder: Encoder, lengths: Sequence[int]) -> None:
+    """Raise a `UserError` where the model has fewer positions than one of the lengths."""
     longest = encoder.max_positions
-    if length > longest:
+    if max(lengths, default=0) > longest:
+        fit = [length for length in lengths if length <= longest] or [longest]
         raise UserError(
-            f"{encoder.name} accepts at most {longest} tokens, speed.lengths has {length}. "
-            f"Leave it out: --set speed.lengths=[...]"
+            f"{encoder.name} accepts at most {longest} tokens, speed.lengths has {max(lengths)}. "
+            f"Leave it out: --set 'speed.lengths={fit}'"
         )
 
 

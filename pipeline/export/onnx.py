@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_prep.command_line import module_command
 from data_prep.progress import progress
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder, load_encoder, pad_rows
@@ -28,6 +29,7 @@ from pipeline.evaluation.retrieval import RetrievalConfig, both_directions, read
 GREATEST_DIFFERENCE = 1e-4  # of any hidden state of a real token; seen: 2e-6
 GREATEST_INT8_LOSS = 0.02  # of retrieval accuracy; the quickstart student loses 0.001
 FILES = {"fp32": "model.onnx", "int8": "model_int8.onnx"}
+REQUIREMENTS = ("onnx>=1.23.2,<2", "onnxscript>=0.7.2,<0.8", "onnxruntime>=1.32,<2")  # as the extra `onnx`
 HiddenStates = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -60,10 +62,8 @@ def add_onnx(
         import onnxruntime
         from onnxruntime.quantization import QuantType, quantize_dynamic
     except ImportError as error:
-        raise UserError(
-            f"ONNX export needs the package {error.name}. Run: python -m pip install onnx onnxscript onnxruntime "
-            "(the versions in requirements-dev.txt are the tested ones)"
-        ) from None
+        install = module_command("pip", "install", *REQUIREMENTS)
+        raise UserError(f"ONNX export needs the package {error.name}. Install it: {install}") from None
     encoder = load_encoder(str(directory))
     encoder.model.to("cpu")
     (directory / "onnx").mkdir(exist_ok=True)

@@ -7,7 +7,9 @@ value of YAML 1.2.
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +113,6 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     except ValueError as error:
         raise UserError(f"--set {shown(override)}: the value is not readable YAML: {error}") from None
     if isinstance(value, Plain) and value != text.strip():  # YAML read the rest as a comment
-        raise UserError(
-            f"""--set {shown(override)}: YAML reads only `{shown(value)}`; quote it: --set '{key}="{shown(text)}"'"""
-        )
+        quoted = shlex.quote(f"{key}={json.dumps(text.strip(), ensure_ascii=False)}")
+        raise UserError(f"--set {shown(override)}: YAML reads only `{shown(value)}`; quote it: --set {quoted}")
     tree[last] = Plain() if value is None else value

@@ -7,7 +7,6 @@ which they can be compared, and the student that has the best one.
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,9 +155,9 @@ def evaluate_first(students: Sequence[StudentRun]) -> str:
             continue
         names.setdefault(student.paths.directory, []).append(student.paths.student)
     commands = [
-        shlex.join(
-            [*("python", "-m", "pipeline", "evaluate", str(run_dir)), *(f"--student={name}" for name in of_run if name)]
-            + ["--tasks", "retrieval", "--output", str(run_dir / "evaluation")]
+        module_command(
+            *("pipeline", "evaluate", run_dir, *(f"--student={name}" for name in of_run if name)),
+            *("--tasks", "retrieval", "--output", run_dir / "evaluation"),
         )
         for run_dir, of_run in names.items()
     ]

@@ -10,10 +10,9 @@ RUN_DIR ...` writes one page about several runs.
 from __future__ import annotations
 
 import argparse
-import shlex
 from pathlib import Path
 
-from data_prep.command_line import end_lines
+from data_prep.command_line import end_lines, module_command
 from data_prep.durable_files import replace_file
 from data_prep.outputs import output_path
 from pipeline.comparison.students import paths_of
@@ -35,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     if len(arguments.run_dirs) > 1:
-        both = shlex.join(["python", "-m", "pipeline", "compare", *map(str, arguments.run_dirs)])
+        both = module_command("pipeline", "compare", *arguments.run_dirs)
         raise UserError(f"report writes the page of one run. The page that compares several: {both}")
     run_dir: Path = arguments.run_dirs[0]
     if arguments.student is None and students_of(run_dir):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 
+from data_prep.command_line import program_command
 from pipeline.errors import UserError
 from pipeline.runtime import gpus
 from pipeline.runtime.allotment import check_allotted_gpus
@@ -162,7 +163,7 @@ def init_process_group(launch: Launch, timeout_s: float) -> None:
         if "EADDRINUSE" in str(error):
             raise UserError(
                 f"another program listens on {address}, where the ranks would meet (another run on this machine?). "
-                f"Use another port: deepspeed --master_port {_free_port()} pipeline/train.py ..., or the same option of torchrun"
+                f"Use another port: {program_command('deepspeed')} --master_port {free_port()} pipeline/train.py ..., or the same option of torchrun"
             ) from None
         raise UserError(f"the ranks could not meet at {address}: {str(error).splitlines()[0]}") from None
 
@@ -176,7 +177,8 @@ def _meet(launch: Launch, timeout: timedelta) -> torch_dist.Store:
     return torch_dist.PrefixStore("ranks", store)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that no program listens on."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]

@@ -175,13 +175,14 @@ def _check_gradients(config: dict[str, Any], path: Path) -> None:
     """Reject sums and averages of gradients that end in a traceback in DeepSpeed 0.19 or need its other optimizer."""
     zero, precision = config["zero_optimization"], precision_of(config)
     accumulation = config.get("data_types", {}).get("grad_accum_dtype") or precision
+    is_offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    lacks_fp32 = (zero["stage"], precision) == (1, "bf16") and not is_offloaded
     if accumulation not in ("fp32", precision):
         raise UserError(
-            f"{path}: `data_types.grad_accum_dtype` is {accumulation}, but the student computes in {precision}: write "
-            f'"fp32", or remove it to add up micro-batches in {precision}'
+            f"{path}: `data_types.grad_accum_dtype` is {accumulation}, but the student computes in {precision}: "
+            f"""{"" if lacks_fp32 else 'write "fp32", or '}remove it to add up micro-batches in {precision}"""
         )
-    is_offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
-    if (zero["stage"], precision, accumulation) == (1, "bf16", "fp32") and not is_offloaded:
+    if lacks_fp32 and accumulation == "fp32":
         raise UserError(
             f"{path}: for `data_types.grad_accum_dtype` fp32 with bf16 at stage 1 DeepSpeed has another optimizer, which this "
             "pipeline cannot save: set zero_optimization.stage to 2, which adds up in fp32 as well, or remove the key"

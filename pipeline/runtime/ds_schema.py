@@ -43,7 +43,14 @@ def _number(least: float = 0, most: float = 2**63 - 1, integer: bool = True) -> 
             return False
         return isinstance(value, int) or value.is_integer() or not integer
 
-    return Rule(accepts, f"must be {'an integer' if integer else 'a number'} from {least:g} to {most:g}")
+    return Rule(
+        accepts, f"must be {'an integer' if integer else 'a number'} from {_exactly(least)} to {_exactly(most)}"
+    )
+
+
+def _exactly(number: float) -> str:
+    """In few characters, and not rounded: 1e+10, and 4294967296 instead of 4.29497e+09, which is larger."""
+    return short if float(short := f"{number:g}") == number and number < 2**53 else str(number)
 
 
 def _choice(*values: Any) -> Rule:
@@ -59,7 +66,9 @@ def _only(known: Any, why: str) -> Rule:
 
 def _from_recipe(rule: Rule) -> Rule:
     """A value that the recipe owns: `"auto"`, or the recipe's own value (ds_config.py compares)."""
-    return Rule(lambda value: value == AUTO or rule.accepts(value), f'{rule.words}, or "auto" for the recipe\'s value')
+    return Rule(
+        lambda value: value == AUTO or rule.accepts(value), 'must be "auto", or left out: the recipe has its value'
+    )
 
 
 def _is_list_of(value: Any, accepts: Callable[[Any], bool]) -> bool:
@@ -129,7 +138,7 @@ _OFFLOAD: Section = {
 }
 
 _ZERO: Section = {
-    "stage": _number(0, 3),  # ds_config.py says why not 0
+    "stage": Rule(_number(0, 3).accepts, "must be 1, 2 or 3"),  # ds_config.py says why not 0
     "contiguous_gradients": _FLAG,
     "reduce_scatter": _FLAG,
     "reduce_bucket_size": _BUCKET,

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from data_prep.command_line import module_command
 from pipeline.errors import UserError
 from pipeline.runtime.json_files import read_json
 
@@ -147,7 +148,7 @@ def problem_of(names: Sequence[str]) -> str | None:
     """Why a logger cannot be used on this machine, and the fix; None if all can."""
     for name in names:
         if name != TENSORBOARD and importlib.util.find_spec(name) is None:
-            return f"`metrics.loggers` names {name}, which is not installed. Install it: pip install {name}"
+            return f"`metrics.loggers` names {name}, which is not installed. Install it: {module_command('pip', 'install', name)}"
     return None
 
 

@@ -6,9 +6,9 @@ student is in `students/NAME/`; ranks, checkpoints and markers belong to the run
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
+from data_prep.command_line import module_command
 from pipeline.errors import UserError
 from pipeline.recipe.text import parse, shown
 from pipeline.runtime.restarts import restarts_file
@@ -78,7 +78,7 @@ def check_is_no_student(directory: Path) -> None:
     place = directory.resolve()
     run_dir, name = place.parent.parent, place.name
     if place.parent.name == STUDENTS and RunPaths(run_dir).recipe.is_file() and name in students_of(run_dir):
-        export = shlex.join(["python", "-m", "pipeline", "export", str(run_dir), "--student", name, "--output", "DIR"])
+        export = module_command("pipeline", "export", run_dir, "--student", name, "--output", "DIR")
         raise UserError(
             f"{directory} is a student of the run {run_dir}, and no run directory. Name {run_dir} --student {name}; as a "
             f"model it is what this writes: {export}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from data_prep.command_line import module_command
+from data_prep.command_line import module_command, program_command
 from data_prep.shards import ShardSet
 from pipeline.distillation.models.model_files import looks_like_path
 
@@ -25,9 +25,10 @@ def how_to_prepare(tokenizer: str, output: str | Path, text: str | Path = SAMPLE
     if not directory.exists():
         directory = Path("artifacts/tokenizers") / tokenizer.replace("/", "--")
         files = ["--include", "*.model", "--include", "tokenizer*", "--include", "config.json"]
-        fetch = shlex.join(["hf", "download", tokenizer, *files, "--local-dir", str(directory)]) + " && "
-    words = ["--input", text, "--tokenizer", directory, "--output", output]
-    return f"Make them: {fetch}{module_command('data_prep', 'prepare', *words)}"
+        words = ["download", tokenizer, *files, "--local-dir", str(directory)]
+        fetch = f"{program_command('hf')} {shlex.join(words)} && "
+    prepare = module_command("data_prep", "prepare", "--input", text, "--tokenizer", directory, "--output", output)
+    return f"Make them: {fetch}{prepare}"
 
 
 def text_of(shards: ShardSet) -> str:

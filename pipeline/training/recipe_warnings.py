@@ -7,6 +7,7 @@ Each line says what will happen, and names the setting that changes it.
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator
 
 from transformers import PretrainedConfig
@@ -110,9 +111,11 @@ def _mixing(recipe: Recipe, source: BatchSource) -> Iterator[str]:
         yield f"max_epochs {recipe.max_epochs:g} lowers the share of {len(lowered)} languages ({_named(lowered)})"
     absent = {name: f"{share:.2e} of the rows" for name, share in shares.items() if share * samples < 1}
     if absent:
+        kept = shlex.quote(f"languages=[{','.join(name for name in shares if name not in absent)}]")
+        leave_out = f", or leave them out (--set {kept})" if len(absent) < len(shares) else ""
         yield (
-            f"{len(absent)} languages may not occur in the {samples} rows of this run ({_named(absent)}). Raise steps, lower "
-            "alpha, or leave them out (--set languages=[...])"
+            f"{len(absent)} languages may not occur in the {samples} rows of this run ({_named(absent)}). Raise steps, or lower "
+            f"alpha{leave_out}"
         )
     epochs = {name: shares[name] * samples / (source.rows_per_language[name] - source.heldout_counts[i])
               for i, name in enumerate(source.languages)}  # fmt: skip

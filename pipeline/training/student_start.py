@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from data_prep.command_line import module_command
 from data_prep.shards import DataError
 from pipeline.config import Recipe
 from pipeline.data.tokenizer_hash import tokenizer_sha256
@@ -34,7 +35,7 @@ def read_start(name: str) -> ModelFiles:
     if not (directory / CONFIG_FILE).exists() and is_run_directory(directory):
         names, output = students_of(directory), str(directory / "student")
         one = ["--student", names[0]] if names else []
-        export = shlex.join(["python", "-m", "pipeline", "export", str(directory), *one, "--output", output])
+        export = module_command("pipeline", "export", directory, *one, "--output", output)
         raise UserError(
             f"`student.init` is {name}, which is a run directory. Export the student and start from that: {export}   (then "
             f"--set {shlex.quote(f'student.init={output}')})"
@@ -81,10 +82,8 @@ def _check_tokenizer(recipe: Recipe, name: str) -> None:
     fix = "Start from an encoder with that tokenizer, or use another `student.init`"
     if recipe.vocabulary is not None and read_vocabulary(recipe.vocabulary).source_sha256 == sha256:
         output = name.rstrip("/") + "-trimmed"
-        words = ["python", "-m", "pipeline", "trim", name, "--vocabulary", recipe.vocabulary, "--output", output]
-        fix = (
-            f"Cut it to the same vocabulary: {shlex.join(words)}   (then --set {shlex.quote(f'student.init={output}')})"
-        )
+        trim = module_command("pipeline", "trim", name, "--vocabulary", recipe.vocabulary, "--output", output)
+        fix = f"Cut it to the same vocabulary: {trim}   (then --set {shlex.quote(f'student.init={output}')})"
     role = "the teacher's" if recipe.vocabulary is None else "that of `vocabulary`"
     raise UserError(
         f"the {START_ENCODER} {name!r} has another tokenizer (sha256 {sha256[:12]}) than {role} (sha256 {needed[:12]} in "

@@ -97,7 +97,7 @@ def test_a_run_directory_as_start_names_the_export(
     run_dir = shutil.copytree(first / "run", tmp_path / "run")
     ended = start(training, tiny_recipe, fp32_config, tmp_path / "next", "steps=1", f"student.init={run_dir}")
     assert ended.code == EXIT_USER
-    command, setting = re.findall(r"start from that: python -m pipeline (.*?)   \(then --set (.*?)\)", ended.err)[0]
+    command, setting = re.findall(r"start from that: \S+ -m pipeline (.*?)   \(then --set (.*?)\)", ended.err)[0]
     pipeline(command.split())
     ended = start(training, tiny_recipe, fp32_config, tmp_path / "next", "steps=1", setting)
     assert ended.code == 0, ended.err

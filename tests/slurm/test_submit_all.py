@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from data_prep.command_line import installed_program
 from data_prep.languages import CC100
 from data_prep.sources import kind_of
 from data_prep.unpack import PACKINGS
@@ -49,6 +51,25 @@ def test_dry_run_from_a_later_stage() -> None:
     assert len(commands) == 2
     assert not any(word.startswith("--dependency") for word in commands[0])
     assert "--no-requeue" not in commands[0], "without --chain the job requeues itself"
+
+
+def test_an_option_of_training_goes_where_the_message_says() -> None:
+    start = ["--from", "train", "--dry-run"]
+    done = submit_all(*start, "--set", "steps=7")
+    assert done.returncode == 2
+    (words,) = re.findall(r"at the end \((-- .*?)\)", done.stderr)
+    train, _ = commands_of(submit_all(*start, *shlex.split(words)))
+    assert train[-2:] == ["--set", "steps=7"]
+
+
+def test_the_tokenizer_that_is_missing_is_downloaded_by_a_command_of_the_hub(tmp_path: Path) -> None:
+    start = ["--text", "samples/cc100", "--shards", str(tmp_path / "shards"), "--dry-run", "--tokenizer"]
+    done = submit_all(*start, "some/it's model")
+    program, *words = shlex.split(done.stderr[done.stderr.index("hf download") :])
+    assert words[:2] == ["download", "some/it's model"]
+    known = subprocess.run([installed_program(program), "download", "--help"], capture_output=True, text=True).stdout
+    assert all(word in known for word in words if word.startswith("--"))
+    commands_of(submit_all(*start, str(tmp_path)))  # DIRECTORY, in which the download is
 
 
 @pytest.fixture

@@ -171,10 +171,9 @@ def test_an_encoder_to_start_from_with_other_content(error_of: Run, tmp_path: Pa
         file.unlink()
     assert f"copy the tokenizer files of the model that it was made from into {start}" in error_of(*overrides).lower()
     (start / "config.json").rename(start / "run.json")
-    assert (
-        f"which is a run directory. Export the student and start from that: python -m pipeline export {start} "
-        in error_of(*overrides)
-    )
+    error = error_of(*overrides)
+    assert "which is a run directory. Export the student and start from that: " in error
+    assert f"-m pipeline export {start} " in error
 
 
 def test_attention_heads_that_do_not_divide(error_of: Run) -> None:

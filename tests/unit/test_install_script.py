@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -91,7 +92,12 @@ def test_a_link_is_not_replaced(checkout: Path, tmp_path_factory: pytest.TempPat
     place = tmp_path_factory.mktemp("shared")
     (place / "precious").touch()
     (checkout / ".venv").symlink_to(place)
-    assert "is a link" in lines_of(checkout)[0]
+    what, fix = lines_of(checkout)
+    assert "is a link" in what
+    assert (place / "precious").exists()
+    (command,) = re.findall(r"remove the link \((.*?)\)", fix)
+    subprocess.run(["/bin/bash", "-c", command], cwd=checkout, check=True)
+    assert "is a link" not in lines_of(checkout, NEEDED_MIB="999999999")[0]
     assert (place / "precious").exists()
 
 

@@ -17,7 +17,7 @@ from pipeline.planning.family import FamilyPlanner
 from pipeline.planning.plan import Planner
 from pipeline.runtime import gpus
 from pipeline.runtime.dist import Launch
-from pipeline.runtime.ds_config import split_batch
+from pipeline.runtime.ds_config import read_ds_json, split_batch
 from pipeline.runtime.engine import StudentEngine
 from pipeline.training.out_of_memory import (
     OutOfMemoryError,
@@ -26,6 +26,7 @@ from pipeline.training.out_of_memory import (
     smaller_micro_batch,
 )
 from tests.conftest import REPO
+from tests.unit.printed import settings_in
 
 # As torch 2.8 and later raise it.
 CUDA = (
@@ -66,8 +67,15 @@ def test_out_of_gpu_memory_in_backward() -> None:
     assert "PYTORCH_CUDA_ALLOC_CONF" not in message
     assert "--set micro_batch_per_gpu=16 (" in message
     assert "--set student.checkpointing=true (" in message
-    assert "--deepspeed ds_configs/zero3.json" in message
     assert "\n" not in message
+    for setting in settings_in(message):
+        recipe = load_recipe(
+            REPO / "recipes" / "quickstart.yaml", ["global_batch=256", "micro_batch_per_gpu=32", setting]
+        )
+        assert recipe.micro_batch_per_gpu == 16 or recipe.student.checkpointing
+        split_batch(recipe.global_batch, recipe.micro_batch_per_gpu, 8)
+    (file,) = re.findall(r"--deepspeed (\S+\.json)", message)
+    assert read_ds_json(REPO / file)["zero_optimization"]["stage"] == 3
 
 
 def message_in_backward(recipe: Recipe, world_size: int) -> str:

@@ -19,6 +19,7 @@ from data_prep.shards import DataError, ShardSet
 from pipeline.config import Recipe, load_recipe
 from pipeline.distillation.models.architectures import check_length
 from pipeline.distillation.models.teacher import load_encoder
+from pipeline.distillation.models.vocabulary import read_vocabulary
 from pipeline.errors import UserError
 from pipeline.evaluation.heldout import HeldoutConfig, check_input
 from pipeline.planning.meta_models import blank_models
@@ -27,22 +28,9 @@ from pipeline.training.checks import check_fit, open_data
 from pipeline.training.how_to_prepare import how_to_prepare
 from pipeline.training.student_start import check_start
 from tests.conftest import REPO, SAMPLES
+from tests.unit.printed import error_of, paste, setting_in
 
 ANOTHER_TOKENIZER = b"\xc0\x0c\x01"  # an unknown field: SentencePiece ignores it, and the bytes differ
-
-
-def paste(command: str) -> str:
-    """Run the command in a shell, in the root of the repository. It must succeed. Returns its output."""
-    done = subprocess.run(["/bin/bash", "-c", command], cwd=REPO, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, f"{command}\n{done.stdout[-1000:]}{done.stderr[-2000:]}"
-    return done.stdout
-
-
-def setting_in(message: str, key: str) -> str:
-    """The value of `--set` for this key in a message, as a shell passes it."""
-    words = shlex.split(message[message.index("--set ", message.index(key) - 10) :].partition(")")[0].split(" (")[0])
-    assert words[1].startswith(key), message
-    return words[1]
 
 
 @pytest.fixture
@@ -130,12 +118,6 @@ def prepared(tmp_path: Path, tiny_tokenizer: Path) -> tuple[str, Path, Path]:
     return command, shards, text / "sw.txt.xz"
 
 
-def error_of(command: str) -> str:
-    done = subprocess.run(["/bin/bash", "-c", command], cwd=REPO, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 2, done.stdout + done.stderr
-    return done.stderr
-
-
 @pytest.mark.parametrize("what", ["text", "journal"])
 def test_redo(what: str, prepared: tuple[str, Path, Path]) -> None:
     command, shards, text = prepared
@@ -192,7 +174,7 @@ def test_a_batch_that_does_not_divide(global_batch: int, micro: int, ranks: int,
     with pytest.raises(UserError) as error:
         split_batch(global_batch, micro, ranks)
     key = "global_batch=" if "--set global_batch" in str(error.value) else "micro_batch_per_gpu="
-    recipe = load_recipe(tiny_recipe, [*settings, setting_in(str(error.value).replace(", or", " ("), key)])
+    recipe = load_recipe(tiny_recipe, [*settings, setting_in(str(error.value), key)])
     split_batch(recipe.global_batch, recipe.micro_batch_per_gpu, ranks)
 
 
@@ -211,7 +193,7 @@ def test_rows_longer_than_the_teachers_positions(tiny_recipe: Path) -> None:
     config = blank_models(recipe)[0]
     with pytest.raises(UserError) as error:
         check_length(config, recipe.seq_len, recipe.teacher)
-    setting = setting_in(str(error.value).replace(" or less", " ("), "seq_len=")
+    setting = setting_in(str(error.value), "seq_len=")
     check_length(config, load_recipe(tiny_recipe, [setting]).seq_len, recipe.teacher)
 
 
@@ -293,3 +275,26 @@ def test_shards_that_the_heldout_task_does_not_find(
         check_input(config)
     paste(str(error.value).partition("or make them: ")[2])
     check_input(config)
+
+
+@pytest.mark.parametrize("there", ["nothing", "a model", "a map without its tokenizer", "a corrupt map"])
+def test_a_vocabulary_that_is_none(
+    there: str, tiny_teacher: Path, tiny_shards: Path, vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TEACHER, SHARDS and xx,yy are the words that a user replaces. What is no vocabulary is not replaced."""
+    monkeypatch.chdir(REPO)
+    directory = tmp_path / "my vocabulary"
+    if there != "nothing":
+        shutil.copytree(tiny_teacher if there == "a model" else vocabulary, directory)
+    if there == "a map without its tokenizer":
+        (directory / "sentencepiece.bpe.model").unlink()
+    if there == "a corrupt map":
+        (directory / "vocabulary.json").write_text("{")
+    with pytest.raises(UserError) as error:
+        read_vocabulary(directory)
+    command = re.findall(r"(?:Make one|Make it again): (.*?)(?:   \(then|$)", str(error.value))[0]
+    for word, value in (("TEACHER", tiny_teacher), ("SHARDS", tiny_shards), ("xx,yy", "sw,tr")):
+        command = re.sub(rf"(?<= ){word}\b", shlex.quote(str(value)), command)
+    paste(command)
+    made = setting_in(str(error.value), "vocabulary=") if there == "a model" else f"vocabulary={directory}"
+    assert len(read_vocabulary(made.removeprefix("vocabulary="))) == len(read_vocabulary(vocabulary))

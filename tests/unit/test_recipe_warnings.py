@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 import pytest
@@ -57,13 +56,6 @@ def test_unexpected_effects_give_a_warning(tiny_recipe: Path, overrides: list[st
     assert len(found) == 1, warnings_of(tiny_recipe, *overrides)
     for words in says:
         assert words in found[0]
-
-
-@pytest.mark.parametrize("overrides", [["optimizer.warmup_steps=50", "steps=50"], ["steps=2000", "save_every=5000"]])
-def test_the_printed_setting_removes_the_warning(tiny_recipe: Path, overrides: list[str]) -> None:
-    (line,) = (line for line in warnings_of(tiny_recipe, *overrides) if "--set" in line and "epochs" not in line)
-    setting = shlex.split(line.partition("--set ")[2])[0]
-    assert not [line for line in warnings_of(tiny_recipe, *overrides, setting) if setting.partition("=")[0] in line]
 
 
 LAYER_TYPES = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]

@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from data_prep.command_line import module_command
 from pipeline.doctor.machine import Finding
 from pipeline.doctor.versions import read_results, version_findings
 from pipeline.runtime.engine import device_precisions
@@ -80,10 +81,10 @@ def test_not_supported_or_not_installed(look) -> None:
     old, missing, other = look(
         "numpy<1", "no-such-package>=3", "no-such-either", pins="numpy==0.9\nno-such-package==3.2\n"
     )[:3]
-    assert (old.status, old.fix) == ("warn", "pip install numpy==0.9")
+    assert (old.status, old.fix) == ("warn", module_command("pip", "install", "numpy==0.9"))
     assert old.what == f"numpy {NUMPY} is not supported (<1)"
-    assert (missing.status, missing.fix) == ("fail", "pip install no-such-package==3.2")
-    assert (other.status, other.fix) == ("fail", "pip install no-such-either")
+    assert (missing.status, missing.fix) == ("fail", module_command("pip", "install", "no-such-package==3.2"))
+    assert (other.status, other.fix) == ("fail", module_command("pip", "install", "no-such-either"))
     python = look(python=">=3.98", results=[result("1.0", exit_code=0)])[0]
     assert (python.status, python.subject, python.fix) == ("fail", "python", "make venv PYTHON=python3.99")
 

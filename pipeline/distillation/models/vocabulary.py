@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -35,9 +36,13 @@ LEADING_SPECIALS = [0, 1, 2, 3]  # <s> <pad> </s> <unk>; the last id is <mask>
 
 
 def how_to_make(output: str | Path, tokenizer: str = "TEACHER") -> str:
-    """The command that makes a vocabulary."""
+    """The command that makes a vocabulary: in `output`, or beside it if something else is there, which is not replaced."""
+    directory, then = Path(output), ""
+    if directory.exists() and (not (directory / MAP_FILE).is_file() or (directory / "config.json").is_file()):
+        output = f"{directory}-vocabulary"
+        then = f"   (then --set {shlex.quote(f'vocabulary={output}')})"
     options = ["--tokenizer", tokenizer, "--shards", "SHARDS", "--languages", "xx,yy", "--output", output]
-    return module_command("data_prep", "trim-vocab", *options)
+    return module_command("data_prep", "trim-vocab", *options) + then
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from pipeline.evaluation.encoder import VOCABULARY_FILES, Encoder
 from pipeline.evaluation.finetuning.loop import FinetuneConfig, FinetuneTask, GridPoint, Scores, finetune, mean_of
 from pipeline.evaluation.finetuning.precision import forward_precision
 from pipeline.evaluation.finetuning.split_data import SplitData
-from pipeline.evaluation.languages import choose_languages
+from pipeline.evaluation.languages import choose_languages, languages_option
 from pipeline.evaluation.task import Results
 from pipeline.provenance import fingerprint
 from pipeline.runtime.dist import Launch
@@ -57,11 +57,13 @@ def run_grids(
     """
     setting = f"{config.name}.languages"
     languages = choose_languages(list(data.test), config.languages, encoders, setting, data.unit)
+    have_dev = list(data.dev)
     data = data.only(languages.chosen)
     if not data.dev:
+        more = f": {languages_option(setting, [*languages.chosen, have_dev[0]])}" if have_dev else f" to {setting}"
         raise UserError(
             f"none of the languages {', '.join(languages.chosen)} has development examples, which choose the epoch. Add one that "
-            f"has: --set '{setting}=[...]'"
+            f"has{more}"
         )
     for encoder in encoders:
         encoder.check_max_length(config.max_length, f"{config.name}.max_length")

@@ -17,6 +17,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.finetuning.labelled_pairs import LabelledPairs, PairData, tsv_rows
 from pipeline.evaluation.finetuning.pair_classification import PairConfig, pair_task
 from pipeline.evaluation.finetuning.split_data import FROM_LIBRARY, only_one, splits_from_library
+from pipeline.evaluation.languages import among
 
 COLUMNS = ("sentence1", "sentence2", "label")
 LABELS = ("0", "1")  # 1: a paraphrase
@@ -48,10 +49,13 @@ def read(config: PawsxConfig) -> PairData:
         raise UserError(f"{where}. Unpack x-final.tar.gz and name its directory: --set pawsx.data=x-final")
     for split, needed in (("train", [config.train_language]), ("dev", languages), ("test", languages)):
         if missing := [language for language in needed if language not in files[split]]:
-            key = "train_language=LANGUAGE" if split == "train" else "languages=[...]"
+            there = sorted(files["train"] if split == "train" else files["dev"].keys() & files["test"].keys())
+            choose = among("pawsx.languages", languages, there)
+            if split == "train" and there:
+                choose = f"Choose one of these: --set pawsx.train_language={there[0]}"
             raise UserError(
                 f"no {' or '.join(SPLITS[split])} of {', '.join(missing)} found below {config.data}; it has those of "
-                f"{', '.join(sorted(files[split])) or 'no language'}. Choose among these with --set pawsx.{key}"
+                f"{', '.join(sorted(files[split])) or 'no language'}. {choose}"
             )
     dev, test = ({x: _read(files[split][x], most[1]) for x in languages} for split in ("dev", "test"))
     return PairData(_read(files["train"][config.train_language], most[0]), dev, test, config.train_language)

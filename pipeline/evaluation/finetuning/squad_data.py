@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.evaluation.finetuning.split_data import FROM_LIBRARY, SplitData, only_one
+from pipeline.evaluation.languages import among
 from pipeline.evaluation.library_data import library_errors, load_table
 from pipeline.runtime.json_files import read_json
 
@@ -85,8 +86,7 @@ def _find(directory: str, split: str, language: str, languages: list[str]) -> Pa
         there = sorted({path.stem.rpartition("-")[2] for path in Path(directory).rglob(f"{split}-context-*.json")})
         has = f"it has {', '.join(there)}" if there else "it has none of MLQA's files"
         raise UserError(
-            f"no {name} found below {directory}; {has}. Unpack MLQA_V1.zip there, or choose: --set "
-            f"'mlqa.languages=[{', '.join(x for x in languages if x in there)}]'"
+            f"no {name} found below {directory}; {has}. Unpack MLQA_V1.zip there. {among('mlqa.languages', languages, there)}"
         )
     return only_one(found)
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_prep.command_line import module_command
 from pipeline.errors import UserError
 from pipeline.evaluation.finetuning.batches import TokenRows
 from pipeline.evaluation.finetuning.squad_data import Question
@@ -107,7 +108,7 @@ def check_last_window(lengths: Sequence[int], step: int, num_tokens: int) -> Non
         raise UserError(
             f"tokenizers {metadata.version('tokenizers')} cut a context of {num_tokens} tokens into {len(lengths)} windows "
             f"that end at token {end}: it drops windows, and the scores of MLQA would be too low. "
-            f"Install a version that returns all of them: pip install 'tokenizers~={COMPLETE_WINDOWS_SINCE}'"
+            f"Install a version that returns all of them: {module_command('pip', 'install', f'tokenizers~={COMPLETE_WINDOWS_SINCE}')}"
         )
 
 

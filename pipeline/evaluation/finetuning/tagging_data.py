@@ -26,6 +26,7 @@ from pipeline.evaluation.finetuning.tagging_files import (
     read_conllu,
     tagged_sentences,
 )
+from pipeline.evaluation.languages import among
 
 _TREEBANK = r"(?P<name>(?P<language>[a-z]{2,3})_\w+)-ud-(?P<split>train|dev|test)(-\w+)?"
 _CODE = r"(?P<name>(?P<language>[a-z]{2,3}(-[A-Za-z-]+)?|simple))"  # WikiANN: Simple English
@@ -108,20 +109,21 @@ def read_tagging(config: TaggingConfig) -> TaggingData:
     train = read(config.train_language, "train", config.max_train)
     if train is None:
         have = sorted({name for name, split in files if split == "train"})
+        choose = f"Choose one of these: --set tagging.train_language={have[0]}" if have else "Name other data"
         raise UserError(
             f"no training file of {config.train_language} found below {config.data}; it has {', '.join(have) or 'none at all'}. "
-            "Choose one of these: --set tagging.train_language=LANGUAGE"
+            f"{choose}"
         )
     tested = sorted({_language(name) for name, split in files if split == "test"})
     languages = list(config.languages or tested)
     test = {x: found for x in languages if (found := read(x, "test", config.max_evaluation))}
     if missing := [x for x in languages if x not in test] or ([] if test else ["any language"]):
         raise UserError(
-            f"no test file of {', '.join(missing)} found below {config.data}; it has {', '.join(tested) or 'none'}. Choose among these "
-            "with --set tagging.languages=[...]"
+            f"no test file of {', '.join(missing)} found below {config.data}; it has {', '.join(tested) or 'none'}. "
+            f"{among('tagging.languages', languages, tested)}"
         )
     dev = {x: found for x in languages if (found := read(x, "dev", config.max_evaluation))}
-    return _checked(train, dev, test, config.train_language)
+    return _checked(train, dev, test, config)
 
 
 def find_files(source: str, asked: str) -> tuple[str, Files]:
@@ -194,8 +196,9 @@ def _joined(parts: list[TaggedSentences], most: int | None) -> TaggedSentences |
 
 
 def _checked(
-    train: TaggedSentences, dev: dict[str, TaggedSentences], test: dict[str, TaggedSentences], train_language: str
+    train: TaggedSentences, dev: dict[str, TaggedSentences], test: dict[str, TaggedSentences], config: TaggingConfig
 ) -> TaggingData:
+    train_language = config.train_language
     others = [x for of in (dev, test) for x, part in of.items() if part.labels != train.labels]
     if others:
         raise UserError(
@@ -204,9 +207,8 @@ def _checked(
         )
     tags = list(UPOS) if train.labels == "upos" else sorted({tag for tags in train.tags for tag in (*tags, "O")})
     if len(tags) < 2:
-        raise UserError(
-            f"the training sentences of {train_language} have no entities. Name more: --set tagging.max_train=null"
-        )
+        more = "Name other data" if config.max_train is None else "Read more: --set tagging.max_train=null"
+        raise UserError(f"the training sentences of {train_language} have no entities. {more}")
     return TaggingData(train, dev, test, train_language, train.labels, tags)
 
 
@@ -223,7 +225,7 @@ def _from_library(config: TaggingConfig) -> TaggingData:
     most = (config.max_train, config.max_evaluation)
     otherwise = "name a directory with the official files: --set tagging.data=DIR"
     found = splits_from_library(config.data, config.train_language, config.languages, most, otherwise, of_table)
-    return _checked(*found, config.train_language)
+    return _checked(*found, config)
 
 
 def _from_table(table: Any, where: str, lenient: bool) -> TaggedSentences:

@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.evaluation.finetuning.labelled_pairs import LabelledPairs, PairData, tsv_rows
 from pipeline.evaluation.finetuning.split_data import FROM_LIBRARY, only_one, splits_from_library
+from pipeline.evaluation.languages import among
 
 LABELS = ("entailment", "neutral", "contradiction")
 ALSO_CALLED = {"contradictory": "contradiction"}  # the word of XNLI-MT
@@ -42,8 +43,8 @@ def read_xnli(
     )
     if list(dev) != list(test):
         raise UserError(
-            f"xnli.dev.tsv has the languages {', '.join(dev)}, xnli.test.tsv has {', '.join(test)}. Choose those of both: --set "
-            f"'xnli.languages=[{', '.join(x for x in dev if x in test)}]'"
+            f"xnli.dev.tsv has the languages {', '.join(dev)}, xnli.test.tsv has {', '.join(test)}. "
+            f"{among('xnli.languages', None, [x for x in dev if x in test])}"
         )
     return PairData(train, dev, test, train_language)
 
@@ -78,8 +79,8 @@ def _read_evaluation(path: Path, languages: list[str] | None, most: int | None) 
     missing = [language for language in languages or [] if language not in of_language]
     if missing or not of_language:
         raise UserError(
-            f"{path} has no pairs in {', '.join(missing) or 'any language'}; it has {', '.join(sorted(of_language))}. Choose "
-            "among these with --set xnli.languages=[...]"
+            f"{path} has no pairs in {', '.join(missing) or 'any language'}; it has {', '.join(sorted(of_language)) or 'none'}. "
+            f"{among('xnli.languages', languages, sorted(of_language))}"
         )
     return {language: of_language[language] for language in languages or sorted(of_language)}
 

@@ -203,7 +203,7 @@ def test_without_the_engine_the_ids_are_the_same_and_a_note_says_so_once(
     assert "note:" not in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "kitoken", None)
     run(corpus, directory, tmp_path / "without", quiet=False, num_workers=2)
-    assert capsys.readouterr().err.count("kitoken is not installed (pip install kitoken==") == 1
+    assert capsys.readouterr().err.count("kitoken is not installed (") == 1
     one, other = ShardSet(tmp_path / "with"), ShardSet(tmp_path / "without")
     assert one.fingerprint == other.fingerprint
     engines = [

@@ -75,7 +75,7 @@ def test_other_types_are_a_mismatch(record: Any) -> None:
         ("score", "cannot read 'score'"),
         ("score = 1", "For equality write =="),
         ("score => 1", "unknown operator '=>'"),
-        ("score >= abc", "'abc' is no number. A text needs quotes: score >= 'abc'"),
+        ("score >= abc", "'abc' is no number. >= compares numbers"),
         ("score >= nan", "is no number"),
         ("score >= 1e999", "is too large a number"),
         ("score >= 0x10", "is no number"),

@@ -99,7 +99,7 @@ def test_layers_and_relations_are_those_of_the_training(
 
     deep = student_of(tiny_teacher, tmp_path / "b", relations={**relations, "teacher_layer": 4})
     both = [load_encoder(student), load_encoder(str(deep))]
-    with pytest.raises(UserError, match=r"different `teacher_layer`.*TEACHER@LAYER"):
+    with pytest.raises(UserError, match=r"different `teacher_layer`.*--teacher \S+teacher0@2 "):
         settings_of(both, HeldoutConfig(str(tiny_teacher)))
     assert settings_of(both, HeldoutConfig(f"{tiny_teacher}@3"))["teacher_layer"] == 3
 

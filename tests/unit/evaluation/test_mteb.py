@@ -27,7 +27,7 @@ def test_the_package_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     monkeypatch.delitem(sys.modules, "mteb", raising=False)
     monkeypatch.setattr(builtins, "__import__", without_mteb)
     assert exit_code_of(lambda: main(["evaluate", "nowhere", "--tasks", "mteb", "--output", str(tmp_path)])) == 2
-    assert "Install it: pip install 'mteb>=2,<3'" in capsys.readouterr().err
+    assert "-m pip install 'mteb>=2,<3'" in capsys.readouterr().err
 
 
 def test_the_table_and_the_card() -> None:

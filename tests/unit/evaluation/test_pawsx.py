@@ -84,7 +84,7 @@ def test_missing_files_and_languages(pairs: Path, tmp_path: Path) -> None:
         read(config(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"of fr found below .* it has those of de, en.*--set pawsx\.train_language"):
         read(config(pairs, train_language="fr"))
-    with pytest.raises(UserError, match=r"no dev_2k\.tsv of fr, ur found .*--set pawsx\.languages"):
+    with pytest.raises(UserError, match=r"no dev_2k\.tsv of fr, ur found .*--set 'pawsx\.languages"):
         read(config(pairs, languages=["en", "fr", "ur"]))
     (pairs / "de" / "test_2k.tsv").write_text("id\tsentence1\tsentence2\tlabel\n0\tNS\tNS\t1\n")
     with pytest.raises(UserError, match=r"test_2k\.tsv has no pairs"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from pipeline.planning.plan import Planner
 from pipeline.planning.scaling import scale, scaling_knee
 from pipeline.planning.trace import trace_student, trace_teacher
 from tests.conftest import REPO
+from tests.unit.printed import settings_in
 
 RECIPE = REPO / "recipes" / "xlmr_large_l12_h384.yaml"
 ZERO2 = REPO / "ds_configs" / "zero2.json"
@@ -165,7 +167,7 @@ def test_a_run_that_does_not_fit_is_rejected_with_changes_that_fit(planned: Plan
     assert "does not fit on a100-80" in error
     assert "--set micro_batch_per_gpu=16" in error
     assert "--set student.checkpointing=true" in error
-    for change in ("micro_batch_per_gpu=16", "student.checkpointing=true"):
+    for change in settings_in(error):
         assert planner(SHALLOW[1], change).plan(1, 8).memory.total < 4.5 * GIB
 
 
@@ -181,3 +183,8 @@ def test_a_teacher_that_fits_only_partitioned(planned: Planned) -> None:
     code, error = planned(*xxl, gpu="t4")
     assert code == EXIT_USER
     assert "teacher_options.placement=zero3" in error
+    for option in re.split("; or ", error.partition("What would fit: ")[2]):
+        if settings := settings_in(option):
+            assert (
+                planned(*xxl, *(word for setting in settings for word in ("--set", setting)), gpu="t4")[0] == EXIT_DONE
+            )

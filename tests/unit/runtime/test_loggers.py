@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from data_prep.command_line import module_command
 from pipeline.errors import UserError
 from pipeline.runtime import loggers as module
 from pipeline.runtime.loggers import LOGGERS, LoggedRun, Loggers, problem_of
@@ -188,7 +189,8 @@ def test_names_and_packages_are_checked() -> None:
     ):
         MetricsConfig(loggers=["wanbd"])
     assert problem_of(["tensorboard"]) is None
-    problem = "`metrics.loggers` names no_package, which is not installed. Install it: pip install no_package"
+    install = module_command("pip", "install", "no_package")
+    problem = f"`metrics.loggers` names no_package, which is not installed. Install it: {install}"
     assert problem_of(["tensorboard", "no_package"]) == problem
 
 

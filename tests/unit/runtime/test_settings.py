@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,68 @@ def test_gradients_that_deepspeed_would_end_at(
     assert str(tmp_path / "ds.json") in str(caught.value)
     assert "remove " in str(caught.value)
     resolved(gradients_config(tmp_path / "ds.json", precision, stage), GPU)
+
+
+def fixed_configs(path: Path, message: str, key: str) -> list[dict[str, Any]]:
+    """The config with each of the fixes that the message names, applied alone."""
+    found = []
+    for fix in re.findall(r'write ("\w+")|stage to (\d)|(remove (?:it|the key))', message):
+        config = json.loads(path.read_text())
+        *parents, last = key.split(".")
+        section = config
+        for name in parents:
+            section = section[name]
+        if fix[0]:
+            section[last] = json.loads(fix[0])
+        elif fix[1]:
+            config["zero_optimization"]["stage"] = int(fix[1])
+        else:
+            del section[last]
+        found.append(config)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage", "key", "keys"),
+    [
+        ("bf16", 1, "data_types.grad_accum_dtype", {"data_types": {"grad_accum_dtype": "fp32"}}),
+        ("bf16", 1, "data_types.grad_accum_dtype", {"data_types": {"grad_accum_dtype": "fp16"}}),
+        ("bf16", 2, "data_types.grad_accum_dtype", {"data_types": {"grad_accum_dtype": "fp16"}}),
+        ("fp16", 1, "data_types.grad_accum_dtype", {"data_types": {"grad_accum_dtype": "bf16"}}),
+        ("fp16", 2, "prescale_gradients", {"prescale_gradients": True}),
+        ("bf16", 3, "gradient_predivide_factor", {"gradient_predivide_factor": 2.0}),
+        ("fp16", 2, "zero_optimization.offload_param", {"zero": {"offload_param": {"device": "cpu"}}}),
+        ("fp16", 2, "train_batch_size", {"train_batch_size": 7}),
+        ("fp16", 2, "optimizer.params.lr", {"optimizer": {"params": {"lr": 7}}}),
+    ],
+)
+def test_the_fixes_of_an_error_are_accepted(precision: str, stage: int, key: str, keys: dict, tmp_path: Path) -> None:
+    path = gradients_config(tmp_path / "ds.json", precision, stage, **keys)
+    with pytest.raises(UserError) as error:
+        resolved(path, GPU)
+    fixes = fixed_configs(path, str(error.value), key)
+    assert fixes
+    for fixed in fixes:
+        path.write_text(json.dumps(fixed))
+        resolved(path, GPU)
+
+
+def test_each_stage_that_is_named_is_accepted(tmp_path: Path) -> None:
+    for stage in (0, 4):
+        path = gradients_config(tmp_path / "ds.json", "fp16", stage)
+        with pytest.raises(UserError) as error:
+            resolved(path, GPU)
+        named = re.findall(r"\d", re.findall(r"(?:use|must be) (1[^(.]*)", str(error.value))[0])
+        assert named == ["1", "2", "3"]
+        for number in named:
+            resolved(gradients_config(path, "fp16", int(number)), GPU)
+
+
+def test_the_config_for_a_gpu_without_bf16_exists_and_works() -> None:
+    with pytest.raises(UserError) as error:
+        resolved(REPO / "ds_configs" / "zero2_bf16.json", OLD_GPU)
+    (named,) = re.findall(r"use (\S+\.json)", str(error.value))
+    resolved(REPO / named, OLD_GPU)
 
 
 @pytest.mark.parametrize(
