@@ -32,12 +32,18 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class Precisions:
-    """The precisions of a device. `bf16_fast`: it has instructions for bf16 and does not emulate it."""
+    """The precisions of a device.
+
+    Attributes:
+        bf16_fast: it has instructions for bf16 and does not emulate it
+        bf16_faster: it has fp16 too, and multiplies matrices faster in bf16
+    """
 
     fp16: bool
     bf16: bool
     bf16_fast: bool
     device: str
+    bf16_faster: bool = False
 
 
 def split_batch(global_batch: int, micro_batch: int, world_size: int) -> BatchShape:
@@ -133,7 +139,7 @@ def _resolve_optimizer(config: dict[str, Any], optimizer: OptimizerConfig, path:
 
 
 def _resolve_precision(config: dict[str, Any], path: Path, can: Precisions) -> list[str]:
-    """Replace fp16 where the device does not have it: by bf16 where that is fast, else by fp32. Returns the warning."""
+    """Replace fp16 where the device does not have it: by bf16 where that is fast, else by fp32. Returns warnings."""
     fp16 = config.setdefault("fp16", {"enabled": False})
     bf16 = config.setdefault("bf16", {"enabled": False})
     for name, section in (("fp16", fp16), ("bf16", bf16)):
@@ -150,6 +156,8 @@ def _resolve_precision(config: dict[str, Any], path: Path, can: Precisions) -> l
         return [f"{path} asks for fp16, which {can.device} does not have: this run computes in {instead} instead"]
     if bf16.get("enabled") and not can.bf16:
         raise UserError(f"{path} asks for bf16, which {can.device} does not have; use ds_configs/zero2.json (fp16)")
+    if fp16.get("enabled") and can.bf16_faster:
+        return [f"{path} asks for fp16, and {can.device} is faster in bf16: enable `bf16` in place of `fp16`, as in ds_configs/zero2_bf16.json"]
     return []
 
 

@@ -60,8 +60,9 @@ def device_precisions(device: torch.device) -> Precisions:
     if device.type == "cuda":
         bf16 = gpus.has_bf16(device)
         return Precisions(bool(accelerator.is_fp16_supported()), bf16, bf16, gpus.describe(device).name)
-    fast = not {"avx512_bf16", "amx_bf16"}.isdisjoint(_cpu_features())
-    return Precisions(bool(accelerator.is_fp16_supported()), True, fast, "this CPU")
+    features, fp16 = _cpu_features(), bool(accelerator.is_fp16_supported())
+    fast = not {"avx512_bf16", "amx_bf16"}.isdisjoint(features)
+    return Precisions(fp16, True, fast, "this CPU", fp16 and "amx_bf16" in features and "amx_fp16" not in features)
 
 
 def _cpu_features() -> set[str]:

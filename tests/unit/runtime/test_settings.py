@@ -77,6 +77,16 @@ def test_fp16_falls_back_with_one_warning(can: Precisions, instead: str) -> None
     assert instead in warnings[0]
 
 
+def test_fp16_where_bf16_is_faster_is_done_and_said() -> None:
+    both = Precisions(fp16=True, bf16=True, bf16_fast=True, device="this CPU", bf16_faster=True)
+    config, warnings = resolved(REPO / "ds_configs" / "zero2.json", both)
+    assert precision_of(config) == "fp16"
+    (warning,) = warnings
+    better = warning.rpartition("as in ")[2]
+    config, warnings = resolved(REPO / better, both)
+    assert (precision_of(config), warnings) == ("bf16", [])
+
+
 def test_bf16_on_a_gpu_without_bf16_names_the_config_to_use() -> None:
     with pytest.raises(UserError, match=r"zero2\.json"):
         resolved(REPO / "ds_configs" / "zero2_bf16.json", OLD_GPU)
