@@ -157,7 +157,9 @@ def _resolve_precision(config: dict[str, Any], path: Path, can: Precisions) -> l
     if bf16.get("enabled") and not can.bf16:
         raise UserError(f"{path} asks for bf16, which {can.device} does not have; use ds_configs/zero2.json (fp16)")
     if fp16.get("enabled") and can.bf16_faster:
-        return [f"{path} asks for fp16, and {can.device} is faster in bf16: enable `bf16` in place of `fp16`, as in ds_configs/zero2_bf16.json"]
+        return [
+            f"{path} asks for fp16, and {can.device} is faster in bf16: enable `bf16` in place of `fp16`, as in ds_configs/zero2_bf16.json"
+        ]
     return []
 
 
