@@ -43,7 +43,10 @@ PAIRS = {
 }
 STUDENTS = {"deep": DEEP, "wide": WIDE, "pairs": PAIRS}
 SETTINGS: dict[str, Any] = {"steps": 6, "save_every": 3, "eval_every": 3, "relations.backend": "chunked"}
-WILD = {**DEEP, "optimizer": {"lr": 0.01, "warmup_steps": 0, "decay": "constant"}}  # the held-out loss rises from step 2 on
+WILD = {
+    **DEEP,
+    "optimizer": {"lr": 0.01, "warmup_steps": 0, "decay": "constant"},
+}  # the held-out loss rises from step 2 on
 
 
 class Family(Lab):
