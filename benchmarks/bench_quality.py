@@ -45,7 +45,7 @@ from pipeline.distillation.models.student import Student, StudentConfig, build_s
 from pipeline.distillation.models.teacher import cast_parameters, load_encoder
 from pipeline.distillation.tap import tap
 from pipeline.evaluation.encoder import POOLINGS, Encoder, batches_by_length, pad_rows
-from pipeline.evaluation.pooling import unit_mean
+from pipeline.evaluation.pooling import MEAN
 from pipeline.evaluation.retrieval import RetrievalConfig, evaluate_retrieval
 from pipeline.evaluation.sts import spearman
 from pipeline.runtime.optimizer import OptimizerConfig, learning_rate, parameter_groups
@@ -219,7 +219,7 @@ class Lines:
         for batch in batches:
             ids_BL, mask_BL = pad_rows([self.ids[i] for i in batch], encoder.tokenizer.pad_token_id, encoder.device)
             states_BLD = encoder.model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
-            vectors.append(unit_mean(states_BLD, mask_BL))
+            vectors.append(MEAN(states_BLD, mask_BL))
         return torch.cat(vectors)[torch.argsort(torch.tensor([number for batch in batches for number in batch]))]
 
     @torch.inference_mode()

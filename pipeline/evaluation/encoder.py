@@ -25,7 +25,7 @@ from pipeline.distillation.models.architectures import architecture_of, usable_p
 from pipeline.distillation.models.vocabulary import MAP_FILE, read_vocabulary
 from pipeline.distillation.tap import tap
 from pipeline.errors import UserError
-from pipeline.evaluation.pooling import SentencePooling, sentence_pooling, unit_mean
+from pipeline.evaluation.pooling import MEAN, SentencePooling, sentence_pooling
 from pipeline.evaluation.training_metadata import training_metadata
 from pipeline.runtime import gpus
 
@@ -169,7 +169,7 @@ def sentence_vectors(
             (_, _, values_BLD), output_BLD = tapped(input_ids_BL, mask_BL)
             vectors["output"].append(encoder.pooling(output_BLD, mask_BL).cpu())
             for pooling, states_BLD in (("last_input", last_inputs.pop()), ("values", values_BLD)):
-                vectors[pooling].append(unit_mean(states_BLD, mask_BL).cpu())
+                vectors[pooling].append(MEAN(states_BLD, mask_BL).cpu())
     back = torch.argsort(torch.tensor([number for batch in batches for number in batch]))
     return {pooling: torch.cat(parts)[back] for pooling, parts in vectors.items()}, sum(map(len, ids))
 

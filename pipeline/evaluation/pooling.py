@@ -7,21 +7,27 @@ lineage of an export says; without both, the mean over tokens.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from pipeline.distillation.models.model_files import find_directory
-from pipeline.distillation.models.sentence_files import DENSE, Pooling, UnknownSettingsError, sentence_settings
+from pipeline.distillation.models.sentence_files import (
+    DENSE,
+    FoundSettings,
+    Pooling,
+    UnknownSettingsError,
+    sentence_settings,
+)
+from pipeline.distillation.tail import pooling_matrix
 from pipeline.errors import UserError
 from pipeline.evaluation.training_metadata import training_metadata
 from pipeline.runtime.json_files import read_json
 from pipeline.runtime.tensor_files import open_tensors
 
 DENSE_FILE, DENSE_WEIGHT, DENSE_BIAS = "model.safetensors", "linear.weight", "linear.bias"
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"Identity": lambda states: states, "Tanh": torch.tanh}
+ACTIVATIONS: dict[str, type[torch.nn.Module]] = {"Identity": torch.nn.Identity, "Tanh": torch.nn.Tanh}
 APPLIED = {"Transformer", "Pooling", "Dense", "Normalize"}  # modules of sentence-transformers
 
 
@@ -41,7 +47,7 @@ class Dense:
 
     def __call__(self, vectors_Bd: torch.Tensor) -> torch.Tensor:
         bias_E = None if self.bias_E is None else self.bias_E.to(vectors_Bd)
-        return ACTIVATIONS[self.activation](
+        return ACTIVATIONS[self.activation]()(
             torch.nn.functional.linear(vectors_Bd, self.weight_Ed.to(vectors_Bd), bias_E)
         )
 
@@ -65,24 +71,13 @@ class SentencePooling:
 
     def __call__(self, states_BLD: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
         """Unit vectors `[B, D]`, or `[B, E]` behind a projection. Rows are padded at their ends."""
-        if self.pooling == "mean":
-            vectors_BD = _mean_over_tokens(states_BLD, mask_BL)
-        elif self.pooling == "cls":
-            vectors_BD = states_BLD[:, 0]
-        else:
-            rows_B = torch.arange(len(states_BLD), device=states_BLD.device)
-            vectors_BD = states_BLD[rows_B, mask_BL.sum(dim=1) - 1]
+        lengths_B1 = mask_BL.sum(dim=1, keepdim=True)
+        pool_B1L = pooling_matrix(lengths_B1, mask_BL.shape[1], self.pooling).to(states_BLD)
+        vectors_BD = (pool_B1L @ states_BLD).squeeze(1)
         return torch.nn.functional.normalize(self.dense(vectors_BD) if self.dense else vectors_BD, dim=-1)
 
 
-def unit_mean(states_BLD: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
-    """The mean of the states of each row's tokens as a unit vector, `[B, D]`."""
-    return torch.nn.functional.normalize(_mean_over_tokens(states_BLD, mask_BL), dim=-1)
-
-
-def _mean_over_tokens(states_BLD: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
-    mask_BL1 = mask_BL.unsqueeze(-1)
-    return (states_BLD * mask_BL1).sum(dim=1) / mask_BL1.sum(dim=1)
+MEAN = SentencePooling()
 
 
 def sentence_pooling(model: str) -> SentencePooling:
@@ -94,27 +89,32 @@ def sentence_pooling(model: str) -> SentencePooling:
     try:
         directory = find_directory(model, is_cached=True)
     except UserError:  # a name that is neither a directory nor in the cache: a model that was built in memory
-        return SentencePooling()
+        return MEAN
     try:
         found = sentence_settings(model, "auto")
     except UnknownSettingsError as error:
         _say(f"warning: {error.cause.rstrip('.')}. The figures here are of means over tokens")
-        return SentencePooling()
+        return MEAN
     pooling = found.settings.pooling if found.modules else training_metadata(model).get("pooling") or "mean"
     has_dense = "Dense" in found.modules if found.modules else (directory / DENSE).is_dir()
-    dense, left_out = None, sorted({*found.modules} - APPLIED)
-    if has_dense:
-        try:
-            dense = read_dense(directory)
-            left_out += [] if dense else ["Dense"]
-        except UnknownDenseError as error:
-            left_out.append(f"Dense ({error.cause})")
-    if left_out:
-        _say(f"warning: {model}: modules that are not applied to the sentence vectors here: {', '.join(left_out)}")
+    dense, cause = None, ""
+    try:
+        dense = read_dense(directory) if has_dense else None
+    except UnknownDenseError as error:
+        cause = f" ({error.cause})"
+    if not_applied := modules_without_effect(found, dense):
+        _say(
+            f"warning: {model}: modules that are not applied to the sentence vectors here: {', '.join(not_applied)}{cause}"
+        )
     made = SentencePooling(pooling, dense)
-    if made != SentencePooling():
+    if made != MEAN:
         _say(f"note: sentence vectors from the output of {model} are made with pooling: {made.name}")
     return made
+
+
+def modules_without_effect(found: FoundSettings, dense: Dense | None) -> list[str]:
+    """The kinds of modules that a model lists and that do nothing here. `dense`: what was read of its projection."""
+    return sorted({*found.modules} - (APPLIED if dense else APPLIED - {"Dense"}))
 
 
 class UnknownDenseError(UserError):

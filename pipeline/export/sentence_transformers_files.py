@@ -18,12 +18,11 @@ import torch
 from pipeline.distillation.models.loading import load_config
 from pipeline.distillation.models.sentence_files import DENSE, EARLIER_KEYS, MODES, SentenceSettings
 from pipeline.errors import UserError
-from pipeline.evaluation.pooling import DENSE_BIAS, DENSE_FILE, DENSE_WEIGHT, Dense
+from pipeline.evaluation.pooling import ACTIVATIONS, DENSE_BIAS, DENSE_FILE, DENSE_WEIGHT, Dense
 from pipeline.export.handover import longest_input
 from pipeline.runtime.json_files import read_json_if_there
 from pipeline.runtime.tensor_files import save_tensors
 
-MODULES_OF_TORCH = {"Identity": "torch.nn.modules.linear.Identity", "Tanh": "torch.nn.modules.activation.Tanh"}
 POOLING_KEYS = {MODES[mode]: key for key, mode in EARLIER_KEYS.items() if mode in MODES}  # which all versions read
 
 
@@ -74,12 +73,12 @@ def exported_settings(directory: Path) -> SentenceSettings:
 
 def write_dense(directory: Path, dense: Dense, dtype: torch.dtype = torch.float32) -> None:
     """Write the projection of sentence vectors as a Dense module, which modules.json need not name."""
-    outputs, inputs = dense.weight_Ed.shape
+    (outputs, inputs), activation = dense.weight_Ed.shape, ACTIVATIONS[dense.activation]
     config = {
         "in_features": inputs,
         "out_features": outputs,
         "bias": dense.bias_E is not None,
-        "activation_function": MODULES_OF_TORCH[dense.activation],
+        "activation_function": f"{activation.__module__}.{activation.__name__}",
     }
     (directory / DENSE).mkdir()
     (directory / DENSE / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -22,11 +22,11 @@ from data_prep.command_line import end_lines, module_command
 from data_prep.outputs import check_output_place, output_path
 from pipeline.data.tokenizer_hash import tokenizer_sha256
 from pipeline.distillation.models.loading import load_config
-from pipeline.distillation.models.sentence_files import DENSE, MODULES_FILE, UnknownSettingsError, sentence_settings
+from pipeline.distillation.models.sentence_files import MODULES_FILE, UnknownSettingsError, sentence_settings
 from pipeline.distillation.models.vocabulary import Vocabulary, cut_embedding, read_vocabulary
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder, load_encoder
-from pipeline.evaluation.pooling import APPLIED, read_dense
+from pipeline.evaluation.pooling import Dense, modules_without_effect, read_dense
 from pipeline.export.hf import LINEAGE_FILE, Export, Extra, export_student
 from pipeline.export.sentence_transformers_files import add_sentence_transformers
 from pipeline.runtime.json_files import read_json_if_there
@@ -82,8 +82,9 @@ def trim(
     lineage = read_json_if_there(source / LINEAGE_FILE)
     cut = {key: vocabulary.about[key] for key in ("languages", "min_count", "coverage")}
     lineage["trimmed"] = {"from": str(run_dir or source), **cut, "pieces": report["pieces"]}
+    dense = read_dense(source)
     if (source / MODULES_FILE).is_file():
-        extras = [*_sentence_files(source, lineage), *extras]
+        extras = [*_sentence_files(source, lineage, dense), *extras]
     export = Export(
         encoder.model.state_dict(),
         encoder.model.config,
@@ -91,13 +92,13 @@ def trim(
         lineage,
         extras=[lambda directory: check_equal(states_before, directory, rows_BL), *extras],
         dtype=torch.float16 if load_config(source, "model").dtype == torch.float16 else torch.float32,
-        projection=read_dense(source),
+        projection=dense,
     )
     export_student(export, output)
     return report
 
 
-def _sentence_files(source: Path, lineage: dict[str, Any]) -> list[Extra]:
+def _sentence_files(source: Path, lineage: dict[str, Any], dense: Dense | None) -> list[Extra]:
     """What writes the sentence-transformers files of a model that has them. Its settings are added to the lineage."""
     try:
         found = sentence_settings(str(source), "auto")
@@ -106,10 +107,9 @@ def _sentence_files(source: Path, lineage: dict[str, Any]) -> list[Extra]:
             f"warning: {error.cause}; the trimmed model has no sentence-transformers files", file=sys.stderr, flush=True
         )
         return []
-    left_out = {*found.modules} - APPLIED | ({*found.modules} & {"Dense"} if not (source / DENSE).is_dir() else set())
-    if left_out:
+    if left_out := modules_without_effect(found, dense):
         print(
-            f"warning: the trimmed model has no {', '.join(sorted(left_out))}, which {source / MODULES_FILE} lists",
+            f"warning: the trimmed model has no {', '.join(left_out)}, which {source / MODULES_FILE} lists",
             file=sys.stderr,
             flush=True,
         )

@@ -110,6 +110,22 @@ def test_a_projection_that_is_not_known_is_not_replaced_by_another(
     assert not (tmp_path / "trimmed").exists()
 
 
+def test_modules_that_a_trimmed_model_does_not_have_are_named(
+    tiny_teacher: Path, vocabulary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = Path(shutil.copytree(tiny_teacher, tmp_path / "source"))
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense", "3_LSTM": "LSTM"}
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    (source / "modules.json").write_text(json.dumps(modules))
+    trim.trim(source, read_vocabulary(vocabulary), tmp_path / "trimmed")
+    assert "the trimmed model has no Dense, LSTM, which" in capsys.readouterr().err
+    write_dense(source, Dense(torch.eye(48)))
+    trim.trim(source, read_vocabulary(vocabulary), tmp_path / "trimmed")
+    assert "the trimmed model has no LSTM, which" in capsys.readouterr().err
+
+
 POOLINGS = ({"pooling_mode_cls_token": True}, {"pooling_mode_max_tokens": True})
 
 
