@@ -52,7 +52,8 @@ class Records:
             self.counts[problem[0]] += 1
         if self.num_records == RECORDS_PROBED:
             self.check_field()
-        if problem is not None and self._policy == "fail" and problem[0] not in (NOT_MET, NULL):
+        # a record that --where leaves out need not have text
+        if problem is not None and self._policy == "fail" and self.where.problem(record) not in (NOT_MET, NULL):
             raise BrokenRecord(
                 f"field {self.text_field!r} of {where} {problem[1]}. Fix that record, or leave such records out with "
                 "--bad-records skip"

@@ -167,6 +167,18 @@ def test_a_record_without_the_column_may_be_an_error(tmp_path: Path) -> None:
         list(Source("de", path, path.name, strict).chunks())
 
 
+def test_a_record_that_the_filter_leaves_out_needs_no_text(tmp_path: Path) -> None:
+    """`--bad-records fail` stops only at records that would be kept."""
+    left_out = [{"text": None, "n": 2}, {"n": 2}, {"text": 5, "n": 2}, {"text": None, "n": None}]
+    strict = ReadOptions(bad_records="fail", where=Where.parse(["n == 1"]))
+    path = write(tmp_path / "de.jsonl", [*[{"text": "a", "n": 1}] * 5, *left_out])
+    source = Source("de", path, path.name, strict)
+    assert b"".join(source.chunks()) == b"a\n\n" * 5
+    path = write(tmp_path / "de.jsonl", [{"text": "a", "n": 1}, {"text": None, "n": 1}])
+    with pytest.raises(CorruptSource, match="field 'text' of line 2 is null"):
+        list(Source("de", path, path.name, strict).chunks())
+
+
 def test_lines_of_text_have_no_columns(
     tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
