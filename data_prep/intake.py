@@ -7,6 +7,7 @@ In: a `Survey`. Out: lines on standard error about the files of each language an
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from data_prep.command_line import is_verbose
@@ -56,14 +57,15 @@ def check_left_out(survey: Survey) -> None:
         )
 
 
-def check_field(output: Path, chosen: dict[str, list[Source]]) -> None:
+def check_field(output: Path, chosen: dict[str, list[Source]], redo: Collection[str] = ()) -> None:
     """Raise `WrongTextField` if the first file of records of a language has no field --text-field.
 
-    This runs before the output is begun, so that a wrong option is not recorded there. Finished languages are not checked.
+    This runs before the output is begun, so that a wrong option is not recorded there. Finished languages are not checked,
+    except those in `redo`, whose journals may be corrupt and are not read.
     """
     for language, sources in chosen.items():
         first = next((source for source in sources if source.holds_records), None)
-        if first is None or Journal.read(output / language).complete:
+        if first is None or (language not in redo and Journal.read(output / language).complete):
             continue
         try:
             next(first.chunks(), None)

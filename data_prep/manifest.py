@@ -133,10 +133,10 @@ def _holds_nothing_of(output: Path, about: dict[str, Any]) -> bool:
     begun = read_run(output)
     if begun["options"] == about["options"]:
         return False
-    journals = [Journal.read(output / language) for language in begun["languages"] if (output / language).is_dir()]
-    if any(journal.entries for journal in journals):
-        return False
     try:
+        journals = [Journal.read(output / language) for language in begun["languages"] if (output / language).is_dir()]
+        if any(journal.entries for journal in journals):
+            return False
         for journal in journals:
             with journal.locked():
                 pass

@@ -74,7 +74,7 @@ def prepare(config: PrepareConfig) -> list[str]:
     about = describe(tokenizer, config.clean, config.shard_tokens, config.block_bytes, config.reading)
     if surveyed.commits:
         about[DATA_SETS] = {name: [commit] for name, commit in sorted(surveyed.commits.items())}
-    check_field(config.output, chosen)
+    check_field(config.output, chosen, config.redo)
     if not config.quiet and (note := assumption(config.tokenizer, tokenizer.path)):
         print(note, file=sys.stderr)
     if not config.quiet and isinstance(tokenizer, FastTokenizer) and tokenizer.note:

@@ -195,6 +195,19 @@ def test_a_shard_that_was_lost(prepare: Prepare, tmp_path: Path, capsys: pytest.
     assert main(merge) == 0
 
 
+@pytest.mark.parametrize("name", ["sv.jsonl", "sv.txt"])
+@pytest.mark.parametrize("more", [(), ("--min-document-chars", "1")], ids=["same options", "other options"])
+def test_a_corrupt_journal(name: str, more: tuple[str, ...], prepare: Prepare, tmp_path: Path) -> None:
+    write_records(tmp_path / "my text" / name, [{"text": record["content"]} for record in RECORDS])
+    assert prepare() == ""
+    journal = tmp_path / "my shards" / "sv" / "journal.jsonl"
+    journal.write_bytes(b"0" * 16 + journal.read_bytes()[16:])
+    message = prepare()
+    (fix,) = re.findall(r"the same command with (--redo \w+)", message)
+    message = prepare(*shlex.split(fix), *more)
+    assert message == "" if not more else "Use the same, or give --output a new directory" in message, message
+
+
 def test_a_data_set_with_several_configs(prepare: Prepare, tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     place = write_data_set(tmp_path / "my data set")
