@@ -328,8 +328,11 @@ def _import_under_lock(output: Path, other: Path, theirs: dict[str, Any]) -> lis
             f"{', '.join(differing)} is in both {output} and {other}, and differs. Nothing was copied. To keep those of "
             f"{other}: rm -r {shlex.join(str(output / language) for language in differing)}"
         )
-    new = [language for language in finished if language not in arrived]
+    # a language that has arrived is not named if a process was killed before it wrote `prepare.json`
+    new = [language for language in finished if language not in arrived or language not in ours["languages"]]
     for language in new:
+        if language in arrived:
+            continue
         arriving = output / f"{language}.tmp"
         copy_language(other / language, arriving, Journal.read(other / language))
         arriving.rename(output / language)

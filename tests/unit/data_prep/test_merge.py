@@ -144,3 +144,20 @@ def test_a_linked_language_is_rejected_without_a_manifest(
     assert merge(tmp_path / "all", other) == EXIT_USER
     assert f"{LANGUAGE} is a link or not a directory" in capsys.readouterr().err
     assert not (tmp_path / "all").exists()
+
+
+def test_a_language_that_a_killed_merge_copied_is_added_by_the_next_one(
+    other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def killed(*unused: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("data_prep.manifest.with_data_sets", killed)  # the languages are there, and not in prepare.json
+        assert merge(tmp_path / "all", other) == 130
+    assert (tmp_path / "all" / LANGUAGE).is_dir()
+    assert merge(tmp_path / "all", other) == 0
+    assert "added nothing" not in capsys.readouterr().out
+    assert ShardSet(tmp_path / "all").fingerprint == ShardSet(other).fingerprint
+    assert merge(tmp_path / "all", other) == 0
+    assert "added nothing" in capsys.readouterr().out
