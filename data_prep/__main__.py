@@ -31,7 +31,7 @@ from data_prep.command_line import (
     print_bytes_as_they_come,
 )
 from data_prep.outputs import output_path
-from data_prep.shards import DataError, ShardSet
+from data_prep.shards import RUN_NAME, DataError, ShardSet
 from data_prep.sources import ReadOptions
 from data_prep.tokenizer_ids import ENGINES, UNITS
 from data_prep.where import Where
@@ -316,6 +316,11 @@ def run_merge(parsed: argparse.Namespace) -> int:
         print(
             f"{other}: added {', '.join(added) or 'nothing'}"
             + (f"; not finished there: {not_finished}" if not_finished else "")
+        )
+    if parsed.others and not (parsed.shards / RUN_NAME).is_file():
+        raise DataError(
+            f"Nothing was merged: no language is finished in {', '.join(map(str, parsed.others))}. Finish one with the command "
+            "that prepared it."
         )
     left_out = unfinished(parsed.shards)
     write_manifest(parsed.shards, allow_partial=parsed.partial)

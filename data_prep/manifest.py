@@ -239,6 +239,10 @@ def write_manifest(output: Path, allow_partial: bool = False) -> None:
     """Write `manifest.json` from the journals. Unfinished languages are left out with `allow_partial`; else they raise."""
     with changing(output):
         missing = unfinished(output)
+        if not read_run(output)["languages"]:
+            raise DataError(
+                f"{output} holds no language. Nothing was written. Merge directories with finished languages."
+            )
         if missing and (not allow_partial or len(missing) == len(read_run(output)["languages"])):
             raise DataError(
                 f"{output}: not finished are {', '.join(missing)}. Run prepare for them, then "
@@ -310,7 +314,9 @@ def _shards_with_ranges(journal: Journal) -> list[dict[str, Any]]:
 def import_languages(output: Path, other: Path) -> list[str]:
     """Copy the finished languages of the output `other`, as hard links where possible. Returns those that are new."""
     theirs = read_run(other)
-    finished_languages(other, theirs)  # raises before anything is written
+    # raises before anything is written; without a finished language no output is begun
+    if not finished_languages(other, theirs) and not (output / RUN_NAME).is_file():
+        return []
     with changing(output):
         return _import_under_lock(output, other, theirs)
 
@@ -346,4 +352,6 @@ def _import_under_lock(output: Path, other: Path, theirs: dict[str, Any]) -> lis
 
 def _same_journal(one: Path, other: Path) -> bool:
     """Whether two languages have equal journals. Journals hold the hash of every shard, so their shards are equal too."""
+    if not (one / JOURNAL_NAME).is_file():
+        return False
     return (one / JOURNAL_NAME).read_bytes() == (other / JOURNAL_NAME).read_bytes()

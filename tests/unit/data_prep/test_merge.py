@@ -18,6 +18,7 @@ from data_prep.__main__ import main
 from data_prep.shards import ShardSet
 from data_prep.verify import verify
 from pipeline.errors import EXIT_USER
+from tests.unit.printed import paste
 
 LANGUAGE = "he"
 Corruption = Callable[[Path], object]
@@ -161,3 +162,29 @@ def test_a_language_that_a_killed_merge_copied_is_added_by_the_next_one(
     assert ShardSet(tmp_path / "all").fingerprint == ShardSet(other).fingerprint
     assert merge(tmp_path / "all", other) == 0
     assert "added nothing" in capsys.readouterr().out
+
+
+def test_directories_without_a_finished_language_give_no_output(
+    other: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (other / "manifest.json").unlink()
+    for journal in other.glob("*/journal.jsonl"):
+        journal.write_bytes(b"")
+    assert merge(tmp_path / "all", other) == EXIT_USER
+    assert "no language is finished in" in capsys.readouterr().err
+    assert not (tmp_path / "all").exists()
+    (tmp_path / "all").mkdir()
+    run = json.loads((other / "prepare.json").read_text())
+    (tmp_path / "all" / "prepare.json").write_text(json.dumps({**run, "languages": []}))
+    assert merge(tmp_path / "all", other) == EXIT_USER
+    assert not (tmp_path / "all" / "manifest.json").exists()
+
+
+def test_a_directory_without_a_journal_is_named(other: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "all" / LANGUAGE).mkdir(parents=True)
+    shutil.copy(other / "prepare.json", tmp_path / "all")
+    assert merge(tmp_path / "all", other) == EXIT_USER
+    (fix,) = re.findall(r"To keep those of .*: (rm -r .*)", capsys.readouterr().err)
+    paste(fix)
+    assert merge(tmp_path / "all", other) == 0
+    assert ShardSet(tmp_path / "all").fingerprint == ShardSet(other).fingerprint
