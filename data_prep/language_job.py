@@ -241,12 +241,19 @@ class LanguageJob:
 
 
 def check_sources(language: str, sources: list[Source], journal: Journal) -> None:
-    """Raise `DataError` if a source that was read to its end has changed, or if a finished language has new files."""
+    """Raise `DataError` if a source that was read to its end has changed or one that was begun is gone, or if a finished
+    language has new files.
+    """
     finished = journal.finished_sources
     fix = f"Restore it, or {how_to_redo(language)}"
     if journal.complete and len(sources) > len(finished):
         new = ", ".join(sorted({source.name for source in sources} - {record["name"] for record in finished}))
         raise DataError(f"it was finished without {new}. To include all files, {how_to_redo(language)}")
+    begun = journal.last.source if journal.last is not None else -1
+    if begun >= max(len(finished), len(sources)):
+        raise DataError(
+            f"{journal.directory} holds a part of file {begun + 1} of {language}; the input now has only {len(sources)}. {fix}"
+        )
     for number, record in enumerate(finished):
         source = sources[number] if number < len(sources) else None
         if source is None or source.name != record["name"]:

@@ -20,6 +20,7 @@ from data_prep.shards import DataError, ShardSet
 from data_prep.sources import ReadOptions
 from data_prep.verify import verify
 from tests.unit.data_prep.corpus import content, run, write_corpus
+from tests.unit.data_prep.small_data_set import stop_after
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,26 @@ def test_an_interrupted_run_continues_to_the_same_bytes(
     assert run(corpus, tiny_tokenizer, begun) == []
     assert content(begun) == content(finished)
     assert kept.stat().st_mtime_ns == before
+
+
+def test_a_file_that_was_begun_and_is_gone_is_named(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    given, output, small = tmp_path / "in", tmp_path / "out", {"shard_tokens": 500, "block_bytes": 2000}
+    (given / "sw").mkdir(parents=True)
+    for name in ("part-1.txt", "part-2.txt"):
+        (given / "sw" / name).write_text("".join(f"Habari ya asubuhi {name} {number}.\n\n" for number in range(200)))
+    run(given, tiny_tokenizer, output, **small)
+    expected, entries = content(output), Journal.read(output / "sw").entries
+    stop_after(output, "sw", next(number for number, entry in enumerate(entries, start=1) if entry.source == 1))
+    before = content(output / "sw")
+    last = (given / "sw" / "part-2.txt").rename(tmp_path / "part-2.txt")
+    with pytest.raises(
+        DataError, match=r"sw holds a part of file 2 of sw; the input now has only 1\. Restore it, or .*--redo sw"
+    ):
+        run(given, tiny_tokenizer, output, **small)
+    assert content(output / "sw") == before
+    last.rename(given / "sw" / "part-2.txt")
+    assert run(given, tiny_tokenizer, output, **small) == []
+    assert content(output) == expected
 
 
 def test_a_finished_input_is_skipped(
