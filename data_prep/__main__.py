@@ -292,9 +292,7 @@ def run_prepare(parsed: argparse.Namespace) -> int:
         engine=parsed.engine,
     )
     if missing := prepare(config):
-        still = (
-            f"{parsed.language} is finished; still to be prepared: {', '.join(missing)}, then: merge {parsed.output}"
-        )
+        still = f"{parsed.language or 'this input'} is finished; still to be prepared: {', '.join(missing)}, then: merge {parsed.output}"
         print(end_lines(parsed.output, about=still))
     else:
         print_shards(parsed.output)

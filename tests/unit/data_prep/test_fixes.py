@@ -184,6 +184,17 @@ def test_languages_that_are_not_finished(prepare: Prepare, tmp_path: Path, capsy
     assert ShardSet(shards).languages == ["sw"]
 
 
+def test_an_input_without_a_language_that_is_not_finished(
+    prepare: Prepare, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_tokenizer: Path
+) -> None:
+    for language in ("de", "sw"):
+        (tmp_path / "my text" / f"{language}.txt").write_text("Habari ya asubuhi.\n")
+    assert prepare() == ""
+    shutil.rmtree(tmp_path / "my shards" / "de")
+    assert run_command(tmp_path / "my text" / "sw.txt", tiny_tokenizer, tmp_path / "my shards") == 0
+    assert "this input is finished; still to be prepared: de" in capsys.readouterr().out
+
+
 def test_a_shard_that_was_lost(prepare: Prepare, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "my text" / "sw.txt").write_text("Habari ya asubuhi.\n")
     assert prepare() == ""
