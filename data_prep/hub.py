@@ -112,7 +112,9 @@ def list_files(
     with explained(given.given, given.name):
         if given.is_local and _is_saved(Path(given.name)):
             files = [(str(path), path.stat().st_size) for path in sorted(Path(given.name).resolve().rglob("*.arrow"))]
-            return Listing("", "", ["default"], "default", {"default": ConfigFiles(given.split or "", "arrow", files)})
+            chosen = choose([DEFAULT_CONFIG], DEFAULT_CONFIG)
+            found = {config: ConfigFiles(given.split or "", "arrow", files) for config in chosen}
+            return Listing("", "", [DEFAULT_CONFIG], DEFAULT_CONFIG, found)
         _check_no_pattern(given)
         newest = "" if given.is_local else _commit(given.name, given.revision)
         revision = pinned or newest
@@ -187,6 +189,11 @@ def _config_files(given: Specification, revision: str, config: str, described: d
     check_reader(given.given, reader)
     kept = [path for path in paths if reader not in READ_BY_FILE or path.lower().endswith(ENDINGS[reader])]
     left_out = sorted({*paths} - {*kept})
+    if not kept:
+        raise DataError(
+            f"{given.given}: config {config!r}: its data files are of kinds that are not read: "
+            f"{', '.join(map(shown, left_out[:MOST_NAMES]))}. Unpack them, or pack them as {', '.join(PACKINGS[1:])}."
+        )
     return ConfigFiles(split, reader, _with_sizes(given, revision, kept), left_out)
 
 

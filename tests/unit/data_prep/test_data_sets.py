@@ -124,6 +124,23 @@ def test_archives_are_named(tmp_path: Path) -> None:
         sources(f"hf:{tmp_path / 'zipped'}", LanguageRules(language="de"))
 
 
+@pytest.mark.parametrize("name", ["train.jsonl.lz4", "train.parquet.gz"])
+def test_a_config_without_a_file_that_is_read_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_bytes(b"packed")
+    with pytest.raises(DataError, match=rf"config 'default': its data files are of kinds that are not read: .*/{name}"):
+        sources(f"hf:{tmp_path / 'in'}", LanguageRules(mapping=[("default", "de")]))
+
+
+def test_a_saved_data_set_that_the_map_leaves_out_is_not_read(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": ["Hej."]}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "de.txt").write_text("Eine Zeile.\n")
+    given = [f"hf:{tmp_path / 'saved'}", str(tmp_path / "de.txt")]
+    surveyed = survey(given, LanguageRules(mapping=[("default", "-")]), ReadOptions())
+    assert list(surveyed.sources) == ["de"]
+    assert [one.path for one in surveyed.not_taken] == [f"{given[0]}:default"]
+
+
 @pytest.mark.parametrize("kind", ["csv", "saved"])
 def test_other_formats_are_read_by_the_library(tmp_path: Path, tiny_tokenizer: Path, kind: str) -> None:
     table = datasets.Dataset.from_dict({"text": ["Hej.", None, "Hej då."], "n": [1, 2, 3]})
