@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from data_prep.records import RECORDS_PER_CHUNK, Records, WrongField, joined
 from data_prep.where import Condition
 
@@ -133,9 +135,15 @@ def _holds_text(kind: Any) -> bool:
 
 
 def _values(column: Any) -> list[Any]:
-    """The column as numbers or bytes. A string column may hold bytes that are not UTF-8; they are handled like those of a file."""
+    """The column as numbers or bytes. A string column may hold bytes that are not UTF-8; they are handled like those of a file.
+
+    A number of less than 64 bits is the shortest decimal that it stands for, as JSON writes it: 0.8 and not 0.800000011920929.
+    """
     import pyarrow
 
+    narrow = {pyarrow.float16(): np.float16, pyarrow.float32(): np.float32}.get(column.type)
+    if narrow is not None:
+        return [None if one is None else float(str(narrow(one))) for one in column.to_pylist()]
     if pyarrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if _holds_text(column.type) and not pyarrow.types.is_null(column.type):

@@ -65,7 +65,9 @@ class Condition:
             fits = isinstance(found, int | float | Decimal) and not isinstance(found, bool)
         if not fits:
             return MISMATCH
-        return None if OPERATORS[self.operator](found, self.value) else NOT_MET
+        # a decimal is compared with the value as written: the float 0.8 is a little more than 0.8
+        value = Decimal(repr(self.value)) if isinstance(found, Decimal) else self.value
+        return None if OPERATORS[self.operator](found, value) else NOT_MET
 
 
 _ABSENT = object()

@@ -8,6 +8,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -47,6 +48,18 @@ def test_conditions_of_each_kind(text: str, kept: dict[str, Any], left_out: dict
     assert where.problem(kept) is None
     assert where.problem(left_out) == NOT_MET
     assert Where.parse([str(where)] if "`" not in text else [text]) == where
+
+
+@pytest.mark.parametrize("sign", ["==", ">=", "<="])
+@pytest.mark.parametrize("value", ["0.8", "0.7", "1e-3", "3", "-2.5"])
+@pytest.mark.parametrize("kind", ["decimal128(9, 4)", "float16", "float32", "float64"])
+def test_a_number_equals_itself_in_every_type_of_column(tmp_path: Path, sign: str, value: str, kind: str) -> None:
+    column = pyarrow.array([Decimal(value)], pyarrow.decimal128(9, 4))
+    if not kind.startswith("decimal"):
+        column = pyarrow.array([np.dtype(kind).type(value)], pyarrow.from_numpy_dtype(kind))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["kept"], "x": column}), tmp_path / "en.parquet")
+    options = ReadOptions(where=Where.parse([f"x {sign} {value}"]))
+    assert b"".join(Source("en", tmp_path / "en.parquet", "en.parquet", options).chunks()) == b"kept\n\n"
 
 
 def test_equal_filters_are_recorded_the_same() -> None:
