@@ -104,8 +104,16 @@ class Records:
         return f"they have {', '.join(fields)}" if fields else "they are not objects with fields"
 
 
+def _bytes_of(text: str) -> bytes:
+    """The text in UTF-8. Bytes of a file that are not UTF-8 (half of a surrogate pair each, in `text`) are as in the file."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # another half of a pair, by an escape such as \ud83d
+        return text.encode("utf-8", "surrogatepass")
+
+
 def _lines_of(text: str | bytes) -> bytes:
-    raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    raw = _bytes_of(text) if isinstance(text, str) else text
     if ends_lines_with_cr(raw, is_all=True):
         raw = raw.replace(b"\r", b"\n")
     lines = raw.split(b"\n")

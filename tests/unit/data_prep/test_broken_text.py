@@ -11,6 +11,7 @@ import pytest
 
 from data_prep.__main__ import main
 from data_prep.shards import ShardSet
+from data_prep.sources import Source
 from tests.conftest import SAMPLES
 from tests.unit.data_prep.corpus import content, run_command
 
@@ -135,6 +136,29 @@ def test_many_small_files_are_judged_together(
     assert prepare(tiny_tokenizer, tmp_path) == 2
     assert "20 of 20 lines (100%) are not UTF-8, the first in line 1 of" in error_of(capsys)
     assert set(content(tmp_path / "out")) == {"prepare.json", "en/journal.jsonl"}
+
+
+@pytest.mark.parametrize(("language", "encoding"), [("zh-Hans", "GB18030"), ("ja", "EUC-JP"), ("ru", "KOI8-R")])
+def test_few_records_in_another_encoding_are_rejected_with_the_command_for_it(
+    tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], language: str, encoding: str
+) -> None:
+    """So few that the start of the file is not rejected."""
+    lines = [line for line in sample(language).splitlines() if len(line) > 20 and not {*line} & {*'\\"'}][:9]
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / f"{language}.jsonl"
+    path.write_bytes("".join(f'{{"text": "{line}"}}\n' for line in lines).encode(encoding, "ignore"))
+    assert prepare(tiny_tokenizer, tmp_path) == 2
+    error = error_of(capsys)
+    assert f"They look like {encoding}; " in error
+    subprocess.run(["bash", "-c", "iconv" + error.split("iconv", 1)[1].split(". Then run")[0]], check=True)
+    assert prepare(tiny_tokenizer, tmp_path) == 0
+
+
+def test_broken_bytes_of_records_are_those_of_the_file(tmp_path: Path) -> None:
+    broken, halves = b"caf\xe9 \xe2\x82 noir", b"\\ud83d and \\ude00"
+    (tmp_path / "en.jsonl").write_bytes(b"".join(b'{"text": "%s"}\n' % line for line in (broken, halves)))
+    text = b"".join(Source("en", tmp_path / "en.jsonl", "en.jsonl").chunks())
+    assert text == broken + b"\n\n" + b"\xed\xa0\xbd and \xed\xb8\x80\n\n"
 
 
 def test_a_packed_file_named_txt_is_rejected(
