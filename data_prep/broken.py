@@ -39,6 +39,16 @@ class BrokenLines:
         self._index, self._read, self._broken, self._first_here = index, 0, 0, 0
         self._sample = []
 
+    @property
+    def lines(self) -> dict[str, int]:
+        """The lines of the source that is being read: how many were read, and how many of them are broken."""
+        return {"read": self._read, "broken": self._broken}
+
+    def resume(self, index: int, lines: Mapping[str, int]) -> None:
+        """Continue in source `index`, of which an earlier run read `lines`."""
+        self._start_source(index)
+        self._read, self._broken = lines["read"], lines["broken"]
+
     def add(self, index: int, text: bytes, first_line: int, counts: Mapping[str, int], is_end: bool) -> None:
         """Count one encoded block of source `index`, which starts in line `first_line` (from 0) of its text.
 
@@ -65,6 +75,12 @@ class BrokenLines:
 
     def _too_many(self, share: float, limit: float) -> str:
         source = self._sources[self._index]
+        if not self._sample:
+            return (
+                f"{source.title}: {self._broken} of {self._read} lines ({share:.0%}) are not UTF-8, all in the part that an "
+                "earlier run read; nothing of this file was kept. Run the same command again: it reads the file from its start "
+                f"and names such a line. (To accept more than {limit:.0%} of broken lines: --max-broken-lines 1.)"
+            )
         return (
             f"{source.title}: {self._broken} of {self._read} lines ({share:.0%}) are not UTF-8, the first is line "
             f"{self._first_here}: {self._sample[0].decode('utf-8', 'backslashreplace')[:60]!r}. "

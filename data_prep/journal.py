@@ -37,6 +37,8 @@ class Entry:
     counts: dict[str, int]
     complete: bool = False
     place: dict[str, Any] | None = None  # `Place` of the part of the source being read; None if there are no parts
+    # `read` and `broken`: lines of the source up to the end of the shard; None at the end, and in entries of earlier versions
+    lines: dict[str, int] | None = None
 
 
 @dataclass
@@ -139,6 +141,10 @@ def _entry_of(text: bytes) -> Entry | None:
     if not (lists and isinstance(entry.counts, dict) and type(entry.complete) is bool):
         return None
     numbers += entry.counts.values()
+    if entry.lines is not None:
+        if not isinstance(entry.lines, dict):
+            return None
+        numbers += [entry.lines.get("read"), entry.lines.get("broken")]
     if entry.place is not None:
         counts, stamp = entry.place.get("counts"), entry.place.get("stamp")
         if not isinstance(counts, dict) or not isinstance(stamp, dict):
@@ -159,8 +165,9 @@ def _is_file_name(name: Any) -> bool:
 def _line(entry: Entry) -> bytes:
     """One line: the XXH3-64 of the JSON text, a space, the JSON text."""
     record = asdict(entry)
-    if entry.place is None:
-        del record["place"]
+    for key in ("place", "lines"):
+        if record[key] is None:
+            del record[key]
     text = json.dumps(record, ensure_ascii=False).encode()
     return xxhash.xxh3_64_hexdigest(text).encode() + b" " + text + b"\n"
 

@@ -108,6 +108,8 @@ class LanguageJob:
         last = self._journal.last
         self._counts: Counter[str] = Counter(last.counts if last else {})
         self._broken = BrokenLines(self.sources, self.settings.clean.broken_text)
+        if last is not None and last.lines is not None:
+            self._broken.resume(last.source, last.lines)
         self._counts |= self.settings.compared.get(self.language, Counter())
         self._num_finished = len(self._journal.finished_sources)
         self._newly_finished: list[dict[str, Any]] = []
@@ -222,8 +224,8 @@ class LanguageJob:
         if shard and self.settings.engine:
             shard["engine"] = self.settings.engine
         counts = {name: count for name, count in sorted(self._counts.items()) if count}
-        part = None if complete else self._part
-        self._journal.append(Entry(shard, *self._place, self._newly_finished, counts, complete, part))
+        part, lines = (None, None) if complete else (self._part, self._broken.lines)
+        self._journal.append(Entry(shard, *self._place, self._newly_finished, counts, complete, part, lines))
         self._newly_finished = []
 
     def _end(self) -> None:

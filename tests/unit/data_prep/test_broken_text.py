@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from data_prep.__main__ import main
+from data_prep.journal import Journal
 from data_prep.shards import ShardSet
 from data_prep.sources import Source
 from tests.conftest import SAMPLES
 from tests.unit.data_prep.corpus import content, run_command
+from tests.unit.data_prep.small_data_set import stop_after
 
 
 def prepare(tokenizer: Path, root: Path, *more: str) -> int:
@@ -110,6 +112,30 @@ def test_a_file_in_another_encoding_is_rejected_and_the_files_before_it_are_kept
     finished = content(tmp_path / "out")
     assert {name: finished[name] for name in kept} == kept
     ShardSet(tmp_path / "out")
+
+
+@pytest.mark.parametrize("is_rejected", [True, False])
+def test_a_resumed_run_judges_the_complete_file(
+    tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], is_rejected: bool
+) -> None:
+    """Rejected: 100 of 1000 lines, all before the point of resumption. Not rejected: 100 of 2100, all behind it."""
+    folder, sizes = tmp_path / "in" / "en", ("--shard-tokens", "1500", "--block-bytes", "2000")
+    folder.mkdir(parents=True)
+    good = [b"line number %d\n" % number for number in range(2000)]
+    parts = [mostly_ascii(500, 100), *good[:500]] if is_rejected else [*good, mostly_ascii(100, 100)]
+    (folder / "part-0.txt").write_bytes(b"\n".join(good))
+    (folder / "part-1.txt").write_bytes(b"".join(parts).replace(b"\n", b"\n\n"))
+    assert prepare(tiny_tokenizer, tmp_path, *sizes, "--max-broken-lines", "1") == 0
+    expected, entries = content(tmp_path / "out"), Journal.read(tmp_path / "out" / "en").entries
+    stop_after(tmp_path / "out", "en", max(n for n, one in enumerate(entries, 1) if one.source == 1 and one.lines))
+    capsys.readouterr()
+    assert prepare(tiny_tokenizer, tmp_path, *sizes) == (2 if is_rejected else 0)
+    if is_rejected:
+        assert "100 of 1000 lines (10%) are not UTF-8, all in the part that an earlier run read" in error_of(capsys)
+        assert prepare(tiny_tokenizer, tmp_path, *sizes) == 2
+        assert "100 of 1000 lines (10%) are not UTF-8, the first is line" in error_of(capsys)
+        assert prepare(tiny_tokenizer, tmp_path, *sizes, "--max-broken-lines", "1") == 0
+    assert content(tmp_path / "out") == expected
 
 
 def test_the_printed_command_works_for_a_name_that_is_not_utf8(
