@@ -70,7 +70,7 @@ class BrokenLines:
         share = self._broken / max(1, self._read)
         limit = self._sources[index].options.max_broken_lines
         is_clear = self._read >= ENOUGH_LINES and share > max(limit, CLEARLY_BROKEN)
-        if self._broken >= MIN_BROKEN and share > limit and (is_end or is_clear):
+        if self._broken >= _least(limit) and share > limit and (is_end or is_clear):
             raise OtherEncoding(self._too_many(share, limit), index)
 
     def _too_many(self, share: float, limit: float) -> str:
@@ -100,10 +100,15 @@ class BrokenLines:
         share, limit = broken / max(1, read, broken), self._sources[0].options.max_broken_lines
         what = "left out" if self._policy == "skip" else "kept, with U+FFFD for the invalid bytes"
         where = f", the first in line {self._first[1]} of {self._sources[self._first[0]].title}" if self._first else ""
-        if broken >= MIN_BROKEN and share > limit:
+        if broken >= _least(limit) and share > limit:
             raise OtherEncoding(
                 f"{broken} of {read} lines ({share:.0%}) are not UTF-8{where}. Convert those files (iconv -f ENCODING -t UTF-8) "
                 "and run the same command again, or accept the lines as they are with --max-broken-lines 1.",
                 self._first[0] if self._first else 0,
             )
         return f"{broken} of {read} lines ({share:.2%}) are not UTF-8{where}; they were {what}"
+
+
+def _least(limit: float) -> int:
+    """How many broken lines reject a file whose share of them is over the limit. A limit of 0 accepts none."""
+    return MIN_BROKEN if limit else 1

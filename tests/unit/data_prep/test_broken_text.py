@@ -114,6 +114,13 @@ def test_a_file_in_another_encoding_is_rejected_and_the_files_before_it_are_kept
     ShardSet(tmp_path / "out")
 
 
+def test_a_share_of_0_accepts_no_broken_line(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "en.txt").write_bytes(mostly_ascii(100, 1))
+    assert prepare(tiny_tokenizer, tmp_path, "--max-broken-lines", "0") == 2
+    assert prepare(tiny_tokenizer, tmp_path, "--max-broken-lines", "0.001") == 0
+
+
 @pytest.mark.parametrize("is_rejected", [True, False])
 def test_a_resumed_run_judges_the_complete_file(
     tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], is_rejected: bool
