@@ -33,11 +33,18 @@ def text_lines(text: bytes) -> list[bytes]:
 
 def oddities(text: bytes) -> Counter[str]:
     """Counts of possible line ends inside lines, and of UTF-8 that was mistaken for another encoding and encoded again."""
-    lone = text.count(b"\r") and len(re.findall(rb"\r(?!\r*\n)(?!\Z)", text))
+    lone = 0 if text.count(b"\r") == text.count(b"\r\n") else _carriage_returns_in_lines(text)
     separators, twice = _odd_characters(text)
     return Counter(
         carriage_returns_in_lines=lone, unicode_separators_in_lines=separators, double_encoded_characters=twice
     )
+
+
+def _carriage_returns_in_lines(text: bytes) -> int:
+    """Number of CRs that are not at the end of a line or of the text. Each run of CRs is looked at once, however long it is."""
+    ends = (b"\n", b"")
+    runs = ((run.end() - run.start(), text[run.end() : run.end() + 1]) for run in re.finditer(rb"\r+", text))
+    return sum(length for length, after in runs if after not in ends)
 
 
 def _odd_characters(text: bytes) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import pytest
 from data_prep.__main__ import main
 from data_prep.clean import CleanOptions, split_documents
 from data_prep.dedup import Deduplicator
+from data_prep.lines import oddities
 from data_prep.shards import ShardSet
 from data_prep.sources import START_BYTES, Source
 
@@ -102,3 +103,18 @@ def test_byte_order_marks_of_joined_files_are_removed(tmp_path: Path) -> None:
         read(tmp_path / "en.txt", mark + b"a\n" + mark + b"b\n\n" + mark + mark + b"\n" + mark + b"c")
     ) == [[b"a", b"b"], [b"c"]]
     assert documents(b"in a \xef\xbb\xbf line\n") == [[b"in a \xef\xbb\xbf line"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [(b"a\rb\r\nc\r\r\n", 1), (b"a\r\nb\r\n", 0), (b"a\r\rb", 2), (b"a\r", 0), (b"a\n\r", 0), (b"", 0)],
+)
+def test_carriage_returns_inside_lines_are_counted(text: bytes, expected: int) -> None:
+    assert oddities(text)["carriage_returns_in_lines"] == expected
+
+
+def test_a_long_run_of_carriage_returns_is_read_once() -> None:
+    """With the square of its length it takes minutes."""
+    run = 1 << 20
+    for end, expected in ((b"x", run), (b"\n", 0)):
+        assert oddities(b"a\n" * 100 + b"\r" * run + end)["carriage_returns_in_lines"] == expected
