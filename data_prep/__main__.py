@@ -366,6 +366,10 @@ def run_trim_vocab(parsed: argparse.Namespace) -> int:
     languages = [language for language in (parsed.languages or "").split(",") if language]
     options = TrimOptions(languages, parsed.min_count, parsed.coverage)  # rejects wrong options before counting
     check_option_ranges(parsed)
+    if parsed.shards and (parsed.where or parsed.language_map):
+        raise DataError(
+            "--where and --language-map choose text of --input; of --shards everything is counted. Leave them out."
+        )
     pieces, tokenizer = open_pieces(parsed.tokenizer)
     check_tokenizer(parsed.tokenizer, tokenizer)
     if parsed.shards:

@@ -176,6 +176,7 @@ def test_impossible_options_are_rejected(tiny_teacher: Path, tiny_shards: Path, 
     assert "above 0" in failure(capsys, tiny_teacher, out, *shards, "--coverage", 0)
     assert "at most 1" in failure(capsys, tiny_teacher, out, *shards, "--coverage", 99.5)
     assert "no text of xx, only of he, hi, sw, tr" in failure(capsys, tiny_teacher, out, *shards, "--languages", "xx")
+    assert "of --shards everything is counted" in failure(capsys, tiny_teacher, out, *shards, "--where", "score > 0.5")
     with pytest.raises(SystemExit):
         trim_vocab(tiny_teacher, out)
     with pytest.raises(SystemExit):
