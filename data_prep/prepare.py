@@ -13,7 +13,7 @@ import shutil
 import sys
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -66,6 +66,7 @@ def prepare(config: PrepareConfig) -> list[str]:
     surveyed = survey(config.inputs, config.rules, config.reading, commits_of(config.output))
     everything = surveyed.sources
     chosen = {config.rules.language: everything[config.rules.language]} if config.rules.language else everything
+    check_redo(config, everything, chosen)
     if not config.quiet:
         announce(surveyed, chosen)
     if config.strict_input:
@@ -83,7 +84,7 @@ def prepare(config: PrepareConfig) -> list[str]:
     about[RECORD] = describe_reference(config.tokenizer, tokenizer.path)
     begin_output(config.output, about, list(everything), config.may_add)
     write_list(config.output, surveyed)
-    discard(config, everything)
+    discard(config)
     identity = Identity(tokenizer.sha256, tokenizer.vocab_size, about["options_xxh3_128"])
     try:
         failures = run_language_jobs(config, chosen, tokenizer, identity, compared)
@@ -111,11 +112,21 @@ def to_compare(config: PrepareConfig, sources: dict[str, list[Source]]) -> dict[
     return {name: sources[name] for name in sources if name in config.redo or not is_compared(name)}
 
 
-def discard(config: PrepareConfig, everything: dict[str, list[Source]]) -> None:
-    """Delete the shards of the languages in `config.redo`."""
+def check_redo(config: PrepareConfig, everything: Collection[str], chosen: Collection[str]) -> None:
+    """Raise `DataError` if a language in `config.redo` would be deleted and not prepared again."""
     for language in config.redo:
         if language not in everything:
             raise DataError(f"--redo {language}: the input has no such language, only {', '.join(everything)}.")
+        if language not in chosen:
+            raise DataError(
+                f"--redo {language}: with --language {config.rules.language} only that language is prepared, so the shards of "
+                f"{language} would only be deleted. Nothing was deleted. Give --language {language}, or leave one of the two out."
+            )
+
+
+def discard(config: PrepareConfig) -> None:
+    """Delete the shards of the languages in `config.redo`."""
+    for language in config.redo:
         directory = config.output / language
         if directory.is_dir():
             with Journal(directory).locked():  # raises if another run is writing it

@@ -149,6 +149,25 @@ def test_a_new_date_is_no_change_but_new_text_is(
     assert verify(output) == []
 
 
+@pytest.mark.parametrize(
+    ("language", "redo", "message"),
+    [(None, ["hi", "xx"], "--redo xx: the input has no such"), ("sw", ["hi"], "--redo hi: with --language sw only")],
+)
+def test_no_language_is_only_deleted(
+    corpus: Path,
+    finished: Path,
+    tiny_tokenizer: Path,
+    tmp_path: Path,
+    language: str | None,
+    redo: list[str],
+    message: str,
+) -> None:
+    output = shutil.copytree(finished, tmp_path / "out")
+    with pytest.raises(DataError, match=message):
+        run(corpus, tiny_tokenizer, output, language, redo=redo)
+    assert content(output) == content(finished)
+
+
 def test_changed_text_before_the_resume_point_is_rejected(
     corpus: Path, tiny_tokenizer: Path, begun: Path, tmp_path: Path
 ) -> None:
