@@ -59,11 +59,14 @@ VERBS = {
     "trim-vocab": "write a smaller vocabulary for some languages, and its id map",
 }
 STOPPED = "Stopped. Finished shards are kept; the same command continues after them."
+STOPPED_REDO = (
+    "Stopped. The same command deletes the shards of --redo again; without --redo it continues after the finished ones."
+)
 TIME_TO_STOP_S = 5.0
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
+def interruptible(stopped: str) -> Iterator[None]:
     """Let Ctrl-C end the command within `TIME_TO_STOP_S`, even if a thread waits for a file that does not arrive."""
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
@@ -71,7 +74,7 @@ def interruptible() -> Iterator[None]:
         return
 
     def end() -> None:
-        print(STOPPED, file=sys.stderr, flush=True)
+        print(stopped, file=sys.stderr, flush=True)
         os._exit(EXIT_INTERRUPTED)
 
     timers: list[threading.Timer] = []
@@ -96,8 +99,9 @@ def main(arguments: list[str] | None = None, program: str = PROGRAM) -> int:
     """Run one verb. Returns the exit code: 0 success, 2 a problem that the user can fix, 130 interrupted."""
     print_bytes_as_they_come()
     parsed = build_parser(program).parse_args(arguments)
+    stopped = STOPPED_REDO if getattr(parsed, "redo", None) else STOPPED
     try:
-        with interruptible():
+        with interruptible(stopped):
             code = parsed.run(parsed)
             sys.stdout.flush()  # here, where a closed pipe gives no traceback
             return code
@@ -105,7 +109,7 @@ def main(arguments: list[str] | None = None, program: str = PROGRAM) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER
     except KeyboardInterrupt:
-        print(STOPPED, file=sys.stderr)
+        print(stopped, file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
         return code_without_traceback(error)

@@ -16,6 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from data_prep.__main__ import main
+from data_prep.journal import Entry, Journal
 from data_prep.shards import DataError, ShardSet
 from data_prep.where import Where
 from tests.unit.data_prep.corpus import run_command
@@ -217,6 +218,29 @@ def test_a_corrupt_journal(name: str, more: tuple[str, ...], prepare: Prepare, t
     (fix,) = re.findall(r"the same command with (--redo \w+)", message)
     message = prepare(*shlex.split(fix), *more)
     assert message == "" if not more else "Use the same, or give --output a new directory" in message, message
+
+
+def test_a_stop_of_redo_names_the_command_that_continues(
+    tiny_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With --redo it would begin again."""
+    text, output, small = tmp_path / "sw.txt", tmp_path / "shards", ("--shard-tokens", "300", "--block-bytes", "1000")
+    text.write_text("".join(f"Habari ya asubuhi {number}.\n\n" for number in range(300)))
+    assert run_command(text, tiny_tokenizer, output, *small) == 0
+    append, expected = Journal.append, ShardSet(output).fingerprint
+
+    def append_and_stop(journal: Journal, entry: Entry) -> None:
+        append(journal, entry)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "append", append_and_stop)
+        assert run_command(text, tiny_tokenizer, output, *small, "--redo", "sw") == 130
+    assert "without --redo it continues after the finished ones" in capsys.readouterr().err
+    before = (output / "sw" / "00000.tok").stat().st_mtime_ns
+    assert run_command(text, tiny_tokenizer, output, *small) == 0
+    assert (output / "sw" / "00000.tok").stat().st_mtime_ns == before
+    assert ShardSet(output).fingerprint == expected
 
 
 def test_a_data_set_with_several_configs(prepare: Prepare, tmp_path: Path) -> None:
