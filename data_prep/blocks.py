@@ -40,6 +40,7 @@ class Block:
     was_split: bool = False  # the block ends inside a document that is too long for one block
     first_line: int = 0  # number of the block's first line in the stream, from 0
     place: Place | None = None  # of the part that the block is of; None if the source must be read from its start
+    continues: bool = False  # the block begins inside a document that is too long for one block
 
 
 def cut_blocks(
@@ -60,7 +61,7 @@ def cut_blocks(
         start.text_start,
         start.first_line,
     )
-    target, exhausted = block_bytes, False
+    target, exhausted, continues = block_bytes, False, False
     while True:
         while len(buffer) <= target and not exhausted:
             chunk = next(chunks, b"")
@@ -82,7 +83,8 @@ def cut_blocks(
         del buffer[:cut]
         hasher.update(text)
         end += cut
-        yield Block(text, end, hasher.hexdigest(), was_split, line, place)
+        yield Block(text, end, hasher.hexdigest(), was_split, line, place, continues)
+        continues = was_split
         line += text.count(b"\n")
         target = block_bytes
 

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_prep.blocks import MAX_DOCUMENT_BYTES
 from data_prep.lines import text_lines
 from data_prep.scripts import shares_in_script
 from data_prep.shards import DataError
 
 _CONTROL = bytes(set(range(32)) - set(b"\t\n\r")) + b"\x7f"
 LEAST_SCRIPT_SHARE = 0.5
+LEAST_CHARS_OF_CUT = MAX_DOCUMENT_BYTES // 4  # in UTF-8 a character has at most four bytes
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,12 @@ def split_documents(text: bytes) -> tuple[list[bytes], np.ndarray]:
 
 
 def clean(
-    lines: list[bytes], document: np.ndarray, language: str, options: CleanOptions
+    lines: list[bytes], document: np.ndarray, language: str, options: CleanOptions, is_cut: bool = False
 ) -> tuple[list[bytes], np.ndarray, Counter[str]]:
-    """The lines that are kept, their document numbers, and counts of what was left out or changed."""
+    """The lines that are kept, their document numbers, and counts of what was left out or changed.
+
+    `is_cut`: document 0 is a part of a document that is too long for one block.
+    """
     counts: Counter[str] = Counter()
     lines, keep = _replace_broken(lines, options.broken_text, counts)
     if options.control_characters == "remove":
@@ -56,7 +61,7 @@ def clean(
         counts["lines_in_other_script"] += int((keep & ~fitting).sum())
         keep &= fitting
     if options.min_document_chars or options.max_document_chars:
-        keep &= _fitting_documents(lines, document, keep, options, counts)
+        keep &= _fitting_documents(lines, document, keep, options, counts, is_cut)
     if not keep.all():
         lines = [line for line, kept in zip(lines, keep, strict=True) if kept]
         document = document[keep]
@@ -84,11 +89,21 @@ def _replace_broken(lines: list[bytes], policy: str, counts: Counter[str]) -> tu
 
 
 def _fitting_documents(
-    lines: list[bytes], document: np.ndarray, keep: np.ndarray, options: CleanOptions, counts: Counter[str]
+    lines: list[bytes],
+    document: np.ndarray,
+    keep: np.ndarray,
+    options: CleanOptions,
+    counts: Counter[str],
+    is_cut: bool,
 ) -> np.ndarray:
-    """Whether the document of each line is neither too short nor too long: bool [lines]."""
+    """Whether the document of each line is neither too short nor too long: bool [lines].
+
+    All parts of a cut document are treated alike: it is longer than `MAX_DOCUMENT_BYTES`, however short its last part is.
+    """
     chars = np.fromiter((len(line.decode("utf-8", "replace")) for line in lines), np.int64, len(lines))
     per_document = np.bincount(document, weights=chars * keep)
+    if is_cut and len(per_document) and per_document[0]:
+        per_document[0] = max(per_document[0], LEAST_CHARS_OF_CUT)
     short = per_document < options.min_document_chars
     long = per_document > (options.max_document_chars or np.inf)
     has_text = np.bincount(document, weights=keep) > 0

@@ -24,11 +24,16 @@ class Encoded:
     counts: Mapping[str, int]
 
 
-def encode_block(tokenizer: Tokenizer, text: bytes, language: str, options: CleanOptions) -> Encoded:
-    """Ids of every line, each followed by the end token. Lines and documents without a single piece are left out."""
+def encode_block(
+    tokenizer: Tokenizer, text: bytes, language: str, options: CleanOptions, is_cut: bool = False
+) -> Encoded:
+    """Ids of every line, each followed by the end token. Lines and documents without a single piece are left out.
+
+    `is_cut`: the first document of the block is a part of a document that is too long for one block.
+    """
     lines, document_of_line = split_documents(text)
     num_read = len(lines)
-    lines, document_of_line, counts = clean(lines, document_of_line, language, options)
+    lines, document_of_line, counts = clean(lines, document_of_line, language, options, is_cut)
     counts.update(oddities(text))
     counts["lines_read"] += num_read
     ids, lengths = tokenizer.encode_lines(lines)

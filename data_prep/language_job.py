@@ -188,7 +188,8 @@ class LanguageJob:
         text, counts = deduplicator.filter(block.text)
         counts["documents_split"] += block.was_split
         position = self._bytes_before[source] + self.sources[source].position
-        encoded = self._pool.submit(text, self.language)
+        is_cut = (block.was_split or block.continues) and not counts.get("documents_repeated")
+        encoded = self._pool.submit(text, self.language, is_cut)
         return _InFlight(block, source, finished, counts, encoded, position)
 
     def _write(self, item: _InFlight) -> None:

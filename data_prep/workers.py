@@ -28,7 +28,7 @@ from data_prep.tokenizer import Tokenizer
 
 IN_FLIGHT = 2  # blocks per worker: one being encoded, the next waiting in the pipe
 PIPE_BYTES = 1 << 20  # a complete block fits, so that neither side waits for the other
-_REQUEST = struct.Struct("<QQ")  # bytes of text, bytes of the language's name
+_REQUEST = struct.Struct("<QQ?")  # bytes of text, bytes of the language's name, `is_cut` of `encode_block`
 _REPLY = struct.Struct("<QQQ")  # bytes of JSON, of token ids, of document lengths
 
 
@@ -50,21 +50,21 @@ class WorkerPool:
                 self._free.put(worker)
             self._threads = ThreadPoolExecutor(num_workers * IN_FLIGHT, thread_name_prefix="encode")
 
-    def submit(self, text: bytes, language: str) -> Future[Encoded]:
-        """Encode one block. The future raises `DataError` if the options reject the text or a worker died."""
+    def submit(self, text: bytes, language: str, is_cut: bool = False) -> Future[Encoded]:
+        """Encode one block, as `encode_block`. The future raises `DataError` if the options reject the text or a worker died."""
         if self._threads is not None:
-            return self._threads.submit(self._encode_in_worker, text, language)
+            return self._threads.submit(self._encode_in_worker, text, language, is_cut)
         done: Future[Encoded] = Future()
         try:
-            done.set_result(encode_block(self._tokenizer, text, language, self._options))
+            done.set_result(encode_block(self._tokenizer, text, language, self._options, is_cut))
         except DataError as error:
             done.set_exception(error)
         return done
 
-    def _encode_in_worker(self, text: bytes, language: str) -> Encoded:
+    def _encode_in_worker(self, text: bytes, language: str, is_cut: bool) -> Encoded:
         worker = self._free.get()
         try:
-            return worker.encode(text, language)
+            return worker.encode(text, language, is_cut)
         finally:
             self._free.put(worker)
 
@@ -107,11 +107,11 @@ class _Worker:
             os.close(descriptor)
         serve(tokenizer, options, requests, replies)
 
-    def encode(self, text: bytes, language: str) -> Encoded:
+    def encode(self, text: bytes, language: str, is_cut: bool = False) -> Encoded:
         """The reply to one request. At most `IN_FLIGHT` threads may call this at a time."""
         try:
             with self._sending:
-                _write(self._requests, _REQUEST.pack(len(text), len(language)) + language.encode())
+                _write(self._requests, _REQUEST.pack(len(text), len(language), is_cut) + language.encode())
                 _write(self._requests, text)
                 before, mine = self._last_reply, threading.Event()
                 self._last_reply = mine
@@ -176,14 +176,14 @@ def serve(tokenizer: Tokenizer, options: CleanOptions, requests: BinaryIO, repli
     """Answer each request with one reply, until the pipe of requests closes."""
     while True:
         try:
-            text_bytes, name_bytes = _REQUEST.unpack(_read(requests, _REQUEST.size))
+            text_bytes, name_bytes, is_cut = _REQUEST.unpack(_read(requests, _REQUEST.size))
             language = _read(requests, name_bytes).decode()
             text = _read(requests, text_bytes)
         except EOFError:
             return
         about: dict[str, Any]
         try:
-            encoded = encode_block(tokenizer, text, language, options)
+            encoded = encode_block(tokenizer, text, language, options, is_cut)
             about = {"counts": encoded.counts}
         except DataError as error:
             encoded, about = Encoded(b"", np.empty(0, np.uint64), {}), {"error": str(error)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from data_prep.clean import CleanOptions, clean, split_documents
 from data_prep.dedup import Deduplicator
 from data_prep.languages import CC100
 from data_prep.scripts import scripts_of, shares_in_script
-from data_prep.shards import DataError
+from data_prep.shards import DataError, ShardSet
+from tests.unit.data_prep.corpus import run
 
 
 def cleaned(text: bytes, language: str = "en", **options: object) -> tuple[list[bytes], list[int], dict[str, int]]:
@@ -99,3 +101,20 @@ def test_with_little_memory_nothing_new_is_dropped() -> None:
     kept = small.filter(b"\n".join(lines))[0].split(b"\n")[:-1]
     assert set(kept) == exact
     assert len(kept) < len(lines)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize(
+    ("option", "kept"), [({"max_document_chars": 50_000}, 2), ({"min_document_chars": 60_000}, 2), ({}, 4)]
+)
+def test_all_parts_of_a_cut_document_are_treated_alike(
+    tiny_tokenizer: Path, tmp_path: Path, num_workers: int, option: dict[str, int], kept: int
+) -> None:
+    """Its last part has 20 kB. The other two documents are short."""
+    long = b"word and word\n" * ((2 << 20) // 14) + b"last part\n" * 2000
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "en.txt").write_bytes(b"a short document\n\n" + long + b"\nanother short one\n")
+    run(tmp_path / "in", tiny_tokenizer, tmp_path / "out", clean=CleanOptions(**option), num_workers=num_workers)
+    shards = ShardSet(tmp_path / "out")
+    assert shards.num_documents("en") == kept
+    assert (shards.num_tokens("en") < 100) == ("max_document_chars" in option)
