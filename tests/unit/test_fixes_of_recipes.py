@@ -83,6 +83,7 @@ def alternatives(message: str) -> Iterator[str]:
         (["student.freeze=[embeddings]", "student.init=random"], 2),
         (["student.family=modernbert", "student.init=layers"], 1),
         (["student.init=project", "student.hidden=96"], 0),
+        (["student.init=layers", "student.init_layers=[1, 2, 3]"], 1),
         (["relations.tail=pooled", "relations.pooled_distance=similarity", "micro_batch_per_gpu=1"], 1),
     ],
     ids=lambda value: str(value)[:50],

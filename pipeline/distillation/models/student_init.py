@@ -25,10 +25,14 @@ GRAM_BLOCK_ROWS = 8192  # in float64 at a time: all 250 002 rows of XLM-R-large,
 def copied_layers(num_teacher_layers: int, num_layers: int, named: list[int] | None, teacher_layer: int) -> list[int]:
     """The teacher layer of each student layer, from 1: `named` (`student.init_layers`), checked, or evenly spaced ones up
     to `teacher_layer`, the highest distilled layer."""
+    spaced = [max(1, round((i + 1) * teacher_layer / num_layers)) for i in range(num_layers)]
     if named is None:
-        return [max(1, round((i + 1) * teacher_layer / num_layers)) for i in range(num_layers)]
+        return spaced
     if len(named) != num_layers:
-        raise UserError(f"`student.init_layers` names {len(named)} layers for {num_layers} student layers")
+        raise UserError(
+            f"`student.init_layers` names {len(named)} layers for {num_layers} student layers. Name {num_layers}, or let "
+            f"them be spaced evenly ({', '.join(map(str, spaced))}): --set student.init_layers=null"
+        )
     for layer in named:
         if not 1 <= layer <= num_teacher_layers:
             raise UserError(
