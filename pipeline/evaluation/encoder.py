@@ -6,6 +6,7 @@ its last layer, and from the attention values of the distilled layer.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Sequence, Sized
@@ -25,13 +26,13 @@ from pipeline.distillation.models.architectures import architecture_of, usable_p
 from pipeline.distillation.models.vocabulary import MAP_FILE, read_vocabulary
 from pipeline.distillation.tap import tap
 from pipeline.errors import UserError
+from pipeline.evaluation.model_content import VOCABULARY_FILES, content_of
 from pipeline.evaluation.pooling import MEAN, SentencePooling, sentence_pooling
 from pipeline.evaluation.training_metadata import training_metadata
 from pipeline.runtime import gpus
 
 # The states that a sentence vector is made of -> their title.
 POOLINGS = {"output": "output", "last_input": "input of the last layer", "values": "values of the distilled layer"}
-VOCABULARY_FILES = ("tokenizer.json", "*.model", "vocab.txt", "vocab.json")
 _LAYER_SUFFIX = re.compile(r"(.+)@(\d+)")
 
 
@@ -49,6 +50,17 @@ class Encoder:
     def pooling(self) -> SentencePooling:
         """How its sentence vectors are made from its output."""
         return sentence_pooling(self.path)
+
+    @cached_property
+    def content(self) -> list[str]:
+        """What identifies it: hashes of a directory's files; name and commit of a hub model.
+
+        They are read once, because other files may take their place while this model is in memory.
+        """
+        directory = Path(self.path)
+        if directory.is_dir():
+            return content_of(directory)
+        return [self.path, str(getattr(self.model.config, "_commit_hash", None))]
 
     @property
     def max_positions(self) -> int:
@@ -94,6 +106,8 @@ def load_encoder(name: str, values_layer: int | None = None) -> Encoder:
         UserError: the model or its tokenizer cannot be loaded, or do not belong together
     """
     path, named_layer = split_name(name)
+    if path.startswith("~"):
+        path = os.path.expanduser(path)  # noqa: PTH111 (Path's raises where ~USER does not exist)
     model = loading.load_encoder(path, role="model")
     tokenizer = _load_tokenizer(path)
     check_same_tokenizer(path, tokenizer, model.config)

@@ -6,6 +6,7 @@ lineage of an export says; without both, the mean over tokens.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,15 @@ class SentencePooling:
     def name(self) -> str:
         """For results and messages: `mean`, `cls`, `last`, also with ` and 2_Dense`."""
         return self.pooling + (f" and {DENSE}" if self.dense else "")
+
+    @property
+    def content(self) -> list[str]:
+        """What tells it from other ways, for fingerprints; empty for the mean alone."""
+        if self.dense is None:
+            return [] if self.pooling == MEAN.pooling else [self.pooling]
+        bias = [] if self.dense.bias_E is None else [self.dense.bias_E]
+        hashes = [hashlib.sha256(part.contiguous().numpy().tobytes()) for part in (self.dense.weight_Ed, *bias)]
+        return [self.name, self.dense.activation, *(digest.hexdigest() for digest in hashes)]
 
     def __call__(self, states_BLD: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
         """Unit vectors `[B, D]`, or `[B, E]` behind a projection. Rows are padded at their ends."""
