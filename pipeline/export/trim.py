@@ -10,6 +10,7 @@ smaller tokenizer, for sentence-transformers if it was before. Before it is kept
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -114,7 +115,7 @@ def _sentence_files(source: Path, lineage: dict[str, Any], dense: Dense | None) 
             flush=True,
         )
     lineage.setdefault("sentences", found.settings.recorded())
-    return [add_sentence_transformers]
+    return [functools.partial(add_sentence_transformers, source=source)]
 
 
 def random_rows(vocabulary: Vocabulary, padding: int | None) -> torch.Tensor:
