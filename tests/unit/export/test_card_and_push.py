@@ -8,17 +8,21 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import huggingface_hub.constants
 import pytest
 import torch
 import yaml
+from huggingface_hub import RepoUrl
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from transformers import AutoModel
 
 from pipeline.__main__ import main
 from pipeline.distillation.models.teacher import load_encoder
 from pipeline.errors import UserError
+from pipeline.export import push as upload
 from pipeline.export.card import CARD_FILE
 from pipeline.export.hf import Export, export_student
 from pipeline.export.push import files_to_push
@@ -244,6 +248,50 @@ def test_files_of_an_upload(student: Path) -> None:
         "tokenizer.json",
         "tokenizer_config.json",
     ]
+
+
+class FakeApi:
+    """A hub with one repository, `me/model`, that an earlier export and its user have filled."""
+
+    files: ClassVar[set[str]] = set()
+
+    def create_repo(self, name: str, **more: object) -> RepoUrl:
+        return RepoUrl("https://huggingface.co/me/model")
+
+    def list_repo_files(self, name: str) -> list[str]:
+        assert name == "me/model"
+        return sorted(self.files)
+
+    def upload_folder(
+        self, repo_id: str, folder_path: Path, allow_patterns: list[str], delete_patterns: list[str], **more: object
+    ) -> str:
+        assert repo_id == "me/model"
+        added = [str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()]
+        added = list(filter_repo_objects(added, allow_patterns=allow_patterns))
+        removed = set(filter_repo_objects(self.files, allow_patterns=delete_patterns)) if delete_patterns else set()
+        FakeApi.files = (self.files - removed) | set(added)
+        return "address"
+
+
+def test_an_upload_replaces_the_files_of_an_earlier_export(
+    student: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The modules and ONNX files of the export before belong to other weights. Files of the user stay."""
+    monkeypatch.setattr(upload, "HfApi", FakeApi)
+    of_user = {".gitattributes", "notes[1].md", "assets/curve.png", "assets/config.json"}
+    earlier = {
+        "2_Dense/config.json",
+        "2_Dense/model.safetensors",
+        "onnx/model.onnx",
+        "model-00001-of-00002.safetensors",
+    }
+    monkeypatch.setattr(FakeApi, "files", {*of_user, *earlier, *files_to_push(student)})
+    assert upload.push(student, "model") == "address"
+    assert FakeApi.files == of_user | set(files_to_push(student))
+    said = capsys.readouterr().out
+    assert f"removed from me/model, files of an earlier export: {', '.join(sorted(earlier))}" in said
+    upload.push(student, "me/model")
+    assert "removed" not in capsys.readouterr().out
 
 
 def test_no_value_of_a_run_becomes_front_matter_or_markup(tiny_teacher: Path, tmp_path: Path) -> None:
