@@ -96,15 +96,22 @@ def sentence_pooling(model: str) -> SentencePooling:
     Raises:
         UserError: the model's files about it are corrupt
     """
+    made, said = pooling_of(model)
+    for text in said:
+        print(text, file=sys.stderr, flush=True)
+    return made
+
+
+def pooling_of(model: str) -> tuple[SentencePooling, list[str]]:
+    """As `sentence_pooling`; the lines are returned, not printed."""
     try:
         directory = find_directory(model, is_cached=True)
     except UserError:  # a name that is neither a directory nor in the cache: a model that was built in memory
-        return MEAN
+        return MEAN, []
     try:
         found = sentence_settings(model, "auto")
     except UnknownSettingsError as error:
-        _say(f"warning: {error.cause.rstrip('.')}. The figures here are of means over tokens")
-        return MEAN
+        return MEAN, [f"warning: {error.cause.rstrip('.')}. The figures here are of means over tokens"]
     pooling = found.settings.pooling if found.modules else training_metadata(model).get("pooling") or "mean"
     has_dense = "Dense" in found.modules if found.modules else (directory / DENSE).is_dir()
     dense, cause = None, ""
@@ -112,14 +119,15 @@ def sentence_pooling(model: str) -> SentencePooling:
         dense = read_dense(directory) if has_dense else None
     except UnknownDenseError as error:
         cause = f" ({error.cause})"
+    said = []
     if not_applied := modules_without_effect(found, dense):
-        _say(
+        said.append(
             f"warning: {model}: modules that are not applied to the sentence vectors here: {', '.join(not_applied)}{cause}"
         )
     made = SentencePooling(pooling, dense)
     if made != MEAN:
-        _say(f"note: sentence vectors from the output of {model} are made with pooling: {made.name}")
-    return made
+        said.append(f"note: sentence vectors from the output of {model} are made with pooling: {made.name}")
+    return made, said
 
 
 def modules_without_effect(found: FoundSettings, dense: Dense | None) -> list[str]:
@@ -156,7 +164,3 @@ def read_dense(directory: Path) -> Dense | None:
         names = tensors.keys()
         bias_E = tensors.get_tensor(DENSE_BIAS).float() if DENSE_BIAS in names else None
         return Dense(tensors.get_tensor(DENSE_WEIGHT).float(), bias_E, activation)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

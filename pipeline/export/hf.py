@@ -179,7 +179,7 @@ def export_student(export: Export, output: Path) -> Path:
         limit_tokenizer(temporary)
         for extra in export.extras:
             extra(temporary)
-        write_card(temporary, export.measured)
+        write_card(temporary, export.measured, output)
     return output
 
 

@@ -16,7 +16,7 @@ import torch
 import yaml
 from huggingface_hub import RepoUrl
 from huggingface_hub.utils import filter_repo_objects
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from pipeline.__main__ import main
@@ -145,6 +145,36 @@ def test_every_task_of_an_evaluation_has_its_table(student: Path, evaluated: Pat
     assert "12 pairs of en" in sections["xnli"]
     assert "12 sentences of en" in sections["tagging"]
     assert "mlqa" not in sections or "12 English questions" in sections["mlqa"]
+
+
+def test_figures_of_an_earlier_export_are_not_those_of_the_next(
+    student: Path, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An export that is replaced, of a run that was continued, keeps its name in evaluation.json."""
+    output, teacher = tmp_path / "evaluation", str(tiny_teacher)
+    more = [f"--set=retrieval.{setting}" for setting in ("languages=[de]", "max_pairs=3", "max_length=60")]
+    main(["evaluate", str(student), teacher, "--tasks", "retrieval", "--output", str(output), *more])
+    main(["card", str(student), str(output)])
+    card = (student / CARD_FILE).read_text()
+    assert f"| {student}, output |" in card
+    assert front_matter(card)["model-index"]
+    assert "other weights" not in capsys.readouterr().err
+
+    weights = load_file(student / "model.safetensors")
+    weights["embeddings.LayerNorm.weight"] *= 2
+    save_file(weights, student / "model.safetensors", {"format": "pt"})
+    main(["card", str(student), str(output)])
+    card = (student / CARD_FILE).read_text()
+    assert f"| {student}, output |" not in card
+    assert f"| {teacher}, output |" in card
+    assert "model-index" not in front_matter(card)
+    assert f"has figures of other weights than {student} now has" in capsys.readouterr().err
+
+    model = load_encoder(tiny_teacher)
+    model.get_parameter("embeddings.LayerNorm.weight").data *= 3
+    again = Export(model.state_dict(), model.config, teacher, LINEAGE, measured=[output])
+    assert f"| {student}, output |" not in (export_student(again, student) / CARD_FILE).read_text()
+    assert "other weights" in capsys.readouterr().err
 
 
 def rows_of(section: str, model: str) -> dict[str, list[str]]:
