@@ -82,6 +82,8 @@ def trim(
     }
     lineage = read_json_if_there(source / LINEAGE_FILE)
     cut = {key: vocabulary.about[key] for key in ("languages", "min_count", "coverage")}
+    if (before := (lineage.get("trimmed") or {}).get("languages")) is not None:  # the pieces of others were cut then
+        cut["languages"] = [language for language in cut["languages"] if language in before]
     lineage["trimmed"] = {"from": str(run_dir or source), **cut, "pieces": report["pieces"]}
     dense = read_dense(source)
     if (source / MODULES_FILE).is_file():

@@ -21,6 +21,7 @@ from pipeline.distillation.models.vocabulary import cut_embedding, read_vocabula
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import load_encoder as load_with_tokenizer
 from pipeline.evaluation.pooling import Dense, read_dense
+from pipeline.evaluation.training_metadata import languages_of
 from pipeline.export import trim
 from pipeline.export.sentence_transformers_files import write_dense
 from pipeline.planning.meta_models import build_encoders
@@ -148,6 +149,16 @@ def test_a_trimmed_model_makes_sentence_vectors_as_before(
         before, after = (sentence_settings(str(tmp_path / name), "auto").settings for name in ("source", "trimmed"))
         assert before == after
         assert (after.pooling, after.normalize, after.prompts) == ("cls", False, {"query": "query: "})
+
+
+def test_a_model_that_is_trimmed_again_has_the_languages_of_both(
+    tiny_teacher: Path, vocabulary: Path, tmp_path: Path
+) -> None:
+    """A language whose pieces the first vocabulary did not keep does not come back with the second."""
+    source = Path(shutil.copytree(tiny_teacher, tmp_path / "source"))
+    (source / "lineage.json").write_text(json.dumps({"trimmed": {"from": "x", "languages": ["tr", "de"]}}))
+    trim.trim(source, read_vocabulary(vocabulary), tmp_path / "again")
+    assert languages_of(tmp_path / "again") == ["tr"]
 
 
 def test_a_trimmed_model_cuts_texts_where_its_source_does(tiny_teacher: Path, vocabulary: Path, tmp_path: Path) -> None:
