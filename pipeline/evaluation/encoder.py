@@ -63,6 +63,12 @@ class Encoder:
         return [self.path, str(getattr(self.model.config, "_commit_hash", None))]
 
     @property
+    def pad_id(self) -> int:
+        """What rows are padded with, masked: the tokenizer's padding; of one without padding the model's, or any id."""
+        own = self.tokenizer.pad_token_id
+        return own if own is not None else self.model.config.pad_token_id or 0
+
+    @property
     def max_positions(self) -> int:
         """Length of the longest input in tokens."""
         return usable_positions(self.model.config)
@@ -179,7 +185,7 @@ def sentence_vectors(
     # The context manager removes the hook also after an error: the layer is the model's own, and later tasks use it.
     with last_layer.register_forward_pre_hook(lambda module, arguments: last_inputs.append(arguments[0])):
         for batch in progress(batches, f"encoding with {encoder.name}", "batch"):
-            input_ids_BL, mask_BL = pad_rows([ids[i] for i in batch], encoder.tokenizer.pad_token_id, encoder.device)
+            input_ids_BL, mask_BL = pad_rows([ids[i] for i in batch], encoder.pad_id, encoder.device)
             (_, _, values_BLD), output_BLD = tapped(input_ids_BL, mask_BL)
             vectors["output"].append(encoder.pooling(output_BLD, mask_BL).cpu())
             for pooling, states_BLD in (("last_input", last_inputs.pop()), ("values", values_BLD)):

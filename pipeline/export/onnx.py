@@ -185,7 +185,7 @@ def compare_runs(
     starts = range(0, len(ids), config.batch_size)
     for start in progress(starts, "checking ONNX against torch", "batch"):
         rows = ids[start : start + config.batch_size]
-        input_ids_BL, mask_BL = pad_rows(rows, encoder.tokenizer.pad_token_id, torch.device("cpu"))
+        input_ids_BL, mask_BL = pad_rows(rows, encoder.pad_id, torch.device("cpu"))
         first: torch.Tensor | None = None
         for name, run in runs.items():
             states_BLD = run(input_ids_BL, mask_BL) * mask_BL.unsqueeze(-1)
