@@ -201,8 +201,11 @@ def batches_by_length(rows: Sequence[Sized], size: int) -> list[list[int]]:
 
 
 def pad_rows(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, both int64 `[B, L]`, padded to the longest row."""
-    longest = max(map(len, rows))
+    """Token ids and attention mask, both int64 `[B, L]`, padded to the longest row.
+
+    Of a tokenizer without special tokens, all texts of a batch may be empty rows: L is at least 1.
+    """
+    longest = max(1, *map(len, rows))
     input_ids = torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
     return input_ids, mask

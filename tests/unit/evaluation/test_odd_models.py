@@ -41,6 +41,18 @@ def test_a_tokenizer_without_padding(model: Path, tiny_teacher: Path) -> None:
     assert torch.equal(found, expected)
 
 
+def test_empty_texts_of_a_tokenizer_without_special_tokens(model: Path) -> None:
+    """BEIR has documents without title and text; a batch may hold nothing else."""
+    (model / "sentencepiece.bpe.model").unlink()
+    tree = json.loads((model / "tokenizer.json").read_text())
+    (model / "tokenizer.json").write_text(json.dumps({**tree, "post_processor": None}))
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    encoder = load_encoder(str(model))
+    assert encoder.tokenizer([""])["input_ids"] == [[]]
+    for states in sentence_vectors(encoder, ["", "Hello", ""], 60, 2)[0].values():
+        assert states.norm(dim=1).tolist() == pytest.approx([0, 1, 0])
+
+
 @pytest.mark.parametrize(
     ("lineage", "message"),
     [
