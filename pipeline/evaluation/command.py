@@ -19,10 +19,9 @@ from pipeline.config import apply_override, build_section
 from pipeline.errors import UserError
 from pipeline.evaluation import plots, results
 from pipeline.evaluation.encoder import Encoder, load_encoder
-from pipeline.evaluation.finetuning.grid import encoder_fingerprint
+from pipeline.evaluation.model_content import identity_of
 from pipeline.evaluation.task import tasks
 from pipeline.evaluation.training_metadata import training_metadata
-from pipeline.provenance import fingerprint
 from pipeline.runtime.directory_lock import locked_by_rank_0
 from pipeline.runtime.dist import Launch
 
@@ -47,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def checked(arguments: argparse.Namespace) -> tuple[list[str], Any]:
     """Names of the tasks and their settings, checked before a model is loaded. Raises `UserError`."""
     known = tasks()
-    names = [name for name in arguments.tasks.split(",") if name]
+    names = list(dict.fromkeys(name for name in arguments.tasks.split(",") if name))
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise UserError(f"--tasks {arguments.tasks!r}: unknown {', '.join(unknown)}. Tasks: {', '.join(known)}")
@@ -112,8 +111,9 @@ def _evaluate(encoders: list[Encoder], names: list[str], config: Any, output: Pa
 
 def _identity(encoder: Encoder) -> dict[str, Any]:
     """A fingerprint that differs between two models of one name, and the model's training steps if known."""
-    content = fingerprint([encoder_fingerprint(encoder), encoder.values_layer])
-    return {"fingerprint": content, "steps": training_metadata(encoder.path).get("steps")}
+    pooling = encoder.pooling if Path(encoder.path).is_dir() else None  # the commit of a hub model determines it
+    identity = identity_of(encoder.content, encoder.values_layer, pooling)
+    return {"fingerprint": identity, "steps": training_metadata(encoder.path).get("steps")}
 
 
 def read_overrides(overrides: list[str]) -> Any:

@@ -6,6 +6,7 @@ its last layer, and from the attention values of the distilled layer.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Sequence, Sized
@@ -25,13 +26,13 @@ from pipeline.distillation.models.architectures import architecture_of, usable_p
 from pipeline.distillation.models.vocabulary import MAP_FILE, read_vocabulary
 from pipeline.distillation.tap import tap
 from pipeline.errors import UserError
+from pipeline.evaluation.model_content import VOCABULARY_FILES, content_of
 from pipeline.evaluation.pooling import MEAN, SentencePooling, sentence_pooling
 from pipeline.evaluation.training_metadata import training_metadata
 from pipeline.runtime import gpus
 
 # The states that a sentence vector is made of -> their title.
 POOLINGS = {"output": "output", "last_input": "input of the last layer", "values": "values of the distilled layer"}
-VOCABULARY_FILES = ("tokenizer.json", "*.model", "vocab.txt", "vocab.json")
 _LAYER_SUFFIX = re.compile(r"(.+)@(\d+)")
 
 
@@ -49,6 +50,23 @@ class Encoder:
     def pooling(self) -> SentencePooling:
         """How its sentence vectors are made from its output."""
         return sentence_pooling(self.path)
+
+    @cached_property
+    def content(self) -> list[str]:
+        """What identifies it: hashes of a directory's files; name and commit of a hub model.
+
+        They are read once, because other files may take their place while this model is in memory.
+        """
+        directory = Path(self.path)
+        if directory.is_dir():
+            return content_of(directory)
+        return [self.path, str(getattr(self.model.config, "_commit_hash", None))]
+
+    @property
+    def pad_id(self) -> int:
+        """What rows are padded with, masked: the tokenizer's padding; of one without padding the model's, or any id."""
+        own = self.tokenizer.pad_token_id
+        return own if own is not None else self.model.config.pad_token_id or 0
 
     @property
     def max_positions(self) -> int:
@@ -94,6 +112,8 @@ def load_encoder(name: str, values_layer: int | None = None) -> Encoder:
         UserError: the model or its tokenizer cannot be loaded, or do not belong together
     """
     path, named_layer = split_name(name)
+    if path.startswith("~"):
+        path = os.path.expanduser(path)  # noqa: PTH111 (Path's raises where ~USER does not exist)
     model = loading.load_encoder(path, role="model")
     tokenizer = _load_tokenizer(path)
     check_same_tokenizer(path, tokenizer, model.config)
@@ -165,7 +185,7 @@ def sentence_vectors(
     # The context manager removes the hook also after an error: the layer is the model's own, and later tasks use it.
     with last_layer.register_forward_pre_hook(lambda module, arguments: last_inputs.append(arguments[0])):
         for batch in progress(batches, f"encoding with {encoder.name}", "batch"):
-            input_ids_BL, mask_BL = pad_rows([ids[i] for i in batch], encoder.tokenizer.pad_token_id, encoder.device)
+            input_ids_BL, mask_BL = pad_rows([ids[i] for i in batch], encoder.pad_id, encoder.device)
             (_, _, values_BLD), output_BLD = tapped(input_ids_BL, mask_BL)
             vectors["output"].append(encoder.pooling(output_BLD, mask_BL).cpu())
             for pooling, states_BLD in (("last_input", last_inputs.pop()), ("values", values_BLD)):
@@ -181,8 +201,11 @@ def batches_by_length(rows: Sequence[Sized], size: int) -> list[list[int]]:
 
 
 def pad_rows(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, both int64 `[B, L]`, padded to the longest row."""
-    longest = max(map(len, rows))
+    """Token ids and attention mask, both int64 `[B, L]`, padded to the longest row.
+
+    Of a tokenizer without special tokens, all texts of a batch may be empty rows: L is at least 1.
+    """
+    longest = max(1, *map(len, rows))
     input_ids = torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
     return input_ids, mask

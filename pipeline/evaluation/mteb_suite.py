@@ -20,7 +20,6 @@ import torch
 from data_prep.command_line import module_command
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import Encoder, sentence_vectors
-from pipeline.evaluation.finetuning.grid import encoder_fingerprint
 from pipeline.evaluation.library_data import library_errors
 from pipeline.evaluation.tables import markdown_table
 from pipeline.evaluation.task import Panel, Results, Task
@@ -58,13 +57,13 @@ class MtebEncoder:
         name = re.sub(r"[^A-Za-z0-9.-]+", "_", encoder.path).strip("_")[-60:]
         settings = [
             config.pooling,
-            encoder.pooling.name,
+            encoder.pooling.content,
             config.max_length,
             config.query_prefix,
             config.document_prefix,
             encoder.values_layer,
         ]
-        revision = fingerprint([encoder_fingerprint(encoder), settings])
+        revision = fingerprint([encoder.content, settings])
         # a kept result of mteb is of this revision; other weights or settings are another one
         self.mteb_model_meta = ModelMeta.create_empty({"name": f"student/{name}", "revision": revision})
 
@@ -148,7 +147,10 @@ def run_mteb(encoder: Encoder, tasks: list[Any], config: MtebConfig, directory: 
     ):
         model: Any = MtebEncoder(encoder, config)
         found = mteb.evaluate(model, tasks, cache=mteb.ResultCache(directory))
-    per_task = {result.task_name: float(result.get_score()) for result in found.task_results}
+    of_name = {task.metadata.name: task for task in tasks}
+    # a kept file may also hold other languages and parts than this evaluation asks for
+    asked = [result.validate_and_filter_scores(of_name[result.task_name]) for result in found.task_results]
+    per_task = {result.task_name: float(result.get_score()) for result in asked}
     return {
         "mean": sum(per_task.values()) / len(per_task),
         "per_task": per_task,

@@ -6,6 +6,7 @@ lineage of an export says; without both, the mean over tokens.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,15 @@ class SentencePooling:
         """For results and messages: `mean`, `cls`, `last`, also with ` and 2_Dense`."""
         return self.pooling + (f" and {DENSE}" if self.dense else "")
 
+    @property
+    def content(self) -> list[str]:
+        """What tells it from other ways, for fingerprints; empty for the mean alone."""
+        if self.dense is None:
+            return [] if self.pooling == MEAN.pooling else [self.pooling]
+        bias = [] if self.dense.bias_E is None else [self.dense.bias_E]
+        hashes = [hashlib.sha256(part.contiguous().numpy().tobytes()) for part in (self.dense.weight_Ed, *bias)]
+        return [self.name, self.dense.activation, *(digest.hexdigest() for digest in hashes)]
+
     def __call__(self, states_BLD: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
         """Unit vectors `[B, D]`, or `[B, E]` behind a projection. Rows are padded at their ends."""
         lengths_B1 = mask_BL.sum(dim=1, keepdim=True)
@@ -86,15 +96,22 @@ def sentence_pooling(model: str) -> SentencePooling:
     Raises:
         UserError: the model's files about it are corrupt
     """
+    made, said = pooling_of(model)
+    for text in said:
+        print(text, file=sys.stderr, flush=True)
+    return made
+
+
+def pooling_of(model: str) -> tuple[SentencePooling, list[str]]:
+    """As `sentence_pooling`; the lines are returned, not printed."""
     try:
         directory = find_directory(model, is_cached=True)
     except UserError:  # a name that is neither a directory nor in the cache: a model that was built in memory
-        return MEAN
+        return MEAN, []
     try:
         found = sentence_settings(model, "auto")
     except UnknownSettingsError as error:
-        _say(f"warning: {error.cause.rstrip('.')}. The figures here are of means over tokens")
-        return MEAN
+        return MEAN, [f"warning: {error.cause.rstrip('.')}. The figures here are of means over tokens"]
     pooling = found.settings.pooling if found.modules else training_metadata(model).get("pooling") or "mean"
     has_dense = "Dense" in found.modules if found.modules else (directory / DENSE).is_dir()
     dense, cause = None, ""
@@ -102,14 +119,15 @@ def sentence_pooling(model: str) -> SentencePooling:
         dense = read_dense(directory) if has_dense else None
     except UnknownDenseError as error:
         cause = f" ({error.cause})"
+    said = []
     if not_applied := modules_without_effect(found, dense):
-        _say(
+        said.append(
             f"warning: {model}: modules that are not applied to the sentence vectors here: {', '.join(not_applied)}{cause}"
         )
     made = SentencePooling(pooling, dense)
     if made != MEAN:
-        _say(f"note: sentence vectors from the output of {model} are made with pooling: {made.name}")
-    return made
+        said.append(f"note: sentence vectors from the output of {model} are made with pooling: {made.name}")
+    return made, said
 
 
 def modules_without_effect(found: FoundSettings, dense: Dense | None) -> list[str]:
@@ -146,7 +164,3 @@ def read_dense(directory: Path) -> Dense | None:
         names = tensors.keys()
         bias_E = tensors.get_tensor(DENSE_BIAS).float() if DENSE_BIAS in names else None
         return Dense(tensors.get_tensor(DENSE_WEIGHT).float(), bias_E, activation)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.distillation.config import RelationsConfig
+from pipeline.distillation.models.sentence_files import MODES
 from pipeline.distillation.models.student import STARTS
 from pipeline.errors import UserError
 from pipeline.runtime.json_files import read_json
@@ -48,13 +49,19 @@ def training_metadata(model: str | Path) -> dict[str, Any]:
         # of several matched pairs, the highest in the student: it is nearest to the output that users read
         one = {side: relations.get(f"{side}_layer") for side in ("teacher", "student")}
         matched = max(relations.get("layers") or [one], key=lambda pair: pair["student"] or 0)
+        pooling = (lineage.get("sentences") or {}).get("pooling")
+        _check_layers(matched)
+        if pooling not in (None, *MODES.values()):
+            raise ValueError(
+                f"the pooling of sentence vectors is {str(pooling)[:40]!r}, not {', '.join(MODES.values())}"
+            )
         return {
             **{key: recipe.get(key, relations.get(key, default)) for key, default in DEFAULTS.items()},
             **{f"{side}_layer": matched[side] for side in ("teacher", "student")},
             "steps": lineage.get("steps"),
             "identity": lineage.get("identity") or {},
             "longest": trained_length_of(lineage),
-            "pooling": (lineage.get("sentences") or {}).get("pooling"),
+            "pooling": pooling,
             "started_from": "teacher"
             if (recipe.get("student") or {}).get("init") in STARTS
             else "encoder that it began from",
@@ -66,9 +73,17 @@ def languages_of(model: str | Path) -> list[str] | None:
     with _lineage_of(model) as lineage:
         trained = (lineage.get("recipe") or {}).get("languages") or lineage.get("languages")
         kept = (lineage.get("trimmed") or {}).get("languages")
+        if not all(names is None or isinstance(names, list) for names in (trained, kept)):
+            raise TypeError("`languages` is not a list")
         if trained is None or kept is None:
             return trained or kept
         return [language for language in trained if language in kept]
+
+
+def _check_layers(matched: dict[str, Any]) -> None:
+    for side in ("teacher", "student"):
+        if matched[side] is not None and type(matched[side]) is not int:
+            raise TypeError(f"the matched layer of the {side} is {str(matched[side])[:40]!r}, not a number")
 
 
 @contextmanager

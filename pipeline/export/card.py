@@ -28,6 +28,7 @@ from pipeline.distillation.models.model_files import read_model
 from pipeline.errors import UserError
 from pipeline.evaluation.tables import markdown_table
 from pipeline.evaluation.training_metadata import training_metadata
+from pipeline.export.card_evaluation import Exported
 from pipeline.export.card_metadata import front_matter
 from pipeline.export.card_tables import measured_sections
 from pipeline.export.sentence_transformers_files import DENSE, exported_settings
@@ -210,16 +211,20 @@ def _matched_layers(run: dict[str, Any], relations: dict[str, Any]) -> dict[str,
     }
 
 
-def write_card(directory: Path, measured: Sequence[Path] = ()) -> None:
-    """Write an export's README.md from the files in it and in `measured`. A file that is up to date is not written."""
+def write_card(directory: Path, measured: Sequence[Path] = (), name: Path | None = None) -> None:
+    """Write an export's README.md from the files in it and in `measured`. A file that is up to date is not written.
+
+    `name`: the directory that it is about to become
+    """
     path = directory / CARD_FILE
-    text = model_card(directory, measured)
+    text = model_card(directory, measured, name)
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         replace_file(path, text)
 
 
-def model_card(directory: Path, measured: Sequence[Path] = ()) -> str:
-    """The model card: what the model is, how to load it, its figures, its lineage."""
+def model_card(directory: Path, measured: Sequence[Path] = (), name: Path | None = None) -> str:
+    """The model card: what the model is, how to load it, its figures, its lineage. `name`: as in `write_card`."""
+    export = Exported(directory, name or directory)
     lineage = read_json(directory / LINEAGE_FILE)
     config = load_config(directory, "student")
     weights, settings = directory / "model.safetensors", exported_settings(directory)
@@ -236,13 +241,13 @@ def model_card(directory: Path, measured: Sequence[Path] = ()) -> str:
     else:
         origin = f"; `{_inline(lineage['trimmed']['from'])}` with a smaller vocabulary; all other weights are unchanged"
     parts = [
-        front_matter(lineage, directory, measured),
+        front_matter(lineage, directory, measured, export),
         f"# {'Trimmed encoder' if recipe is None else 'MiniLMv2 student'}, {config.num_hidden_layers} x {config.hidden_size}",
         f"{sizes}{origin}.",
         _loading(directory, half=str(config.dtype).endswith("float16")),
         "\n".join([USE.format(pooled=POOLED[settings.pooling]), *_limits(lineage, config, directory)]),
     ]
-    if figures := measured_sections([*measured, directory], lineage.get("steps")):
+    if figures := measured_sections([*measured, directory], lineage.get("steps"), export):
         parts += ["## What was measured", figures]
     if (directory / VOCABULARY_FILE).is_file():
         parts.append(_vocabulary(read_json(directory / VOCABULARY_FILE)))

@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 from huggingface_hub import try_to_load_from_cache
 
-from pipeline.evaluation.encoder import split_name
 from pipeline.evaluation.task import tasks
+from pipeline.export.card_evaluation import Exported, evaluated
 from pipeline.recipe.text import shown
 from pipeline.runtime.json_files import read_json
 
@@ -26,11 +26,14 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _LICENSE_NAME = re.compile(r"[a-z0-9.+-]{1,64}")
 
 
-def front_matter(lineage: dict[str, Any], directory: Path, measured: Iterable[Path]) -> str:
+def front_matter(
+    lineage: dict[str, Any], directory: Path, measured: Iterable[Path], export: Exported | None = None
+) -> str:
     """The metadata with its lines of dashes; languages by their main code (zh-Hans is zh).
 
     Args:
         measured: directories with `demo.json` (a run) or `evaluation.json`. Of these, the figures of this export are taken.
+        export: where it is not in the directory of its name yet
     """
     is_sentences = (directory / "modules.json").is_file()
     library, task = (
@@ -53,7 +56,9 @@ def front_matter(lineage: dict[str, Any], directory: Path, measured: Iterable[Pa
     content["widget"] = [
         {"source_sentence": SENTENCES[0], "sentences": SENTENCES[1:]} if is_sentences else {"text": SENTENCES[0]}
     ]
-    results = [*_results(lineage.get("steps"), directory, measured)]
+    # a run's demo has measured its student with the whole vocabulary
+    steps = None if "trimmed" in lineage else lineage.get("steps")
+    results = [*_results(steps, export or Exported(directory, directory), measured)]
     if results:
         content["metrics"] = sorted({one["metrics"][0]["type"] for one in results})
         of = Path(teacher).name if re.fullmatch(r"[\w./-]+", teacher) else "a teacher"
@@ -74,9 +79,9 @@ def license_of(teacher: str) -> str | None:
     return found if isinstance(found, str) and _LICENSE_NAME.fullmatch(found) else None
 
 
-def _results(steps: int | None, directory: Path, measured: Iterable[Path]) -> Iterator[dict[str, Any]]:
+def _results(steps: int | None, export: Exported, measured: Iterable[Path]) -> Iterator[dict[str, Any]]:
     """What was measured of this export, in the hub's format. The last of several figures of one kind counts."""
-    means = _means(steps, directory, measured)
+    means = _means(steps, export, measured)
     for (task, measure), value in {(task, key): value for task, mean in means for key, value in mean.items()}.items():
         on_hub = tasks()[task].on_hub if task in tasks() else None
         if on_hub and measure in on_hub.metrics and isinstance(value, int | float) and math.isfinite(value):
@@ -86,19 +91,14 @@ def _results(steps: int | None, directory: Path, measured: Iterable[Path]) -> It
             yield {"task": {"type": on_hub.kind}, "dataset": data, "metrics": [metric]}
 
 
-def _means(steps: int | None, directory: Path, measured: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _means(steps: int | None, export: Exported, measured: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name of a task, figures by measure), as they were measured one after the other."""
     for place in dict.fromkeys(measured):
-        if (place / "demo.json").is_file():
+        if steps is not None and (place / "demo.json").is_file():
             demo = read_json(place / "demo.json")
             if demo.get("steps") == steps:
                 yield "retrieval", {"output": demo.get("after_mean")}
-        if (place / "evaluation.json").is_file():
-            for task, models in read_json(place / "evaluation.json").get("tasks", {}).items():
-                of_this = [result.get("mean") for model, result in models.items() if _is_this(model, directory)]
-                if of_this and isinstance(of_this[-1], dict):
-                    yield task, of_this[-1]
-
-
-def _is_this(model: str, directory: Path) -> bool:
-    return Path(split_name(model)[0]).resolve() == directory.resolve()
+        for task, models in evaluated(place, export)[0].items():
+            of_this = [result.get("mean") for model, result in models.items() if export.is_named(model)]
+            if of_this and isinstance(of_this[-1], dict):
+                yield task, of_this[-1]

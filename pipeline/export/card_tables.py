@@ -7,6 +7,7 @@ files are left out.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import POOLINGS
 from pipeline.evaluation.languages import language_notes, marked
+from pipeline.evaluation.results import FILE
 from pipeline.evaluation.tables import heldout_rows, markdown_table, sentence
 from pipeline.evaluation.task import tasks
+from pipeline.export.card_evaluation import Exported, evaluated
 from pipeline.export.onnx import checked_on, int8_warning
 from pipeline.runtime.json_files import read_json, read_points
 from pipeline.runtime.run_paths import RunPaths
@@ -24,8 +27,8 @@ STAGES = {"teacher": "teacher", "before": "student before training", "after": "s
 SUFFIXES = {"output": "", "last_input": "_last_input", "values": "_values"}
 
 
-def measured_sections(directories: Iterable[Path], steps: int | None) -> str:
-    """All figures in the directories, as Markdown.
+def measured_sections(directories: Iterable[Path], steps: int | None, export: Exported | None = None) -> str:
+    """All figures in the directories, as Markdown. Those of other weights under the export's name are left out, with a warning.
 
     Args:
         steps: training steps of the student; a `demo.json` of another number of steps is left out, and held-out losses of
@@ -33,16 +36,13 @@ def measured_sections(directories: Iterable[Path], steps: int | None) -> str:
     """
     parts: list[str] = []
     for directory in dict.fromkeys(directories):
-        for name, section in (
-            ("demo.json", _retrieval_of_demo),
-            ("evaluation.json", _evaluation),
-            ("onnx/check.json", _onnx),
-        ):
-            if (directory / name).is_file():
-                found = read_json(directory / name)
-                if name == "demo.json" and found.get("steps") != steps:
-                    continue  # the run continued after the demo: these are figures of an earlier student
-                parts += section(found)
+        if (directory / "demo.json").is_file():
+            demo = read_json(directory / "demo.json")
+            if demo.get("steps") == steps:  # else the run continued after it: these are figures of an earlier student
+                parts += _retrieval_of_demo(demo)
+        parts += _evaluation(directory, export)
+        if (directory / "onnx" / "check.json").is_file():
+            parts += _onnx(read_json(directory / "onnx" / "check.json"))
         if (metrics := RunPaths(directory).metrics).is_file():
             parts += _heldout_of_run(metrics, steps)
     return "\n\n".join(parts)
@@ -68,10 +68,18 @@ def _retrieval_of_demo(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def _evaluation(report: dict[str, Any]) -> list[str]:
+def _evaluation(directory: Path, export: Exported | None) -> list[str]:
     """One section per task of an evaluation."""
-    parts = []
-    for name, results in report["tasks"].items():
+    parts: list[str] = []
+    found, others = evaluated(directory, export)
+    if others:
+        print(
+            f"warning: {directory / FILE} has figures of other weights than {', '.join(others)} now has, so they are not in the "
+            "model card. Evaluate it again",
+            file=sys.stderr,
+            flush=True,
+        )
+    for name, results in found.items():
         if name not in tasks():
             raise UserError(f"an evaluation.json has an unknown task {name!r}. Tasks: {', '.join(tasks())}")
         parts += [f"### {name}, by `pipeline evaluate`", tasks()[name].card(results)]

@@ -30,7 +30,7 @@ from pipeline.distillation.models.vocabulary import read_vocabulary
 from pipeline.evaluation.retrieval import RetrievalConfig, read_pairs
 from pipeline.export.card import length_note, projection_note
 from pipeline.export.handover import longest_input
-from pipeline.export.hf import DTYPES, Extra, export_run
+from pipeline.export.hf import DTYPES, Extra, checked_place, export_run
 from pipeline.export.onnx import add_onnx, checked_on, int8_warning
 from pipeline.export.onnx_check_text import read_check_lines
 from pipeline.export.push import check_login, push
@@ -112,6 +112,7 @@ def _export(arguments: argparse.Namespace, extras: Sequence[Extra]) -> Path:
     which = (dtype, arguments.student or "", arguments.step)
     if arguments.vocabulary is None:
         return export_run(arguments.run_dir, arguments.output, extras, *which)
+    checked_place(arguments.run_dir, arguments.output, arguments.student or "")  # the first export goes elsewhere
     vocabulary = read_vocabulary(arguments.vocabulary)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.output.parent) as temporary:

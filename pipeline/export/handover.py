@@ -20,7 +20,7 @@ from pipeline.distillation.models.sentence_files import SentenceSettings, Unknow
 from pipeline.distillation.models.student import dropout_of
 from pipeline.errors import UserError
 from pipeline.evaluation.training_metadata import training_metadata
-from pipeline.runtime.json_files import read_json
+from pipeline.runtime.json_files import read_json_if_there
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
@@ -100,9 +100,10 @@ def longest_input(directory: Path) -> int:
 def limit_tokenizer(directory: Path) -> None:
     """Set `model_max_length` of an export's tokenizer where the positions after the training rows are random."""
     path, longest = directory / TOKENIZER_CONFIG, training_metadata(directory).get("longest")
-    if longest is None or not path.is_file():
+    if longest is None:
         return
-    settings = read_json(path)
-    if settings.get("model_max_length", longest + 1) > longest:
+    settings = read_json_if_there(path)
+    before = settings.get("model_max_length")
+    if type(before) not in (int, float) or before > longest:  # null: as without the key, and no file: the same
         settings["model_max_length"] = longest
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -85,22 +85,12 @@ def export_run(
     Raises:
         UserError: the run directory is not complete, or `output` cannot be used
     """
-    if not run_dir.is_dir():
-        raise UserError(f"run directory {run_dir} not found. Name the --run-dir of a training.")
-    check_output_place(output, "--output", {"the run directory": run_dir})
-    student = one_student(run_dir, student or None)
-    if student and output.resolve().parent == (run_dir / STUDENTS).resolve():
-        raise UserError(
-            f"--output {output}: every directory in {run_dir / STUDENTS} is a student of the run. For example: "
-            f"--output {run_dir / STUDENTS / student / 'student'}"
-        )
+    student, run = checked_place(run_dir, output, student)
     weights, state = read_model_weights(run_dir, student, step)
     paths = RunPaths(run_dir, student)
-    run = read_json(_existing(paths.description))
     config = config_of(_existing(paths.student_config), str(paths.files), "student")
     recipe_text = _existing(paths.recipe).read_text(encoding="utf-8")
     tokenizer = run.get("vocabulary") or run["teacher"]
-    check_output_place(output, "--output", {"the teacher": Path(run["teacher"]), "the tokenizer": Path(tokenizer)})
     check_same_tokenizer_files(state.get("identity", {}), tokenizer, paths.files)
     warn_of_other_teacher(state.get("identity", {}), run["teacher"])
     weight_Dd = weights.pop(SENTENCE_PROJECTION, None)
@@ -114,6 +104,30 @@ def export_run(
     lineage = lineage_of({**run, **more, "student": student}, state, recipe_text)
     export = Export(weights, config, tokenizer, lineage, extras, dtype, [paths.files], projection)
     return export_student(export, output)
+
+
+def checked_place(run_dir: Path, output: Path, student: str) -> tuple[str, dict[str, Any]]:
+    """The student of the run, and its run.json, after a check that an export to `output` replaces nothing that is needed.
+
+    Args:
+        student: as in `export_run`
+
+    Raises:
+        UserError, DataError: as `export_run`
+    """
+    if not run_dir.is_dir():
+        raise UserError(f"run directory {run_dir} not found. Name the --run-dir of a training.")
+    check_output_place(output, "--output", {"the run directory": run_dir})
+    student = one_student(run_dir, student or None)
+    if student and output.resolve().parent == (run_dir / STUDENTS).resolve():
+        raise UserError(
+            f"--output {output}: every directory in {run_dir / STUDENTS} is a student of the run. For example: "
+            f"--output {run_dir / STUDENTS / student / 'student'}"
+        )
+    run = read_json(_existing(RunPaths(run_dir, student).description))
+    tokenizer = run.get("vocabulary") or run["teacher"]
+    check_output_place(output, "--output", {"the teacher": Path(run["teacher"]), "the tokenizer": Path(tokenizer)})
+    return student, run
 
 
 @dataclass(frozen=True)
@@ -165,7 +179,7 @@ def export_student(export: Export, output: Path) -> Path:
         limit_tokenizer(temporary)
         for extra in export.extras:
             extra(temporary)
-        write_card(temporary, export.measured)
+        write_card(temporary, export.measured, output)
     return output
 
 

@@ -115,12 +115,13 @@ def int8_warning(check: dict[str, Any]) -> str:
 
 
 def _export(encoder: Encoder, path: Path) -> None:
-    example = encoder.tokenizer(["Hello world!", "Ein Satz von anderer Länge."], padding=True, return_tensors="pt")
+    rows = encoder.tokenizer(["Hello world!", "Ein Satz von anderer Länge."])["input_ids"]
+    example = pad_rows(rows, encoder.pad_id, torch.device("cpu"))
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
     sizes = {0: batch, 1: length}
     program = torch.onnx.export(
         _LastHiddenState(encoder.model).eval(),
-        (example["input_ids"], example["attention_mask"]),
+        example,
         input_names=["input_ids", "attention_mask"],
         output_names=["last_hidden_state"],
         dynamic_shapes={"input_ids": sizes, "attention_mask": sizes},
@@ -185,7 +186,7 @@ def compare_runs(
     starts = range(0, len(ids), config.batch_size)
     for start in progress(starts, "checking ONNX against torch", "batch"):
         rows = ids[start : start + config.batch_size]
-        input_ids_BL, mask_BL = pad_rows(rows, encoder.tokenizer.pad_token_id, torch.device("cpu"))
+        input_ids_BL, mask_BL = pad_rows(rows, encoder.pad_id, torch.device("cpu"))
         first: torch.Tensor | None = None
         for name, run in runs.items():
             states_BLD = run(input_ids_BL, mask_BL) * mask_BL.unsqueeze(-1)

@@ -6,7 +6,10 @@ before the export starts.
 
 from __future__ import annotations
 
-from pathlib import Path
+import fnmatch
+import glob
+from collections.abc import Collection, Iterable
+from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
 from huggingface_hub import HfApi
@@ -14,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 
 from pipeline.errors import UserError
+from pipeline.export.hf import PRODUCTS
 
 try:
     from httpx2 import HTTPError
@@ -48,19 +52,37 @@ def files_to_push(student: Path) -> list[str]:
     )
 
 
+def left_over(there: Iterable[str], pushed: Collection[str]) -> list[str]:
+    """Files in a repository that an earlier export left and this one does not have: they are of another model.
+
+    A modules.json or onnx/ of the export before would be loaded with the new weights, or in their place.
+    """
+    return sorted(
+        name
+        for name in set(there).difference(pushed)
+        if any(fnmatch.fnmatchcase(PurePosixPath(name).parts[0], product) for product in PRODUCTS)
+    )
+
+
 def push(student: Path, repository: str) -> str:
-    """Upload the export and return its address. A new repository is private."""
-    api = HfApi()
+    """Upload the export in the place of an earlier one and return its address. A new repository is private."""
+    api, files = HfApi(), files_to_push(student)
     try:
-        api.create_repo(repository, private=True, exist_ok=True)
+        repository = api.create_repo(
+            repository, private=True, exist_ok=True
+        ).repo_id  # with the owner, if none was named
+        removed = left_over(api.list_repo_files(repository), files)
         done = api.upload_folder(
             repo_id=repository,
             folder_path=student,
-            allow_patterns=files_to_push(student),
+            allow_patterns=files,
+            delete_patterns=[glob.escape(name) for name in removed],
             commit_message="Upload of an export",
         )
     except (OSError, HTTPError) as error:
         _fail(repository, error)
+    if removed:
+        print(f"removed from {repository}, files of an earlier export: {', '.join(removed)}")
     return str(done)
 
 

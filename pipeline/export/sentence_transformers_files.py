@@ -23,12 +23,19 @@ from pipeline.export.handover import longest_input
 from pipeline.runtime.json_files import read_json_if_there
 from pipeline.runtime.tensor_files import save_tensors
 
+TRANSFORMER_FILE = "sentence_bert_config.json"
 POOLING_KEYS = {MODES[mode]: key for key, mode in EARLIER_KEYS.items() if mode in MODES}  # which all versions read
 
 
-def add_sentence_transformers(directory: Path) -> None:
-    """Write the files. Inputs are cut at the longest length that the export can be used with."""
+def add_sentence_transformers(directory: Path, source: Path | None = None) -> None:
+    """Write the files. Inputs are cut at the longest length that the export can be used with.
+
+    `source`: a SentenceTransformer whose inputs are cut earlier, or are made lower case, so that the vectors are the same
+    """
     width, max_length = load_config(directory, "student").hidden_size, longest_input(directory)
+    earlier = read_json_if_there(source / TRANSFORMER_FILE) if source else {}
+    if type(shorter := earlier.get("max_seq_length")) is int and shorter > 0:
+        max_length = min(max_length, shorter)
     settings = exported_settings(directory)
     kinds = {"": "Transformer", "1_Pooling": "Pooling"}
     if (directory / DENSE).is_dir():
@@ -45,7 +52,7 @@ def add_sentence_transformers(directory: Path) -> None:
     prompts = {"prompts": settings.prompts, "default_prompt_name": settings.default_prompt} if settings.prompts else {}
     for name, content in (
         ("modules.json", modules),
-        ("sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False}),
+        (TRANSFORMER_FILE, {"max_seq_length": max_length, "do_lower_case": earlier.get("do_lower_case") is True}),
         ("config_sentence_transformers.json", {**prompts, "similarity_fn_name": settings.similarity}),
         (
             "1_Pooling/config.json",

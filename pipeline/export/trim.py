@@ -10,6 +10,7 @@ smaller tokenizer, for sentence-transformers if it was before. Before it is kept
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,6 +82,8 @@ def trim(
     }
     lineage = read_json_if_there(source / LINEAGE_FILE)
     cut = {key: vocabulary.about[key] for key in ("languages", "min_count", "coverage")}
+    if (before := (lineage.get("trimmed") or {}).get("languages")) is not None:  # the pieces of others were cut then
+        cut["languages"] = [language for language in cut["languages"] if language in before]
     lineage["trimmed"] = {"from": str(run_dir or source), **cut, "pieces": report["pieces"]}
     dense = read_dense(source)
     if (source / MODULES_FILE).is_file():
@@ -114,7 +117,7 @@ def _sentence_files(source: Path, lineage: dict[str, Any], dense: Dense | None) 
             flush=True,
         )
     lineage.setdefault("sentences", found.settings.recorded())
-    return [add_sentence_transformers]
+    return [functools.partial(add_sentence_transformers, source=source)]
 
 
 def random_rows(vocabulary: Vocabulary, padding: int | None) -> torch.Tensor:

@@ -33,7 +33,7 @@ def evaluations_of(paths: RunPaths) -> list[Path]:
 def owner(model: str, evaluation: Path, candidates: Sequence[RunPaths]) -> int | None:
     """The number of the student that a model is an export of; None for any other model, or if several may be.
 
-    `MODEL@LAYER` reads other values than those that were distilled and belongs to none.
+    `MODEL@LAYER` reads other values than those that were distilled and belongs to none, nor does a trimmed student.
     """
     name, layer = split_name(model)
     if layer is not None:
@@ -71,6 +71,8 @@ def _is_export_of(export: Path, paths: RunPaths) -> bool:
     if not (export / LINEAGE_FILE).is_file():
         return False
     lineage = read_json(export / LINEAGE_FILE)
+    if "trimmed" in lineage:  # its figures are those of a smaller vocabulary
+        return False
     if lineage.get("student", "") != paths.student or not _is_of_recipe(lineage.get("recipe"), paths.recipe):
         return False
     if export.parent.name == EXPORTED:

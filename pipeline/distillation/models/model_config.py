@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.tokenizer_ids import POSITIONS_FROM_PADDING
 from pipeline.distillation.models.architectures import ArchitectureSpec, architecture_of_type
 from pipeline.errors import UserError
 
@@ -105,6 +106,12 @@ def _config_problem(config: Mapping[str, Any], architecture: ArchitectureSpec) -
             f"`position_embedding_type` is {positions!r}: transformers computes absolute positions only, so this would "
             "not be the model that was trained",
             "Choose a model with absolute positions",
+        )
+    padding = config.get("pad_token_id", 0)
+    if config["model_type"] in POSITIONS_FROM_PADDING and not (type(padding) is int and padding >= 0):
+        return (
+            f"`pad_token_id` is {one_line(repr(padding)[:60])}, and this architecture counts positions from it",
+            "Set it to the id of the padding token (1 in RoBERTa and XLM-R)",
         )
     for key in COUNTS:
         value = config.get(key)

@@ -19,9 +19,8 @@ from typing import Any
 import torch
 
 from data_prep.durable_files import replace_file
-from data_prep.file_hashes import xxh3_128_of_file
 from pipeline.errors import UserError
-from pipeline.evaluation.encoder import VOCABULARY_FILES, Encoder
+from pipeline.evaluation.encoder import Encoder
 from pipeline.evaluation.finetuning.loop import FinetuneConfig, FinetuneTask, GridPoint, Scores, finetune, mean_of
 from pipeline.evaluation.finetuning.precision import forward_precision
 from pipeline.evaluation.finetuning.split_data import SplitData
@@ -85,7 +84,7 @@ def run_grid(
 ) -> dict[str, Any]:
     """Run all grid points of one encoder. `make_task` tokenizes, so it is called only if a grid point is missing."""
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in NO_EFFECT}
-    identity = fingerprint([settings, data_fingerprint, encoder_fingerprint(encoder)])
+    identity = fingerprint([settings, data_fingerprint, encoder.content])
     grid_directory = directory / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', encoder.name).strip('_')[-60:]}-{identity[:8]}"
     task: FinetuneTask | None = None
     results = []
@@ -143,16 +142,6 @@ def _mean_scores(runs: list[Scores]) -> Scores:
         language: {name: sum(run[language][name] for run in runs) / len(runs) for name in measures}
         for language, measures in runs[0].items()
     }
-
-
-def encoder_fingerprint(encoder: Encoder) -> list[str]:
-    """What identifies an encoder: hashes of a directory's weights, config and vocabulary; name and commit of a hub model."""
-    directory = Path(encoder.path)
-    if not directory.is_dir():
-        return [encoder.path, str(getattr(encoder.model.config, "_commit_hash", None))]
-    patterns = ("config.json", "*.safetensors", *VOCABULARY_FILES)
-    files = sorted({path for pattern in patterns for path in directory.glob(pattern)})
-    return [f"{path.name} {xxh3_128_of_file(path)}" for path in files]
 
 
 def _finished(directory: Path) -> dict[str, Any] | None:

@@ -69,7 +69,7 @@ def make_task(encoder: Encoder, data: QaData, config: MlqaConfig, ranks: Launch)
         windowed.rows.segments = known_segments(windowed.rows.segments, encoder.model.config)
         return windowed
 
-    windowed, pad_id = data.convert(windows_of), encoder.tokenizer.pad_token_id
+    windowed, pad_id = data.convert(windows_of), encoder.pad_id
 
     def score(model: Any, split: str) -> Scores:
         parts = progress(getattr(windowed, split).items(), f"scoring {split}", "language", ranks.is_main)

@@ -62,7 +62,7 @@ def make_task(encoder: Encoder, data: PairData, config: PairConfig, ranks: Launc
     def rows_of(pairs: LabelledPairs) -> TokenRows:
         return tokenize_pairs(encoder, pairs.first, pairs.second, pairs.labels, config.max_length)
 
-    rows, pad_id = data.convert(rows_of), encoder.tokenizer.pad_token_id
+    rows, pad_id = data.convert(rows_of), encoder.pad_id
 
     def score(model: Any, split: str) -> Scores:
         size = config.micro_batch

@@ -45,7 +45,7 @@ def make_task(encoder: Encoder, data: TaggingData, config: TaggingConfig, ranks:
         targets = [[number_of.get(tag, NO_TARGET) for tag in tags] for tags in part.tags]  # scores compare texts
         return word_rows(encoder, part.words, targets, config.max_length, after_markers=config.piece == "text")
 
-    rows, pad_id = data.convert(rows_of), encoder.tokenizer.pad_token_id
+    rows, pad_id = data.convert(rows_of), encoder.pad_id
     words_per_row = float((rows.train.rows.targets != NO_TARGET).sum()) / len(rows.train.rows)
 
     def loss(outputs: Any, inputs: dict[str, torch.Tensor], targets_BL: torch.Tensor) -> torch.Tensor:

@@ -104,7 +104,13 @@ def read_tagging(config: TaggingConfig) -> TaggingData:
 
     def read(language: str, split: str, most: int | None) -> TaggedSentences | None:
         paths = [path for name in sorted(_names(files, language)) for path in files.get((name, split), [])]
-        return _joined([_read_file(path, layout, most, config.scheme == "lenient") for path in paths], most)
+        parts = [_read_file(path, layout, most, config.scheme == "lenient") for path in paths]
+        for path, part in zip(paths, parts, strict=True):
+            if part.labels != parts[0].labels:
+                raise UserError(
+                    f"{paths[0]} has {parts[0].labels} tags, {path} has {part.labels}. Name a directory with one kind of tags."
+                )
+        return _joined(parts, most)
 
     train = read(config.train_language, "train", config.max_train)
     if train is None:
@@ -189,7 +195,7 @@ def _joined(parts: list[TaggedSentences], most: int | None) -> TaggedSentences |
     return TaggedSentences(
         [words for part in parts for words in part.words][:most],
         [tags for part in parts for tags in part.tags][:most],
-        parts[0].labels if len({part.labels for part in parts}) == 1 else "entities",
+        parts[0].labels,
         ", ".join(schemes),
         sum((part.skipped for part in parts), Counter()),
     )

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import builtins
+import json
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.__main__ import main
 from pipeline.errors import UserError, exit_code_of
 from pipeline.evaluation.encoder import load_encoder, sentence_vectors
 from pipeline.evaluation.mteb_suite import TASK, MtebConfig, MtebEncoder, chosen_tasks, run_mteb
+from pipeline.evaluation.pooling import Dense
 from pipeline.evaluation.sts import spearman
+from pipeline.export.sentence_transformers_files import write_dense
 
 
 def test_the_package_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
@@ -90,3 +95,30 @@ def test_scores_of_the_real_package(mteb, tiny_teacher: Path, tmp_path: Path) ->
     assert again["per_task"] == pytest.approx(found["per_task"], abs=1e-6)
     other = MtebEncoder(encoder, MtebConfig(max_length=32, document_prefix="passage: "))
     assert other.mteb_model_meta.revision != MtebEncoder(encoder, config).mteb_model_meta.revision
+
+
+def test_a_kept_score_of_other_languages_does_not_count(mteb, tiny_teacher: Path, tmp_path: Path) -> None:
+    mock_tasks = pytest.importorskip("mteb.mocks.mock_tasks", reason="this version of mteb has no tasks without data")
+    encoder, config = load_encoder(str(tiny_teacher)), MtebConfig(max_length=32, batch_size=4)
+    both, one = mock_tasks.MockMultilingualSTSTask(), mock_tasks.MockMultilingualSTSTask()
+    run_mteb(encoder, [both], config, tmp_path)
+    (kept,) = tmp_path.rglob(f"{both.metadata.name}.json")
+    content = json.loads(kept.read_text())
+    for score, of_part in zip(
+        (0.25, 0.75), sorted(content["scores"]["test"], key=lambda x: x["hf_subset"]), strict=True
+    ):
+        of_part["main_score"] = score
+    kept.write_text(json.dumps(content))
+    one.filter_languages(["eng"])
+    assert run_mteb(encoder, [both], config, tmp_path)["mean"] == 0.5
+    assert run_mteb(encoder, [one], config, tmp_path)["mean"] == 0.25
+
+
+def test_a_kept_score_of_another_projection_does_not_count(mteb, tiny_teacher: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_teacher, tmp_path / "model"))
+    revisions = set()
+    for seed in range(2):
+        shutil.rmtree(model / "2_Dense", ignore_errors=True)
+        write_dense(model, Dense(torch.randn(20, 48, generator=torch.Generator().manual_seed(seed))))
+        revisions.add(MtebEncoder(load_encoder(str(model)), MtebConfig()).mteb_model_meta.revision)
+    assert len(revisions) == 2

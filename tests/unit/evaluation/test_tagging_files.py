@@ -279,6 +279,13 @@ def test_upos_and_entities_in_one_directory(tmp_path: Path) -> None:
         read(data, languages=["en"])
 
 
+def test_two_kinds_of_tags_in_files_of_one_language(tmp_path: Path) -> None:
+    data = write_wikiann(tmp_path, train=4, evaluation=2)
+    (data / "en" / "train.txt").write_text("a DET\ndog NOUN\n\n")
+    with pytest.raises(UserError, match=r"en/train has entities tags, .*en/train\.txt has upos\. Name a directory"):
+        read(data)
+
+
 def test_the_library_gives_the_same_sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tags as texts, and as class numbers with names."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")

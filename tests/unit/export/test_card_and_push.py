@@ -8,17 +8,21 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import huggingface_hub.constants
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from huggingface_hub import RepoUrl
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from pipeline.__main__ import main
 from pipeline.distillation.models.teacher import load_encoder
 from pipeline.errors import UserError
+from pipeline.export import push as upload
 from pipeline.export.card import CARD_FILE
 from pipeline.export.hf import Export, export_student
 from pipeline.export.push import files_to_push
@@ -143,6 +147,36 @@ def test_every_task_of_an_evaluation_has_its_table(student: Path, evaluated: Pat
     assert "mlqa" not in sections or "12 English questions" in sections["mlqa"]
 
 
+def test_figures_of_an_earlier_export_are_not_those_of_the_next(
+    student: Path, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An export that is replaced, of a run that was continued, keeps its name in evaluation.json."""
+    output, teacher = tmp_path / "evaluation", str(tiny_teacher)
+    more = [f"--set=retrieval.{setting}" for setting in ("languages=[de]", "max_pairs=3", "max_length=60")]
+    main(["evaluate", str(student), teacher, "--tasks", "retrieval", "--output", str(output), *more])
+    main(["card", str(student), str(output)])
+    card = (student / CARD_FILE).read_text()
+    assert f"| {student}, output |" in card
+    assert front_matter(card)["model-index"]
+    assert "other weights" not in capsys.readouterr().err
+
+    weights = load_file(student / "model.safetensors")
+    weights["embeddings.LayerNorm.weight"] *= 2
+    save_file(weights, student / "model.safetensors", {"format": "pt"})
+    main(["card", str(student), str(output)])
+    card = (student / CARD_FILE).read_text()
+    assert f"| {student}, output |" not in card
+    assert f"| {teacher}, output |" in card
+    assert "model-index" not in front_matter(card)
+    assert f"has figures of other weights than {student} now has" in capsys.readouterr().err
+
+    model = load_encoder(tiny_teacher)
+    model.get_parameter("embeddings.LayerNorm.weight").data *= 3
+    again = Export(model.state_dict(), model.config, teacher, LINEAGE, measured=[output])
+    assert f"| {student}, output |" not in (export_student(again, student) / CARD_FILE).read_text()
+    assert "other weights" in capsys.readouterr().err
+
+
 def rows_of(section: str, model: str) -> dict[str, list[str]]:
     """Cells of one model's rows, by the text after its name."""
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
@@ -244,6 +278,50 @@ def test_files_of_an_upload(student: Path) -> None:
         "tokenizer.json",
         "tokenizer_config.json",
     ]
+
+
+class FakeApi:
+    """A hub with one repository, `me/model`, that an earlier export and its user have filled."""
+
+    files: ClassVar[set[str]] = set()
+
+    def create_repo(self, name: str, **more: object) -> RepoUrl:
+        return RepoUrl("https://huggingface.co/me/model")
+
+    def list_repo_files(self, name: str) -> list[str]:
+        assert name == "me/model"
+        return sorted(self.files)
+
+    def upload_folder(
+        self, repo_id: str, folder_path: Path, allow_patterns: list[str], delete_patterns: list[str], **more: object
+    ) -> str:
+        assert repo_id == "me/model"
+        added = [str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()]
+        added = list(filter_repo_objects(added, allow_patterns=allow_patterns))
+        removed = set(filter_repo_objects(self.files, allow_patterns=delete_patterns)) if delete_patterns else set()
+        FakeApi.files = (self.files - removed) | set(added)
+        return "address"
+
+
+def test_an_upload_replaces_the_files_of_an_earlier_export(
+    student: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The modules and ONNX files of the export before belong to other weights. Files of the user stay."""
+    monkeypatch.setattr(upload, "HfApi", FakeApi)
+    of_user = {".gitattributes", "notes[1].md", "assets/curve.png", "assets/config.json"}
+    earlier = {
+        "2_Dense/config.json",
+        "2_Dense/model.safetensors",
+        "onnx/model.onnx",
+        "model-00001-of-00002.safetensors",
+    }
+    monkeypatch.setattr(FakeApi, "files", {*of_user, *earlier, *files_to_push(student)})
+    assert upload.push(student, "model") == "address"
+    assert FakeApi.files == of_user | set(files_to_push(student))
+    said = capsys.readouterr().out
+    assert f"removed from me/model, files of an earlier export: {', '.join(sorted(earlier))}" in said
+    upload.push(student, "me/model")
+    assert "removed" not in capsys.readouterr().out
 
 
 def test_no_value_of_a_run_becomes_front_matter_or_markup(tiny_teacher: Path, tmp_path: Path) -> None:

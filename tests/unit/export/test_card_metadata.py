@@ -61,6 +61,8 @@ def test_figures_of_this_export_and_of_no_other(tmp_path: Path) -> None:
     (run / "demo.json").write_text(json.dumps({"steps": 12, "after_mean": 0.95}))
     (one,) = ModelCard(front_matter(LINEAGE, student, [run])).data.eval_results
     assert (one.metric_type, one.metric_value) == ("accuracy", 0.95)
+    cut = {**LINEAGE, "trimmed": {"languages": ["de"]}}  # the demo has measured the student before it was cut
+    assert ModelCard(front_matter(cut, student, [run])).data.eval_results is None
 
 
 @pytest.mark.parametrize(("card", "name"), [

@@ -78,6 +78,13 @@ def test_onnx_gives_the_hidden_states_of_torch(exported: Path) -> None:
         np.testing.assert_allclose(states_BLD[real], expected_BLD[real], atol=onnx.GREATEST_DIFFERENCE)
 
 
+def test_onnx_with_a_tokenizer_without_padding(tiny_teacher: Path, pairs: RetrievalConfig, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_teacher, tmp_path / "model"))
+    (model / "sentencepiece.bpe.model").unlink()
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    assert onnx.add_onnx(model, pairs)["fp32"]["greatest_difference"] < onnx.GREATEST_DIFFERENCE
+
+
 def test_a_difference_is_noticed_and_measured(tiny_teacher: Path, pairs: RetrievalConfig) -> None:
     encoder = load_encoder(str(tiny_teacher))
     right = onnx._torch_run(encoder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from pipeline.config import Recipe, as_tree, recipe_to_yaml
+from pipeline.data.tokenizer_hash import tokenizer_sha256
 from pipeline.distillation.config import LayerPair, RelationsConfig
 from pipeline.distillation.models.architectures import architecture_of
 from pipeline.distillation.models.student import StudentConfig, build_student, dropout_of
@@ -182,6 +184,20 @@ def test_random_positions_of_the_encoder_that_a_student_began_from(
     assert text in length_note(second)
     assert longest_input(second) == trained
     assert trained_length(recipe_of(str(second), 8)) == trained_length(recipe)
+
+
+@pytest.mark.parametrize("content", [None, "{}", '{"model_max_length": null}', '{"model_max_length": 1e30}'])
+def test_the_tokenizer_cuts_where_the_teachers_says_no_length(
+    content: str | None, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    """The card says that the tokenizer cuts; XLM-R's first release has no tokenizer_config.json."""
+    teacher = Path(shutil.copytree(tiny_teacher, tmp_path / "teacher"))
+    (teacher / "tokenizer_config.json").unlink()
+    if content is not None:
+        (teacher / "tokenizer_config.json").write_text(content)
+    output = exported(teacher, tmp_path / "student", recipe_of("random", 32))
+    assert AutoTokenizer.from_pretrained(output).model_max_length == 32
+    assert tokenizer_sha256(output) == tokenizer_sha256(teacher)
 
 
 @pytest.mark.parametrize("length", ["512", 512.0, True, [512]])

@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer, XLMRobertaModel
 
+from data_prep.shards import DataError
 from pipeline.__main__ import main
 from pipeline.config import Recipe, recipe_to_yaml
 from pipeline.data.tokenizer_hash import tokenizer_sha256
@@ -237,6 +238,30 @@ def test_a_run_directory_with_a_missing_file(run_dir: Path, tmp_path: Path, name
     (run_dir / name).unlink()
     with pytest.raises(UserError, match=name):
         hf.export_run(run_dir, tmp_path / "student")
+
+
+def test_an_export_with_a_smaller_vocabulary_replaces_nothing_that_the_run_needs(
+    run_dir: Path, tiny_teacher: Path, tmp_path: Path, vocabulary: Path
+) -> None:
+    """The teacher is an export itself: a directory with a lineage, which an export may replace."""
+    teacher = Path(shutil.copytree(tiny_teacher, tmp_path / "teacher"))
+    (teacher / "lineage.json").write_text("{}")
+    run = json.loads((run_dir / "run.json").read_text())
+    (run_dir / "run.json").write_text(json.dumps({**run, "teacher": str(teacher)}))
+    before = sorted(path.name for path in teacher.iterdir())
+    cut = ["--vocabulary", str(vocabulary)]
+    for output, of in ((teacher, "the teacher"), (run_dir, "the run directory")):
+        for more in ([], cut):
+            with pytest.raises(DataError, match=f"is {of} .*, which must not be overwritten"):
+                main(["export", str(run_dir), "--output", str(output), *more])
+    assert sorted(path.name for path in teacher.iterdir()) == before
+
+    family = tmp_path / "family"
+    shutil.copytree(run_dir, family / "students" / "small")
+    for more in ([], cut):
+        with pytest.raises(UserError, match=r"every directory in .* is a student of the run"):
+            main(["export", str(family), "--student", "small", "--output", str(family / "students" / "x"), *more])
+    assert [path.name for path in (family / "students").iterdir()] == ["small"]
 
 
 def test_no_run_directory(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from pipeline.distillation.models.vocabulary import cut_embedding, read_vocabula
 from pipeline.errors import UserError
 from pipeline.evaluation.encoder import load_encoder as load_with_tokenizer
 from pipeline.evaluation.pooling import Dense, read_dense
+from pipeline.evaluation.training_metadata import languages_of
 from pipeline.export import trim
 from pipeline.export.sentence_transformers_files import write_dense
 from pipeline.planning.meta_models import build_encoders
@@ -148,6 +149,42 @@ def test_a_trimmed_model_makes_sentence_vectors_as_before(
         before, after = (sentence_settings(str(tmp_path / name), "auto").settings for name in ("source", "trimmed"))
         assert before == after
         assert (after.pooling, after.normalize, after.prompts) == ("cls", False, {"query": "query: "})
+
+
+def test_a_model_that_is_trimmed_again_has_the_languages_of_both(
+    tiny_teacher: Path, vocabulary: Path, tmp_path: Path
+) -> None:
+    """A language whose pieces the first vocabulary did not keep does not come back with the second."""
+    source = Path(shutil.copytree(tiny_teacher, tmp_path / "source"))
+    (source / "lineage.json").write_text(json.dumps({"trimmed": {"from": "x", "languages": ["tr", "de"]}}))
+    trim.trim(source, read_vocabulary(vocabulary), tmp_path / "again")
+    assert languages_of(tmp_path / "again") == ["tr"]
+
+
+def test_a_trimmed_model_cuts_texts_where_its_source_does(tiny_teacher: Path, vocabulary: Path, tmp_path: Path) -> None:
+    """Vectors of longer texts are then the same: paraphrase-multilingual-MiniLM has 512 positions and cuts at 128."""
+    source = Path(shutil.copytree(tiny_teacher, tmp_path / "source"))
+    modules = [
+        {"path": path, "type": f"sentence_transformers.models.{kind}"}
+        for path, kind in (("", "Transformer"), ("1_Pooling", "Pooling"))
+    ]
+    (source / "modules.json").write_text(json.dumps(modules))
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    kept = {}
+    for name, settings in (
+        ("shorter", {"max_seq_length": 16, "do_lower_case": True}),
+        ("longer", {"max_seq_length": 4096, "do_lower_case": False}),
+        ("none", {"max_seq_length": None}),
+    ):
+        (source / "sentence_bert_config.json").write_text(json.dumps(settings))
+        trim.trim(source, read_vocabulary(vocabulary), tmp_path / name)
+        kept[name] = json.loads((tmp_path / name / "sentence_bert_config.json").read_text())
+    assert kept == {
+        "shorter": {"max_seq_length": 16, "do_lower_case": True},
+        "longer": {"max_seq_length": 64, "do_lower_case": False},
+        "none": {"max_seq_length": 64, "do_lower_case": False},
+    }
 
 
 # -- wrong input
