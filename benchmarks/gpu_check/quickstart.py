@@ -68,6 +68,7 @@ def _tiny_overrides(setting: Setting) -> list[str]:
         "relations.teacher_layer": 3,
         "relations.heads": setting.scale.relation_heads,
         "student.layers": 2,
+        "student.init_layers": "null",
         "student.hidden": setting.scale.teacher["hidden_size"],
         "student.heads": setting.scale.teacher["num_attention_heads"],
         "student.ffn": setting.scale.teacher["intermediate_size"],

@@ -51,7 +51,7 @@ def test_it_runs(tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     (settings,) = (cell for cell in notebook.cells if SETTINGS in cell.metadata.get("tags", []))
     settings.source = f"""
 TEACHER, TEXT, RUN = {str(tiny_teacher)!r}, "samples/cc100/de.txt.xz", {str(tmp_path)!r}
-STUDENT = {{"layers": 2, "hidden": 48, "heads": 4, "ffn": 96, "init": "layers"}}
+STUDENT = {{"layers": 2, "hidden": 48, "heads": 4, "ffn": 96, "init": "layers", "init_layers": None}}
 RELATION_HEADS, STEPS, ROWS, TOKENS, LEARNING_RATE = 12, 20, 4, 32, 3e-3
 LANGUAGES, PAIRS = ["de"], 8
 """
