@@ -137,7 +137,7 @@ def _holds_text(kind: Any) -> bool:
 def _values(column: Any) -> list[Any]:
     """The column as numbers or bytes. A string column may hold bytes that are not UTF-8; they are handled like those of a file.
 
-    A number of less than 64 bits is the shortest decimal that it stands for, as JSON writes it: 0.8 and not 0.800000011920929.
+    A number of less than 64 bits is its shortest decimal, as JSON writes it: 0.8 and not 0.800000011920929.
     """
     import pyarrow
 

@@ -56,7 +56,7 @@ def front_matter(
     content["widget"] = [
         {"source_sentence": SENTENCES[0], "sentences": SENTENCES[1:]} if is_sentences else {"text": SENTENCES[0]}
     ]
-    # a run's demo has measured its student with the whole vocabulary
+    # a run's demo has measured its student with the complete vocabulary
     steps = None if "trimmed" in lineage else lineage.get("steps")
     results = [*_results(steps, export or Exported(directory, directory), measured)]
     if results:

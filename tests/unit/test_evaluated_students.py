@@ -148,10 +148,10 @@ def test_recipes_are_compared_by_what_is_computed(
 def test_a_trimmed_student_is_another_model(tmp_path: Path) -> None:
     """It has the recipe and steps of the student, but text outside of its vocabulary is read otherwise."""
     run = make_run(tmp_path / "run")
-    whole, cut = export(run, tmp_path / "whole"), export(run, tmp_path / "cut")
+    complete, cut = export(run, tmp_path / "complete"), export(run, tmp_path / "cut")
     lineage = json.loads((cut / "lineage.json").read_text())
     (cut / "lineage.json").write_text(json.dumps({**lineage, "trimmed": {"languages": ["de"]}}))
-    scores = evaluate(tmp_path / "scores", {whole: 0.75, cut: 0.25})
+    scores = evaluate(tmp_path / "scores", {complete: 0.75, cut: 0.25})
     shutil.rmtree(run / "retrieval")
     assert figures([run], scores) == {"run": 0.75}
     assert figures([run], evaluate(tmp_path / "other", {cut: 0.25})) == {}

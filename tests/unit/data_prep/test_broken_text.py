@@ -188,7 +188,7 @@ def test_few_records_in_another_encoding_are_rejected_with_the_command_for_it(
 
 
 def test_broken_bytes_of_records_are_those_of_the_file(tmp_path: Path) -> None:
-    broken, halves = b"caf\xe9 \xe2\x82 noir", b"\\ud83d and \\ude00"
+    broken, halves = b"no\xebl \xe2\x82 noir", b"\\ud83d and \\ude00"
     (tmp_path / "en.jsonl").write_bytes(b"".join(b'{"text": "%s"}\n' % line for line in (broken, halves)))
     text = b"".join(Source("en", tmp_path / "en.jsonl", "en.jsonl").chunks())
     assert text == broken + b"\n\n" + b"\xed\xa0\xbd and \xed\xb8\x80\n\n"
