@@ -35,24 +35,26 @@ class Deduplicator:
     def is_active(self) -> bool:
         return self._unit != "none"
 
-    def filter(self, text: bytes) -> tuple[bytes, Counter[str]]:
-        """The text without units that were seen before, and the number of those."""
+    def filter(self, text: bytes) -> tuple[bytes, Counter[str], bool]:
+        """The text without units that were seen before, the number of those, and whether its first document is still there."""
         counts: Counter[str] = Counter()
         if not self.is_active:
-            return text, counts
+            return text, counts, True
         lines = text_lines(text)
         if self._unit == "lines":
             numbers = [number for number, line in enumerate(lines) if line]
             repeated = self._seen_before([lines[number] for number in numbers])
             dropped = {number for number, again in zip(numbers, repeated, strict=True) if again}
             counts["lines_repeated"] += len(dropped)
-            return b"\n".join(line for number, line in enumerate(lines) if number not in dropped) + b"\n", counts
+            of_first = {number for place, number in enumerate(numbers) if number == numbers[0] + place}
+            kept_lines = (line for number, line in enumerate(lines) if number not in dropped)
+            return b"\n".join(kept_lines) + b"\n", counts, not of_first <= dropped
         documents = [part for part in b"\n".join(lines).split(b"\n\n") if part.strip()]
         documents = [b"\n".join(line for line in part.split(b"\n") if line) for part in documents]
         repeated = self._seen_before(documents)
         counts["documents_repeated"] += int(repeated.sum())
         kept = [part for part, again in zip(documents, repeated, strict=True) if not again]
-        return b"\n\n".join(kept) + b"\n\n", counts
+        return b"\n\n".join(kept) + b"\n\n", counts, not repeated[:1].any()
 
     def _seen_before(self, units: list[bytes]) -> np.ndarray:
         """Whether each unit is in the table or earlier in `units`: bool [units]. Adds all of them to the table."""

@@ -185,10 +185,10 @@ class LanguageJob:
             )
 
     def _submit(self, block: Block, source: int, finished: Any, deduplicator: Deduplicator) -> _InFlight:
-        text, counts = deduplicator.filter(block.text)
+        text, counts, has_first = deduplicator.filter(block.text)
         counts["documents_split"] += block.was_split
         position = self._bytes_before[source] + self.sources[source].position
-        is_cut = (block.was_split or block.continues) and not counts.get("documents_repeated")
+        is_cut = (block.was_split or block.continues) and has_first
         encoded = self._pool.submit(text, self.language, is_cut)
         return _InFlight(block, source, finished, counts, encoded, position)
 

@@ -241,7 +241,7 @@ def model_card(directory: Path, measured: Sequence[Path] = (), name: Path | None
     else:
         origin = f"; `{_inline(lineage['trimmed']['from'])}` with a smaller vocabulary; all other weights are unchanged"
     parts = [
-        front_matter(lineage, directory, measured, export),
+        front_matter(lineage, export, measured),
         f"# {'Trimmed encoder' if recipe is None else 'MiniLMv2 student'}, {config.num_hidden_layers} x {config.hidden_size}",
         f"{sizes}{origin}.",
         _loading(directory, half=str(config.dtype).endswith("float16")),

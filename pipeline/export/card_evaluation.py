@@ -6,6 +6,7 @@ In: a directory with `evaluation.json`, and the export. Out: task -> model -> fi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,14 @@ class Exported:
         recorded = about.get("fingerprint") if isinstance(about, dict) else None
         return recorded is None or recorded == self._identity(split_name(model)[1])
 
+    @cached_property
+    def _content(self) -> list[str]:
+        return content_of(self.files)  # reads all weights
+
     def _identity(self, named_layer: int | None) -> str:
         layer = named_layer or training_metadata(self.files).get("student_layer")
         layers = load_config(self.files, "student").num_hidden_layers
-        return identity_of(content_of(self.files), layer or layers, pooling_of(str(self.files))[0])
+        return identity_of(self._content, layer or layers, pooling_of(str(self.files))[0])
 
 
 def evaluated(place: Path, export: Exported | None) -> tuple[dict[str, Results], list[str]]:

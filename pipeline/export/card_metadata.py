@@ -26,16 +26,13 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _LICENSE_NAME = re.compile(r"[a-z0-9.+-]{1,64}")
 
 
-def front_matter(
-    lineage: dict[str, Any], directory: Path, measured: Iterable[Path], export: Exported | None = None
-) -> str:
+def front_matter(lineage: dict[str, Any], export: Exported, measured: Iterable[Path]) -> str:
     """The metadata with its lines of dashes; languages by their main code (zh-Hans is zh).
 
     Args:
         measured: directories with `demo.json` (a run) or `evaluation.json`. Of these, the figures of this export are taken.
-        export: where it is not in the directory of its name yet
     """
-    is_sentences = (directory / "modules.json").is_file()
+    is_sentences = (export.files / "modules.json").is_file()
     library, task = (
         ("sentence-transformers", "sentence-similarity") if is_sentences else ("transformers", "feature-extraction")
     )
@@ -58,7 +55,7 @@ def front_matter(
     ]
     # a run's demo has measured its student with the complete vocabulary
     steps = None if "trimmed" in lineage else lineage.get("steps")
-    results = [*_results(steps, export or Exported(directory, directory), measured)]
+    results = [*_results(steps, export, measured)]
     if results:
         content["metrics"] = sorted({one["metrics"][0]["type"] for one in results})
         of = Path(teacher).name if re.fullmatch(r"[\w./-]+", teacher) else "a teacher"

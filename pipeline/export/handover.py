@@ -19,10 +19,9 @@ from pipeline.distillation.models.model_files import find_directory
 from pipeline.distillation.models.sentence_files import SentenceSettings, UnknownSettingsError, sentence_settings
 from pipeline.distillation.models.student import dropout_of
 from pipeline.errors import UserError
+from pipeline.evaluation.model_content import TOKENIZER_CONFIG
 from pipeline.evaluation.training_metadata import training_metadata
 from pipeline.runtime.json_files import read_json_if_there
-
-TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def hand_over(config: PretrainedConfig, run: dict[str, Any]) -> dict[str, dict[str, float]]:

@@ -76,7 +76,7 @@ def test_every_language_of_cc100_has_its_script() -> None:
 
 
 def run_dedup(options: CleanOptions, text: bytes) -> tuple[list[bytes], dict[str, int]]:
-    kept, counts = Deduplicator(options).filter(text)
+    kept, counts, _ = Deduplicator(options).filter(text)
     return split_documents(kept)[0], {name: count for name, count in counts.items() if count}
 
 
@@ -91,6 +91,22 @@ def test_repeated_documents_and_lines_are_found_across_blocks() -> None:
     one = Deduplicator(CleanOptions(dedup="lines"))
     assert one.filter(b"a\nb\n")[0].split() == [b"a", b"b"]
     assert one.filter(b"b\nc\n")[0].split() == [b"c"]
+
+
+@pytest.mark.parametrize(
+    ("unit", "seen", "text", "has_first"),
+    [
+        ("documents", b"a\nb\n", b"a\nb\n\nc\n", False),
+        ("documents", b"c\n", b"a\nb\n\nc\n", True),
+        ("lines", b"a\nb\n", b"\na\nb\n\nc\n", False),
+        ("lines", b"b\nc\n", b"a\nb\n\nc\n", True),
+        ("none", b"a\n", b"a\n", True),
+    ],
+)
+def test_whether_the_first_document_is_still_there(unit: str, seen: bytes, text: bytes, has_first: bool) -> None:
+    one = Deduplicator(CleanOptions(dedup=unit))
+    one.filter(seen)
+    assert one.filter(text)[2] == has_first
 
 
 def test_with_little_memory_nothing_new_is_dropped() -> None:

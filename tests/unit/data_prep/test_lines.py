@@ -88,7 +88,7 @@ BLANKS = ["", " ", "\t", "\u00a0", "\u3000", "\u200b", "\u2003 \u00a0", "\ufeff"
 def test_a_line_of_any_white_space_ends_a_document(blank: str) -> None:
     text = f"a\nb\n{blank}\n\u00a0c\n{blank}".encode()
     assert [[line.decode() for line in document] for document in documents(text)] == [["a", "b"], ["\u00a0c"]]
-    kept, counts = Deduplicator(CleanOptions(dedup="documents")).filter(f"a\nb\n{blank}\na\nb\n".encode())
+    kept, counts, _ = Deduplicator(CleanOptions(dedup="documents")).filter(f"a\nb\n{blank}\na\nb\n".encode())
     assert documents(kept) == [[b"a", b"b"]]
     assert counts["documents_repeated"] == 1
 

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 
 from pipeline.distillation.models.teacher import load_encoder
 from pipeline.export.card import CARD_FILE, write_card
+from pipeline.export.card_evaluation import Exported
 from pipeline.export.card_metadata import front_matter, license_of
 from pipeline.export.hf import Export, export_student
 
@@ -23,13 +24,15 @@ LINEAGE = {
 
 
 def test_what_the_hub_asks_for(tmp_path: Path) -> None:
-    card = ModelCard(front_matter(LINEAGE, tmp_path, []))
+    card = ModelCard(front_matter(LINEAGE, Exported(tmp_path, tmp_path), []))
     assert (card.data.license, card.data.base_model, card.data.datasets) == ("mit", "owner/teacher", ["owner/texts"])
     assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "feature-extraction")
     assert "text" in card.data.widget[0]
     assert card.data.eval_results is None
     (tmp_path / "modules.json").touch()
-    card = ModelCard(front_matter({**LINEAGE, "license": None, "teacher": str(tmp_path)}, tmp_path, []))
+    card = ModelCard(
+        front_matter({**LINEAGE, "license": None, "teacher": str(tmp_path)}, Exported(tmp_path, tmp_path), [])
+    )
     assert (card.data.license, card.data.base_model, card.data.pipeline_tag) == ("unknown", None, "sentence-similarity")
     assert card.data.widget[0].keys() == {"source_sentence", "sentences"}
 
@@ -50,7 +53,7 @@ def test_figures_of_this_export_and_of_no_other(tmp_path: Path) -> None:
     }
     (evaluation / "evaluation.json").write_text(json.dumps({"models": {}, "tasks": tasks}))
     (run / "demo.json").write_text(json.dumps({"steps": 11, "after_mean": 0.1}))
-    card = ModelCard(front_matter(LINEAGE, student, [run, evaluation]))
+    card = ModelCard(front_matter(LINEAGE, Exported(student, student), [run, evaluation]))
     found = {(one.dataset_type, one.task_type, one.metric_type, one.metric_value) for one in card.data.eval_results}
     assert found == {
         ("retrieval", "text-retrieval", "accuracy", 0.9),
@@ -59,10 +62,10 @@ def test_figures_of_this_export_and_of_no_other(tmp_path: Path) -> None:
     assert card.data.model_name == "MiniLMv2 student of teacher"
     assert card.data.metrics == ["accuracy"]
     (run / "demo.json").write_text(json.dumps({"steps": 12, "after_mean": 0.95}))
-    (one,) = ModelCard(front_matter(LINEAGE, student, [run])).data.eval_results
+    (one,) = ModelCard(front_matter(LINEAGE, Exported(student, student), [run])).data.eval_results
     assert (one.metric_type, one.metric_value) == ("accuracy", 0.95)
     cut = {**LINEAGE, "trimmed": {"languages": ["de"]}}  # the demo has measured the student before it was cut
-    assert ModelCard(front_matter(cut, student, [run])).data.eval_results is None
+    assert ModelCard(front_matter(cut, Exported(student, student), [run])).data.eval_results is None
 
 
 @pytest.mark.parametrize(("card", "name"), [
